@@ -1,0 +1,56 @@
+"""The one exception that a user's mistake raises, and the exit codes of every command."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 75  # stopped by a signal after saving a checkpoint: start again to go on
+
+
+class UserError(Exception):
+    """Something that the user can mend: a config value, a missing file, a mask of another model.
+
+    Args:
+        what: What went wrong, one sentence.
+        wanted: What would have been accepted.
+        got: What was found instead.
+        remedy: What to do about it.
+    """
+
+    def __init__(self, what: str, *, wanted: object = None, got: object = None, remedy: str | None = None):
+        self.what, self.wanted, self.got, self.remedy = what, wanted, got, remedy
+        parts = [what]
+        parts += [f"  wanted: {wanted}"] if wanted is not None else []
+        parts += [f"  got:    {got}"] if got is not None else []
+        parts += [f"  remedy: {remedy}"] if remedy is not None else []
+        super().__init__("\n".join(parts))
+
+
+class UserErrors(UserError):
+    """Several mistakes reported at once, numbered."""
+
+    def __init__(self, title: str, errors: Sequence[UserError]):
+        self.errors = tuple(errors)
+        listed = "\n".join(f"{number}. {error}" for number, error in enumerate(self.errors, start=1))
+        super().__init__(f"{title}: {len(self.errors)} error{'s' if len(self.errors) != 1 else ''}\n{listed}")
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; everything needed to go on has been saved."""
+
+
+def run_entry(main: Callable[[], int | None]) -> None:
+    """Runs a command's `main` and turns its outcome into the documented exit code, without a traceback for users."""
+    try:
+        code = main() or EXIT_OK
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = EXIT_USER_ERROR
+    except Interrupted as stop:
+        print(f"stopped: {stop}", file=sys.stderr)
+        code = EXIT_INTERRUPTED
+    sys.exit(code)
