@@ -1,0 +1,83 @@
+"""A model wherever it lies: a Hugging Face folder, a `.pt` state dict with its JSON, or a training checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cook.adapters.protocol import Adapter
+from cook.adapters.registry import by_config
+from cook.base.errors import UserError
+from cook.base.files import read_json
+from cook.base.tensor_files import open_pt, open_safetensors_folder, read_model_config
+
+ReadCheckpoint = Callable[[Path], Mapping[str, torch.Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """A model on disk: its config and, read one at a time, its weights, both in the family's native form."""
+
+    adapter: Adapter
+    config: dict[str, Any]
+    tensors: Mapping[str, torch.Tensor]
+    path: Path
+    """The folder or file that was given."""
+
+
+def open_model(
+    path: str | Path, *, config: Mapping[str, Any] | None = None, read_checkpoint: ReadCheckpoint | None = None
+) -> ModelSource:
+    """Opens a model without reading its weights yet.
+
+    Args:
+        path: A Hugging Face folder, a `.pt` file, or a checkpoint's folder.
+        config: The model's config where none lies beside the weights.
+        read_checkpoint: Reads the weights of a training checkpoint, which only the training room can.
+
+    Raises:
+        UserError: nothing there that can be read as a model, or an unknown family.
+    """
+    path = Path(path)
+    if path.is_file():
+        tensors, found = open_pt(path), config or _config_beside(path)
+    elif any(path.glob("model*.safetensors")):
+        tensors, found = open_safetensors_folder(path), read_model_config(path)
+    elif (path / "latest").is_file():
+        checkpoint = _inner_checkpoint(path)
+        if read_checkpoint is None:
+            raise UserError(f"{path}: a training checkpoint cannot be used here", wanted="a model folder or a .pt file")
+        found = config or _config_beside(checkpoint / "latest")
+        tensors = read_checkpoint(checkpoint)
+    elif path.is_dir():
+        raise UserError(
+            f"{path}: no model in this folder",
+            wanted="model.safetensors (or its shards) with config.json, or a training checkpoint with `latest`",
+            got=", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder",
+        )
+    else:
+        raise UserError(f"{path}: there is no such model", remedy="check the path")
+    adapter = by_config(found)
+    native, tensors = adapter.read(found, tensors)
+    return ModelSource(adapter=adapter, config=native, tensors=tensors, path=path)
+
+
+def _inner_checkpoint(path: Path) -> Path:
+    # The folder of all checkpoints of a stage points to its newest one, which points to its engine's files.
+    inner = path / (path / "latest").read_text().strip()
+    return inner if inner.parent == path and (inner / "latest").is_file() else path
+
+
+def _config_beside(file: Path) -> Mapping[str, Any]:
+    for candidate in (file.with_suffix(".json"), file.parent / "config.json"):
+        if candidate.is_file():
+            return read_json(candidate)
+    raise UserError(
+        f"{file}: no model config beside it",
+        wanted=f"{file.with_suffix('.json').name} or config.json",
+        remedy="name it: --model-config FILE.json (do_prune.py) or model.config (bmcook.json)",
+    )

@@ -1,0 +1,158 @@
+"""Named tensors read one at a time from a folder or file, and written in shards: no second copy of a model in memory."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from cook.base.errors import UserError
+from cook.base.files import fsync_folder, read_json, write_json
+
+
+class LazyTensors(Mapping[str, torch.Tensor]):
+    """A mapping whose tensors are read when asked for.
+
+    Args:
+        readers: For every name, a function that reads its tensor.
+    """
+
+    def __init__(self, readers: Mapping[str, Callable[[], torch.Tensor]]):
+        self._readers = dict(readers)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._readers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._readers  # Mapping's own would read the tensor
+
+
+def open_safetensors_folder(folder: Path) -> LazyTensors:
+    """The tensors of a Hugging Face folder: `model.safetensors`, or shards with an index."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        files = sorted({folder / name for name in read_json(index)["weight_map"].values()})
+    else:
+        files = [folder / "model.safetensors"]
+    readers: dict[str, Callable[[], torch.Tensor]] = {}
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: there is no such file", wanted="a folder with model.safetensors or its shards")
+        try:
+            with safe_open(file, framework="pt") as opened:
+                names = list(opened.keys())
+        except Exception as error:  # safetensors raises its own error type, and OSError for a short file
+            raise UserError(f"{file}: not a safetensors file", got=error) from None
+        readers |= {name: _safetensors_reader(file, name) for name in names}
+    return LazyTensors(readers)
+
+
+def _safetensors_reader(file: Path, name: str) -> Callable[[], torch.Tensor]:
+    def read() -> torch.Tensor:
+        with safe_open(file, framework="pt") as opened:
+            return opened.get_tensor(name)
+
+    return read
+
+
+def load_pt(path: Path, *, mmap: bool = False) -> dict:
+    """Reads a `.pt` file of plain tensors, never executing anything in it.
+
+    Raises:
+        UserError: not a zip archive written by `torch.save`, a compressed or oversized member, or a refused global.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                # torch.save stores its members; a compressed one can only be a bomb or another program's file.
+                if member.compress_type != zipfile.ZIP_STORED or ".." in Path(member.filename).parts:
+                    raise UserError(f"{path}: the archive's member {member.filename!r} is not as torch.save writes it")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file", remedy="check the path") from None
+    except UserError:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: not a readable .pt file of tensors", got=reason) from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}", wanted="a dictionary of tensors")
+    return content
+
+
+def open_pt(path: Path) -> Mapping[str, torch.Tensor]:
+    """The tensors of a `.pt` state dict, mapped from the file rather than read into memory."""
+    content = load_pt(path, mmap=True)
+    strange = [name for name, value in content.items() if not isinstance(value, torch.Tensor)]
+    if strange:
+        raise UserError(f"{path}: {strange[0]!r} is no tensor", wanted="a state dict: names and tensors")
+    return content
+
+
+class ShardWriter:
+    """Writes tensors into a folder as they come, in safetensors shards of at most `shard_bytes`, and the index.
+
+    Peak memory is one shard. Used as a context manager; `model.safetensors` alone when everything fits in one.
+    """
+
+    def __init__(self, folder: Path, shard_bytes: int = 2 << 30):
+        self.folder, self.shard_bytes = folder, shard_bytes
+        self.files: list[Path] = []
+        self.names: list[list[str]] = []
+        self.total_bytes = 0
+        self._pending: dict[str, torch.Tensor] = {}
+        self._pending_bytes = 0
+
+    def __enter__(self) -> ShardWriter:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + size > self.shard_bytes:
+            self._flush()
+        self._pending[name] = tensor.contiguous()
+        self._pending_bytes += size
+        self.total_bytes += size
+
+    def _flush(self) -> None:
+        file = self.folder / f"shard-{len(self.files):05d}.safetensors"
+        save_file(self._pending, file, metadata={"format": "pt"})
+        self.files.append(file)
+        self.names.append(list(self._pending))
+        self._pending, self._pending_bytes = {}, 0
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            return
+        self._flush()
+        count = len(self.files)
+        finals = ["model.safetensors"] if count == 1 else [
+            f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)
+        ]
+        for file, final in zip(self.files, finals, strict=True):
+            file.replace(self.folder / final)
+        if count > 1:
+            weight_map = {name: final for names, final in zip(self.names, finals, strict=True) for name in names}
+            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+            write_json(self.folder / "model.safetensors.index.json", index)
+        fsync_folder(self.folder)
+
+
+def read_model_config(folder: Path) -> dict:
+    """The `config.json` of a model folder."""
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / 'config.json'}: not a JSON object", got=json.dumps(config)[:80])
+    return config

@@ -1,0 +1,135 @@
+"""Checks of what is pruned: the order of the recipe, the sizes, and the masks that a stage needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from cook.base.errors import UserError
+from cook.config.check_paths import mask_paths
+from cook.config.facts import ModelFacts
+from cook.config.types import CoarseConfig, FineConfig, PruningConfig, StageEntry
+
+UNITS = ("layer", "att", "ffn")
+
+
+def mask_is_structured(pruning: PruningConfig) -> Iterator[UserError]:
+    """An unstructured mask would belong to a mask method that is not among the two."""
+    if pruning.pruning_mask_path is not None:
+        yield UserError(
+            f"pruning.pruning_mask_path: {pruning.mask_method} pruning has no unstructured mask",
+            wanted="null",
+            got=pruning.pruning_mask_path,
+            remedy="the masks of the two methods are named in the scheme",
+        )
+
+
+def recipe_in_order(stages: tuple[StageEntry, ...]) -> Iterator[UserError]:
+    """Pretraining first, layers before what is inside them, a mask before its finetuning, the comparison last."""
+    names = [entry.name for entry in stages]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        yield UserError(f"stages: {twice[0]} stands there twice", remedy="keep one of them")
+        return
+    if "pretrain" in names and names[0] != "pretrain":
+        yield UserError("stages: pretrain must come first", got=", ".join(names))
+    if "random_baseline" in names and names[-1] != "random_baseline":
+        yield UserError("stages: random_baseline must come last", got=", ".join(names))
+    at = {unit: [i for i, name in enumerate(names) if name.partition("_")[0] == unit] for unit in UNITS}
+    inner = at["att"] + at["ffn"]
+    if at["layer"] and inner and max(at["layer"]) > min(inner):
+        yield UserError("stages: the layer stages must come before the att and ffn stages", got=", ".join(names))
+    for unit in UNITS:
+        mask, finetune = f"{unit}_mask", f"{unit}_finetune"
+        if mask in names and finetune in names and names.index(mask) > names.index(finetune):
+            yield UserError(f"stages: {mask} must come before {finetune}", got=", ".join(names))
+    if at["att"] and at["ffn"] and max(at["att"]) > min(at["ffn"]) and max(at["ffn"]) > min(at["att"]):
+        remedy = "put both att stages before both ffn stages, or the other way round"
+        yield UserError("stages: the att and ffn stages are mixed", got=", ".join(names), remedy=remedy)
+
+
+def sections_given(
+    pruning: PruningConfig, stages: tuple[StageEntry, ...], coarse: CoarseConfig | None, fine: FineConfig | None
+) -> Iterator[UserError]:
+    """Every stage that is asked for has its section in the scheme."""
+    used = _units_in_recipe(stages)
+    if coarse is None and ("layer" in used or _describes(pruning, "coarse-grained")):
+        yield UserError("coarse-grained: the scheme lacks this section", wanted=_reason("layer", used))
+    if fine is None and (used & {"att", "ffn"} or _describes(pruning, "fine-grained")):
+        unit = "att" if "att" in used else "ffn"
+        yield UserError("fine-grained: the scheme lacks this section", wanted=_reason(unit, used))
+
+
+def masks_given(
+    pruning: PruningConfig, stages: tuple[StageEntry, ...], coarse: CoarseConfig | None, fine: FineConfig | None
+) -> Iterator[UserError]:
+    """Every stage knows where its mask is kept, and no two masks share a file."""
+    used = _units_in_recipe(stages)
+    if fine is not None:
+        described = {fine.prune_mode} if _describes(pruning, "fine-grained") else set()
+        inner = (used | described) & {"att", "ffn"}
+        if fine.heads_mask is None and inner:
+            wanted = "the path of the head mask: att mask training writes it, ffn mask training reads it"
+            yield UserError("fine-grained.heads_mask: missing", wanted=wanted)
+        if fine.dimff_mask is None and "ffn" in inner:
+            wanted = "the path of the FFN mask: ffn mask training writes it"
+            yield UserError("fine-grained.dimff_mask: missing", wanted=wanted)
+    if coarse is not None and fine is not None and "layer" in used and used & {"att", "ffn"}:
+        if fine.coarse_mask is not None and _file(fine.coarse_mask) != _file(coarse.coarse_mask):
+            yield UserError(
+                "fine-grained.coarse_mask: not the mask that the recipe's layer stages make",
+                wanted=coarse.coarse_mask,
+                got=fine.coarse_mask,
+            )
+    seen: dict[str, str] = {}
+    for key, path in mask_paths(coarse, fine).items():
+        other = seen.setdefault(_file(path), key)
+        if key.partition(".")[2] != other.partition(".")[2]:  # both sections name the layer mask
+            yield UserError(f"{key}: the same file as {other}", wanted="a file for each mask", got=path)
+
+
+def sizes_fit(fine: FineConfig | None, facts: ModelFacts) -> Iterator[UserError]:
+    """Targets are at most what there is, and the scheme speaks of this model."""
+    if fine is None:
+        return
+    for target, size in (("target_num_heads", "num_heads"), ("target_dimff", "dim_ff")):
+        before, after, real = getattr(fine, size), getattr(fine, target), getattr(facts, size)
+        if after > before:
+            yield UserError(f"fine-grained.{target}: above {size}", wanted=f"at most {before}", got=after)
+        if real is not None and before != real:
+            yield UserError(f"fine-grained.{size}: not the model's", wanted=f"{real}, as the model has", got=before)
+
+
+def layer_mask_given(
+    pruning: PruningConfig, stages: tuple[StageEntry, ...], fine: FineConfig | None, facts: ModelFacts
+) -> Iterator[UserError]:
+    """Fine-grained stages must know which blocks are kept."""
+    used = _units_in_recipe(stages)
+    if fine is None or fine.coarse_mask is not None:
+        return
+    if not (used & {"att", "ffn"} or _describes(pruning, "fine-grained")):
+        return
+    if "layer" in used or facts.layers_removed is False:
+        yield UserError(
+            "fine-grained.coarse_mask: missing, and the model's layers are not yet removed",
+            wanted="the path of a layer mask",
+            remedy="name the mask of the layer stage, or give a model whose mask_modules says which blocks are gone",
+        )
+
+
+def _units_in_recipe(stages: tuple[StageEntry, ...]) -> set[str]:
+    return {entry.name.partition("_")[0] for entry in stages} & set(UNITS)
+
+
+def _describes(pruning: PruningConfig, method: str) -> bool:
+    """Whether the two files describe a single stage of this method."""
+    return pruning.is_pruning and pruning.mask_method == method
+
+
+def _reason(unit: str, used: set[str]) -> str:
+    method = "coarse-grained" if unit == "layer" else "fine-grained"
+    return f"it, for stages.{unit}_mask" if unit in used else f"it, for pruning.mask_method {method!r}"
+
+
+def _file(path: str) -> str:
+    return os.path.normpath(path)

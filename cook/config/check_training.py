@@ -1,0 +1,196 @@
+"""Checks of the model, the corpus, the batch sizes, and of what DeepSpeed is told beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from cook.base.errors import UserError
+from cook.config.facts import ModelFacts
+from cook.config.types import (
+    DataConfig,
+    DistillationConfig,
+    ModelConfig,
+    StageEntry,
+    TokenizerConfig,
+    TrainingConfig,
+)
+
+DEEPSPEED_BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+DEEPSPEED_TWINS = {
+    ("train_batch_size",): "train_batch_size",
+    ("train_micro_batch_size_per_gpu",): "micro_batch_size",
+    ("gradient_clipping",): "clip",
+    ("optimizer", "params", "lr"): "learning_rate",
+    ("optimizer", "params", "weight_decay"): "weight_decay",
+}
+"""DeepSpeed's keys that say the same as a key of `training`."""
+
+
+def model_has_a_source(model: ModelConfig) -> Iterator[UserError]:
+    """A model is described by its configuration or by a folder; a `.pt` file describes nothing."""
+    if model.config is None and model.path is None:
+        yield UserError("model: neither config nor path is given", wanted="at least one of them")
+    elif model.config is None and str(model.path).endswith((".pt", ".bin")):
+        yield UserError("model.config: a .pt file does not describe its model", wanted="CPM-Live's keys or their JSON")
+    pairs = (model.config or {}).get("mask_modules")
+    if pairs is not None and model.config is not None and len(pairs) != model.config["num_layers"]:
+        wanted = f"{model.config['num_layers']} pairs, one a layer"
+        yield UserError("model.config.mask_modules: of another length than the model", wanted=wanted, got=len(pairs))
+
+
+def tokenizer_fits(tokenizer: TokenizerConfig, facts: ModelFacts) -> Iterator[UserError]:
+    """Every id must have a row in the embedding."""
+    if tokenizer.type == "hf" and tokenizer.path is None:
+        yield UserError("tokenizer.path: missing", wanted="the folder of a Hugging Face tokenizer")
+    if facts.vocab_size is not None and tokenizer.vocab_size > facts.vocab_size:
+        yield UserError(
+            "tokenizer.vocab_size: more ids than the model knows",
+            wanted=f"at most {facts.vocab_size} (the model's vocab_size)",
+            got=tokenizer.vocab_size,
+        )
+
+
+def data_has_a_source(data: DataConfig, training: TrainingConfig) -> Iterator[UserError]:
+    """There is a corpus to train on, and one to evaluate on where that is asked for."""
+    if data.type == "python_stdlib" and data.paths:
+        remedy = 'leave it empty, or set data.type to "text"'
+        yield UserError("data.paths: the python_stdlib corpus has no paths", got=list(data.paths), remedy=remedy)
+    if data.type != "python_stdlib" and not data.paths:
+        yield UserError(f"data.paths: a {data.type} corpus needs its files", wanted="files, folders or globs")
+    if training.eval_rows and not data.held_out and not data.held_out_paths:
+        remedy = "set data.held_out above 0, name data.held_out_paths, or set training.eval_rows to 0"
+        yield UserError("data.held_out: nothing is held out for the evaluation", got=0, remedy=remedy)
+
+
+def rows_hold_the_prompt(data: DataConfig, facts: ModelFacts) -> Iterator[UserError]:
+    """A row holds the prompt and at least one token."""
+    if facts.prompt_length is not None and data.max_length <= facts.prompt_length:
+        yield UserError(
+            "data.max_length: the prompt leaves no room for text",
+            wanted=f"more than {facts.prompt_length} (the model's prompt_length)",
+            got=data.max_length,
+        )
+
+
+def batch_is_whole(
+    training: TrainingConfig, stages: tuple[StageEntry, ...], world_size: int | None
+) -> Iterator[UserError]:
+    """train_batch_size = micro_batch_size × accumulation steps × ranks, in whole numbers, in every stage."""
+    for label, own in _trainings(training, stages, ("train_batch_size", "micro_batch_size")):
+        at_once = own.micro_batch_size * (world_size or 1)
+        if own.train_batch_size % at_once:
+            ranks = f" × {world_size} ranks" if world_size else ""
+            lower = own.train_batch_size // at_once * at_once
+            choices = " or ".join(str(size) for size in (lower, lower + at_once) if size)
+            yield UserError(
+                f"{label}.train_batch_size: train_batch_size = micro_batch_size × accumulation steps × ranks "
+                "leaves no whole number of accumulation steps",
+                wanted=f"a multiple of micro_batch_size {own.micro_batch_size}{ranks} = {at_once}",
+                got=own.train_batch_size,
+                remedy=f"set it to {choices}, or choose another micro_batch_size",
+            )
+
+
+def deepspeed_agrees(
+    training: TrainingConfig, stages: tuple[StageEntry, ...], deepspeed: dict[str, Any], world_size: int | None
+) -> Iterator[UserError]:
+    """A number in the DeepSpeed configuration that `training` states as well must be the same number."""
+    for keys, field in DEEPSPEED_TWINS.items():
+        value = _at(deepspeed, keys)
+        if value is None or value == "auto":
+            continue
+        for label, own in _trainings(training, stages, (field,)):
+            if not _is_number(value) or value != getattr(own, field):
+                yield UserError(
+                    f"deepspeed.{'.'.join(keys)}: disagrees with {label}.{field}",
+                    wanted=f'"auto" or {getattr(own, field)}',
+                    got=_brief(value),
+                )
+    accumulation = deepspeed.get("gradient_accumulation_steps", "auto")
+    if accumulation != "auto":
+        yield from _accumulation(training, stages, accumulation, world_size)
+
+
+def _accumulation(
+    training: TrainingConfig, stages: tuple[StageEntry, ...], accumulation: Any, world_size: int | None
+) -> Iterator[UserError]:
+    key = "deepspeed.gradient_accumulation_steps"
+    if not isinstance(accumulation, int) or isinstance(accumulation, bool) or accumulation < 1:
+        wanted = '"auto" or an integer at least 1'
+        yield UserError(f"{key}: not a number of steps", wanted=wanted, got=_brief(accumulation))
+        return
+    for label, own in _trainings(training, stages, ("train_batch_size", "micro_batch_size")):
+        one_rank = own.micro_batch_size * accumulation
+        fits = own.train_batch_size == one_rank * world_size if world_size else own.train_batch_size % one_rank == 0
+        if not fits:
+            ranks = f"{world_size} rank(s)" if world_size else "ranks"
+            yield UserError(
+                f"{key}: train_batch_size = micro_batch_size × accumulation steps × ranks does not hold in {label}",
+                wanted=f"{own.train_batch_size} = {own.micro_batch_size} × accumulation steps × {ranks}",
+                got=_brief(accumulation),
+                remedy='write "auto"',
+            )
+
+
+def precision_agrees(
+    training: TrainingConfig, stages: tuple[StageEntry, ...], deepspeed: dict[str, Any]
+) -> Iterator[UserError]:
+    """DeepSpeed's bf16 and fp16 switches, where they are not "auto", must not contradict `training.precision`."""
+    switches = {name: _at(deepspeed, (name, "enabled")) for name in ("bf16", "fp16")}
+    for name, value in switches.items():
+        if value not in (None, "auto") and not isinstance(value, bool):
+            wanted = 'true, false or "auto"'
+            yield UserError(f"deepspeed.{name}.enabled: not a switch", wanted=wanted, got=_brief(value))
+    if switches["bf16"] is True and switches["fp16"] is True:
+        yield UserError("deepspeed: bf16 and fp16 are both enabled", wanted="at most one of them")
+    for label, own in _trainings(training, stages, ("precision",)):
+        for name, value in switches.items():
+            if isinstance(value, bool) and own.precision != "auto" and value != (own.precision == name):
+                yield UserError(
+                    f"deepspeed.{name}.enabled: disagrees with {label}.precision {own.precision!r}",
+                    wanted=f'"auto" or {str(own.precision == name).lower()}',
+                    got=str(value).lower(),
+                )
+
+
+def distillation_does_something(distillation: DistillationConfig | None) -> Iterator[UserError]:
+    """A teacher is only run if one of the two losses has a weight, and hidden states only for named modules."""
+    if distillation is None:
+        return
+    if not distillation.ce_scale and not distillation.mse_hidn_scale:
+        remedy = 'set "distillation" to null to do without a teacher'
+        yield UserError("distillation: ce_scale and mse_hidn_scale are both 0", wanted="one above 0", remedy=remedy)
+    if bool(distillation.mse_hidn_scale) != bool(distillation.mse_hidn_module):
+        yield UserError(
+            "distillation: mse_hidn_scale and mse_hidn_module belong together",
+            wanted="a scale above 0 with at least one module, or neither",
+            got=f"scale {distillation.mse_hidn_scale:g} with {len(distillation.mse_hidn_module)} module(s)",
+        )
+
+
+def _trainings(
+    training: TrainingConfig, stages: tuple[StageEntry, ...], fields: tuple[str, ...]
+) -> Iterator[tuple[str, TrainingConfig]]:
+    """`training` itself, and what becomes of it in every stage that changes one of `fields`."""
+    yield "training", training
+    for entry in stages:
+        if any(field in entry.training for field in fields):
+            yield f"stages.{entry.name}.training", dataclasses.replace(training, **entry.training)
+
+
+def _at(tree: dict[str, Any], keys: tuple[str, ...]) -> Any:
+    node: Any = tree
+    for key in keys:
+        node = node.get(key) if isinstance(node, dict) else None
+    return node
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

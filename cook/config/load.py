@@ -1,0 +1,221 @@
+"""Reads `bmcook.json` and its scheme into a `RunConfig`, or reports every mistake of both files at once.
+
+Nothing is written and nothing is built here: a configuration that passes can still meet a corpus or weights that fail
+their own checks, but none of its keys is to blame any more.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from cook.base.errors import UserError, UserErrors
+from cook.base.files import read_json
+from cook.config.check import Sections, cross_check
+from cook.config.overrides import Override, apply_override, parse_override
+from cook.config.schema import Keys, schema_findings
+from cook.config.types import (
+    CoarseConfig,
+    ConfigSource,
+    DataConfig,
+    DistillationConfig,
+    FineConfig,
+    GatesConfig,
+    LoggingConfig,
+    ModelConfig,
+    PruningConfig,
+    RunConfig,
+    StageEntry,
+    TokenizerConfig,
+    TrainingConfig,
+)
+
+DEFAULT_SCHEME = "l0_pruning.json"
+COMPANIONS: tuple[tuple[str, ...], ...] = (("model", "config"), ("deepspeed",))
+"""Objects of `bmcook.json` that may instead be the path of a JSON file."""
+UNREADABLE = object()
+"""Stands for a file that could not be read; null is what a file may hold."""
+
+Section = TypeVar("Section")
+
+
+def load_config(
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), *, world_size: int | None = None
+) -> RunConfig:
+    """Reads, checks and builds the configuration of a run.
+
+    Args:
+        path: The `bmcook.json`. Its scheme is the file at `pruning.l0_pruning`, relative to this one's folder.
+        overrides: Settings `a.b=c` that change the files' values before the check; a path that starts with
+            `coarse-grained`, `fine-grained` or `gates` changes the scheme.
+        world_size: Number of ranks, where it is known: the batch sizes are then checked against it.
+
+    Raises:
+        UserErrors: All mistakes of both files and of the overrides, numbered.
+    """
+    assert world_size is None or world_size > 0, world_size
+    path = os.fspath(path)
+    reader = _Reader(path)
+    settings = reader.parse(overrides)
+    bmcook = reader.read(path)
+    if isinstance(bmcook, dict):
+        _inline(reader, bmcook, [s for s in settings if not s.is_scheme])
+    scheme_path = _scheme_path(path, bmcook)
+    scheme = reader.read(scheme_path) if scheme_path else {}
+    if isinstance(scheme, dict):
+        reader.apply([s for s in settings if s.is_scheme], scheme)
+
+    reader.check_schemas(bmcook, scheme, scheme_path)
+    sections = _sections(bmcook, scheme, reader.invalid)
+    reader.errors += cross_check(sections, world_size=world_size)
+    if reader.errors:
+        raise UserErrors(f"{path}: the configuration cannot be used", reader.errors)
+    return RunConfig(**sections.values, source=ConfigSource(bmcook=path, l0_pruning=scheme_path))
+
+
+class _Reader:
+    """Collects the mistakes of one load, and which sections they make unusable."""
+
+    def __init__(self, path: str):
+        self.path = path
+        self.errors: list[UserError] = []
+        self.invalid: set[str] = set()
+        self.set_by: dict[Keys, str] = {}
+
+    def read(self, path: str) -> Any:
+        """The parsed file, or UNREADABLE after noting why."""
+        try:
+            return read_json(path)
+        except UserError as error:
+            self.errors.append(error)
+        except ValueError as error:
+            # A NUL in the path, or a number of thousands of digits.
+            self.errors.append(UserError(f"{path}: cannot be read: {error}"))
+        return UNREADABLE
+
+    def parse(self, overrides: Sequence[str]) -> list[Override]:
+        parsed = []
+        for text in overrides:
+            try:
+                parsed.append(parse_override(text))
+            except UserError as error:
+                self.errors.append(error)
+        return parsed
+
+    def apply(self, settings: Sequence[Override], root: dict[str, Any]) -> None:
+        for setting in settings:
+            try:
+                self.set_by[apply_override(root, setting)] = setting.text
+            except UserError as error:
+                self.errors.append(error)
+                self.invalid.add(setting.keys[0])
+
+    def check_schemas(self, bmcook: Any, scheme: Any, scheme_path: str | None) -> None:
+        """Checks what could be read; a file that could not makes all its sections unusable."""
+        for value, name, label, known in (
+            (bmcook, "bmcook", self.path, _BMCOOK),
+            (scheme, "l0_pruning", scheme_path or DEFAULT_SCHEME, _SCHEME),
+        ):
+            readable = value is not UNREADABLE
+            findings = schema_findings(value, name, label, self.set_by) if readable else []  # type: ignore[arg-type]
+            self.errors += [finding.error for finding in findings]
+            self.invalid |= {finding.section for finding in findings}
+            if not readable or any(not finding.section for finding in findings):
+                self.invalid |= set(known)
+
+
+def _inline(reader: _Reader, bmcook: dict[str, Any], settings: Sequence[Override]) -> None:
+    """Applies the overrides to `bmcook` and puts the content of companion files in the place of their paths."""
+    for setting in settings:
+        for keys in COMPANIONS:
+            if setting.keys[: len(keys)] == keys and len(setting.keys) > len(keys):
+                _read_companion(reader, bmcook, keys)  # the setting changes something inside the file
+        reader.apply([setting], bmcook)
+    for keys in COMPANIONS:
+        _read_companion(reader, bmcook, keys)
+
+
+def _read_companion(reader: _Reader, bmcook: dict[str, Any], keys: tuple[str, ...]) -> None:
+    node: Any = bmcook
+    for key in keys[:-1]:
+        node = node.get(key) if isinstance(node, dict) else None
+    path = node.get(keys[-1]) if isinstance(node, dict) else None
+    if not isinstance(path, str) or not path:
+        return
+    content = reader.read(path)
+    if isinstance(content, dict):
+        node[keys[-1]] = content
+    else:
+        del node[keys[-1]]  # else its absence of keys would be reported on top
+        reader.invalid.add(keys[0])
+        if content is not UNREADABLE:
+            reader.errors.append(UserError(f"{path}: not a JSON object", wanted=".".join(keys)))
+
+
+def _scheme_path(path: str, bmcook: Any) -> str | None:
+    """Where the scheme is; None if none is needed and none is there."""
+    bmcook = bmcook if isinstance(bmcook, dict) else {}
+    pruning = bmcook["pruning"] if isinstance(bmcook.get("pruning"), dict) else {}
+    stages = bmcook["stages"] if isinstance(bmcook.get("stages"), list) else []
+    named = pruning.get("l0_pruning")
+    scheme = str(Path(path).parent / (named if isinstance(named, str) else DEFAULT_SCHEME))
+    needed = isinstance(named, str) or pruning.get("is_pruning") is True
+    needed |= any(isinstance(stage, dict) and stage.get("name") != "pretrain" for stage in stages)
+    return scheme if needed or os.path.exists(scheme) else None
+
+
+_BMCOOK: dict[str, Any] = {
+    "output_dir": None,
+    "seed": None,
+    "model": ModelConfig,
+    "tokenizer": TokenizerConfig,
+    "data": DataConfig,
+    "training": TrainingConfig,
+    "deepspeed": None,
+    "distillation": DistillationConfig,
+    "logging": LoggingConfig,
+    "pruning": PruningConfig,
+    "stages": None,
+}
+_SCHEME: dict[str, Any] = {"coarse-grained": CoarseConfig, "fine-grained": FineConfig, "gates": GatesConfig}
+_FIELDS = {"coarse-grained": "coarse", "fine-grained": "fine"}
+"""Sections whose name in the file is no Python name."""
+
+
+def _sections(bmcook: Any, scheme: Any, invalid: set[str]) -> Sections:
+    """The fields of RunConfig that could be built."""
+    values: dict[str, Any] = {}
+    for content, known in ((bmcook, _BMCOOK), (scheme, _SCHEME)):
+        for key in known.keys() - invalid:
+            if key in content:
+                values[_FIELDS.get(key, key)] = _build(key, known[key], content[key])
+    return Sections(values=values, invalid=frozenset(_FIELDS.get(key, key) for key in invalid))
+
+
+def _build(key: str, section: Any, value: Any) -> Any:
+    if key == "stages":
+        entries = [dict(entry, training=_typed(TrainingConfig, entry.get("training", {}))) for entry in value]
+        return tuple(StageEntry(**entry) for entry in entries)
+    if section is None or value is None:
+        return value
+    fields = _typed(section, value)
+    fields.pop("l0_pruning", None)
+    if fields.get("learning_rate") == "auto":
+        fields["learning_rate"] = None
+    return section(**fields)
+
+
+def _typed(section: type, value: dict[str, Any]) -> dict[str, Any]:
+    """JSON's values as the types of the section's fields: whole numbers to floats, lists to tuples."""
+    hints = get_type_hints(section)
+    return {key: _converted(hints.get(key), entry) for key, entry in value.items()}
+
+
+def _converted(hint: Any, value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
+    if isinstance(value, int) and not isinstance(value, bool) and float in (get_args(hint) or (hint,)):
+        return float(value)
+    return value

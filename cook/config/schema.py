@@ -1,0 +1,234 @@
+"""Checks a JSON value against one of the two schemas and says in plain words what is wrong, all of it at once."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import jsonschema
+
+from cook.base.errors import UserError
+from cook.base.files import read_json
+
+SchemaName = Literal["bmcook", "l0_pruning"]
+Keys = tuple[str | int, ...]
+"""Where a value stands: the keys and list indices that lead to it."""
+
+MAX_DEPTH = 32
+"""Deepest nesting that is still read as a configuration; the schemas need 6."""
+
+TYPE_NAMES = {
+    "object": "an object",
+    "array": "a list",
+    "string": "a string",
+    "integer": "an integer",
+    "number": "a number",
+    "boolean": "true or false",
+    "null": "null",
+}
+LIMIT_NAMES = {
+    "minimum": "at least {}",
+    "exclusiveMinimum": "above {}",
+    "maximum": "at most {}",
+    "exclusiveMaximum": "below {}",
+    "multipleOf": "a multiple of {}",
+    "minLength": "of at least {} character(s)",
+    "minItems": "of at least {} item(s)",
+    "maxItems": "of at most {} item(s)",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One mistake, and the top-level section that cannot be used because of it."""
+
+    section: str
+    """Top-level key; empty if the whole file is affected."""
+
+    error: UserError
+    """What to tell the user."""
+
+
+@dataclass(frozen=True)
+class _Message:
+    problem: str
+    wanted: str | None
+    got: str | None = None
+    remedy: str | None = None
+
+
+@cache
+def load_schema(name: SchemaName) -> dict[str, Any]:
+    """The JSON schema of `bmcook.json` or of `l0_pruning.json`. Callers must not change it."""
+    return read_json(Path(__file__).parent / "schemas" / f"{name}.schema.json")
+
+
+def dotted(keys: Sequence[str | int]) -> str:
+    """Keys as the user writes them for `--set`: `stages.0.training.steps`."""
+    return ".".join(str(key) for key in keys)
+
+
+def subschema(name: SchemaName, keys: Sequence[str | int]) -> dict[str, Any]:
+    """The schema of the value at `keys`, its reference resolved; empty where the schema describes nothing."""
+    root = load_schema(name)
+    node = _resolved(root, root)
+    for key in keys:
+        below = node.get("items") if isinstance(key, int) else node.get("properties", {}).get(key)
+        if below is None:
+            return {}
+        node = _resolved(root, below)
+    return node
+
+
+def wanted(node: dict[str, Any]) -> str:
+    """What a subschema accepts, in words."""
+    if "title" in node:
+        return str(node["title"])
+    if "enum" in node:
+        return "one of " + ", ".join(json.dumps(value) for value in node["enum"])
+    types = node.get("type", [])
+    words = " or ".join(TYPE_NAMES[kind] for kind in ([types] if isinstance(types, str) else types))
+    if "minimum" in node and "maximum" in node:
+        limits = [f"from {node['minimum']} to {node['maximum']}"]
+        limits += [LIMIT_NAMES["multipleOf"].format(node["multipleOf"])] if "multipleOf" in node else []
+    else:
+        limits = [text.format(node[key]) for key, text in LIMIT_NAMES.items() if key in node]
+    return " ".join([words, ", ".join(limits)]).strip()
+
+
+def shown(value: Any) -> str:
+    """A value as an error message quotes it, shortened."""
+    if isinstance(value, dict):
+        return f"an object with {len(value)} key(s)"
+    if isinstance(value, list):
+        return f"a list of {len(value)} item(s)"
+    text = json.dumps(value, ensure_ascii=True)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def schema_findings(value: Any, name: SchemaName, label: str, set_by: dict[Keys, str] | None = None) -> list[Finding]:
+    """Every breach of a schema, in the order of the file.
+
+    Args:
+        value: The parsed file, overrides applied.
+        name: Which schema.
+        label: The file's path, for the messages.
+        set_by: For every value that an override wrote, the text of that override: it is blamed instead of the file.
+    """
+    deep = _too_deep(value)
+    if deep is not None:
+        what = f"{label}: nested deeper than {MAX_DEPTH} levels below {dotted(deep[:3])!r}"
+        return [Finding(section="", error=UserError(what))]
+    validator = _Validator(load_schema(name))
+    found: dict[Keys, UserError] = {}
+    for keys, message in _unusable(value):
+        found[keys] = _located(message, keys, label, set_by or {})
+    for error in validator.iter_errors(value):
+        place: Keys = tuple(error.absolute_path)
+        for keys, message in _messages(error, place, name):
+            # One mistake may break several keywords at one place; `wanted` names them all together.
+            found.setdefault(keys, _located(message, keys, label, set_by or {}))
+    return [
+        Finding(section=str(keys[0]) if keys else "", error=error)
+        for keys, error in sorted(found.items(), key=lambda item: _file_order(value, item[0]))
+    ]
+
+
+def _integer(_: Any, value: Any) -> bool:
+    # JSON Schema counts 10.0 as an integer; the dataclasses do not.
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+_Validator = jsonschema.validators.extend(
+    jsonschema.Draft202012Validator,
+    type_checker=jsonschema.Draft202012Validator.TYPE_CHECKER.redefine("integer", _integer),
+)
+
+
+def _resolved(root: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
+    if "$ref" not in node:
+        return node
+    target = root["$defs"][node["$ref"].removeprefix("#/$defs/")]
+    return {**_resolved(root, target), **{key: value for key, value in node.items() if key != "$ref"}}
+
+
+def _walk(value: Any) -> Iterator[tuple[Keys, Any]]:
+    # A stack of our own: deep nesting would break a recursive walk.
+    stack: list[tuple[Keys, Any]] = [((), value)]
+    while stack:
+        keys, node = stack.pop()
+        yield keys, node
+        if len(keys) <= MAX_DEPTH:
+            children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+            stack.extend(((*keys, key), child) for key, child in children)
+
+
+def _too_deep(value: Any) -> Keys | None:
+    return next((keys for keys, _ in _walk(value) if len(keys) > MAX_DEPTH), None)
+
+
+def _unusable(value: Any) -> Iterator[tuple[Keys, _Message]]:
+    """Values that JSON can write and no run can use, wherever they stand."""
+    for keys, node in _walk(value):
+        if isinstance(node, float) and not math.isfinite(node):  # strict JSON has no infinity, but 1e999 is read as one
+            yield keys, _Message("wrong value at", "a finite number", "a number too large to be stored")
+        if isinstance(node, str) and any("\ud800" <= letter <= "\udfff" for letter in node):
+            yield keys, _Message("wrong value at", "text", shown(node), "half of a surrogate pair is no character")
+
+
+def _messages(
+    error: jsonschema.ValidationError, place: Keys, name: SchemaName
+) -> Iterator[tuple[Keys, _Message]]:
+    node = subschema(name, place)
+    instance: Any = error.instance
+    if error.validator == "additionalProperties":
+        known = list(node["properties"])
+        for key in instance:
+            if key not in node["properties"]:
+                yield (*place, key), _unknown_key(key, known)
+    elif error.validator == "required":
+        for key in node["required"]:
+            if key not in instance:
+                described = subschema(name, (*place, key)).get("description")
+                yield (*place, key), _Message(problem="missing key", wanted=described)
+    else:
+        quote = node.get("type") in ("string", ["string", "null"]) and isinstance(instance, int | float)
+        remedy = "put it in double quotes" if quote else None
+        yield place, _Message("wrong value at", wanted(node), shown(instance), remedy)
+
+
+def _unknown_key(key: str, known: list[str]) -> _Message:
+    near = difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.6)
+    if near:
+        return _Message(problem="unknown key", wanted=None, remedy=f"did you mean {near[0]!r}?")
+    return _Message(problem="unknown key", wanted="one of " + ", ".join(known))
+
+
+def _located(message: _Message, keys: Keys, label: str, set_by: dict[Keys, str]) -> UserError:
+    shorter = (lambda path: min(len(path), len(keys))) if message.problem == "unknown key" else len
+    blamed = [text for path, text in set_by.items() if keys[: len(path)] == path[: shorter(path)]]
+    origin = f"--set {blamed[-1]}" if blamed else label
+    where = repr(dotted(keys)) if keys else "the top"
+    return UserError(
+        f"{origin}: {message.problem} {where}", wanted=message.wanted, got=message.got, remedy=message.remedy
+    )
+
+
+def _file_order(value: Any, keys: Keys) -> tuple[int, ...]:
+    """Sort key: the position at every level; a key that is missing comes after those that are there."""
+    order = []
+    for key in keys:
+        if isinstance(value, dict):
+            names = list(value)
+            order.append(names.index(str(key)) if key in value else len(names))
+            value = value.get(str(key))
+        else:
+            order.append(int(key))
+            value = value[key] if isinstance(value, list) and isinstance(key, int) else None
+    return tuple(order)

@@ -1,0 +1,305 @@
+"""What a run is told to do, as frozen dataclasses: one a section of `bmcook.json` and of the scheme `l0_pruning.json`.
+
+A component receives its own section, never the whole `RunConfig`. The defaults here are the only ones: the JSON schemas
+repeat them for the reader, and a test holds the two together. Paths are strings as the user wrote them; they are
+relative to the current working directory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from cook.config.scheme import CoarseConfig, FineConfig, GatesConfig, MaskMethod, PruneMode
+
+StageName = Literal[
+    "pretrain",
+    "layer_mask",
+    "layer_finetune",
+    "att_mask",
+    "att_finetune",
+    "ffn_mask",
+    "ffn_finetune",
+    "random_baseline",
+]
+"""The stages of the recipe, each a training run of its own."""
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Schedule = Literal["cosine", "linear", "constant"]
+DataType = Literal["python_stdlib", "text", "jsonl"]
+TokenizerType = Literal["sentencepiece", "hf"]
+ModelType = Literal["cpm_ant"]
+
+STAGE_NAMES: tuple[StageName, ...] = get_args(StageName)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The model to train or prune: a description, pretrained weights, or both. At least one of the two is given."""
+
+    type: ModelType
+    """Model family; an adapter of this name describes what can be pruned in it."""
+
+    config: dict[str, Any] | None = None
+    """CPM-Live's configuration keys. A path to a JSON file in `bmcook.json` has been replaced by the file's content."""
+
+    path: str | None = None
+    """Pretrained weights: a Hugging Face folder, or a CPM-Live `.pt` file that `config` describes. None: random."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """The tokenizer that turns the corpus into ids."""
+
+    type: TokenizerType
+    """`sentencepiece`: a `.model` file; `hf`: a folder that Hugging Face's AutoTokenizer reads."""
+
+    path: str | None = None
+    """The tokenizer's file or folder. None (sentencepiece only): the run trains one on the corpus."""
+
+    vocab_size: int
+    """Number of ids; at most the model's vocabulary."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The corpus, and how rows are cut from it."""
+
+    type: DataType
+    """`python_stdlib`: the running Python's standard library; `text`: plain files; `jsonl`: one JSON object a line."""
+
+    paths: tuple[str, ...] = ()
+    """Files, folders or glob patterns of the corpus; empty for `python_stdlib`."""
+
+    text_field: str = "text"
+    """Key that holds the text in a JSON line."""
+
+    held_out: float = 0.03
+    """Fraction of the documents kept for evaluation, split by file or document; unused if `held_out_paths` is given."""
+
+    held_out_paths: tuple[str, ...] = ()
+    """Files, folders or glob patterns of a separate evaluation corpus."""
+
+    max_length: int
+    """Tokens in a row, the prompt included."""
+
+    cache_dir: str | None = None
+    """Folder for the tokenised corpus. None: inside the output folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How one stage trains the weights. A stage's own overrides have the same keys."""
+
+    steps: int
+    """Optimizer steps."""
+
+    train_batch_size: int
+    """Rows a step, over all ranks and accumulation steps: micro_batch_size × accumulation × ranks."""
+
+    micro_batch_size: int
+    """Rows that one rank holds in memory at a time."""
+
+    learning_rate: float
+    """Peak learning rate of the weights."""
+
+    warmup: float = 0.05
+    """Fraction of the steps in which the learning rate rises linearly to its peak."""
+
+    schedule: Schedule = "cosine"
+    """Shape of the decay after the warmup."""
+
+    min_learning_rate: float = 0.1
+    """Learning rate at the last step, as a fraction of the peak; unused by `constant`."""
+
+    weight_decay: float = 0.0
+    """Decoupled weight decay (AdamW)."""
+
+    clip: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+
+    precision: Precision = "auto"
+    """Arithmetic of the forward and backward passes; `auto`: bf16 where the device has it, else fp32."""
+
+    train_weights: bool = True
+    """False: only the gates learn, the weights stay as they are."""
+
+    activation_checkpointing: bool = False
+    """True: blocks are computed again in the backward pass instead of being kept in memory."""
+
+    log_every: int = 10
+    """Steps between two log lines."""
+
+    save_every: int = 0
+    """Steps between two checkpoints; 0: only at the end of the stage."""
+
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay on disk."""
+
+    eval_rows: int = 256
+    """Held-out rows that an evaluation reads; 0: no evaluation."""
+
+    threads: int | None = None
+    """CPU threads a rank. None: the machine's cores shared out among its ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """A dense teacher whose outputs the pruned model imitates."""
+
+    teacher: str
+    """Folder of the teacher model."""
+
+    ce_scale: float = 0.0
+    """Weight of the cross entropy between the teacher's and the student's token distributions."""
+
+    ce_temp: float = 1.0
+    """Temperature that softens both distributions."""
+
+    mse_hidn_scale: float = 0.0
+    """Weight of the mean squared error between hidden states."""
+
+    mse_hidn_module: tuple[str, ...] = ()
+    """Pairs `[post]student.module:[post]teacher.module`; `[pre]` takes a module's input, `[post]` its output."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """Where a run reports to, beside its log file."""
+
+    tensorboard: bool = True
+    """True: scalars for TensorBoard are written inside the output folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningConfig:
+    """The `pruning` section: whether to prune, what, and at which grain."""
+
+    is_pruning: bool
+    """False: plain pretraining."""
+
+    pruning_mask_path: str | None = None
+    """Path of an unstructured mask; always None here."""
+
+    pruned_module: tuple[str, ...]
+    """Suffixes of the weight names that may be pruned; nothing else is."""
+
+    mask_method: MaskMethod
+    """Grain of the single stage that the two files describe."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageEntry:
+    """One stage of the recipe."""
+
+    name: StageName
+    """Which stage."""
+
+    training: dict[str, Any] = field(default_factory=dict)
+    """Fields of TrainingConfig that this stage changes, already of the right type."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigSource:
+    """The two files that a configuration was read from."""
+
+    bmcook: str
+    """What to do."""
+
+    l0_pruning: str | None
+    """The scheme; None if plain pretraining was asked for and there is no such file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything a run is told, checked as a whole. Made by `cook.config.load.load_config`."""
+
+    output_dir: str
+    """Folder for all that the run writes, the mask files apart, which have paths of their own."""
+
+    seed: int = 0
+    """Seed of the weights, the data order and the gates' noise."""
+
+    model: ModelConfig
+    """The model."""
+
+    tokenizer: TokenizerConfig
+    """The tokenizer."""
+
+    data: DataConfig
+    """The corpus."""
+
+    training: TrainingConfig
+    """The training of every stage that does not say otherwise; ask `training_for`."""
+
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """A plain DeepSpeed configuration, its "auto" values not yet filled in."""
+
+    distillation: DistillationConfig | None = None
+    """The teacher, or None."""
+
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """Reporting."""
+
+    pruning: PruningConfig
+    """Whether to prune, what, and at which grain."""
+
+    coarse: CoarseConfig | None = None
+    """The scheme for whole blocks, where given."""
+
+    fine: FineConfig | None = None
+    """The scheme for heads and dims, where given."""
+
+    gates: GatesConfig = field(default_factory=GatesConfig)
+    """How gates learn."""
+
+    stages: tuple[StageEntry, ...] = ()
+    """The recipe, in order; empty if the files describe a single stage only."""
+
+    source: ConfigSource
+    """Where all this was read."""
+
+
+def training_for(config: RunConfig, stage_name: str) -> TrainingConfig:
+    """The training section with the overrides of one stage applied; unchanged for a stage that the recipe lacks."""
+    for entry in config.stages:
+        if entry.name == stage_name:
+            return dataclasses.replace(config.training, **entry.training)
+    return config.training
+
+
+def described_stage(config: RunConfig) -> StageName:
+    """The one stage that `is_pruning`, `mask_method`, `train_mask` and `prune_mode` describe together."""
+    if not config.pruning.is_pruning:
+        return "pretrain"
+    if config.pruning.mask_method == "coarse-grained":
+        assert config.coarse is not None, "the loader lets no coarse-grained stage pass without its section"
+        return "layer_mask" if config.coarse.train_mask else "layer_finetune"
+    assert config.fine is not None, "the loader lets no fine-grained stage pass without its section"
+    if config.fine.prune_mode == "att":
+        return "att_mask" if config.fine.train_mask else "att_finetune"
+    return "ffn_mask" if config.fine.train_mask else "ffn_finetune"
+
+
+def for_stage(config: RunConfig, stage_name: StageName) -> RunConfig:
+    """The configuration whose switches describe `stage_name` and whose `training` holds that stage's overrides.
+
+    `random_baseline` finetunes a masked model, so its switches are left as they stand.
+    """
+    pruning, coarse, fine = config.pruning, config.coarse, config.fine
+    unit, _, kind = stage_name.partition("_")
+    if stage_name == "pretrain":
+        pruning = dataclasses.replace(pruning, is_pruning=False)
+    elif unit == "layer":
+        assert coarse is not None, "the loader lets no layer stage pass without the coarse-grained section"
+        pruning = dataclasses.replace(pruning, is_pruning=True, mask_method="coarse-grained")
+        coarse = dataclasses.replace(coarse, train_mask=kind == "mask")
+    elif unit in ("att", "ffn"):
+        assert fine is not None, "the loader lets no att or ffn stage pass without the fine-grained section"
+        pruning = dataclasses.replace(pruning, is_pruning=True, mask_method="fine-grained")
+        mode: PruneMode = "att" if unit == "att" else "ffn"
+        fine = dataclasses.replace(fine, train_mask=kind == "mask", prune_mode=mode)
+    return dataclasses.replace(
+        config, pruning=pruning, coarse=coarse, fine=fine, training=training_for(config, stage_name)
+    )

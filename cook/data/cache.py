@@ -1,0 +1,90 @@
+"""Cached folders: whole or absent, rebuilt whenever what they were made from has changed.
+
+A folder's manifest lists the size of every file, the fingerprint of the inputs and a few facts. One builder works at a
+time in a cache; a killed builder leaves a folder aside that the next one removes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cook.base.errors import UserError
+from cook.base.files import fsync_folder, read_json, write_json
+
+MANIFEST = "manifest.json"
+
+
+def fingerprint_of(*parts: Any) -> str:
+    """Hex SHA-256 of JSON-able values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a whole folder; None if it is missing, or a file is missing or has another size."""
+    try:
+        manifest = read_json(folder / MANIFEST)
+        sizes = {name: (folder / name).stat().st_size for name in manifest["files"]}
+    except (UserError, OSError, KeyError, TypeError):
+        return None
+    return manifest if sizes == manifest["files"] else None
+
+
+def cached_folder(cache: Path, kind: str, fingerprint: str, build: Callable[[Path], dict[str, Any]]) -> Path:
+    """The folder `<cache>/<kind>-<fingerprint>`, built if it is not there or not whole.
+
+    Args:
+        cache: The cache, made if missing.
+        kind: First part of the folder's name.
+        fingerprint: Of everything that the content depends on.
+        build: Writes files into the folder that it is given; returns facts for the manifest.
+
+    Raises:
+        UserError: The cache cannot be written.
+    """
+    folder = cache / f"{kind}-{fingerprint[:16]}"
+    if _is_current(folder, fingerprint):
+        return folder
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with open(cache / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            # Another run may have built it while this one waited.
+            if not _is_current(folder, fingerprint):
+                _build(folder, fingerprint, build)
+    except OSError as error:
+        raise UserError(
+            f"{cache}: the cache of prepared data cannot be written: {error.strerror}",
+            remedy="free some space, or name another folder in data.cache_dir",
+        ) from error
+    return folder
+
+
+def _is_current(folder: Path, fingerprint: str) -> bool:
+    manifest = read_manifest(folder)
+    return manifest is not None and manifest.get("fingerprint") == fingerprint
+
+
+def _build(folder: Path, fingerprint: str, build: Callable[[Path], dict[str, Any]]) -> None:
+    aside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        facts = build(aside)
+        names = sorted(path.name for path in aside.iterdir())
+        for name in names:
+            with open(aside / name, "rb") as file:
+                os.fsync(file.fileno())
+        files = {name: (aside / name).stat().st_size for name in names}
+        write_json(aside / MANIFEST, {"fingerprint": fingerprint, **facts, "files": files})
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(aside, folder)
+        fsync_folder(folder.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

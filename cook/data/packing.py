@@ -1,0 +1,293 @@
+"""CPM-Ant rows: documents cut into samples, samples packed into rows, rows turned into batches.
+
+A row is a block of `prompt_length` prompt ids followed by `max_length - prompt_length` tokens. A sample is
+`<s> piece </s>`; a row holds one or more samples, and `span` numbers them from 0 so that attention, which needs
+span[q] == span[k], keeps them apart.
+
+The prompt and spans. CPM-Live puts a prompt in front of every sample and packs the two together, so each sample of a
+row sees a prompt of its own. The model reads prompt ids only in a row's first `prompt_length` positions; there is room
+for one prompt, and it belongs to the row's first sample (span 0), exactly as the first sample's does in CPM-Live. Later
+samples of a row see no prompt. Documents are therefore cut so that most pieces fill a row alone; only the ends of
+documents and short documents share rows (see `share_without_prompt` in the statistics). The position bias depends on
+distances inside a sample and is right for every sample.
+
+The task is language modelling (task 2 in CPM-Live's numbering of prompts): the prompt is context, the text is not, so
+text attends causally, and the target at position i is the token at i + 1 of the same sample.
+
+Shapes: R rows, B rows of a batch, P prompt_length, T max_length - prompt_length, N samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from cook.base.errors import UserError
+from cook.data.cache import read_manifest
+
+LM_TASK = 2
+TEXT_SEGMENT = 2
+NO_TARGET = -100
+PADDING_SPAN = -1
+
+MIN_REST = 32
+"""The end of a longer document is dropped if it is shorter than this many tokens (CPM-Live's rule)."""
+
+MIN_DOCUMENT = 8
+"""A whole document is dropped if it is shorter than this many tokens."""
+
+OPEN_ROWS = 1024
+"""First fit looks at this many of the rows opened last: linear time, however large the corpus."""
+
+_PIECES_AT_ONCE = 1 << 14  # bounds the memory of filling rows
+
+
+class Pieces(NamedTuple):
+    """Stretches of a flat token array, in document order: `begin_N` and `size_N` (int64)."""
+
+    begin_N: np.ndarray
+    size_N: np.ndarray
+
+
+class Places(NamedTuple):
+    """Where each sample goes: its row, its first column in the row's text, its number in the row (int64)."""
+
+    row_N: np.ndarray
+    column_N: np.ndarray
+    span_N: np.ndarray
+
+
+def cut(offsets: np.ndarray, max_size: int) -> Pieces:
+    """Cuts documents into pieces of `max_size` tokens and a rest; `MIN_REST` and `MIN_DOCUMENT` say what is dropped.
+
+    Args:
+        offsets: (num_documents + 1,), document d is tokens offsets[d]:offsets[d + 1].
+        max_size: Largest piece, without `<s>` and `</s>`.
+    """
+    begins, lengths = np.asarray(offsets[:-1], np.int64), np.diff(np.asarray(offsets, np.int64))
+    full, rest = np.divmod(lengths, max_size)
+    keeps_rest = np.where(full > 0, rest >= MIN_REST, rest >= MIN_DOCUMENT)
+    counts = full + keeps_rest
+    document_N = np.repeat(np.arange(len(lengths)), counts)
+    ordinal_N = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    start_N = ordinal_N * max_size
+    return Pieces(begins[document_N] + start_N, np.minimum(max_size, lengths[document_N] - start_N))
+
+
+def first_fit(sizes_N: np.ndarray, row_size: int) -> Places:
+    """Puts each sample into the first row with room for it, among the `OPEN_ROWS` shared rows opened last.
+
+    A sample as large as a row has a row of its own. Rows are numbered in the order in which they are opened.
+
+    Args:
+        sizes_N: Sample sizes, `<s>` and `</s>` included, each at most `row_size`.
+        row_size: Tokens in a row, without the prompt.
+    """
+    num_samples = len(sizes_N)
+    places = Places(*(np.zeros(num_samples, np.int64) for _ in range(3)))
+    num_shared = int((sizes_N < row_size).sum())
+    free, count, number = (np.zeros(num_shared, np.int64) for _ in range(3))
+    opened = num_rows = 0
+    for sample, size in enumerate(sizes_N.tolist()):
+        if size == row_size:
+            places.row_N[sample] = num_rows
+            num_rows += 1
+            continue
+        first = max(0, opened - OPEN_ROWS)
+        fits = free[first:opened] >= size
+        slot = first + int(fits.argmax()) if fits.any() else opened
+        if slot == opened:
+            free[slot], number[slot] = row_size, num_rows
+            opened, num_rows = opened + 1, num_rows + 1
+        places.row_N[sample] = number[slot]
+        places.column_N[sample] = row_size - free[slot]
+        places.span_N[sample] = count[slot]
+        free[slot] -= size
+        count[slot] += 1
+    return places
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedRows:
+    """Rows in compact form, usually memory-mapped; batches are built on the fly."""
+
+    tokens_RT: np.ndarray
+    """int32, `<s>` and `</s>` included, 0 after the last sample."""
+
+    spans_RT: np.ndarray
+    """int16, the sample's number in its row, -1 after the last sample."""
+
+    lengths: np.ndarray
+    """int32 (R,), used positions of each row, prompt included."""
+
+    num_targets: np.ndarray
+    """int32 (R,), positions of each row that have a target."""
+
+    prompt_length: int
+    """P, prompt positions in front of the text."""
+
+    fingerprint: str
+    """Of everything that the rows depend on; a resumed run compares it with the one it started with."""
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def max_length(self) -> int:
+        """Positions of a row, prompt included."""
+        return self.prompt_length + self.tokens_RT.shape[1]
+
+    def batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
+        """Builds CPM-Live's batch of some rows.
+
+        Args:
+            indices: (B,) row numbers.
+
+        Returns:
+            `input, position, segment, span, targets` int64 (B, P + T), `context` bool (B, P + T), `length` int64 (B,).
+            Targets are already shifted: the target at i is the token at i + 1, or -100.
+        """
+        tokens_BT = np.asarray(self.tokens_RT[indices], dtype=np.int64)
+        span_BT = np.asarray(self.spans_RT[indices], dtype=np.int64)
+        num, prompt = len(tokens_BT), self.prompt_length
+        is_text_BT = span_BT != PADDING_SPAN
+
+        goes_on_BT = np.zeros_like(is_text_BT)  # the next position belongs to the same sample
+        goes_on_BT[:, :-1] = is_text_BT[:, 1:] & (span_BT[:, 1:] == span_BT[:, :-1])
+        next_BT = np.roll(tokens_BT, -1, axis=1)
+        column_T = np.arange(tokens_BT.shape[1])
+        begins_BT = np.concatenate([np.ones((num, 1), bool), span_BT[:, 1:] != span_BT[:, :-1]], axis=1)
+        start_BT = np.maximum.accumulate(np.where(begins_BT, column_T, 0), axis=1)
+
+        def row(prompt_P: np.ndarray | int, text_BT: np.ndarray) -> torch.Tensor:
+            front_BP = np.broadcast_to(np.asarray(prompt_P, dtype=text_BT.dtype), (num, prompt))
+            return torch.from_numpy(np.concatenate([front_BP, text_BT], axis=1))
+
+        return {
+            "input": row(np.arange(prompt) + prompt * LM_TASK, tokens_BT),
+            "length": torch.from_numpy(np.asarray(self.lengths[indices], dtype=np.int64)),
+            "context": row(1, np.zeros_like(is_text_BT)),
+            "position": row(np.arange(prompt), np.where(is_text_BT, prompt + column_T - start_BT, 0)),
+            "segment": row(0, np.where(is_text_BT, TEXT_SEGMENT, 0)),
+            "span": row(0, span_BT),
+            "targets": row(NO_TARGET, np.where(goes_on_BT, next_BT, NO_TARGET)),
+        }
+
+
+def text_capacity(max_length: int, prompt_length: int) -> int:
+    """Tokens of the largest piece in a row.
+
+    Raises:
+        UserError: A row has no room for the shortest document.
+    """
+    capacity = max_length - prompt_length - 2
+    if capacity < MIN_DOCUMENT:
+        raise UserError(
+            "data.max_length leaves too little room after the prompt",
+            wanted=f"at least {prompt_length + 2 + MIN_DOCUMENT} with a prompt of {prompt_length}",
+            got=max_length,
+        )
+    return capacity
+
+
+def pack(
+    tokens: np.ndarray, offsets: np.ndarray, *, row_size: int, bos_id: int, eos_id: int, folder: Path, part: str
+) -> dict[str, float]:
+    """Cuts and packs documents and writes the rows' arrays as `<part>.*.npy`.
+
+    Args:
+        tokens: Flat ids of all documents.
+        offsets: (num_documents + 1,) document borders in `tokens`.
+        row_size: T, tokens in a row without the prompt.
+        bos_id: `<s>`.
+        eos_id: `</s>`.
+        folder: Where to write.
+        part: `train` or `held_out`.
+
+    Returns:
+        Statistics: rows, samples, targets, dropped_tokens, filled (share of T in use), and share_without_prompt (share
+        of the targets in samples that are not their row's first).
+    """
+    pieces = cut(offsets, row_size - 2)
+    sizes_N = pieces.size_N + 2
+    places = first_fit(sizes_N, row_size)
+    num_rows = int(places.row_N.max(initial=-1)) + 1
+
+    def array(name: str, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+        return np.lib.format.open_memmap(folder / f"{part}.{name}.npy", mode="w+", dtype=dtype, shape=shape)
+
+    if num_rows:  # an empty file cannot be mapped; the caller reports it
+        tokens_RT = array("tokens", np.int32, (num_rows, row_size))
+        spans_RT = array("spans", np.int16, (num_rows, row_size))
+        spans_RT[:] = PADDING_SPAN
+        for some in _blocks(len(sizes_N)):
+            _fill(tokens_RT, spans_RT, tokens, pieces, places, some, bos_id, eos_id)
+        array("used", np.int32, (num_rows,))[:] = np.bincount(places.row_N, sizes_N, num_rows)
+        array("num_targets", np.int32, (num_rows,))[:] = np.bincount(places.row_N, sizes_N - 1, num_rows)
+    num_targets = int((sizes_N - 1).sum())
+    return {
+        "rows": num_rows,
+        "samples": len(sizes_N),
+        "targets": num_targets,
+        "dropped_tokens": len(tokens) - int(pieces.size_N.sum()),
+        "filled": float(sizes_N.sum() / max(num_rows * row_size, 1)),
+        "share_without_prompt": float((sizes_N - 1)[places.span_N > 0].sum() / max(num_targets, 1)),
+    }
+
+
+def open_rows(folder: Path, part: str, prompt_length: int) -> PackedRows:
+    """Maps the rows that `pack` wrote into a cached folder.
+
+    Raises:
+        UserError: The folder is missing or damaged.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise UserError(f"{folder}: prepared data is missing or damaged", remedy="start again, it is rebuilt then")
+    load = {name: np.load(folder / f"{part}.{name}.npy", mmap_mode="r") for name in ("tokens", "spans")}
+    used, num_targets = (np.load(folder / f"{part}.{name}.npy") for name in ("used", "num_targets"))
+    return PackedRows(
+        tokens_RT=load["tokens"],
+        spans_RT=load["spans"],
+        lengths=used + np.int32(prompt_length),
+        num_targets=num_targets,
+        prompt_length=prompt_length,
+        fingerprint=manifest["fingerprint"],
+    )
+
+
+def _blocks(count: int) -> Iterator[slice]:
+    for begin in range(0, count, _PIECES_AT_ONCE):
+        yield slice(begin, begin + _PIECES_AT_ONCE)
+
+
+def _fill(
+    tokens_RT: np.ndarray,
+    spans_RT: np.ndarray,
+    tokens: np.ndarray,
+    pieces: Pieces,
+    places: Places,
+    some: slice,
+    bos_id: int,
+    eos_id: int,
+) -> None:
+    """Writes some samples into their rows, all tokens of all samples at once."""
+    begin_N, size_N = pieces.begin_N[some], pieces.size_N[some]
+    row_N, column_N, span_N = (array[some] for array in places)
+    tokens_RT[row_N, column_N] = bos_id
+    tokens_RT[row_N, column_N + 1 + size_N] = eos_id
+
+    def inside(sizes_N: np.ndarray) -> np.ndarray:
+        return np.arange(sizes_N.sum()) - np.repeat(np.cumsum(sizes_N) - sizes_N, sizes_N)
+
+    ordinal = inside(size_N)
+    tokens_RT[np.repeat(row_N, size_N), np.repeat(column_N + 1, size_N) + ordinal] = tokens[
+        np.repeat(begin_N, size_N) + ordinal
+    ]
+    whole_N = size_N + 2
+    spans_RT[np.repeat(row_N, whole_N), np.repeat(column_N, whole_N) + inside(whole_N)] = np.repeat(span_N, whole_N)

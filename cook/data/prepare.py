@@ -1,0 +1,218 @@
+"""From a corpus to rows on the disk, in three cached steps: the tokenizer, the tokens, the rows.
+
+Each step's folder is named by a fingerprint of all that it depends on, so a changed file, tokenizer or length makes a
+new folder and an unchanged one is used again. One process prepares; the others wait for it and read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cook.base.errors import UserError
+from cook.data.cache import cached_folder, fingerprint_of, read_manifest
+from cook.data.corpus import Corpus, Document, open_corpus, split
+from cook.data.packing import pack, text_capacity
+from cook.data.progress import Progress
+from cook.vocab.load import load_tokenizer
+from cook.vocab.protocol import Tokenizer
+from cook.vocab.sentencepiece import train_sentencepiece
+
+FORMAT = 1
+"""Raised whenever the same inputs would give other files."""
+
+TOKENIZER_SEED = 0
+PARTS = ("train", "held_out")
+_CHARS_AT_ONCE = 1 << 20
+
+
+@dataclass(frozen=True)
+class SplitCorpus:
+    """A corpus and which of its documents are held out: some of its own, or all of a second corpus."""
+
+    corpus: Corpus
+    is_held_out: np.ndarray
+    """bool (num_documents,), over the documents of `corpus`."""
+
+    evaluation: Corpus | None
+    fingerprint: str
+
+    @property
+    def size(self) -> int:
+        """Bytes in all files."""
+        return self.corpus.size + (self.evaluation.size if self.evaluation else 0)
+
+    def documents(self) -> Iterator[tuple[Document, bool]]:
+        """Every document, and whether it is held out."""
+        yield from zip(self.corpus.documents(), self.is_held_out.tolist(), strict=True)
+        if self.evaluation is not None:
+            yield from ((document, True) for document in self.evaluation.documents())
+
+    def training_texts(self) -> Iterator[str]:
+        """Texts of the documents that are not held out."""
+        return (document.text for document, held_out in self.documents() if not held_out)
+
+
+def open_split(data: Any) -> SplitCorpus:
+    """Opens the corpus of a data section and splits it.
+
+    Args:
+        data: `type, paths, text_field, held_out, held_out_paths` of the configuration's data section.
+
+    Raises:
+        UserError: The corpus is missing, empty, malformed or too small to split.
+    """
+    corpus = open_corpus(data.type, data.paths, text_field=data.text_field)
+    if data.held_out_paths:
+        # The standard library is one fixed corpus, so files given beside it can only be plain text.
+        kind = data.type if data.type != "python_stdlib" else "text"
+        evaluation = open_corpus(kind, data.held_out_paths, text_field=data.text_field)
+        num_documents = sum(1 for _ in corpus.documents())
+        key = fingerprint_of(FORMAT, corpus.fingerprint(), evaluation.fingerprint())
+        return SplitCorpus(corpus, np.zeros(num_documents, bool), evaluation, key)
+    is_held_out = split((document.name for document in corpus.documents()), data.held_out)
+    return SplitCorpus(corpus, is_held_out, None, fingerprint_of(FORMAT, corpus.fingerprint(), data.held_out))
+
+
+def prepare_tokenizer(tokenizer_config: Any, corpus: SplitCorpus, cache: Path) -> Path:
+    """The tokenizer's file or folder: the one that the configuration names, or one trained on the training documents.
+
+    Args:
+        tokenizer_config: `type, path, vocab_size` of the configuration's tokenizer section.
+        corpus: What to train on.
+        cache: Where a trained tokenizer is kept.
+
+    Raises:
+        UserError: No tokenizer is named and the type cannot be trained, or the corpus does not give that many pieces.
+    """
+    if tokenizer_config.path is not None:
+        return Path(tokenizer_config.path)
+    if tokenizer_config.type != "sentencepiece":
+        raise UserError("tokenizer.path is missing", wanted="a folder", remedy="or set tokenizer.type: sentencepiece")
+
+    def build(folder: Path) -> dict[str, Any]:
+        train_sentencepiece(
+            corpus.training_texts(),
+            folder / "sentencepiece.model",
+            vocab_size=tokenizer_config.vocab_size,
+            seed=TOKENIZER_SEED,
+        )
+        return {"vocab_size": tokenizer_config.vocab_size}
+
+    key = fingerprint_of("tokenizer", corpus.fingerprint, tokenizer_config.vocab_size, TOKENIZER_SEED)
+    return cached_folder(cache, "tokenizer", key, build) / "sentencepiece.model"
+
+
+def open_tokenizer(tokenizer_config: Any, path: Path) -> Tokenizer:
+    """Loads the prepared tokenizer and holds it to the configured size.
+
+    Raises:
+        UserError: It cannot be read, or has more ids than `vocab_size`.
+    """
+    tokenizer = load_tokenizer(tokenizer_config.type, str(path))
+    if tokenizer.vocab_size > tokenizer_config.vocab_size:
+        raise UserError(
+            f"the tokenizer {path} has more ids than tokenizer.vocab_size",
+            wanted=f"at most {tokenizer_config.vocab_size}",
+            got=tokenizer.vocab_size,
+            remedy="raise tokenizer.vocab_size (and the model's), or name a smaller tokenizer",
+        )
+    return tokenizer
+
+
+def prepare_tokens(corpus: SplitCorpus, tokenizer: Tokenizer, cache: Path) -> Path:
+    """Tokenises the corpus once: per part, `<part>.tokens.bin` (flat ids) and `<part>.offsets.npy` (document borders).
+
+    Raises:
+        UserError: The tokenizer gave an id outside its vocabulary, or a document is malformed.
+    """
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
+
+    def build(folder: Path) -> dict[str, Any]:
+        lengths: dict[str, list[int]] = {part: [] for part in PARTS}
+        with ExitStack() as stack:
+            files = {part: stack.enter_context(open(folder / f"{part}.tokens.bin", "wb")) for part in PARTS}
+            progress = stack.enter_context(Progress("tokenising", corpus.size, unit="MB", scale=1e6))
+            for group in _groups(corpus.documents()):
+                encoded = tokenizer.encode_batch([document.text for document, _ in group])
+                for (document, held_out), ids in zip(group, encoded, strict=True):
+                    _check_ids(ids, tokenizer.vocab_size, document.name)
+                    part = PARTS[held_out]
+                    files[part].write(ids.astype(dtype).tobytes())
+                    lengths[part].append(len(ids))
+                progress.advance(sum(len(document.text) for document, _ in group))
+        for part in PARTS:
+            np.save(folder / f"{part}.offsets.npy", np.concatenate([[0], np.cumsum(lengths[part], dtype=np.int64)]))
+        counts = {part: {"documents": len(lengths[part]), "tokens": sum(lengths[part])} for part in PARTS}
+        return {"dtype": dtype.name, "skipped_files": list(corpus.corpus.skipped), **counts}
+
+    return cached_folder(cache, "tokens", fingerprint_of("tokens", corpus.fingerprint, tokenizer.fingerprint), build)
+
+
+def prepare_rows(
+    tokens_folder: Path, tokenizer: Tokenizer, *, max_length: int, prompt_length: int, cache: Path
+) -> Path:
+    """Cuts and packs the tokens of both parts into rows of `max_length`, prompt included.
+
+    Raises:
+        UserError: The length leaves no room for text, or a part has no row.
+    """
+    text_capacity(max_length, prompt_length)
+    manifest = read_manifest(tokens_folder)
+    assert manifest is not None
+
+    def build(folder: Path) -> dict[str, Any]:
+        statistics = {}
+        for part in PARTS:
+            statistics[part] = pack(
+                _map_tokens(tokens_folder / f"{part}.tokens.bin", manifest["dtype"]),
+                np.load(tokens_folder / f"{part}.offsets.npy"),
+                row_size=max_length - prompt_length,
+                bos_id=tokenizer.bos_id,
+                eos_id=tokenizer.eos_id,
+                folder=folder,
+                part=part,
+            )
+            if not statistics[part]["rows"]:
+                raise UserError(
+                    f"the {part.replace('_', '-')} part of the corpus is too small for a single row",
+                    got=f"{manifest[part]['documents']} documents, {manifest[part]['tokens']} tokens",
+                    remedy="give more text, or change data.held_out",
+                )
+        return {"max_length": max_length, "prompt_length": prompt_length, **statistics}
+
+    key = fingerprint_of("rows", manifest["fingerprint"], max_length, prompt_length, tokenizer.bos_id, tokenizer.eos_id)
+    return cached_folder(cache, "rows", key, build)
+
+
+def _map_tokens(path: Path, dtype: str) -> np.ndarray:
+    # An empty file cannot be mapped.
+    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
+
+
+def _groups(documents: Iterable[tuple[Document, bool]]) -> Iterator[list[tuple[Document, bool]]]:
+    """Documents in groups of about `_CHARS_AT_ONCE` characters, so that encoding has work for all cores."""
+    group: list[tuple[Document, bool]] = []
+    chars = 0
+    for item in documents:
+        group.append(item)
+        chars += len(item[0].text)
+        if chars >= _CHARS_AT_ONCE:
+            yield group
+            group, chars = [], 0
+    if group:
+        yield group
+
+
+def _check_ids(ids: np.ndarray, vocab_size: int, name: str) -> None:
+    if len(ids) and not (0 <= ids.min() and ids.max() < vocab_size):
+        raise UserError(
+            f"document {name}: the tokenizer gave an id outside its vocabulary",
+            wanted=f"0 to {vocab_size - 1}",
+            got=f"{ids.min()} to {ids.max()}",
+        )

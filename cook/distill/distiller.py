@@ -1,0 +1,106 @@
+"""Distillation: the student imitates a frozen teacher's token distribution and hidden states.
+
+Source: Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network" (2015), for the softened distributions
+and their factor T².
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from cook.base.errors import UserError
+
+
+def token_divergence(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, targets: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """T² · KL(teacher ‖ student) at temperature T, summed over the positions that have a target.
+
+    Args:
+        student_logits: `(batch, len, vocab)`.
+        teacher_logits: The same shape; carries no gradient.
+        targets: `(batch, len)`, −100 where there is nothing to predict.
+        temperature: T, divides both logits.
+    """
+    chosen = targets != -100
+    student = F.log_softmax(student_logits[chosen].float() / temperature, dim=-1)
+    teacher = F.log_softmax(teacher_logits[chosen].float() / temperature, dim=-1)
+    return temperature**2 * F.kl_div(student, teacher, reduction="sum", log_target=True)
+
+
+def hidden_error(student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean squared error a feature, summed over the positions that have a target; states are `(batch, len, dim)`."""
+    chosen = targets != -100
+    return (student[chosen].float() - teacher[chosen].float()).pow(2).mean(-1).sum()
+
+
+class Distiller:
+    """The extra loss of a step, from a batch and the student's logits.
+
+    Args:
+        student: The model in training; hooks read the hidden states that `hidden_pairs` names.
+        teacher: The dense model, on the student's device; it is put into eval mode and never trained.
+        ce_scale: Weight of `token_divergence`.
+        ce_temp: Its temperature.
+        mse_hidn_scale: Weight of `hidden_error`, summed over the pairs.
+        hidden_pairs: `[post]student.module:[post]teacher.module`; `[pre]` takes a module's input.
+    """
+
+    def __init__(
+        self,
+        student: torch.nn.Module,
+        teacher: torch.nn.Module,
+        *,
+        ce_scale: float,
+        ce_temp: float,
+        mse_hidn_scale: float,
+        hidden_pairs: Sequence[str],
+    ):
+        self._teacher = teacher.eval().requires_grad_(False)
+        self._ce_scale, self._ce_temp, self._mse_scale = ce_scale, ce_temp, mse_hidn_scale
+        pairs = [pair.split(":") for pair in hidden_pairs]
+        self._student_taps = [_Tap(student, place) for place, _ in pairs]
+        self._teacher_taps = [_Tap(teacher, place) for _, place in pairs]
+
+    def __call__(self, batch: dict[str, torch.Tensor], student_logits: torch.Tensor) -> torch.Tensor:
+        """The weighted sum of both losses over the batch's target tokens."""
+        targets = batch["targets"]
+        with torch.no_grad():
+            teacher_logits = self._teacher(**{k: v for k, v in batch.items() if k != "targets"}).logits
+        loss = student_logits.new_zeros((), dtype=torch.float32)
+        if self._ce_scale:
+            loss = loss + self._ce_scale * token_divergence(student_logits, teacher_logits, targets, self._ce_temp)
+        for mine, wanted in zip(self._student_taps, self._teacher_taps, strict=True):
+            loss = loss + self._mse_scale * hidden_error(mine.take(), wanted.take(), targets)
+        return loss
+
+    def remove(self) -> None:
+        """Takes the hooks off both models."""
+        for tap in (*self._student_taps, *self._teacher_taps):
+            tap.handle.remove()
+
+
+class _Tap:
+    """Keeps the last input or output of a module."""
+
+    def __init__(self, model: torch.nn.Module, place: str):
+        when, path = place[: place.index("]") + 1], place[place.index("]") + 1 :]
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            raise UserError(f"distillation.mse_hidn_module: the model has no module {path!r}") from None
+        self._value: torch.Tensor | None = None
+        register = module.register_forward_pre_hook if when == "[pre]" else module.register_forward_hook
+        self.handle = register(self._keep)
+
+    def _keep(self, _module: torch.nn.Module, *values: object) -> None:
+        last = values[-1]
+        self._value = last[0] if isinstance(last, tuple) else last  # type: ignore[assignment]
+
+    def take(self) -> torch.Tensor:
+        assert self._value is not None, "the module did not run"
+        value, self._value = self._value, None
+        return value

@@ -1,0 +1,35 @@
+"""The loss on held-out text, the same for any number of ranks and any batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from cook.base import distributed
+
+
+@torch.no_grad()
+def held_out_loss(
+    forward: Callable[..., Any], batches: Iterable[dict[str, torch.Tensor]], device: torch.device
+) -> float:
+    """Mean cross entropy a target token, in nats, over the batches of all ranks.
+
+    Args:
+        forward: Takes a batch by name and returns an object with `.logits` (batch, len, vocab).
+        batches: This rank's share, as many as on every other rank; `targets` are aligned, −100 is ignored.
+        device: Where `forward` computes.
+    """
+    total = torch.zeros(2, dtype=torch.float64)
+    for batch in batches:
+        batch = {key: value.to(device) for key, value in batch.items()}
+        targets = batch.pop("targets")
+        logits = forward(**batch).logits.flatten(0, 1).float()
+        loss = F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum")
+        total += torch.stack([loss.double(), (targets != -100).sum().double()]).cpu()
+    if distributed.world_size() > 1:
+        total = distributed.all_reduce_sum(total.to(device)).cpu()
+    assert total[1] > 0, "no held-out tokens"
+    return float(total[0] / total[1])

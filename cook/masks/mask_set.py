@@ -1,0 +1,106 @@
+"""Binary masks by group, and the guide's layout of them: row r of a fine mask belongs to the r-th kept block.
+
+A `Masks` mapping holds, for a group's name, a float32 tensor of 0 (removed) and 1 (kept); absent groups keep all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from cook.base.errors import UserError
+from cook.space.units import PruningSpace, UnitGroup
+
+Masks = Mapping[str, torch.Tensor]
+COARSE_KEYS = ("self_att_layer_z", "cross_att_layer_z", "ffn_layer_z")
+FINE_KEYS = {"heads": "heads_z", "dimff": "dimff_z"}
+SITE_OF = {"heads": "att", "dimff": "ffn"}
+
+
+def kept_counts(masks: Masks) -> dict[str, int]:
+    """How many units each masked group keeps."""
+    return {name: int(mask.sum()) for name, mask in masks.items()}
+
+
+def kept_groups(space: PruningSpace, masks: Masks, kind: str) -> list[UnitGroup]:
+    """The `heads` or `dimff` groups whose block is kept, from the bottom up."""
+    groups = [g for g in space.groups if g.kind == kind]
+    return [g for g in groups if bool(masks.get(space.block(g).name, torch.ones(1)).all())]
+
+
+def coarse_to_tensors(space: PruningSpace, masks: Masks) -> dict[str, torch.Tensor]:
+    """The coarse file's content: one number a layer and site, 0 also where the model has no such block."""
+    tensors = {"self_att_layer_z": torch.zeros(space.num_layers), "ffn_layer_z": torch.zeros(space.num_layers)}
+    for group in space.of("layer"):
+        key = "self_att_layer_z" if group.site == "att" else "ffn_layer_z"
+        tensors[key][group.layer] = float(masks.get(group.name, torch.ones(1)))
+    return {
+        "self_att_layer_z": tensors["self_att_layer_z"],
+        "cross_att_layer_z": torch.zeros(0),
+        "ffn_layer_z": tensors["ffn_layer_z"],
+    }
+
+
+def coarse_from_tensors(space: PruningSpace, tensors: Mapping[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
+    """Block masks by group name from a coarse file's content.
+
+    Raises:
+        UserError: the number of layers is another model's, or the mask keeps a block that the model lacks.
+    """
+    masks = {}
+    for key, site in (("self_att_layer_z", "att"), ("ffn_layer_z", "ffn")):
+        column = tensors[key]
+        if column.shape != (space.num_layers,):
+            raise UserError(
+                f"{source}: {key} is not this model's",
+                wanted=f"{space.num_layers} layers",
+                got=f"shape {tuple(column.shape)}",
+            )
+        present = {g.layer: g for g in space.of("layer") if g.site == site}
+        for layer, z in enumerate(column.tolist()):
+            if layer in present:
+                masks[present[layer].name] = torch.tensor([z])
+            elif z:
+                raise UserError(f"{source}: {key} keeps layer {layer}, which the model does not have (or may not prune)")
+    return masks
+
+
+def fine_to_tensors(space: PruningSpace, masks: Masks) -> dict[str, torch.Tensor]:
+    """The fine file's content: `heads_z`, `dimff_z` or both, whichever kinds `masks` holds.
+
+    Raises:
+        UserError: blocks have different numbers of units, which the layout cannot hold.
+    """
+    tensors = {}
+    for kind, key in FINE_KEYS.items():
+        groups = kept_groups(space, masks, kind)
+        if any(g.name in masks for g in groups):
+            if len({g.size for g in groups}) > 1:
+                raise UserError(f"{key}: the model's blocks have different sizes, which a mask file cannot hold")
+            tensors[key] = torch.stack([masks.get(g.name, torch.ones(g.size)) for g in groups])
+    return tensors
+
+
+def fine_from_tensors(
+    space: PruningSpace, block_masks: Masks, tensors: Mapping[str, torch.Tensor], kind: str, source: str
+) -> dict[str, torch.Tensor]:
+    """Masks of one kind by group name from a fine file's content.
+
+    Args:
+        space: The model's space.
+        block_masks: The coarse masks, which say to which blocks the rows belong.
+        tensors: The file's content.
+        kind: `heads` or `dimff`.
+        source: The file's name, for errors.
+    """
+    rows, groups = tensors[FINE_KEYS[kind]], kept_groups(space, block_masks, kind)
+    size = groups[0].size if groups else 0
+    if rows.shape != (len(groups), size):
+        raise UserError(
+            f"{source}: {FINE_KEYS[kind]} does not fit the model and its coarse mask",
+            wanted=f"{len(groups)} kept blocks × {size} units",
+            got=f"shape {tuple(rows.shape)}",
+            remedy="give the coarse mask with which this mask was trained",
+        )
+    return {group.name: row.clone() for group, row in zip(groups, rows, strict=True)}

@@ -1,0 +1,202 @@
+"""What a run shows while it works: a live bar on a terminal, plain lines in a pipe, and tables that are never cut."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import TextIO
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Column, Table
+from rich.text import Text
+
+from cook.report.human import human_count, human_duration
+from cook.report.tables import plain_table
+
+
+class Progress:
+    """The progress of one stage.
+
+    On a terminal a live bar; elsewhere one line for the first step, then at most one every `every` seconds, and one
+    for the last step. The time to go is estimated from the steps of this run alone, not those before a resume.
+
+    Args:
+        stage: The stage's name.
+        total_steps: The step at which the stage ends.
+        start_step: Steps that were done before this run.
+        enabled: False shows nothing: for all ranks but the first.
+        every: Seconds between plain lines.
+        final_target: The target sparsity at the end of its schedule, if the stage learns masks.
+        stream: Where to print; standard output if not given.
+        clock: Seconds, monotonic; replaced in tests.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        total_steps: int,
+        start_step: int = 0,
+        enabled: bool = True,
+        *,
+        every: float = 5.0,
+        final_target: float | None = None,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._stage, self._total, self._start_step, self._every = stage, total_steps, start_step, every
+        self._final_target, self._clock, self._enabled = final_target, clock, enabled
+        self._stream = stream or sys.stdout
+        self._started = clock()
+        self._last_line = -math.inf
+        self._bar: RichProgress | None = None
+        self._task = TaskID(0)
+        if enabled:
+            self._start_bar()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self.close()
+
+    def update(
+        self,
+        step: int,
+        *,
+        loss: float | None = None,
+        tokens_per_second: float | None = None,
+        expected: float | None = None,
+        target: float | None = None,
+    ) -> None:
+        """Shows that `step` steps of the stage are done.
+
+        Args:
+            step: Steps done, those before a resume included.
+            loss: The training loss, in nats a token.
+            tokens_per_second: Over all ranks.
+            expected: The expected sparsity now, 0 to 1.
+            target: The scheduled target for it now.
+        """
+        if not self._enabled:
+            return
+        numbers = _numbers(loss, tokens_per_second, expected, target, self._final_target)
+        remaining = f"ETA {human_duration(self._seconds_left(step))}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, numbers="  ".join([*numbers, remaining]))
+            return
+        now = self._clock()
+        if now - self._last_line >= self._every or step >= self._total:
+            self._last_line = now
+            count = f"{step:>{len(str(self._total))}}/{self._total}"
+            _say(self._stream, "  ".join([self._stage, count, *numbers, remaining]))
+
+    def note(self, text: str) -> None:
+        """Prints a line of its own, above the bar where there is one."""
+        if not self._enabled:
+            return
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            _say(self._stream, text)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands and gives the terminal back."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+            self._enabled = False
+
+    def _seconds_left(self, step: int) -> float:
+        done = step - self._start_step
+        return math.inf if done <= 0 else (self._clock() - self._started) / done * max(0, self._total - step)
+
+    def _start_bar(self) -> None:
+        console = Console(file=self._stream)
+        if not console.is_interactive:
+            return
+        # Texts may hold brackets, which rich would read as markup.
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=16),
+            TextColumn("{task.completed}/{task.total}", markup=False),
+            # Wraps on a narrow terminal, where rich's default would cut the end off.
+            TextColumn("{task.fields[numbers]}", markup=False, table_column=Column(overflow="fold")),
+        )
+        self._bar = RichProgress(*columns, console=console, refresh_per_second=4)
+        self._task = self._bar.add_task(self._stage, total=self._total, completed=self._start_step, numbers="")
+        self._bar.start()
+
+
+def print_table(
+    rows: Sequence[Mapping[str, object]], *, title: str | None = None, stream: TextIO | None = None
+) -> None:
+    """Prints rows as a table: rich on a terminal, aligned plain text elsewhere; no text is ever cut.
+
+    Args:
+        rows: Each maps a column's header to its value (None: an empty cell); the columns are those of all rows, in the
+            order in which they first appear.
+        title: A line above the table.
+        stream: Where to print; standard output if not given.
+    """
+    stream = stream or sys.stdout
+    headers = list(dict.fromkeys(header for row in rows for header in row))
+    cells = [["" if row.get(header) is None else str(row[header]) for header in headers] for row in rows]
+    console = Console(file=stream)
+    plain = plain_table(headers, cells) if headers else ""
+    # A terminal narrower than the table: rich would break words; plain lines wrap and stay whole.
+    if headers and console.is_interactive and max(map(cell_len, plain.splitlines())) + 2 * len(headers) < console.width:
+        table = Table(title=None if title is None else Text(title), title_justify="left")
+        for column, header in enumerate(headers):
+            table.add_column(Text(header), justify="right" if column else "left", overflow="fold")
+        for row in cells:
+            table.add_row(*map(Text, row))  # Text: brackets in a cell are no markup
+        console.print(table)
+        return
+    _say(stream, "\n".join(part for part in (title, plain) if part))
+
+
+def print_plan(
+    facts: Mapping[str, object],
+    stages: Sequence[Mapping[str, object]],
+    *,
+    title: str = "plan",
+    stream: TextIO | None = None,
+) -> None:
+    """Prints what a run is going to do: facts as `name: value` lines, then a table with one row a stage."""
+    stream = stream or sys.stdout
+    width = max((len(name) for name in facts), default=0) + 1
+    lines = [f"{name + ':':<{width}} {value}" for name, value in facts.items()]
+    _say(stream, "\n".join([title, *(f"  {line}" for line in lines)]))
+    if stages:
+        print_table(stages, stream=stream)
+
+
+def _say(stream: TextIO, text: str) -> None:
+    # A stream that is not Unicode gets question marks for what it lacks: an arrow must not end a training run.
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
+
+
+def _numbers(
+    loss: float | None,
+    tokens_per_second: float | None,
+    expected: float | None,
+    target: float | None,
+    final_target: float | None,
+) -> list[str]:
+    parts = []
+    if loss is not None:
+        parts.append(f"loss {loss:.3f}")
+    if tokens_per_second is not None:
+        parts.append(f"{human_count(tokens_per_second)} tok/s")
+    if expected is not None:
+        text = f"sparsity {expected:.3f}"
+        text += f" → {target:.3f}" if target is not None else ""
+        parts.append(text + (f" (target {final_target:.3f})" if final_target is not None else ""))
+    return parts

@@ -1,0 +1,90 @@
+"""What the figures share: colours, an empty figure, a smoothed line, labels that do not overlap, saving."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cook.base.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette: told apart with every kind of colour blindness.
+BLUE, ORANGE, GREEN, VERMILLION, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
+GREY, PALE, INK = "#8C8C8C", "#EDF1F5", "#222222"
+
+DPI = 100
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of `width` by `height` inches with no pyplot behind it."""
+    # Matplotlib takes most of a second to import: only a run that draws pays.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure: Figure, path: str | Path) -> Path:
+    """Writes the figure in the format that the file's suffix names, whole or not at all."""
+    path = Path(path)
+    image = io.BytesIO()
+    figure.savefig(image, format=path.suffix.removeprefix(".") or "png", dpi=DPI)
+    write_atomically(path, image.getvalue())
+    return path
+
+
+def message_figure(text: str, path: str | Path) -> Path:
+    """A figure that says why there is nothing to draw."""
+    figure = new_figure(8, 2.5)
+    figure.text(0.5, 0.5, text, ha="center", va="center", fontsize=12, color=INK)
+    return save(figure, path)
+
+
+def tidy(axes: Axes) -> None:
+    """Light grid, no box."""
+    axes.grid(True, color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """The mean over a centred window of about a thirtieth of the values, which does not lag; narrower at the ends."""
+    sums = [0.0, *itertools.accumulate(values)]
+    last = len(values) - 1
+    reach = len(values) // 60
+    windows = [min(reach, index, last - index) for index in range(len(values))]
+    return [(sums[i + half + 1] - sums[i - half]) / (2 * half + 1) for i, half in enumerate(windows)]
+
+
+def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Positions at least `gap` apart within [low, high], in the order of `wanted` (ascending), each near its wish.
+
+    When they cannot fit they are spaced evenly and closer than `gap`.
+    """
+    if not wanted:
+        return []
+    gap = min(gap, (high - low) / max(1, len(wanted) - 1))
+    places: list[float] = []
+    for wish in wanted:
+        places.append(max(wish, low if not places else places[-1] + gap))
+    # Pushing to the right may have left the range: push back from its end.
+    limit = high
+    for index in reversed(range(len(places))):
+        places[index] = min(places[index], limit)
+        limit = places[index] - gap
+    return places
+
+
+def numbers_of(records: Sequence[dict[str, Any]], x: str, y: str) -> tuple[list[float], list[float]]:
+    """The x and y values of the records that have both."""
+    pairs = [(r[x], r[y]) for r in records if r.get(x) is not None and r.get(y) is not None]
+    return [float(pair[0]) for pair in pairs], [float(pair[1]) for pair in pairs]

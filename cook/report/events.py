@@ -1,0 +1,211 @@
+"""The log of a stage: one JSON object a line, and the same scalars for TensorBoard.
+
+A training record is `{"step", "loss", "learning_rate", "tokens", "tokens_per_second", "grad_norm"}` with `tokens`
+counted from the start of the stage, and in stages that learn masks also `expected_sparsity`, `target_sparsity` and
+`lambda`: each maps a constraint's name to a float (`lambda` also to named floats, as `{"lambda1": …, "lambda2": …}`).
+An evaluation record is `{"step", "held_out_loss"}`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from cook.base.errors import UserError
+from cook.base.files import write_atomically
+
+LOG_NAME = "log.jsonl"
+TENSORBOARD_NAME = "tensorboard"
+
+# Above this many constraints TensorBoard gets their mean, minimum and maximum: hundreds of charts help nobody.
+MAX_CONSTRAINT_CHARTS = 8
+
+_CONSTRAINT_FIELDS = {"expected_sparsity": "expected", "target_sparsity": "target", "lambda": "lambda"}
+
+
+class EventLog:
+    """Appends records to `folder/log.jsonl`, and their scalars to `folder/tensorboard`.
+
+    The files are opened by the first record. Use as a context manager, or call `close`.
+
+    Args:
+        folder: The stage's folder; made when missing.
+        tensorboard: Whether to write TensorBoard event files too.
+        enabled: False makes every method do nothing: for all ranks but the first.
+    """
+
+    def __init__(self, folder: str | Path, tensorboard: bool = True, enabled: bool = True):
+        self.folder = Path(folder)
+        self.path = self.folder / LOG_NAME
+        self._tensorboard, self._enabled = tensorboard, enabled
+        self._file: IO[str] | None = None
+        self._writer: Any = None
+        self._purge_step: int | None = None
+
+    def __enter__(self) -> EventLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self.close()
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Appends one record and flushes it.
+
+        Values are numbers, zero-dimensional tensors or arrays, strings, None, and lists or mappings of these. A number
+        that is not finite becomes null, and the record's `non_finite` maps its place (`lambda/heads.3`) to its name.
+
+        Raises:
+            ValueError: The record has no whole, non-negative `step`.
+            TypeError: A value is of another type; nothing is written then.
+        """
+        if not self._enabled:
+            return
+        step = _plain(record.get("step"))
+        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+            raise ValueError(f"a log record needs a whole number >= 0 as its step, got {record.get('step')!r}")
+        notes: dict[str, str] = {}
+        finite = _finite(record, "", notes)
+        if notes:
+            finite["non_finite"] = notes
+        line = json.dumps(finite, ensure_ascii=False, allow_nan=False)
+        if self._file is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _drop_torn_line(self.path)
+            self._file = open(self.path, "a", encoding="utf-8", newline="\n")
+        self._file.write(line + "\n")
+        self._file.flush()
+        if self._tensorboard:
+            self._write_scalars(step, finite)
+
+    def rewind(self, step: int) -> None:
+        """Forgets every record after `step`, the step that the run goes on from; -1 forgets all (a fresh start).
+
+        The file is replaced as a whole, so a crash leaves the old log or the new one. TensorBoard is told to hide what
+        its older event files say about the forgotten steps.
+
+        Raises:
+            UserError: A line of the log, other than a last one cut short, is not a JSON object with a step.
+        """
+        if not self._enabled:
+            return
+        self.close()
+        if self.path.exists():
+            kept = [line for line, record in _records(self.path) if record["step"] <= step]
+            write_atomically(self.path, b"".join(kept))
+        self._purge_step = step + 1
+
+    def close(self) -> None:
+        """Closes both files; a later `write` opens them again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _write_scalars(self, step: int, record: Mapping[str, Any]) -> None:
+        if self._writer is None:
+            # Importing it costs a second: not before it is needed.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.folder / TENSORBOARD_NAME), purge_step=self._purge_step)
+            self._purge_step = None
+        for tag, value in scalars(record).items():
+            self._writer.add_scalar(tag, value, step)
+
+
+def scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """The TensorBoard tags and values of a record, without the nulls.
+
+    `loss` becomes `train/loss`; a constraint's numbers `sparsity/<constraint>/expected`, `…/target` and `…/lambda`
+    (`…/lambda1` where lambda is named), or those of the `mean`, `min` and `max` over more than 8 constraints.
+    """
+    tags: dict[str, float] = {}
+    for name, value in record.items():
+        if name in _CONSTRAINT_FIELDS and isinstance(value, Mapping):
+            for part, numbers in by_part(value, _CONSTRAINT_FIELDS[name]).items():
+                tags.update({f"sparsity/{who}/{part}": number for who, number in _condensed(numbers).items()})
+        elif name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool):
+            tags[name if "/" in name else f"train/{name}"] = float(value)
+    return tags
+
+
+def by_part(values: Mapping[str, Any], default: str) -> dict[str, dict[str, float]]:
+    """Regroups `{constraint: float or {part: float}}` as `{part: {constraint: float}}`, without the nulls.
+
+    Args:
+        values: A record's `expected_sparsity`, `target_sparsity` or `lambda`.
+        default: The part's name for plain floats.
+    """
+    parts: dict[str, dict[str, float]] = {}
+    for constraint, value in values.items():
+        for part, number in (value if isinstance(value, Mapping) else {default: value}).items():
+            if number is not None:
+                parts.setdefault(part, {})[constraint] = float(number)
+    return parts
+
+
+def read_log(path: str | Path) -> list[dict[str, Any]]:
+    """Reads a `log.jsonl`; a last line that is still being written, or was cut short by a crash, is left out.
+
+    Raises:
+        UserError: There is no such file, or another line is not a JSON object with a step.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such log", remedy="give the log.jsonl of a stage that has run")
+    return [record for _, record in _records(path)]
+
+
+def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                raise UserError(
+                    f"{path}: line {number} is not a log record",
+                    wanted="a JSON object with a whole number as its step",
+                    got=line[:80].decode("utf-8", "replace").rstrip("\n"),
+                    remedy="remove the line, or the file to start a new log",
+                )
+            yield line, record
+
+
+def _drop_torn_line(path: Path) -> None:
+    # Without this the first new record would be glued to what a crash left behind.
+    if path.exists():
+        content = path.read_bytes()
+        if content and not content.endswith(b"\n"):
+            write_atomically(path, content[: content.rfind(b"\n") + 1])
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else value
+
+
+def _finite(value: Any, place: str, notes: dict[str, str]) -> Any:
+    value = _plain(value)
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item, f"{place}/{key}" if place else str(key), notes) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item, f"{place}/{index}", notes) for index, item in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        notes[place] = str(value)
+        return None
+    return value
+
+
+def _condensed(numbers: Mapping[str, float]) -> dict[str, float]:
+    if len(numbers) <= MAX_CONSTRAINT_CHARTS:
+        return dict(numbers)
+    values = list(numbers.values())
+    return {"mean": sum(values) / len(values), "min": min(values), "max": max(values)}

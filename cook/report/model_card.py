@@ -1,0 +1,133 @@
+"""The README.md of an exported model folder, in the form that Hugging Face reads."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cook.report.tables import LadderRow, ladder_table
+
+# What `base_model` may hold in the front matter: a model's name on the hub. A path on a disk is no such thing.
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+_PLACEHOLDER = "PATH/TO/THIS/FOLDER"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskFile:
+    """A mask file that went into the model."""
+
+    name: str
+    """Its file name."""
+    sha256: str
+    """Hex SHA-256 of its content."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What is known of an exported model."""
+
+    name: str
+    """The model's name, the title of the card."""
+    rows: Sequence[LadderRow]
+    """The dense model first, this one last."""
+    base_model: str | None = None
+    """A model's name on the hub ("owner/name") or a description of the dense model; None: trained from scratch."""
+    license: str
+    """The licence's identifier as Hugging Face writes it: "apache-2.0"; "other" when it is none of its list."""
+    license_note: str | None = None
+    """What a reader must know of the licence, of the weights or of the data."""
+    languages: Sequence[str] = ()
+    """ISO 639-1 codes of the training text."""
+    training_data: str | None = None
+    """The corpus, in a sentence."""
+    commands: Sequence[str] = ()
+    """The commands that made the model, in order."""
+    masks: Sequence[MaskFile] = ()
+    """The masks that were applied."""
+    trust_remote_code: bool
+    """Whether transformers needs the modeling file in the folder to load it."""
+    max_difference: float | None = None
+    """Largest relative difference between the logits of the masked and of the reshaped model; None: not measured."""
+    difference_note: str = ""
+    """What it was measured on: "fp32, 4 batches of 8 × 128 held-out tokens"."""
+    versions: Sequence[tuple[str, str]] = ()
+    """Libraries and their versions."""
+
+
+def model_card(card: ModelCard) -> str:
+    """The card as Markdown with YAML front matter."""
+    sections = [_front_matter(card), f"# {card.name}", _introduction(card)]
+    sections += ["## Structure and loss", ladder_table(card.rows), _LOSS_NOTE] if card.rows else []
+    sections += ["## Loading", _loading(card), "## Verification", _verification(card)]
+    if card.masks:
+        sections += ["## Masks", "\n".join(f"- `{mask.name}`: sha256 `{mask.sha256}`" for mask in card.masks)]
+    if card.training_data:
+        sections += ["## Data", card.training_data]
+    if card.commands:
+        sections += ["## How it was made", _fenced("\n".join(card.commands), "bash")]
+    if card.versions:
+        sections += ["Versions: " + ", ".join(f"{name} {version}" for name, version in card.versions) + "."]
+    licence = f"`{card.license}`." + (f" {card.license_note}" if card.license_note else "")
+    return "\n\n".join([*sections, "## Licence", licence]) + "\n"
+
+
+_LOSS_NOTE = (
+    "Held-out loss is the mean over tokens, in nats, of text kept out of training. "
+    "Speeds compare only within this table."
+)
+
+
+def _front_matter(card: ModelCard) -> str:
+    # JSON strings are YAML strings: no value can break out of its line or change its type ("no" stays a string).
+    lines = ["library_name: transformers", "pipeline_tag: text-generation", f"license: {json.dumps(card.license)}"]
+    if card.languages:
+        lines.append(f"language: {json.dumps(list(card.languages))}")
+    if card.base_model is not None and _HUB_ID.fullmatch(card.base_model):
+        lines.append(f"base_model: {json.dumps(card.base_model)}")
+    lines.append('tags: ["pruned", "structured-pruning"]')
+    return "\n".join(["---", *lines, "---"])
+
+
+def _introduction(card: ModelCard) -> str:
+    origin = "a model trained from scratch" if card.base_model is None else card.base_model
+    return (
+        f"A dense language model cut out of {origin} by structured pruning: whole blocks, attention heads and "
+        "FFN dimensions were removed by masks learned together with the weights."
+    )
+
+
+def _loading(card: ModelCard) -> str:
+    options = ", trust_remote_code=True" if card.trust_remote_code else ""
+    code = "\n".join(
+        [
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f'tokenizer = AutoTokenizer.from_pretrained("{_PLACEHOLDER}"{options})',
+            f'model = AutoModelForCausalLM.from_pretrained("{_PLACEHOLDER}"{options})',
+        ]
+    )
+    why = (
+        "Stock transformers has no class for this shape: it runs the modeling file that the folder brings."
+        if card.trust_remote_code
+        else "Stock transformers loads it; no code of the folder is run."
+    )
+    return f"{_fenced(code, 'python')}\n\n{why}"
+
+
+def _verification(card: ModelCard) -> str:
+    if card.max_difference is None:
+        return "The logits of the masked and of the reshaped model were not compared."
+    where = f" ({card.difference_note})" if card.difference_note else ""
+    return (
+        "The masked model and this reshaped one were run on the same batches"
+        f"{where}: largest relative difference of their logits {card.max_difference:.2e}."
+    )
+
+
+def _fenced(text: str, language: str) -> str:
+    # A fence longer than any run of backticks inside it.
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"

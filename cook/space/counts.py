@@ -1,0 +1,64 @@
+"""Parameters and FLOPs of a pruning space under masks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+
+from cook.space.units import PruningSpace, UnitGroup, WeightSlice
+
+Kept = Mapping[str, int]
+"""How many units each group keeps, by group name; a group that is not named keeps all."""
+
+
+def unit_parameters(space: PruningSpace, group: UnitGroup) -> int:
+    """Parameters that vanish with one unit of `group`, all else kept."""
+    return sum(prod(space.shapes[s.path]) // space.shapes[s.path][s.dim] * s.block for s in group.slices)
+
+
+def kept_shapes(space: PruningSpace, kept: Kept) -> dict[str, tuple[int, ...]]:
+    """The shape of every weight that remains; weights of removed blocks are left out.
+
+    A block whose heads or dims are all gone is gone itself: it adds nothing to the residual stream.
+    """
+    shapes = {path: list(shape) for path, shape in space.shapes.items()}
+    for group in space.groups:
+        left = kept.get(group.name, group.size)
+        block = group if group.kind == "layer" else space.block(group)
+        for piece in group.slices:
+            if group.kind != "layer" and piece.path in shapes:
+                shapes[piece.path][piece.dim] = left * piece.block
+        if left == 0:
+            for piece in block.slices:
+                shapes.pop(piece.path, None)
+    return {path: tuple(shape) for path, shape in shapes.items()}
+
+
+def parameters(space: PruningSpace, kept: Kept | None = None) -> int:
+    """Parameters of the whole model, embeddings included, once `kept` has been carried out."""
+    return sum(prod(shape) for shape in kept_shapes(space, kept or {}).values())
+
+
+def block_parameters(space: PruningSpace, kept: Kept | None = None) -> int:
+    """Parameters inside attention and FFN blocks, the base of `target_sparsity`."""
+    inside = {piece.path for group in space.of("layer") for piece in group.slices}
+    return sum(prod(shape) for path, shape in kept_shapes(space, kept or {}).items() if path in inside)
+
+
+def forward_flops(space: PruningSpace, kept: Kept | None = None, *, context: int, logits: WeightSlice | str) -> float:
+    """FLOPs of one token's forward pass: 2 a weight of every product, and the attention over `context` keys.
+
+    Args:
+        space: The pruning space.
+        kept: Units kept a group.
+        context: Mean number of keys that a query attends to.
+        logits: Key of the matrix that makes the logits (the tied input embedding in CPM-Ant).
+    """
+    shapes = kept_shapes(space, kept or {})
+    inside = {piece.path for group in space.of("layer") for piece in group.slices}
+    products = sum(2 * prod(shape) for path, shape in shapes.items() if path in inside and len(shape) == 2)
+    # Scores and the weighted sum of values: each 2·context FLOPs a feature of the attention's inner width.
+    outs = [group.slices[-1] for group in space.of("heads")]
+    attention = sum(4 * context * shapes[out.path][out.dim] for out in outs if out.path in shapes)
+    head = logits if isinstance(logits, str) else logits.path
+    return float(products + attention + 2 * prod(shapes[head]))

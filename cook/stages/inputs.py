@@ -1,0 +1,166 @@
+"""What a stage starts from: its model, its masks, its constraints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cook.adapters.protocol import Adapter
+from cook.adapters.registry import by_family
+from cook.adapters.source import open_model
+from cook.base.errors import UserError
+from cook.base.seeds import derived_seed, generator
+from cook.masks.controller import Constraint
+from cook.masks.gates import Gates
+from cook.masks.mask_file import read_masks
+from cook.masks.mask_set import kept_groups
+from cook.masks.random_masks import random_masks_like
+from cook.space.counts import unit_parameters
+from cook.space.units import PruningSpace, UnitGroup
+from cook.stages.plan import MaskPaths, Stage
+from cook.surgery.restrict import restrict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """A stage's model on disk and its masks."""
+
+    adapter: Adapter
+    model_config: dict[str, Any]
+    weights: Mapping[str, torch.Tensor] | None
+    """None: freshly initialised."""
+    origin: str
+    """Where the weights come from, for the plan and the model card."""
+    space: PruningSpace
+    """What may be pruned: the family's space, restricted by `pruned_module`."""
+    fixed: dict[str, torch.Tensor]
+    """Masks that hold through the stage."""
+    learned: tuple[UnitGroup, ...]
+    """Groups whose masks are trained."""
+
+
+def open_inputs(stage: Stage, *, must_exist: bool = True) -> Inputs:
+    """Finds weights and masks of a stage.
+
+    Args:
+        stage: The plan.
+        must_exist: False for a plan printed ahead: files that earlier stages will write may be missing.
+
+    Raises:
+        UserError: naming what is missing or does not fit.
+    """
+    adapter, config, weights, origin = _model(stage, must_exist)
+    space = adapter.space(config)
+    if stage.config.pruning.pruned_module and stage.name != "pretrain":
+        space = restrict(space, stage.config.pruning.pruned_module, adapter.aliases)
+    _check_sizes(stage, space)
+    paths = stage.fixed if must_exist else _existing(stage.fixed)
+    fixed = read_masks(space, coarse=paths.layer, heads=paths.heads, dimff=paths.dimff)
+    if stage.is_random_baseline and must_exist:
+        fixed = _random_baseline(stage, space)
+    learned: tuple[UnitGroup, ...] = ()
+    if stage.learns == "layer":
+        learned = space.of("layer")
+    elif stage.learns:
+        learned = tuple(kept_groups(space, fixed, stage.learns))
+    if stage.learns and not learned:
+        raise UserError(f"{stage.name}: pruned_module leaves no units of kind {stage.learns!r} to learn a mask for")
+    return Inputs(
+        adapter=adapter, model_config=config, weights=weights, origin=origin, space=space, fixed=fixed, learned=learned
+    )
+
+
+def _model(stage: Stage, must_exist: bool) -> tuple[Adapter, dict[str, Any], Mapping[str, torch.Tensor] | None, str]:
+    model = stage.config.model
+    before = Path(stage.config.output_dir) / stage.after if stage.after else None
+    if before and (before / "done.json").exists():
+        source = open_model(before / "model")
+        return source.adapter, source.config, source.tensors, str(before / "model")
+    if before and must_exist and not model.path:
+        raise UserError(
+            f"{stage.name} starts from the weights of {stage.after}, which has not finished",
+            wanted=f"{before / 'done.json'}",
+            remedy=f"run --stage {stage.after} first (or --stage all), or set model.path",
+        )
+    if model.path and (must_exist or Path(model.path).exists()):
+        source = open_model(model.path, config=model.config)
+        return source.adapter, source.config, source.tensors, model.path
+    assert model.config is not None, "the loader wants model.config or model.path"
+    adapter = by_family(model.type)
+    native, _ = adapter.read(model.config, {})
+    if stage.name != "pretrain" and must_exist:
+        raise UserError(
+            f"{stage.name} has no weights to start from",
+            remedy="set model.path to a pretrained model, or put a pretrain stage before it",
+        )
+    origin = f"the end of {stage.after}" if stage.after else "fresh weights"
+    return adapter, native, None, origin
+
+
+def _existing(paths: MaskPaths) -> MaskPaths:
+    def there(path: str | None) -> str | None:
+        return path if path and Path(path).exists() else None
+
+    return MaskPaths(layer=there(paths.layer), heads=there(paths.heads), dimff=there(paths.dimff))
+
+
+def _check_sizes(stage: Stage, space: PruningSpace) -> None:
+    fine = stage.config.fine
+    if fine is None or stage.config.pruning.mask_method != "fine-grained":
+        return
+    for kind, key, wanted in (("heads", "num_heads", fine.num_heads), ("dimff", "dim_ff", fine.dim_ff)):
+        sizes = sorted({group.size for group in space.groups if group.kind == kind})
+        if sizes and sizes != [wanted]:
+            raise UserError(
+                f"fine-grained.{key} is not the model's", wanted=", ".join(map(str, sizes)), got=wanted,
+                remedy=f"set {key} to the size before pruning",
+            )  # fmt: skip
+
+
+def _random_baseline(stage: Stage, space: PruningSpace) -> dict[str, torch.Tensor]:
+    coarse, fine = stage.config.coarse, stage.config.fine
+    paths = MaskPaths(
+        layer=(fine and fine.coarse_mask) or (coarse and coarse.coarse_mask),
+        heads=fine.heads_mask if fine else None,
+        dimff=fine.dimff_mask if fine else None,
+    )
+    learned = read_masks(space, coarse=paths.layer, heads=paths.heads, dimff=paths.dimff)
+    return random_masks_like(space, learned, generator(stage.config.seed, "random baseline"))
+
+
+def make_gates(stage: Stage, inputs: Inputs) -> Gates | None:
+    """The gates that the stage learns, with their constraints; None if it learns no mask."""
+    if not inputs.learned:
+        return None
+    options = stage.config.gates
+    return Gates(
+        {group.name: group.size for group in inputs.learned},
+        constraints(stage, inputs.space, inputs.learned),
+        steps=stage.config.training.steps,
+        seed=derived_seed(stage.config.seed, stage.name),
+        learning_rate=options.learning_rate,
+        initial_log_alpha=options.initial_log_alpha,
+        ramp_fraction=options.ramp,
+    )
+
+
+def constraints(stage: Stage, space: PruningSpace, learned: tuple[UnitGroup, ...]) -> list[Constraint]:
+    """One constraint over all blocks by their parameters (coarse), or one a block by its units (fine)."""
+    coarse, fine = stage.config.coarse, stage.config.fine
+    if stage.learns == "layer":
+        assert coarse is not None
+        parameters = [unit_parameters(space, group) for group in learned]
+        costs = tuple(p / sum(parameters) for p in parameters)
+        return [Constraint(name="blocks", start=0, costs=costs, target=coarse.target_sparsity)]
+    assert fine is not None
+    kept = fine.target_num_heads if stage.learns == "heads" else fine.target_dimff
+    made, start = [], 0
+    for group in learned:
+        share = 1.0 / group.size
+        made.append(Constraint(name=group.name, start=start, costs=(share,) * group.size, target=1.0 - kept * share))
+        start += group.size
+    return made

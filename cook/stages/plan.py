@@ -1,0 +1,142 @@
+"""The recipe as data: what each stage learns, what it keeps fixed, which weights and masks it reads and writes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from cook.base.errors import UserError
+from cook.config.types import RunConfig, StageName, for_stage
+
+LearnedKind = Literal["layer", "heads", "dimff"]
+LEARNS: dict[str, LearnedKind] = {"layer_mask": "layer", "att_mask": "heads", "ffn_mask": "dimff"}
+SHOWS = {"layer_finetune": "layer", "att_finetune": "heads", "ffn_finetune": "dimff"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskPaths:
+    """Mask files by kind; None where that kind is not masked."""
+
+    layer: str | None = None
+    heads: str | None = None
+    dimff: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One training run of the recipe."""
+
+    name: StageName
+    config: RunConfig
+    """The run's configuration with this stage's switches and training overrides."""
+    learns: LearnedKind | None
+    """The kind of mask that is trained together with the weights."""
+    fixed: MaskPaths
+    """Masks read from files and held."""
+    writes: str | None
+    """The mask file that the stage ends with, if it learns one."""
+    after: StageName | None
+    """The stage whose weights this one starts from; None for `model.path` or fresh weights."""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir) / self.name
+
+    @property
+    def is_random_baseline(self) -> bool:
+        return self.name == "random_baseline"
+
+    def fingerprint(self) -> str:
+        """Hash of all settings that decide the stage's outcome; where to write and how often to log do not."""
+        config = self.config
+        described = {
+            "stage": self.name,
+            "seed": config.seed,
+            "model": asdict(config.model),
+            "tokenizer": asdict(config.tokenizer),
+            "data": asdict(config.data),
+            "training": asdict(config.training),
+            "distillation": asdict(config.distillation) if config.distillation else None,
+            "pruned_module": config.pruning.pruned_module,
+            "gates": asdict(config.gates),
+            "scheme": [asdict(part) if part else None for part in (config.coarse, config.fine)],
+        }
+        for key in ("log_every", "save_every", "keep_checkpoints", "threads", "micro_batch_size", "eval_rows"):
+            described["training"].pop(key)
+        described["data"].pop("cache_dir")
+        return hashlib.sha256(json.dumps(described, sort_keys=True, default=list).encode()).hexdigest()
+
+
+def recipe(config: RunConfig) -> list[Stage]:
+    """All stages that `config.stages` lists, in its order."""
+    return [plan_stage(config, entry.name) for entry in config.stages]
+
+
+def plan_stage(config: RunConfig, name: StageName) -> Stage:
+    """The plan of one stage, in or outside the recipe.
+
+    Inside a recipe the order of its stages says which masks are already there. Outside one, the layer mask is read
+    wherever it is named, the other fine mask where its file exists ("head first" and "dims first" both work).
+    """
+    order = [entry.name for entry in config.stages]
+    before = order[: order.index(name)] if name in order else []
+    return Stage(
+        name=name,
+        config=for_stage(config, name),
+        learns=LEARNS.get(name),
+        fixed=_fixed(config, name, before, in_recipe=name in order),
+        writes=_writes(config, name),
+        after=_predecessor(name, before),
+    )
+
+
+def _writes(config: RunConfig, name: str) -> str | None:
+    paths = _paths(config)
+    kind = LEARNS.get(name)
+    if kind is None:
+        return None
+    path = getattr(paths, kind)
+    if path is None:
+        key = {"layer": "coarse_mask", "heads": "heads_mask", "dimff": "dimff_mask"}[kind]
+        raise UserError(f"{name} needs {key}, the file that its mask is written to", remedy=f"set {key} in l0_pruning.json")
+    return path
+
+
+def _paths(config: RunConfig) -> MaskPaths:
+    coarse, fine = config.coarse, config.fine
+    layer = (fine.coarse_mask if fine else None) or (coarse.coarse_mask if coarse else None)
+    return MaskPaths(
+        layer=layer, heads=fine.heads_mask if fine else None, dimff=fine.dimff_mask if fine else None
+    )
+
+
+def _fixed(config: RunConfig, name: str, before: list[StageName], *, in_recipe: bool) -> MaskPaths:
+    paths = _paths(config)
+    if name in ("pretrain", "layer_mask", "random_baseline"):
+        return MaskPaths()
+    if name == "layer_finetune":
+        return MaskPaths(layer=config.coarse.coarse_mask if config.coarse else None)
+    layer = config.fine.coarse_mask if config.fine else None
+    if in_recipe and "layer_mask" not in before and "layer_finetune" not in before and layer and not Path(layer).exists():
+        layer = None
+    own, other = ("heads", "dimff") if name.startswith("att") else ("dimff", "heads")
+    other_stage = "att_mask" if other == "heads" else "ffn_mask"
+    other_path = getattr(paths, other)
+    if in_recipe and before:
+        other_path = other_path if other_stage in before else None
+    elif other_path and not Path(other_path).exists() and name.endswith("_mask"):
+        other_path = None
+    fixed = {"layer": layer, other: other_path}
+    if name.endswith("_finetune"):
+        fixed[own] = getattr(paths, own)
+    return MaskPaths(**fixed)
+
+
+def _predecessor(name: str, before: list[StageName]) -> StageName | None:
+    if name == "random_baseline":
+        return "pretrain" if "pretrain" in before else None
+    earlier = [stage for stage in before if stage != "random_baseline"]
+    return earlier[-1] if earlier else None

@@ -1,0 +1,261 @@
+"""Runs one stage from its plan to its `done.json`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cook.adapters.source import open_model
+from cook.base import distributed
+from cook.base.errors import UserError
+from cook.base.files import read_json, sha256, write_json
+from cook.base.seeds import derived_seed, seed_everything
+from cook.data.load import TrainingData, load_rows
+from cook.data.loader import RowLoader, held_out_batches
+from cook.distill.distiller import Distiller
+from cook.evaluation.perplexity import held_out_loss
+from cook.masks.gates import Gates
+from cook.masks.mask_file import write_mask_file
+from cook.masks.mask_set import coarse_to_tensors, fine_to_tensors, kept_counts
+from cook.report.events import EventLog
+from cook.space.counts import parameters
+from cook.stages.inputs import Inputs, make_gates, open_inputs
+from cook.stages.plan import Stage
+from cook.stages.structure import describe_structure
+from cook.surgery.export import write_model_folder, write_tokenizer
+from cook.surgery.gates import AttachedGates
+from cook.training.checkpoint import Position, find_checkpoint, load_checkpoint
+from cook.training.engine import Engine
+from cook.training.loop import Run, train
+
+DONE = "done.json"
+
+
+def say(text: str) -> None:
+    """Prints on the first rank."""
+    if distributed.rank() == 0:
+        print(text, flush=True)
+
+
+def run_stage(stage: Stage, *, resume: str) -> None:
+    """Trains a stage, or goes on with it, or finds it finished.
+
+    Args:
+        stage: The plan.
+        resume: `auto`, `never`, or a checkpoint's folder.
+
+    Raises:
+        UserError: inputs are missing or do not fit, or the folder holds a run with other settings.
+        Interrupted: stopped by a signal, after saving.
+    """
+    if distributed.broadcast(_finished(stage, resume)):
+        say(f"{stage.name}: already finished, see {stage.folder / DONE}")
+        return
+    inputs = open_inputs(stage)
+    identity = _identity(stage, inputs)
+    if resume == "never" and distributed.rank() == 0:
+        shutil.rmtree(stage.folder, ignore_errors=True)
+    distributed.barrier()
+    data = _data(stage, inputs)
+    seed_everything(derived_seed(stage.config.seed, stage.name, distributed.rank()))
+    training = stage.config.training
+    engine = Engine(
+        _builder(inputs, stage), inputs.weights, training, stage.config.deepspeed
+    )
+    gates, attached = make_gates(stage, inputs), _attach(engine, inputs)
+    distiller = _distiller(stage, engine)
+    say(_opening(stage, inputs, engine))
+
+    found = find_checkpoint(stage.folder / "checkpoints", resume)
+    position = Position(step=0, tokens=0)
+    if found:
+        position = load_checkpoint(*found, engine, gates, fingerprint=identity)
+        say(f"{stage.name}: going on from step {position.step}")
+    started = time.perf_counter()
+    with EventLog(stage.folder, stage.config.logging.tensorboard, enabled=distributed.rank() == 0) as log:
+        log.rewind(position.step if found else -1)
+        run = Run(
+            name=stage.name,
+            engine=engine,
+            batches=RowLoader(data.train, train_batch_size=training.train_batch_size, seed=stage.config.seed),
+            training=training,
+            attached=attached,
+            gates=gates,
+            extra_loss=distiller,
+            checkpoints=stage.folder / "checkpoints",
+            fingerprint=identity,
+            on_save=lambda: _write_masks(stage, inputs, gates),
+        )
+        position = train(run, position, log)
+        if distiller:
+            distiller.remove()
+        loss = _finish(stage, inputs, engine, attached, gates, data, log, position)
+    _write_done(stage, inputs, gates, identity, position, loss, time.perf_counter() - started)
+    attached.remove()
+    engine.close()
+    distributed.barrier()
+
+
+def _finished(stage: Stage, resume: str) -> bool:
+    path = stage.folder / DONE
+    if resume == "never" or not path.exists():
+        return False
+    if read_json(path)["fingerprint"] != stage.fingerprint():
+        raise UserError(
+            f"{path}: {stage.name} finished with other settings",
+            remedy=f"choose another output_dir, restore the settings, or redo it with --stage {stage.name} --resume never",
+        )
+    return True
+
+
+def _identity(stage: Stage, inputs: Inputs) -> str:
+    """Hash of the settings and of what earlier stages made: a checkpoint of anything else is not gone on from."""
+    masks = [[name, mask.tolist()] for name, mask in sorted(inputs.fixed.items())]
+    before = Path(stage.config.output_dir) / stage.after / DONE if stage.after else None
+    earlier = read_json(before)["identity"] if before and before.exists() else inputs.origin
+    return hashlib.sha256(json.dumps([stage.fingerprint(), earlier, masks]).encode()).hexdigest()
+
+
+def _data(stage: Stage, inputs: Inputs) -> TrainingData:
+    config = stage.config
+    options: dict[str, Any] = {
+        "prompt_length": inputs.model_config.get("prompt_length", 0),
+        "output_dir": config.output_dir,
+    }
+    # The first rank prepares, the others read what it left.
+    error: UserError | None = None
+    if distributed.rank() == 0:
+        try:
+            load_rows(config.data, config.tokenizer, **options)
+        except UserError as mistake:
+            error = mistake
+    error = distributed.broadcast(error)
+    if error:
+        raise error
+    data = load_rows(config.data, config.tokenizer, build=False, **options)
+    if data.tokenizer.vocab_size > inputs.model_config["vocab_size"]:
+        raise UserError(
+            "the tokenizer has more ids than the model",
+            wanted=f"at most {inputs.model_config['vocab_size']}",
+            got=data.tokenizer.vocab_size,
+        )
+    return data
+
+
+def _builder(inputs: Inputs, stage: Stage):
+    def build() -> torch.nn.Module:
+        # The same fresh weights on every rank and for every number of ranks.
+        with torch.random.fork_rng():
+            torch.manual_seed(derived_seed(stage.config.seed, "weights"))
+            return inputs.adapter.build(inputs.model_config)
+
+    return build
+
+
+def _attach(engine: Engine, inputs: Inputs) -> AttachedGates:
+    names = {group.name for group in inputs.learned} | set(inputs.fixed)
+    groups = [group for group in inputs.space.groups if group.name in names]
+    fixed = {name: mask.to(engine.device) for name, mask in inputs.fixed.items()}
+    return AttachedGates(engine.module, groups, fixed)
+
+
+def _distiller(stage: Stage, engine: Engine) -> Distiller | None:
+    options = stage.config.distillation
+    if options is None or stage.name == "pretrain" or not (options.ce_scale or options.mse_hidn_scale):
+        return None
+    source = open_model(options.teacher)
+    teacher = source.adapter.build(source.config)
+    for name, parameter in teacher.named_parameters():
+        parameter.data.copy_(source.tensors[name])
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[engine.precision]
+    return Distiller(
+        engine.module,
+        teacher.to(engine.device, dtype),
+        ce_scale=options.ce_scale,
+        ce_temp=options.ce_temp,
+        mse_hidn_scale=options.mse_hidn_scale,
+        hidden_pairs=options.mse_hidn_module if options.mse_hidn_scale else (),
+    )
+
+
+def _opening(stage: Stage, inputs: Inputs, engine: Engine) -> str:
+    training = stage.config.training
+    does = f"learns {stage.learns} masks" if stage.learns else "masks fixed" if inputs.fixed else "no masks"
+    return (
+        f"\n{stage.name}: {training.steps} steps × {training.train_batch_size} rows, {does}, from {inputs.origin}; "
+        f"{engine.precision}, ZeRO {engine.zero_stage}, {distributed.world_size()} rank(s) on {engine.device.type}"
+    )
+
+
+def final_masks(inputs: Inputs, gates: Gates | None) -> dict[str, torch.Tensor]:
+    """The masks at the end of a stage: the fixed ones and those it has learned, now 0/1."""
+    return inputs.fixed | (gates.binary() if gates else {})
+
+
+def _write_masks(stage: Stage, inputs: Inputs, gates: Gates | None) -> None:
+    if gates is None or distributed.rank() != 0:
+        return
+    assert stage.writes is not None
+    masks = final_masks(inputs, gates)
+    layer = stage.learns == "layer"
+    write_mask_file(stage.writes, (coarse_to_tensors if layer else fine_to_tensors)(inputs.space, masks))
+
+
+def _finish(
+    stage: Stage, inputs: Inputs, engine: Engine, attached: AttachedGates, gates: Gates | None,
+    data: TrainingData, log: EventLog, position: Position,
+) -> float | None:  # fmt: skip
+    """Evaluates with binary masks and writes the weights; returns the held-out loss."""
+    attached.set({name: mask.to(engine.device) for name, mask in (gates.binary() if gates else {}).items()})
+    loss = None
+    training = stage.config.training
+    if training.eval_rows:
+        engine.module.eval()
+        batches = held_out_batches(
+            data.held_out, training.micro_batch_size, training.eval_rows, distributed.rank(), distributed.world_size()
+        )
+        loss = held_out_loss(engine, batches, engine.device)
+        log.write({"step": position.step, "held_out_loss": loss})
+        say(f"{stage.name}: held-out loss {loss:.4f}")
+    folder = stage.folder / "model"
+    weights = engine.full_weights()
+    if distributed.rank() == 0:
+        write_model_folder(folder, inputs.adapter, inputs.model_config, weights)
+        write_tokenizer(folder, data.tokenizer)
+    else:
+        for _ in weights:  # every rank takes part in gathering each tensor
+            pass
+    distributed.barrier()
+    return loss
+
+
+def _write_done(
+    stage: Stage, inputs: Inputs, gates: Gates | None, identity: str, position: Position,
+    loss: float | None, seconds: float,
+) -> None:  # fmt: skip
+    _write_masks(stage, inputs, gates)
+    if distributed.rank() != 0:
+        return
+    masks = final_masks(inputs, gates)
+    files = [path for path in (stage.fixed.layer, stage.fixed.heads, stage.fixed.dimff, stage.writes) if path]
+    write_json(
+        stage.folder / DONE,
+        {
+            "stage": stage.name,
+            "fingerprint": stage.fingerprint(),
+            "identity": identity,
+            "steps": position.step,
+            "tokens": position.tokens,
+            "seconds": round(seconds, 1),
+            "held_out_loss": loss,
+            "parameters": parameters(inputs.space, kept_counts(masks)),
+            "structure": describe_structure(inputs.space, masks),
+            "masks": {path: sha256(path) for path in files},
+        },
+    )

@@ -1,0 +1,62 @@
+"""Masks carried out: smaller weights that compute exactly what the masked model computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from cook.masks.mask_set import Masks
+from cook.space.units import PruningSpace, WeightSlice
+
+
+def kept_units(space: PruningSpace, masks: Masks) -> dict[str, tuple[int, ...]]:
+    """The indices that every masked group keeps, ascending."""
+    sizes = {group.name: group.size for group in space.groups}
+    strange = [name for name, mask in masks.items() if len(mask) != sizes.get(name)]
+    assert not strange, f"masks of no group of this model: {strange}"
+    return {name: tuple(mask.nonzero().flatten().tolist()) for name, mask in masks.items()}
+
+
+def reshaped(
+    tensors: Mapping[str, torch.Tensor], space: PruningSpace, masks: Masks
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of the small model, one after the other; only one source tensor is in memory at a time.
+
+    A matrix by whose input size the model divides at run time (`fan_in`) is multiplied by √(new/old) where it lost
+    columns, for the product to stay what it was. A block whose heads or dims are all masked is dropped whole, since
+    what it adds to the residual stream is zero.
+
+    Args:
+        tensors: The masked model's weights, in the shapes of `space`.
+        space: What the weights are.
+        masks: 0/1 a unit, by group name.
+    """
+    kept = kept_units(space, masks)
+    cuts: dict[str, list[tuple[WeightSlice, tuple[int, ...]]]] = {}
+    dropped: set[str] = set()
+    for group in space.groups:
+        if group.name not in kept:
+            continue
+        if not kept[group.name]:
+            block = group if group.kind == "layer" else space.block(group)
+            dropped |= {piece.path for piece in block.slices}
+        elif len(kept[group.name]) < group.size:
+            for piece in group.slices:
+                cuts.setdefault(piece.path, []).append((piece, kept[group.name]))
+    for path in space.shapes:
+        if path not in dropped:
+            tensor = tensors[path]
+            for piece, units in cuts.get(path, ()):
+                tensor = _cut(tensor, piece, units)
+            yield path, tensor
+
+
+def _cut(tensor: torch.Tensor, piece: WeightSlice, units: tuple[int, ...]) -> torch.Tensor:
+    starts = torch.tensor(units) * piece.block
+    indices = (starts[:, None] + torch.arange(piece.block)).flatten()
+    cut = tensor.index_select(piece.dim, indices)
+    if piece.fan_in:
+        # In float64: the one rounding is that of the result.
+        cut = (cut.double() * (len(indices) / tensor.shape[piece.dim]) ** 0.5).to(tensor.dtype)
+    return cut

@@ -1,0 +1,293 @@
+"""The only file that imports DeepSpeed: builds an engine, reads and writes its weights and checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cook.base import distributed
+from cook.base.errors import UserError
+from cook.config.types import TrainingConfig
+
+AUTO = "auto"
+
+
+def initialise_processes(threads: int | None) -> None:
+    """Joins the process group of the launcher (or makes one of a single rank) and sets the CPU threads of this rank."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_ranks))
+    deepspeed = _import_deepspeed()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(distributed.local_rank())
+    if "RANK" not in os.environ:  # no launcher: one rank on the loopback address, on a free port
+        os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+
+
+def _import_deepspeed():
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    # It sets its own logger up at import, and prints a page of settings at every start.
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return deepspeed
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def resolve_precision(training: TrainingConfig, deepspeed_config: Mapping[str, Any]) -> str:
+    """`fp32`, `bf16` or `fp16`: as `training` says, else as the DeepSpeed config says, else what the device does well."""
+    asked = [name for name in ("bf16", "fp16") if deepspeed_config.get(name, {}).get("enabled") is True]
+    if training.precision != AUTO:
+        if asked and asked != [training.precision]:
+            raise UserError(
+                f"training.precision is {training.precision}, but the DeepSpeed config enables {asked[0]}",
+                remedy='write "enabled": "auto" in the DeepSpeed config',
+            )
+        return training.precision
+    if asked:
+        return asked[0]
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def filled_config(
+    deepspeed_config: Mapping[str, Any], training: TrainingConfig, *, world_size: int, precision: str
+) -> dict[str, Any]:
+    """The user's DeepSpeed config with its `auto` values and the batch sizes filled in from `training`."""
+    config = copy.deepcopy(dict(deepspeed_config))
+    micro = training.micro_batch_size
+    config |= {
+        "train_batch_size": training.train_batch_size,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": training.train_batch_size // (micro * world_size),
+    }
+    if config.get("gradient_clipping", AUTO) == AUTO:
+        config["gradient_clipping"] = training.clip
+    for name in ("bf16", "fp16"):
+        config[name] = {**config.get(name, {}), "enabled": precision == name}
+    zero = config.setdefault("zero_optimization", {})
+    if zero.get("stage", AUTO) == AUTO:
+        zero["stage"] = 2 if world_size > 1 else 0
+    for key in [k for k, v in zero.items() if v == AUTO]:
+        del zero[key]  # DeepSpeed's own default is what "auto" means for buckets and thresholds
+    parameters = config.get("optimizer", {}).get("params", {})
+    values = {
+        "lr": training.learning_rate,
+        "weight_decay": training.weight_decay,
+        "betas": [0.9, 0.95],
+        "eps": 1e-8,
+        "warmup_num_steps": max(1, round(training.warmup * training.steps)),
+        "warmup_max_lr": training.learning_rate,
+        "warmup_min_lr": 0.0,
+        "total_num_steps": training.steps,
+    }
+    for section in (parameters, config.get("scheduler", {}).get("params", {})):
+        section |= {key: values[key] for key, value in section.items() if value == AUTO and key in values}
+    config.setdefault("steps_per_print", 10**9)
+    left = _autos(config)
+    if left:
+        raise UserError(f'the DeepSpeed config says "auto" at {left[0]}, which cook cannot fill in', remedy="write a value")
+    return config
+
+
+def _autos(value: Any, place: str = "") -> list[str]:
+    if isinstance(value, Mapping):
+        return [hit for key, item in value.items() for hit in _autos(item, f"{place}.{key}".lstrip("."))]
+    return [place] if value == AUTO else []
+
+
+class Engine:
+    """A model under DeepSpeed, with just the calls that the step, the loop and the checkpoints make.
+
+    Args:
+        build: Makes the model, freshly initialised.
+        weights: Tensors to start from, read one at a time; None leaves the fresh ones.
+        training: The stage's training section.
+        deepspeed_config: The user's config, `auto` values included.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[], torch.nn.Module],
+        weights: Mapping[str, torch.Tensor] | None,
+        training: TrainingConfig,
+        deepspeed_config: Mapping[str, Any],
+    ):
+        deepspeed = _import_deepspeed()
+        self._deepspeed = deepspeed
+        self.precision = resolve_precision(training, deepspeed_config)
+        world = distributed.world_size()
+        self.config = filled_config(deepspeed_config, training, world_size=world, precision=self.precision)
+        self.zero_stage: int = self.config["zero_optimization"]["stage"]
+        self.accumulation: int = self.config["gradient_accumulation_steps"]
+        self.device = torch.device("cuda", distributed.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+        self._schedules_itself = "scheduler" in self.config
+
+        model = self._partitioned(build) if self.zero_stage == 3 else build()
+        if weights is not None:
+            self._load(model, weights)
+        if training.activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        if not training.train_weights:
+            _freeze_all_but_smallest(model)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self._engine, self._optimizer, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=trained,
+            optimizer=None if self._engine_makes_optimizer() else self._adamw(trained, training),
+            config=self.config,
+        )
+        if weights is not None and self.precision != "fp32":
+            self._load_masters(weights)
+
+    def _partitioned(self, build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+        with self._deepspeed.zero.Init(config_dict_or_path=self.config):
+            return build()
+
+    def _engine_makes_optimizer(self) -> bool:
+        # Offloaded states need DeepSpeed's own CPU Adam, which it builds from the config.
+        return "optimizer" in self.config or "offload_optimizer" in self.config["zero_optimization"]
+
+    def _adamw(self, parameters: list[torch.nn.Parameter], training: TrainingConfig) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            parameters,
+            lr=training.learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=training.weight_decay,
+            fused=True,
+        )
+
+    def _load(self, model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+        names = {name for name, _ in model.named_parameters()}
+        if names != set(weights):
+            lacking, strange = sorted(names - set(weights)), sorted(set(weights) - names)
+            raise UserError(
+                "the weights do not fit the model's config",
+                wanted=f"{len(names)} tensors" + (f", among them {lacking[0]}" if lacking else ""),
+                got=f"{len(weights)} tensors" + (f", among them {strange[0]}" if strange else ""),
+            )
+        for name, parameter in model.named_parameters():
+            with self._gathered(parameter, modified=True), torch.no_grad():
+                if self.zero_stage != 3 or distributed.rank() == 0:
+                    tensor = weights[name]
+                    if tensor.shape != parameter.shape:
+                        raise UserError(
+                            f"{name} has another shape than the model's config says",
+                            wanted=tuple(parameter.shape),
+                            got=tuple(tensor.shape),
+                        )
+                    parameter.copy_(tensor)
+
+    def _load_masters(self, weights: Mapping[str, torch.Tensor]) -> None:
+        # The engine made its fp32 masters from parameters that had been rounded to half precision.
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                self._deepspeed.utils.safe_set_full_fp32_param(parameter, weights[name].float().to(self.device))
+
+    def _gathered(self, parameter: torch.nn.Parameter, *, modified: bool = False):
+        if self.zero_stage != 3:
+            return contextlib.nullcontext()
+        return self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if modified else None)
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The model itself."""
+        return self._engine.module
+
+    @property
+    def loss_scale(self) -> float:
+        """The factor on all gradients before the optimizer unscales them; 1 but for fp16."""
+        return float(getattr(self._engine.optimizer, "loss_scale", 1.0)) if self.precision == "fp16" else 1.0
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self._engine(**inputs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Backward pass of one micro-batch; gradients add up as loss / accumulation."""
+        self._engine.backward(loss)
+
+    def step(self) -> bool:
+        """Ends a micro-batch; at the accumulation boundary updates the weights. Returns whether it did."""
+        self._engine.step()
+        return bool(self._engine.was_step_applied())
+
+    def set_learning_rate(self, rate: float) -> None:
+        if not self._schedules_itself:
+            for group in self._engine.optimizer.param_groups:
+                group["lr"] = rate
+
+    def learning_rate(self) -> float:
+        return float(self._engine.optimizer.param_groups[0]["lr"])
+
+    def gradient_norm(self) -> float | None:
+        """The global norm of the last step's gradients, before clipping; None where the engine does not tell."""
+        norm = self._engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every weight whole and in fp32 on the CPU, one after the other; all ranks must go through it together."""
+        for name, parameter in self.module.named_parameters():
+            master = self._deepspeed.utils.safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+            if master is not None:
+                yield name, master.detach().float().cpu()
+                continue
+            with self._gathered(parameter):
+                yield name, parameter.detach().float().cpu().clone()
+
+    def model_config(self) -> dict[str, Any]:
+        """The model's config.json, for a checkpoint to be complete."""
+        return json.loads(self.module.config.to_json_string(use_diff=False))  # type: ignore[union-attr, operator]
+
+    def save(self, folder: Path) -> None:
+        """Writes weights and optimizer states of all ranks into `folder/engine`; all ranks call it."""
+        self._engine.save_checkpoint(str(folder), tag="engine")
+
+    def load(self, folder: Path) -> None:
+        """Reads what `save` wrote with the same number of ranks."""
+        path, _ = self._engine.load_checkpoint(str(folder), tag="engine")
+        if path is None:
+            raise UserError(f"{folder}: DeepSpeed could not load this checkpoint", remedy="start with --resume never")
+
+    def close(self) -> None:
+        """Frees the engine's hooks and buffers, for another stage in the same process."""
+        self._engine.destroy()
+
+
+def _freeze_all_but_smallest(model: torch.nn.Module) -> None:
+    # The engine needs something to optimise: the smallest parameter stays in its hands with a learning rate of 0.
+    smallest = min(model.parameters(), key=lambda p: getattr(p, "ds_numel", p.numel()))
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter is smallest)
+
+
+def checkpoint_weights(folder: Path) -> Mapping[str, torch.Tensor]:
+    """The fp32 weights in a checkpoint that `Engine.save` or DeepSpeed wrote, at any ZeRO stage.
+
+    Args:
+        folder: The folder that holds the tag's folder and `latest`.
+    """
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    tag = "engine" if (folder / "engine").is_dir() else (folder / "latest").read_text().strip()
+    shards = sorted((folder / tag).glob("*_optim_states.pt"))
+    if shards:
+        return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag, lazy_mode=False)
+    state = torch.load(folder / tag / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+    return state["module"]

@@ -1,0 +1,94 @@
+"""Any Hugging Face tokenizer folder, behind the house's protocol."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cook.base.errors import UserError
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer that AutoTokenizer reads from a local folder; code in the folder is never run.
+
+    Vocabularies without a beginning-of-text token (GPT-2's family) use their end-of-text token in its place, and the
+    same one for padding where none is defined.
+
+    Args:
+        backend: The Hugging Face tokenizer.
+        origin: Where it came from, for messages.
+    """
+
+    def __init__(self, backend: Any, origin: str):
+        if backend.eos_token_id is None:
+            raise UserError(
+                f"{origin}: the tokenizer has no end-of-text token",
+                wanted="an eos_token in tokenizer_config.json",
+                remedy="name the token that ends a document in the folder's tokenizer_config.json",
+            )
+        self._backend = backend
+        self.eos_id: int = backend.eos_token_id
+        self.bos_id: int = backend.bos_token_id if backend.bos_token_id is not None else self.eos_id
+        self.pad_id: int = backend.pad_token_id if backend.pad_token_id is not None else self.eos_id
+        self.unk_id: int | None = backend.unk_token_id
+        # Ids may have holes, so the size of the embedding is the largest id, not the number of tokens.
+        self.vocab_size: int = max(backend.get_vocab().values()) + 1
+        self.fingerprint = _fingerprint(backend)
+
+    @classmethod
+    def load(cls, path: str | Path) -> HuggingFaceTokenizer:
+        """Reads a tokenizer folder.
+
+        Raises:
+            UserError: There is no such folder, or AutoTokenizer cannot read it.
+        """
+        from transformers import AutoTokenizer
+
+        folder = Path(path)
+        if not folder.is_dir():
+            raise UserError(f"tokenizer.path: {folder} is not a folder", wanted="a folder with tokenizer.json")
+        try:
+            backend = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise UserError(f"tokenizer.path: {folder} cannot be read: {error}") from error
+        return cls(backend, str(folder))
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._ids([text])[0])
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.asarray(ids, dtype=np.int32) for ids in self._ids(list(texts))] if texts else []
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text = self._backend.decode(
+            [int(i) for i in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        assert isinstance(text, str)
+        return text
+
+    def save(self, folder: str | Path) -> None:
+        self._backend.save_pretrained(str(folder))
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        # verbose=False: a document longer than the model's context is no reason for a warning, it is cut later.
+        encoded = self._backend(
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        return encoded["input_ids"]
+
+
+def _fingerprint(backend: Any) -> str:
+    rust = getattr(backend, "backend_tokenizer", None)
+    # Tokenizers written in Python have no serialised form: their class and vocabulary stand for them.
+    content = rust.to_str() if rust is not None else json.dumps(sorted(backend.get_vocab().items()))
+    return hashlib.sha256(f"{type(backend).__name__}\n{content}".encode()).hexdigest()

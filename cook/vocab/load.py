@@ -1,0 +1,29 @@
+"""Opens the tokenizer that a configuration names."""
+
+from __future__ import annotations
+
+from cook.base.errors import UserError
+from cook.vocab.hf import HuggingFaceTokenizer
+from cook.vocab.protocol import Tokenizer
+from cook.vocab.sentencepiece import SentencePieceTokenizer
+
+TOKENIZERS: dict[str, type[SentencePieceTokenizer] | type[HuggingFaceTokenizer]] = {
+    "sentencepiece": SentencePieceTokenizer,
+    "hf": HuggingFaceTokenizer,
+}
+"""Tokenizer class by the configuration's `tokenizer.type`."""
+
+
+def load_tokenizer(type: str, path: str) -> Tokenizer:
+    """Loads a tokenizer.
+
+    Args:
+        type: `sentencepiece` (a `.model` file) or `hf` (a folder that AutoTokenizer reads).
+        path: The file or folder.
+
+    Raises:
+        UserError: The type is unknown, or the path holds no such tokenizer.
+    """
+    if type not in TOKENIZERS:
+        raise UserError("tokenizer.type is unknown", wanted=" or ".join(sorted(TOKENIZERS)), got=repr(type))
+    return TOKENIZERS[type].load(path)

@@ -1,0 +1,117 @@
+"""Files that must be there, and folders that no run may write into."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+import cook.config.check_paths as check_paths
+
+
+def test_all_missing_paths_stand_in_one_error(errors_of, bmcook, elsewhere):
+    (elsewhere / "there.txt").write_text("x")
+    bmcook["model"] = {"type": "cpm_ant", "path": "models/none"}
+    bmcook["tokenizer"]["path"] = "none.model"
+    bmcook["data"] = {"type": "text", "paths": ["there.txt", "none/*.txt"], "held_out_paths": ["gone"], "max_length": 32}
+    bmcook["distillation"] = {"teacher": "teacher", "ce_scale": 1}
+    [message] = errors_of()
+    assert message.startswith(
+        "5 path(s) do not exist:\n    model.path: models/none\n    tokenizer.path: none.model\n"
+        "    data.paths.1: none/*.txt\n    data.held_out_paths.0: gone\n    distillation.teacher: teacher\n"
+    )
+
+
+def test_files_folders_and_globs_are_found(load, bmcook, elsewhere):
+    (elsewhere / "deep" / "er").mkdir(parents=True)
+    (elsewhere / "deep" / "er" / "a[1].txt").write_text("x")
+    paths = ["deep", "deep/er/a[1].txt", "deep/**/*.txt", str(elsewhere / "deep" / "*")]
+    bmcook["data"] = {"type": "text", "paths": paths, "max_length": 32}
+    assert load().data.paths == tuple(paths)
+
+
+def test_a_glob_that_matches_nothing_is_missing(errors_of, bmcook, elsewhere):
+    (elsewhere / "deep").mkdir()
+    bmcook["data"] = {"type": "text", "paths": ["deep/*.txt"], "max_length": 32}
+    assert "data.paths.0: deep/*.txt" in errors_of()[0]
+
+
+def test_a_model_path_is_no_glob(errors_of, bmcook, elsewhere):
+    (elsewhere / "m.pt").write_text("x")
+    bmcook["model"]["path"] = "*.pt"
+    assert "model.path: *.pt" in errors_of()[0]
+
+
+def test_a_teacher_that_an_earlier_stage_writes_need_not_be_there(load, bmcook):
+    bmcook["distillation"] = {"teacher": "results/tiny/dense", "ce_scale": 1}
+    assert load().distillation.teacher == "results/tiny/dense"
+
+
+def test_masks_need_not_be_there(load, elsewhere):
+    load("fine-grained.train_mask=false", "coarse-grained.train_mask=false")
+    assert not (elsewhere / "results").exists()
+
+
+@pytest.mark.parametrize(
+    "section, key, value, kind, said",
+    [
+        ("model", "path", "thing", "folder", "model.path: the folder has no config.json"),
+        ("model", "path", "thing", "file", "model.path: not a model"),
+        ("tokenizer", "path", "thing", "folder", "tokenizer.path: not a file"),
+    ],
+)
+def test_paths_of_the_wrong_kind(errors_of, bmcook, elsewhere, section, key, value, kind, said):
+    (elsewhere / value).mkdir() if kind == "folder" else (elsewhere / value).write_text("x")
+    bmcook[section][key] = value
+    [message] = errors_of()
+    assert message.startswith(said)
+
+
+def test_a_hugging_face_tokenizer_is_a_folder(errors_of, bmcook, elsewhere):
+    (elsewhere / "thing").write_text("x")
+    bmcook["tokenizer"] |= {"type": "hf", "path": "thing"}
+    assert errors_of()[0].startswith("tokenizer.path: not a folder")
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "b\x7fc/" * 2000])
+def test_impossible_names_are_missing(errors_of, bmcook, name):
+    bmcook["model"]["path"] = name
+    assert errors_of()[0].startswith("1 path(s) do not exist")
+
+
+REPOSITORY = str(Path(check_paths.__file__).parents[2])
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [
+        "/", "//", "/tmp/../", REPOSITORY, os.path.dirname(REPOSITORY), f"{REPOSITORY}/results/..", f"{REPOSITORY}/cook",
+        f"{REPOSITORY}/cook/config/new", f"{REPOSITORY}/config", f"{REPOSITORY}/tests/x", f"{REPOSITORY}/results/bench/x",
+        f"{REPOSITORY}/.git",
+    ],
+)  # fmt: skip
+def test_folders_that_no_run_may_write_into(errors_of, folder):
+    assert any(message.startswith("output_dir: ") for message in errors_of(f'output_dir="{folder}"'))
+    assert any(message.startswith("data.cache_dir: ") for message in errors_of(f'data.cache_dir="{folder}"'))
+
+
+@pytest.mark.parametrize("folder", ["x", "../x", "/tmp/some/x", f"{REPOSITORY}/results/x", f"{REPOSITORY}/cook2"])
+def test_folders_that_a_run_may_write_into(load, folder):
+    assert load(f"output_dir={folder}").output_dir == folder
+
+
+def test_a_link_into_the_repository_is_seen_through(errors_of, elsewhere):
+    (elsewhere / "link").symlink_to(f"{REPOSITORY}/cook")
+    assert "cook/ belongs to the program" in errors_of("output_dir=link/new")[0]
+
+
+def test_a_file_is_no_output_folder(errors_of, elsewhere):
+    (elsewhere / "file").write_text("x")
+    assert errors_of("output_dir=file")[0].startswith("output_dir: there is a file of this name")
+
+
+@pytest.mark.parametrize("key", ["coarse-grained.coarse_mask", "fine-grained.heads_mask", "fine-grained.dimff_mask"])
+def test_masks_stay_out_of_the_program_too(errors_of, key):
+    messages = errors_of(f"{key}={REPOSITORY}/config/mask.pt")
+    assert any(message.startswith(f"{key}: config/ belongs to the program") for message in messages)

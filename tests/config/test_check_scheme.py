@@ -1,0 +1,170 @@
+"""The order of the recipe, the sizes of the scheme, and the masks that a stage needs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+ATT, FFN, LAYER = ["att_mask", "att_finetune"], ["ffn_mask", "ffn_finetune"], ["layer_mask", "layer_finetune"]
+
+
+def recipe(names):
+    return "stages=" + json.dumps([{"name": name} for name in names])
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["pretrain", *LAYER, *ATT, *FFN, "random_baseline"],
+        ["pretrain", *LAYER, *FFN, *ATT, "random_baseline"],
+        [*ATT, *FFN],
+        LAYER,
+        ["layer_finetune", "ffn_mask"],
+        ["pretrain"],
+        [],
+    ],
+)
+def test_recipes_in_order(load, names):
+    assert [entry.name for entry in load(recipe(names)).stages] == names
+
+
+@pytest.mark.parametrize(
+    "names, said",
+    [
+        (["layer_mask", "pretrain"], "pretrain must come first"),
+        (["random_baseline", "layer_mask"], "random_baseline must come last"),
+        (["layer_finetune", "layer_mask"], "layer_mask must come before layer_finetune"),
+        (["att_finetune", "att_mask"], "att_mask must come before att_finetune"),
+        ([*ATT, *LAYER], "the layer stages must come before"),
+        (["layer_mask", "att_mask", "layer_finetune"], "the layer stages must come before"),
+        (["att_mask", "ffn_mask", "att_finetune", "ffn_finetune"], "the att and ffn stages are mixed"),
+        (["att_mask", "att_mask"], "att_mask stands there twice"),
+    ],
+)
+def test_recipes_out_of_order(errors_of, names, said):
+    [message] = errors_of(recipe(names))
+    assert said in message
+
+
+@pytest.mark.parametrize("method", ["coarse-grained", "fine-grained"])
+def test_an_unstructured_mask_is_refused(errors_of, method):
+    [message] = errors_of("pruning.pruning_mask_path=mask.pt", f"pruning.mask_method={method}")
+    assert message.startswith(f"pruning.pruning_mask_path: {method} pruning has no unstructured mask\n  wanted: null")
+
+
+def test_the_described_stage_needs_its_section(errors_of, load, scheme):
+    coarse = scheme.pop("coarse-grained")
+    load("stages=[]")
+    assert "coarse-grained: the scheme lacks" in errors_of("stages=[]", "pruning.mask_method=coarse-grained")[0]
+    load("stages=[]", "pruning.mask_method=coarse-grained", "pruning.is_pruning=false")
+    del scheme["fine-grained"]
+    assert "fine-grained: the scheme lacks" in errors_of("stages=[]")[0]
+    scheme["coarse-grained"] = coarse
+    load("stages=[]", "pruning.mask_method=coarse-grained")
+
+
+def test_the_recipes_stages_need_their_sections(errors_of, scheme):
+    scheme.clear()
+    messages = errors_of(recipe([*LAYER, *FFN]), "pruning.is_pruning=false")
+    assert [message.split(":")[0] for message in messages] == ["coarse-grained", "fine-grained"]
+    assert "stages.layer_mask" in messages[0] and "stages.ffn_mask" in messages[1]
+
+
+@pytest.mark.parametrize(
+    "mode, names, missing, needed",
+    [
+        ("ffn", [], "heads_mask", True),
+        ("ffn", [], "dimff_mask", True),
+        ("att", [], "heads_mask", True),
+        ("att", [], "dimff_mask", False),
+        ("att", [*FFN, *ATT], "dimff_mask", True),
+        ("att", LAYER, "dimff_mask", False),
+    ],
+)
+def test_the_masks_of_a_fine_stage(errors_of, load, scheme, mode, names, missing, needed):
+    del scheme["fine-grained"][missing]
+    scheme["fine-grained"]["prune_mode"] = mode
+    if needed:
+        assert errors_of(recipe(names))[0].startswith(f"fine-grained.{missing}: missing")
+    else:
+        load(recipe(names))
+
+
+def test_masks_are_not_needed_by_stages_that_do_not_run(load, scheme):
+    scheme["fine-grained"] |= {"heads_mask": None, "dimff_mask": None, "coarse_mask": None}
+    load(recipe(LAYER), "pruning.mask_method=coarse-grained")
+
+
+@pytest.mark.parametrize("mask_modules, needed", [("null", True), ("[[false, false], [false, false]]", True)] + [
+    ("[[false, false], [false, true]]", False)
+])  # fmt: skip
+def test_the_layer_mask_is_needed_until_layers_are_removed(errors_of, load, scheme, mask_modules, needed):
+    del scheme["fine-grained"]["coarse_mask"]
+    settings = "stages=[]", f"model.config.mask_modules={mask_modules}"
+    if needed:
+        [message] = errors_of(*settings)
+        assert message.startswith("fine-grained.coarse_mask: missing")
+    else:
+        assert load(*settings).fine.coarse_mask is None
+
+
+def test_a_folder_tells_whether_layers_are_removed(errors_of, load, bmcook, scheme, elsewhere):
+    bmcook["model"] = {"type": "cpm_ant", "path": "model"}
+    scheme["fine-grained"]["coarse_mask"] = None
+    (elsewhere / "model").mkdir()
+    (elsewhere / "model" / "config.json").write_text('{"mask_modules": [[true, false]]}')
+    load("stages=[]")
+    (elsewhere / "model" / "config.json").write_text('{"mask_modules": null}')
+    assert errors_of("stages=[]")[0].startswith("fine-grained.coarse_mask: missing")
+
+
+def test_a_recipe_that_removes_layers_needs_the_mask_whatever_the_model(errors_of):
+    removed = "model.config.mask_modules=[[false, true], [false, false]]"
+    assert "fine-grained.coarse_mask: missing" in errors_of(removed, "fine-grained.coarse_mask=null")[0]
+
+
+def test_the_recipe_has_one_layer_mask(errors_of, load):
+    [message] = errors_of("fine-grained.coarse_mask=results/tiny/other.pt")
+    assert "wanted: results/tiny/layer.pt" in message
+    assert load("fine-grained.coarse_mask=results/./tiny/layer.pt")
+    assert load("fine-grained.coarse_mask=results/tiny/other.pt", recipe(ATT))
+
+
+@pytest.mark.parametrize(
+    "key, path",
+    [
+        ("dimff_mask", "results/tiny/heads.pt"),
+        ("heads_mask", "results/tiny/layer.pt"),
+        ("dimff_mask", "results/../results/tiny/heads.pt"),
+    ],
+)
+def test_masks_do_not_share_a_file(errors_of, key, path):
+    [message] = errors_of(f"fine-grained.{key}={path}")
+    assert message.startswith(f"fine-grained.{key}: the same file as")
+
+
+@pytest.mark.parametrize(
+    "setting, said",
+    [
+        ("target_num_heads=5", "fine-grained.target_num_heads: above num_heads\n  wanted: at most 4"),
+        ("target_dimff=49", "fine-grained.target_dimff: above dim_ff\n  wanted: at most 48"),
+        ("num_heads=8", "fine-grained.num_heads: not the model's\n  wanted: 4,"),
+        ("dim_ff=47", "fine-grained.dim_ff: not the model's\n  wanted: 48,"),
+        ("target_num_heads=0", "wrong value at 'fine-grained.target_num_heads'"),
+        ("heads_mask=mask.bin", "wanted: a path that ends in .pt"),
+        ("heads_mask=.pt", "wanted: a path that ends in .pt"),
+    ],
+)
+def test_sizes(errors_of, setting, said):
+    [message] = errors_of(f"fine-grained.{setting}")
+    assert said in message
+
+
+def test_targets_may_be_all_there_is(load):
+    load("fine-grained.target_num_heads=4", "fine-grained.target_dimff=48")
+
+
+@pytest.mark.parametrize("sparsity", [0, 1, -0.1, 1.5, "true", "half"])
+def test_sparsity_is_between_0_and_1(errors_of, sparsity):
+    assert len(errors_of(f"coarse-grained.target_sparsity={sparsity}")) == 1

@@ -1,0 +1,155 @@
+"""Values of the model, the corpus, the batch and DeepSpeed that must fit one another."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def test_a_model_needs_a_source(errors_of, bmcook):
+    bmcook["model"] = {"type": "cpm_ant"}
+    assert errors_of()[0].startswith("model: neither config nor path")
+
+
+def test_a_pt_file_needs_its_description(errors_of, bmcook, elsewhere):
+    (elsewhere / "m.pt").write_text("x")
+    bmcook["model"] = {"type": "cpm_ant", "path": "m.pt"}
+    assert errors_of()[0].startswith("model.config: a .pt file does not describe")
+
+
+def test_mask_modules_has_a_pair_a_layer(errors_of, load):
+    assert load("model.config.mask_modules=[[false, false], [true, false]]")
+    assert "mask_modules: of another length" in errors_of("model.config.mask_modules=[[false, false]]")[0]
+
+
+def test_the_tokenizer_fits_the_model(errors_of, load):
+    assert load("tokenizer.vocab_size=100")
+    assert "at most 128" in errors_of("tokenizer.vocab_size=129")[0]
+    assert errors_of("tokenizer.type=hf")[0].startswith("tokenizer.path: missing")
+
+
+def test_the_corpus(errors_of, elsewhere):
+    (elsewhere / "x.txt").write_text("x")
+    assert "has no paths" in errors_of('data.paths=["x.txt"]')[0]
+    assert "a jsonl corpus needs its files" in errors_of("data.type=jsonl")[0]
+
+
+def test_something_is_held_out_for_the_evaluation(errors_of, load, elsewhere):
+    (elsewhere / "x.txt").write_text("x")
+    assert "nothing is held out" in errors_of("data.held_out=0")[0]
+    assert load("data.held_out=0", "training.eval_rows=0")
+    assert load("data.held_out=0", 'data.held_out_paths=["x.txt"]')
+
+
+def test_a_row_holds_more_than_the_prompt(errors_of, load):
+    assert load("data.max_length=5")
+    assert "more than 4" in errors_of("data.max_length=4")[0]
+
+
+@pytest.mark.parametrize(
+    "micro, world_size, fits",
+    [(2, None, True), (3, None, False), (2, 4, True), (2, 3, False), (8, 1, True), (8, 2, False), (1, 8, True)],
+)
+def test_the_batch_is_whole(errors_of, load, micro, world_size, fits):
+    setting = f"training.micro_batch_size={micro}"  # train_batch_size is 8
+    if fits:
+        load(setting, world_size=world_size)
+    else:
+        [message] = errors_of(setting, world_size=world_size)
+        assert "train_batch_size = micro_batch_size × accumulation steps × ranks" in message
+
+
+def test_the_batch_error_explains_itself(errors_of):
+    [message] = errors_of("training.train_batch_size=20", world_size=4)
+    assert "a multiple of micro_batch_size 2 × 4 ranks = 8" in message and "set it to 16 or 24," in message
+    [message] = errors_of("training.train_batch_size=4", world_size=4)
+    assert "set it to 8," in message
+
+
+def test_a_stage_has_a_batch_of_its_own(errors_of):
+    [message] = errors_of("stages.att_mask.training.micro_batch_size=5")
+    assert message.startswith("stages.att_mask.training.train_batch_size: ")
+
+
+@pytest.mark.parametrize(
+    "setting, fits",
+    [
+        ("train_batch_size=8", True),
+        ("train_batch_size=16", False),
+        ("train_batch_size=auto", True),
+        ("train_batch_size=many", False),
+        ("train_batch_size=true", False),
+        ("train_micro_batch_size_per_gpu=2", True),
+        ("train_micro_batch_size_per_gpu=4", False),
+        ("gradient_accumulation_steps=2", True),  # on two ranks: 8 = 2 × 2 × 2
+        ("gradient_accumulation_steps=4", False),
+        ("gradient_accumulation_steps=0", False),
+        ("gradient_accumulation_steps=null", False),
+        ("gradient_accumulation_steps=true", False),
+        ("gradient_clipping=1", True),
+        ("gradient_clipping=0.5", False),
+        ("optimizer.params.lr=0.01", True),
+        ("optimizer.params.lr=0.02", False),
+        ("optimizer.params.lr=auto", True),
+        ("optimizer.params.weight_decay=0.1", False),
+        ("zero_optimization.stage=3", True),
+        ("zero_optimization=3", False),
+        ("bf16=true", False),
+        ("bf16.enabled=auto", True),
+        ("bf16.enabled=true", True),
+        ("bf16.enabled=yes", False),
+        ("monitor_config.anything.deeper=1", True),
+    ],
+)
+def test_deepspeed_says_the_same(errors_of, load, setting, fits):
+    if fits:
+        load(f"deepspeed.{setting}", world_size=2)
+    else:
+        [message] = errors_of(f"deepspeed.{setting}", world_size=2)
+        assert f"deepspeed.{setting.partition('=')[0]}" in message
+
+
+def test_accumulation_without_the_number_of_ranks(errors_of, load):
+    load("deepspeed.gradient_accumulation_steps=4")
+    assert len(errors_of("deepspeed.gradient_accumulation_steps=3")) == 1
+
+
+def test_deepspeeds_numbers_hold_for_every_stage(errors_of):
+    [message] = errors_of("deepspeed.optimizer.params.lr=0.01", "stages.att_mask.training.learning_rate=0.5")
+    assert "disagrees with stages.att_mask.training.learning_rate" in message
+
+
+@pytest.mark.parametrize(
+    "precision, bf16, fp16, fits",
+    [
+        ("auto", "true", "auto", True),
+        ("auto", "true", "true", False),
+        ("fp32", "true", "auto", False),
+        ("fp32", "false", "false", True),
+        ("bf16", "true", "false", True),
+        ("bf16", "false", "auto", False),
+        ("bf16", "auto", "true", False),
+        ("fp16", "auto", "true", True),
+    ],
+)
+def test_precision(errors_of, load, precision, bf16, fp16, fits):
+    settings = f"training.precision={precision}", f"deepspeed.bf16.enabled={bf16}", f"deepspeed.fp16.enabled={fp16}"
+    if fits:
+        load(*settings)
+    else:
+        assert len(errors_of(*settings)) == 1
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ([], "ce_scale and mse_hidn_scale are both 0"),
+        (["distillation.mse_hidn_scale=1"], "belong together"),
+        (["distillation.ce_scale=1", 'distillation.mse_hidn_module=["[pre]a:[post]b"]'], "belong together"),
+        (["distillation.ce_scale=1", 'distillation.mse_hidn_module=["a:b"]'], "wrong value at"),
+        (["distillation.ce_scale=1", "distillation.ce_temp=0"], "wrong value at"),
+    ],
+)
+def test_distillation(errors_of, bmcook, settings, said):
+    bmcook["distillation"] = {"teacher": "results/tiny/dense"}
+    [message] = errors_of(*settings)
+    assert said in message

@@ -1,0 +1,66 @@
+"""What is read off a model's description, and that a strange description yields ignorance rather than a crash."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from cook.base.errors import UserError
+from cook.config.facts import ModelFacts, model_facts
+from cook.config.types import ModelConfig
+
+
+def facts_of(config):
+    return model_facts(ModelConfig(type="cpm_ant", config=config))
+
+
+def test_plain_configuration():
+    config = {"vocab_size": 9, "prompt_length": 4, "num_heads": 16, "dim_ff": 700}
+    expected = ModelFacts(vocab_size=9, prompt_length=4, num_heads=16, dim_ff=700, layers_removed=False)
+    assert facts_of(config) == expected
+
+
+@pytest.mark.parametrize(
+    "mask_modules, removed",
+    [
+        (None, False),
+        ([[False, False]], False),
+        ([[False, False], [False, True]], True),
+        ([True, False], True),
+        ("yes", None),
+    ],
+)
+def test_removed_layers(mask_modules, removed):
+    assert facts_of({"mask_modules": mask_modules}).layers_removed is removed
+
+
+def test_a_ragged_model_has_the_size_of_its_blocks_not_the_plain_field():
+    ragged = {"num_heads": 16, "dim_ff": 700, "layer_heads": [[0, 5], [], [3, 1]], "layer_dim_ff": [0, 350, 350]}
+    assert (facts_of(ragged).num_heads, facts_of(ragged).dim_ff) == (2, 350)
+    uneven = {"num_heads": 16, "dim_ff": 700, "layer_heads": [[0, 5], [3]], "layer_dim_ff": [10, 350]}
+    assert (facts_of(uneven).num_heads, facts_of(uneven).dim_ff) == (None, None)
+
+
+@pytest.mark.parametrize("strange", [{}, {"num_heads": True, "dim_ff": "7", "layer_heads": 3, "mask_modules": 1}])
+def test_strange_descriptions_say_nothing(strange):
+    facts = facts_of(strange)
+    assert (facts.num_heads, facts.dim_ff, facts.vocab_size) == (None, None, None)
+
+
+def test_a_folder_speaks_for_itself(elsewhere):
+    (elsewhere / "config.json").write_text(json.dumps({"num_attention_heads": 32, "mask_modules": [[True, False]]}))
+    facts = model_facts(ModelConfig(type="cpm_ant", path=str(elsewhere)))
+    assert facts.num_heads == 32 and facts.layers_removed is True
+    assert model_facts(ModelConfig(type="cpm_ant", path=str(elsewhere / "none"))) == ModelFacts()
+
+
+@pytest.mark.parametrize("content, fits", [("[]", True), ("{", False), ("9" * 5000, False)])
+def test_an_unreadable_folder(elsewhere, content, fits):
+    (elsewhere / "config.json").write_text(content)
+    model = ModelConfig(type="cpm_ant", path=str(elsewhere))
+    if fits:
+        assert model_facts(model) == ModelFacts()
+    else:
+        with pytest.raises(UserError, match="config.json"):
+            model_facts(model)

@@ -1,0 +1,165 @@
+"""The schemas themselves, and the words in which a breach is reported."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import get_args
+
+import jsonschema
+import pytest
+
+from cook.config import types
+from cook.config.load import _BMCOOK, _SCHEME
+from cook.config.schema import MAX_DEPTH, load_schema, schema_findings, shown, subschema, wanted
+
+
+def described_keys(node, place=()):
+    """Every key that a schema names, with its subschema as written."""
+    for key, below in node.get("properties", {}).items():
+        yield (*place, key), below
+        yield from described_keys(below, (*place, key))
+    if isinstance(node.get("items"), dict):
+        yield from described_keys(node["items"], (*place, 0))
+
+
+@pytest.mark.parametrize("name", ["bmcook", "l0_pruning"])
+def test_schemas_are_valid_and_describe_every_key(name):
+    schema = load_schema(name)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    keys = list(described_keys(schema)) + list(described_keys(schema["$defs"].get("training", {})))
+    assert len(keys) > 15
+    for place, node in keys:
+        assert node.get("description", "").endswith("."), place
+
+
+@pytest.mark.parametrize("name", ["bmcook", "l0_pruning"])
+def test_all_objects_but_deepspeeds_refuse_unknown_keys(name):
+    for place, node in described_keys(load_schema(name)):
+        if "properties" in node and place[0] != "deepspeed":
+            assert node["additionalProperties"] is False, place
+
+
+SECTIONS = [("bmcook", key, cls) for key, cls in _BMCOOK.items() if cls] + [
+    ("l0_pruning", key, cls) for key, cls in _SCHEME.items()
+]
+
+
+@pytest.mark.parametrize("name, key, section", SECTIONS, ids=lambda value: value if isinstance(value, str) else "")
+def test_schema_and_dataclass_have_the_same_keys_and_defaults(name, key, section):
+    node = subschema(name, (key,))
+    fields = {field.name: field for field in dataclasses.fields(section)}
+    assert set(node["properties"]) - {"l0_pruning"} == set(fields)
+    for field in fields.values():
+        declared = subschema(name, (key, field.name))
+        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if needed:
+            assert field.name in node["required"] and "default" not in declared
+        elif (key, field.name) == ("model", "config"):
+            assert field.default is None
+        else:
+            default = list(field.default) if isinstance(field.default, tuple) else field.default
+            default = "auto" if (key, field.name) == ("gates", "learning_rate") else default
+            assert declared["default"] == default, field.name
+
+
+@pytest.mark.parametrize(
+    "literal, name, keys",
+    [
+        (types.StageName, "bmcook", ("stages", 0, "name")),
+        (types.Schedule, "bmcook", ("training", "schedule")),
+        (types.Precision, "bmcook", ("training", "precision")),
+        (types.DataType, "bmcook", ("data", "type")),
+        (types.TokenizerType, "bmcook", ("tokenizer", "type")),
+        (types.ModelType, "bmcook", ("model", "type")),
+        (types.MaskMethod, "bmcook", ("pruning", "mask_method")),
+        (types.PruneMode, "l0_pruning", ("fine-grained", "prune_mode")),
+    ],
+)
+def test_schema_and_literal_have_the_same_words(literal, name, keys):
+    assert subschema(name, keys)["enum"] == list(get_args(literal))
+
+
+def test_root_keys_are_the_fields_of_the_run_config():
+    names = {field.name for field in dataclasses.fields(types.RunConfig)}
+    assert set(load_schema("bmcook")["properties"]) | {"coarse", "fine", "gates", "source"} == names
+
+
+@pytest.mark.parametrize(
+    "value, problem, said",
+    [
+        ({"gatse": {}}, "unknown key 'gatse'", "remedy: did you mean 'gates'?"),
+        ({"xyz": 1}, "unknown key 'xyz'", "wanted: one of coarse-grained, fine-grained, gates"),
+        ({"gates": {"ramp": "0.5"}}, "wrong value at 'gates.ramp'", 'wanted: a number from 0 to 1\n  got:    "0.5"'),
+        ({"gates": {"ramp": True}}, "wrong value at 'gates.ramp'", "got:    true"),
+        ({"gates": {"ramp": None}}, "wrong value at 'gates.ramp'", "got:    null"),
+        ({"gates": {"ramp": 1e400}}, "wrong value at 'gates.ramp'", "wanted: a finite number"),
+        ({"gates": {"learning_rate": "fast"}}, "wrong value at 'gates.learning_rate'", '"auto"'),
+        ({"gates": []}, "wrong value at 'gates'", "wanted: an object\n  got:    a list of 0 item(s)"),
+        ({"\ud800": 1}, "unknown key '\\ud800'", "wanted: one of"),
+        ({"gates": {"learning_rate": "\ud800"}}, "wrong value at 'gates.learning_rate'", "surrogate"),
+    ],
+)
+def test_messages(value, problem, said):
+    [finding] = schema_findings(value, "l0_pruning", "file.json")
+    assert f"file.json: {problem}" in str(finding.error)
+    assert said in str(finding.error)
+
+
+def test_a_missing_key_says_what_it_means():
+    value = {"coarse-grained": {"train_mask": True, "target_sparsity": 0.5}}
+    [finding] = schema_findings(value, "l0_pruning", "file.json")
+    assert str(finding.error) == (
+        "file.json: missing key 'coarse-grained.coarse_mask'\n"
+        "  wanted: Layer mask file: written when learned, read when fixed."
+    )
+    assert finding.section == "coarse-grained"
+
+
+def test_an_integer_is_no_float_and_no_bool():
+    for steps in (10.0, True, "10"):
+        training = {"steps": steps, "train_batch_size": 1, "micro_batch_size": 1, "learning_rate": 1}
+        findings = schema_findings({"training": training}, "bmcook", "f")
+        places = [str(f.error) for f in findings if f.section == "training"]
+        assert len(places) == 1 and "'training.steps'" in places[0]
+
+
+def test_findings_come_in_the_order_of_the_file():
+    value = {"gates": {"ramp": 2, "initial_log_alpha": 50}, "nope": 1}
+    texts = [str(finding.error) for finding in schema_findings(value, "l0_pruning", "f")]
+    assert [text.split("'")[1] for text in texts] == ["gates.ramp", "gates.initial_log_alpha", "nope"]
+
+
+def test_one_finding_a_place_even_if_several_keywords_are_broken():
+    config = {"prompt_types": 0, "position_bias_num_buckets": -2}
+    findings = schema_findings({"model": {"type": "cpm_ant", "config": config}}, "bmcook", "f")
+    texts = [str(finding.error) for finding in findings]
+    assert sum("prompt_types'\n  wanted: an integer from 3" in text for text in texts) == 1
+    assert sum("wrong value at 'model.config.position_bias_num_buckets'" in text for text in texts) == 1
+
+
+def test_depth_is_limited_where_the_schema_looks_no_deeper():
+    deep: dict = {}
+    for _ in range(MAX_DEPTH):
+        deep = {"a": deep}
+    [finding] = schema_findings({"deepspeed": deep}, "bmcook", "f")
+    assert finding.section == "" and "nested deeper" in str(finding.error)
+    assert not any("nested" in str(f.error) for f in schema_findings({"deepspeed": deep["a"]}, "bmcook", "f"))
+
+
+def test_infinity_is_found_in_free_form_sections():
+    texts = [str(f.error) for f in schema_findings({"deepspeed": {"a": [1, float("inf")]}}, "bmcook", "f")]
+    assert any("'deepspeed.a.1'" in text for text in texts)
+
+
+def test_the_guilty_override_is_named():
+    set_by = {("gates", "ramp"): "gates.ramp=7"}
+    [finding] = schema_findings({"gates": {"ramp": 7}}, "l0_pruning", "f", set_by)
+    assert str(finding.error).startswith("--set gates.ramp=7: ")
+
+
+def test_long_values_are_shortened():
+    assert len(shown("x" * 1000)) == 80 and shown("x") == '"x"'
+
+
+def test_wanted_names_choices():
+    assert wanted(subschema("l0_pruning", ("fine-grained", "prune_mode"))) == 'one of "att", "ffn"'

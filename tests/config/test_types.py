@@ -1,0 +1,58 @@
+"""The helpers that turn one configuration into the configuration of a stage."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+
+import pytest
+
+from cook.config import scheme, types
+from cook.config.types import STAGE_NAMES, described_stage, for_stage, training_for
+
+
+@pytest.mark.parametrize(
+    "settings, stage",
+    [
+        (["pruning.is_pruning=false"], "pretrain"),
+        (["pruning.mask_method=coarse-grained"], "layer_mask"),
+        (["pruning.mask_method=coarse-grained", "coarse-grained.train_mask=false"], "layer_finetune"),
+        (["fine-grained.prune_mode=att", "fine-grained.train_mask=true"], "att_mask"),
+        (["fine-grained.prune_mode=att"], "att_finetune"),
+        (["fine-grained.train_mask=true"], "ffn_mask"),
+        ([], "ffn_finetune"),
+    ],
+)
+def test_the_switches_describe_a_stage(load, settings, stage):
+    assert described_stage(load(*settings)) == stage
+
+
+@pytest.mark.parametrize("name", [name for name in STAGE_NAMES if name != "random_baseline"])
+def test_for_stage_sets_the_switches_that_describe_it(load, name):
+    assert described_stage(for_stage(load(), name)) == name
+
+
+def test_overrides_of_a_stage(load):
+    config = load("stages.layer_mask.training.warmup=1")
+    assert training_for(config, "pretrain").steps == 20
+    assert training_for(config, "layer_mask").warmup == 1.0 and training_for(config, "layer_mask").steps == 10
+    assert training_for(config, "ffn_mask") == config.training
+    assert for_stage(config, "pretrain").training.steps == 20 and config.training.steps == 10
+
+
+def test_for_stage_changes_nothing_else(load):
+    config = load()
+    other = for_stage(config, "att_mask")
+    assert other.fine.heads_mask == config.fine.heads_mask and other.coarse == config.coarse
+    assert for_stage(config, "random_baseline").pruning == config.pruning
+
+
+@pytest.mark.parametrize("module", [types, scheme])
+def test_every_field_has_a_docstring_under_it(module):
+    classes = [node for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.ClassDef)]
+    assert classes
+    for node in classes:
+        for field, after in zip(node.body, [*node.body[1:], None], strict=True):
+            if isinstance(field, ast.AnnAssign):
+                documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                assert documented, f"{node.name}.{ast.unparse(field.target)}"

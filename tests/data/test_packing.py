@@ -1,0 +1,124 @@
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cook.data.packing as packing
+from cook.base.errors import UserError
+
+_spec = importlib.util.spec_from_file_location("packing_reference", Path(__file__).with_name("reference.py"))
+reference = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(reference)
+
+shapes = st.tuples(st.integers(0, 5), st.integers(10, 60))
+
+
+def numbered(lengths):
+    """Documents in which every token is unique, so that nothing can be confused or lost unseen."""
+    ids = iter(range(10, 60_000))
+    return [[next(ids) for _ in range(length)] for length in lengths]
+
+
+document_lists = st.lists(st.integers(0, 150), max_size=25).map(numbered)
+
+
+@settings(max_examples=200, deadline=None)
+@given(document_lists, shapes, st.sampled_from([1, 2, 1024]))
+def test_rows_and_batches_equal_the_slow_reference(make_rows, documents, shape, open_rows):
+    prompt_length, row_size = shape
+    wanted = reference.pack(reference.pieces_of(documents, row_size), row_size, open_rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "OPEN_ROWS", open_rows)
+        patch.setattr(packing, "_PIECES_AT_ONCE", 3)
+        rows, statistics = make_rows(documents, max_length=prompt_length + row_size, prompt_length=prompt_length)
+    assert statistics["rows"] == len(wanted)
+    if not wanted:
+        return
+    assert len(rows) == len(wanted) and rows.max_length == prompt_length + row_size
+    batch = rows.batch(np.arange(len(rows)))
+    expected = [reference.batch_row(row, prompt_length, prompt_length + row_size) for row in wanted]
+    for name, value in batch.items():
+        assert value.tolist() == [row[name] for row in expected], name
+    assert rows.num_targets.tolist() == (batch["targets"] != -100).sum(1).tolist()
+    assert rows.lengths.tolist() == batch["length"].tolist()
+
+
+@settings(max_examples=100, deadline=None)
+@given(document_lists, shapes)
+def test_nothing_is_lost_but_what_the_rules_drop(make_rows, documents, shape):
+    prompt_length, row_size = shape
+    rows, statistics = make_rows(documents, max_length=prompt_length + row_size, prompt_length=prompt_length)
+    kept = set() if rows is None else set(rows.tokens_RT[rows.tokens_RT >= 10].tolist())
+    assert statistics["dropped_tokens"] == sum(map(len, documents)) - len(kept)
+    for document in documents:
+        lost = [token for token in document if token not in kept]
+        # What is lost is the end of the document, and short.
+        assert lost == document[len(document) - len(lost) :]
+        assert len(lost) < (8 if len(lost) == len(document) else 32)
+    if rows is not None:
+        assert (rows.tokens_RT >= 10).sum() == len(kept)  # and nothing is there twice
+        assert statistics["targets"] == rows.num_targets.sum()
+
+
+@settings(max_examples=50, deadline=None)
+@given(document_lists, shapes)
+def test_invariants_of_a_batch_under_the_attention_formula(make_rows, documents, shape):
+    prompt_length, row_size = shape
+    rows, _ = make_rows(documents, max_length=prompt_length + row_size, prompt_length=prompt_length)
+    if rows is None:
+        return
+    b = rows.batch(np.arange(len(rows)))
+    assert b["context"].dtype == torch.bool
+    assert {b[name].dtype for name in b if name != "context"} == {torch.int64}
+    has_target = b["targets"] != -100
+    assert not (has_target & b["context"]).any()
+    # A target is the next token, which is text of the same sample.
+    assert (b["targets"][:, :-1] == b["input"][:, 1:])[has_target[:, :-1]].all() and not has_target[:, -1].any()
+    assert (b["span"][:, :-1] == b["span"][:, 1:])[has_target[:, :-1]].all()
+
+    # Which keys a query sees, by the model's formula.
+    index = torch.arange(b["input"].shape[1])
+    context, span, inside = b["context"], b["span"], index < b["length"][:, None]
+    sees = context[:, None, :] | (~context[:, :, None] & (index[None, :] <= index[:, None]))
+    sees = sees & (span[:, :, None] == span[:, None, :]) & inside[:, :, None] & inside[:, None, :]
+    sample_begin = (b["input"] == 2) & ~context & inside
+    sample = torch.where(~context & inside, sample_begin.cumsum(1) - 1, torch.where(context, 0, -1))
+    for row in range(len(rows)):
+        for query in index[inside[row]].tolist():
+            keys = set(index[sees[row, query]].tolist())
+            own = {k for k in index.tolist() if sample[row, k] == sample[row, query] and inside[row, k]}
+            if context[row, query]:
+                assert keys == set(range(prompt_length))
+            else:  # the past of its own sample; the prompt counts as the first sample's past
+                assert keys == {k for k in own if k <= query}
+
+
+def test_a_window_of_open_rows_bounds_the_search():
+    sizes = np.array([6] * 5 + [4])
+    assert packing.first_fit(sizes, 10).row_N.tolist() == [0, 1, 2, 3, 4, 0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "OPEN_ROWS", 2)
+        assert packing.first_fit(sizes, 10).row_N.tolist() == [0, 1, 2, 3, 4, 3]
+
+
+def test_long_documents_leave_few_samples_without_the_prompt(make_rows):
+    lengths = np.random.default_rng(0).integers(500, 5000, 200).tolist()
+    rows, statistics = make_rows([[9] * length for length in lengths], max_length=256, prompt_length=32)
+    assert statistics["filled"] > 0.98 and statistics["share_without_prompt"] < 0.05
+    first = (rows.spans_RT == 0).sum() - len(rows)
+    assert statistics["share_without_prompt"] == pytest.approx(1 - first / rows.num_targets.sum())
+
+
+def test_a_row_without_room_is_refused():
+    assert packing.text_capacity(42, 32) == 8
+    with pytest.raises(UserError, match="at least 42"):
+        packing.text_capacity(41, 32)
+
+
+def test_a_missing_or_cut_folder_is_refused(tmp_path):
+    with pytest.raises(UserError, match="missing or damaged"):
+        packing.open_rows(tmp_path, "train", 32)

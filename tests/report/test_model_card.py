@@ -1,0 +1,91 @@
+import dataclasses
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard as HubCard
+
+from cook.report.model_card import MaskFile, ModelCard, model_card
+from cook.report.tables import LadderRow, ladder_table
+
+ROWS = [
+    LadderRow(
+        model=name,
+        att_layers=8,
+        ffn_layers=8,
+        heads="4",
+        dim_ff="350",
+        parameters=7_421_952,
+        held_out_loss=4.2,
+        tokens_per_second=None,
+    )
+    for name in ("dense", "small")
+]
+CARD = ModelCard(
+    name="CPM-Ant small",
+    rows=ROWS,
+    base_model="openbmb/cpm-ant-10b",
+    license="apache-2.0",
+    license_note="The corpus is under its own terms.",
+    languages=("zh", "no"),
+    training_data="Sources and prose of a standard library.",
+    commands=("bash scripts/prune_cpm_ant.sh", "python do_prune.py --verify"),
+    masks=(MaskFile(name="layer_mask.pt", sha256="ab" * 32),),
+    trust_remote_code=True,
+    max_difference=2.34e-6,
+    difference_note="fp32, 4 batches",
+    versions=(("torch", "2.13.0"),),
+)
+
+
+def front_matter(text):
+    assert text.startswith("---\n")
+    return yaml.safe_load(text[4:].split("\n---\n")[0])
+
+
+def test_the_front_matter_is_what_the_hub_reads():
+    assert front_matter(model_card(CARD)) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "license": "apache-2.0",
+        "language": ["zh", "no"],  # Norwegian, not YAML's false
+        "base_model": "openbmb/cpm-ant-10b",
+        "tags": ["pruned", "structured-pruning"],
+    }
+    data = HubCard(model_card(CARD)).data
+    assert data.base_model == "openbmb/cpm-ant-10b" and data.language == ["zh", "no"]
+
+
+@pytest.mark.parametrize("base", [None, "/data/my model", "a CPM-Ant of 8 layers", "./x/y/z"])
+def test_only_a_hub_name_becomes_base_model(base):
+    text = model_card(dataclasses.replace(CARD, base_model=base))
+    assert "base_model" not in front_matter(text)
+    assert (base or "trained from scratch") in text
+
+
+def test_the_body_says_all_that_is_known():
+    text = model_card(CARD)
+    for part in (
+        "# CPM-Ant small",
+        ladder_table(ROWS),
+        f"- `layer_mask.pt`: sha256 `{'ab' * 32}`",
+        "```bash\nbash scripts/prune_cpm_ant.sh\npython do_prune.py --verify\n```",
+        'AutoModelForCausalLM.from_pretrained("PATH/TO/THIS/FOLDER", trust_remote_code=True)',
+        "(fp32, 4 batches): largest relative difference of their logits 2.34e-06.",
+        "## Licence\n\n`apache-2.0`. The corpus is under its own terms.\n",
+        "torch 2.13.0",
+        "Sources and prose of a standard library.",
+    ):
+        assert part in text
+
+
+def test_what_is_unknown_is_left_out_or_said():
+    text = model_card(ModelCard(name="x", rows=(), license="mit", trust_remote_code=False))
+    assert "trust_remote_code" not in text and "no code of the folder is run" in text
+    assert "were not compared" in text
+    assert not any(title in text for title in ("## Masks", "## Data", "## How it was made", "Versions", "None"))
+
+
+def test_values_cannot_break_the_card():
+    text = model_card(dataclasses.replace(CARD, license="x: y\n---\n#", commands=("echo ```",)))
+    assert front_matter(text)["license"] == "x: y\n---\n#"
+    assert "````bash\necho ```\n````" in text
