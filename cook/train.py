@@ -27,7 +27,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                         help=f"one of {', '.join(STAGE_NAMES)}, or all: every stage of the recipe "
                              "(default: the one stage that the config files describe)")  # fmt: skip
     parser.add_argument("--resume", metavar="auto|never|PATH", default="auto",
-                        help="go on from the newest valid checkpoint, start over, or take that one (default: auto)")  # fmt: skip
+                        help="go on from the newest valid checkpoint, start over, or take that one "
+                             "(default: auto)")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # some launchers pass it
     return parser.parse_args(arguments)

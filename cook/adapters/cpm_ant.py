@@ -13,8 +13,8 @@ from cook.models import cpm_ant, cpm_ant_formats
 from cook.space.units import GatePoint, PruningSpace, UnitGroup, WeightSlice
 
 CPM_LIVE_FIELDS = (
-    "vocab_size", "dim_model", "dim_ff", "num_layers", "num_heads", "dim_head", "dropout_p", "position_bias_num_buckets",
-    "position_bias_max_distance", "eps", "half", "prompt_types", "prompt_length", "segment_types", "mask_modules",
+    "vocab_size", "dim_model", "dim_ff", "num_layers", "num_heads", "dim_head", "dropout_p",
+    "position_bias_num_buckets", "position_bias_max_distance", "eps", "half", "prompt_types", "prompt_length", "segment_types", "mask_modules",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Named tensors read one at a time from a folder or file, and written in shards: no second copy of a model in memory."""
+"""Named tensors, read one at a time and written in shards: no second copy of a model in memory."""
 
 from __future__ import annotations
 
@@ -142,6 +142,7 @@ class ShardWriter:
             f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)
         ]
         for file, final in zip(self.files, finals, strict=True):
+            file.chmod(0o644)  # safetensors makes its files private; a model folder is for sharing
             file.replace(self.folder / final)
         if count > 1:
             weight_map = {name: final for names, final in zip(self.names, finals, strict=True) for name in names}

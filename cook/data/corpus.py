@@ -196,7 +196,7 @@ def _read_jsonl(file: SourceFile, text_field: str) -> Iterator[Document]:
 
 def _text_of(line: bytes, text_field: str, where: str) -> str:
     try:
-        record = json.loads(line.decode("utf-8-sig"))
+        record = json.loads(line.rstrip(b"\r\n").decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 at byte {error.start} of the line") from None
     except json.JSONDecodeError as error:

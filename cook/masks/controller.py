@@ -142,5 +142,5 @@ class GateController:
 
 
 def ramp(step: int, steps: int, fraction: float, start: float, target: float) -> float:
-    """The sparsity wanted after step `step` (counted from 1): linear from `start` to `target` in `fraction` of `steps`."""
+    """The sparsity wanted after step `step` of `steps`: rises linearly in the first `fraction` of them, then holds."""
     return start + (target - start) * min(1.0, step / max(1.0, fraction * steps))

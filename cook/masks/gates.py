@@ -87,7 +87,7 @@ class Gates:
         return self.controller.expected_sparsity(self.log_alpha)
 
     def binary(self) -> dict[str, torch.Tensor]:
-        """The masks: in each constraint the gates of least logα are removed until the removed share is nearest its target.
+        """The masks: the gates of least logα go, as many a constraint as bring its removed share nearest the target.
 
         A per-block constraint on heads or dims so ends with exactly its number; a constraint on blocks within half a
         block's parameters.

@@ -42,7 +42,9 @@ def coarse_to_tensors(space: PruningSpace, masks: Masks) -> dict[str, torch.Tens
     }
 
 
-def coarse_from_tensors(space: PruningSpace, tensors: Mapping[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
+def coarse_from_tensors(
+    space: PruningSpace, tensors: Mapping[str, torch.Tensor], source: str
+) -> dict[str, torch.Tensor]:
     """Block masks by group name from a coarse file's content.
 
     Raises:
@@ -62,7 +64,9 @@ def coarse_from_tensors(space: PruningSpace, tensors: Mapping[str, torch.Tensor]
             if layer in present:
                 masks[present[layer].name] = torch.tensor([z])
             elif z:
-                raise UserError(f"{source}: {key} keeps layer {layer}, which the model does not have (or may not prune)")
+                raise UserError(
+                    f"{source}: {key} keeps layer {layer}, where the model has no such block, or none that may be pruned"
+                )
     return masks
 
 

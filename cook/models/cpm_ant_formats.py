@@ -178,8 +178,9 @@ def _refuse_ragged(config: CpmAntConfig, target: str) -> None:
 
 def _native_names(config: CpmAntConfig) -> list[str]:
     """Names of all tensors of a model with every block."""
+    attention = ("project_q", "project_k", "project_v", "attention_out")
     layer = [
-        *(f"self_att.self_attention.{name}.weight" for name in ("project_q", "project_k", "project_v", "attention_out")),
+        *(f"self_att.self_attention.{name}.weight" for name in attention),
         *(f"ffn.ffn.{name}.weight" for name in ("w_in.w_0", "w_in.w_1", "w_out")),
         "self_att.layernorm_before_attention.weight",
         "ffn.layernorm_before_ffn.weight",

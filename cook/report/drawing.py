@@ -57,12 +57,12 @@ def tidy(axes: Axes) -> None:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """The mean over a centred window of about a thirtieth of the values, which does not lag; narrower at the ends."""
+    """The mean over a centred window, which does not lag: a thirtieth of the values, more of a short series."""
     sums = [0.0, *itertools.accumulate(values)]
-    last = len(values) - 1
-    reach = len(values) // 60
-    windows = [min(reach, index, last - index) for index in range(len(values))]
-    return [(sums[i + half + 1] - sums[i - half]) / (2 * half + 1) for i, half in enumerate(windows)]
+    count = len(values)
+    reach = max(count // 60, min(5, count // 8))
+    windows = [(max(0, index - reach), min(count, index + reach + 1)) for index in range(count)]
+    return [(sums[stop] - sums[start]) / (stop - start) for start, stop in windows]
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:

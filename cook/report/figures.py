@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # A stage narrower than this share of the figure cannot be read.
-MIN_STAGE_SHARE = 0.03
+MIN_STAGE_SHARE = 0.04
 
 StageLogs = Sequence[tuple[str, list[dict[str, Any]]]]
 
@@ -145,7 +145,8 @@ def _scale_tokens(axes: Axes, spans: Sequence[_Span], end: float) -> None:
         forward, backward = (lambda x: np.interp(x, edges, shown)), (lambda x: np.interp(x, shown, edges))
         axes.set_xscale("function", functions=(forward, backward))
         unit, name = next(((10.0**p, n) for p, n in ((9, "B"), (6, "M"), (3, "k")) if end >= 10**p), (1.0, ""))
-        axes.set_xticks(edges, [f"{edge / unit:.5g}{name}" for edge in edges], rotation=35, ha="right", fontsize=9)
+        labels = [f"{edge / unit:.5g}{name if edge else ''}" for edge in edges]
+        axes.set_xticks(edges, labels, rotation=35, ha="right", fontsize=9)
         axes.set_xlabel("tokens since the start of the first stage (linear within a stage; short stages are widened)")
     else:
         axes.xaxis.set_major_formatter(lambda value, _: human_count(value))
@@ -180,7 +181,7 @@ def plot_sparsity(stage_logs: StageLogs, path: str | Path) -> Path:
         The path.
     """
     columns = [(name, [r for r in records if r.get("expected_sparsity")]) for name, records in stage_logs]
-    columns = [(name, records) for name, records in columns if records]
+    columns = [(name, _thinned(records)) for name, records in columns if records]
     if not columns:
         return drawing.message_figure("Sparsity: no stage has learned masks yet", path)
     figure = drawing.new_figure(max(6.0, 4.2 * len(columns)), 6.4)
@@ -202,6 +203,12 @@ def plot_sparsity(stage_logs: StageLogs, path: str | Path) -> Path:
     grid[1, 0].set_ylabel("λ")
     figure.suptitle("Expected against target sparsity, and the multipliers", x=0.01, ha="left", fontweight="bold")
     return drawing.save(figure, path)
+
+
+def _thinned(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    # More points than pixels make the drawing slow and no finer; the last one is what the stage ended with.
+    stride = max(1, len(records) // 1000)
+    return records[::-stride][::-1]
 
 
 _PART_NAMES = {"lambda": "λ", "lambda1": "λ1", "lambda2": "λ2"}

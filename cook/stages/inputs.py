@@ -21,7 +21,7 @@ from cook.masks.mask_set import kept_groups
 from cook.masks.random_masks import random_masks_like
 from cook.space.counts import unit_parameters
 from cook.space.units import PruningSpace, UnitGroup
-from cook.stages.plan import MaskPaths, Stage
+from cook.stages.plan import MaskPaths, Stage, mask_paths
 from cook.surgery.restrict import restrict
 
 
@@ -122,12 +122,7 @@ def _check_sizes(stage: Stage, space: PruningSpace) -> None:
 
 
 def _random_baseline(stage: Stage, space: PruningSpace) -> dict[str, torch.Tensor]:
-    coarse, fine = stage.config.coarse, stage.config.fine
-    paths = MaskPaths(
-        layer=(fine and fine.coarse_mask) or (coarse and coarse.coarse_mask),
-        heads=fine.heads_mask if fine else None,
-        dimff=fine.dimff_mask if fine else None,
-    )
+    paths = mask_paths(stage.config)
     learned = read_masks(space, coarse=paths.layer, heads=paths.heads, dimff=paths.dimff)
     return random_masks_like(space, learned, generator(stage.config.seed, "random baseline"))
 

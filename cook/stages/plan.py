@@ -52,21 +52,22 @@ class Stage:
     def fingerprint(self) -> str:
         """Hash of all settings that decide the stage's outcome; where to write and how often to log do not."""
         config = self.config
+        training, data = asdict(config.training), asdict(config.data)
+        for key in ("log_every", "save_every", "keep_checkpoints", "threads", "micro_batch_size", "eval_rows"):
+            training.pop(key)
+        data.pop("cache_dir")
         described = {
             "stage": self.name,
             "seed": config.seed,
             "model": asdict(config.model),
             "tokenizer": asdict(config.tokenizer),
-            "data": asdict(config.data),
-            "training": asdict(config.training),
+            "data": data,
+            "training": training,
             "distillation": asdict(config.distillation) if config.distillation else None,
             "pruned_module": config.pruning.pruned_module,
             "gates": asdict(config.gates),
             "scheme": [asdict(part) if part else None for part in (config.coarse, config.fine)],
         }
-        for key in ("log_every", "save_every", "keep_checkpoints", "threads", "micro_batch_size", "eval_rows"):
-            described["training"].pop(key)
-        described["data"].pop("cache_dir")
         return hashlib.sha256(json.dumps(described, sort_keys=True, default=list).encode()).hexdigest()
 
 
@@ -94,18 +95,19 @@ def plan_stage(config: RunConfig, name: StageName) -> Stage:
 
 
 def _writes(config: RunConfig, name: str) -> str | None:
-    paths = _paths(config)
+    paths = mask_paths(config)
     kind = LEARNS.get(name)
     if kind is None:
         return None
     path = getattr(paths, kind)
     if path is None:
         key = {"layer": "coarse_mask", "heads": "heads_mask", "dimff": "dimff_mask"}[kind]
-        raise UserError(f"{name} needs {key}, the file that its mask is written to", remedy=f"set {key} in l0_pruning.json")
+        raise UserError(f"{name} needs {key}, where its mask is written to", remedy=f"set {key} in l0_pruning.json")
     return path
 
 
-def _paths(config: RunConfig) -> MaskPaths:
+def mask_paths(config: RunConfig) -> MaskPaths:
+    """The mask files that the scheme names, written or not."""
     coarse, fine = config.coarse, config.fine
     layer = (fine.coarse_mask if fine else None) or (coarse.coarse_mask if coarse else None)
     return MaskPaths(
@@ -114,14 +116,12 @@ def _paths(config: RunConfig) -> MaskPaths:
 
 
 def _fixed(config: RunConfig, name: str, before: list[StageName], *, in_recipe: bool) -> MaskPaths:
-    paths = _paths(config)
+    paths = mask_paths(config)
     if name in ("pretrain", "layer_mask", "random_baseline"):
         return MaskPaths()
     if name == "layer_finetune":
         return MaskPaths(layer=config.coarse.coarse_mask if config.coarse else None)
     layer = config.fine.coarse_mask if config.fine else None
-    if in_recipe and "layer_mask" not in before and "layer_finetune" not in before and layer and not Path(layer).exists():
-        layer = None
     own, other = ("heads", "dimff") if name.startswith("att") else ("dimff", "heads")
     other_stage = "att_mask" if other == "heads" else "ffn_mask"
     other_path = getattr(paths, other)

@@ -109,7 +109,7 @@ def _finished(stage: Stage, resume: str) -> bool:
     if read_json(path)["fingerprint"] != stage.fingerprint():
         raise UserError(
             f"{path}: {stage.name} finished with other settings",
-            remedy=f"choose another output_dir, restore the settings, or redo it with --stage {stage.name} --resume never",
+            remedy=f"choose another output_dir, restore the settings, or redo it: --stage {stage.name} --resume never",
         )
     return True
 

@@ -53,7 +53,7 @@ def _free_port() -> int:
 
 
 def resolve_precision(training: TrainingConfig, deepspeed_config: Mapping[str, Any]) -> str:
-    """`fp32`, `bf16` or `fp16`: as `training` says, else as the DeepSpeed config says, else what the device does well."""
+    """`fp32`, `bf16` or `fp16`: what `training` says, else the DeepSpeed config, else what suits the device."""
     asked = [name for name in ("bf16", "fp16") if deepspeed_config.get(name, {}).get("enabled") is True]
     if training.precision != AUTO:
         if asked and asked != [training.precision]:
@@ -103,7 +103,7 @@ def filled_config(
     config.setdefault("steps_per_print", 10**9)
     left = _autos(config)
     if left:
-        raise UserError(f'the DeepSpeed config says "auto" at {left[0]}, which cook cannot fill in', remedy="write a value")
+        raise UserError(f'DeepSpeed config: cook has no value for the "auto" at {left[0]}', remedy="write a value")
     return config
 
 
@@ -137,7 +137,8 @@ class Engine:
         self.config = filled_config(deepspeed_config, training, world_size=world, precision=self.precision)
         self.zero_stage: int = self.config["zero_optimization"]["stage"]
         self.accumulation: int = self.config["gradient_accumulation_steps"]
-        self.device = torch.device("cuda", distributed.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", distributed.local_rank()) if cuda else torch.device("cpu")
         self._schedules_itself = "scheduler" in self.config
 
         model = self._partitioned(build) if self.zero_stage == 3 else build()

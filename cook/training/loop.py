@@ -112,7 +112,7 @@ def _report(
     if due:
         meter.read(position.tokens)
     expected = target = None
-    record = {
+    record: dict[str, object] = {
         "step": step,
         "loss": result.loss,
         "learning_rate": run.engine.learning_rate(),

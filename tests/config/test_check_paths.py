@@ -14,7 +14,7 @@ def test_all_missing_paths_stand_in_one_error(errors_of, bmcook, elsewhere):
     (elsewhere / "there.txt").write_text("x")
     bmcook["model"] = {"type": "cpm_ant", "path": "models/none"}
     bmcook["tokenizer"]["path"] = "none.model"
-    bmcook["data"] = {"type": "text", "paths": ["there.txt", "none/*.txt"], "held_out_paths": ["gone"], "max_length": 32}
+    bmcook["data"] |= {"type": "text", "paths": ["there.txt", "none/*.txt"], "held_out_paths": ["gone"]}
     bmcook["distillation"] = {"teacher": "teacher", "ce_scale": 1}
     [message] = errors_of()
     assert message.startswith(
@@ -86,9 +86,9 @@ REPOSITORY = str(Path(check_paths.__file__).parents[2])
 @pytest.mark.parametrize(
     "folder",
     [
-        "/", "//", "/tmp/../", REPOSITORY, os.path.dirname(REPOSITORY), f"{REPOSITORY}/results/..", f"{REPOSITORY}/cook",
-        f"{REPOSITORY}/cook/config/new", f"{REPOSITORY}/config", f"{REPOSITORY}/tests/x", f"{REPOSITORY}/results/bench/x",
-        f"{REPOSITORY}/.git",
+        "/", "//", "/tmp/../", REPOSITORY, os.path.dirname(REPOSITORY), f"{REPOSITORY}/results/..",
+        f"{REPOSITORY}/cook", f"{REPOSITORY}/cook/config/new", f"{REPOSITORY}/config", f"{REPOSITORY}/tests/x",
+        f"{REPOSITORY}/results/bench/x", f"{REPOSITORY}/.git",
     ],
 )  # fmt: skip
 def test_folders_that_no_run_may_write_into(errors_of, folder):

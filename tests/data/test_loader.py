@@ -49,7 +49,7 @@ def test_order_depends_on_seed_and_epoch_and_is_pinned():
     assert first.indices(0).tolist() != first.indices(1).tolist()
     assert first.indices(0).tolist() != RowLoader(rows_of(100), train_batch_size=100, seed=2).indices(0).tolist()
     # Order by the raw Philox stream of numpy's SeedSequence([1, 0]); a change of it would break resumed runs.
-    assert RowLoader(rows_of(8), train_batch_size=8, seed=1).indices(0).tolist() == PINNED_ORDER
+    assert RowLoader(rows_of(8), train_batch_size=8, seed=1).indices(0).tolist() == [2, 0, 1, 4, 5, 6, 7, 3]
 
 
 def test_far_steps_cost_no_replay():

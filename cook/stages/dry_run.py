@@ -1,0 +1,92 @@
+"""`--dry-run`: everything is checked and the plan is printed; nothing is built or written, no GPU is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cook.config.types import RunConfig
+from cook.masks.mask_set import kept_counts
+from cook.report.console import print_plan as print_table_of_stages
+from cook.report.human import human_count
+from cook.space.counts import block_parameters, parameters
+from cook.space.units import PruningSpace
+from cook.stages.inputs import Inputs, constraints, open_inputs
+from cook.stages.plan import Stage
+
+MASKS_OF = {"layer": "layers", "heads": "heads", "dimff": "dims"}
+
+
+def print_plan(config: RunConfig, stages: Sequence[Stage], *, world_size: int) -> None:
+    """Prints what would run: stages, parameters before and after, tokens, memory of a rank."""
+    facts = {
+        "config": config.source.bmcook,
+        "output": config.output_dir,
+        "data": config.data.type + (f" ({', '.join(config.data.paths)})" if config.data.paths else ""),
+        "ranks": world_size,
+    }
+    rows = []
+    kept: dict[str, int] = {}
+    for stage in stages:
+        inputs = open_inputs(stage, must_exist=False)
+        kept = {} if stage.name in ("pretrain", "layer_mask") else kept | kept_counts(inputs.fixed)
+        before = parameters(inputs.space, kept)
+        kept = kept | _expected_kept(stage, inputs, kept)
+        training = stage.config.training
+        rows.append(
+            {
+                "stage": stage.name,
+                "weights from": inputs.origin,
+                "learns": MASKS_OF.get(stage.learns or "", "–"),
+                "steps": training.steps,
+                "tokens": "≤ " + human_count(training.steps * training.train_batch_size * config.data.max_length),
+                "parameters before": human_count(before),
+                "after": human_count(parameters(inputs.space, kept)),
+                "memory a rank": _gigabytes(_state_bytes(stage, inputs.space, world_size)),
+            }
+        )
+    print_table_of_stages(facts, rows)
+    print(
+        "Tokens: every place of every row. Memory: weights, gradients and optimizer states; "
+        "activations come on top. A layer mask's outcome is estimated by its target."
+    )
+
+
+def _expected_kept(stage: Stage, inputs: Inputs, kept: dict[str, int]) -> dict[str, int]:
+    """Units that the stage will leave; for blocks, evenly spread ones of the target's share."""
+    if not stage.learns:
+        return {}
+    if stage.learns != "layer":
+        made = constraints(stage, inputs.space, inputs.learned)
+        return {c.name: round(len(c.costs) * (1 - c.target)) for c in made}
+    assert stage.config.coarse is not None
+    target, left = stage.config.coarse.target_sparsity, dict(kept)
+    total = block_parameters(inputs.space)
+    for group in reversed(inputs.learned):
+        trial = left | {group.name: 0}
+        if block_parameters(inputs.space, trial) >= (1 - target) * total:
+            left = trial
+    return left
+
+
+def _state_bytes(stage: Stage, space: PruningSpace, world_size: int) -> float:
+    """Bytes of model state a rank (Rajbhandari et al. 2020, ZeRO, sec. 3.1), for Adam.
+
+    Half precision keeps 2 bytes of weights, 2 of gradients and 12 of masters and moments a parameter; fp32 needs
+    4, 4 and 8 (and ZeRO's own master copy, 4 more). ZeRO 1 shares out the last, 2 the gradients too, 3 the weights too.
+    """
+    count = parameters(space)
+    zero = stage.config.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    zero = zero if isinstance(zero, int) else 2
+    half = stage.config.training.precision in ("bf16", "fp16") or any(
+        stage.config.deepspeed.get(name, {}).get("enabled") is True for name in ("bf16", "fp16")
+    )
+    weights, gradients, states = (2, 2, 12) if half else (4, 4, 8 + (4 if zero else 0))
+    if not stage.config.training.train_weights:
+        gradients = states = 0
+    shared = [states if zero >= 1 else 0, gradients if zero >= 2 else 0, weights if zero >= 3 else 0]
+    own = weights + gradients + states - sum(shared)
+    return count * (own + sum(shared) / world_size)
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"

@@ -1,0 +1,98 @@
+"""What the finished stages of a run tell together: the ladder, the figures, batches to compare models on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from cook.base.errors import UserError
+from cook.base.files import read_json
+from cook.config.types import RunConfig, described_stage
+from cook.data.load import load_rows
+from cook.data.loader import held_out_batches
+from cook.report.tables import LadderRow, range_text
+from cook.stages.plan import MaskPaths, Stage, plan_stage, recipe
+from cook.stages.structure import sizes
+
+DONE = "done.json"
+TITLES = {
+    "pretrain": "dense",
+    "layer_mask": "layers masked",
+    "layer_finetune": "layers, finetuned",
+    "att_mask": "heads masked",
+    "att_finetune": "heads, finetuned",
+    "ffn_mask": "dims masked",
+    "ffn_finetune": "dims, finetuned",
+    "random_baseline": "random masks",
+}
+
+
+def finished_stages(config: RunConfig, *, baseline: bool = False) -> list[Stage]:
+    """The recipe's stages that have finished, in order (without a recipe: the described one).
+
+    Args:
+        config: The run.
+        baseline: Whether to include the random baseline, which is a side branch.
+    """
+    stages = recipe(config) or [plan_stage(config, described_stage(config))]
+    return [s for s in stages if (s.folder / DONE).exists() and (baseline or not s.is_random_baseline)]
+
+
+def masks_after(stage: Stage) -> MaskPaths:
+    """The mask files that describe a stage's model: those it held and the one it learned."""
+    return dataclasses.replace(stage.fixed, **({str(stage.learns): stage.writes} if stage.learns else {}))
+
+
+def done_record(stage: Stage) -> dict[str, Any]:
+    """The stage's `done.json`."""
+    return read_json(stage.folder / DONE)
+
+
+def ladder_row(stage: Stage, tokens_per_second: float | None = None) -> LadderRow:
+    """A finished stage as a row of the ladder."""
+    done = done_record(stage)
+    heads, dims = sizes(done["structure"], "att"), sizes(done["structure"], "ffn")
+    return LadderRow(
+        model=TITLES[stage.name],
+        att_layers=len(heads),
+        ffn_layers=len(dims),
+        heads=range_text(heads),
+        dim_ff=range_text(dims),
+        parameters=done["parameters"],
+        held_out_loss=done["held_out_loss"],
+        tokens_per_second=tokens_per_second,
+    )
+
+
+def sample_batches(
+    config: RunConfig | None, model_config: Mapping[str, Any], *, rows: int = 16, batch_size: int = 8
+) -> tuple[list[dict[str, torch.Tensor]], str]:
+    """Batches to compare models on, and what they are: held-out text of the run, else random ids."""
+    prompt = model_config["prompt_length"]
+    if config is not None:
+        try:
+            data = load_rows(
+                config.data, config.tokenizer, prompt_length=prompt, output_dir=config.output_dir, build=False
+            )
+        except UserError:
+            pass  # nothing prepared for this config: random ids serve as well to compare two models
+        else:
+            batches = list(held_out_batches(data.held_out, batch_size, rows))
+            return batches, f"{sum(len(b['input']) for b in batches)} rows of held-out text"
+    random = torch.Generator().manual_seed(0)
+    length = prompt + 128
+    ids = torch.randint(0, model_config["vocab_size"], (batch_size, length), generator=random)
+    ids[:, :prompt] = torch.arange(prompt) + 2 * prompt
+    text = torch.arange(length) >= prompt
+    batch = {
+        "input": ids,
+        "length": torch.full((batch_size,), length),
+        "context": (~text).expand(batch_size, -1),
+        "position": torch.arange(length).expand(batch_size, -1),
+        "segment": (text * 2).expand(batch_size, -1),
+        "span": torch.zeros(batch_size, length, dtype=torch.long),
+    }
+    return [batch], f"{batch_size} rows of random ids"

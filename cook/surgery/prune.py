@@ -1,0 +1,76 @@
+"""Masks carried out on disk: a model folder in, a small dense model folder out."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cook.adapters.source import ModelSource
+from cook.base.errors import UserError
+from cook.masks.mask_file import write_mask_file
+from cook.masks.mask_set import Masks, coarse_to_tensors, fine_to_tensors
+from cook.space.units import PruningSpace
+from cook.surgery.export import write_live_format, write_model_folder
+from cook.surgery.gates import AttachedGates
+from cook.surgery.reshape import kept_units, reshaped
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruned:
+    """A reshaped model on disk."""
+
+    folder: Path
+    config: dict[str, Any]
+    live_obstacle: str | None
+    """Why the family's own format cannot hold it; None if that was written too."""
+
+
+def prune_to_folder(source: ModelSource, space: PruningSpace, masks: Masks, output: Path) -> Pruned:
+    """Reshapes a model tensor by tensor into `output`, which appears only when it is complete.
+
+    Peak memory is one source tensor and one output shard.
+
+    Args:
+        source: The masked model.
+        space: Its space.
+        masks: 0/1 a unit, by group name.
+        output: The folder to write; an earlier export there is replaced.
+    """
+    if source.path.resolve() == output.resolve():
+        raise UserError(f"{output}: would overwrite the model it is made from", remedy="choose another --output")
+    if output.exists() and not (output / "config.json").exists() and any(output.iterdir()):
+        raise UserError(f"{output}: holds something other than a model", remedy="choose another --output")
+    aside = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    config = source.adapter.shrunk_config(source.config, kept_units(space, masks))
+    try:
+        write_model_folder(aside, source.adapter, config, reshaped(source.tensors, space, masks))
+        obstacle = write_live_format(aside, source.adapter, config, "cpm_live")
+        write_mask_file(aside / "masks" / "coarse.pt", coarse_to_tensors(space, masks))
+        fine = fine_to_tensors(space, masks)
+        if fine:
+            write_mask_file(aside / "masks" / "fine.pt", fine)
+        shutil.rmtree(output, ignore_errors=True)
+        aside.rename(output)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return Pruned(folder=output, config=config, live_obstacle=obstacle)
+
+
+def build_model(source: ModelSource) -> torch.nn.Module:
+    """The whole model in memory, in fp32 and eval mode."""
+    with torch.device("meta"):
+        model = source.adapter.build(source.config)
+    weights = {name: tensor.float() for name, tensor in source.tensors.items()}
+    model.load_state_dict(weights, strict=True, assign=True)
+    return model.eval()
+
+
+def mask_model(model: torch.nn.Module, space: PruningSpace, masks: Mapping[str, torch.Tensor]) -> AttachedGates:
+    """Attaches fixed masks to a whole model."""
+    return AttachedGates(model, [group for group in space.groups if group.name in masks], masks)

@@ -1,0 +1,154 @@
+"""Carries masks out: writes the small dense model that computes exactly what the masked one did.
+
+`python do_prune.py` takes model, masks and output folder from config/bmcook.json; with --model they are given by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+from pathlib import Path
+
+import torch
+
+from cook.adapters.source import ModelSource, open_model
+from cook.base.errors import UserError, run_entry
+from cook.base.files import read_json, sha256, write_atomically
+from cook.config.load import load_config
+from cook.evaluation.equality import largest_difference
+from cook.evaluation.speed import forward_seconds
+from cook.masks.mask_file import read_masks
+from cook.masks.mask_set import Masks, kept_counts
+from cook.report.human import human_count
+from cook.report.model_card import MaskFile, ModelCard, model_card
+from cook.report.tables import markdown_table
+from cook.space.counts import forward_flops, parameters
+from cook.space.units import PruningSpace
+from cook.stages.plan import MaskPaths
+from cook.stages.summary import finished_stages, ladder_row, masks_after, sample_batches
+from cook.surgery.export import copy_tokenizer
+from cook.surgery.prune import Pruned, build_model, mask_model, prune_to_folder
+from cook.training.engine import checkpoint_weights
+
+TOLERANCE = 1e-5
+"""Largest allowed relative difference of the logits in fp32: rounding of products whose sums are in another order."""
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", help="the run's config (default: config/bmcook.json, unless --model is given)")
+    parser.add_argument("--set", dest="overrides", metavar="KEY=VALUE", action="append", default=[],
+                        help="change a config value; may be repeated")  # fmt: skip
+    parser.add_argument("--model", help="model folder, CPM-Live .pt file, or training checkpoint of any ZeRO stage")
+    parser.add_argument("--model-config", help="the model's JSON, where it does not lie beside the weights")
+    parser.add_argument("--coarse-mask", help="layer mask (.pt)")
+    parser.add_argument("--heads-mask", help="head mask (.pt)")
+    parser.add_argument("--dimff-mask", help="dim_ff mask (.pt)")
+    parser.add_argument("--output", help="folder to write (default: OUTPUT_DIR/pruned of the config)")
+    parser.add_argument("--verify", action="store_true", help="compare the logits of masked and reshaped model")
+    return parser.parse_args()
+
+
+def main() -> int | None:
+    """Finds model and masks, reshapes, verifies, reports."""
+    arguments = parse_arguments()
+    given = MaskPaths(layer=arguments.coarse_mask, heads=arguments.heads_mask, dimff=arguments.dimff_mask)
+    config = None
+    if arguments.config or not arguments.model:
+        config = load_config(arguments.config or "config/bmcook.json", arguments.overrides)
+    finished = finished_stages(config) if config else []
+    if arguments.model:
+        model_path, paths = arguments.model, given
+    else:
+        if not finished:
+            assert config is not None
+            raise UserError(
+                f"no stage has finished under {config.output_dir}",
+                remedy="train first (bash scripts/prune_cpm_ant.sh), or give --model and masks",
+            )
+        last = finished[-1]
+        own = masks_after(last)
+        model_path = str(last.folder / "model")
+        paths = MaskPaths(
+            layer=given.layer or own.layer, heads=given.heads or own.heads, dimff=given.dimff or own.dimff
+        )
+    output = arguments.output or (f"{config.output_dir}/pruned" if config else None)
+    if output is None:
+        raise UserError("where to write the small model?", remedy="give --output DIR")
+
+    model_config = read_json(arguments.model_config) if arguments.model_config else None
+    source = open_model(model_path, config=model_config, read_checkpoint=checkpoint_weights)
+    space = source.adapter.space(source.config)
+    masks = read_masks(space, coarse=paths.layer, heads=paths.heads, dimff=paths.dimff)
+    if not masks:
+        raise UserError("there is no mask to carry out", remedy="give --coarse-mask, --heads-mask or --dimff-mask")
+    print(f"model  {source.path}\nmasks  " + ", ".join(p for p in (paths.layer, paths.heads, paths.dimff) if p))
+    pruned = prune_to_folder(source, space, masks, Path(output))
+    has_tokenizer = copy_tokenizer(source.path, pruned.folder)
+
+    small = open_model(pruned.folder)
+    batches, what = sample_batches(config, source.config)
+    difference = verify(source, small, space, masks, batches) if arguments.verify else None
+    print(comparison(source, small, space, masks, batches))
+    rows = [ladder_row(stage) for stage in (finished[:1] + finished[-1:] if finished and not arguments.model else [])]
+    card = ModelCard(
+        name=pruned.folder.resolve().name,
+        rows=rows,
+        base_model=str(source.path),
+        license="other",
+        license_note="The weights carry the licence of the model and the text they were trained on.",
+        commands=["bash scripts/prune_cpm_ant.sh"] if config else [],
+        masks=[MaskFile(name=Path(p).name, sha256=sha256(p)) for p in (paths.layer, paths.heads, paths.dimff) if p],
+        trust_remote_code=source.adapter.modeling_file is not None,
+        max_difference=difference,
+        difference_note=f"fp32, {what}",
+        versions=[(name, importlib.metadata.version(name)) for name in ("torch", "transformers")],
+    )
+    write_atomically(pruned.folder / "README.md", model_card(card))
+    announce(pruned, difference, what, has_tokenizer)
+    return 1 if difference is not None and difference > TOLERANCE else None
+
+
+def verify(
+    source: ModelSource, small: ModelSource, space: PruningSpace, masks: Masks, batches: list[dict[str, torch.Tensor]]
+) -> float:
+    """The largest relative difference between the logits of the masked and of the reshaped model, in fp32."""
+    masked = build_model(source)
+    mask_model(masked, space, masks)
+    return largest_difference(masked, build_model(small), batches)
+
+
+def comparison(
+    source: ModelSource, small: ModelSource, space: PruningSpace, masks: Masks, batches: list[dict[str, torch.Tensor]]
+) -> str:
+    """Parameters, FLOPs a token and measured tokens/s before and after, as a table."""
+    length, tokens = batches[0]["input"].shape[1], sum(int(batch["length"].sum()) for batch in batches)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    models = {name: build_model(s).to(device) for name, s in (("before", source), ("after", small))}
+    seconds = forward_seconds(models, batches, device)
+    weight = source.adapter.logits_weight
+    rows = []
+    for name, kept in (("before", {}), ("after", kept_counts(masks))):
+        flops = forward_flops(space, kept, context=length, logits=weight)
+        speed = human_count(tokens / seconds[name])
+        rows.append([name, human_count(parameters(space, kept)), human_count(flops), speed])
+    return "\n" + markdown_table(["", "parameters", "FLOPs a token", "tokens/s forward"], rows) + "\n"
+
+
+def announce(pruned: Pruned, difference: float | None, what: str, has_tokenizer: bool) -> None:
+    """Says what was written and whether it was verified."""
+    if difference is not None:
+        verdict = "equal to rounding" if difference <= TOLERANCE else "NOT EQUAL"
+        print(f"masked against reshaped logits, {what}: largest relative difference {difference:.1e}, {verdict}")
+    if pruned.live_obstacle:
+        print(f"no CPM-Live .pt was written: {pruned.live_obstacle}")
+    else:
+        print(f"CPM-Live format: {pruned.folder}/cpm_live.pt and cpm_live.json")
+    if not has_tokenizer:
+        print("the model has no tokenizer files beside it; add yours to the folder")
+    print(f"written: {pruned.folder}  (AutoModelForCausalLM.from_pretrained(…, trust_remote_code=True))")
+
+
+if __name__ == "__main__":
+    run_entry(main)

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# The whole recipe: pretrain, learn layer, head and dim masks with a finetuning after each, reshape, report.
+#
+#   bash scripts/prune_cpm_ant.sh [CONFIG] [options of cook/train.py, such as --set training.steps=50]
+#
+# Without CONFIG: config/bmcook.json, which needs no data and no download. Started again, it skips what is finished
+# and goes on from the last checkpoint of what is not. One process a GPU, one on a CPU; NUM_PROCESSES overrides it, and
+# LAUNCHER replaces the launcher (for a cluster: LAUNCHER="deepspeed --hostfile hosts").
+set -euo pipefail
+cd "$(dirname "$0")/.."
+# shellcheck source=scripts/setup.sh
+. scripts/setup.sh
+
+config=config/bmcook.json
+if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
+  config=$1
+  shift
+fi
+settings=() # of all options, those that the later steps need too
+previous=
+for option in "$@"; do
+  [ "$previous" = --set ] && settings+=(--set "$option")
+  case $option in --set=*) settings+=("$option") ;; esac
+  previous=$option
+done
+
+"$PYTHON" cook/train.py --config "$config" --stage all --dry-run ${settings[@]+"${settings[@]}"}
+case " $* " in *" --dry-run "*) exit 0 ;; esac
+
+gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+processes=${NUM_PROCESSES:-$((gpus > 0 ? gpus : 1))}
+[ "$gpus" -gt 0 ] || export DS_ACCELERATOR=cpu
+export TOKENIZERS_PARALLELISM=false
+if [ -z "${LAUNCHER:-}" ] && [ "$processes" -eq 1 ]; then
+  "$PYTHON" cook/train.py --config "$config" --stage all "$@"
+else
+  ${LAUNCHER:-deepspeed --num_gpus "$processes"} cook/train.py --config "$config" --stage all "$@"
+fi
+"$PYTHON" do_prune.py --config "$config" --verify ${settings[@]+"${settings[@]}"}
+"$PYTHON" -m cook.stages --config "$config" ${settings[@]+"${settings[@]}"}

@@ -1,0 +1,31 @@
+# Sourced by the other scripts: leaves $PYTHON pointing at an environment with everything in requirements.txt.
+# An active environment that already has it is used as it is; otherwise .venv is made, or brought up to date.
+
+satisfied() { # exit status 0 if the interpreter $1 has all pinned requirements
+  "$1" - <<'PY' 2>/dev/null
+import importlib.metadata as m, sys
+for line in open("requirements.txt"):
+    name, _, version = line.split("#")[0].strip().partition("==")
+    if name and version and m.version(name).split("+")[0] != version:
+        sys.exit(1)
+PY
+}
+
+if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && satisfied python; then
+  PYTHON=$(command -v python)
+else
+  wanted=$(cksum requirements.txt)
+  if [ ! -x .venv/bin/python ] || [ "$(cat .venv/.requirements 2>/dev/null)" != "$wanted" ]; then
+    if [ -x .venv/bin/python ] && satisfied .venv/bin/python; then
+      echo "$wanted" > .venv/.requirements
+    else
+      echo "setting up .venv from requirements.txt (a few minutes the first time)"
+      "${PYTHON_BASE:-python3}" -m venv .venv
+      .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+      echo "$wanted" > .venv/.requirements
+    fi
+  fi
+  PYTHON=$PWD/.venv/bin/python
+  export VIRTUAL_ENV=$PWD/.venv PATH=$PWD/.venv/bin:$PATH
+fi
+export PYTHON

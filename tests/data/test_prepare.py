@@ -1,0 +1,181 @@
+import json
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import cook.data.prepare as prepare
+from cook.base.errors import UserError
+from cook.data.cache import read_manifest
+from cook.data.corpus import Document
+
+
+@dataclass(frozen=True)
+class Data:
+    paths: tuple
+    type: str = "text"
+    text_field: str = "text"
+    held_out: float = 0.3
+    held_out_paths: tuple = ()
+
+
+class Letters:
+    """A tokenizer whose ids are code points shifted past four special ids."""
+
+    bos_id, eos_id, pad_id, unk_id = 2, 3, 0, 1
+    vocab_size, fingerprint = 200, "letters"
+
+    def encode_batch(self, texts):
+        return [np.array([4 + ord(char) for char in text], dtype=np.int32) for text in texts]
+
+
+@pytest.fixture
+def corpus_folder(tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for number in range(12):
+        (folder / f"{number:02d}.txt").write_text(f"document {number} " * (number + 1))
+    return folder
+
+
+def read_part(folder, part):
+    manifest = read_manifest(folder)
+    tokens = np.fromfile(folder / f"{part}.tokens.bin", dtype=manifest["dtype"])
+    offsets = np.load(folder / f"{part}.offsets.npy")
+    assert manifest[part] == {"documents": len(offsets) - 1, "tokens": len(tokens)}
+    return ["".join(chr(t - 4) for t in tokens[a:b]) for a, b in zip(offsets, offsets[1:], strict=False)]
+
+
+@pytest.mark.parametrize("vocab_size", [200, 70_000])
+@pytest.mark.parametrize("chars_at_once", [1, 100, 1 << 20])
+def test_tokens_hold_every_document_on_its_side(corpus_folder, tmp_path, monkeypatch, chars_at_once, vocab_size):
+    monkeypatch.setattr(prepare, "_CHARS_AT_ONCE", chars_at_once)
+    monkeypatch.setattr(Letters, "vocab_size", vocab_size)
+    corpus = prepare.open_split(Data((str(corpus_folder),)))
+    folder = prepare.prepare_tokens(corpus, Letters(), tmp_path / "cache")
+    texts = [path.read_text() for path in sorted(corpus_folder.iterdir())]
+    for part, side in (("train", False), ("held_out", True)):
+        assert read_part(folder, part) == [t for t, h in zip(texts, corpus.is_held_out, strict=True) if h == side] != []
+    assert read_manifest(folder)["dtype"] == ("uint16" if vocab_size == 200 else "int32")
+
+
+def test_a_separate_evaluation_corpus_leaves_all_of_the_other_for_training(corpus_folder, tmp_path):
+    (tmp_path / "eval.txt").write_text("evaluation text")
+    data = Data((str(corpus_folder),), held_out_paths=(str(tmp_path / "eval.txt"),))
+    corpus = prepare.open_split(data)
+    folder = prepare.prepare_tokens(corpus, Letters(), tmp_path / "cache")
+    assert read_part(folder, "held_out") == ["evaluation text"] and len(read_part(folder, "train")) == 12
+    assert "evaluation text" not in set(corpus.training_texts())
+
+
+def test_the_standard_library_with_plain_text_for_evaluation(tmp_path, monkeypatch):
+    (tmp_path / "eval.txt").write_text("evaluation text")
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "a.py").write_text("x = 1")
+    monkeypatch.setattr("cook.data.corpus.sysconfig.get_paths", lambda: {"stdlib": str(tmp_path / "lib")})
+    corpus = prepare.open_split(Data((), type="python_stdlib", held_out_paths=(str(tmp_path / "eval.txt"),)))
+    assert [(d.text, h) for d, h in corpus.documents()] == [("x = 1", False), ("evaluation text", True)]
+
+
+def test_a_changed_file_or_tokenizer_or_split_makes_new_tokens(corpus_folder, tmp_path, monkeypatch):
+    def folder(**changes):
+        corpus = prepare.open_split(Data((str(corpus_folder),), **changes))
+        return prepare.prepare_tokens(corpus, Letters(), tmp_path / "cache")
+
+    first = folder()
+    assert folder() == first
+    assert folder(held_out=0.5) != first
+    monkeypatch.setattr(Letters, "fingerprint", "other")
+    other = folder()
+    monkeypatch.setattr(Letters, "fingerprint", "letters")
+    (corpus_folder / "03.txt").write_text("document 3 " * 3 + "documenT 3 ")
+    assert len({first, other, folder()}) == 3
+
+
+def test_ids_outside_the_vocabulary_are_refused_by_document(corpus_folder, tmp_path):
+    (corpus_folder / "05.txt").write_text("plain and é")
+    corpus = prepare.open_split(Data((str(corpus_folder),)))
+    with pytest.raises(UserError, match=r"document 05\.txt.*\n.*0 to 199\n.*36 to 237"):
+        prepare.prepare_tokens(corpus, Letters(), tmp_path / "cache")
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def rows_of(corpus_folder, tmp_path, *, max_length=40, prompt_length=8, **changes):
+    tokens = prepare.prepare_tokens(
+        prepare.open_split(Data((str(corpus_folder),), **changes)), Letters(), tmp_path / "cache"
+    )
+    return prepare.prepare_rows(
+        tokens, Letters(), max_length=max_length, prompt_length=prompt_length, cache=tmp_path / "cache"
+    )
+
+
+def test_rows_are_cached_by_their_lengths(corpus_folder, tmp_path):
+    first = rows_of(corpus_folder, tmp_path)
+    assert rows_of(corpus_folder, tmp_path) == first
+    assert len({first, rows_of(corpus_folder, tmp_path, max_length=41), rows_of(corpus_folder, tmp_path, prompt_length=9)}) == 3  # fmt: skip  # noqa: E501
+    manifest = read_manifest(first)
+    assert manifest["train"]["rows"] > manifest["held_out"]["rows"] > 0
+
+
+def test_a_part_without_a_row_is_refused(tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for name in ("a", "b", "c"):
+        (folder / name).write_text("short")
+    with pytest.raises(UserError, match="train part of the corpus is too small"):
+        rows_of(folder, tmp_path)
+    for name in ("a", "b", "c"):
+        (folder / name).write_text("")
+    with pytest.raises(UserError, match="too small"):
+        rows_of(folder, tmp_path)
+    with pytest.raises(UserError, match="data.max_length"):
+        rows_of(folder, tmp_path, max_length=12)
+
+
+def test_a_tokenizer_is_trained_once_on_training_documents_alone(corpus_folder, tmp_path, monkeypatch):
+    seen = []
+
+    def train(texts, path, *, vocab_size, seed):
+        seen.append(list(texts))
+        path.write_bytes(b"model")
+
+    monkeypatch.setattr(prepare, "train_sentencepiece", train)
+    config = SimpleNamespace(type="sentencepiece", path=None, vocab_size=500)
+    corpus = prepare.open_split(Data((str(corpus_folder),)))
+    path = prepare.prepare_tokenizer(config, corpus, tmp_path / "cache")
+    assert path.read_bytes() == b"model" and prepare.prepare_tokenizer(config, corpus, tmp_path / "cache") == path
+    [texts] = seen
+    held_out = {document.text for document, is_held_out in corpus.documents() if is_held_out}
+    assert held_out and not held_out & set(texts) and len(texts) + len(held_out) == 12
+    config.vocab_size = 501
+    assert prepare.prepare_tokenizer(config, corpus, tmp_path / "cache") != path
+
+
+def test_a_named_tokenizer_is_taken_and_a_missing_one_refused(corpus_folder, tmp_path):
+    corpus = prepare.open_split(Data((str(corpus_folder),)))
+    given = SimpleNamespace(type="hf", path="some/folder", vocab_size=500)
+    assert str(prepare.prepare_tokenizer(given, corpus, tmp_path)) == "some/folder"
+    with pytest.raises(UserError, match="tokenizer.path is missing"):
+        prepare.prepare_tokenizer(SimpleNamespace(type="hf", path=None, vocab_size=500), corpus, tmp_path)
+
+
+def test_groups_keep_order_and_bound_their_size(monkeypatch):
+    monkeypatch.setattr(prepare, "_CHARS_AT_ONCE", 10)
+    documents = [(Document(str(n), "x" * n), False) for n in (4, 4, 4, 30, 0, 1)]
+    groups = list(prepare._groups(documents))
+    assert [item for group in groups for item in group] == documents
+    assert [len(group) for group in groups] == [3, 1, 2]
+
+
+def test_skipped_files_are_listed(tmp_path, monkeypatch):
+    lib = tmp_path / "lib"
+    lib.mkdir()
+    for name in "ab":
+        (lib / f"{name}.py").write_text(f"{name} = 1\n" * 5)
+    (lib / "bad.py").write_bytes(b"\xff")
+    monkeypatch.setattr("cook.data.corpus.sysconfig.get_paths", lambda: {"stdlib": str(lib)})
+    folder = prepare.prepare_tokens(
+        prepare.open_split(Data((), type="python_stdlib")), Letters(), tmp_path / "cache"
+    )
+    assert json.loads((folder / "manifest.json").read_text())["skipped_files"] == ["bad.py"]
