@@ -14,7 +14,8 @@ from cook.space.units import GatePoint, PruningSpace, UnitGroup, WeightSlice
 
 CPM_LIVE_FIELDS = (
     "vocab_size", "dim_model", "dim_ff", "num_layers", "num_heads", "dim_head", "dropout_p",
-    "position_bias_num_buckets", "position_bias_max_distance", "eps", "half", "prompt_types", "prompt_length", "segment_types", "mask_modules",
+    "position_bias_num_buckets", "position_bias_max_distance", "eps", "half", "prompt_types", "prompt_length",
+    "segment_types", "mask_modules",
 )  # fmt: skip
 
 

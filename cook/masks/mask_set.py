@@ -65,7 +65,7 @@ def coarse_from_tensors(
                 masks[present[layer].name] = torch.tensor([z])
             elif z:
                 raise UserError(
-                    f"{source}: {key} keeps layer {layer}, where the model has no such block, or none that may be pruned"
+                    f"{source}: {key} keeps layer {layer}, where the model has no block that may be pruned"
                 )
     return masks
 

@@ -110,7 +110,7 @@ def _notes(config: RunConfig, stages: list[Stage]) -> list[str]:
     if baseline and after:
         steps = sum(records[stage.name]["steps"] for stage in after)
         notes.append(
-            f"Random masks: as many blocks, heads and dims, drawn at random; {baseline['steps']} steps of finetuning from "
-            f"the dense model. The learned masks took {steps} steps in all, mask training included."
+            f"Random masks: as many blocks, heads and dims, drawn at random; {baseline['steps']} steps of finetuning "
+            f"from the dense model. The learned masks took {steps} steps in all, mask training included."
         )
     return notes

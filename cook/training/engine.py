@@ -64,7 +64,11 @@ def resolve_precision(training: TrainingConfig, deepspeed_config: Mapping[str, A
         return training.precision
     if asked:
         return asked[0]
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    # A CPU without these instructions would emulate bf16 at a fraction of fp32's speed.
+    capabilities = torch.cpu.get_capabilities()
+    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
 
 
 def filled_config(

@@ -105,6 +105,12 @@ def test_messages(value, problem, said):
     assert said in str(finding.error)
 
 
+def test_quotes_are_advised_only_where_text_is_wanted():
+    remedies = [finding.error.remedy for finding in schema_findings({"output_dir": 5, "seed": "5"}, "bmcook", "f")]
+    assert [remedy for remedy in remedies if remedy] == ["put it in double quotes"]
+    assert schema_findings({"gates": {"learning_rate": 0}}, "l0_pruning", "f")[0].error.remedy is None
+
+
 def test_a_missing_key_says_what_it_means():
     value = {"coarse-grained": {"train_mask": True, "target_sparsity": 0.5}}
     [finding] = schema_findings(value, "l0_pruning", "file.json")

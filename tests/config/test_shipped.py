@@ -120,7 +120,7 @@ def test_the_formula_of_the_sizes_gives_the_published_parameters(size):
 @pytest.mark.parametrize("big, small", RUNGS[1:])
 def test_a_rung_starts_where_the_one_above_ends(big, small):
     above = next(json.loads(rung_path(b, s).read_text()) for b, s in RUNGS if s == big)
-    assert json.loads(rung_path(big, small).read_text())["model"]["path"] == above["output_dir"] + "/model"
+    assert json.loads(rung_path(big, small).read_text())["model"]["path"] == above["output_dir"] + "/pruned"
 
 
 def test_the_last_rung_is_the_guides():

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def test_a_run_from_a_corpus_to_batches(data, tmp_path):
     batch = train.batch(np.arange(len(train)))
     assert int(batch["input"].max()) < 500 and (batch["input"][:, :4] == np.arange(8, 12)).all()
     # The text of a document's first pieces is the document's beginning.
-    texts = [json.loads(line)["body"] for line in open(data.paths[0])]
+    texts = [json.loads(line)["body"] for line in Path(data.paths[0]).read_text().splitlines()]
     ids = batch["input"][batch["span"] == 0].tolist()
     assert any(tokenizer.decode(ids[5:40]).startswith(text[:20]) for text in texts)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["data", "data.json"]

@@ -113,7 +113,7 @@ def test_nothing_is_lost_but_what_the_rules_drop(make_rows, documents, shape):
         assert statistics["targets"] == rows.num_targets.sum()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(document_lists, shapes)
 def test_invariants_of_a_batch_under_the_attention_formula(make_rows, documents, shape):
     prompt_length, row_size = shape
@@ -136,14 +136,10 @@ def test_invariants_of_a_batch_under_the_attention_formula(make_rows, documents,
     sees = sees & (span[:, :, None] == span[:, None, :]) & inside[:, :, None] & inside[:, None, :]
     sample_begin = (b["input"] == 2) & ~context & inside
     sample = torch.where(~context & inside, sample_begin.cumsum(1) - 1, torch.where(context, 0, -1))
-    for row in range(len(rows)):
-        for query in index[inside[row]].tolist():
-            keys = set(index[sees[row, query]].tolist())
-            own = {k for k in index.tolist() if sample[row, k] == sample[row, query] and inside[row, k]}
-            if context[row, query]:
-                assert keys == set(range(prompt_length))
-            else:  # the past of its own sample; the prompt counts as the first sample's past
-                assert keys == {k for k in own if k <= query}
+    # The prompt sees itself; text sees the past of its own sample, to which the prompt belongs for the first sample.
+    same = (sample[:, :, None] == sample[:, None, :]) & inside[:, :, None] & inside[:, None, :]
+    wanted = torch.where(context[:, :, None], context[:, None, :], same & (index[None, :] <= index[:, None]))
+    assert torch.equal(sees, wanted)
 
 
 def test_a_window_of_open_rows_bounds_the_search():

@@ -119,6 +119,8 @@ def test_rows_are_cached_by_their_lengths(corpus_folder, tmp_path):
 
 
 def test_a_part_without_a_row_is_refused(tmp_path):
+    corpus_file = tmp_path / "evaluation.txt"
+    corpus_file.write_text("long enough for a row " * 9)
     folder = tmp_path / "corpus"
     folder.mkdir()
     for name in ("a", "b", "c"):
@@ -127,8 +129,12 @@ def test_a_part_without_a_row_is_refused(tmp_path):
         rows_of(folder, tmp_path)
     for name in ("a", "b", "c"):
         (folder / name).write_text("")
-    with pytest.raises(UserError, match="too small"):
+    with pytest.raises(UserError, match="too few documents"):
         rows_of(folder, tmp_path)
+    with pytest.raises(UserError, match="too small for a single row"):
+        rows_of(folder, tmp_path, held_out_paths=(str(corpus_file),))
+    (folder / "a").write_text("long enough for a row " * 9)
+    (folder / "b").write_text("long enough for a row " * 9)
     with pytest.raises(UserError, match="data.max_length"):
         rows_of(folder, tmp_path, max_length=12)
 
