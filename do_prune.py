@@ -28,7 +28,7 @@ from cook.stages.plan import MaskPaths
 from cook.stages.summary import finished_stages, ladder_row, masks_after, sample_batches
 from cook.surgery.export import copy_tokenizer
 from cook.surgery.prune import Pruned, build_model, mask_model, prune_to_folder
-from cook.training.engine import checkpoint_weights
+from cook.training.checkpoint import stored_weights
 
 TOLERANCE = 1e-5
 """Largest allowed relative difference of the logits in fp32: rounding of products whose sums are in another order."""
@@ -78,7 +78,7 @@ def main() -> int | None:
         raise UserError("where to write the small model?", remedy="give --output DIR")
 
     model_config = read_json(arguments.model_config) if arguments.model_config else None
-    source = open_model(model_path, config=model_config, read_checkpoint=checkpoint_weights)
+    source = open_model(model_path, config=model_config, read_checkpoint=stored_weights)
     space = source.adapter.space(source.config)
     masks = read_masks(space, coarse=paths.layer, heads=paths.heads, dimff=paths.dimff)
     if not masks:

@@ -1,0 +1,28 @@
+"""cook: structured pruning of transformer language models, learned in the pretraining stage.
+
+The names below are the public face; they load when first used, so that `import cook` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "load_config": "cook.config.load",
+    "open_model": "cook.adapters.source",
+    "read_masks": "cook.masks.mask_file",
+    "write_mask_file": "cook.masks.mask_file",
+    "prune_to_folder": "cook.surgery.prune",
+    "AttachedGates": "cook.surgery.gates",
+    "Gates": "cook.masks.gates",
+}
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'cook' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

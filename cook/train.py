@@ -11,7 +11,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from cook.base.distributed import launched_rank, launched_world_size  # noqa: E402
-from cook.base.errors import run_entry  # noqa: E402
+from cook.base.errors import UserError, run_entry  # noqa: E402
 from cook.config.load import load_config  # noqa: E402
 from cook.config.types import STAGE_NAMES, described_stage  # noqa: E402
 from cook.stages.plan import plan_stage, recipe  # noqa: E402
@@ -30,16 +30,20 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                         help="go on from the newest valid checkpoint, start over, or take that one "
                              "(default: auto)")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and stop")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # some launchers pass it
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # some launchers pass it
     return parser.parse_args(arguments)
 
 
 def main() -> int | None:
     """Parses, builds, runs."""
     arguments = parse_arguments()
+    if arguments.stage == "all" and arguments.resume not in ("auto", "never"):
+        raise UserError("--resume PATH belongs to one stage", got="--stage all", remedy="name the stage: --stage NAME")
     config = load_config(arguments.config, arguments.overrides, world_size=launched_world_size())
     if arguments.stage == "all":
         stages = recipe(config)
+        if not stages:
+            raise UserError(f"{arguments.config}: there are no stages to run", remedy='list them under "stages"')
     else:
         stages = [plan_stage(config, arguments.stage or described_stage(config))]
     if arguments.dry_run:
@@ -50,9 +54,13 @@ def main() -> int | None:
         return None
 
     # Only now: torch, deepspeed and a process group, none of which a mistake in the config should wait for.
-    from cook.stages.runner import run_stage
+    from cook.stages.runner import is_finished, run_stage, say_finished
     from cook.training.engine import initialise_processes
 
+    if all(is_finished(stage, arguments.resume) for stage in stages):
+        for stage in stages if launched_rank() == 0 else ():
+            say_finished(stage)
+        return None
     initialise_processes(config.training.threads)
     for stage in stages:
         run_stage(stage, resume=arguments.resume)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,18 +10,19 @@ from typing import Any
 import torch
 
 from cook.adapters.protocol import Adapter, KeptUnits, ModelConfig
+from cook.base.errors import UserError
 from cook.models import cpm_ant, cpm_ant_formats
 from cook.space.units import GatePoint, PruningSpace, UnitGroup, WeightSlice
 
-CPM_LIVE_FIELDS = (
-    "vocab_size", "dim_model", "dim_ff", "num_layers", "num_heads", "dim_head", "dropout_p",
-    "position_bias_num_buckets", "position_bias_max_distance", "eps", "half", "prompt_types", "prompt_length",
-    "segment_types", "mask_modules",
-)  # fmt: skip
+MODEL_TYPE = cpm_ant.CpmAntConfig.model_type
+OLDER_FFN = re.compile(r"encoder\.layers\.\d+\.ffn\.ffn\.w_in\.w\.weight")
 
 
 def _config(config: ModelConfig) -> cpm_ant.CpmAntConfig:
-    return cpm_ant.CpmAntConfig(**{k: v for k, v in config.items() if k not in ("model_type", "auto_map")})
+    try:
+        return cpm_ant.CpmAntConfig(**{k: v for k, v in config.items() if k not in ("model_type", "auto_map")})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the model's config contradicts itself: {error}") from None
 
 
 def _attention(layer: int, num_heads: int, dim_head: int, shapes: Mapping[str, Any]) -> list[UnitGroup]:
@@ -106,27 +108,35 @@ def _shrunk_config(config: ModelConfig, kept: KeptUnits) -> dict[str, Any]:
 
 def _live_config(config: ModelConfig) -> dict[str, Any] | str:
     native = _config(config)
-    if native.layer_dim_ff:
-        return f"its FFN blocks differ in size ({', '.join(str(d) for d in sorted(set(native.layer_dim_ff)))})"
-    if native.layer_heads:
+    layers = range(native.num_layers)
+    sizes = {native.dim_ff_of(i) for i in layers if native.has_ffn(i)}
+    if len(sizes) > 1:
+        return f"its FFN blocks differ in size ({', '.join(map(str, sorted(sizes)))})"
+    if any(len(native.heads_of(i)) < native.num_heads for i in layers if native.has_attention(i)):
         return (
             "its attention blocks keep heads of their own, while that format has one position-bias table that all "
             "blocks read by head number"
         )
-    return {name: getattr(native, name) for name in CPM_LIVE_FIELDS}
+    fields = {name: getattr(native, name) for name in cpm_ant_formats.NATIVE_FIELDS}
+    return fields | {"dim_ff": sizes.pop() if sizes else native.dim_ff}
 
 
-def _read(config: ModelConfig, tensors: Mapping[str, torch.Tensor]):
+def _read(
+    config: ModelConfig, tensors: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, Any], Mapping[str, torch.Tensor]]:
     if config.get("model_type") == "cpmant":
-        return cpm_ant_formats.from_stock(dict(config), tensors)
+        fields, tensors = cpm_ant_formats.from_stock(dict(config), tensors)
+        return {"model_type": MODEL_TYPE} | fields, tensors
     if "model_type" not in config:
-        return cpm_ant_formats.native_config(dict(config)), tensors
+        fields = {"model_type": MODEL_TYPE} | cpm_ant_formats.native_config(dict(config))
+        # That JSON cannot tell the older FFN from the gated one; the weights can.
+        return fields | ({"gated_ffn": False} if any(map(OLDER_FFN.fullmatch, tensors)) else {}), tensors
     return dict(config), tensors
 
 
 ADAPTER = Adapter(
     family="cpm_ant",
-    model_types=frozenset({"cook_cpm_ant", "cpmant", None}),  # type: ignore[arg-type]
+    model_types=frozenset({MODEL_TYPE, "cpmant", None}),
     space=_space,
     build=lambda config: cpm_ant.CpmAntForCausalLM(_config(config)),
     read=_read,

@@ -26,8 +26,8 @@ class Adapter:
 
     family: str
     """The name in `model.type`."""
-    model_types: frozenset[str]
-    """Values of `model_type` in a config.json that this adapter reads."""
+    model_types: frozenset[str | None]
+    """Values of `model_type` in a config.json that this adapter reads; None for a config that has no such field."""
     space: Callable[[ModelConfig], PruningSpace]
     """The pruning space of a model with this config; no weights are needed."""
     build: Callable[[ModelConfig], torch.nn.Module]

@@ -24,7 +24,7 @@ def by_config(config: Mapping[str, Any]) -> Adapter:
     """The adapter of a model folder's config.json."""
     model_type = config.get("model_type")
     for adapter in ADAPTERS:
-        if model_type in adapter.model_types:
+        if (model_type is None or isinstance(model_type, str)) and model_type in adapter.model_types:
             return adapter
-    known = ", ".join(sorted(t for a in ADAPTERS for t in a.model_types))
+    known = ", ".join(sorted(t for a in ADAPTERS for t in a.model_types if t))
     raise UserError(f"no adapter for models of type {model_type!r}", wanted=known)

@@ -68,14 +68,17 @@ def open_model(
 
 def _inner_checkpoint(path: Path) -> Path:
     # The folder of all checkpoints of a stage points to its newest one, which points to its engine's files.
-    inner = path / (path / "latest").read_text().strip()
+    inner = path / (path / "latest").read_text(errors="replace").strip()
     return inner if inner.parent == path and (inner / "latest").is_file() else path
 
 
 def _config_beside(file: Path) -> Mapping[str, Any]:
     for candidate in (file.with_suffix(".json"), file.parent / "config.json"):
         if candidate.is_file():
-            return read_json(candidate)
+            config = read_json(candidate)
+            if not isinstance(config, dict):
+                raise UserError(f"{candidate}: not a model's config", wanted="a JSON object")
+            return config
     raise UserError(
         f"{file}: no model config beside it",
         wanted=f"{file.with_suffix('.json').name} or config.json",

@@ -34,9 +34,16 @@ class UserErrors(UserError):
     """Several mistakes reported at once, numbered."""
 
     def __init__(self, title: str, errors: Sequence[UserError]):
-        self.errors = tuple(errors)
+        self.title, self.errors = title, tuple(errors)
         listed = "\n".join(f"{number}. {error}" for number, error in enumerate(self.errors, start=1))
         super().__init__(f"{title}: {len(self.errors)} error{'s' if len(self.errors) != 1 else ''}\n{listed}")
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.title, self.errors)  # one rank's errors travel to the others
+
+
+class RunFailed(Exception):
+    """The run cannot go on, through no mistake in its settings; what it saved before is intact."""
 
 
 class Interrupted(Exception):
@@ -50,6 +57,9 @@ def run_entry(main: Callable[[], int | None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = EXIT_USER_ERROR
+    except RunFailed as failure:
+        print(f"failed: {failure}", file=sys.stderr)
+        code = EXIT_FAILED
     except Interrupted as stop:
         print(f"stopped: {stop}", file=sys.stderr)
         code = EXIT_INTERRUPTED

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -46,23 +48,28 @@ def read_json(path: str | Path) -> Any:
     path = Path(path)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
+        twice = sorted(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         if twice:
             raise UserError(f"{path}: the key {twice[0]!r} stands twice in one object", remedy="keep one of them")
         return dict(pairs)
 
     def no_constant(name: str) -> float:
-        raise UserError(f"{path}: {name} is not a JSON number", remedy="write a finite number or null")
+        raise UserError(f"{path}: {name} is not a finite JSON number", remedy="write a finite number or null")
+
+    def finite(digits: str) -> float:
+        return float(digits) if math.isfinite(float(digits)) else no_constant(digits)  # 1e999 is infinity to Python
 
     try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique, parse_constant=no_constant)
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text, object_pairs_hook=unique, parse_constant=no_constant, parse_float=finite)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file", remedy="check the path") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not valid JSON, line {error.lineno} column {error.colno}: {error.msg}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}", remedy="save the file as UTF-8") from None
+    except ValueError as error:  # Python's limit on the digits of an integer
+        raise UserError(f"{path}: not a usable number: {error}") from None
     except RecursionError:
         raise UserError(f"{path}: nested too deeply to be a configuration") from None
     except OSError as error:

@@ -41,10 +41,8 @@ class LazyTensors(Mapping[str, torch.Tensor]):
 def open_safetensors_folder(folder: Path) -> LazyTensors:
     """The tensors of a Hugging Face folder: `model.safetensors`, or shards with an index."""
     index = folder / "model.safetensors.index.json"
-    if index.exists():
-        files = sorted({folder / name for name in read_json(index)["weight_map"].values()})
-    else:
-        files = [folder / "model.safetensors"]
+    listed = _weight_map(index) if index.exists() else {}
+    files = sorted({folder / name for name in listed.values()}) or [folder / "model.safetensors"]
     readers: dict[str, Callable[[], torch.Tensor]] = {}
     for file in files:
         if not file.is_file():
@@ -55,7 +53,21 @@ def open_safetensors_folder(folder: Path) -> LazyTensors:
         except Exception as error:  # safetensors raises its own error type, and OSError for a short file
             raise UserError(f"{file}: not a safetensors file", got=error) from None
         readers |= {name: _safetensors_reader(file, name) for name in names}
+    absent = [name for name in listed if name not in readers]
+    if absent:
+        raise UserError(f"{index}: lists {absent[0]!r}, which is in none of the shards")
     return LazyTensors(readers)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    content = read_json(index)
+    shards = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(shards, dict) or not shards:
+        raise UserError(f"{index}: not the index of a model's shards", wanted="an object `weight_map`: name to file")
+    for file in shards.values():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise UserError(f"{index}: names a shard outside its folder", got=repr(file))
+    return shards
 
 
 def _safetensors_reader(file: Path, name: str) -> Callable[[], torch.Tensor]:
@@ -74,6 +86,9 @@ def load_pt(path: Path, *, mmap: bool = False) -> dict:
     """
     try:
         with zipfile.ZipFile(path) as archive:
+            # Members that overlap would unfold to more than the file holds.
+            if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+                raise UserError(f"{path}: the archive's members claim more bytes than the file has")
             for member in archive.infolist():
                 # torch.save stores its members; a compressed one can only be a bomb or another program's file.
                 if member.compress_type != zipfile.ZIP_STORED or ".." in Path(member.filename).parts:
@@ -135,8 +150,13 @@ class ShardWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
+            for file in self.files:
+                file.unlink(missing_ok=True)
             return
         self._flush()
+        # What an earlier model left here would be read in place of this one, or beside it.
+        for stale in (*self.folder.glob("model*.safetensors"), *self.folder.glob("model.safetensors.index.json")):
+            stale.unlink()
         count = len(self.files)
         finals = ["model.safetensors"] if count == 1 else [
             f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)

@@ -14,7 +14,7 @@ from cook.data.packing import NO_TARGET, PackedRows
 class RowLoader:
     """Global batches of shuffled rows. The state of a run is the number of its next step, so resuming costs nothing.
 
-    Counting rows over the whole run, row i of step s is number s * train_batch_size + i; number n is at place
+    Counting rows over the whole run, row i of step s is number first + s * train_batch_size + i; number n is at place
     n mod num_rows of epoch n div num_rows. An epoch's last rows share a batch with the next epoch's first ones: every
     row is read exactly once in each epoch.
 
@@ -22,21 +22,22 @@ class RowLoader:
         rows: The rows.
         train_batch_size: Rows in a global batch, over all ranks and micro-batches.
         seed: Orders the epochs; epoch e's order depends on (seed, e) alone.
+        first: The number of the first row of step 0, for a run that reads on where an earlier one ended.
 
     Raises:
         UserError: There are no rows.
     """
 
-    def __init__(self, rows: PackedRows, *, train_batch_size: int, seed: int):
+    def __init__(self, rows: PackedRows, *, train_batch_size: int, seed: int, first: int = 0):
         assert train_batch_size >= 1
         if not len(rows):
             raise UserError("the corpus is too small: there is no row to train on", remedy="give more text")
-        self.rows, self.train_batch_size, self.seed = rows, train_batch_size, seed
+        self.rows, self.train_batch_size, self.seed, self.first = rows, train_batch_size, seed, first
         self._orders: dict[int, np.ndarray] = {}  # a batch touches few epochs, so few are kept
 
     def indices(self, step: int) -> np.ndarray:
         """Row numbers (train_batch_size,) of the global batch of a step, counted from 0."""
-        numbers = np.arange(step * self.train_batch_size, (step + 1) * self.train_batch_size)
+        numbers = self.first + np.arange(step * self.train_batch_size, (step + 1) * self.train_batch_size)
         epochs, places = np.divmod(numbers, len(self.rows))
         needed = {int(epoch): self._order(int(epoch)) for epoch in np.unique(epochs)}
         self._orders = needed

@@ -105,5 +105,6 @@ class Gates:
         return {"log_alpha": self.log_alpha.clone(), **self.controller.state_dict()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        assert state["log_alpha"].shape == self.log_alpha.shape, "the state of other gates"
         self.log_alpha = state["log_alpha"].clone()
         self.controller.load_state_dict(state)

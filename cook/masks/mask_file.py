@@ -36,19 +36,29 @@ def read_mask_file(path: str | Path, *, required: tuple[str, ...], allowed: tupl
         problem = f"lacks {missing[0]!r}" if missing else f"has the strange key {strange[0]!r}"
         raise UserError(f"{path}: {problem}", wanted=f"the keys {', '.join(allowed)}", got=", ".join(map(str, content)))
     for key, value in content.items():
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-            kind = str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
-            raise UserError(f"{path}: {key} is not a floating-point tensor", got=kind)
+        if not _is_plain(value):
+            kind = f"{value.dtype}, {value.layout}" if isinstance(value, torch.Tensor) else type(value).__name__
+            raise UserError(f"{path}: {key} is not a plain floating-point tensor", got=kind)
         odd = value[(value != 0) & (value != 1)]
         if odd.numel():
             raise UserError(f"{path}: {key} is not binary", wanted="0 and 1 only", got=f"{float(odd[0])}")
-    return {key: value.float() for key, value in content.items()}
+    return {key: value.detach().float() for key, value in content.items()}
+
+
+def _is_plain(value: object) -> bool:
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.device.type != "cpu":
+        return False
+    # An expanded view of one number costs nothing in a file, and all memory once it is computed with.
+    whole = value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    return whole and value.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def read_masks(
     space: PruningSpace, *, coarse: str | None = None, heads: str | None = None, dimff: str | None = None
 ) -> dict[str, torch.Tensor]:
     """All masks of a model from up to three files, by group name.
+
+    A fine file may hold both kinds; the other one counts too where it has no file of its own.
 
     Raises:
         UserError: a file that is not a mask, is another model's, or contradicts another one.
@@ -64,8 +74,10 @@ def read_masks(
         for kind, path in files.items()
         if path
     }
-    for kind, content in contents.items():
-        masks |= fine_from_tensors(space, blocks, content, kind, str(files[kind]))
+    for given, content in contents.items():
+        for kind, key in FINE_KEYS.items():
+            if key in content and (kind == given or kind not in contents):
+                masks |= fine_from_tensors(space, blocks, content, kind, str(files[given]))
     if len(contents) == 2:
         for key in FINE_KEYS.values():
             both = [content[key] for content in contents.values() if key in content]

@@ -5,7 +5,7 @@ A `Masks` mapping holds, for a group's name, a float32 tensor of 0 (removed) and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -15,7 +15,6 @@ from cook.space.units import PruningSpace, UnitGroup
 Masks = Mapping[str, torch.Tensor]
 COARSE_KEYS = ("self_att_layer_z", "cross_att_layer_z", "ffn_layer_z")
 FINE_KEYS = {"heads": "heads_z", "dimff": "dimff_z"}
-SITE_OF = {"heads": "att", "dimff": "ffn"}
 
 
 def kept_counts(masks: Masks) -> dict[str, int]:
@@ -24,15 +23,25 @@ def kept_counts(masks: Masks) -> dict[str, int]:
 
 
 def kept_groups(space: PruningSpace, masks: Masks, kind: str) -> list[UnitGroup]:
-    """The `heads` or `dimff` groups whose block is kept, from the bottom up."""
-    groups = [g for g in space.groups if g.kind == kind]
+    """The `heads` or `dimff` groups that may be pruned and whose block is kept, from the bottom up."""
+    return _of_kept_blocks(space, masks, [g for g in space.groups if g.kind == kind])
+
+
+def _rows(space: PruningSpace, masks: Masks, kind: str) -> list[UnitGroup]:
+    """The groups of a fine file's rows: those that must stay whole have theirs as well."""
+    unprunable = [g for g in space.unprunable if g.kind == kind]
+    return _of_kept_blocks(space, masks, sorted((*kept_groups(space, masks, kind), *unprunable), key=lambda g: g.layer))
+
+
+def _of_kept_blocks(space: PruningSpace, masks: Masks, groups: Sequence[UnitGroup]) -> list[UnitGroup]:
     return [g for g in groups if bool(masks.get(space.block(g).name, torch.ones(1)).all())]
 
 
 def coarse_to_tensors(space: PruningSpace, masks: Masks) -> dict[str, torch.Tensor]:
     """The coarse file's content: one number a layer and site, 0 also where the model has no such block."""
     tensors = {"self_att_layer_z": torch.zeros(space.num_layers), "ffn_layer_z": torch.zeros(space.num_layers)}
-    for group in space.of("layer"):
+    unprunable = [group for group in space.unprunable if group.kind == "layer"]
+    for group in (*space.of("layer"), *unprunable):
         key = "self_att_layer_z" if group.site == "att" else "ffn_layer_z"
         tensors[key][group.layer] = float(masks.get(group.name, torch.ones(1)))
     return {
@@ -48,9 +57,17 @@ def coarse_from_tensors(
     """Block masks by group name from a coarse file's content.
 
     Raises:
-        UserError: the number of layers is another model's, or the mask keeps a block that the model lacks.
+        UserError: the number of layers is another model's, or the mask keeps a block that the model lacks, or removes
+            one that must stay.
     """
-    masks = {}
+    masks: dict[str, torch.Tensor] = {}
+    cross = tensors.get("cross_att_layer_z", torch.zeros(0))
+    if cross.shape not in ((0,), (space.num_layers,)):
+        raise UserError(
+            f"{source}: cross_att_layer_z is not this model's",
+            wanted=f"shape (0,) or ({space.num_layers},)",
+            got=f"shape {tuple(cross.shape)}",
+        )
     for key, site in (("self_att_layer_z", "att"), ("ffn_layer_z", "ffn")):
         column = tensors[key]
         if column.shape != (space.num_layers,):
@@ -60,13 +77,14 @@ def coarse_from_tensors(
                 got=f"shape {tuple(column.shape)}",
             )
         present = {g.layer: g for g in space.of("layer") if g.site == site}
+        whole = {g.layer for g in space.unprunable if (g.kind, g.site) == ("layer", site)}
         for layer, z in enumerate(column.tolist()):
             if layer in present:
                 masks[present[layer].name] = torch.tensor([z])
-            elif z:
-                raise UserError(
-                    f"{source}: {key} keeps layer {layer}, where the model has no block that may be pruned"
-                )
+            elif layer in whole and not z:
+                raise UserError(f"{source}: {key} removes layer {layer}'s block, which pruned_module does not allow")
+            elif layer not in whole and z:
+                raise UserError(f"{source}: {key} keeps layer {layer}'s block, which the model lacks")
     return masks
 
 
@@ -78,7 +96,7 @@ def fine_to_tensors(space: PruningSpace, masks: Masks) -> dict[str, torch.Tensor
     """
     tensors = {}
     for kind, key in FINE_KEYS.items():
-        groups = kept_groups(space, masks, kind)
+        groups = _rows(space, masks, kind)
         if any(g.name in masks for g in groups):
             if len({g.size for g in groups}) > 1:
                 raise UserError(f"{key}: the model's blocks have different sizes, which a mask file cannot hold")
@@ -97,14 +115,21 @@ def fine_from_tensors(
         tensors: The file's content.
         kind: `heads` or `dimff`.
         source: The file's name, for errors.
+
+    Raises:
+        UserError: the rows are another model's, or belong to another coarse mask, or prune what must stay whole.
     """
-    rows, groups = tensors[FINE_KEYS[kind]], kept_groups(space, block_masks, kind)
-    size = groups[0].size if groups else 0
-    if rows.shape != (len(groups), size):
+    rows, groups = tensors[FINE_KEYS[kind]], _rows(space, block_masks, kind)
+    sizes = sorted({group.size for group in groups})
+    if len(sizes) != 1 or rows.shape != (len(groups), sizes[0]):
         raise UserError(
             f"{source}: {FINE_KEYS[kind]} does not fit the model and its coarse mask",
-            wanted=f"{len(groups)} kept blocks × {size} units",
+            wanted=f"{len(groups)} kept blocks × {' or '.join(map(str, sizes)) or 'no'} units",
             got=f"shape {tuple(rows.shape)}",
             remedy="give the coarse mask with which this mask was trained",
         )
-    return {group.name: row.clone() for group, row in zip(groups, rows, strict=True)}
+    masks = {group.name: row.clone() for group, row in zip(groups, rows, strict=True)}
+    for group in groups:
+        if group in space.unprunable and not masks.pop(group.name).all():
+            raise UserError(f"{source}: {FINE_KEYS[kind]} prunes {group.name}, which pruned_module does not allow")
+    return masks

@@ -19,7 +19,8 @@ def random_masks_like(space: PruningSpace, masks: Masks, generator: torch.Genera
         blocks = [g for g in space.groups if (g.kind, g.site) == ("layer", site)]
         kept = [float(masks.get(g.name, torch.ones(1))) for g in blocks]
         blocks_mask = _random_mask(len(blocks), int(sum(kept)), generator)
-        chosen |= {g.name: blocks_mask[i : i + 1] for i, g in enumerate(blocks) if g.name in masks}
+        if any(g.name in masks for g in blocks):
+            chosen |= {g.name: blocks_mask[i : i + 1] for i, g in enumerate(blocks)}
         inner = {g.layer: g for g in space.groups if (g.kind, g.site) == (kind, site)}
         layers = [g.layer for g, z in zip(blocks, kept, strict=True) if z]
         counts = [int(masks[inner[layer].name].sum()) for layer in layers if inner[layer].name in masks]

@@ -40,7 +40,7 @@ def parameters(space: PruningSpace, kept: Kept | None = None) -> int:
 
 
 def block_parameters(space: PruningSpace, kept: Kept | None = None) -> int:
-    """Parameters inside attention and FFN blocks, the base of `target_sparsity`."""
+    """Parameters inside the blocks that may be pruned, the base of `target_sparsity`."""
     inside = {piece.path for group in space.of("layer") for piece in group.slices}
     return sum(prod(shape) for path, shape in kept_shapes(space, kept or {}).items() if path in inside)
 
@@ -55,10 +55,11 @@ def forward_flops(space: PruningSpace, kept: Kept | None = None, *, context: int
         logits: Key of the matrix that makes the logits (the tied input embedding in CPM-Ant).
     """
     shapes = kept_shapes(space, kept or {})
-    inside = {piece.path for group in space.of("layer") for piece in group.slices}
+    groups = (*space.groups, *space.unprunable)
+    inside = {piece.path for group in groups for piece in group.slices}
     products = sum(2 * prod(shape) for path, shape in shapes.items() if path in inside and len(shape) == 2)
     # Scores and the weighted sum of values: each 2·context FLOPs a feature of the attention's inner width.
-    outs = [group.slices[-1] for group in space.of("heads")]
+    outs = [group.slices[-1] for group in groups if group.kind == "heads"]
     attention = sum(4 * context * shapes[out.path][out.dim] for out in outs if out.path in shapes)
     head = logits if isinstance(logits, str) else logits.path
     return float(products + attention + 2 * prod(shapes[head]))

@@ -69,6 +69,8 @@ class PruningSpace:
     shapes: Mapping[str, tuple[int, ...]]
     """The shape of every weight in the state dict, prunable or not."""
     groups: tuple[UnitGroup, ...]
+    unprunable: tuple[UnitGroup, ...] = ()
+    """Groups that the model has and the user wants left whole (`pruned_module`): mask files count them as kept."""
 
     def of(self, kind: Kind, site: Site | None = None) -> tuple[UnitGroup, ...]:
         """The groups of one kind (and site), from the bottom of the model up."""
@@ -76,4 +78,5 @@ class PruningSpace:
 
     def block(self, group: UnitGroup) -> UnitGroup:
         """The `layer` group of the block in which `group` lies."""
-        return next(g for g in self.groups if (g.kind, g.site, g.layer) == ("layer", group.site, group.layer))
+        wanted = ("layer", group.site, group.layer)
+        return next(g for g in (*self.groups, *self.unprunable) if (g.kind, g.site, g.layer) == wanted)

@@ -8,10 +8,11 @@ from cook.config.types import RunConfig
 from cook.masks.mask_set import kept_counts
 from cook.report.console import print_plan as print_table_of_stages
 from cook.report.human import human_count
-from cook.space.counts import block_parameters, parameters
+from cook.space.counts import parameters, unit_parameters
 from cook.space.units import PruningSpace
 from cook.stages.inputs import Inputs, constraints, open_inputs
 from cook.stages.plan import Stage
+from cook.training.engine import check_settings
 
 MASKS_OF = {"layer": "layers", "heads": "heads", "dimff": "dims"}
 
@@ -52,7 +53,7 @@ def print_plan(config: RunConfig, stages: Sequence[Stage], *, world_size: int) -
 
 
 def _expected_kept(stage: Stage, inputs: Inputs, kept: dict[str, int]) -> dict[str, int]:
-    """Units that the stage will leave; for blocks, evenly spread ones of the target's share."""
+    """Units that the stage will leave; for blocks, as many from the bottom up as the target's share lets stay."""
     if not stage.learns:
         return {}
     if stage.learns != "layer":
@@ -60,11 +61,11 @@ def _expected_kept(stage: Stage, inputs: Inputs, kept: dict[str, int]) -> dict[s
         return {c.name: round(len(c.costs) * (1 - c.target)) for c in made}
     assert stage.config.coarse is not None
     target, left = stage.config.coarse.target_sparsity, dict(kept)
-    total = block_parameters(inputs.space)
-    for group in reversed(inputs.learned):
-        trial = left | {group.name: 0}
-        if block_parameters(inputs.space, trial) >= (1 - target) * total:
-            left = trial
+    sizes = {group.name: unit_parameters(inputs.space, group) for group in inputs.learned}
+    room = target * sum(sizes.values())
+    for name, size in reversed(sizes.items()):
+        if size <= room:
+            left, room = left | {name: 0}, room - size
     return left
 
 
@@ -75,11 +76,9 @@ def _state_bytes(stage: Stage, space: PruningSpace, world_size: int) -> float:
     4, 4 and 8 (and ZeRO's own master copy, 4 more). ZeRO 1 shares out the last, 2 the gradients too, 3 the weights too.
     """
     count = parameters(space)
-    zero = stage.config.deepspeed.get("zero_optimization", {}).get("stage", 0)
-    zero = zero if isinstance(zero, int) else 2
-    half = stage.config.training.precision in ("bf16", "fp16") or any(
-        stage.config.deepspeed.get(name, {}).get("enabled") is True for name in ("bf16", "fp16")
-    )
+    settings = check_settings(stage.config.training, stage.config.deepspeed, world_size=world_size)
+    zero = settings["zero_optimization"]["stage"]
+    half = settings["bf16"]["enabled"] or settings["fp16"]["enabled"]
     weights, gradients, states = (2, 2, 12) if half else (4, 4, 8 + (4 if zero else 0))
     if not stage.config.training.train_weights:
         gradients = states = 0

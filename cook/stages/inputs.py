@@ -21,7 +21,7 @@ from cook.masks.mask_set import kept_groups
 from cook.masks.random_masks import random_masks_like
 from cook.space.counts import unit_parameters
 from cook.space.units import PruningSpace, UnitGroup
-from cook.stages.plan import MaskPaths, Stage, mask_paths
+from cook.stages.plan import LEARNS, MaskPaths, Stage, mask_paths
 from cook.surgery.restrict import restrict
 
 
@@ -36,11 +36,11 @@ class Inputs:
     origin: str
     """Where the weights come from, for the plan and the model card."""
     space: PruningSpace
-    """What may be pruned: the family's space, restricted by `pruned_module`."""
+    """The whole family's space: files and counts speak of it, whatever `pruned_module` allows to be learned."""
     fixed: dict[str, torch.Tensor]
     """Masks that hold through the stage."""
     learned: tuple[UnitGroup, ...]
-    """Groups whose masks are trained."""
+    """Groups whose masks are trained, among those that `pruned_module` allows."""
 
 
 def open_inputs(stage: Stage, *, must_exist: bool = True) -> Inputs:
@@ -55,18 +55,21 @@ def open_inputs(stage: Stage, *, must_exist: bool = True) -> Inputs:
     """
     adapter, config, weights, origin = _model(stage, must_exist)
     space = adapter.space(config)
+    allowed = space
     if stage.config.pruning.pruned_module and stage.name != "pretrain":
-        space = restrict(space, stage.config.pruning.pruned_module, adapter.aliases)
-    _check_sizes(stage, space)
+        allowed = restrict(space, stage.config.pruning.pruned_module, adapter.aliases)
+    _check_sizes(stage, allowed)
     paths = stage.fixed if must_exist else _existing(stage.fixed)
-    fixed = read_masks(space, coarse=paths.layer, heads=paths.heads, dimff=paths.dimff)
+    fixed = read_masks(allowed, coarse=paths.layer, heads=paths.heads, dimff=paths.dimff)
     if stage.is_random_baseline and must_exist:
-        fixed = _random_baseline(stage, space)
+        fixed = _random_baseline(stage, allowed)
     learned: tuple[UnitGroup, ...] = ()
     if stage.learns == "layer":
-        learned = space.of("layer")
+        learned = allowed.of("layer")
     elif stage.learns:
-        learned = tuple(kept_groups(space, fixed, stage.learns))
+        learned = tuple(kept_groups(allowed, fixed, stage.learns))
+    # A file of the other kind of fine mask may hold this kind too, of an earlier training.
+    fixed = {name: mask for name, mask in fixed.items() if name not in {group.name for group in learned}}
     if stage.learns and not learned:
         raise UserError(f"{stage.name}: pruned_module leaves no units of kind {stage.learns!r} to learn a mask for")
     return Inputs(
@@ -80,11 +83,11 @@ def _model(stage: Stage, must_exist: bool) -> tuple[Adapter, dict[str, Any], Map
     if before and (before / "done.json").exists():
         source = open_model(before / "model")
         return source.adapter, source.config, source.tensors, str(before / "model")
-    if before and must_exist and not model.path:
+    if before and must_exist:
         raise UserError(
             f"{stage.name} starts from the weights of {stage.after}, which has not finished",
             wanted=f"{before / 'done.json'}",
-            remedy=f"run --stage {stage.after} first (or --stage all), or set model.path",
+            remedy=f"run --stage {stage.after} first (or --stage all), or take it out of \"stages\" and set model.path",
         )
     if model.path and (must_exist or Path(model.path).exists()):
         source = open_model(model.path, config=model.config)
@@ -122,7 +125,12 @@ def _check_sizes(stage: Stage, space: PruningSpace) -> None:
 
 
 def _random_baseline(stage: Stage, space: PruningSpace) -> dict[str, torch.Tensor]:
-    paths = mask_paths(stage.config)
+    for entry in stage.config.stages:
+        if entry.name in LEARNS and not (Path(stage.config.output_dir) / entry.name / "done.json").exists():
+            raise UserError(f"random_baseline copies the shape of all masks, and {entry.name} has not finished")
+    paths = _existing(mask_paths(stage.config))
+    if paths == MaskPaths():
+        raise UserError("random_baseline copies the shape of learned masks, and there are none yet")
     learned = read_masks(space, coarse=paths.layer, heads=paths.heads, dimff=paths.dimff)
     return random_masks_like(space, learned, generator(stage.config.seed, "random baseline"))
 

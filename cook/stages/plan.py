@@ -79,8 +79,9 @@ def recipe(config: RunConfig) -> list[Stage]:
 def plan_stage(config: RunConfig, name: StageName) -> Stage:
     """The plan of one stage, in or outside the recipe.
 
-    Inside a recipe the order of its stages says which masks are already there. Outside one, the layer mask is read
-    wherever it is named, the other fine mask where its file exists ("head first" and "dims first" both work).
+    The order of the recipe says which masks are already there. What it says nothing about is held if it is there: the
+    layer mask wherever it is named, the other fine mask where its file exists ("head first" and "dims first" both
+    work).
     """
     order = [entry.name for entry in config.stages]
     before = order[: order.index(name)] if name in order else []
@@ -88,7 +89,7 @@ def plan_stage(config: RunConfig, name: StageName) -> Stage:
         name=name,
         config=for_stage(config, name),
         learns=LEARNS.get(name),
-        fixed=_fixed(config, name, before, in_recipe=name in order),
+        fixed=_fixed(config, name, order, before),
         writes=_writes(config, name),
         after=_predecessor(name, before),
     )
@@ -115,7 +116,7 @@ def mask_paths(config: RunConfig) -> MaskPaths:
     )
 
 
-def _fixed(config: RunConfig, name: str, before: list[StageName], *, in_recipe: bool) -> MaskPaths:
+def _fixed(config: RunConfig, name: str, order: list[StageName], before: list[StageName]) -> MaskPaths:
     paths = mask_paths(config)
     if name in ("pretrain", "layer_mask", "random_baseline"):
         return MaskPaths()
@@ -125,9 +126,9 @@ def _fixed(config: RunConfig, name: str, before: list[StageName], *, in_recipe: 
     own, other = ("heads", "dimff") if name.startswith("att") else ("dimff", "heads")
     other_stage = "att_mask" if other == "heads" else "ffn_mask"
     other_path = getattr(paths, other)
-    if in_recipe and before:
+    if name in order and other_stage in order:
         other_path = other_path if other_stage in before else None
-    elif other_path and not Path(other_path).exists() and name.endswith("_mask"):
+    elif other_path and not Path(other_path).exists():
         other_path = None
     fixed = {"layer": layer, other: other_path}
     if name.endswith("_finetune"):

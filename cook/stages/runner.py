@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from cook.stages.structure import describe_structure
 from cook.surgery.export import write_model_folder, write_tokenizer
 from cook.surgery.gates import AttachedGates
 from cook.training.checkpoint import Position, find_checkpoint, load_checkpoint
-from cook.training.engine import Engine
+from cook.training.engine import Engine, check_settings
 from cook.training.loop import Run, train
 
 DONE = "done.json"
@@ -54,20 +55,19 @@ def run_stage(stage: Stage, *, resume: str) -> None:
         UserError: inputs are missing or do not fit, or the folder holds a run with other settings.
         Interrupted: stopped by a signal, after saving.
     """
-    if distributed.broadcast(_finished(stage, resume)):
-        say(f"{stage.name}: already finished, see {stage.folder / DONE}")
+    if _on_first_rank(lambda: is_finished(stage, resume)):
+        say_finished(stage)
         return
+    check_settings(stage.config.training, stage.config.deepspeed, world_size=distributed.world_size())
     inputs = open_inputs(stage)
-    identity = _identity(stage, inputs)
     if resume == "never" and distributed.rank() == 0:
         shutil.rmtree(stage.folder, ignore_errors=True)
     distributed.barrier()
     data = _data(stage, inputs)
+    identity = _identity(stage, inputs, data)
     seed_everything(derived_seed(stage.config.seed, stage.name, distributed.rank()))
     training = stage.config.training
-    engine = Engine(
-        _builder(inputs, stage), inputs.weights, training, stage.config.deepspeed
-    )
+    engine = Engine(_builder(inputs, stage), inputs.weights, training, stage.config.deepspeed)
     gates, attached = make_gates(stage, inputs), _attach(engine, inputs)
     distiller = _distiller(stage, engine)
     say(_opening(stage, inputs, engine))
@@ -83,7 +83,9 @@ def run_stage(stage: Stage, *, resume: str) -> None:
         run = Run(
             name=stage.name,
             engine=engine,
-            batches=RowLoader(data.train, train_batch_size=training.train_batch_size, seed=stage.config.seed),
+            batches=RowLoader(
+                data.train, train_batch_size=training.train_batch_size, seed=stage.config.seed, first=rows_before(stage)
+            ),
             training=training,
             attached=attached,
             gates=gates,
@@ -102,24 +104,62 @@ def run_stage(stage: Stage, *, resume: str) -> None:
     distributed.barrier()
 
 
-def _finished(stage: Stage, resume: str) -> bool:
+def _on_first_rank(action: Callable[[], Any]) -> Any:
+    """What `action` gives on the first rank, on every rank; its `UserError` is raised on every rank too."""
+    found: Any = None
+    if distributed.rank() == 0:
+        try:
+            found = action()
+        except UserError as error:
+            found = error
+    found = distributed.broadcast(found)
+    if isinstance(found, UserError):
+        raise found
+    return found
+
+
+def say_finished(stage: Stage) -> None:
+    """Tells the user that there is nothing to do."""
+    say(f"{stage.name}: already finished, see {stage.folder / DONE}")
+
+
+def is_finished(stage: Stage, resume: str) -> bool:
+    """Whether the stage's outcome is there and stays.
+
+    Raises:
+        UserError: it is there, but of other settings, or of an earlier stage that has been redone since.
+    """
     path = stage.folder / DONE
     if resume == "never" or not path.exists():
         return False
-    if read_json(path)["fingerprint"] != stage.fingerprint():
+    done, redo = read_json(path), f"redo it: --stage {stage.name} --resume never"
+    if done["fingerprint"] != stage.fingerprint():
         raise UserError(
             f"{path}: {stage.name} finished with other settings",
-            remedy=f"choose another output_dir, restore the settings, or redo it: --stage {stage.name} --resume never",
+            remedy=f"choose another output_dir, restore the settings, or {redo}",
         )
+    if done["follows"] != _earlier(stage):
+        raise UserError(f"{path}: {stage.after} has been redone since {stage.name} finished", remedy=redo)
     return True
 
 
-def _identity(stage: Stage, inputs: Inputs) -> str:
-    """Hash of the settings and of what earlier stages made: a checkpoint of anything else is not gone on from."""
-    masks = [[name, mask.tolist()] for name, mask in sorted(inputs.fixed.items())]
+def _earlier(stage: Stage) -> str | None:
+    """The identity of the finished stage that this one starts from."""
     before = Path(stage.config.output_dir) / stage.after / DONE if stage.after else None
-    earlier = read_json(before)["identity"] if before and before.exists() else inputs.origin
-    return hashlib.sha256(json.dumps([stage.fingerprint(), earlier, masks]).encode()).hexdigest()
+    return read_json(before)["identity"] if before and before.exists() else None
+
+
+def rows_before(stage: Stage) -> int:
+    """Rows that the finished stages before this one have read: the stage reads on, and repeats none in an epoch."""
+    before = Path(stage.config.output_dir) / stage.after / DONE if stage.after else None
+    return int(read_json(before)["rows"]) if before and before.exists() else 0
+
+
+def _identity(stage: Stage, inputs: Inputs, data: TrainingData) -> str:
+    """Hash of the settings, the data and what earlier stages made: a checkpoint of other ones is not gone on from."""
+    masks = [[name, mask.tolist()] for name, mask in sorted(inputs.fixed.items())]
+    described = [stage.fingerprint(), data.train.fingerprint, _earlier(stage) or inputs.origin, masks]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 
 def _data(stage: Stage, inputs: Inputs) -> TrainingData:
@@ -129,15 +169,7 @@ def _data(stage: Stage, inputs: Inputs) -> TrainingData:
         "output_dir": config.output_dir,
     }
     # The first rank prepares, the others read what it left.
-    error: UserError | None = None
-    if distributed.rank() == 0:
-        try:
-            load_rows(config.data, config.tokenizer, **options)
-        except UserError as mistake:
-            error = mistake
-    error = distributed.broadcast(error)
-    if error:
-        raise error
+    _on_first_rank(lambda: load_rows(config.data, config.tokenizer, **options) and None)
     data = load_rows(config.data, config.tokenizer, build=False, **options)
     if data.tokenizer.vocab_size > inputs.model_config["vocab_size"]:
         raise UserError(
@@ -250,8 +282,10 @@ def _write_done(
             "stage": stage.name,
             "fingerprint": stage.fingerprint(),
             "identity": identity,
+            "follows": _earlier(stage),
             "steps": position.step,
             "tokens": position.tokens,
+            "rows": rows_before(stage) + position.step * stage.config.training.train_batch_size,
             "seconds": round(seconds, 1),
             "held_out_loss": loss,
             "parameters": parameters(inputs.space, kept_counts(masks)),

@@ -64,9 +64,12 @@ def copy_tokenizer(source: Path, folder: Path) -> bool:
     """Copies the tokenizer's files and the generation config of another model folder; False if it has none."""
     names = [
         path
-        for path in (source.iterdir() if source.is_dir() else ())
-        if path.name.startswith(("tokenizer", "special_tokens", "vocab", "merges", "generation_config"))
-        or path.suffix == ".model"
+        for path in (sorted(source.iterdir()) if source.is_dir() else ())
+        if path.is_file()
+        and (
+            path.name.startswith(("tokenizer", "special_tokens", "vocab", "merges", "generation_config"))
+            or path.suffix == ".model"
+        )
     ]
     for path in names:
         shutil.copyfile(path, folder / path.name)

@@ -46,6 +46,7 @@ class AttachedGates:
 
     @staticmethod
     def _expanded(group: UnitGroup, value: torch.Tensor) -> torch.Tensor:
+        assert value.shape == (group.size,), f"{group.name} has {group.size} units, its mask is {tuple(value.shape)}"
         return value.repeat_interleave(group.gate.repeat) if group.gate.repeat > 1 else value
 
     def _input_hook(self, name: str):

@@ -41,8 +41,10 @@ def prune_to_folder(source: ModelSource, space: PruningSpace, masks: Masks, outp
         masks: 0/1 a unit, by group name.
         output: The folder to write; an earlier export there is replaced.
     """
-    if source.path.resolve() == output.resolve():
+    if output.resolve() in (source.path.resolve(), *source.path.resolve().parents):
         raise UserError(f"{output}: would overwrite the model it is made from", remedy="choose another --output")
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output}: is a file", remedy="choose another --output")
     if output.exists() and not (output / "config.json").exists() and any(output.iterdir()):
         raise UserError(f"{output}: holds something other than a model", remedy="choose another --output")
     aside = output.with_name(f".{output.name}.tmp")
@@ -52,7 +54,7 @@ def prune_to_folder(source: ModelSource, space: PruningSpace, masks: Masks, outp
         write_model_folder(aside, source.adapter, config, reshaped(source.tensors, space, masks))
         obstacle = write_live_format(aside, source.adapter, config, "cpm_live")
         write_mask_file(aside / "masks" / "coarse.pt", coarse_to_tensors(space, masks))
-        fine = fine_to_tensors(space, masks)
+        fine = _fine_if_even(space, masks)
         if fine:
             write_mask_file(aside / "masks" / "fine.pt", fine)
         shutil.rmtree(output, ignore_errors=True)
@@ -60,6 +62,14 @@ def prune_to_folder(source: ModelSource, space: PruningSpace, masks: Masks, outp
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return Pruned(folder=output, config=config, live_obstacle=obstacle)
+
+
+def _fine_if_even(space: PruningSpace, masks: Masks) -> dict[str, torch.Tensor]:
+    # The masks in the folder are a record; a model that was ragged before has no file layout to be recorded in.
+    try:
+        return fine_to_tensors(space, masks)
+    except UserError:
+        return {}
 
 
 def build_model(source: ModelSource) -> torch.nn.Module:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
+from cook.base.errors import UserError
 from cook.masks.mask_set import Masks
 from cook.space.units import PruningSpace, WeightSlice
 
@@ -15,6 +16,8 @@ def kept_units(space: PruningSpace, masks: Masks) -> dict[str, tuple[int, ...]]:
     sizes = {group.name: group.size for group in space.groups}
     strange = [name for name, mask in masks.items() if len(mask) != sizes.get(name)]
     assert not strange, f"masks of no group of this model: {strange}"
+    soft = [name for name, mask in masks.items() if not ((mask == 0) | (mask == 1)).all()]
+    assert not soft, f"masks that are not yet 0 or 1: {soft}"
     return {name: tuple(mask.nonzero().flatten().tolist()) for name, mask in masks.items()}
 
 
@@ -31,7 +34,14 @@ def reshaped(
         tensors: The masked model's weights, in the shapes of `space`.
         space: What the weights are.
         masks: 0/1 a unit, by group name.
+
+    Raises:
+        UserError: a weight is missing, left over, or of another shape than the model's config says.
     """
+    missing, extra = [p for p in space.shapes if p not in tensors], [p for p in tensors if p not in space.shapes]
+    if missing or extra:
+        problem = f"{missing[0]!r} is missing" if missing else f"{extra[0]!r} has no place in the model"
+        raise UserError(f"the weights do not fit the model's config: {problem}")
     kept = kept_units(space, masks)
     cuts: dict[str, list[tuple[WeightSlice, tuple[int, ...]]]] = {}
     dropped: set[str] = set()
@@ -47,6 +57,9 @@ def reshaped(
     for path in space.shapes:
         if path not in dropped:
             tensor = tensors[path]
+            if tensor.shape != space.shapes[path]:
+                got = f"shape {tuple(tensor.shape)}"
+                raise UserError(f"the weight {path!r} is not the config's", wanted=space.shapes[path], got=got)
             for piece, units in cuts.get(path, ()):
                 tensor = _cut(tensor, piece, units)
             yield path, tensor

@@ -10,7 +10,7 @@ from cook.space.units import PruningSpace, UnitGroup
 
 
 def restrict(space: PruningSpace, allowed: Sequence[str], aliases: Mapping[str, tuple[str, ...]]) -> PruningSpace:
-    """The space without the groups whose matrices `allowed` does not name.
+    """The space whose groups are those that `allowed` names; the others become its `unprunable` ones.
 
     Args:
         space: All that the family can prune.
@@ -43,7 +43,8 @@ def restrict(space: PruningSpace, allowed: Sequence[str], aliases: Mapping[str, 
     groups = tuple(group for group in space.groups if is_allowed(group))
     if not groups:
         raise UserError("pruned_module allows nothing to be pruned", got=list(allowed), wanted=_some_paths(space))
-    return dataclasses.replace(space, groups=groups)
+    others = tuple(group for group in space.groups if group not in groups)
+    return dataclasses.replace(space, groups=groups, unprunable=(*space.unprunable, *others))
 
 
 def _ends(path: str, suffix: str) -> bool:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,15 @@ from typing import Any
 import torch
 
 from cook.base import distributed
-from cook.base.errors import UserError
+from cook.base.errors import RunFailed, UserError
 from cook.base.files import fsync_folder, read_json, sha256, write_atomically, write_json
 from cook.base.seeds import restore_rng_state, rng_state
 from cook.base.tensor_files import load_pt
 from cook.masks.gates import Gates
-from cook.training.engine import Engine
+from cook.training.engine import Engine, checkpoint_weights
 
 MANIFEST = "manifest.json"
+MANIFEST_TYPES = {"step": int, "tokens": int, "world_size": int, "fingerprint": str, "layout": str, "files": dict}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,30 +52,33 @@ def save_checkpoint(
         keep: How many of the newest checkpoints stay.
 
     Raises:
-        UserError: on every rank, if any rank could not write; older checkpoints are untouched.
+        RunFailed: on every rank, if any rank could not write; older checkpoints are untouched.
     """
     scratch, final = root / f"tmp-{position.step}", root / f"step-{position.step}"
-    if distributed.rank() == 0:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-    distributed.barrier()
-    error = _attempt(lambda: _write_shards(scratch, engine, gates))
-    failures = [e for e in distributed.gather(error) if e]
+    error = _attempt(lambda: _empty_folder(scratch)) if distributed.rank() == 0 else None
+    failures = [e for e in [distributed.broadcast(error)] if e]
+    if not failures:
+        error = _attempt(lambda: _write_shards(scratch, engine, gates))
+        failures = [e for e in distributed.gather(error) if e]
     if not failures and distributed.rank() == 0:
-        failures = [e for e in [_attempt(lambda: _publish(scratch, final, position, fingerprint))] if e]
+        failures = [e for e in [_attempt(lambda: _publish(scratch, final, position, fingerprint, engine.layout))] if e]
     failures = distributed.broadcast(failures)
     if failures:
         if distributed.rank() == 0:
             shutil.rmtree(scratch, ignore_errors=True)
-        raise UserError(
-            f"the checkpoint of step {position.step} could not be written to {root}",
-            got=failures[0],
-            remedy="free some space or mend the folder, then start again: the older checkpoints are intact",
+        raise RunFailed(
+            f"the checkpoint of step {position.step} could not be written to {root}\n  {failures[0]}\n"
+            "  remedy: free some space or mend the folder, then start again; the older checkpoints are intact"
         )
     if distributed.rank() == 0:
-        _remove_old(root, keep)
+        _remove_old(root, position.step, keep)
     distributed.barrier()
     return final
+
+
+def _empty_folder(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
 def _attempt(action: Callable[[], None]) -> str | None:
@@ -94,7 +99,7 @@ def _write_shards(scratch: Path, engine: Engine, gates: Gates | None) -> None:
             torch.save(gates.state_dict(), scratch / "gates.pt")
 
 
-def _publish(scratch: Path, final: Path, position: Position, fingerprint: str) -> None:
+def _publish(scratch: Path, final: Path, position: Position, fingerprint: str, layout: str) -> None:
     files = sorted(path for path in scratch.rglob("*") if path.is_file())
     for path in files:
         with open(path, "rb+") as file:
@@ -104,6 +109,7 @@ def _publish(scratch: Path, final: Path, position: Position, fingerprint: str) -
         "tokens": position.tokens,
         "world_size": distributed.world_size(),
         "fingerprint": fingerprint,
+        "layout": layout,
         "files": {str(p.relative_to(scratch)): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files},
     }
     write_json(scratch / MANIFEST, manifest)
@@ -115,8 +121,11 @@ def _publish(scratch: Path, final: Path, position: Position, fingerprint: str) -
     write_atomically(final.parent / "latest", final.name + "\n")
 
 
-def _remove_old(root: Path, keep: int) -> None:
-    for _, folder in sorted(_numbered(root), reverse=True)[max(1, keep) :]:
+def _remove_old(root: Path, newest: int, keep: int) -> None:
+    found = sorted(_numbered(root), reverse=True)
+    # Beyond the step just saved lie those of a future that was given up: damaged ones, or more than was gone back to.
+    given_up = [entry for entry in found if entry[0] > newest]
+    for _, folder in given_up + [entry for entry in found if entry[0] <= newest][max(1, keep) :]:
         # Renamed first: a half-deleted folder must not look like a checkpoint.
         doomed = folder.rename(root / f"tmp-removed-{folder.name}")
         shutil.rmtree(doomed, ignore_errors=True)
@@ -136,9 +145,15 @@ def verify(folder: Path) -> dict[str, Any]:
     manifest = read_json(folder / MANIFEST)
     try:
         expected = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
-        assert isinstance(manifest["step"], int)
-    except (KeyError, TypeError, AttributeError, AssertionError):
-        raise UserError(f"{folder / MANIFEST}: not a checkpoint's manifest") from None
+        sound = all(isinstance(manifest[key], kind) for key, kind in MANIFEST_TYPES.items())
+    except (KeyError, TypeError, AttributeError):
+        sound = False
+    if not sound:
+        raise UserError(f"{folder / MANIFEST}: not a checkpoint's manifest")
+    strange = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {*expected, MANIFEST}
+    if strange:
+        # The engine looks its files up by pattern, and executes what it finds.
+        raise UserError(f"{folder / min(strange)}: not part of the checkpoint", remedy="move it elsewhere")
     for name, (size, digest) in expected.items():
         path = folder / name
         if not path.is_file():
@@ -157,9 +172,13 @@ def newest_valid(root: Path) -> tuple[Path, dict[str, Any]] | None:
     problems = []
     for _, folder in sorted(_numbered(root), reverse=True):
         try:
-            return folder, verify(folder)
+            manifest = verify(folder)
         except UserError as error:
             problems.append(error.what)
+            continue
+        for problem in problems:
+            print(f"warning: {problem}; going back to {folder.name}", file=sys.stderr, flush=True)
+        return folder, manifest
     if problems:
         raise UserError(
             f"{root}: no checkpoint is valid",
@@ -206,8 +225,26 @@ def load_checkpoint(
             got=distributed.world_size(),
             remedy="start with that many, or --resume never",
         )
+    if manifest["layout"] != engine.layout:
+        raise UserError(
+            f"{folder}: saved in another layout",
+            wanted=manifest["layout"],
+            got=engine.layout,
+            remedy="restore the DeepSpeed config and the precision, or start over with --resume never",
+        )
     engine.load(folder)
     if gates:
         gates.load_state_dict(load_pt(folder / "gates.pt"))
     restore_rng_state(load_pt(folder / f"rng-{distributed.rank()}.pt"))
     return Position(step=manifest["step"], tokens=manifest["tokens"])
+
+
+def stored_weights(folder: Path) -> Mapping[str, torch.Tensor]:
+    """The fp32 weights in a checkpoint, one of these or one that DeepSpeed alone wrote, at any ZeRO stage.
+
+    Raises:
+        UserError: the checkpoint has a manifest and is not what was saved; it is compared before anything is unpickled.
+    """
+    if (folder / MANIFEST).is_file():
+        verify(folder)
+    return checkpoint_weights(folder)

@@ -6,7 +6,9 @@ import contextlib
 import copy
 import json
 import logging
+import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ def initialise_processes(threads: int | None) -> None:
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_ranks))
     deepspeed = _import_deepspeed()
+    # DeepSpeed calls what torch has renamed, thousands of times.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
     if torch.cuda.is_available():
         torch.cuda.set_device(distributed.local_rank())
     if "RANK" not in os.environ:  # no launcher: one rank on the loopback address, on a free port
@@ -89,8 +93,19 @@ def filled_config(
     zero = config.setdefault("zero_optimization", {})
     if zero.get("stage", AUTO) == AUTO:
         zero["stage"] = 2 if world_size > 1 else 0
+    if zero["stage"] == 0 and precision != "fp32":
+        # Stage 0 keeps its fp32 masters out of reach: they could neither be set nor read. Stage 1 computes the same.
+        zero["stage"] = 1
     for key in [k for k, v in zero.items() if v == AUTO]:
         del zero[key]  # DeepSpeed's own default is what "auto" means for buckets and thresholds
+    if not training.train_weights:
+        config.pop("scheduler", None)  # it would raise the learning rate from 0
+    if _offloads(zero) and "optimizer" not in config:
+        # Offloaded states need DeepSpeed's own CPU Adam, which it builds from the config.
+        config["optimizer"] = {"type": "AdamW", "params": {"betas": AUTO, "eps": AUTO}}
+    if "optimizer" in config:
+        parameters = config["optimizer"].setdefault("params", {})
+        parameters |= {key: AUTO for key in ("lr", "weight_decay") if key not in parameters}
     parameters = config.get("optimizer", {}).get("params", {})
     values = {
         "lr": training.learning_rate,
@@ -109,6 +124,20 @@ def filled_config(
     if left:
         raise UserError(f'DeepSpeed config: cook has no value for the "auto" at {left[0]}', remedy="write a value")
     return config
+
+
+def check_settings(training: TrainingConfig, deepspeed_config: Mapping[str, Any], *, world_size: int) -> dict[str, Any]:
+    """The filled-in DeepSpeed config, made before anything is built or written.
+
+    Raises:
+        UserError: an `auto` that has no value here, or a precision that contradicts the DeepSpeed config.
+    """
+    precision = resolve_precision(training, deepspeed_config)
+    return filled_config(deepspeed_config, training, world_size=world_size, precision=precision)
+
+
+def _offloads(zero: Mapping[str, Any]) -> bool:
+    return zero.get("offload_optimizer", {}).get("device", "none") != "none"
 
 
 def _autos(value: Any, place: str = "") -> list[str]:
@@ -138,12 +167,18 @@ class Engine:
         self._deepspeed = deepspeed
         self.precision = resolve_precision(training, deepspeed_config)
         world = distributed.world_size()
-        self.config = filled_config(deepspeed_config, training, world_size=world, precision=self.precision)
+        self.config = check_settings(training, deepspeed_config, world_size=world)
         self.zero_stage: int = self.config["zero_optimization"]["stage"]
         self.accumulation: int = self.config["gradient_accumulation_steps"]
         cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", distributed.local_rank()) if cuda else torch.device("cpu")
         self._schedules_itself = "scheduler" in self.config
+        self._norm: float | None = None
+        self._clip: float | None = None
+        if self.zero_stage == 0 and self.precision == "fp32":
+            # Here DeepSpeed neither tells the gradient's norm nor stops at one that is not finite.
+            self._clip, self.config["gradient_clipping"] = self.config["gradient_clipping"], 0.0
+        self._frozen = weights if weights is not None and not training.train_weights else None
 
         model = self._partitioned(build) if self.zero_stage == 3 else build()
         if weights is not None:
@@ -167,8 +202,7 @@ class Engine:
             return build()
 
     def _engine_makes_optimizer(self) -> bool:
-        # Offloaded states need DeepSpeed's own CPU Adam, which it builds from the config.
-        return "optimizer" in self.config or "offload_optimizer" in self.config["zero_optimization"]
+        return "optimizer" in self.config
 
     def _adamw(self, parameters: list[torch.nn.Parameter], training: TrainingConfig) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
@@ -188,17 +222,15 @@ class Engine:
                 wanted=f"{len(names)} tensors" + (f", among them {lacking[0]}" if lacking else ""),
                 got=f"{len(weights)} tensors" + (f", among them {strange[0]}" if strange else ""),
             )
+        error: UserError | None = None
         for name, parameter in model.named_parameters():
             with self._gathered(parameter, modified=True), torch.no_grad():
                 if self.zero_stage != 3 or distributed.rank() == 0:
-                    tensor = weights[name]
-                    if tensor.shape != parameter.shape:
-                        raise UserError(
-                            f"{name} has another shape than the model's config says",
-                            wanted=tuple(parameter.shape),
-                            got=tuple(tensor.shape),
-                        )
-                    parameter.copy_(tensor)
+                    error = error or _copy_into(parameter, weights, name)
+        # Under ZeRO 3 only the first rank reads: it must not leave the others waiting for it.
+        error = next((e for e in distributed.gather(error) if e), None)
+        if error:
+            raise error
 
     def _load_masters(self, weights: Mapping[str, torch.Tensor]) -> None:
         # The engine made its fp32 masters from parameters that had been rounded to half precision.
@@ -217,6 +249,12 @@ class Engine:
         return self._engine.module
 
     @property
+    def layout(self) -> str:
+        """What a checkpoint's files depend on beside the number of ranks, in words."""
+        optimizer = self.config.get("optimizer", {}).get("type", "AdamW")
+        return f"ZeRO {self.zero_stage}, {self.precision}, {optimizer}"
+
+    @property
     def loss_scale(self) -> float:
         """The factor on all gradients before the optimizer unscales them; 1 but for fp16."""
         return float(getattr(self._engine.optimizer, "loss_scale", 1.0)) if self.precision == "fp16" else 1.0
@@ -229,7 +267,16 @@ class Engine:
         self._engine.backward(loss)
 
     def step(self) -> bool:
-        """Ends a micro-batch; at the accumulation boundary updates the weights. Returns whether it did."""
+        """Ends a micro-batch; at the accumulation boundary updates the weights. Returns whether it did.
+
+        Weights are left alone, and False is returned, where the gradient is not finite.
+        """
+        if self._clip is not None and self._engine.is_gradient_accumulation_boundary():
+            # A bound of infinity leaves the gradient as it is.
+            bound = self._clip or math.inf
+            self._norm = float(torch.nn.utils.clip_grad_norm_(self.module.parameters(), bound))
+            if not math.isfinite(self._norm):
+                return False
         self._engine.step()
         return bool(self._engine.was_step_applied())
 
@@ -243,12 +290,15 @@ class Engine:
 
     def gradient_norm(self) -> float | None:
         """The global norm of the last step's gradients, before clipping; None where the engine does not tell."""
-        norm = self._engine.get_global_grad_norm()
+        norm = self._engine.get_global_grad_norm() if self._clip is None else self._norm
         return None if norm is None else float(norm)
 
     def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every weight whole and in fp32 on the CPU, one after the other; all ranks must go through it together."""
         for name, parameter in self.module.named_parameters():
+            if self._frozen is not None:
+                yield name, self._frozen[name].float()  # the engine's own copy may have been rounded to half precision
+                continue
             master = self._deepspeed.utils.safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
             if master is not None:
                 yield name, master.detach().float().cpu()
@@ -273,6 +323,21 @@ class Engine:
     def close(self) -> None:
         """Frees the engine's hooks and buffers, for another stage in the same process."""
         self._engine.destroy()
+
+
+def _copy_into(parameter: torch.nn.Parameter, weights: Mapping[str, torch.Tensor], name: str) -> UserError | None:
+    try:
+        tensor = weights[name]
+    except UserError as error:
+        return error
+    if tensor.shape != parameter.shape:
+        return UserError(
+            f"{name} has another shape than the model's config says",
+            wanted=tuple(parameter.shape),
+            got=tuple(tensor.shape),
+        )
+    parameter.copy_(tensor)
+    return None
 
 
 def _freeze_all_but_smallest(model: torch.nn.Module) -> None:

@@ -78,7 +78,8 @@ def train(run: Run, start: Position, log: EventLog) -> Position:
             )
             position = Position(step=step, tokens=position.tokens + num_targets)
             _report(run, position, result, meter, log, progress)
-            stop = result.stop and step < training.steps
+            # What came during the last step itself has not been heard by it, and the stage after must not begin.
+            stop = _any_rank(signals.asked) if step == training.steps else result.stop
             if stop or step == training.steps or (training.save_every and step % training.save_every == 0):
                 save_checkpoint(
                     run.checkpoints, run.engine, run.gates, position,
@@ -88,6 +89,10 @@ def train(run: Run, start: Position, log: EventLog) -> Position:
             if stop:
                 raise Interrupted(f"{run.name} saved step {step} of {training.steps}; the same command goes on from it")
     return position
+
+
+def _any_rank(flag: bool) -> bool:
+    return any(distributed.gather(flag))
 
 
 class _Meter:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from cook.base import distributed
+from cook.base.errors import RunFailed
 from cook.masks.gates import Gates
 from cook.surgery.gates import AttachedGates
 from cook.training.engine import Engine
@@ -19,8 +19,15 @@ ExtraLoss = Callable[[Batch, torch.Tensor], torch.Tensor]
 """From a batch and the student's logits to a loss summed over the batch's target tokens."""
 
 
-class NonFinite(Exception):
+class NonFinite(RunFailed):
     """The loss or a gradient was NaN or infinite on some rank; nothing was updated."""
+
+    def __init__(self, step: int, what: str):
+        self.step = step
+        super().__init__(
+            f"step {step}: {what} is not finite (NaN or infinity); nothing of this step was applied\n"
+            "  remedy: start again from the last checkpoint with a lower learning rate, or look for a bad sample"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,29 +67,41 @@ def train_step(
         gates: The masks being learned; None in pretraining and finetuning.
         extra_loss: Distillation, added to the cross entropy.
         stop_asked: Whether this rank got a signal.
+
+    Raises:
+        NonFinite: on every rank, if the loss or a gradient is not finite on any.
     """
     z = gates.draw(step).to(engine.device).requires_grad_() if gates else None
     # The engine divides by the micro-batches and averages over the ranks; undone here in favour of the token count.
     share = engine.accumulation * distributed.world_size() / num_targets
     loss_sum = torch.zeros((), device=engine.device)
+    bad = torch.zeros((), dtype=torch.bool, device=engine.device)
     for number, batch in enumerate(micro_batches, start=1):
         if gates and z is not None:
             attached.set(gates.split(z))
         cross_entropy, loss = _losses(engine, batch, extra_loss)
         engine.backward(loss * share)
         loss_sum += cross_entropy.detach()
+        bad |= ~torch.isfinite(loss.detach())
         if number < len(micro_batches):
             engine.step()
 
     z_gradient = _averaged_gate_gradient(engine, z)
-    health = torch.stack([loss_sum, _badness(z_gradient, loss_sum), loss_sum.new_tensor(float(stop_asked))])
-    loss_total, bad, stops = distributed.all_reduce_sum(health).tolist()
-    if bad or not math.isfinite(loss_total):
-        raise NonFinite(f"the loss or a gate's gradient was not finite at step {step}")
+    health = torch.stack([loss_sum.nan_to_num(), bad.float(), loss_sum.new_tensor(float(stop_asked))])
+    loss_total, num_bad, stops = distributed.all_reduce_sum(health).tolist()
+    if num_bad:
+        ranks = [str(rank) for rank, is_bad in enumerate(distributed.gather(bool(bad))) if is_bad]
+        raise NonFinite(step, f"the loss on rank {', '.join(ranks)}")
+    # fp16 finds its loss scale by overflowing now and then: such a step is skipped, not an error.
+    gates_are_sound = z_gradient is None or bool(torch.isfinite(z_gradient).all())
+    if not gates_are_sound and engine.precision != "fp16":
+        raise NonFinite(step, "the gradient of a gate")
 
     engine.set_learning_rate(learning_rate)
     applied = engine.step()
-    if gates and applied:
+    if not applied and engine.precision != "fp16":
+        raise NonFinite(step, "the gradient of the weights")
+    if gates and applied and gates_are_sound:
         assert z_gradient is not None
         gates.update(z_gradient, step)
     return StepResult(loss=loss_total / num_targets, applied=applied, stop=stops > 0)
@@ -106,7 +125,3 @@ def _averaged_gate_gradient(engine: Engine, z: torch.Tensor | None) -> torch.Ten
     gradient = z.grad.float() / (engine.loss_scale * distributed.world_size())
     return distributed.all_reduce_sum(gradient).cpu()
 
-
-def _badness(z_gradient: torch.Tensor | None, loss_sum: torch.Tensor) -> torch.Tensor:
-    bad = not bool(torch.isfinite(loss_sum)) or (z_gradient is not None and not bool(torch.isfinite(z_gradient).all()))
-    return loss_sum.new_tensor(float(bad))

@@ -24,6 +24,7 @@ PROBES = (
     '"""Docstring."""\n--------\n=====\n#### ...... ____ >>> ))) ]]] ~~~',
     "naïve Ünïcödé façade — “quotes” … €",
     "中文分词,日本語の文章、한국어 문장",
+    "special <s> tokens </s> as <unk> text, and a byte <0x41>",
     "emoji 😀👩‍👩‍👧 and flags 🇫🇷",
     "a\r\nb\rc\u00a0d\u3000e\u200bf",
     "",
@@ -88,8 +89,9 @@ def _build(proto: Any) -> Any:
             )
         )
     elif trainer.model_type == trainer.UNIGRAM:
-        scores = [(text, piece.score) for text, piece in zip(pieces, proto.pieces, strict=True)]
-        tokenizer = Tokenizer(Unigram(scores, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback))
+        tokenizer = Tokenizer(
+            Unigram(_scores(proto, pieces), unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback)
+        )
     else:
         raise UserError("only sentencepiece models of type bpe or unigram can be exported to Hugging Face")
 
@@ -113,7 +115,8 @@ def _build(proto: Any) -> Any:
     tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in by_decree])
     special = [text for text, p in zip(pieces, proto.pieces, strict=True) if p.type in (kinds.CONTROL, kinds.UNKNOWN)]
     tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in special])
-    # The strings of special tokens inside a text are text; transformers sets the same from tokenizer_config.json.
+    # The strings of special tokens inside a text are text. Not part of tokenizer.json: this is for the probes, and
+    # transformers does the same for `split_special_tokens` in tokenizer_config.json.
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -132,6 +135,17 @@ def _merges(proto: Any, pieces: list[str]) -> list[tuple[str, str]]:
         if text[:cut] in score and text[cut:] in score
     ]
     return [(left, right) for _, _, left, right in sorted(ranked)]
+
+
+def _scores(proto: Any, pieces: list[str]) -> list[tuple[str, float]]:
+    """Pieces with scores. Special and byte pieces are worse than any word: text that spells one stays text."""
+    kinds = proto.SentencePiece
+    in_text = [piece.type in (kinds.NORMAL, kinds.USER_DEFINED) for piece in proto.pieces]
+    worst = min((piece.score for piece, usable in zip(proto.pieces, in_text, strict=True) if usable), default=0.0)
+    return [
+        (text, piece.score if usable else worst - 100.0)
+        for text, piece, usable in zip(pieces, proto.pieces, in_text, strict=True)
+    ]
 
 
 def _settings(trainer: Any) -> dict[str, Any]:

@@ -142,6 +142,15 @@ def test_invariants_of_a_batch_under_the_attention_formula(make_rows, documents,
     assert torch.equal(sees, wanted)
 
 
+def test_borders_of_what_is_dropped():
+    def sizes(*lengths, room=100):
+        return packing.cut(np.cumsum([0, *lengths]), room).size_N.tolist()
+
+    assert sizes(131) == [100] and sizes(132) == [100, 32]  # the end of a longer document
+    assert sizes(7) == [] and sizes(8) == [8]  # a whole document
+    assert sizes(100, 0, 31, 200) == [100, 31, 100, 100]
+
+
 def test_a_window_of_open_rows_bounds_the_search():
     sizes = np.array([6] * 5 + [4])
     assert packing.first_fit(sizes, 10).row_N.tolist() == [0, 1, 2, 3, 4, 0]

@@ -65,6 +65,20 @@ def test_rows_that_agree_share_their_bias_and_give_the_same():
     torch.testing.assert_close(model(**double).logits, model(**batch).logits.expand(4, -1, -1))
 
 
+@pytest.mark.parametrize("alike", ["context", "segment", "span", "length"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_rows_that_agree_in_part_are_computed_as_if_alone(alike, grad):
+    model = tiny_model(3)
+    batch = random_batch(4, model.config)
+    for name, value in {**batch}.items():
+        batch[name] = value[:1].repeat(3, *[1] * (value.dim() - 1)) if name == alike else value
+    with torch.set_grad_enabled(grad):
+        logits = model(**batch).logits
+        for row in range(3):
+            alone = model(**{name: value[row : row + 1] for name, value in batch.items()}).logits
+            torch.testing.assert_close(logits[row : row + 1], alone, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("num_buckets, max_distance", [(16, 12), (512, 2048), (32, 100)])
 def test_buckets(num_buckets, max_distance):
     config = tiny_config(position_bias_num_buckets=num_buckets, position_bias_max_distance=max_distance)

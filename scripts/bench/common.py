@@ -1,0 +1,57 @@
+"""What the benchmarks share: the machine's description, tables and JSON files of results."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from cook.base.files import write_json  # noqa: E402
+from cook.report.tables import markdown_table  # noqa: E402
+
+
+def machine() -> dict[str, Any]:
+    """Processor or card, threads, versions."""
+    names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+    }
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def publish(name: str, settings: dict[str, Any], rows: list[dict[str, Any]], output: str | None) -> None:
+    """Prints `rows` as a table and writes them with the machine and the settings to results/bench/NAME.json."""
+    headers = list(rows[0])
+    cells = [[_text(row.get(header)) for header in headers] for row in rows]
+    print(f"\n{name}\n{markdown_table(headers, cells)}\n")
+    path = Path(output) if output else ROOT / "results" / "bench" / f"{name}.json"
+    write_json(path, {"bench": name, "machine": machine(), "settings": settings, "rows": rows})
+    print(f"written: {path}")
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "–" if value is None else str(value)
+
+
+def run_apart(arguments: list[str]) -> str:
+    """Runs this Python on `arguments` in a process of its own and returns what it printed."""
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(arguments)} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+    return done.stdout

@@ -1,0 +1,159 @@
+"""What learning a mask costs: the time of a training step with gates over one without, for each kind of mask.
+
+    python scripts/bench/gated_step.py [--shape default|1b] [--zero 0] [--precision auto] [--length 256] [--rows 8]
+
+One engine, one batch; the variants take turns and medians are compared. On a GPU also the share of the card's matrix
+rate (measured here by a large product) and the peak memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+from common import machine, publish
+
+from cook.adapters.registry import by_family
+from cook.config.types import TrainingConfig
+from cook.masks.controller import Constraint
+from cook.masks.gates import Gates
+from cook.space.counts import forward_flops, unit_parameters
+from cook.surgery.gates import AttachedGates
+from cook.training.engine import Engine, initialise_processes
+from cook.training.step import train_step
+
+SHAPES = {
+    "default": dict(
+        vocab_size=4096, dim_model=256, num_layers=8, num_heads=16, dim_head=16, dim_ff=700, prompt_length=8
+    ),
+    "1b": dict(
+        vocab_size=30720, dim_model=2048, num_layers=25, num_heads=16, dim_head=128, dim_ff=2816, prompt_length=32
+    ),
+}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="default")
+    parser.add_argument("--zero", type=int, default=0)
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing")
+    parser.add_argument("--name", default="gated_step")
+    parser.add_argument("--output")
+    return parser.parse_args()
+
+
+def model_config(shape: str) -> dict:
+    config = SHAPES[shape] | {"model_type": "cook_cpm_ant"}
+    if shape == "1b":  # 25 attention and 21 FFN blocks
+        config["mask_modules"] = [[False, layer in (3, 9, 15, 21)] for layer in range(25)]
+    return config
+
+
+def batch_of(config: dict, rows: int, length: int) -> dict[str, torch.Tensor]:
+    prompt = config["prompt_length"]
+    ids = torch.randint(10, config["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(0))
+    ids[:, :prompt] = torch.arange(prompt) + 2 * prompt
+    text = (torch.arange(length) >= prompt).expand(rows, -1)
+    targets = torch.where(text, ids.roll(-1, 1), -100)
+    targets[:, -1] = -100
+    return {
+        "input": ids, "length": torch.full((rows,), length), "context": ~text,
+        "position": torch.arange(length).expand(rows, -1), "segment": text * 2,
+        "span": torch.zeros(rows, length, dtype=torch.long), "targets": targets,
+    }  # fmt: skip
+
+
+def gates_of(space, kind: str) -> tuple[list, Gates]:
+    groups = [group for group in space.groups if group.kind == kind]
+    if kind == "layer":
+        sizes = [unit_parameters(space, group) for group in groups]
+        made = [Constraint(name="blocks", start=0, costs=tuple(s / sum(sizes) for s in sizes), target=0.3)]
+    else:
+        starts = [sum(g.size for g in groups[:i]) for i in range(len(groups))]
+        made = [
+            Constraint(name=g.name, start=s, costs=(1 / g.size,) * g.size, target=0.5)
+            for g, s in zip(groups, starts, strict=True)
+        ]
+    return groups, Gates({g.name: g.size for g in groups}, made, steps=1000, seed=0)
+
+
+def matrix_rate(engine: Engine) -> float | None:
+    """FLOP/s of a large product on the card."""
+    if engine.device.type != "cuda":
+        return None
+    a = torch.randn(8192, 8192, device=engine.device, dtype=torch.bfloat16)
+    for _ in range(3):
+        a @ a
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(10):
+        a @ a
+    torch.cuda.synchronize()
+    return 10 * 2 * 8192**3 / (time.perf_counter() - start)
+
+
+def main() -> None:
+    options = arguments()
+    initialise_processes(None)
+    config = model_config(options.shape)
+    adapter = by_family("cpm_ant")
+    space = adapter.space(config)
+    training = TrainingConfig(
+        steps=1000, train_batch_size=options.rows, micro_batch_size=options.rows, learning_rate=1e-3,
+        precision=options.precision, activation_checkpointing=options.checkpointing,
+    )  # fmt: skip
+    engine = Engine(lambda: adapter.build(config), None, training, {"zero_optimization": {"stage": options.zero}})
+    batch = batch_of(config, options.rows, options.length)
+    num_targets = int((batch["targets"] != -100).sum())
+    rate = matrix_rate(engine)
+    variants = ["plain", "layer", "heads", "dimff"]
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    peaks = dict.fromkeys(variants, 0.0)
+    gates = {name: gates_of(space, name) for name in variants[1:]}
+    for repeat in range(options.repeats + 2):
+        for name in variants:
+            groups, bank = gates.get(name, ([], None))
+            attached = AttachedGates(engine.module, groups, {})
+            _sync(engine)
+            start = time.perf_counter()
+            train_step(
+                engine, [batch], repeat + 1, num_targets=num_targets, learning_rate=1e-3,
+                attached=attached, gates=bank, extra_loss=None, stop_asked=False,
+            )  # fmt: skip
+            _sync(engine)
+            attached.remove()
+            if repeat >= 2:
+                times[name].append(time.perf_counter() - start)
+            if rate:
+                peaks[name] = torch.cuda.max_memory_allocated() / 2**30
+                torch.cuda.reset_peak_memory_stats()
+    tokens = options.rows * options.length
+    flops = 3 * tokens * forward_flops(space, context=options.length, logits=adapter.logits_weight)
+    rows = []
+    for name in variants:
+        seconds = statistics.median(times[name])
+        ratio = statistics.median(a / b for a, b in zip(times[name], times["plain"], strict=True))
+        rows.append(
+            {
+                "step": name, "seconds": seconds, "gated / plain": ratio, "tokens/s": round(tokens / seconds),
+                "share of matrix rate": flops / seconds / rate if rate else None,
+                "peak GiB": peaks[name] or None,
+            }
+        )  # fmt: skip
+    settings = vars(options) | {"precision": engine.precision, "matrix TFLOP/s": rate and rate / 1e12, **machine()}
+    publish(options.name, settings, rows, options.output)
+
+
+def _sync(engine: Engine) -> None:
+    if engine.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

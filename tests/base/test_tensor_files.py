@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import zipfile
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from cook.base import tensor_files
+from cook.base.errors import UserError
+from cook.base.tensor_files import (
+    LazyTensors,
+    ShardWriter,
+    load_pt,
+    open_pt,
+    open_safetensors_folder,
+    read_model_config,
+)
+
+
+def write(folder, sizes, shard_bytes):
+    tensors = {f"w{i}": torch.randn(size) for i, size in enumerate(sizes)}
+    with ShardWriter(folder, shard_bytes) as writer:
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+    return tensors
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(4, 200))
+def test_shards_hold_everything_once_and_stay_within_their_size(tmp_path_factory, sizes, shard_bytes):
+    folder = tmp_path_factory.mktemp("shards")
+    tensors = write(folder, sizes, shard_bytes)
+    files = sorted(folder.glob("*.safetensors"))
+    contents = {file.name: load_file(file) for file in files}
+    merged = {name: tensor for content in contents.values() for name, tensor in content.items()}
+    assert sum(map(len, contents.values())) == len(tensors) == len(merged)
+    assert all(torch.equal(merged[name], tensor) for name, tensor in tensors.items())
+    for content in contents.values():
+        assert len(content) == 1 or sum(t.nbytes for t in content.values()) <= shard_bytes
+    if len(files) == 1:
+        assert {p.name for p in folder.iterdir()} == {"model.safetensors"}
+    else:
+        count = len(files)
+        assert [f.name for f in files] == [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        assert index["metadata"]["total_size"] == 4 * sum(sizes)
+        assert index["weight_map"] == {name: file for file, content in contents.items() for name in content}
+        assert len(list(folder.iterdir())) == count + 1
+    back = open_safetensors_folder(folder)
+    assert set(back) == set(tensors) and len(back) == len(tensors)
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_folder_is_written_over_without_remains(tmp_path):
+    write(tmp_path, [10, 10, 10], 40)
+    new = write(tmp_path, [3], 1000)
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+    assert torch.equal(open_safetensors_folder(tmp_path)["w0"], new["w0"])
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_failure_leaves_no_shards_and_the_old_model(tmp_path):
+    old = write(tmp_path, [4], 1000)
+    with pytest.raises(ZeroDivisionError), ShardWriter(tmp_path, 8) as writer:
+        for i in range(4):
+            writer.add(f"v{i}", torch.ones(4))
+        raise ZeroDivisionError
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+    assert torch.equal(open_safetensors_folder(tmp_path)["w0"], old["w0"])
+
+
+def test_views_and_transposes_are_written_as_they_look(tmp_path):
+    base = torch.randn(6, 4)
+    with ShardWriter(tmp_path) as writer:
+        writer.add("t", base.t())
+        writer.add("half", base[:3])
+        writer.add("bf16", base.bfloat16())
+    back = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(back["t"], base.t()) and torch.equal(back["half"], base[:3])
+    assert back["bf16"].dtype == torch.bfloat16
+
+
+def test_lazy_tensors_read_only_what_is_asked_for():
+    read = []
+    tensors = LazyTensors({name: lambda name=name: read.append(name) or torch.ones(1) for name in "ab"})
+    assert "a" in tensors and "c" not in tensors and list(tensors) == ["a", "b"] and len(tensors) == 2
+    assert read == []
+    assert tensors["b"].item() == 1 and read == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("index", "word"),
+    [
+        ([], "weight_map"),
+        ({"weight_map": {}}, "weight_map"),
+        ({"weight_map": {"w": "../w.safetensors"}}, "outside its folder"),
+        ({"weight_map": {"w": 3}}, "outside its folder"),
+        ({"weight_map": {"w": "absent.safetensors"}}, "no such file"),
+        ({"weight_map": {"w": "a.safetensors", "v": "a.safetensors"}}, "'v'"),
+    ],
+)
+def test_bad_indexes_are_refused(tmp_path, index, word):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for place in (folder / "a.safetensors", tmp_path / "w.safetensors"):
+        save_file({"w": torch.ones(1)}, place)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=word):
+        open_safetensors_folder(folder)
+
+
+@pytest.mark.parametrize("cut", [0, 7, 8, 40, -1])
+def test_truncated_safetensors_are_refused(tmp_path, cut):
+    file = tmp_path / "model.safetensors"
+    save_file({"w": torch.ones(100)}, file)
+    file.write_bytes(file.read_bytes()[:cut])
+    with pytest.raises(UserError, match="not a safetensors file"):
+        open_safetensors_folder(tmp_path)
+
+
+def torch_bytes(value) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+class Canary:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def repacked(content: bytes, **changes) -> bytes:
+    """The same archive, its members written again with other settings."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(out, "w", **changes) as new:
+        for member in old.infolist():
+            new.writestr(member.filename, old.read(member))
+    return out.getvalue()
+
+
+def with_member(content: bytes, name: str) -> bytes:
+    out = io.BytesIO(content)
+    with zipfile.ZipFile(out, "a") as archive:
+        archive.writestr(name, b"x")
+    return out.getvalue()
+
+
+def overlapping(content: bytes) -> bytes:
+    """A directory of many entries that all point to the same large member."""
+    out = io.BytesIO(content)
+    with zipfile.ZipFile(out, "a") as archive:
+        archive.writestr("archive/data/9", b"\0" * 50_000)
+        member = archive.infolist()[-1]
+        for number in range(100):
+            copy = zipfile.ZipInfo(f"archive/data/{number + 10}")
+            copy.file_size = copy.compress_size = member.file_size
+            copy.CRC, copy.header_offset = member.CRC, member.header_offset
+            archive.filelist.append(copy)
+    return out.getvalue()
+
+
+GOOD = torch_bytes({"a": torch.arange(3.0)})
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (b"", "not a readable"),
+        (b"garbage", "not a readable"),
+        (GOOD[: len(GOOD) // 2], "not a readable"),
+        (GOOD[:-1], "not a readable"),
+        (pickle.dumps({"a": 1}), "not a readable"),
+        (torch_bytes([torch.ones(1)]), "wanted: a dictionary"),
+        (repacked(GOOD, compression=zipfile.ZIP_DEFLATED), "not as torch.save writes it"),
+        (with_member(GOOD, "../../evil"), "evil"),
+        (overlapping(GOOD), "claim more bytes"),
+    ],
+)
+def test_bad_pt_files_are_refused(tmp_path, content, word, mmap):
+    path = tmp_path / "bad.pt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="bad.pt") as caught:
+        load_pt(path, mmap=mmap)
+    assert word in str(caught.value)
+
+
+def test_nothing_in_a_pt_file_is_executed(tmp_path):
+    path, canary = tmp_path / "evil.pt", tmp_path / "canary"
+    torch.save({"a": torch.ones(1), "b": Canary(canary)}, path)
+    with pytest.raises(UserError, match="evil.pt"):
+        load_pt(path)
+    assert not canary.exists()
+    torch.load(path, weights_only=False)["b"].close()
+    assert canary.exists(), "the canary must be able to sing"
+
+
+def test_old_torch_files_are_refused_plainly(tmp_path):
+    path = tmp_path / "old.pt"
+    torch.save({"a": torch.ones(1)}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match="not a readable"):
+        load_pt(path)
+
+
+def test_open_pt_wants_tensors_only(tmp_path):
+    path = tmp_path / "a.pt"
+    torch.save({"a": torch.ones(2), "step": 3}, path)
+    with pytest.raises(UserError, match="'step' is no tensor"):
+        open_pt(path)
+    torch.save({"a": torch.ones(2)}, path)
+    assert torch.equal(open_pt(path)["a"], torch.ones(2))
+    with pytest.raises(UserError, match="no such file"):
+        open_pt(tmp_path / "absent.pt")
+
+
+def test_config_json_must_be_an_object(tmp_path):
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(UserError, match="not a JSON object"):
+        read_model_config(tmp_path)
+
+
+def test_the_folder_is_flushed(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(tensor_files, "fsync_folder", flushed.append)
+    write(tmp_path, [1], 10)
+    assert flushed == [tmp_path]

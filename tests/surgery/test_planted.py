@@ -1,0 +1,106 @@
+"""Planted uselessness: what adds nothing to the model's output is exactly what the learned masks remove."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cook.masks.controller import Constraint
+from cook.masks.gates import Gates
+from cook.models.cpm_ant import CpmAntForCausalLM
+from cook.space.counts import unit_parameters
+from cook.space.units import PruningSpace, UnitGroup
+from cook.surgery.gates import AttachedGates
+from tests.models.cpm_ant_tiny import tiny_model
+from tests.tiny_pruning import tiny_space
+
+SIZES = dict(num_layers=3, num_heads=6, dim_head=4, dim_ff=16)
+SPACE = tiny_space(**SIZES)
+USELESS = {"heads": 2, "dimff": 6, "layer": 2}
+STEPS = 120
+
+
+def frozen_model(seed: int) -> CpmAntForCausalLM:
+    return tiny_model(seed, **SIZES).requires_grad_(False)
+
+
+def plant(model: CpmAntForCausalLM, groups: list[UnitGroup], seed: int) -> dict[str, list[int]]:
+    """Zeroes the output weights of units drawn at random; returns which, by group."""
+    random = torch.Generator().manual_seed(seed)
+    planted = {}
+    for group in groups:
+        out = model.get_submodule(group.gate.module).weight
+        width = out.shape[1] // group.size
+        units = sorted(torch.randperm(group.size, generator=random)[: USELESS.get(group.kind, 0)].tolist())
+        planted[group.name] = units
+        for unit in units:
+            out[:, unit * width : (unit + 1) * width] = 0
+    return planted
+
+
+def learn(model: CpmAntForCausalLM, gates: Gates, groups: list[UnitGroup], seed: int, *, deaf: bool = False):
+    """Trains the gates alone, on the divergence from the model's own open outputs."""
+    attached = AttachedGates(model, groups, {})
+    random = torch.Generator().manual_seed(1000 + seed)
+    for step in range(1, STEPS + 1):
+        ids = torch.randint(0, 61, (4, 12), generator=random)
+        attached.set({})
+        wanted = F.log_softmax(model(input_ids=ids).logits, -1)
+        z = gates.draw(step).requires_grad_()
+        attached.set(gates.split(z))
+        logits = F.log_softmax(model(input_ids=ids).logits, -1)
+        loss = F.kl_div(logits, wanted, reduction="sum", log_target=True) / ids.numel()
+        loss.backward()
+        gates.update(torch.zeros_like(z.grad) if deaf else z.grad, step)
+    attached.remove()
+    return {name: (mask == 0).nonzero().flatten().tolist() for name, mask in gates.binary().items()}
+
+
+def fine_gates(space: PruningSpace, seed: int) -> tuple[Gates, list[UnitGroup]]:
+    groups = [g for g in space.groups if g.kind != "layer"]
+    constraints, start = [], 0
+    for group in groups:
+        share = 1 / group.size
+        target = USELESS[group.kind] * share
+        constraints.append(Constraint(name=group.name, start=start, costs=(share,) * group.size, target=target))
+        start += group.size
+    return Gates({g.name: g.size for g in groups}, constraints, steps=STEPS, seed=seed), groups
+
+
+def block_gates(space: PruningSpace, target: float, seed: int) -> Gates:
+    groups = space.of("layer")
+    parameters = [unit_parameters(space, group) for group in groups]
+    costs = tuple(p / sum(parameters) for p in parameters)
+    constraint = Constraint(name="blocks", start=0, costs=costs, target=target)
+    return Gates({g.name: 1 for g in groups}, [constraint], steps=STEPS, seed=seed)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_useless_heads_and_dims_are_removed(seed):
+    model = frozen_model(seed)
+    gates, groups = fine_gates(SPACE, seed)
+    planted = plant(model, groups, seed)
+    assert learn(model, gates, groups, seed) == planted
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_useless_blocks_are_removed(seed):
+    model, groups = frozen_model(seed), list(SPACE.of("layer"))
+    drawn = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))[: USELESS["layer"]]
+    useless = [groups[i] for i in sorted(drawn.tolist())]
+    for group in useless:
+        model.get_submodule(group.gate.module).weight.zero_()
+    total = sum(unit_parameters(SPACE, group) for group in groups)
+    target = sum(unit_parameters(SPACE, group) for group in useless) / total
+    removed = learn(model, block_gates(SPACE, target, seed), groups, seed)
+    assert [name for name, units in removed.items() if units] == [group.name for group in useless]
+
+
+def test_without_the_task_loss_chance_decides():
+    right = 0
+    for seed in range(3):
+        model = frozen_model(seed)
+        gates, groups = fine_gates(SPACE, seed)
+        right += learn(model, gates, groups, seed, deaf=True) == plant(model, groups, seed)
+    assert right == 0

@@ -1,0 +1,126 @@
+"""A file imports only from lower floors; rooms on one floor do not know each other."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("base",),
+    ("config", "space", "vocab"),
+    ("masks", "models", "data", "report"),
+    ("adapters",),
+    ("surgery", "patterns", "distill"),
+    ("training", "evaluation"),
+    ("stages",),
+)
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+TOP = len(FLOORS)
+FAMILY_NAMES = ("cpm_ant", "cpmant", "CpmAnt")
+FAMILY_ROOMS = ("adapters", "models")
+ENGINE = "cook/training/engine.py"
+FILES = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "cook").rglob("*.py"))
+
+
+def imports(path: str, source: str) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of everything that a file imports; `from a import b` counts as `a.b`."""
+    package = path.removesuffix(".py").split("/")[:-1]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            # A relative import climbs from the file's own package.
+            start = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (start, node.module) if part)
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+
+
+def offences(path: str, source: str) -> list[str]:
+    """What in a file of the house breaks the floors' law, one sentence an import."""
+    parts = path.split("/")
+    room = parts[1] if len(parts) > 2 else ""
+    floor = FLOOR_OF.get(room, TOP)
+    found = [] if not room or room in FLOOR_OF else [f"{path}: the room {room!r} is on no floor"]
+    for line, name in imports(path, source):
+        words = name.split(".")
+        if words[0] == "deepspeed" and path != ENGINE:
+            found.append(f"{path}:{line} imports {name}; only {ENGINE} may")
+        if words[0] != "cook":
+            continue
+        other = words[1] if len(words) > 1 else ""
+        if other == room and room:
+            continue
+        if FLOOR_OF.get(other, TOP) >= floor and not (floor == TOP and other in FLOOR_OF):
+            found.append(f"{path}:{line} imports {name} from floor {FLOOR_OF.get(other, TOP)} while on floor {floor}")
+    return found
+
+
+def family_words(source: str) -> list[str]:
+    """Imports, identifiers, attributes and string constants (docstrings apart) that name a family."""
+    tree = ast.parse(source)
+    holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docs = set()
+    for node in ast.walk(tree):
+        for child in node.body if isinstance(node, holders) else ():
+            if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
+                docs.add(id(child.value))
+    words: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
+            words.append(node.value)
+        elif isinstance(node, ast.Name):
+            words.append(node.id)
+        elif isinstance(node, ast.Attribute):
+            words.append(node.attr)
+        elif isinstance(node, ast.Import):
+            words += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            words += [node.module or "", *(alias.name for alias in node.names)]
+    return [word for word in words if any(family in word for family in FAMILY_NAMES)]
+
+
+def test_the_house_is_found():
+    assert len(FILES) > 50 and ENGINE in FILES
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_imports_go_down(path):
+    assert offences(path, (ROOT / path).read_text()) == []
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if f.endswith("__init__.py") and f != "cook/__init__.py"])
+def test_init_files_are_empty(path):
+    assert (ROOT / path).read_text().strip() == ""
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if f.split("/")[1] not in FAMILY_ROOMS])
+def test_only_adapters_and_models_know_families(path):
+    if path != "cook/config/types.py":
+        assert family_words((ROOT / path).read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "word"),
+    [
+        ("cook/base/x.py", "import cook.masks.gates", "cook.masks.gates"),
+        ("cook/masks/x.py", "from cook.models.cpm_ant import CpmAntConfig", "cook.models"),
+        ("cook/masks/x.py", "from cook import surgery", "cook.surgery"),
+        ("cook/masks/x.py", "from ..surgery import gates", "cook.surgery.gates"),
+        ("cook/distill/x.py", "from cook.surgery.gates import AttachedGates", "cook.surgery"),
+        ("cook/adapters/x.py", "from cook.surgery import reshape", "cook.surgery.reshape"),
+        ("cook/training/x.py", "def f():\n    import deepspeed.comm", "deepspeed"),
+        ("cook/stages/x.py", "from cook.train import main", "cook.train"),
+        ("cook/new/x.py", "", "new"),
+    ],
+)
+def test_an_offending_import_is_named(path, source, word):
+    found = offences(path, source)
+    assert found and word in found[0]
+
+
+def test_family_names_are_found():
+    assert family_words('"""cpm_ant in a docstring"""\nx = "cpm_ant"\ny.CpmAntConfig') == ["cpm_ant", "CpmAntConfig"]

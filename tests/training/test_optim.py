@@ -1,0 +1,49 @@
+"""The learning rate's shape, against values worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from cook.config.types import TrainingConfig
+from cook.training.optim import learning_rate
+
+
+def training(**changes) -> TrainingConfig:
+    return TrainingConfig(
+        **{"steps": 100, "train_batch_size": 1, "micro_batch_size": 1, "learning_rate": 2.0, "warmup": 0.1, **changes}
+    )
+
+
+def rates(config: TrainingConfig) -> list[float]:
+    return [learning_rate(config, step) for step in range(1, config.steps + 1)]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_the_warmup_is_a_straight_line_to_the_peak(schedule):
+    assert rates(training(schedule=schedule))[:10] == pytest.approx([0.2 * step for step in range(1, 11)])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "middle", "last"), [("cosine", 1.1, 0.2), ("linear", 1.1, 0.2), ("constant", 2.0, 2.0)]
+)
+def test_the_decay_ends_at_its_minimum(schedule, middle, last):
+    values = rates(training(schedule=schedule))
+    assert values[54] == pytest.approx(middle) and values[99] == pytest.approx(last)  # step 55 is half-way from 10
+    assert values[10:] == sorted(values[10:], reverse=True)
+
+
+def test_the_cosine_is_one():
+    quarter = learning_rate(training(warmup=0.0, min_learning_rate=0.0), 25)
+    assert quarter == pytest.approx(2.0 * (1 + math.cos(math.pi / 4)) / 2)
+
+
+def test_one_step_and_no_warmup_and_all_warmup():
+    assert rates(training(steps=1, warmup=0.0)) == [0.2]
+    assert rates(training(steps=1, warmup=1.0)) == [2.0]
+    assert rates(training(steps=4, warmup=1.0)) == pytest.approx([0.5, 1.0, 1.5, 2.0])
+
+
+def test_frozen_weights_have_no_learning_rate():
+    assert set(rates(training(train_weights=False))) == {0.0}
