@@ -79,7 +79,7 @@ def batch_is_whole(
 ) -> Iterator[UserError]:
     """train_batch_size = micro_batch_size × accumulation steps × ranks, in whole numbers, in every stage."""
     for label, own in _trainings(training, stages, ("train_batch_size", "micro_batch_size")):
-        at_once = own.micro_batch_size * (world_size or 1)
+        at_once = own.rows_at_once(world_size or 1) * (world_size or 1)
         if own.train_batch_size % at_once:
             ranks = f" × {world_size} ranks" if world_size else ""
             lower = own.train_batch_size // at_once * at_once
@@ -87,7 +87,7 @@ def batch_is_whole(
             yield UserError(
                 f"{label}.train_batch_size: train_batch_size = micro_batch_size × accumulation steps × ranks "
                 "leaves no whole number of accumulation steps",
-                wanted=f"a multiple of micro_batch_size {own.micro_batch_size}{ranks} = {at_once}",
+                wanted=f"a multiple of micro_batch_size {own.rows_at_once(world_size or 1)}{ranks} = {at_once}",
                 got=own.train_batch_size,
                 remedy=f"set it to {choices}, or choose another micro_batch_size",
             )
@@ -122,7 +122,7 @@ def _accumulation(
         yield UserError(f"{key}: not a number of steps", wanted=wanted, got=_brief(accumulation))
         return
     for label, own in _trainings(training, stages, ("train_batch_size", "micro_batch_size")):
-        one_rank = own.micro_batch_size * accumulation
+        one_rank = own.rows_at_once(world_size or 1) * accumulation
         fits = own.train_batch_size == one_rank * world_size if world_size else own.train_batch_size % one_rank == 0
         if not fits:
             ranks = f"{world_size} rank(s)" if world_size else "ranks"

@@ -99,7 +99,7 @@ class TrainingConfig:
     """Rows a step, over all ranks and accumulation steps: micro_batch_size × accumulation × ranks."""
 
     micro_batch_size: int
-    """Rows that one rank holds in memory at a time."""
+    """Rows that one rank holds in memory at a time, at most: a rank's share of a step may be smaller."""
 
     learning_rate: float
     """Peak learning rate of the weights."""
@@ -142,6 +142,10 @@ class TrainingConfig:
 
     threads: int | None = None
     """CPU threads a rank. None: the machine's cores shared out among its ranks."""
+
+    def rows_at_once(self, world_size: int) -> int:
+        """Rows of a micro-batch: `micro_batch_size`, or a rank's whole share of the batch where that is smaller."""
+        return min(self.micro_batch_size, max(1, self.train_batch_size // world_size))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,6 +39,12 @@ def initialise_processes(threads: int | None) -> None:
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
 
 
+def leave_processes() -> None:
+    """Leaves the process group: a rank that ends without it is aborted while its connections still work."""
+    if distributed.is_on():
+        torch.distributed.destroy_process_group()
+
+
 def _import_deepspeed():
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
@@ -80,7 +86,7 @@ def filled_config(
 ) -> dict[str, Any]:
     """The user's DeepSpeed config with its `auto` values and the batch sizes filled in from `training`."""
     config = copy.deepcopy(dict(deepspeed_config))
-    micro = training.micro_batch_size
+    micro = training.rows_at_once(world_size)
     config |= {
         "train_batch_size": training.train_batch_size,
         "train_micro_batch_size_per_gpu": micro,

@@ -67,7 +67,7 @@ def train(run: Run, start: Position, log: EventLog) -> Position:
             rate = learning_rate(training, step)
             result = train_step(
                 run.engine,
-                run.batches.micro_batches(step - 1, rank, world, training.micro_batch_size),
+                run.batches.micro_batches(step - 1, rank, world, training.rows_at_once(world)),
                 step,
                 num_targets=num_targets,
                 learning_rate=rate,

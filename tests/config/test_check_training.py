@@ -47,7 +47,7 @@ def test_a_row_holds_more_than_the_prompt(errors_of, load):
 
 @pytest.mark.parametrize(
     "micro, world_size, fits",
-    [(2, None, True), (3, None, False), (2, 4, True), (2, 3, False), (8, 1, True), (8, 2, False), (1, 8, True)],
+    [(2, None, True), (3, None, False), (2, 4, True), (2, 3, False), (8, 1, True), (8, 2, True), (8, 16, False), (1, 8, True)],
 )
 def test_the_batch_is_whole(errors_of, load, micro, world_size, fits):
     setting = f"training.micro_batch_size={micro}"  # train_batch_size is 8
@@ -61,8 +61,13 @@ def test_the_batch_is_whole(errors_of, load, micro, world_size, fits):
 def test_the_batch_error_explains_itself(errors_of):
     [message] = errors_of("training.train_batch_size=20", world_size=4)
     assert "a multiple of micro_batch_size 2 × 4 ranks = 8" in message and "set it to 16 or 24," in message
-    [message] = errors_of("training.train_batch_size=4", world_size=4)
-    assert "set it to 8," in message
+    [message] = errors_of("training.train_batch_size=3", world_size=4)
+    assert "set it to 4," in message
+
+
+def test_a_rank_holds_no_more_than_its_share(load):
+    training = load("training.micro_batch_size=8", world_size=4).training  # train_batch_size is 8
+    assert [training.rows_at_once(world) for world in (1, 2, 4, 8)] == [8, 4, 2, 1]
 
 
 def test_a_stage_has_a_batch_of_its_own(errors_of):

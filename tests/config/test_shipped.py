@@ -67,7 +67,7 @@ def test_every_shipped_file_is_known_here():
     assert shipped == {"config"} | {f"{big}_to_{small}" for big, small in RUNGS}
 
 
-@pytest.mark.parametrize("world_size", [None, 1, 2])
+@pytest.mark.parametrize("world_size", [None, 1, 2, 4, 8])
 def test_the_default_loads_as_it_is(in_root, world_size):
     config = load_config("config/bmcook.json", world_size=world_size)
     assert [entry.name for entry in config.stages] == list(STAGE_NAMES)

@@ -18,7 +18,7 @@ from tests.tiny_pruning import tiny_space
 SIZES = dict(num_layers=3, num_heads=6, dim_head=4, dim_ff=16)
 SPACE = tiny_space(**SIZES)
 USELESS = {"heads": 2, "dimff": 6, "layer": 2}
-STEPS = 120
+STEPS = {"fine": 240, "blocks": 100}  # the weakest dims that are of use need a while to show it
 
 
 def frozen_model(seed: int) -> CpmAntForCausalLM:
@@ -41,12 +41,12 @@ def plant(model: CpmAntForCausalLM, groups: list[UnitGroup], seed: int) -> dict[
 
 def learn(model: CpmAntForCausalLM, gates: Gates, groups: list[UnitGroup], seed: int, *, deaf: bool = False):
     """Trains the gates alone, on the divergence from the model's own open outputs."""
-    attached = AttachedGates(model, groups, {})
     random = torch.Generator().manual_seed(1000 + seed)
-    for step in range(1, STEPS + 1):
-        ids = torch.randint(0, 61, (4, 12), generator=random)
-        attached.set({})
-        wanted = F.log_softmax(model(input_ids=ids).logits, -1)
+    batches = [torch.randint(0, 61, (6, 12), generator=random) for _ in range(16)]
+    targets = [F.log_softmax(model(input_ids=ids).logits, -1) for ids in batches]
+    attached = AttachedGates(model, groups, {})
+    for step in range(1, gates.steps + 1):
+        ids, wanted = batches[step % 16], targets[step % 16]
         z = gates.draw(step).requires_grad_()
         attached.set(gates.split(z))
         logits = F.log_softmax(model(input_ids=ids).logits, -1)
@@ -65,7 +65,7 @@ def fine_gates(space: PruningSpace, seed: int) -> tuple[Gates, list[UnitGroup]]:
         target = USELESS[group.kind] * share
         constraints.append(Constraint(name=group.name, start=start, costs=(share,) * group.size, target=target))
         start += group.size
-    return Gates({g.name: g.size for g in groups}, constraints, steps=STEPS, seed=seed), groups
+    return Gates({g.name: g.size for g in groups}, constraints, steps=STEPS["fine"], seed=seed), groups
 
 
 def block_gates(space: PruningSpace, target: float, seed: int) -> Gates:
@@ -73,7 +73,7 @@ def block_gates(space: PruningSpace, target: float, seed: int) -> Gates:
     parameters = [unit_parameters(space, group) for group in groups]
     costs = tuple(p / sum(parameters) for p in parameters)
     constraint = Constraint(name="blocks", start=0, costs=costs, target=target)
-    return Gates({g.name: 1 for g in groups}, [constraint], steps=STEPS, seed=seed)
+    return Gates({g.name: 1 for g in groups}, [constraint], steps=STEPS["blocks"], seed=seed)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -99,8 +99,9 @@ def test_useless_blocks_are_removed(seed):
 
 def test_without_the_task_loss_chance_decides():
     right = 0
-    for seed in range(3):
+    for seed in range(2):
         model = frozen_model(seed)
         gates, groups = fine_gates(SPACE, seed)
-        right += learn(model, gates, groups, seed, deaf=True) == plant(model, groups, seed)
+        planted = plant(model, groups, seed)
+        right += learn(model, gates, groups, seed, deaf=True) == planted
     assert right == 0
