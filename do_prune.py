@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from cook.adapters.source import ModelSource, open_model
 from cook.base.errors import UserError, run_entry
 from cook.base.files import read_json, sha256, write_atomically
 from cook.config.load import load_config
+from cook.config.types import RunConfig
 from cook.evaluation.equality import largest_difference
 from cook.evaluation.speed import forward_seconds
 from cook.masks.mask_file import read_masks
@@ -24,7 +27,7 @@ from cook.report.model_card import MaskFile, ModelCard, model_card
 from cook.report.tables import markdown_table
 from cook.space.counts import forward_flops, parameters
 from cook.space.units import PruningSpace
-from cook.stages.plan import MaskPaths
+from cook.stages.plan import MaskPaths, Stage
 from cook.stages.summary import finished_stages, ladder_row, masks_after, sample_batches
 from cook.surgery.export import copy_tokenizer
 from cook.surgery.prune import Pruned, build_model, mask_model, prune_to_folder
@@ -32,6 +35,8 @@ from cook.training.checkpoint import stored_weights
 
 TOLERANCE = 1e-5
 """Largest allowed relative difference of the logits in fp32: rounding of products whose sums are in another order."""
+LARGEST_TIMED = 2_000_000_000
+"""Parameters beyond which two whole models are not built just to time them."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -50,56 +55,73 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> int | None:
-    """Finds model and masks, reshapes, verifies, reports."""
-    arguments = parse_arguments()
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is to be pruned, and to where."""
+
+    model: str
+    masks: MaskPaths
+    output: str
+    config: RunConfig | None
+    """The run that all this was taken from, if it was."""
+    stages: list[Stage]
+    """The finished stages of that run."""
+
+
+def find_job(arguments: argparse.Namespace) -> Job:
+    """What the command line names, filled up from the run's config.
+
+    Raises:
+        UserError: no stage has finished yet, or no output folder is known.
+    """
     given = MaskPaths(layer=arguments.coarse_mask, heads=arguments.heads_mask, dimff=arguments.dimff_mask)
     config = None
     if arguments.config or not arguments.model:
         config = load_config(arguments.config or "config/bmcook.json", arguments.overrides)
-    finished = finished_stages(config) if config else []
-    if arguments.model:
-        model_path, paths = arguments.model, given
-    else:
-        if not finished:
-            assert config is not None
-            raise UserError(
-                f"no stage has finished under {config.output_dir}",
-                remedy="train first (bash scripts/prune_cpm_ant.sh), or give --model and masks",
-            )
-        last = finished[-1]
-        own = masks_after(last)
-        model_path = str(last.folder / "model")
-        paths = MaskPaths(
-            layer=given.layer or own.layer, heads=given.heads or own.heads, dimff=given.dimff or own.dimff
-        )
     output = arguments.output or (f"{config.output_dir}/pruned" if config else None)
     if output is None:
         raise UserError("where to write the small model?", remedy="give --output DIR")
+    if arguments.model:
+        return Job(model=arguments.model, masks=given, output=output, config=config, stages=[])
+    assert config is not None
+    stages = finished_stages(config)
+    if not stages:
+        raise UserError(
+            f"no stage has finished under {config.output_dir}",
+            remedy="train first (bash scripts/prune_cpm_ant.sh), or give --model and masks",
+        )
+    own = masks_after(stages[-1])
+    masks = MaskPaths(layer=given.layer or own.layer, heads=given.heads or own.heads, dimff=given.dimff or own.dimff)
+    return Job(model=str(stages[-1].folder / "model"), masks=masks, output=output, config=config, stages=stages)
 
+
+def main() -> int | None:
+    """Finds model and masks, reshapes, verifies, reports."""
+    arguments = parse_arguments()
+    job = find_job(arguments)
     model_config = read_json(arguments.model_config) if arguments.model_config else None
-    source = open_model(model_path, config=model_config, read_checkpoint=stored_weights)
+    source = open_model(job.model, config=model_config, read_checkpoint=stored_weights)
     space = source.adapter.space(source.config)
-    masks = read_masks(space, coarse=paths.layer, heads=paths.heads, dimff=paths.dimff)
+    masks = read_masks(space, coarse=job.masks.layer, heads=job.masks.heads, dimff=job.masks.dimff)
     if not masks:
         raise UserError("there is no mask to carry out", remedy="give --coarse-mask, --heads-mask or --dimff-mask")
-    print(f"model  {source.path}\nmasks  " + ", ".join(p for p in (paths.layer, paths.heads, paths.dimff) if p))
-    pruned = prune_to_folder(source, space, masks, Path(output))
+    files = [path for path in (job.masks.layer, job.masks.heads, job.masks.dimff) if path]
+    print(f"model  {source.path}\nmasks  {', '.join(files)}")
+    pruned = prune_to_folder(source, space, masks, Path(job.output))
     has_tokenizer = copy_tokenizer(source.path, pruned.folder)
 
     small = open_model(pruned.folder)
-    batches, what = sample_batches(config, source.config)
+    batches, what = sample_batches(job.config, source.config)
     difference = verify(source, small, space, masks, batches) if arguments.verify else None
     print(comparison(source, small, space, masks, batches))
-    rows = [ladder_row(stage) for stage in (finished[:1] + finished[-1:] if finished and not arguments.model else [])]
     card = ModelCard(
         name=pruned.folder.resolve().name,
-        rows=rows,
+        rows=[ladder_row(stage) for stage in job.stages[:1] + job.stages[-1:]],
         base_model=str(source.path),
         license="other",
         license_note="The weights carry the licence of the model and the text they were trained on.",
-        commands=["bash scripts/prune_cpm_ant.sh"] if config else [],
-        masks=[MaskFile(name=Path(p).name, sha256=sha256(p)) for p in (paths.layer, paths.heads, paths.dimff) if p],
+        commands=[" ".join(["python", *sys.argv])],
+        masks=[MaskFile(name=Path(path).name, sha256=sha256(path)) for path in files],
         trust_remote_code=source.adapter.modeling_file is not None,
         max_difference=difference,
         difference_note=f"fp32, {what}",
@@ -125,13 +147,15 @@ def comparison(
     """Parameters, FLOPs a token and measured tokens/s before and after, as a table."""
     length, tokens = batches[0]["input"].shape[1], sum(int(batch["length"].sum()) for batch in batches)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    models = {name: build_model(s).to(device) for name, s in (("before", source), ("after", small))}
-    seconds = forward_seconds(models, batches, device)
+    seconds = {}
+    if parameters(space) <= LARGEST_TIMED:
+        models = {name: build_model(s).to(device) for name, s in (("before", source), ("after", small))}
+        seconds = forward_seconds(models, batches, device)
     weight = source.adapter.logits_weight
     rows = []
     for name, kept in (("before", {}), ("after", kept_counts(masks))):
         flops = forward_flops(space, kept, context=length, logits=weight)
-        speed = human_count(tokens / seconds[name])
+        speed = human_count(tokens / seconds[name]) if seconds else "not timed"
         rows.append([name, human_count(parameters(space, kept)), human_count(flops), speed])
     return "\n" + markdown_table(["", "parameters", "FLOPs a token", "tokens/s forward"], rows) + "\n"
 

@@ -55,15 +55,18 @@ def main() -> int | None:
 
     # Only now: torch, deepspeed and a process group, none of which a mistake in the config should wait for.
     from cook.stages.runner import is_finished, run_stage, say_finished
-    from cook.training.engine import initialise_processes
+    from cook.training.engine import initialise_processes, leave_processes
 
     if all(is_finished(stage, arguments.resume) for stage in stages):
         for stage in stages if launched_rank() == 0 else ():
             say_finished(stage)
         return None
     initialise_processes(config.training.threads)
-    for stage in stages:
-        run_stage(stage, resume=arguments.resume)
+    try:
+        for stage in stages:
+            run_stage(stage, resume=arguments.resume)
+    finally:
+        leave_processes()
     return None
 
 

@@ -33,14 +33,20 @@ def load(folder: str, trust_remote_code: bool):
     Raises:
         UserError: the folder holds no model or no tokenizer that can be loaded.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
     from cook.models.cpm_ant import CpmAntConfig, CpmAntForCausalLM
 
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"{folder}: no model folder", wanted="config.json, safetensors and tokenizer files")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        # AutoTokenizer would ask about the modeling file, of which a tokenizer.json has no need.
+        plain = (Path(folder) / "tokenizer.json").is_file()
+        tokenizer = (
+            PreTrainedTokenizerFast.from_pretrained(folder)
+            if plain
+            else AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        )
         model_type = json.loads((Path(folder) / "config.json").read_text()).get("model_type")
         if model_type == CpmAntConfig.model_type:
             return CpmAntForCausalLM.from_pretrained(folder).eval(), tokenizer

@@ -222,7 +222,7 @@ class Bias:
     added_RHQK: Tensor
     bias_RHQK: Tensor | None = None
     hidden_BQK: Tensor | None = None
-    blocks: tuple[tuple[int, int, int], ...] = ()
+    blocks: tuple[tuple[slice, slice, slice], ...] = ()
     keep_BQ1: Tensor | None = None
 
     def of_heads(self, heads: Tensor) -> Bias:
@@ -231,14 +231,18 @@ class Bias:
         return replace(self, added_RHQK=self.added_RHQK.index_select(1, heads), bias_RHQK=bias)
 
 
-def score_blocks(hidden_RQK: Tensor, num_heads: int) -> tuple[tuple[int, int, int], ...]:
-    """Cuts the queries into blocks of about `BLOCK_SCORES` scores: (first query, end, end of the keys it sees)."""
+def score_blocks(hidden_RQK: Tensor, num_heads: int) -> tuple[tuple[slice, slice, slice], ...]:
+    """Cuts a row's scores into blocks of about `BLOCK_SCORES`: heads, queries, and the keys that any of these see."""
     queries, keys = hidden_RQK.shape[1:]
-    size = min(queries, max(32, BLOCK_SCORES // (num_heads * keys) // 32 * 32))
-    seen_QK = ~hidden_RQK.all(0)
-    last_Q = (seen_QK * torch.arange(1, keys + 1)).amax(1)
-    starts = range(0, queries, size)
-    return tuple((q, min(q + size, queries), max(1, int(last_Q[q : q + size].max()))) for q in starts)
+    rows = max(1, min(256, -(-queries // 4), BLOCK_SCORES // keys))  # more would leave out fewer keys
+    heads = max(1, BLOCK_SCORES // (rows * keys))
+    last_Q = (~hidden_RQK.all(0) * torch.arange(1, keys + 1)).amax(1)
+    seen = {start: max(1, int(last_Q[start : start + rows].max())) for start in range(0, queries, rows)}
+    return tuple(
+        (slice(head, head + heads), slice(start, start + rows), slice(seen[start]))
+        for head in range(0, num_heads, heads)
+        for start in seen
+    )
 
 
 class PositionBias(nn.Module):
@@ -329,9 +333,9 @@ class BiasedAttention(torch.autograd.Function):
         out = torch.empty_like(v_)
         for row in range(q.shape[0]):
             for block in bias.blocks:
-                begin, end, seen = block
+                heads, queries, keys = block
                 probs_HQK = BiasedAttention.probabilities(q_[row], k_[row], bias, row, block)
-                out[row, :, begin:end] = probs_HQK @ v_[row, :, :seen]
+                out[row, heads, queries] = probs_HQK @ v_[row, heads, keys]
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out)
         return out
@@ -349,26 +353,26 @@ class BiasedAttention(torch.autograd.Function):
         for row in range(q.shape[0]):
             row_dbias = dbias[row if len(dbias) > 1 else 0]
             for block in bias.blocks:
-                begin, end, seen = block
+                heads, queries, keys = block
                 probs_HQK = BiasedAttention.probabilities(q[row], k[row], bias, row, block)
-                grad_HQD = grad[row, :, begin:end]
-                dv[row, :, :seen] += probs_HQK.mT @ grad_HQD
-                inner = inner_BHQ1[row, :, begin:end]
-                dscores = torch.baddbmm(inner, grad_HQD, v[row, :, :seen].mT, beta=-1).mul_(probs_HQK)
-                row_dbias[:, begin:end, :seen] += dscores
-                dq[row, :, begin:end] = (dscores @ k[row, :, :seen]).mul_(scale)
-                dk[row, :, :seen] += (dscores.mT @ q[row, :, begin:end]).mul_(scale)
+                grad_HQD = grad[row, heads, queries]
+                dv[row, heads, keys].baddbmm_(probs_HQK.mT, grad_HQD)
+                inner_HQ1 = inner_BHQ1[row, heads, queries]
+                dscores = torch.baddbmm(inner_HQ1, grad_HQD, v[row, heads, keys].mT, beta=-1).mul_(probs_HQK)
+                row_dbias[heads, queries, keys] += dscores
+                dq[row, heads, queries] = (dscores @ k[row, heads, keys]).mul_(scale)
+                dk[row, heads, keys].baddbmm_(dscores.mT, q[row, heads, queries], alpha=scale)
         return dq.to(saved[0].dtype), dk.to(saved[1].dtype), dv.to(saved[2].dtype), dbias, None
 
     @staticmethod
-    def probabilities(q_HQD: Tensor, k_HKD: Tensor, bias: Bias, row: int, block: tuple[int, int, int]) -> Tensor:
-        """One row's attention of one block of queries, in the bias's type."""
-        begin, end, seen = block
-        added_HQK = bias.added_RHQK[row if len(bias.added_RHQK) > 1 else 0, :, begin:end, :seen]
+    def probabilities(q_HQD: Tensor, k_HKD: Tensor, bias: Bias, row: int, block: tuple[slice, slice, slice]) -> Tensor:
+        """One block of one row's attention, in the bias's type."""
+        heads, queries, keys = block
+        added_HQK = bias.added_RHQK[row if len(bias.added_RHQK) > 1 else 0, heads, queries, keys]
         scale = 1 / math.sqrt(q_HQD.shape[-1])
-        scores_HQK = torch.baddbmm(added_HQK, q_HQD[:, begin:end], k_HKD[:, :seen].mT, alpha=scale)
+        scores_HQK = torch.baddbmm(added_HQK, q_HQD[heads, queries], k_HKD[heads, keys].mT, alpha=scale)
         if bias.hidden_BQK is not None:
-            scores_HQK.masked_fill_(bias.hidden_BQK[row, begin:end, :seen], HIDDEN)
+            scores_HQK.masked_fill_(bias.hidden_BQK[row, queries, keys], HIDDEN)
         return torch.softmax(scores_HQK, -1)
 
 

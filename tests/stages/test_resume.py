@@ -16,9 +16,9 @@ import torch
 from cook.base.files import sha256
 from tests.stages.tiny_run import Result, contents, read_log, train, write_run
 
-STEPS = 90
-STOP_AT = 30
-OVERRIDES = ("training.save_every=11", "training.keep_checkpoints=2", f"training.steps={STEPS}")
+STEPS = 45
+STOP_AT = 15
+OVERRIDES = ("training.save_every=6", "training.keep_checkpoints=2", f"training.steps={STEPS}")
 OPTIONS = ("--stage", "layer_mask", *(part for text in OVERRIDES for part in ("--set", text)))
 
 
@@ -100,7 +100,7 @@ def test_going_on_is_bit_identical_to_never_having_stopped(stopped, whole, tmp_p
     assert steps == list(range(1, STEPS + 1))
     assert outcome(folder) == outcome(whole)
     left = sorted(path.name for path in (folder / "out" / "layer_mask" / "checkpoints").iterdir())
-    assert left == ["latest", f"step-{STEPS // 11 * 11}", f"step-{STEPS}"]
+    assert left == ["latest", f"step-{STEPS // 6 * 6}", f"step-{STEPS}"]
 
 
 def newest(folder: Path) -> Path:
@@ -138,20 +138,21 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(stopped, whole, tmp_p
     assert outcome(folder) == outcome(whole)
 
 
-def refused(folder: Path, message: str, *options: str, **keywords) -> None:
+def refused(folder: Path, message: str, *options: str, ranks: int = 0) -> None:
     """The command refuses, says why without a traceback, and leaves every file as it was."""
     before = contents(folder)
-    result = train(folder, *OPTIONS, *options, **keywords)
-    assert message in result.err and "Traceback (most recent call last)" not in result.err.split("torch.distributed")[0]
-    assert result.code == (2 if not keywords.get("ranks") else 1), result
-    assert contents(folder) == before
+    result = train(folder, *OPTIONS, *options, ranks=ranks)
+    assert message in result.err and contents(folder) == before, result
+    if ranks:  # torchrun has a code and a traceback of its own, and tells what the ranks ended with
+        assert result.code == 1 and "exitcode  : 2" in result.err and "SIGABRT" not in result.err, result
+    else:
+        assert result.code == 2 and "Traceback" not in result.err, result
 
 
 def test_what_cannot_be_gone_on_from_is_refused_and_nothing_is_written(stopped, tmp_path):
     folder = copy(stopped[0], tmp_path / "run")
     refused(folder, "saved by a run with other settings", "--set", "training.learning_rate=0.01")
-    refused(folder, "saved in another layout", "--set", "deepspeed.zero_optimization.stage=1")
-    refused(folder, "saved by another number of ranks", "--set", "training.micro_batch_size=2", ranks=2)
+    refused(folder, "saved by another number of ranks", ranks=2)
     for manifest in (folder / "out" / "layer_mask" / "checkpoints").rglob("manifest.json"):
         manifest.write_text("{}")
     refused(folder, "no checkpoint is valid")

@@ -1,0 +1,36 @@
+"""Whole runs that several files of this folder look at: made once, never changed."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.stages.tiny_run import ATT_FIRST, FFN_FIRST, REPOSITORY, Result, do_prune, run, train, write_run
+
+REPORT = [sys.executable, "-m", "cook.stages", "--config", "bmcook.json"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeRun:
+    """A finished recipe, and how its commands ended."""
+
+    folder: Path
+    stages: tuple[str, ...]
+    trained: Result
+    pruned: Result
+    reported: Result
+
+
+@pytest.fixture(scope="session", params=["att first", "ffn first"])
+def whole_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> WholeRun:
+    folder = tmp_path_factory.mktemp("whole_run")
+    stages = ATT_FIRST if request.param == "att first" else FFN_FIRST
+    write_run(folder, stages, logging__tensorboard=request.param == "att first")
+    trained = train(folder, "--stage", "all")
+    assert trained.code == 0, trained
+    pruned = do_prune(folder, "--config", "bmcook.json", "--verify")
+    reported = run(REPORT, folder, PYTHONPATH=str(REPOSITORY))
+    return WholeRun(folder=folder, stages=stages, trained=trained, pruned=pruned, reported=reported)
