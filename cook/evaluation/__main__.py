@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from cook.base.errors import UserError, run_entry
+from cook.base.tensor_files import read_model_config
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -28,14 +29,15 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def load(folder: str, trust_remote_code: bool):
-    """Model and tokenizer of a folder; cook's own family needs no remote code here.
+    """Model and tokenizer of a folder; cook's own families need no remote code here.
 
     Raises:
         UserError: the folder holds no model or no tokenizer that can be loaded.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-    from cook.models.cpm_ant import CpmAntConfig, CpmAntForCausalLM
+    from cook.adapters.registry import ADAPTERS
+    from cook.adapters.source import open_model
 
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"{folder}: no model folder", wanted="config.json, safetensors and tokenizer files")
@@ -47,15 +49,20 @@ def load(folder: str, trust_remote_code: bool):
             if plain
             else AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         )
-        model_type = json.loads((Path(folder) / "config.json").read_text()).get("model_type")
-        if model_type == CpmAntConfig.model_type:
-            return CpmAntForCausalLM.from_pretrained(folder).eval(), tokenizer
+        model_type = read_model_config(Path(folder)).get("model_type")
+        if isinstance(model_type, str) and any(model_type in adapter.model_types for adapter in ADAPTERS):
+            source = open_model(folder)
+            with torch.device("meta"):
+                model = source.adapter.build(source.config)
+            model.load_state_dict(dict(source.tensors), strict=True, assign=True)
+            return model.eval(), tokenizer
         return (
             AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code).eval(),
             tokenizer,
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: cannot be loaded", got=str(error).splitlines()[0]) from None
+    except (OSError, ValueError, RuntimeError) as error:  # the last: weights that do not fit the config
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{folder}: cannot be loaded", got=reason) from None
 
 
 def windows(ids: torch.Tensor, size: int, batch_size: int, limit: int | None) -> Iterator[torch.Tensor]:
@@ -92,16 +99,31 @@ def evaluate(model, tokenizer, text: str, *, window: int, batch_size: int, limit
     }
 
 
+def read_text(path: str) -> str:
+    """A text file's content.
+
+    Raises:
+        UserError: it is missing, or not UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
 def main() -> None:
     """Parses, loads, scores, prints."""
     arguments = parse_arguments()
-    missing = [path for path in arguments.data if not Path(path).is_file()]
-    if missing:
-        raise UserError(f"{missing[0]}: there is no such file")
+    for name, least in (("window", 2), ("batch_size", 1), ("max_windows", 1)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} is too small", wanted=f"at least {least}", got=value)
+    text = "\n".join(map(read_text, arguments.data))
     model, tokenizer = load(arguments.model, arguments.trust_remote_code)
     if torch.cuda.is_available():
         model = model.cuda().to(torch.bfloat16)
-    text = "\n".join(Path(path).read_text(encoding="utf-8") for path in arguments.data)
     result = evaluate(
         model, tokenizer, text, window=arguments.window, batch_size=arguments.batch_size, limit=arguments.max_windows
     )

@@ -9,7 +9,9 @@ F dim_ff, V vocabulary, S segment types, R rows of a table that the batch shares
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -304,13 +306,18 @@ class PositionBias(nn.Module):
         kinds_S, kind_RK = layout.segment_RK.unique(return_inverse=True)
         if len(kinds_S) == 1:
             return same_HQK[None]
+        kinds = len(kinds_S)
         pairs = self.num_buckets + kinds_S[:, None] * self.num_segments + kinds_S[None, :]
-        pair_SSH = F.embedding(pairs, table_EH)
+        pair_SSH = F.embedding(pairs, table_EH) * (1 - torch.eye(kinds, device=table.device))[..., None]
         # Products with one-hot rows select exactly, and their backward is a product as well.
-        key_RKS = F.one_hot(kind_RK, len(kinds_S)).to(table_EH.dtype)
-        other_RHQK = torch.einsum("rqs,sth,rkt->rhqk", key_RKS[:, keys - queries :], pair_SSH, key_RKS)
-        is_same_RQK = kind_RK[:, keys - queries :, None] == kind_RK[:, None, :]
-        return torch.where(is_same_RQK[:, None], same_HQK[None], other_RHQK)
+        with torch.autocast(table.device.type, enabled=False):
+            key_RKS = F.one_hot(kind_RK, kinds).to(table_EH.dtype)
+            left_RHQS = torch.einsum("rqs,sth->rhqt", key_RKS[:, keys - queries :], pair_SSH)
+            right_RHSK = key_RKS.mT[:, None].expand(-1, left_RHQS.shape[1], -1, -1)
+            is_same_RQK = kind_RK[:, keys - queries :, None] == kind_RK[:, None, :]
+            same_RHQK = same_HQK.masked_fill(~is_same_RQK[:, None], 0)
+            bias = torch.baddbmm(same_RHQK.flatten(0, 1), left_RHQS.flatten(0, 1), right_RHSK.flatten(0, 1))
+        return bias.view_as(same_RHQK)
 
 
 class BiasedAttention(torch.autograd.Function):
@@ -329,14 +336,13 @@ class BiasedAttention(torch.autograd.Function):
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.added_RHQK.to(q.dtype))
             ctx.save_for_backward(q, k, v, out)
             return out
+        out = torch.empty_like(v)
         q_, k_, v_ = (x.to(bias.added_RHQK.dtype) for x in (q, k, v))
-        out = torch.empty_like(v_)
-        for row in range(q.shape[0]):
-            for block in bias.blocks:
+        with torch.autocast("cpu", enabled=False):
+            for row, block in BiasedAttention.steps(q, bias):
                 heads, queries, keys = block
                 probs_HQK = BiasedAttention.probabilities(q_[row], k_[row], bias, row, block)
-                out[row, heads, queries] = probs_HQK @ v_[row, heads, keys]
-        out = out.to(q.dtype)
+                out[row, heads, queries] = (probs_HQK @ v_[row, heads, keys]).to(out.dtype)
         ctx.save_for_backward(q, k, v, out)
         return out
 
@@ -350,19 +356,23 @@ class BiasedAttention(torch.autograd.Function):
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         dbias = torch.zeros_like(bias.added_RHQK)
         inner_BHQ1 = (out * grad).sum(-1, keepdim=True)
-        for row in range(q.shape[0]):
-            row_dbias = dbias[row if len(dbias) > 1 else 0]
-            for block in bias.blocks:
+        with torch.autocast("cpu", enabled=False):
+            for row, block in BiasedAttention.steps(q, bias):
                 heads, queries, keys = block
                 probs_HQK = BiasedAttention.probabilities(q[row], k[row], bias, row, block)
                 grad_HQD = grad[row, heads, queries]
                 dv[row, heads, keys].baddbmm_(probs_HQK.mT, grad_HQD)
                 inner_HQ1 = inner_BHQ1[row, heads, queries]
                 dscores = torch.baddbmm(inner_HQ1, grad_HQD, v[row, heads, keys].mT, beta=-1).mul_(probs_HQK)
-                row_dbias[heads, queries, keys] += dscores
+                dbias[row if len(dbias) > 1 else 0, heads, queries, keys] += dscores
                 dq[row, heads, queries] = (dscores @ k[row, heads, keys]).mul_(scale)
                 dk[row, heads, keys].baddbmm_(dscores.mT, q[row, heads, queries], alpha=scale)
         return dq.to(saved[0].dtype), dk.to(saved[1].dtype), dv.to(saved[2].dtype), dbias, None
+
+    @staticmethod
+    def steps(q: Tensor, bias: Bias) -> Iterator[tuple[int, tuple[slice, slice, slice]]]:
+        """The rows of the batch, each with all of its blocks."""
+        return itertools.product(range(q.shape[0]), bias.blocks)
 
     @staticmethod
     def probabilities(q_HQD: Tensor, k_HKD: Tensor, bias: Bias, row: int, block: tuple[slice, slice, slice]) -> Tensor:

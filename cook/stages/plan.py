@@ -63,6 +63,7 @@ class Stage:
             "tokenizer": asdict(config.tokenizer),
             "data": data,
             "training": training,
+            "deepspeed": {key: config.deepspeed[key] for key in ("optimizer", "scheduler") if key in config.deepspeed},
             "distillation": asdict(config.distillation) if config.distillation else None,
             "pruned_module": config.pruning.pruned_module,
             "gates": asdict(config.gates),

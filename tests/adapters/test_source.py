@@ -30,7 +30,8 @@ def live_files(folder, model, name="m"):
 @pytest.mark.parametrize("shard_bytes", [4000, 1 << 30])
 def test_a_model_folder(tmp_path, changes, shard_bytes):
     model = tiny_model(**changes)
-    write_model_folder(tmp_path / "m", ADAPTER, config_of(**changes), model.state_dict().items(), shard_bytes=shard_bytes)
+    tensors = model.state_dict().items()
+    write_model_folder(tmp_path / "m", ADAPTER, config_of(**changes), tensors, shard_bytes=shard_bytes)
     assert (len(list((tmp_path / "m").glob("*.safetensors"))) > 1) == (shard_bytes == 4000)
     source = open_model(tmp_path / "m")
     assert same_model(source, model) and source.config.get("layer_heads") == changes.get("layer_heads")

@@ -24,11 +24,23 @@ class WholeRun:
     reported: Result
 
 
-@pytest.fixture(scope="session", params=["att first", "ffn first"])
-def whole_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> WholeRun:
-    folder = tmp_path_factory.mktemp("whole_run")
-    stages = ATT_FIRST if request.param == "att first" else FFN_FIRST
-    write_run(folder, stages, logging__tensorboard=request.param == "att first")
+@pytest.fixture(scope="session")
+def att_first(tmp_path_factory: pytest.TempPathFactory) -> WholeRun:
+    return make_run(tmp_path_factory.mktemp("att_first"), ATT_FIRST, tensorboard=True)
+
+
+@pytest.fixture(scope="session")
+def ffn_first(tmp_path_factory: pytest.TempPathFactory) -> WholeRun:
+    return make_run(tmp_path_factory.mktemp("ffn_first"), FFN_FIRST, tensorboard=False)
+
+
+@pytest.fixture(scope="session", params=["att_first", "ffn_first"])
+def whole_run(request: pytest.FixtureRequest) -> WholeRun:
+    return request.getfixturevalue(request.param)
+
+
+def make_run(folder: Path, stages: tuple[str, ...], *, tensorboard: bool) -> WholeRun:
+    write_run(folder, stages, logging__tensorboard=tensorboard)
     trained = train(folder, "--stage", "all")
     assert trained.code == 0, trained
     pruned = do_prune(folder, "--config", "bmcook.json", "--verify")

@@ -14,9 +14,14 @@ import torch
 
 from cook.adapters.cpm_ant import ADAPTER
 from cook.adapters.source import open_model
+from cook.base.errors import UserError
 from cook.base.files import sha256
+from cook.config.load import load_config
 from cook.space.counts import unit_parameters
-from tests.stages.tiny_run import MODEL, REPOSITORY, contents, do_prune, read_log, run, train, write_run
+from cook.stages.plan import Stage, plan_stage
+from cook.stages.runner import is_finished
+from do_prune import main as do_prune_main
+from tests.stages.tiny_run import ATT_FIRST, MODEL, contents, read_log, train
 
 LAYERS, HEADS, DIMS = 3, 4, 24
 
@@ -53,7 +58,8 @@ def test_every_kept_block_ends_with_exactly_its_heads_and_dims(whole_run):
     found = masks(whole_run.folder)
     assert found["heads_z"].sum(1).tolist() == [2.0] * int(found["self_att_layer_z"].sum())
     assert found["dimff_z"].sum(1).tolist() == [10.0] * int(found["ffn_layer_z"].sum())
-    last = torch.load(whole_run.folder / "out" / "masks" / ("dimff.pt" if whole_run.stages[5] == "ffn_mask" else "heads.pt"))
+    last = "dimff.pt" if whole_run.stages[5] == "ffn_mask" else "heads.pt"
+    last = torch.load(whole_run.folder / "out" / "masks" / last)
     assert set(last) == {"heads_z", "dimff_z"}, "the fine mask learned last holds both"
 
 
@@ -132,14 +138,6 @@ def test_do_prune_writes_a_model_that_computes_the_same(whole_run):
     assert (whole_run.folder / "out" / "pruned" / "tokenizer.json").exists()
 
 
-def test_a_second_start_finds_everything_finished(whole_run):
-    before = contents(whole_run.folder)
-    result = train(whole_run.folder, "--stage", "all")
-    assert result.code == 0, result
-    assert re.findall(r"(\w+): already finished", result.out) == list(whole_run.stages)
-    assert contents(whole_run.folder) == before
-
-
 def test_the_report_has_its_table_and_figures(whole_run):
     assert whole_run.reported.code == 0, whole_run.reported
     report = (whole_run.folder / "out" / "report" / "report.md").read_text()
@@ -152,48 +150,111 @@ def test_the_report_has_its_table_and_figures(whole_run):
         assert content.startswith(b"\x89PNG") and len(content) > 5000
 
 
+def test_a_second_start_finds_everything_finished(att_first):
+    before = contents(att_first.folder)
+    result = train(att_first.folder, "--stage", "all")
+    assert result.code == 0, result
+    assert re.findall(r"(\w+): already finished", result.out) == list(att_first.stages)
+    assert contents(att_first.folder) == before
+
+
 @pytest.fixture
-def own_run(whole_run, tmp_path) -> Path:
+def own_run(att_first, tmp_path, monkeypatch) -> Path:
+    """A copy to change, and the working directory."""
     folder = tmp_path / "run"
-    shutil.copytree(whole_run.folder, folder)
+    shutil.copytree(att_first.folder, folder)
+    monkeypatch.chdir(folder)
     return folder
 
 
-def test_a_stage_that_was_redone_makes_the_later_ones_stale(own_run, whole_run):
+def planned(stage: str, *overrides: str) -> Stage:
+    return plan_stage(load_config("bmcook.json", overrides), stage)
+
+
+def test_a_stage_that_was_redone_makes_the_later_ones_stale(own_run):
+    assert all(is_finished(planned(stage), "auto") for stage in ATT_FIRST)
     path = own_run / "out" / "layer_mask" / "done.json"
     path.write_text(path.read_text().replace('"identity": "', '"identity": "0'))
-    result = train(own_run, "--stage", "all")
-    assert result.code == 2 and "layer_mask has been redone since layer_finetune finished" in result.err, result
-    assert "--stage layer_finetune --resume never" in result.err
+    with pytest.raises(UserError, match="layer_mask has been redone since layer_finetune finished") as caught:
+        is_finished(planned("layer_finetune"), "auto")
+    assert "--stage layer_finetune --resume never" in str(caught.value)
+    assert is_finished(planned("random_baseline"), "auto") and not is_finished(planned("pretrain"), "never")
 
 
-def test_a_finished_stage_of_other_settings_is_an_error(own_run):
-    result = train(own_run, "--stage", "all", "--set", "training.learning_rate=0.01")
-    assert result.code == 2 and "pretrain finished with other settings" in result.err, result
+@pytest.mark.parametrize(
+    "setting", ["training.learning_rate=0.01", "seed=4", "training.steps=7", "coarse-grained.target_sparsity=0.5"]
+)
+def test_a_finished_stage_of_other_settings_is_an_error(own_run, setting):
+    with pytest.raises(UserError, match="layer_mask finished with other settings"):
+        is_finished(planned("layer_mask", setting), "auto")
 
 
-def test_redoing_a_stage_gives_the_same_again(own_run, whole_run):
+@pytest.mark.parametrize("setting", ["training.log_every=3", "training.save_every=2", "logging.tensorboard=false"])
+def test_how_often_to_log_and_save_changes_nothing(own_run, setting):
+    assert is_finished(planned("layer_mask", setting), "auto")
+
+
+def test_redoing_a_stage_gives_the_same_again(own_run, att_first):
     before = sha256(own_run / "out" / "layer_mask" / "model" / "model.safetensors")
     result = train(own_run, "--stage", "layer_mask", "--resume", "never")
     assert result.code == 0, result
     assert sha256(own_run / "out" / "layer_mask" / "model" / "model.safetensors") == before
-    assert train(own_run, "--stage", "all").code == 0, "the later stages are as good as before"
+    assert is_finished(planned("layer_finetune"), "auto"), "the later stages are as good as before"
 
 
-def test_models_in_every_form_give_the_same_reshaped_weights(whole_run, own_run, tmp_path):
-    """An HF folder, a `.pt` with its JSON, a stage's checkpoints and one of them."""
-    if whole_run.stages[3] != "att_mask":
-        return
-    source = open_model(own_run / "out" / "ffn_finetune" / "model")
-    torch.save(dict(source.tensors), own_run / "live.pt")
-    (own_run / "live.json").write_text(json.dumps({**MODEL, "dropout_p": 0.0}))
-    checkpoints = own_run / "out" / "ffn_finetune" / "checkpoints"
-    forms = [str(own_run / "out/ffn_finetune/model"), "live.pt", str(checkpoints), str(checkpoints / "step-6")]
-    given = ["--coarse-mask", "out/masks/layer.pt", "--dimff-mask", "out/masks/dimff.pt"]  # which holds the heads too
-    for number, form in enumerate(forms):
-        result = do_prune(own_run, "--model", form, *given, "--output", f"small{number}")
-        assert result.code == 0, result
-        small = open_model(own_run / f"small{number}")
-        expected = open_model(own_run / "out" / "pruned").tensors
-        assert set(small.tensors) == set(expected)
-        assert all(torch.equal(small.tensors[name], expected[name]) for name in expected), form
+MASKS = "out/masks"
+FINE = ("--coarse-mask", f"{MASKS}/layer.pt", "--heads-mask", f"{MASKS}/heads.pt", "--dimff-mask", f"{MASKS}/dimff.pt")
+
+
+def prune(monkeypatch: pytest.MonkeyPatch, *options: str) -> int | None:
+    """do_prune.py in this process: its start would cost more than its work."""
+    monkeypatch.setattr("sys.argv", ["do_prune.py", *options])
+    return do_prune_main()
+
+
+@pytest.mark.parametrize("form", ["out/ffn_finetune/model", "live.pt", "elsewhere", "out/ffn_finetune/checkpoints",
+                                  "out/ffn_finetune/checkpoints/step-6"])  # fmt: skip
+def test_models_in_every_form_give_the_same_reshaped_weights(own_run, monkeypatch, form):
+    expected, options = open_model(own_run / "out" / "pruned"), []
+    if form in ("live.pt", "elsewhere"):
+        torch.save(dict(open_model(own_run / "out" / "ffn_finetune" / "model").tensors), own_run / "live.pt")
+        name = "live.json" if form == "live.pt" else "other.json"
+        (own_run / name).write_text(json.dumps({**MODEL, "dropout_p": 0.0}))
+        options = [] if form == "live.pt" else ["--model-config", name]
+        form = "live.pt"
+    assert prune(monkeypatch, "--model", form, *options, *FINE, "--output", "small") is None
+    small = open_model(own_run / "small")
+    assert set(small.tensors) == set(expected.tensors)
+    assert all(torch.equal(small.tensors[name], expected.tensors[name]) for name in expected.tensors)
+    assert [small.config[key] for key in MODEL] == [expected.config[key] for key in MODEL]
+
+
+def test_one_file_may_hold_both_fine_masks(own_run, monkeypatch):
+    assert prune(monkeypatch, "--model", "out/ffn_finetune/model", *FINE[:2], *FINE[4:], "--output", "small") is None
+    small, expected = (dict(open_model(own_run / path).tensors) for path in ("small", "out/pruned"))
+    assert {name: tensor.shape for name, tensor in small.items()} == {n: t.shape for n, t in expected.items()}
+
+
+def test_fewer_masks_remove_less(own_run, monkeypatch):
+    assert prune(monkeypatch, "--model", "out/layer_finetune/model", *FINE[:2], "--output", "small", "--verify") is None
+    small = open_model(own_run / "small")
+    assert sum(t.numel() for t in small.tensors.values()) == done(own_run, "layer_finetune")["parameters"]
+    assert (own_run / "small" / "cpm_live.pt").exists(), "CPM-Live's format knows removed blocks"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(("--model", "gone", *FINE, "--output", "small"), "no such model"),
+     (("--model", "docs", *FINE, "--output", "small"), "no model in this folder"),
+     (("--model", "out/ffn_finetune/model", "--output", "small"), "no mask to carry out"),
+     (("--model", "out/ffn_finetune/model", *FINE), "where to write"),
+     (("--model", "out/ffn_finetune/model", *FINE, "--output", "docs"), "something other than a model"),
+     (("--model", "out/ffn_finetune/model", *FINE, "--output", "out/ffn_finetune/model"), "overwrite the model"),
+     (("--model", "out/ffn_finetune/model", "--coarse-mask", f"{MASKS}/heads.pt", "--output", "small"), "lacks"),
+     (("--model", "out/ffn_finetune/model", *FINE[2:4], "--output", "small"), "does not fit")],
+)  # fmt: skip
+def test_mistakes_of_the_user_are_named_and_nothing_is_written(own_run, monkeypatch, options, message):
+    before = contents(own_run)
+    with pytest.raises(UserError, match=message):
+        prune(monkeypatch, *options)
+    assert contents(own_run) == before

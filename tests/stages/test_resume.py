@@ -16,7 +16,7 @@ import torch
 from cook.base.files import sha256
 from tests.stages.tiny_run import Result, contents, read_log, train, write_run
 
-STEPS = 45
+STEPS = 60
 STOP_AT = 15
 OVERRIDES = ("training.save_every=6", "training.keep_checkpoints=2", f"training.steps={STEPS}")
 OPTIONS = ("--stage", "layer_mask", *(part for text in OVERRIDES for part in ("--set", text)))

@@ -156,7 +156,9 @@ def test_the_export_loads_where_cook_is_not_installed(tmp_path):
     command = [sys.executable, "-I", "-c", textwrap.dedent(STRANGER)]
     paths = [str(path) for path in (result.folder, tmp_path / "in.pt", tmp_path / "out.pt")]
     environment = {"HF_MODULES_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *paths], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [*command, *paths], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     out = torch.load(tmp_path / "out.pt")
     with torch.no_grad():

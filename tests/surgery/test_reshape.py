@@ -79,8 +79,9 @@ def test_the_extremes(name):
     small, config = small_model(model.state_dict(), config_of(), masks)
     assert difference(model, small, space, masks) <= 1e-5
     for layer in range(3):
-        gone = [{f"layers.{layer}.{n}" for n in names} & set(EXTREMES[name]) for names in (("att", "heads"), ("ffn", "dimff"))]
-        assert config["mask_modules"][layer] == [bool(g) for g in gone]
+        kinds = (("att", "heads"), ("ffn", "dimff"))
+        gone = [any(f"layers.{layer}.{kind}" in EXTREMES[name] for kind in pair) for pair in kinds]
+        assert config["mask_modules"][layer] == gone
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -158,9 +159,8 @@ def test_generation_is_the_same_with_a_cache(seed):
     mask_model(model, space, masks)
     ids = torch.randint(0, 61, (2, 4), generator=torch.Generator().manual_seed(seed))
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
-    masked, cached, slow = (
-        m.generate(ids, use_cache=use_cache, **options) for m, use_cache in ((model, True), (small, True), (small, False))
-    )
+    runs = ((model, True), (small, True), (small, False))
+    masked, cached, slow = (m.generate(ids, use_cache=use_cache, **options) for m, use_cache in runs)
     assert torch.equal(masked, cached) and torch.equal(cached, slow) and masked.shape == (2, 16)
 
 
@@ -179,7 +179,7 @@ def test_half_precision_is_rounded_once():
     [
         (lambda t: t.pop("input_embedding.weight"), "missing"),
         (lambda t: t.update({"lm_head.weight": torch.ones(1)}), "'lm_head.weight' has no place"),
-        (lambda t: t.update({"input_embedding.weight": torch.ones(3, 24)}), "'input_embedding.weight' is not the config's"),
+        (lambda t: t.update({"input_embedding.weight": torch.ones(3, 24)}), "embedding.weight' is not the"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(change, word):

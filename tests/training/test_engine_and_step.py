@@ -15,6 +15,7 @@ from cook.adapters.source import ModelSource
 from cook.evaluation.equality import largest_difference
 from cook.surgery.prune import build_model, mask_model
 from cook.surgery.reshape import kept_units, reshaped
+from cook.training.checkpoint import stored_weights
 from tests.stages.tiny_run import run
 from tests.training import tiny_training as tiny
 
@@ -26,9 +27,9 @@ SPLITS = {"whole": {}, "checkpointing": {"activation_checkpointing": True}}
 # fp32: the sums of 4 rows are taken in another order; AdamW divides by the gradient's own size, so an error of 1e-7 in
 # a gradient near 0 is one of up to 1e-4 steps in the weight. Measured: 2e-7, 7e-6, 4e-6.
 LOSS, WEIGHT, GATE = 1e-5, 1e-4, 1e-4
-# bf16 has 8 bits: a gate whose gradient is small against the noise of 2^-8 wanders. Over 6 steps of up to 0.5, measured:
-# 0.47 at most and 0.02 in the median against fp32; between ZeRO stages and ranks that take the same micro-batches only
-# the order of sums differs.
+# bf16 has 8 bits: a gate whose gradient is small against the noise of 2^-8 wanders. Over 6 steps of up to 0.5,
+# measured: 0.47 at most and 0.02 in the median against fp32; between ZeRO stages and ranks that take the same
+# micro-batches only the order of sums differs.
 HALF_MEDIAN, HALF_MOST, HALF_SAME = 0.08, 1.0, 0.05
 
 
@@ -39,9 +40,11 @@ def cases(ranks: int) -> dict[str, Any]:
         for split, training in SPLITS.items():
             for micro in (share, 1):
                 own = {**training, "micro_batch_size": micro}
-                made[f"fp32 {zero} {split} {micro}"] = {"zero": zero, "training": own}
+                name = f"fp32 {zero} {split} {micro}"
+                made[name] = {"zero": zero, "training": own, "save": f"saved {name}"}
                 if micro == 1 and zero:  # in half precision stage 0 becomes stage 1
-                    made[f"bf16 {zero} {split}"] = {"zero": zero, "training": {**own, "precision": "bf16"}}
+                    name, half = f"bf16 {zero} {split}", {**own, "precision": "bf16"}
+                    made[name] = {"zero": zero, "training": half, "save": f"saved {name}"}
         own = {"micro_batch_size": share}
         if zero in (0, 3):
             made[f"fresh {zero}"] = {"zero": zero, "fresh": True, "training": own}
@@ -79,8 +82,13 @@ def launch(ranks: int, folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
-    return {ranks: launch(ranks, tmp_path_factory.mktemp(f"ranks{ranks}")) for ranks in (1, 2)}
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    return {ranks: tmp_path_factory.mktemp(f"ranks{ranks}") for ranks in (1, 2)}
+
+
+@pytest.fixture(scope="module")
+def results(folders: dict[int, Path]) -> dict[int, list[dict[str, Any]]]:
+    return {ranks: launch(ranks, folder) for ranks, folder in folders.items()}
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +148,12 @@ def test_bf16_gates_follow_fp32_and_agree_among_stages_and_ranks(results, plain)
         assert result["losses"] == pytest.approx(plain["losses"], rel=0.02), name
         same = (result["gates"]["log_alpha"] - one["bf16 3 whole"]["gates"]["log_alpha"]).abs()
         assert float(same.max()) < HALF_SAME, (name, float(same.max()))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_checkpoint_of_any_stage_holds_the_full_weights(results, folders, ranks):
+    for name, result in [*named(results[ranks][0], "fp32"), *named(results[ranks][0], "bf16")]:
+        assert distance(dict(stored_weights(folders[ranks] / f"saved {name}")), result["weights"]) == 0, name
 
 
 def test_loaded_weights_keep_what_bf16_cannot_hold(results):

@@ -119,8 +119,9 @@ def test_an_auto_without_a_value_is_an_error_that_names_it(config, place):
 
 @pytest.mark.parametrize(
     ("precision", "config", "expected"),
-    [("fp32", {}, "fp32"), ("bf16", {"bf16": {"enabled": "auto"}}, "bf16"), ("auto", {"bf16": {"enabled": True}}, "bf16"),
-     ("auto", {"fp16": {"enabled": True}}, "fp16"), ("fp16", {"fp16": {"enabled": True}}, "fp16")],
+    [("fp32", {}, "fp32"), ("bf16", {"bf16": {"enabled": "auto"}}, "bf16"),
+     ("auto", {"bf16": {"enabled": True}}, "bf16"), ("auto", {"fp16": {"enabled": True}}, "fp16"),
+     ("fp16", {"fp16": {"enabled": True}}, "fp16")],
 )  # fmt: skip
 def test_the_precision(precision, config, expected):
     assert resolve_precision(changed(precision=precision), config) == expected

@@ -156,8 +156,9 @@ def plain_run(
 def engine_run(case: dict[str, Any]) -> dict[str, Any]:
     """A case on an engine.
 
-    `zero`, `training` (changes of TRAINING), `deepspeed` (a config), `fresh`, `gated`, `masked`, `scrambled`, and faults
-    to inject: `nan_loss` and `nan_gradient` name a rank, at step 3; `wrong_shape` spoils what rank 0 reads.
+    `zero`, `training` (changes of TRAINING), `deepspeed` (a config), `fresh`, `gated`, `masked`, `scrambled`, `save` (a
+    folder for a checkpoint at the end), and faults to inject: `nan_loss` and `nan_gradient` name a rank, at step 3;
+    `wrong_shape` spoils what rank 0 reads.
     """
     training = dataclasses.replace(TRAINING, **case.get("training", {}))
     deepspeed = {**case.get("deepspeed", {})}
@@ -195,6 +196,8 @@ def engine_run(case: dict[str, Any]) -> dict[str, Any]:
         losses.append(result.loss)
         norms.append(engine.gradient_norm())
     final = {name: tensor.clone() for name, tensor in engine.full_weights()}
+    if "save" in case:
+        engine.save(Path(case["save"]))
     attached.remove()
     engine.close()
     return {
