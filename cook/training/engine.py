@@ -17,6 +17,7 @@ import torch
 
 from cook.base import distributed
 from cook.base.errors import UserError
+from cook.base.tensor_files import load_pt
 from cook.config.types import TrainingConfig
 
 AUTO = "auto"
@@ -357,13 +358,22 @@ def checkpoint_weights(folder: Path) -> Mapping[str, torch.Tensor]:
     """The fp32 weights in a checkpoint that `Engine.save` or DeepSpeed wrote, at any ZeRO stage.
 
     Args:
-        folder: The folder that holds the tag's folder and `latest`.
+        folder: The folder that holds the tag's folder and `latest`. DeepSpeed unpickles what ZeRO 1 to 3 left there:
+            it must come from someone trusted.
+
+    Raises:
+        UserError: not a whole checkpoint of DeepSpeed's.
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     tag = "engine" if (folder / "engine").is_dir() else (folder / "latest").read_text().strip()
     shards = sorted((folder / tag).glob("*_optim_states.pt"))
-    if shards:
-        return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag, lazy_mode=False)
-    state = torch.load(folder / tag / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-    return state["module"]
+    if not shards:
+        return load_pt(folder / tag / "mp_rank_00_model_states.pt")["module"]
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag, lazy_mode=False)
+    except Exception as error:  # whatever DeepSpeed stumbles over in a folder that is not its own, or not whole
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{folder / tag}: DeepSpeed cannot read this checkpoint", got=reason) from None
+    return {name: tensor.detach() for name, tensor in weights.items()}

@@ -174,7 +174,8 @@ def peak_mib(device: str) -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status")
     if status.exists():  # Linux hands getrusage's peak down from the parent process, but not this one
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 2**10
+        lines = [line.split() for line in status.read_text().splitlines()]
+        return next(int(line[1]) for line in lines if line[0] == "VmHWM:") / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS counts bytes
 
 

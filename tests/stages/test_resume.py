@@ -18,7 +18,7 @@ from tests.stages.tiny_run import Result, contents, read_log, train, write_run
 
 STEPS = 60
 STOP_AT = 15
-OVERRIDES = ("training.save_every=6", "training.keep_checkpoints=2", f"training.steps={STEPS}")
+OVERRIDES = ("training.save_every=7", "training.keep_checkpoints=2", f"training.steps={STEPS}")
 OPTIONS = ("--stage", "layer_mask", *(part for text in OVERRIDES for part in ("--set", text)))
 
 
@@ -100,7 +100,7 @@ def test_going_on_is_bit_identical_to_never_having_stopped(stopped, whole, tmp_p
     assert steps == list(range(1, STEPS + 1))
     assert outcome(folder) == outcome(whole)
     left = sorted(path.name for path in (folder / "out" / "layer_mask" / "checkpoints").iterdir())
-    assert left == ["latest", f"step-{STEPS // 6 * 6}", f"step-{STEPS}"]
+    assert left == ["latest", f"step-{STEPS // 7 * 7}", f"step-{STEPS}"]
 
 
 def newest(folder: Path) -> Path:
