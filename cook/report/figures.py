@@ -194,6 +194,7 @@ def plot_sparsity(stage_logs: StageLogs, path: str | Path) -> Path:
         above.set_title(f"{name}: {count} constraint{'s' if count != 1 else ''}", fontsize=11)
         above.set_ylim(-0.02, 1.02)
         below.axhline(0, color=GREY, linewidth=0.7)
+        _spread(below, records)
         below.set_xlabel("step of the stage")
         for axes in (above, below):
             drawing.tidy(axes)
@@ -203,6 +204,16 @@ def plot_sparsity(stage_logs: StageLogs, path: str | Path) -> Path:
     grid[1, 0].set_ylabel("λ")
     figure.suptitle("Expected against target sparsity, and the multipliers", x=0.01, ha="left", fontweight="bold")
     return drawing.save(figure, path)
+
+
+def _spread(axes: Axes, records: Sequence[dict[str, Any]]) -> None:
+    # While a target rises faster than the gates can follow, λ leaves its usual size by orders of magnitude.
+    parts = [by_part(record.get("lambda") or {}, "lambda") for record in records]
+    values = [v for part in parts for numbers in part.values() for v in numbers.values() if v]
+    sizes = sorted(map(abs, values))
+    if sizes and sizes[-1] > 20 * sizes[len(sizes) // 2]:
+        axes.set_yscale("symlog", linthresh=sizes[len(sizes) // 2])
+        axes.set_ylim(bottom=0 if min(values) > 0 else None)
 
 
 def _thinned(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
