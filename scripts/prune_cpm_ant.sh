@@ -20,16 +20,24 @@ settings=() # of all options, those that the later steps need too
 previous=
 for option in "$@"; do
   [ "$previous" = --set ] && settings+=(--set "$option")
-  case $option in --set=*) settings+=("$option") ;; esac
+  case $option in
+    --set=*) settings+=("$option") ;;
+    --config | --config=* | --stage | --stage=*)
+      echo "error: $option: name the config first, as in $0 CONFIG; the stages are all that it lists" >&2
+      exit 2
+      ;;
+  esac
   previous=$option
 done
-
-"$PYTHON" cook/train.py --config "$config" --stage all --dry-run ${settings[@]+"${settings[@]}"}
-case " $* " in *" --dry-run "*) exit 0 ;; esac
 
 gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
 processes=${NUM_PROCESSES:-$((gpus > 0 ? gpus : 1))}
 [ "$gpus" -gt 0 ] || export DS_ACCELERATOR=cpu
+# WORLD_SIZE tells the plan for how many ranks it is; a launcher of the user's own knows that alone.
+WORLD_SIZE=$([ -n "${LAUNCHER:-}" ] && echo 1 || echo "$processes") \
+  "$PYTHON" cook/train.py --config "$config" --stage all --dry-run ${settings[@]+"${settings[@]}"}
+case " $* " in *" --dry-run "*) exit 0 ;; esac
+
 export TOKENIZERS_PARALLELISM=false
 if [ -z "${LAUNCHER:-}" ] && [ "$processes" -eq 1 ]; then
   "$PYTHON" cook/train.py --config "$config" --stage all "$@"

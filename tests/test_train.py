@@ -132,13 +132,6 @@ def refused_here(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, opt
     assert contents(folder) == before
 
 
-def test_a_mistake_ends_the_real_command_with_code_2(own):
-    before = contents(own)
-    result = train(own, "--stage", "layer_mask", "--resume", "gone")
-    assert result.code == 2 and "gone/manifest.json: there is no such file" in result.err, result
-    assert "Traceback" not in result.err and contents(own) == before
-
-
 def test_a_dry_run_prints_the_plan_and_writes_nothing(own):
     before = contents(own)
     # A launcher's variables without a launcher: a process group would wait for the second rank for ever.
