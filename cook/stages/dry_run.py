@@ -12,7 +12,7 @@ from cook.space.counts import parameters, unit_parameters
 from cook.space.units import PruningSpace
 from cook.stages.inputs import Inputs, constraints, open_inputs
 from cook.stages.plan import Stage
-from cook.training.engine import check_settings
+from cook.training.settings import check_settings
 
 MASKS_OF = {"layer": "layers", "heads": "heads", "dimff": "dims"}
 

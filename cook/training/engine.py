@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import logging
 import math
@@ -19,8 +18,7 @@ from cook.base import distributed
 from cook.base.errors import UserError
 from cook.base.tensor_files import load_pt
 from cook.config.types import TrainingConfig
-
-AUTO = "auto"
+from cook.training.settings import check_settings, resolve_precision
 
 
 def initialise_processes(threads: int | None) -> None:
@@ -35,6 +33,10 @@ def initialise_processes(threads: int | None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
     if torch.cuda.is_available():
         torch.cuda.set_device(distributed.local_rank())
+    else:
+        # Its own collectives for CPUs would be compiled first, a minute and a compiler that a laptop may not have;
+        # gloo does the same.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if "RANK" not in os.environ:  # no launcher: one rank on the loopback address, on a free port
         os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
@@ -61,96 +63,6 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def resolve_precision(training: TrainingConfig, deepspeed_config: Mapping[str, Any]) -> str:
-    """`fp32`, `bf16` or `fp16`: what `training` says, else the DeepSpeed config, else what suits the device."""
-    asked = [name for name in ("bf16", "fp16") if deepspeed_config.get(name, {}).get("enabled") is True]
-    if training.precision != AUTO:
-        if asked and asked != [training.precision]:
-            raise UserError(
-                f"training.precision is {training.precision}, but the DeepSpeed config enables {asked[0]}",
-                remedy='write "enabled": "auto" in the DeepSpeed config',
-            )
-        return training.precision
-    if asked:
-        return asked[0]
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    # A CPU without these instructions would emulate bf16 at a fraction of fp32's speed.
-    capabilities = torch.cpu.get_capabilities()
-    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
-
-
-def filled_config(
-    deepspeed_config: Mapping[str, Any], training: TrainingConfig, *, world_size: int, precision: str
-) -> dict[str, Any]:
-    """The user's DeepSpeed config with its `auto` values and the batch sizes filled in from `training`."""
-    config = copy.deepcopy(dict(deepspeed_config))
-    micro = training.rows_at_once(world_size)
-    config |= {
-        "train_batch_size": training.train_batch_size,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": training.train_batch_size // (micro * world_size),
-    }
-    if config.get("gradient_clipping", AUTO) == AUTO:
-        config["gradient_clipping"] = training.clip
-    for name in ("bf16", "fp16"):
-        config[name] = {**config.get(name, {}), "enabled": precision == name}
-    zero = config.setdefault("zero_optimization", {})
-    if zero.get("stage", AUTO) == AUTO:
-        zero["stage"] = 2 if world_size > 1 else 0
-    if zero["stage"] == 0 and precision != "fp32":
-        # Stage 0 keeps its fp32 masters out of reach: they could neither be set nor read. Stage 1 computes the same.
-        zero["stage"] = 1
-    for key in [k for k, v in zero.items() if v == AUTO]:
-        del zero[key]  # DeepSpeed's own default is what "auto" means for buckets and thresholds
-    if not training.train_weights:
-        config.pop("scheduler", None)  # it would raise the learning rate from 0
-    if _offloads(zero) and "optimizer" not in config:
-        # Offloaded states need DeepSpeed's own CPU Adam, which it builds from the config.
-        config["optimizer"] = {"type": "AdamW", "params": {"betas": AUTO, "eps": AUTO}}
-    if "optimizer" in config:
-        parameters = config["optimizer"].setdefault("params", {})
-        parameters |= {key: AUTO for key in ("lr", "weight_decay") if key not in parameters}
-    parameters = config.get("optimizer", {}).get("params", {})
-    values = {
-        "lr": training.learning_rate,
-        "weight_decay": training.weight_decay,
-        "betas": [0.9, 0.95],
-        "eps": 1e-8,
-        "warmup_num_steps": max(1, round(training.warmup * training.steps)),
-        "warmup_max_lr": training.learning_rate,
-        "warmup_min_lr": 0.0,
-        "total_num_steps": training.steps,
-    }
-    for section in (parameters, config.get("scheduler", {}).get("params", {})):
-        section |= {key: values[key] for key, value in section.items() if value == AUTO and key in values}
-    config.setdefault("steps_per_print", 10**9)
-    left = _autos(config)
-    if left:
-        raise UserError(f'DeepSpeed config: cook has no value for the "auto" at {left[0]}', remedy="write a value")
-    return config
-
-
-def check_settings(training: TrainingConfig, deepspeed_config: Mapping[str, Any], *, world_size: int) -> dict[str, Any]:
-    """The filled-in DeepSpeed config, made before anything is built or written.
-
-    Raises:
-        UserError: an `auto` that has no value here, or a precision that contradicts the DeepSpeed config.
-    """
-    precision = resolve_precision(training, deepspeed_config)
-    return filled_config(deepspeed_config, training, world_size=world_size, precision=precision)
-
-
-def _offloads(zero: Mapping[str, Any]) -> bool:
-    return zero.get("offload_optimizer", {}).get("device", "none") != "none"
-
-
-def _autos(value: Any, place: str = "") -> list[str]:
-    if isinstance(value, Mapping):
-        return [hit for key, item in value.items() for hit in _autos(item, f"{place}.{key}".lstrip("."))]
-    return [place] if value == AUTO else []
 
 
 class Engine:

@@ -9,7 +9,7 @@ import pytest
 
 from cook.base.errors import UserError
 from cook.config.types import TrainingConfig
-from cook.training.engine import check_settings, filled_config, resolve_precision
+from cook.training.settings import check_settings, filled_config, resolve_precision
 
 TRAINING = TrainingConfig(
     steps=200, train_batch_size=48, micro_batch_size=4, learning_rate=0.03, warmup=0.1, weight_decay=0.2, clip=0.7,
