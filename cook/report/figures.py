@@ -145,7 +145,7 @@ def _scale_tokens(axes: Axes, spans: Sequence[_Span], end: float) -> None:
         forward, backward = (lambda x: np.interp(x, edges, shown)), (lambda x: np.interp(x, shown, edges))
         axes.set_xscale("function", functions=(forward, backward))
         unit, name = next(((10.0**p, n) for p, n in ((9, "B"), (6, "M"), (3, "k")) if end >= 10**p), (1.0, ""))
-        labels = [f"{edge / unit:.5g}{name if edge else ''}" for edge in edges]
+        labels = [f"{edge / unit:.3g}{name if edge else ''}" for edge in edges]
         axes.set_xticks(edges, labels, rotation=35, ha="right", fontsize=9)
         axes.set_xlabel("tokens since the start of the first stage (linear within a stage; short stages are widened)")
     else:
