@@ -19,7 +19,7 @@ from cook.base.files import read_json, sha256, write_atomically
 from cook.config.load import load_config
 from cook.config.types import RunConfig
 from cook.evaluation.equality import largest_difference
-from cook.evaluation.speed import forward_seconds
+from cook.evaluation.speed import LARGEST_TIMED, forward_seconds
 from cook.masks.mask_file import read_masks
 from cook.masks.mask_set import Masks, kept_counts
 from cook.report.human import human_count
@@ -28,15 +28,13 @@ from cook.report.tables import markdown_table
 from cook.space.counts import forward_flops, parameters
 from cook.space.units import PruningSpace
 from cook.stages.plan import MaskPaths, Stage
-from cook.stages.summary import finished_stages, ladder_row, masks_after, sample_batches
+from cook.stages.summary import check_masks, finished_stages, ladder_row, masks_after, sample_batches
 from cook.surgery.export import copy_tokenizer
 from cook.surgery.prune import Pruned, build_model, mask_model, prune_to_folder
 from cook.training.checkpoint import stored_weights
 
 TOLERANCE = 1e-5
 """Largest allowed relative difference of the logits in fp32: rounding of products whose sums are in another order."""
-LARGEST_TIMED = 2_000_000_000
-"""Parameters beyond which two whole models are not built just to time them."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -90,6 +88,7 @@ def find_job(arguments: argparse.Namespace) -> Job:
             f"no stage has finished under {config.output_dir}",
             remedy="train first (bash scripts/prune_cpm_ant.sh), or give --model and masks",
         )
+    check_masks(stages[-1])
     own = masks_after(stages[-1])
     masks = MaskPaths(layer=given.layer or own.layer, heads=given.heads or own.heads, dimff=given.dimff or own.dimff)
     return Job(model=str(stages[-1].folder / "model"), masks=masks, output=output, config=config, stages=stages)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -39,7 +40,11 @@ def main() -> int | None:
     arguments = parse_arguments()
     if arguments.stage == "all" and arguments.resume not in ("auto", "never"):
         raise UserError("--resume PATH belongs to one stage", got="--stage all", remedy="name the stage: --stage NAME")
-    config = load_config(arguments.config, arguments.overrides, world_size=launched_world_size())
+    # A plan made outside any launcher must not be held to the single rank that it happens to have.
+    unknown = arguments.dry_run and "WORLD_SIZE" not in os.environ
+    config = load_config(
+        arguments.config, arguments.overrides, world_size=None if unknown else launched_world_size()
+    )
     if arguments.stage == "all":
         stages = recipe(config)
         if not stages:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole recipe: pretrain, learn layer, head and dim masks with a finetuning after each, reshape, report.
 #
-#   bash scripts/prune_cpm_ant.sh [CONFIG] [options of cook/train.py, such as --set training.steps=50]
+#   bash scripts/prune_cpm_ant.sh [CONFIG] [options of cook/train.py, such as --set seed=1]
 #
 # Without CONFIG: config/bmcook.json, which needs no data and no download. Started again, it skips what is finished
 # and goes on from the last checkpoint of what is not. One process a GPU, one on a CPU; NUM_PROCESSES overrides it, and
@@ -34,15 +34,18 @@ gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
 processes=${NUM_PROCESSES:-$((gpus > 0 ? gpus : 1))}
 [ "$gpus" -gt 0 ] || export DS_ACCELERATOR=cpu
 # WORLD_SIZE tells the plan for how many ranks it is; a launcher of the user's own knows that alone.
-WORLD_SIZE=$([ -n "${LAUNCHER:-}" ] && echo 1 || echo "$processes") \
-  "$PYTHON" cook/train.py --config "$config" --stage all --dry-run ${settings[@]+"${settings[@]}"}
+[ -n "${LAUNCHER:-}" ] || plan_for=(env WORLD_SIZE="$processes")
+${plan_for[@]+"${plan_for[@]}"} "$PYTHON" cook/train.py --config "$config" --stage all --dry-run ${settings[@]+"${settings[@]}"}
 case " $* " in *" --dry-run "*) exit 0 ;; esac
 
 export TOKENIZERS_PARALLELISM=false
 if [ -z "${LAUNCHER:-}" ] && [ "$processes" -eq 1 ]; then
   "$PYTHON" cook/train.py --config "$config" --stage all "$@"
 else
-  ${LAUNCHER:-deepspeed --num_gpus "$processes"} cook/train.py --config "$config" --stage all "$@"
+  # deepspeed --num_gpus would drop CUDA_VISIBLE_DEVICES and take the first cards.
+  here="$PYTHON -m torch.distributed.run --standalone --nproc_per_node $processes"
+  [ -n "${CUDA_VISIBLE_DEVICES:-}" ] || here="deepspeed --num_gpus $processes"
+  ${LAUNCHER:-$here} cook/train.py --config "$config" --stage all "$@"
 fi
 "$PYTHON" do_prune.py --config "$config" --verify ${settings[@]+"${settings[@]}"}
 "$PYTHON" -m cook.stages --config "$config" ${settings[@]+"${settings[@]}"}

@@ -19,6 +19,10 @@ else
     if [ -x .venv/bin/python ] && satisfied .venv/bin/python; then
       echo "$wanted" > .venv/.requirements
     else
+      if ! "${PYTHON_BASE:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+        echo "error: cook needs Python 3.11 or newer; name one: PYTHON_BASE=python3.11 bash $0" >&2
+        exit 2
+      fi
       echo "setting up .venv from requirements.txt (a few minutes the first time)"
       "${PYTHON_BASE:-python3}" -m venv .venv
       .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt

@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+LARGEST_TIMED = 2_000_000_000
+"""Parameters beyond which whole models are not built just to be timed."""
+
 
 @torch.no_grad()
 def forward_seconds(

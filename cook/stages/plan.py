@@ -13,7 +13,8 @@ from cook.config.types import RunConfig, StageName, for_stage
 
 LearnedKind = Literal["layer", "heads", "dimff"]
 LEARNS: dict[str, LearnedKind] = {"layer_mask": "layer", "att_mask": "heads", "ffn_mask": "dimff"}
-SHOWS = {"layer_finetune": "layer", "att_finetune": "heads", "ffn_finetune": "dimff"}
+DONE = "done.json"
+"""The file that a finished stage leaves: what it read, what it made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,16 +47,40 @@ class Stage:
         return Path(self.config.output_dir) / self.name
 
     @property
+    def done(self) -> Path:
+        """The file that the stage leaves when it has finished."""
+        return self.folder / DONE
+
+    @property
+    def done_before(self) -> Path | None:
+        """The same file of the stage that this one starts from."""
+        return Path(self.config.output_dir) / self.after / DONE if self.after else None
+
+    @property
     def is_random_baseline(self) -> bool:
         return self.name == "random_baseline"
 
+    def _targets(self) -> list[float | int | None]:
+        """The targets that shape the stage's outcome; a baseline copies the shape that all of them lead to."""
+        coarse, fine = self.config.coarse, self.config.fine
+        targets = {
+            "layer": coarse.target_sparsity if coarse else None,
+            "heads": fine.target_num_heads if fine else None,
+            "dimff": fine.target_dimff if fine else None,
+        }
+        return list(targets.values()) if self.is_random_baseline else [targets[self.learns]] if self.learns else []
+
     def fingerprint(self) -> str:
-        """Hash of all settings that decide the stage's outcome; where to write and how often to log do not."""
+        """Hash of the settings that decide the stage's outcome; where to write and how often to log do not.
+
+        The masks that it holds are no settings: they are part of the run's identity by their content.
+        """
         config = self.config
         training, data = asdict(config.training), asdict(config.data)
         for key in ("log_every", "save_every", "keep_checkpoints", "threads", "micro_batch_size", "eval_rows"):
             training.pop(key)
         data.pop("cache_dir")
+        distillation = config.distillation if self.name != "pretrain" else None
         described = {
             "stage": self.name,
             "seed": config.seed,
@@ -64,10 +89,10 @@ class Stage:
             "data": data,
             "training": training,
             "deepspeed": {key: config.deepspeed[key] for key in ("optimizer", "scheduler") if key in config.deepspeed},
-            "distillation": asdict(config.distillation) if config.distillation else None,
-            "pruned_module": config.pruning.pruned_module,
-            "gates": asdict(config.gates),
-            "scheme": [asdict(part) if part else None for part in (config.coarse, config.fine)],
+            "distillation": asdict(distillation) if distillation else None,
+            "pruned_module": config.pruning.pruned_module if self.name != "pretrain" else None,
+            "targets": self._targets(),
+            "gates": asdict(config.gates) if self.learns or self.is_random_baseline else None,
         }
         return hashlib.sha256(json.dumps(described, sort_keys=True, default=list).encode()).hexdigest()
 

@@ -10,7 +10,7 @@ import torch
 from cook.adapters.source import ModelSource, open_model
 from cook.base.errors import UserError
 from cook.config.types import RunConfig
-from cook.evaluation.speed import forward_seconds
+from cook.evaluation.speed import LARGEST_TIMED, forward_seconds
 from cook.report.events import LOG_NAME, read_log
 from cook.report.figures import plot_losses, plot_sparsity
 from cook.report.report import Figure, write_report
@@ -22,9 +22,6 @@ from cook.stages.structure import as_lists, masks_of_structure
 from cook.stages.summary import done_record, finished_stages, ladder_row, sample_batches
 from cook.surgery.prune import build_model
 from cook.surgery.reshape import kept_units, reshaped
-
-LARGEST_TIMED = 2_000_000_000
-"""Parameters beyond which a report does not load whole models to time them."""
 
 
 def report_run(config: RunConfig, folder: Path) -> None:

@@ -7,7 +7,6 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,8 +34,6 @@ from cook.training.checkpoint import Position, find_checkpoint, load_checkpoint
 from cook.training.engine import Engine
 from cook.training.loop import Run, train
 from cook.training.settings import check_settings
-
-DONE = "done.json"
 
 
 def say(text: str) -> None:
@@ -121,7 +118,7 @@ def _on_first_rank(action: Callable[[], Any]) -> Any:
 
 def say_finished(stage: Stage) -> None:
     """Tells the user that there is nothing to do."""
-    say(f"{stage.name}: already finished, see {stage.folder / DONE}")
+    say(f"{stage.name}: already finished, see {stage.done}")
 
 
 def is_finished(stage: Stage, resume: str) -> bool:
@@ -130,8 +127,8 @@ def is_finished(stage: Stage, resume: str) -> bool:
     Raises:
         UserError: it is there, but of other settings, or of an earlier stage that has been redone since.
     """
-    path = stage.folder / DONE
-    if resume == "never" or not path.exists():
+    path = stage.done
+    if resume != "auto" or not path.exists():
         return False
     done, redo = read_json(path), f"redo it: --stage {stage.name} --resume never"
     if done["fingerprint"] != stage.fingerprint():
@@ -146,13 +143,13 @@ def is_finished(stage: Stage, resume: str) -> bool:
 
 def _earlier(stage: Stage) -> str | None:
     """The identity of the finished stage that this one starts from."""
-    before = Path(stage.config.output_dir) / stage.after / DONE if stage.after else None
+    before = stage.done_before
     return read_json(before)["identity"] if before and before.exists() else None
 
 
 def rows_before(stage: Stage) -> int:
     """Rows that the finished stages before this one have read: the stage reads on, and repeats none in an epoch."""
-    before = Path(stage.config.output_dir) / stage.after / DONE if stage.after else None
+    before = stage.done_before
     return int(read_json(before)["rows"]) if before and before.exists() else 0
 
 
@@ -219,9 +216,12 @@ def _distiller(stage: Stage, engine: Engine) -> Distiller | None:
 
 def _opening(stage: Stage, inputs: Inputs, engine: Engine) -> str:
     training = stage.config.training
-    does = f"learns {stage.learns} masks" if stage.learns else "masks fixed" if inputs.fixed else "no masks"
+    held = [kind for kind in ("layer", "heads", "dimff") if getattr(stage.fixed, kind)]
+    does = [f"learns {stage.learns} masks"] if stage.learns else []
+    does += [f"holds {' and '.join(held)} masks"] if held else ["random masks"] if stage.is_random_baseline else []
     return (
-        f"\n{stage.name}: {training.steps} steps × {training.train_batch_size} rows, {does}, from {inputs.origin}; "
+        f"\n{stage.name}: {training.steps} steps × {training.train_batch_size} rows, "
+        f"{', '.join(does) or 'no masks'}, from {inputs.origin}; "
         f"{engine.precision}, ZeRO {engine.zero_stage}, {distributed.world_size()} rank(s) on {engine.device.type}"
     )
 
@@ -278,7 +278,7 @@ def _write_done(
     masks = final_masks(inputs, gates)
     files = [path for path in (stage.fixed.layer, stage.fixed.heads, stage.fixed.dimff, stage.writes) if path]
     write_json(
-        stage.folder / DONE,
+        stage.done,
         {
             "stage": stage.name,
             "fingerprint": stage.fingerprint(),

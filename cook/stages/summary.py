@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from cook.base.errors import UserError
-from cook.base.files import read_json
+from cook.base.files import read_json, sha256
 from cook.config.types import RunConfig, described_stage
 from cook.data.load import load_rows
 from cook.data.loader import held_out_batches
@@ -17,7 +18,6 @@ from cook.report.tables import LadderRow, range_text
 from cook.stages.plan import MaskPaths, Stage, plan_stage, recipe
 from cook.stages.structure import sizes
 
-DONE = "done.json"
 TITLES = {
     "pretrain": "dense",
     "layer_mask": "layers masked",
@@ -38,7 +38,7 @@ def finished_stages(config: RunConfig, *, baseline: bool = False) -> list[Stage]
         baseline: Whether to include the random baseline, which is a side branch.
     """
     stages = recipe(config) or [plan_stage(config, described_stage(config))]
-    return [s for s in stages if (s.folder / DONE).exists() and (baseline or not s.is_random_baseline)]
+    return [s for s in stages if s.done.exists() and (baseline or not s.is_random_baseline)]
 
 
 def masks_after(stage: Stage) -> MaskPaths:
@@ -46,9 +46,24 @@ def masks_after(stage: Stage) -> MaskPaths:
     return dataclasses.replace(stage.fixed, **({str(stage.learns): stage.writes} if stage.learns else {}))
 
 
+def check_masks(stage: Stage) -> None:
+    """Refuses masks that another run has written over since the stage finished.
+
+    Raises:
+        UserError: a mask file is not the one that the stage's model was trained with.
+    """
+    for path, digest in done_record(stage)["masks"].items():
+        if not Path(path).is_file() or sha256(path) != digest:
+            raise UserError(
+                f"{path}: not the mask that {stage.name} was trained with",
+                wanted=f"sha256 {digest}",
+                remedy="another run has written there: give each run mask paths of its own, and redo the stage",
+            )
+
+
 def done_record(stage: Stage) -> dict[str, Any]:
     """The stage's `done.json`."""
-    return read_json(stage.folder / DONE)
+    return read_json(stage.done)
 
 
 def ladder_row(stage: Stage, tokens_per_second: float | None = None) -> LadderRow:

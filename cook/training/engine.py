@@ -9,6 +9,8 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch
 
 from cook.base import distributed
 from cook.base.errors import UserError
-from cook.base.tensor_files import load_pt
+from cook.base.tensor_files import LazyTensors, load_pt
 from cook.config.types import TrainingConfig
 from cook.training.settings import check_settings, resolve_precision
 
@@ -39,7 +41,9 @@ def initialise_processes(threads: int | None) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if "RANK" not in os.environ:  # no launcher: one rank on the loopback address, on a free port
         os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    # The others wait in a collective while the first rank tokenises a corpus or hashes a checkpoint.
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(hours=3), verbose=False)
 
 
 def leave_processes() -> None:
@@ -284,8 +288,13 @@ def checkpoint_weights(folder: Path) -> Mapping[str, torch.Tensor]:
         return load_pt(folder / tag / "mp_rank_00_model_states.pt")["module"]
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-            weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag, lazy_mode=False)
+            weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag, lazy_mode=True)
     except Exception as error:  # whatever DeepSpeed stumbles over in a folder that is not its own, or not whole
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{folder / tag}: DeepSpeed cannot read this checkpoint", got=reason) from None
-    return {name: tensor.detach() for name, tensor in weights.items()}
+    # `contiguous` is what puts a weight together from the ranks' shards.
+    return LazyTensors({name: partial(_whole, weights[name]) for name in weights})
+
+
+def _whole(pieces: Any) -> torch.Tensor:
+    return pieces.contiguous().detach()

@@ -19,7 +19,7 @@ from cook.surgery.gates import AttachedGates
 from cook.training.checkpoint import Position, save_checkpoint
 from cook.training.engine import Engine
 from cook.training.optim import learning_rate
-from cook.training.step import Batch, ExtraLoss, NonFinite, StepResult, train_step
+from cook.training.step import Batch, ExtraLoss, StepResult, train_step
 
 
 class Batches(Protocol):
@@ -139,5 +139,3 @@ def _report(
     if due:
         log.write(record)
 
-
-__all__ = ["NonFinite", "Run", "train"]

@@ -146,13 +146,26 @@ def prints(loaded: RunConfig) -> dict[str, str]:
 @pytest.mark.parametrize(
     "setting",
     ["seed=9", "training.learning_rate=0.5", "training.clip=0.1", "data.max_length=44", "tokenizer.vocab_size=410",
-     "model.config.dim_ff=24", "gates.ramp=0.5", "fine-grained.target_num_heads=1", "training.train_weights=false",
-     'deepspeed.optimizer={"type": "Lamb"}'],
+     "model.config.dim_ff=24", "training.train_weights=false", 'deepspeed.optimizer={"type": "Lamb"}'],
 )  # fmt: skip
 def test_every_setting_that_decides_the_outcome_is_in_the_fingerprint(config, setting):
     before, after = prints(config(ATT_FIRST)), prints(config(ATT_FIRST, setting))
     changed = {name for name in before if before[name] != after[name]}
     assert changed == (set() if setting == "model.config.dim_ff=24" else set(ATT_FIRST))
+
+
+@pytest.mark.parametrize(
+    "setting, concerned",
+    [
+        ("gates.ramp=0.5", {"layer_mask", "att_mask", "ffn_mask", "random_baseline"}),
+        ("fine-grained.target_num_heads=1", {"att_mask", "random_baseline"}),
+        ("coarse-grained.target_sparsity=0.4", {"layer_mask", "random_baseline"}),
+        ("fine-grained.heads_mask=elsewhere.pt", set()),
+    ],
+)
+def test_a_target_concerns_the_stages_that_it_shapes(config, setting, concerned):
+    before, after = prints(config(ATT_FIRST)), prints(config(ATT_FIRST, setting))
+    assert {name for name in before if before[name] != after[name]} == concerned & set(ATT_FIRST)
 
 
 @pytest.mark.parametrize(
