@@ -1,43 +1,92 @@
-"""SIGTERM, SIGINT and SIGUSR1 as a flag that the loop looks at between steps."""
+"""SIGTERM, SIGINT and SIGUSR1 as requests that the loop looks at between steps."""
 
 from __future__ import annotations
 
+import contextlib
+import enum
+import os
 import signal
 import threading
-import time
+from collections.abc import Iterator
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+from cook.base.errors import Interrupted
 
 
-class StopSignals:
-    """While it is entered, the first stop signal sets `asked`; one that comes `patience` seconds later acts as before.
+class Request(enum.IntFlag):
+    """What a signal asks of a run; requests of several ranks or signals add up."""
 
-    In between more signals change nothing: a launcher passes Ctrl-C on to ranks that the terminal has already told.
+    NOTHING = 0
+    SAVE = 1
+    """Write a checkpoint after this step, and go on."""
+    STOP = 2
+    """Write a checkpoint after this step, and end."""
+
+
+MEANING = {signal.SIGTERM: Request.STOP, signal.SIGINT: Request.STOP, signal.SIGUSR1: Request.SAVE}
+
+
+class Signals:
+    """While it is entered, signals are remembered as requests instead of ending the process.
+
+    However many come, and however often: a second Ctrl-C or a launcher's copy of the first never breaks off the saving.
     """
 
-    def __init__(self, patience: float = 10.0) -> None:
-        self.asked = False
-        self._patience, self._first = patience, 0.0
+    def __init__(self) -> None:
+        self._asked = Request.NOTHING
         self._before: dict[signal.Signals, object] = {}
 
-    def __enter__(self) -> StopSignals:
+    def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            self._before = {s: signal.signal(s, self._remember) for s in STOP_SIGNALS}
+            self._before = {number: signal.signal(number, self._remember) for number in MEANING}
         return self
 
-    def _remember(self, number: int, _frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if not self.asked:
-            self.asked, self._first = True, now
-        elif now - self._first >= self._patience:
-            self._restore()
-            signal.raise_signal(number)
+    def take(self) -> Request:
+        """What has been asked since the last call; a stop stays asked."""
+        # A signal between the two lines would be lost if the flags were simply cleared.
+        asked = self._asked
+        self._asked &= ~(asked & Request.SAVE)
+        return asked
 
-    def _restore(self) -> None:
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
+        asked = MEANING[signal.Signals(number)]
+        if asked not in self._asked:
+            then = "then stopping" if asked == Request.STOP else "and going on"
+            _say(f"{signal.Signals(number).name}: saving after this step, {then}")
+        self._asked |= asked
+
+    def __exit__(self, *_: object) -> None:
         for number, before in self._before.items():
             signal.signal(number, before)  # type: ignore[arg-type]
         self._before = {}
 
-    def __exit__(self, *_: object) -> None:
-        self._restore()
+
+@contextlib.contextmanager
+def ending_quietly() -> Iterator[None]:
+    """Outside the training loop: SIGTERM and SIGINT raise `Interrupted`, SIGUSR1 finds nothing to save.
+
+    Nothing is lost by ending there: a stage that is being set up or finished is gone on from its last checkpoint.
+    """
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        raise Interrupted(f"{signal.Signals(number).name} outside the training steps; the same command goes on")
+
+    def nothing_to_save(_number: int, _frame: FrameType | None) -> None:
+        _say("SIGUSR1: there is nothing new to save now")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: nothing_to_save if asked == Request.SAVE else end for number, asked in MEANING.items()}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _say(text: str) -> None:
+    # print() may itself be what the signal interrupted, and is not reentrant.
+    with contextlib.suppress(OSError):
+        os.write(2, f"{text}\n".encode())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ from typing import Protocol
 
 from cook.base import distributed
 from cook.base.errors import Interrupted
-from cook.base.signals import StopSignals
+from cook.base.signals import Request, Signals
 from cook.config.types import TrainingConfig
 from cook.masks.gates import Gates
 from cook.report.console import Progress
@@ -59,7 +61,7 @@ def train(run: Run, start: Position, log: EventLog) -> Position:
     rank, world = distributed.rank(), distributed.world_size()
     meter = _Meter(start.tokens)
     with (
-        StopSignals() as signals,
+        Signals() as signals,
         Progress(run.name, training.steps, start.step, enabled=rank == 0, final_target=final_target) as progress,
     ):
         for step in range(start.step + 1, training.steps + 1):
@@ -74,25 +76,25 @@ def train(run: Run, start: Position, log: EventLog) -> Position:
                 attached=run.attached,
                 gates=run.gates,
                 extra_loss=run.extra_loss,
-                stop_asked=signals.asked,
+                asked=signals.take(),
             )
             position = Position(step=step, tokens=position.tokens + num_targets)
             _report(run, position, result, meter, log, progress)
             # What came during the last step itself has not been heard by it, and the stage after must not begin.
-            stop = _any_rank(signals.asked) if step == training.steps else result.stop
-            if stop or step == training.steps or (training.save_every and step % training.save_every == 0):
+            asked = result.asked | (_of_any_rank(signals.take()) if step == training.steps else Request.NOTHING)
+            if asked or step == training.steps or (training.save_every and step % training.save_every == 0):
                 save_checkpoint(
                     run.checkpoints, run.engine, run.gates, position,
                     fingerprint=run.fingerprint, keep=training.keep_checkpoints,
                 )  # fmt: skip
                 run.on_save()
-            if stop:
+            if Request.STOP in asked:
                 raise Interrupted(f"{run.name} saved step {step} of {training.steps}; the same command goes on from it")
     return position
 
 
-def _any_rank(flag: bool) -> bool:
-    return any(distributed.gather(flag))
+def _of_any_rank(asked: Request) -> Request:
+    return functools.reduce(operator.or_, distributed.gather(asked))
 
 
 class _Meter:

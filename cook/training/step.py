@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from cook.base import distributed
 from cook.base.errors import RunFailed
+from cook.base.signals import Request
 from cook.masks.gates import Gates
 from cook.surgery.gates import AttachedGates
 from cook.training.engine import Engine
@@ -36,8 +37,8 @@ class StepResult:
     """Mean cross entropy a target token of the global batch, in nats."""
     applied: bool
     """False if the engine skipped the update (fp16 overflow)."""
-    stop: bool
-    """True if some rank was asked to stop."""
+    asked: Request
+    """What signals have asked of any rank."""
 
 
 def train_step(
@@ -50,7 +51,7 @@ def train_step(
     attached: AttachedGates,
     gates: Gates | None,
     extra_loss: ExtraLoss | None,
-    stop_asked: bool,
+    asked: Request,
 ) -> StepResult:
     """Forward, backward, update of weights and gates.
 
@@ -66,7 +67,7 @@ def train_step(
         attached: The gates' hooks, already set to the fixed masks.
         gates: The masks being learned; None in pretraining and finetuning.
         extra_loss: Distillation, added to the cross entropy.
-        stop_asked: Whether this rank got a signal.
+        asked: What signals have asked of this rank.
 
     Raises:
         NonFinite: on every rank, if the loss or a gradient is not finite on any.
@@ -87,8 +88,9 @@ def train_step(
             engine.step()
 
     z_gradient = _averaged_gate_gradient(engine, z)
-    health = torch.stack([loss_sum.nan_to_num(), bad.float(), loss_sum.new_tensor(float(stop_asked))])
-    loss_total, num_bad, stops = distributed.all_reduce_sum(health).tolist()
+    wishes = loss_sum.new_tensor([float(request in asked) for request in Request])
+    health = torch.cat([torch.stack([loss_sum.nan_to_num(), bad.float()]), wishes])
+    loss_total, num_bad, *votes = distributed.all_reduce_sum(health).tolist()
     if num_bad:
         ranks = [str(rank) for rank, is_bad in enumerate(distributed.gather(bool(bad))) if is_bad]
         raise NonFinite(step, f"the loss on rank {', '.join(ranks)}")
@@ -104,7 +106,8 @@ def train_step(
     if gates and applied and gates_are_sound:
         assert z_gradient is not None
         gates.update(z_gradient, step)
-    return StepResult(loss=loss_total / num_targets, applied=applied, stop=stops > 0)
+    heard = Request(sum(request for request, count in zip(Request, votes, strict=True) if count))
+    return StepResult(loss=loss_total / num_targets, applied=applied, asked=heard)
 
 
 def _losses(engine: Engine, batch: Batch, extra_loss: ExtraLoss | None) -> tuple[torch.Tensor, torch.Tensor]:

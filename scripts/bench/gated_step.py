@@ -16,6 +16,7 @@ import torch
 from common import machine, publish
 
 from cook.adapters.registry import by_family
+from cook.base.signals import Request
 from cook.config.types import TrainingConfig
 from cook.masks.controller import Constraint
 from cook.masks.gates import Gates
@@ -124,7 +125,7 @@ def main() -> None:
             start = time.perf_counter()
             train_step(
                 engine, [batch], repeat + 1, num_targets=num_targets, learning_rate=1e-3,
-                attached=attached, gates=bank, extra_loss=None, stop_asked=False,
+                attached=attached, gates=bank, extra_loss=None, asked=Request.NOTHING,
             )  # fmt: skip
             _sync(engine)
             attached.remove()

@@ -27,6 +27,7 @@ def worker(stage: int, precision: str) -> None:
 
     from cook.adapters.registry import by_family
     from cook.base import distributed
+    from cook.base.signals import Request
     from cook.config.types import TrainingConfig
     from cook.surgery.gates import AttachedGates
     from cook.training.engine import Engine, initialise_processes
@@ -49,7 +50,7 @@ def worker(stage: int, precision: str) -> None:
     for step in (1, 2):
         train_step(
             engine, [dict(batch)], step, num_targets=46, learning_rate=1e-3,
-            attached=AttachedGates(engine.module, [], {}), gates=None, extra_loss=None, stop_asked=False,
+            attached=AttachedGates(engine.module, [], {}), gates=None, extra_loss=None, asked=Request.NOTHING,
         )  # fmt: skip
     gc.collect()
     count = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())

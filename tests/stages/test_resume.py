@@ -22,19 +22,19 @@ OVERRIDES = ("training.save_every=7", "training.keep_checkpoints=2", f"training.
 OPTIONS = ("--stage", "layer_mask", *(part for text in OVERRIDES for part in ("--set", text)))
 
 
-def stop_by(number: signal.Signals, folder: Path, step: int, process: subprocess.Popen) -> None:
-    """Sends a signal once the log has reached a step: to the command, or to the last of the ranks it has started."""
+def stop_by(folder: Path, step: int, to_a_rank: bool, process: subprocess.Popen) -> None:
+    """Sends SIGTERM once the log has reached a step: to the command, or to the last of the ranks it has started."""
     log, deadline = folder / "out" / "layer_mask" / "log.jsonl", time.monotonic() + 90
     while not (log.exists() and log.read_text().count("\n") >= step):
         assert process.poll() is None and time.monotonic() < deadline, "the run ended, or never got there"
         time.sleep(0.005)
     children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
     ranks = [int(pid) for pid in children.stdout.split()]
-    os.kill(ranks[-1] if number == signal.SIGUSR1 else process.pid, number)
+    os.kill(ranks[-1] if to_a_rank else process.pid, signal.SIGTERM)
 
 
-def interrupted(folder: Path, number: signal.Signals = signal.SIGTERM, step: int = STOP_AT, **keywords) -> Result:
-    return train(folder, *OPTIONS, stop=lambda process: stop_by(number, folder, step, process), **keywords)
+def interrupted(folder: Path, *, to_a_rank: bool = False, **keywords) -> Result:
+    return train(folder, *OPTIONS, stop=lambda process: stop_by(folder, STOP_AT, to_a_rank, process), **keywords)
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def test_two_ranks_under_zero_3_stopped_by_a_signal_to_one_of_them(pretrained, t
         config["deepspeed"] = {"zero_optimization": {"stage": 3}}
         (folder / "bmcook.json").write_text(json.dumps(config))
     assert train(runs[0], *OPTIONS, ranks=2).code == 0
-    result = interrupted(runs[1], signal.SIGUSR1, ranks=2)
+    result = interrupted(runs[1], to_a_rank=True, ranks=2)
     assert result.code != 0 and "stopped: layer_mask saved step" in result.err, result
     assert train(runs[1], *OPTIONS, ranks=2).code == 0
     assert outcome(runs[1]) == outcome(runs[0])

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from cook.base.errors import Interrupted
+from cook.base.signals import Request
 from cook.config.types import TrainingConfig
 from cook.report.events import EventLog, read_log
 from cook.training import loop
@@ -47,10 +48,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         batches, what = Batches(), at or {}
         training = TrainingConfig(steps=9, train_batch_size=1, micro_batch_size=1, learning_rate=1.0, log_every=4)
 
-        def step(_engine: Any, _batches: Any, number: int, *, stop_asked: bool, **_: Any) -> StepResult:
+        def step(_engine: Any, _batches: Any, number: int, *, asked: Request, **_: Any) -> StepResult:
             if number in what:
                 what[number]()
-            return StepResult(loss=float(number), applied=True, stop=stop_asked)
+            return StepResult(loss=float(number), applied=True, asked=asked)
 
         monkeypatch.setattr(loop, "train_step", step)
         monkeypatch.setattr(loop, "save_checkpoint", lambda root, e, g, position, **_: saved.append(position))
@@ -96,7 +97,7 @@ def test_a_finished_stage_is_not_trained_again(run):
     assert batches.asked == [] and run.saved == [] and end.step == 9
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_heard_by_the_next_step(run, number):
     with pytest.raises(Interrupted, match="saved step 4 of 9"):
         run(at={3: lambda: os.kill(os.getpid(), number)})
@@ -106,8 +107,24 @@ def test_a_signal_is_heard_by_the_next_step(run, number):
 @pytest.mark.parametrize("step", [8, 9])
 def test_a_signal_at_the_very_end_stops_too_lest_the_next_stage_begin(run, step):
     with pytest.raises(Interrupted, match="saved step 9 of 9"):
-        run(at={step: lambda: os.kill(os.getpid(), signal.SIGUSR1)})
+        run(at={step: lambda: os.kill(os.getpid(), signal.SIGTERM)})
     assert steps_saved(run.saved) == [9]
+
+
+@pytest.mark.parametrize(("step", "saves"), [(3, [4, 9]), (8, [9]), (9, [9])])
+def test_sigusr1_saves_once_and_goes_on(run, step, saves):
+    end, _ = run(at={step: lambda: os.kill(os.getpid(), signal.SIGUSR1)})
+    assert steps_saved(run.saved) == saves and end.step == 9
+
+
+def test_a_stop_after_a_save_and_a_second_stop_are_one_stop(run):
+    def thrice() -> None:
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(Interrupted, match="saved step 4 of 9"):
+        run(at={3: thrice})
+    assert steps_saved(run.saved) == [4]
 
 
 def test_afterwards_signals_act_as_before(run):

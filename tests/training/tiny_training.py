@@ -21,6 +21,7 @@ if __name__ == "__main__":
 from cook.adapters.cpm_ant import ADAPTER
 from cook.base import distributed
 from cook.base.errors import RunFailed, UserError
+from cook.base.signals import Request
 from cook.config.types import TrainingConfig
 from cook.masks.controller import Constraint
 from cook.masks.gates import Gates
@@ -188,7 +189,7 @@ def engine_run(case: dict[str, Any]) -> dict[str, Any]:
                 attached=attached,
                 gates=gates,
                 extra_loss=fault,
-                stop_asked=False,
+                asked=Request.NOTHING,
             )
         except RunFailed as failure:
             error = str(failure)
