@@ -13,9 +13,10 @@ if not __package__:
 
 from cook.base.distributed import launched_rank, launched_world_size  # noqa: E402
 from cook.base.errors import UserError, run_entry  # noqa: E402
+from cook.base.signals import ending_quietly  # noqa: E402
 from cook.config.load import load_config  # noqa: E402
-from cook.config.types import STAGE_NAMES, described_stage  # noqa: E402
-from cook.stages.plan import plan_stage, recipe  # noqa: E402
+from cook.config.types import STAGE_NAMES, RunConfig, described_stage  # noqa: E402
+from cook.stages.plan import Stage, plan_stage, recipe  # noqa: E402
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -58,21 +59,30 @@ def main() -> int | None:
             print_plan(config, stages, world_size=launched_world_size())
         return None
 
+    with ending_quietly():
+        run(config, stages, resume=arguments.resume)
+    return None
+
+
+def run(config: RunConfig, stages: list[Stage], *, resume: str) -> None:
+    """Runs stages one after the other, as the only run in their folder."""
     # Only now: torch, deepspeed and a process group, none of which a mistake in the config should wait for.
+    from cook.base.lock import run_lock
+    from cook.base.watchdog import Watchdog
     from cook.stages.runner import is_finished, run_stage, say_finished
     from cook.training.engine import initialise_processes, leave_processes
 
-    if all(is_finished(stage, arguments.resume) for stage in stages):
+    if all(is_finished(stage, resume) for stage in stages):
         for stage in stages if launched_rank() == 0 else ():
             say_finished(stage)
-        return None
+        return
     initialise_processes(config.training.threads)
     try:
-        for stage in stages:
-            run_stage(stage, resume=arguments.resume)
+        with run_lock(config.output_dir), Watchdog(config.training.rank_timeout) as watchdog:
+            for stage in stages:
+                run_stage(stage, resume=resume, at=watchdog.at)
     finally:
         leave_processes()
-    return None
 
 
 if __name__ == "__main__":

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import sys
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 75  # stopped by a signal after saving a checkpoint: start again to go on
+EXIT_RANK_LOST = 76  # a rank died, froze or got stuck: start again to go on from the last checkpoint
 
 
 class UserError(Exception):
@@ -46,6 +52,10 @@ class RunFailed(Exception):
     """The run cannot go on, through no mistake in its settings; what it saved before is intact."""
 
 
+class RankLost(RunFailed):
+    """Another rank died, froze or failed, and this one cannot go on without it."""
+
+
 class Interrupted(Exception):
     """A signal asked the run to stop; everything needed to go on has been saved."""
 
@@ -55,12 +65,20 @@ def run_entry(main: Callable[[], int | None]) -> None:
     try:
         code = main() or EXIT_OK
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = EXIT_USER_ERROR
+        code = _told(f"error: {error}", EXIT_USER_ERROR)
     except RunFailed as failure:
-        print(f"failed: {failure}", file=sys.stderr)
-        code = EXIT_FAILED
+        code = _told(f"failed: {failure}", EXIT_RANK_LOST if isinstance(failure, RankLost) else EXIT_FAILED)
     except Interrupted as stop:
-        print(f"stopped: {stop}", file=sys.stderr)
-        code = EXIT_INTERRUPTED
+        code = _told(f"stopped: {stop}", EXIT_INTERRUPTED)
     sys.exit(code)
+
+
+def _told(text: str, code: int) -> int:
+    print(text, file=sys.stderr, flush=True)
+    # torchrun's own summary quotes this file; its exit code is 1 whatever the ranks end with.
+    summary = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if summary:
+        said = {"message": f"exit code {code}: {text}", "extraInfo": {"timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):
+            Path(summary).write_text(json.dumps({"message": said}), encoding="utf-8")
+    return code

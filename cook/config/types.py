@@ -143,6 +143,10 @@ class TrainingConfig:
     threads: int | None = None
     """CPU threads a rank. None: the machine's cores shared out among its ranks."""
 
+    rank_timeout: float = 300.0
+    """Seconds after which a silent rank or an unfinished step ends the run; ten times as many for a first step, a save
+    or an evaluation; 0: never. Read from the `training` section alone."""
+
     def rows_at_once(self, world_size: int) -> int:
         """Rows of a micro-batch: `micro_batch_size`, or a rank's whole share of the batch where that is smaller."""
         return min(self.micro_batch_size, max(1, self.train_batch_size // world_size))

@@ -77,7 +77,8 @@ class Stage:
         """
         config = self.config
         training, data = asdict(config.training), asdict(config.data)
-        for key in ("log_every", "save_every", "keep_checkpoints", "threads", "micro_batch_size", "eval_rows"):
+        for key in ("log_every", "save_every", "keep_checkpoints", "threads", "micro_batch_size", "eval_rows",
+                    "rank_timeout"):  # fmt: skip
             training.pop(key)
         data.pop("cache_dir")
         distillation = config.distillation if self.name != "pretrain" else None

@@ -42,12 +42,13 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def run_stage(stage: Stage, *, resume: str) -> None:
+def run_stage(stage: Stage, *, resume: str, at: Callable[[int, str], None]) -> None:
     """Trains a stage, or goes on with it, or finds it finished.
 
     Args:
         stage: The plan.
         resume: `auto`, `never`, or a checkpoint's folder.
+        at: Told of the step and the phase that begins, for a watchdog.
 
     Raises:
         UserError: inputs are missing or do not fit, or the folder holds a run with other settings.
@@ -56,6 +57,7 @@ def run_stage(stage: Stage, *, resume: str) -> None:
     if _on_first_rank(lambda: is_finished(stage, resume)):
         say_finished(stage)
         return
+    at(0, "preparing")
     check_settings(stage.config.training, stage.config.deepspeed, world_size=distributed.world_size())
     inputs = open_inputs(stage)
     if resume == "never" and distributed.rank() == 0:
@@ -63,6 +65,7 @@ def run_stage(stage: Stage, *, resume: str) -> None:
     distributed.barrier()
     data = _data(stage, inputs)
     identity = _identity(stage, inputs, data)
+    at(0, "starting")
     seed_everything(derived_seed(stage.config.seed, stage.name, distributed.rank()))
     training = stage.config.training
     engine = Engine(_builder(inputs, stage), inputs.weights, training, stage.config.deepspeed)
@@ -91,8 +94,10 @@ def run_stage(stage: Stage, *, resume: str) -> None:
             checkpoints=stage.folder / "checkpoints",
             fingerprint=identity,
             on_save=lambda: _write_masks(stage, inputs, gates),
+            at=at,
         )
         position = train(run, position, log)
+        at(position.step, "finishing")
         if distiller:
             distiller.remove()
         loss = _finish(stage, inputs, engine, attached, gates, data, log, position)

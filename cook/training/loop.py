@@ -47,6 +47,8 @@ class Run:
     fingerprint: str
     on_save: Callable[[], None]
     """Called after each checkpoint, on every rank: writes the masks as they stand."""
+    at: Callable[[int, str], None] = lambda _step, _phase: None
+    """Told of every step and save as it begins, for a watchdog."""
 
 
 def train(run: Run, start: Position, log: EventLog) -> Position:
@@ -65,6 +67,7 @@ def train(run: Run, start: Position, log: EventLog) -> Position:
         Progress(run.name, training.steps, start.step, enabled=rank == 0, final_target=final_target) as progress,
     ):
         for step in range(start.step + 1, training.steps + 1):
+            run.at(step, "step" if step > start.step + 1 else "first step")
             num_targets = run.batches.num_targets(step - 1)
             rate = learning_rate(training, step)
             result = train_step(
@@ -83,6 +86,7 @@ def train(run: Run, start: Position, log: EventLog) -> Position:
             # What came during the last step itself has not been heard by it, and the stage after must not begin.
             asked = result.asked | (_of_any_rank(signals.take()) if step == training.steps else Request.NOTHING)
             if asked or step == training.steps or (training.save_every and step % training.save_every == 0):
+                run.at(step, "saving")
                 save_checkpoint(
                     run.checkpoints, run.engine, run.gates, position,
                     fingerprint=run.fingerprint, keep=training.keep_checkpoints,

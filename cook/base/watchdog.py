@@ -1,0 +1,239 @@
+"""Ends a run in bounded time when one of its ranks has died, frozen or got stuck, and says which one, and where.
+
+A collective waits for a lost rank as long as the process group's timeout, hours here, and then does not name it. So a
+thread on every rank tells the others how far its rank has come, through the store that the launcher's rendezvous keeps
+anyway (nothing more listens, and no shared folder's caches can lie about a heartbeat). Each rank watches the next one;
+whoever finds a rank lost tells all, and all end with `EXIT_RANK_LOST`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import uuid
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch.distributed as dist
+
+from cook.base import distributed
+from cook.base.errors import EXIT_RANK_LOST, RankLost
+from cook.base.processes import this_process
+
+PATIENCE = {"preparing": math.inf, "starting": 10, "first step": 10, "step": 1, "saving": 10, "finishing": 10}
+"""Phases of a run, and how many timeouts each may take. Tokenising a corpus may hold the interpreter for an hour."""
+
+GRACE = 2.0
+"""Seconds in which a rank that has seen another one end may still end by itself, with its own message."""
+
+CULPRIT_SECONDS = 10.0
+"""How long a rank whose collective has failed looks for the rank that is to blame; launchers kill after 30."""
+
+SLEPT = 10.0
+"""A watchdog that wakes this much too late was itself stopped, as by Slurm's suspension of a job or a laptop's lid."""
+
+PACKAGE = str(Path(__file__).resolve().parents[1])
+LOST_PEER = re.compile(r"gloo|nccl|c10d|connection|broken pipe|peer|socket", re.IGNORECASE)
+REMEDY = "  remedy: start again, the same command goes on from the last checkpoint"
+
+
+class Watchdog:
+    """Watches the other ranks while it is entered; does nothing on a single rank.
+
+    Args:
+        timeout: Seconds that a rank may be silent, or a step may take; 0 switches the watch off.
+    """
+
+    def __init__(self, timeout: float):
+        self.timeout = timeout
+        self.interval = max(0.1, min(5.0, timeout / 10))
+        self._place: dict[str, Any] = {"step": 0, "phase": "preparing", "moves": 0, "ended": None}
+        self._moved = time.monotonic()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._store: dist.Store | None = None
+        self._main = threading.get_ident()
+
+    def at(self, step: int, phase: str) -> None:
+        """Notes how far this rank's main thread has come; `phase` is one of PATIENCE."""
+        assert phase in PATIENCE, phase
+        self._place = {**self._place, "step": step, "phase": phase, "moves": self._place["moves"] + 1}
+        self._moved = time.monotonic()
+
+    def __enter__(self) -> Watchdog:
+        self._rank, self._world = distributed.rank(), distributed.world_size()
+        if self._world == 1 or not self.timeout:
+            return self
+        # A launcher's restart meets the store of the start before.
+        self._prefix = distributed.broadcast(uuid.uuid4().hex)
+        self._processes = distributed.gather(this_process())
+        self._parent = os.getppid()
+        self._tell(beat=0)
+        distributed.barrier()  # now every rank has told
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._thread is None:
+            return
+        self._place["ended"] = f"{kind.__name__}: {error}".splitlines()[0] if kind else "well"
+        self._stop.set()
+        self._thread.join()
+        with contextlib.suppress(RuntimeError):
+            self._tell(beat=-1)
+        # A lost connection is all that a collective can say of a rank that has gone.
+        if isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
+            culprit = self._culprit()
+            if culprit:
+                raise RankLost(f"{culprit}\n{REMEDY}") from error
+
+    def _reach(self) -> dist.Store:
+        """The store, by a connection of this object's own."""
+        if self._store is None:
+            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            patience = timedelta(seconds=max(5.0, 2 * self.interval))
+            store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=patience)
+            self._store = dist.PrefixStore(f"cook/{self._prefix}", store)
+        return self._store
+
+    def _tell(self, beat: int) -> None:
+        self._reach().set(f"{self._rank}", json.dumps({**self._place, "beat": beat, "at": _doing(self._main)}))
+
+    def _ask(self, rank: int) -> dict[str, Any]:
+        return json.loads(self._reach().get(f"{rank}"))
+
+    def _watch(self) -> None:
+        self._told: dict[str, Any] | None = None
+        self._heard = self._reached = self._woken = time.monotonic()
+        beat = 0
+        while not self._stop.wait(self.interval):
+            beat += 1
+            self._heed_launcher()
+            lost = self._look(beat)
+            # What has ended by itself has said why, and this rank is about to hear of it in its own way.
+            if lost and not self._stop.wait(GRACE):
+                self._end(lost)
+
+    def _look(self, beat: int) -> str | None:
+        """Tells of this rank, hears of the next one, and says what is wrong."""
+        now, next_rank = time.monotonic(), (self._rank + 1) % self._world
+        if now - self._woken > 3 * self.interval + SLEPT:  # the whole machine or job was stopped: nobody is to blame
+            self._heard = self._reached = self._moved = now
+        self._woken, news = now, self._told
+        try:
+            self._tell(beat)
+            if self._reach().check(["verdict"]):
+                return self._reach().get("verdict").decode()
+            news, self._reached = self._ask(next_rank), now
+        except RuntimeError:  # the store's errors are of this kind
+            self._store = None
+        if news != self._told:
+            self._told, self._heard = news, now
+        return self._judge(now, next_rank)
+
+    def _judge(self, now: float, next_rank: int) -> str | None:
+        told = self._told or {**self._place, "step": 0}
+        seen, silent = _last_seen(told), now - self._heard
+        lost = None
+        if not told["ended"] and self._is_dead(next_rank):
+            lost = f"{self._name(next_rank)} has died, {seen}"
+        elif self._store is None and self._is_dead(0):
+            lost = f"{self._name(0)} has died"
+        elif told["ended"] != "well" and silent > self._allowed(told["phase"]):
+            lost = f"{self._name(next_rank)} has been silent for {silent:.0f} s, {told['ended'] or seen}"
+            self._stop_for_good(next_rank)
+        elif now - self._reached > self._allowed(self._place["phase"]):
+            lost = f"{self._name(0)}, or what keeps the store, has been silent for {now - self._reached:.0f} s"
+        elif now - self._moved > self._allowed(self._place["phase"]):
+            return self._nobody_moves(now - self._moved)
+        return lost and f"{lost}; rank {self._rank} is at step {self._place['step']} ({self._place['phase']})"
+
+    def _allowed(self, phase: str) -> float:
+        return self.timeout * PATIENCE[phase]
+
+    def _name(self, rank: int) -> str:
+        process = self._processes[rank]
+        return f"rank {rank} (process {process.pid} on {process.host})"
+
+    def _is_dead(self, rank: int) -> bool:
+        return rank != self._rank and self._processes[rank].fate() == "dead"
+
+    def _stop_for_good(self, rank: int) -> None:
+        """A frozen rank of this machine would hold its memory, and go on alone if it were woken."""
+        if self._processes[rank].fate() == "alive":
+            with contextlib.suppress(OSError):
+                os.kill(self._processes[rank].pid, signal.SIGKILL)
+
+    def _nobody_moves(self, seconds: float) -> str:
+        """Who holds up the others: those that have come least far, and where their main threads are."""
+        try:
+            places = {rank: self._ask(rank) for rank in range(self._world)}
+        except RuntimeError:
+            places = {self._rank: {**self._place, "at": _doing(self._main)}}
+        least = min(place["moves"] for place in places.values())
+        behind = [rank for rank, place in places.items() if place["moves"] == least]
+        stand = [f"\n  rank {rank} is {_last_seen(places[rank])}, in {places[rank]['at']}" for rank in behind[:8]]
+        held = f"nothing has moved for {seconds:.0f} s; {len(behind)} of {self._world} ranks have come least far:"
+        return held + "".join(stand)
+
+    def _culprit(self) -> str | None:
+        """The rank that this rank's failed collective waited for, if one is found in time."""
+        others = [rank for rank in range(self._world) if rank != self._rank]
+        deadline = time.monotonic() + CULPRIT_SECONDS
+        told: dict[int, dict[str, Any]] = {}
+        while time.monotonic() < deadline:
+            with contextlib.suppress(RuntimeError):
+                told |= {rank: self._ask(rank) for rank in others}
+            for rank in others:
+                seen = f", {_last_seen(told[rank])}" if rank in told else f"; this rank is {_last_seen(self._place)}"
+                ended = told[rank]["ended"] if rank in told else None
+                if ended and ended != "well" and not LOST_PEER.search(ended):
+                    return f"{self._name(rank)} has failed{seen}: {ended}"
+                if not ended and self._is_dead(rank):
+                    return f"{self._name(rank)} has died{seen}"
+            time.sleep(0.2)
+        return None
+
+    def _heed_launcher(self) -> None:
+        if os.getppid() != self._parent:
+            self._parent = os.getppid()
+            _say("the launcher has gone: stopping as if it had sent SIGTERM")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def _end(self, verdict: str) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._reach().set("verdict", verdict)
+        _say(f"failed: {verdict}\n{REMEDY}")
+        time.sleep(2 * self.interval)  # the store may end with this process; the others are to read the verdict first
+        os._exit(EXIT_RANK_LOST)  # the main thread waits in a collective and hears nothing
+
+
+def _last_seen(place: dict[str, Any]) -> str:
+    return f"last seen at step {place['step']} ({place['phase']})"
+
+
+def _doing(thread: int) -> str:
+    """The innermost line of this package that a thread is in."""
+    frame: FrameType | None = sys._current_frames().get(thread)
+    innermost = frame
+    while frame is not None and not frame.f_code.co_filename.startswith(PACKAGE):
+        frame = frame.f_back
+    frame = frame or innermost
+    return f"{frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_name}" if frame else "its end"
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, f"{text}\n".encode())
