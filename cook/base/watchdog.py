@@ -30,7 +30,8 @@ from cook.base.errors import EXIT_RANK_LOST, RankLost
 from cook.base.processes import this_process
 
 PATIENCE = {"preparing": math.inf, "starting": 10, "first step": 10, "step": 1, "saving": 10, "finishing": 10}
-"""Phases of a run, and how many timeouts each may take. Tokenising a corpus may hold the interpreter for an hour."""
+"""Phases of a run, and how many timeouts each may take. A watchdog's thread is heard through all of them but the first:
+tokenising a corpus may hold the interpreter for an hour."""
 
 GRACE = 2.0
 """Seconds in which a rank that has seen another one end may still end by itself, with its own message."""
@@ -151,17 +152,14 @@ class Watchdog:
             lost = f"{self._name(next_rank)} has died, {seen}"
         elif self._store is None and self._is_dead(0):
             lost = f"{self._name(0)} has died"
-        elif told["ended"] != "well" and silent > self._allowed(told["phase"]):
+        elif told["ended"] != "well" and told["phase"] != "preparing" and silent > self.timeout:
             lost = f"{self._name(next_rank)} has been silent for {silent:.0f} s, {told['ended'] or seen}"
             self._stop_for_good(next_rank)
-        elif now - self._reached > self._allowed(self._place["phase"]):
+        elif self._place["phase"] != "preparing" and now - self._reached > self.timeout:
             lost = f"{self._name(0)}, or what keeps the store, has been silent for {now - self._reached:.0f} s"
-        elif now - self._moved > self._allowed(self._place["phase"]):
+        elif now - self._moved > self.timeout * PATIENCE[self._place["phase"]]:
             return self._nobody_moves(now - self._moved)
         return lost and f"{lost}; rank {self._rank} is at step {self._place['step']} ({self._place['phase']})"
-
-    def _allowed(self, phase: str) -> float:
-        return self.timeout * PATIENCE[phase]
 
     def _name(self, rank: int) -> str:
         process = self._processes[rank]
