@@ -50,6 +50,10 @@ class Process:
         state, started = _stat(self.pid)
         return "dead" if state in ("Z", "X") or started != self.started else "alive"
 
+    def is_stopped(self) -> bool:
+        """Whether it is on this machine and frozen, as by SIGSTOP."""
+        return self.fate() == "alive" and _stat(self.pid)[0] in ("T", "t")
+
 
 def this_process() -> Process:
     """The caller's."""

@@ -39,6 +39,7 @@ GRACE = 2.0
 CULPRIT_SECONDS = 10.0
 """How long a rank whose collective has failed looks for the rank that is to blame; launchers kill after 30."""
 
+CONNECTING = timedelta(minutes=1)
 SLEPT = 10.0
 """A watchdog that wakes this much too late was itself stopped, as by Slurm's suspension of a job or a laptop's lid."""
 
@@ -50,6 +51,8 @@ REMEDY = "  remedy: start again, the same command goes on from the last checkpoi
 class Watchdog:
     """Watches the other ranks while it is entered; does nothing on a single rank.
 
+    Two threads: one talks to the store, and hangs if the store does; the other judges by clocks and processes alone.
+
     Args:
         timeout: Seconds that a rank may be silent, or a step may take; 0 switches the watch off.
     """
@@ -58,17 +61,22 @@ class Watchdog:
         self.timeout = timeout
         self.interval = max(0.1, min(5.0, timeout / 10))
         self._place: dict[str, Any] = {"step": 0, "phase": "preparing", "moves": 0, "ended": None}
-        self._moved = time.monotonic()
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._told: dict[str, Any] = self._place
+        self._verdict: str | None = None
+        self._moved = self._heard = self._reached = time.monotonic()
+        self._news, self._stop = threading.Event(), threading.Event()
         self._store: dist.Store | None = None
         self._main = threading.get_ident()
+        self._on = False
 
     def at(self, step: int, phase: str) -> None:
         """Notes how far this rank's main thread has come; `phase` is one of PATIENCE."""
         assert phase in PATIENCE, phase
+        changed = phase != self._place["phase"]
         self._place = {**self._place, "step": step, "phase": phase, "moves": self._place["moves"] + 1}
         self._moved = time.monotonic()
+        if changed:
+            self._news.set()
 
     def __enter__(self) -> Watchdog:
         self._rank, self._world = distributed.rank(), distributed.world_size()
@@ -80,32 +88,34 @@ class Watchdog:
         self._parent = os.getppid()
         self._tell(beat=0)
         distributed.barrier()  # now every rank has told
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._thread.start()
+        self._on = True
+        for work in (self._talk, self._watch):
+            threading.Thread(target=work, name="watchdog", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._thread is None:
+        if not self._on:
             return
-        self._place["ended"] = f"{kind.__name__}: {error}".splitlines()[0] if kind else "well"
-        self._stop.set()
-        self._thread.join()
+        self._place = {**self._place, "ended": f"{kind.__name__}: {error}".splitlines()[0] if kind else "well"}
+        self._moved = time.monotonic()
+        culprit = None
         with contextlib.suppress(RuntimeError):
             self._tell(beat=-1)
         # A lost connection is all that a collective can say of a rank that has gone.
         if isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
             culprit = self._culprit()
-            if culprit:
-                raise RankLost(f"{culprit}\n{REMEDY}") from error
+            self._pass_on(culprit)
+        self._stop.set()
+        if culprit:
+            raise RankLost(f"{culprit}\n{REMEDY}") from error
 
     def _reach(self) -> dist.Store:
         """The store, by a connection of this object's own."""
         if self._store is None:
             host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            patience = timedelta(seconds=max(5.0, 2 * self.interval))
-            store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=patience)
+            store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=CONNECTING)
             self._store = dist.PrefixStore(f"cook/{self._prefix}", store)
         return self._store
 
@@ -115,51 +125,64 @@ class Watchdog:
     def _ask(self, rank: int) -> dict[str, Any]:
         return json.loads(self._reach().get(f"{rank}"))
 
-    def _watch(self) -> None:
-        self._told: dict[str, Any] | None = None
-        self._heard = self._reached = self._woken = time.monotonic()
+    def _ask_verdict(self) -> str | None:
+        return self._reach().get("verdict").decode() if self._reach().check(["verdict"]) else None
+
+    def _talk(self) -> None:
+        """Tells of this rank and hears of the next one, again and again."""
         beat = 0
-        while not self._stop.wait(self.interval):
+        while not self._stop.is_set():
             beat += 1
+            try:
+                if not self._place["ended"]:
+                    self._tell(beat)
+                self._verdict = self._ask_verdict()
+                told = self._ask((self._rank + 1) % self._world)
+                self._reached = time.monotonic()
+                if told != self._told:
+                    self._told, self._heard = told, self._reached
+            except RuntimeError:  # the store's errors are of this kind
+                self._store = None
+                self._stop.wait(self.interval)
+            self._news.wait(self.interval)
+            self._news.clear()
+
+    def _watch(self) -> None:
+        woken = time.monotonic()
+        while not self._stop.wait(self.interval):
+            now = time.monotonic()
+            if now - woken > 3 * self.interval + SLEPT:  # the whole machine or job was stopped: nobody is to blame
+                self._heard = self._reached = self._moved = now
+            woken = now
             self._heed_launcher()
-            lost = self._look(beat)
+            lost = self._verdict or self._judge(now)
             # What has ended by itself has said why, and this rank is about to hear of it in its own way.
             if lost and not self._stop.wait(GRACE):
                 self._end(lost)
 
-    def _look(self, beat: int) -> str | None:
-        """Tells of this rank, hears of the next one, and says what is wrong."""
-        now, next_rank = time.monotonic(), (self._rank + 1) % self._world
-        if now - self._woken > 3 * self.interval + SLEPT:  # the whole machine or job was stopped: nobody is to blame
-            self._heard = self._reached = self._moved = now
-        self._woken, news = now, self._told
-        try:
-            self._tell(beat)
-            if self._reach().check(["verdict"]):
-                return self._reach().get("verdict").decode()
-            news, self._reached = self._ask(next_rank), now
-        except RuntimeError:  # the store's errors are of this kind
-            self._store = None
-        if news != self._told:
-            self._told, self._heard = news, now
-        return self._judge(now, next_rank)
-
-    def _judge(self, now: float, next_rank: int) -> str | None:
-        told = self._told or {**self._place, "step": 0}
-        seen, silent = _last_seen(told), now - self._heard
+    def _judge(self, now: float) -> str | None:
+        """What is wrong with the run, if anything is."""
+        told, next_rank = self._told, (self._rank + 1) % self._world
+        silent, unreachable = now - self._heard, now - self._reached
+        stopped = [rank for rank in (0, next_rank) if self._processes[rank].is_stopped()]
         lost = None
-        if not told["ended"] and self._is_dead(next_rank):
-            lost = f"{self._name(next_rank)} has died, {seen}"
-        elif self._store is None and self._is_dead(0):
+        if told["ended"] is None and self._is_dead(next_rank):
+            lost = f"{self._name(next_rank)} has died, {_last_seen(told)}"
+        elif unreachable > 2 * self.interval and self._is_dead(0):
             lost = f"{self._name(0)} has died"
+        elif self._place["phase"] == "preparing":
+            return None
+        elif unreachable > self.timeout and (stopped or self._store is None):
+            who = self._name(stopped[0]) if stopped else f"{self._name(0)}, or what keeps the store for it,"
+            lost = f"{who} has been silent for {unreachable:.0f} s"
         elif told["ended"] != "well" and told["phase"] != "preparing" and silent > self.timeout:
-            lost = f"{self._name(next_rank)} has been silent for {silent:.0f} s, {told['ended'] or seen}"
-            self._stop_for_good(next_rank)
-        elif self._place["phase"] != "preparing" and now - self._reached > self.timeout:
-            lost = f"{self._name(0)}, or what keeps the store, has been silent for {now - self._reached:.0f} s"
+            lost = f"{self._name(next_rank)} has been silent for {silent:.0f} s, {told['ended'] or _last_seen(told)}"
         elif now - self._moved > self.timeout * PATIENCE[self._place["phase"]]:
             return self._nobody_moves(now - self._moved)
-        return lost and f"{lost}; rank {self._rank} is at step {self._place['step']} ({self._place['phase']})"
+        return lost and f"{lost}; {self._own_place()}"
+
+    def _own_place(self) -> str:
+        return f"rank {self._rank} is at step {self._place['step']} ({self._place['phase']})"
 
     def _name(self, rank: int) -> str:
         process = self._processes[rank]
@@ -167,12 +190,6 @@ class Watchdog:
 
     def _is_dead(self, rank: int) -> bool:
         return rank != self._rank and self._processes[rank].fate() == "dead"
-
-    def _stop_for_good(self, rank: int) -> None:
-        """A frozen rank of this machine would hold its memory, and go on alone if it were woken."""
-        if self._processes[rank].fate() == "alive":
-            with contextlib.suppress(OSError):
-                os.kill(self._processes[rank].pid, signal.SIGKILL)
 
     def _nobody_moves(self, seconds: float) -> str:
         """Who holds up the others: those that have come least far, and where their main threads are."""
@@ -193,14 +210,17 @@ class Watchdog:
         told: dict[int, dict[str, Any]] = {}
         while time.monotonic() < deadline:
             with contextlib.suppress(RuntimeError):
+                found = self._ask_verdict()
+                if found:
+                    return found
                 told |= {rank: self._ask(rank) for rank in others}
             for rank in others:
-                seen = f", {_last_seen(told[rank])}" if rank in told else f"; this rank is {_last_seen(self._place)}"
+                seen = f", {_last_seen(told[rank])}" if rank in told else ""
                 ended = told[rank]["ended"] if rank in told else None
                 if ended and ended != "well" and not LOST_PEER.search(ended):
-                    return f"{self._name(rank)} has failed{seen}: {ended}"
+                    return f"{self._name(rank)} has failed{seen}: {ended}; {self._own_place()}"
                 if not ended and self._is_dead(rank):
-                    return f"{self._name(rank)} has died{seen}"
+                    return f"{self._name(rank)} has died{seen}; {self._own_place()}"
             time.sleep(0.2)
         return None
 
@@ -210,12 +230,25 @@ class Watchdog:
             _say("the launcher has gone: stopping as if it had sent SIGTERM")
             os.kill(os.getpid(), signal.SIGTERM)
 
+    def _pass_on(self, verdict: str | None) -> None:
+        """Lets the others read a verdict; the store may end with this process."""
+        if verdict:
+            with contextlib.suppress(RuntimeError):
+                self._reach().set("verdict", verdict)
+            time.sleep(max(GRACE / 2, 2 * self.interval))
+
     def _end(self, verdict: str) -> None:
-        with contextlib.suppress(RuntimeError):
-            self._reach().set("verdict", verdict)
         _say(f"failed: {verdict}\n{REMEDY}")
-        time.sleep(2 * self.interval)  # the store may end with this process; the others are to read the verdict first
-        os._exit(EXIT_RANK_LOST)  # the main thread waits in a collective and hears nothing
+        for process in self._processes:
+            if process.is_stopped():
+                # It would hold its memory, and go on alone if it were woken.
+                with contextlib.suppress(OSError):
+                    os.kill(process.pid, signal.SIGKILL)
+        # The store may be what hangs, and the main thread waits in a collective and hears nothing.
+        telling = threading.Thread(target=self._pass_on, args=(verdict,), daemon=True)
+        telling.start()
+        telling.join(2 * self.interval + GRACE)
+        os._exit(EXIT_RANK_LOST)
 
 
 def _last_seen(place: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,10 @@ def test_one_that_has_ended_is_dead_before_and_after_it_is_reaped():
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     started = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[19]
     process = dataclasses.replace(this_process(), pid=child.pid, started=started)
-    assert process.fate() == "alive"
+    assert process.fate() == "alive" and not process.is_stopped()
+    child.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, child.pid, os.WSTOPPED)
+    assert process.fate() == "alive" and process.is_stopped()
     child.kill()
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     assert process.fate() == "dead", "a zombie does nothing any more"

@@ -1,0 +1,73 @@
+"""A rank that is lost ends all the others, soon and with its name; what is merely slow does not."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from cook.base.watchdog import PATIENCE, Watchdog
+from tests.base.lost_ranks import BAD_STEP
+from tests.stages.tiny_run import run
+
+LOST = ["killed 1", "killed 0", "frozen 2", "frozen 0"]
+CASES = [*LOST, "stuck 1", "fails 1", "agree", "slow", "well", "unwatched", "launcher"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("ranks")
+    script = str(Path(__file__).parent / "lost_ranks.py")
+    done = run([sys.executable, script, str(folder), *CASES], folder, timeout=90)
+    assert done.code == 0, done
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.parametrize("case", LOST)
+def test_a_rank_that_is_gone_is_named_with_its_step_and_ends_the_others(results, case):
+    how, rank = case.split()
+    codes, out = results[case]["codes"], results[case]["out"]
+    # Also the frozen one has been killed: nothing is left behind.
+    assert codes[int(rank)] == -9 and [c for r, c in enumerate(codes) if r != int(rank)] == [76, 76], out
+    word = "has died" if how == "killed" else "has been silent"
+    assert re.search(rf"failed: rank {rank}\b.*{word}", out), out
+    assert re.search(rf"step ({BAD_STEP - 1}|{BAD_STEP})\b", out) and "the same command goes on" in out
+    assert "Traceback" not in out
+
+
+def test_ranks_that_wait_for_one_another_for_ever_are_ended_and_say_where_they_are(results):
+    codes, out = results["stuck 1"]["codes"], results["stuck 1"]["out"]
+    assert codes == [76, 76, 76] and "nothing has moved" in out, out
+    assert f"rank 1 is last seen at step {BAD_STEP} (step)" in out
+
+
+def test_the_error_of_one_rank_is_what_the_others_report(results):
+    codes, out = results["fails 1"]["codes"], results["fails 1"]["out"]
+    assert codes == [76, 1, 76] and out.count("has failed") == 2, out
+    assert "ValueError: an error of one rank" in out and "raised RuntimeError" not in out
+
+
+def test_an_error_of_all_ranks_keeps_its_own_code(results):
+    assert results["agree"]["codes"] == [1, 1, 1], results["agree"]["out"]
+    assert results["agree"]["out"].count("failed: an error of all ranks") == 3
+
+
+@pytest.mark.parametrize("case", ["slow", "well", "unwatched"])
+def test_what_is_slow_or_well_is_left_alone(results, case):
+    assert results[case] == {"codes": [0, 0, 0], "out": ""}
+
+
+def test_without_its_launcher_a_run_stops_as_if_told_to(results):
+    assert results["launcher"]["codes"] == [75, 75, 75], results["launcher"]
+    assert "the launcher has gone" in results["launcher"]["out"]
+
+
+def test_a_single_rank_is_not_watched(monkeypatch):
+    with Watchdog(5.0) as watchdog:
+        for phase in PATIENCE:
+            watchdog.at(1, phase)
+    with pytest.raises(AssertionError):
+        watchdog.at(1, "sleeping")
