@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -48,19 +49,30 @@ def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def broadcast(value: Any, source: int = 0) -> Any:
+def broadcast(value: Any, source: int = 0, group: Any = None) -> Any:
     """The `source` rank's `value`, a small picklable object, on every rank."""
     if world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=source)
+    dist.broadcast_object_list(box, src=source, group=group)
     return box[0]
 
 
-def gather(value: Any) -> list[Any]:
+def gather(value: Any, group: Any = None) -> list[Any]:
     """Every rank's `value`, a small picklable object, in the order of the ranks."""
     if world_size() == 1:
         return [value]
     box: list[Any] = [None] * world_size()
-    dist.all_gather_object(box, value)
+    dist.all_gather_object(box, value, group=group)
     return box
+
+
+def side_group(timeout: timedelta) -> Any:
+    """A second group of all ranks, for collectives in a thread beside the training; None on a single rank."""
+    return dist.new_group(backend="gloo", timeout=timeout) if world_size() > 1 else None
+
+
+def leave_group(group: Any) -> None:
+    """Frees what `side_group` made."""
+    if group is not None and is_on():
+        dist.destroy_process_group(group)

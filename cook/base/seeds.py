@@ -28,14 +28,27 @@ def seed_everything(seed: int) -> None:
 
 
 def rng_state() -> dict[str, torch.Tensor]:
-    """The state of torch's generators on this rank (dropout draws from them)."""
-    state = {"cpu": torch.get_rng_state()}
+    """The state of all global generators of this rank: torch's (dropout draws from them), numpy's and Python's."""
+    _, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)
+    _, words, gauss_next = random.getstate()
+    state = {
+        "cpu": torch.get_rng_state(),
+        "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+        "numpy_rest": torch.tensor([place, has_gauss, gauss], dtype=torch.float64),
+        "python": torch.tensor(words, dtype=torch.int64),
+        "python_gauss": torch.tensor([] if gauss_next is None else [gauss_next], dtype=torch.float64),
+    }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
 def restore_rng_state(state: dict[str, torch.Tensor]) -> None:
+    """Sets all generators to what `rng_state` found."""
     torch.set_rng_state(state["cpu"])
+    place, has_gauss, gauss = state["numpy_rest"].tolist()
+    np.random.set_state(("MT19937", state["numpy"].numpy().astype(np.uint32), int(place), int(has_gauss), gauss))
+    gauss_next = state["python_gauss"].tolist()
+    random.setstate((3, tuple(state["python"].tolist()), gauss_next[0] if gauss_next else None))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

@@ -21,6 +21,8 @@ class Request(enum.IntFlag):
     """Write a checkpoint after this step, and go on."""
     STOP = 2
     """Write a checkpoint after this step, and end."""
+    SETTLE = 4
+    """No signal's: a save in the background has failed on some rank, and all of them must hear of it."""
 
 
 MEANING = {signal.SIGTERM: Request.STOP, signal.SIGINT: Request.STOP, signal.SIGUSR1: Request.SAVE}

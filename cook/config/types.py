@@ -27,6 +27,8 @@ StageName = Literal[
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Schedule = Literal["cosine", "linear", "constant"]
+SpikeAction = Literal["off", "log", "skip", "stop"]
+SpikeMeasure = Literal["gradient_norm", "loss"]
 DataType = Literal["python_stdlib", "text", "jsonl"]
 TokenizerType = Literal["sentencepiece", "hf"]
 ModelType = Literal["cpm_ant"]
@@ -93,7 +95,7 @@ class TrainingConfig:
     """How one stage trains the weights. A stage's own overrides have the same keys."""
 
     steps: int
-    """Optimizer steps."""
+    """Optimizer steps, those included that are not applied."""
 
     train_batch_size: int
     """Rows a step, over all ranks and accumulation steps: micro_batch_size × accumulation × ranks."""
@@ -139,6 +141,21 @@ class TrainingConfig:
 
     eval_rows: int = 256
     """Held-out rows that an evaluation reads; 0: no evaluation."""
+
+    max_bad_steps: int = 3
+    """Steps in a row that end the run when they fail: loss or gradient not finite, or a spike that is skipped."""
+
+    spike: SpikeAction = "off"
+    """What happens to a step far above the recent ones: nothing, a note in the log, no update, or the run's end."""
+
+    spike_measure: SpikeMeasure = "gradient_norm"
+    """What is compared: the gradient's global norm, or the loss."""
+
+    spike_factor: float = 10.0
+    """How many times the median of the last `spike_window` updates is a spike."""
+
+    spike_window: int = 64
+    """Updates that the median is taken of; until there are as many nothing is a spike."""
 
     threads: int | None = None
     """CPU threads a rank. None: the machine's cores shared out among its ranks."""

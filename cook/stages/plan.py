@@ -77,8 +77,10 @@ class Stage:
         """
         config = self.config
         training, data = asdict(config.training), asdict(config.data)
-        for key in ("log_every", "save_every", "keep_checkpoints", "threads", "micro_batch_size", "eval_rows",
-                    "rank_timeout"):  # fmt: skip
+        for key in (
+            "log_every", "save_every", "keep_checkpoints", "threads", "micro_batch_size", "eval_rows", "rank_timeout",
+            "max_bad_steps", "spike", "spike_measure", "spike_factor", "spike_window",
+        ):  # fmt: skip
             training.pop(key)
         data.pop("cache_dir")
         distillation = config.distillation if self.name != "pretrain" else None

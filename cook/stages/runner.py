@@ -30,9 +30,10 @@ from cook.stages.plan import Stage
 from cook.stages.structure import describe_structure
 from cook.surgery.export import write_model_folder, write_tokenizer
 from cook.surgery.gates import AttachedGates
-from cook.training.checkpoint import Position, find_checkpoint, load_checkpoint
+from cook.training.checkpoint import find_checkpoint, load_checkpoint
 from cook.training.engine import Engine
 from cook.training.loop import Run, train
+from cook.training.saver import Position
 from cook.training.settings import check_settings
 
 

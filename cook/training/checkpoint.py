@@ -1,208 +1,83 @@
-"""Checkpoints that are whole or absent.
+"""Finds, loads and lists checkpoints; `saver.py` writes them.
 
-All ranks write into `tmp-<step>/`; every file is flushed to the disk; the ranks agree that all went well; rank 0 writes
-a manifest (size and SHA-256 of every file), renames the folder to `step-<n>/` and points `latest` at it. A start takes
-the newest checkpoint whose manifest holds, verified before anything in it is unpickled; if there are checkpoints and
-none is valid, that is an error and never a silent fresh start.
+The ranks agree on the newest checkpoint that all of them see and whose manifest holds, before anything in it is opened;
+if there have been checkpoints and none is valid, that is an error and never a silent fresh start.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
+import hashlib
+import json
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cook.base import distributed
-from cook.base.errors import RunFailed, UserError
-from cook.base.files import fsync_folder, read_json, sha256, write_atomically, write_json
-from cook.base.seeds import restore_rng_state, rng_state
+from cook.base.errors import UserError, run_entry
+from cook.base.faults import point
+from cook.base.files import read_json
+from cook.base.seeds import derived_seed, restore_rng_state, seed_everything
 from cook.base.tensor_files import load_pt
 from cook.masks.gates import Gates
-from cook.training.engine import Engine, checkpoint_weights
-
-MANIFEST = "manifest.json"
-MANIFEST_TYPES = {"step": int, "tokens": int, "world_size": int, "fingerprint": str, "layout": str, "files": dict}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Position:
-    """How far a stage has come; the data order follows from the step."""
-
-    step: int
-    tokens: int
-
-
-def save_checkpoint(
-    root: Path, engine: Engine, gates: Gates | None, position: Position, *, fingerprint: str, keep: int
-) -> Path:
-    """Writes checkpoint `step-<n>` under `root`; all ranks call it together.
-
-    Args:
-        root: The stage's `checkpoints` folder.
-        engine: Weights and optimizer states.
-        gates: The masks being learned, if any.
-        position: The steps and tokens done.
-        fingerprint: Hash of the settings that the run depends on.
-        keep: How many of the newest checkpoints stay.
-
-    Raises:
-        RunFailed: on every rank, if any rank could not write; older checkpoints are untouched.
-    """
-    scratch, final = root / f"tmp-{position.step}", root / f"step-{position.step}"
-    error = _attempt(lambda: _empty_folder(scratch)) if distributed.rank() == 0 else None
-    failures = [e for e in [distributed.broadcast(error)] if e]
-    if not failures:
-        error = _attempt(lambda: _write_shards(scratch, engine, gates))
-        failures = [e for e in distributed.gather(error) if e]
-    if not failures and distributed.rank() == 0:
-        failures = [e for e in [_attempt(lambda: _publish(scratch, final, position, fingerprint, engine.layout))] if e]
-    failures = distributed.broadcast(failures)
-    if failures:
-        if distributed.rank() == 0:
-            shutil.rmtree(scratch, ignore_errors=True)
-        raise RunFailed(
-            f"the checkpoint of step {position.step} could not be written to {root}\n  {failures[0]}\n"
-            "  remedy: free some space or mend the folder, then start again; the older checkpoints are intact"
-        )
-    if distributed.rank() == 0:
-        _remove_old(root, position.step, keep)
-    distributed.barrier()
-    return final
-
-
-def _empty_folder(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-def _attempt(action: Callable[[], None]) -> str | None:
-    try:
-        action()
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        return f"rank {distributed.rank()}: {error}"
-    return None
-
-
-def _write_shards(scratch: Path, engine: Engine, gates: Gates | None) -> None:
-    engine.save(scratch)
-    rank = distributed.rank()
-    torch.save(rng_state(), scratch / f"rng-{rank}.pt")
-    if rank == 0:
-        write_json(scratch / "config.json", engine.model_config())
-        if gates:
-            torch.save(gates.state_dict(), scratch / "gates.pt")
-
-
-def _publish(scratch: Path, final: Path, position: Position, fingerprint: str, layout: str) -> None:
-    files = sorted(path for path in scratch.rglob("*") if path.is_file())
-    for path in files:
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
-    manifest = {
-        "step": position.step,
-        "tokens": position.tokens,
-        "world_size": distributed.world_size(),
-        "fingerprint": fingerprint,
-        "layout": layout,
-        "files": {str(p.relative_to(scratch)): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files},
-    }
-    write_json(scratch / MANIFEST, manifest)
-    for folder in {path.parent for path in files}:
-        fsync_folder(folder)
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(scratch, final)
-    fsync_folder(final.parent)
-    write_atomically(final.parent / "latest", final.name + "\n")
-
-
-def _remove_old(root: Path, newest: int, keep: int) -> None:
-    found = sorted(_numbered(root), reverse=True)
-    # Beyond the step just saved lie those of a future that was given up: damaged ones, or more than was gone back to.
-    given_up = [entry for entry in found if entry[0] > newest]
-    for _, folder in given_up + [entry for entry in found if entry[0] <= newest][max(1, keep) :]:
-        # Renamed first: a half-deleted folder must not look like a checkpoint.
-        doomed = folder.rename(root / f"tmp-removed-{folder.name}")
-        shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _numbered(root: Path) -> list[tuple[int, Path]]:
-    found = [(path.name.removeprefix("step-"), path) for path in root.glob("step-*") if path.is_dir()]
-    return [(int(number), path) for number, path in found if number.isdecimal()]
-
-
-def verify(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, after every file has been compared with it.
-
-    Raises:
-        UserError: a file is missing, of another size or another content.
-    """
-    manifest = read_json(folder / MANIFEST)
-    try:
-        expected = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
-        sound = all(isinstance(manifest[key], kind) for key, kind in MANIFEST_TYPES.items())
-    except (KeyError, TypeError, AttributeError):
-        sound = False
-    if not sound:
-        raise UserError(f"{folder / MANIFEST}: not a checkpoint's manifest")
-    strange = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {*expected, MANIFEST}
-    if strange:
-        # The engine looks its files up by pattern, and executes what it finds.
-        raise UserError(f"{folder / min(strange)}: not part of the checkpoint", remedy="move it elsewhere")
-    for name, (size, digest) in expected.items():
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"{path}: missing from the checkpoint")
-        if path.stat().st_size != size or sha256(path) != digest:
-            raise UserError(f"{path}: not what was saved", wanted=f"{size} bytes, sha256 {digest}")
-    return manifest
-
-
-def newest_valid(root: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint under `root` that verifies, with its manifest; None if there is none at all.
-
-    Raises:
-        UserError: there are checkpoints, but none is valid.
-    """
-    problems = []
-    for _, folder in sorted(_numbered(root), reverse=True):
-        try:
-            manifest = verify(folder)
-        except UserError as error:
-            problems.append(error.what)
-            continue
-        for problem in problems:
-            print(f"warning: {problem}; going back to {folder.name}", file=sys.stderr, flush=True)
-        return folder, manifest
-    if problems:
-        raise UserError(
-            f"{root}: no checkpoint is valid",
-            got="; ".join(problems),
-            remedy="restore a good copy, or start over with --resume never",
-        )
-    return None
+from cook.training.engine import Engine
+from cook.training.manifest import MANIFEST, folder_of, none_to_go_on_from, recover, steps, verify
+from cook.training.saver import STATE, Position, attempt
+from cook.training.shards import checkpoint_weights
 
 
 def find_checkpoint(root: Path, resume: str) -> tuple[Path, dict[str, Any]] | None:
-    """What `--resume` asks for, agreed among the ranks: `auto`, `never`, or a checkpoint's folder."""
+    """What `--resume` asks for, agreed among the ranks: `auto`, `never`, or a checkpoint's folder.
 
-    def look() -> tuple[Path, dict[str, Any]] | UserError | None:
-        try:
-            if resume == "auto":
-                return newest_valid(root)
-            return None if resume == "never" else (Path(resume), verify(Path(resume)))
-        except UserError as error:
-            return error
+    Every rank compares its share of each file list with the disk: together they read each checkpoint once.
 
-    found = distributed.broadcast(look() if distributed.rank() == 0 else None)
-    if isinstance(found, UserError):
-        raise found
-    return found
+    Raises:
+        UserError: on every rank; none is valid, or not the one that was named.
+    """
+    if resume == "never":
+        return None
+    if resume != "auto":
+        found = _verified_together(Path(resume))
+        if isinstance(found, UserError):
+            raise found
+        return Path(resume), found
+    error = attempt(lambda: recover(root)) if distributed.rank() == 0 else None
+    error = distributed.broadcast(error)
+    if error:
+        raise UserError(f"{root}: cannot be put in order", got=error, remedy="mend the folder's permissions")
+    seen = distributed.gather(steps(root))
+    problems = []
+    for step in sorted({step for own in seen for step in own}, reverse=True):
+        folder = folder_of(root, step)
+        blind = [rank for rank, own in enumerate(seen) if step not in own]
+        verdict = UserError(f"{folder}: not seen by rank {blind[0]}") if blind else _verified_together(folder)
+        if isinstance(verdict, UserError):
+            problems.append(verdict.what)
+            continue
+        for problem in problems if distributed.rank() == 0 else ():
+            print(f"warning: {problem}; going back to {folder.name}", file=sys.stderr, flush=True)
+        point("load.found")
+        return folder, verdict
+    none = distributed.broadcast(none_to_go_on_from(root, problems))
+    if none:
+        raise none
+    return None
+
+
+def _verified_together(folder: Path) -> dict[str, Any] | UserError:
+    verdict: dict[str, Any] | UserError
+    try:
+        verdict = verify(folder, distributed.rank(), distributed.world_size())
+        digest: Any = hashlib.sha256(json.dumps(verdict, sort_keys=True).encode()).hexdigest()
+    except UserError as error:
+        verdict = digest = error
+    reports = distributed.gather(digest)
+    errors = [report for report in reports if isinstance(report, UserError)]
+    if errors:
+        return errors[0]
+    return verdict if len(set(reports)) == 1 else UserError(f"{folder}: not the same for all ranks")
 
 
 def load_checkpoint(
@@ -210,41 +85,69 @@ def load_checkpoint(
 ) -> Position:
     """Restores engine, gates and generators from a verified checkpoint; all ranks call it together.
 
+    With another number of ranks or at another ZeRO stage, fp32 weights, moments, schedules and gates come back exactly
+    and the same batches follow in the same order; what is drawn by each rank (dropout) differs.
+
     Raises:
-        UserError: it was saved under other settings or by another number of ranks.
+        UserError: it was saved under other settings.
     """
     if manifest["fingerprint"] != fingerprint:
         raise UserError(
             f"{folder}: saved by a run with other settings",
             remedy="restore the settings, choose another output_dir, or start over with --resume never",
         )
-    if manifest["world_size"] != distributed.world_size():
+    for key in ("precision", "optimizer"):
+        if manifest["layout"].get(key) != engine.layout[key]:
+            raise UserError(
+                f"{folder}: saved with another {key}",
+                wanted=manifest["layout"].get(key),
+                got=engine.layout[key],
+                remedy=f"restore the {key}, or start over with --resume never",
+            )
+    position = _position(folder, manifest["world_size"])
+    same_ranks = manifest["world_size"] == distributed.world_size()
+    if same_ranks and manifest["layout"] == engine.layout:
+        engine.load(folder)
+    else:
+        engine.load_resharded(folder)
+    point("load.engine")
+    if gates:
+        gates.load_state_dict(load_pt(folder / "gates.pt"))
+    if distributed.rank() < manifest["world_size"]:
+        restore_rng_state(load_pt(folder / f"rng-{distributed.rank()}.pt"))
+    else:
+        seed_everything(derived_seed(torch.initial_seed() % 2**63, "resumed at", position.step))
+    point("load.done")
+    return position
+
+
+def _position(folder: Path, world_size: int) -> Position:
+    state = read_json(folder / STATE)
+    ranks = state.pop("ranks")
+    if world_size == distributed.world_size():
+        return Position(**state, **ranks[distributed.rank()])
+    if any(rank != ranks[0] for rank in ranks):
         raise UserError(
-            f"{folder}: saved by another number of ranks",
-            wanted=f"{manifest['world_size']} ranks",
+            f"{folder}: its ranks have read different parts of the data",
+            wanted=f"{world_size} ranks",
             got=distributed.world_size(),
             remedy="start with that many, or --resume never",
         )
-    if manifest["layout"] != engine.layout:
-        raise UserError(
-            f"{folder}: saved in another layout",
-            wanted=manifest["layout"],
-            got=engine.layout,
-            remedy="restore the DeepSpeed config and the precision, or start over with --resume never",
-        )
-    engine.load(folder)
-    if gates:
-        gates.load_state_dict(load_pt(folder / "gates.pt"))
-    restore_rng_state(load_pt(folder / f"rng-{distributed.rank()}.pt"))
-    return Position(step=manifest["step"], tokens=manifest["tokens"])
+    return Position(**state, **ranks[0])
 
 
 def stored_weights(folder: Path) -> Mapping[str, torch.Tensor]:
     """The fp32 weights in a checkpoint, one of these or one that DeepSpeed alone wrote, at any ZeRO stage.
 
     Raises:
-        UserError: the checkpoint has a manifest and is not what was saved; it is compared before anything is unpickled.
+        UserError: the checkpoint has a manifest and is not what was saved; it is compared before anything is opened.
     """
     if (folder / MANIFEST).is_file():
         verify(folder)
     return checkpoint_weights(folder)
+
+
+if __name__ == "__main__":
+    from cook.training.listing import main
+
+    run_entry(main)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
@@ -18,9 +17,12 @@ import torch
 
 from cook.base import distributed
 from cook.base.errors import UserError
-from cook.base.tensor_files import LazyTensors, load_pt
+from cook.base.tensor_files import LazyTensors
 from cook.config.types import TrainingConfig
+from cook.training.partitions import Partitions
 from cook.training.settings import check_settings, resolve_precision
+from cook.training.shards import TAG, Shards, ShardWriter
+from cook.training.watch import NormWatch, reserve_state
 
 
 def initialise_processes(threads: int | None) -> None:
@@ -96,16 +98,16 @@ class Engine:
         cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", distributed.local_rank()) if cuda else torch.device("cpu")
         self._schedules_itself = "scheduler" in self.config
-        self._norm: float | None = None
         self._clip: float | None = None
         if self.zero_stage == 0 and self.precision == "fp32":
             # Here DeepSpeed neither tells the gradient's norm nor stops at one that is not finite.
             self._clip, self.config["gradient_clipping"] = self.config["gradient_clipping"], 0.0
         self._frozen = weights if weights is not None and not training.train_weights else None
 
+        self._partitions = Partitions(deepspeed, self.zero_stage, self.device)
         model = self._partitioned(build) if self.zero_stage == 3 else build()
         if weights is not None:
-            self._load(model, weights)
+            self._partitions.load(model, weights)
         if training.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         if not training.train_weights:
@@ -119,6 +121,11 @@ class Engine:
         )
         if weights is not None and self.precision != "fp32":
             self._load_masters(weights)
+        self._watch = NormWatch(self._engine.optimizer, self.zero_stage)
+        self._writer = ShardWriter(_stored_classes())
+        self._engine.checkpoint_engine = self._writer
+        # The copy of its tools in every checkpoint: a write of its own, whose failure would leave the ranks apart.
+        self._engine._copy_recovery_script = lambda *_: None
 
     def _partitioned(self, build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
         with self._deepspeed.zero.Init(config_dict_or_path=self.config):
@@ -136,35 +143,13 @@ class Engine:
             fused=True,
         )
 
-    def _load(self, model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-        names = {name for name, _ in model.named_parameters()}
-        if names != set(weights):
-            lacking, strange = sorted(names - set(weights)), sorted(set(weights) - names)
-            raise UserError(
-                "the weights do not fit the model's config",
-                wanted=f"{len(names)} tensors" + (f", among them {lacking[0]}" if lacking else ""),
-                got=f"{len(weights)} tensors" + (f", among them {strange[0]}" if strange else ""),
-            )
-        error: UserError | None = None
-        for name, parameter in model.named_parameters():
-            with self._gathered(parameter, modified=True), torch.no_grad():
-                if self.zero_stage != 3 or distributed.rank() == 0:
-                    error = error or _copy_into(parameter, weights, name)
-        # Under ZeRO 3 only the first rank reads: it must not leave the others waiting for it.
-        error = next((e for e in distributed.gather(error) if e), None)
-        if error:
-            raise error
-
     def _load_masters(self, weights: Mapping[str, torch.Tensor]) -> None:
         # The engine made its fp32 masters from parameters that had been rounded to half precision.
-        for name, parameter in self.module.named_parameters():
-            if parameter.requires_grad:
-                self._deepspeed.utils.safe_set_full_fp32_param(parameter, weights[name].float().to(self.device))
+        for name, parameter in self._trained():
+            self._partitions.set_optimized(parameter, weights[name])
 
-    def _gathered(self, parameter: torch.nn.Parameter, *, modified: bool = False):
-        if self.zero_stage != 3:
-            return contextlib.nullcontext()
-        return self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if modified else None)
+    def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [(name, parameter) for name, parameter in self.module.named_parameters() if parameter.requires_grad]
 
     @property
     def module(self) -> torch.nn.Module:
@@ -172,15 +157,21 @@ class Engine:
         return self._engine.module
 
     @property
-    def layout(self) -> str:
-        """What a checkpoint's files depend on beside the number of ranks, in words."""
+    def layout(self) -> dict[str, Any]:
+        """What a checkpoint's files depend on beside the number of ranks."""
         optimizer = self.config.get("optimizer", {}).get("type", "AdamW")
-        return f"ZeRO {self.zero_stage}, {self.precision}, {optimizer}"
+        return {"zero_stage": self.zero_stage, "precision": self.precision, "optimizer": optimizer}
 
     @property
     def loss_scale(self) -> float:
         """The factor on all gradients before the optimizer unscales them; 1 but for fp16."""
         return float(getattr(self._engine.optimizer, "loss_scale", 1.0)) if self.precision == "fp16" else 1.0
+
+    @property
+    def can_rescale(self) -> bool:
+        """Whether an overflow may only mean that fp16's loss scale has to fall further."""
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        return self.precision == "fp16" and self.loss_scale > getattr(scaler, "min_scale", self.loss_scale)
 
     def __call__(self, **inputs: Any) -> Any:
         return self._engine(**inputs)
@@ -189,16 +180,22 @@ class Engine:
         """Backward pass of one micro-batch; gradients add up as loss / accumulation."""
         self._engine.backward(loss)
 
-    def step(self) -> bool:
+    def step(self, limit: float = math.inf) -> bool:
         """Ends a micro-batch; at the accumulation boundary updates the weights. Returns whether it did.
 
-        Weights are left alone, and False is returned, where the gradient is not finite.
+        Args:
+            limit: Weights, moments and the engine's scheduler are left alone, and the gradients are dropped, where the
+                global norm of the gradient is above this or not finite; negative: whatever the gradient is.
         """
+        self._watch.begin(limit, self.loss_scale)
         if self._clip is not None and self._engine.is_gradient_accumulation_boundary():
             # A bound of infinity leaves the gradient as it is.
             bound = self._clip or math.inf
-            self._norm = float(torch.nn.utils.clip_grad_norm_(self.module.parameters(), bound))
-            if not math.isfinite(self._norm):
+            norm = float(torch.nn.utils.clip_grad_norm_(self.module.parameters(), bound))
+            if not self._watch.accepts(norm):
+                self._engine.zero_grad()
+                self._engine.micro_steps += 1
+                self._engine.skipped_steps += 1
                 return False
         self._engine.step()
         return bool(self._engine.was_step_applied())
@@ -212,9 +209,8 @@ class Engine:
         return float(self._engine.optimizer.param_groups[0]["lr"])
 
     def gradient_norm(self) -> float | None:
-        """The global norm of the last step's gradients, before clipping; None where the engine does not tell."""
-        norm = self._engine.get_global_grad_norm() if self._clip is None else self._norm
-        return None if norm is None else float(norm)
+        """The global norm of the last step's gradients, before clipping; None before the first step."""
+        return self._watch.norm
 
     def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every weight whole and in fp32 on the CPU, one after the other; all ranks must go through it together."""
@@ -222,45 +218,74 @@ class Engine:
             if self._frozen is not None:
                 yield name, self._frozen[name].float()  # the engine's own copy may have been rounded to half precision
                 continue
-            master = self._deepspeed.utils.safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
-            if master is not None:
-                yield name, master.detach().float().cpu()
-                continue
-            with self._gathered(parameter):
-                yield name, parameter.detach().float().cpu().clone()
+            yield name, self._partitions.whole(parameter)
 
     def model_config(self) -> dict[str, Any]:
         """The model's config.json, for a checkpoint to be complete."""
         return json.loads(self.module.config.to_json_string(use_diff=False))  # type: ignore[union-attr, operator]
 
-    def save(self, folder: Path) -> None:
-        """Writes weights and optimizer states of all ranks into `folder/engine`; all ranks call it."""
-        self._engine.save_checkpoint(str(folder), tag="engine")
+    def save(self, folder: Path) -> list[Path]:
+        """Writes weights and optimizer states of all ranks into `folder/engine`; all ranks call it.
+
+        Returns: the files that this rank has written.
+
+        Raises: whatever this rank's writing met with, only after all ranks have come through.
+        """
+        self._writer.begin()
+        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        if self._writer.failure:
+            raise self._writer.failure
+        return list(self._writer.written)
 
     def load(self, folder: Path) -> None:
-        """Reads what `save` wrote with the same number of ranks."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag="engine")
+        """Reads what `save` wrote with the same number of ranks and the same `layout`."""
+        path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
         if path is None:
             raise UserError(f"{folder}: DeepSpeed could not load this checkpoint", remedy="start with --resume never")
+
+    def load_resharded(self, folder: Path) -> None:
+        """Reads what `save` wrote with another number of ranks or at another ZeRO stage; all ranks call it.
+
+        Every rank reads the files of all: the fp32 masters, the optimizer's moments and counters come back exactly.
+        """
+        shards, trained = Shards(folder), self._trained()
+        if self._frozen is None:
+            stored = shards.weights()  # tied weights under all their names, and buffers
+            names = [name for name, _ in self.module.named_parameters() if name in stored]
+            weights = LazyTensors({name: partial(stored.__getitem__, name) for name in names})
+            self._partitions.load(self.module, weights)
+            if self.zero_stage:
+                self._load_masters(weights)
+        optimizer, model = self._engine.optimizer, shards.model
+        moments = shards.moments([name for name, _ in trained])
+        reserve_state(optimizer, self.zero_stage, [p for _, p in trained], shards.counters(), list(moments))
+        for key, tensors in moments.items():
+            for name, parameter in trained:
+                if self.zero_stage:
+                    self._partitions.set_optimized(parameter, tensors[name], key)
+                else:
+                    optimizer.state[parameter][key].copy_(tensors[name])
+        for group, saved in zip(optimizer.param_groups, shards.groups(), strict=True):
+            group |= {key: saved[key] for key in ("lr", "step") if key in saved}
+        if self.precision == "fp16":
+            vars(optimizer.loss_scaler).update(shards.loss_scale_state())
+        if self._engine.lr_scheduler is not None:
+            self._engine.lr_scheduler.load_state_dict(model["lr_scheduler"])
+        for counter in ("global_steps", "global_samples", "skipped_steps"):
+            setattr(self._engine, counter, model[counter])
 
     def close(self) -> None:
         """Frees the engine's hooks and buffers, for another stage in the same process."""
         self._engine.destroy()
 
 
-def _copy_into(parameter: torch.nn.Parameter, weights: Mapping[str, torch.Tensor], name: str) -> UserError | None:
-    try:
-        tensor = weights[name]
-    except UserError as error:
-        return error
-    if tensor.shape != parameter.shape:
-        return UserError(
-            f"{name} has another shape than the model's config says",
-            wanted=tuple(parameter.shape),
-            got=tuple(tensor.shape),
-        )
-    parameter.copy_(tensor)
-    return None
+def _stored_classes() -> tuple[Any, ...]:
+    """In the order of `shards.CLASSES`."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address
 
 
 def _freeze_all_but_smallest(model: torch.nn.Module) -> None:
@@ -268,33 +293,3 @@ def _freeze_all_but_smallest(model: torch.nn.Module) -> None:
     smallest = min(model.parameters(), key=lambda p: getattr(p, "ds_numel", p.numel()))
     for parameter in model.parameters():
         parameter.requires_grad_(parameter is smallest)
-
-
-def checkpoint_weights(folder: Path) -> Mapping[str, torch.Tensor]:
-    """The fp32 weights in a checkpoint that `Engine.save` or DeepSpeed wrote, at any ZeRO stage.
-
-    Args:
-        folder: The folder that holds the tag's folder and `latest`. DeepSpeed unpickles what ZeRO 1 to 3 left there:
-            it must come from someone trusted.
-
-    Raises:
-        UserError: not a whole checkpoint of DeepSpeed's.
-    """
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    tag = "engine" if (folder / "engine").is_dir() else (folder / "latest").read_text().strip()
-    shards = sorted((folder / tag).glob("*_optim_states.pt"))
-    if not shards:
-        return load_pt(folder / tag / "mp_rank_00_model_states.pt")["module"]
-    try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-            weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag, lazy_mode=True)
-    except Exception as error:  # whatever DeepSpeed stumbles over in a folder that is not its own, or not whole
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{folder / tag}: DeepSpeed cannot read this checkpoint", got=reason) from None
-    # `contiguous` is what puts a weight together from the ranks' shards.
-    return LazyTensors({name: partial(_whole, weights[name]) for name in weights})
-
-
-def _whole(pieces: Any) -> torch.Tensor:
-    return pieces.contiguous().detach()

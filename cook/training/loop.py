@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 import operator
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+import numpy as np
 
 from cook.base import distributed
 from cook.base.errors import Interrupted
@@ -18,18 +23,36 @@ from cook.masks.gates import Gates
 from cook.report.console import Progress
 from cook.report.events import EventLog
 from cook.surgery.gates import AttachedGates
-from cook.training.checkpoint import Position, save_checkpoint
 from cook.training.engine import Engine
+from cook.training.guard import Guard
+from cook.training.manifest import folder_of
 from cook.training.optim import learning_rate
+from cook.training.saver import Position, Saver
 from cook.training.step import Batch, ExtraLoss, StepResult, train_step
 
 
 class Batches(Protocol):
-    """What the loop needs of a data loader: the batch of any step, without a state."""
+    """What the loop needs of a data loader: the batch of any step, counted from 0.
+
+    A loader whose batches depend on more than the step also has `state_dict()` and `load_state_dict(state)`: what to
+    begin the step after a checkpoint from, as JSON; and one that can name its samples `sample_ids(step, rank,
+    world_size)`, a list of numbers or strings.
+    """
+
+    def indices(self, step: int) -> Sequence[int] | np.ndarray: ...
 
     def micro_batches(self, step: int, rank: int, world_size: int, micro_batch_size: int) -> Sequence[Batch]: ...
 
     def num_targets(self, step: int) -> int: ...
+
+
+def sample_ids(batches: Batches, step: int, world_size: int) -> dict[str, list[int | str]]:
+    """What each rank reads in a step (counted from 0), by rank: the loader's own names, else the rows' numbers."""
+    named = getattr(batches, "sample_ids", None)
+    if named is not None:
+        return {str(rank): list(named(step, rank, world_size)) for rank in range(world_size)}
+    rows = np.asarray(batches.indices(step)).reshape(world_size, -1)
+    return {str(rank): share.tolist() for rank, share in enumerate(rows)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,46 +78,63 @@ def train(run: Run, start: Position, log: EventLog) -> Position:
     """Trains from `start` to the stage's last step.
 
     Raises:
-        Interrupted: after a signal, once a checkpoint is written.
-        NonFinite: the loss or a gradient is not finite; nothing of that step was applied.
+        Interrupted: after a signal, once a checkpoint is published.
+        BadSteps: too many steps in a row could not be applied.
+        RunFailed: a checkpoint could not be written.
     """
     training, position = run.training, start
     final_target = max((c.target for c in run.gates.constraints), default=None) if run.gates else None
     rank, world = distributed.rank(), distributed.world_size()
-    meter = _Meter(start.tokens)
+    meter, guard = _Meter(start.tokens), Guard(training, start.guard)
+    if start.data is not None:
+        run.batches.load_state_dict(start.data)  # type: ignore[attr-defined]
     with (
         Signals() as signals,
         Progress(run.name, training.steps, start.step, enabled=rank == 0, final_target=final_target) as progress,
+        Saver(run.checkpoints, stage=run.name, fingerprint=run.fingerprint, keep=training.keep_checkpoints) as saver,
     ):
         for step in range(start.step + 1, training.steps + 1):
             run.at(step, "step" if step > start.step + 1 else "first step")
-            num_targets = run.batches.num_targets(step - 1)
-            rate = learning_rate(training, step)
+            num_targets, limits, update = run.batches.num_targets(step - 1), guard.limits(), position.updates + 1
             result = train_step(
                 run.engine,
                 run.batches.micro_batches(step - 1, rank, world, training.rows_at_once(world)),
                 step,
                 num_targets=num_targets,
-                learning_rate=rate,
+                learning_rate=learning_rate(training, update),
                 attached=run.attached,
                 gates=run.gates,
                 extra_loss=run.extra_loss,
-                asked=signals.take(),
+                asked=signals.take() | (Request.SETTLE if saver.failed else Request.NOTHING),
+                update=update,
+                limits=limits,
             )
-            position = Position(step=step, tokens=position.tokens + num_targets)
-            _report(run, position, result, meter, log, progress)
+            note, give_up = guard.after(result, run.engine.gradient_norm())
+            updates = position.updates + result.applied
+            position = Position(step=step, updates=updates, tokens=position.tokens + num_targets)
+            _report(run, position, result, note, meter, log, progress)
+            if note and give_up:
+                saver.wait()
+                last = saver.newest or (folder_of(run.checkpoints, start.step) if start.step else None)
+                raise guard.failure(step, note, last)
+            if Request.SETTLE in result.asked:
+                saver.wait()  # raises what failed
             # What came during the last step itself has not been heard by it, and the stage after must not begin.
             asked = result.asked | (_of_any_rank(signals.take()) if step == training.steps else Request.NOTHING)
             if asked or step == training.steps or (training.save_every and step % training.save_every == 0):
                 run.at(step, "saving")
-                save_checkpoint(
-                    run.checkpoints, run.engine, run.gates, position,
-                    fingerprint=run.fingerprint, keep=training.keep_checkpoints,
-                )  # fmt: skip
-                run.on_save()
+                whole = dataclasses.replace(position, guard=guard.state_dict(), data=_data_state(run.batches))
+                saver.save(run.engine, run.gates, whole, also=run.on_save)
             if Request.STOP in asked:
+                saver.wait()
                 raise Interrupted(f"{run.name} saved step {step} of {training.steps}; the same command goes on from it")
+        run.at(position.step, "saving")
     return position
+
+
+def _data_state(batches: Batches) -> Any:
+    state_dict = getattr(batches, "state_dict", None)
+    return None if state_dict is None else state_dict()
 
 
 def _of_any_rank(asked: Request) -> Request:
@@ -116,10 +156,11 @@ class _Meter:
 
 
 def _report(
-    run: Run, position: Position, result: StepResult, meter: _Meter, log: EventLog, progress: Progress
-) -> None:
+    run: Run, position: Position, result: StepResult, note: str | None, meter: _Meter, log: EventLog,
+    progress: Progress,
+) -> None:  # fmt: skip
     step = position.step
-    due = step % run.training.log_every == 0 or step in (1, run.training.steps)
+    due = note is not None or step % run.training.log_every == 0 or step in (1, run.training.steps)
     if due:
         meter.read(position.tokens)
     expected = target = None
@@ -134,14 +175,17 @@ def _report(
     }
     if run.gates:
         names = [c.name for c in run.gates.constraints]
-        sparsity, wanted = run.gates.expected_sparsity(), run.gates.targets(step)
+        sparsity, wanted = run.gates.expected_sparsity(), run.gates.targets(position.updates)
         expected, target = float(sparsity.mean()), float(wanted.mean())
         record["expected_sparsity"] = dict(zip(names, sparsity.tolist(), strict=True))
         record["target_sparsity"] = dict(zip(names, wanted.tolist(), strict=True))
         record["lambda"] = dict(zip(names, run.gates.controller.multipliers.tolist(), strict=True))
-    progress.update(
-        step, loss=result.loss, tokens_per_second=meter.rate, expected=expected, target=target
-    )
+    if note is not None and distributed.rank() == 0:
+        record["problem"] = note
+        record["samples"] = samples = sample_ids(run.batches, step - 1, distributed.world_size())
+        read = "; ".join(f"rank {rank}: {' '.join(map(str, ids))}" for rank, ids in samples.items())
+        print(f"warning: {run.name} step {step}: {note}; samples of {read}", file=sys.stderr, flush=True)
+    loss = result.loss if math.isfinite(result.loss) else None
+    progress.update(step, loss=loss, tokens_per_second=meter.rate, expected=expected, target=target)
     if due:
         log.write(record)
-

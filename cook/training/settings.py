@@ -48,6 +48,7 @@ def filled_config(
         config["gradient_clipping"] = training.clip
     for name in ("bf16", "fp16"):
         config[name] = {**config.get(name, {}), "enabled": precision == name}
+    config["bf16"]["check_grad_overflow"] = True  # else bf16 would apply a gradient that is not finite
     zero = config.setdefault("zero_optimization", {})
     if zero.get("stage", AUTO) == AUTO:
         zero["stage"] = 2 if world_size > 1 else 0

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from cook.base import distributed
-from cook.base.errors import RunFailed
+from cook.base.faults import point
 from cook.base.signals import Request
 from cook.masks.gates import Gates
 from cook.surgery.gates import AttachedGates
@@ -20,23 +22,30 @@ ExtraLoss = Callable[[Batch, torch.Tensor], torch.Tensor]
 """From a batch and the student's logits to a loss summed over the batch's target tokens."""
 
 
-class NonFinite(RunFailed):
-    """The loss or a gradient was NaN or infinite on some rank; nothing was updated."""
+class Limits(NamedTuple):
+    """Above these a step is not applied."""
 
-    def __init__(self, step: int, what: str):
-        self.step = step
-        super().__init__(
-            f"step {step}: {what} is not finite (NaN or infinity); nothing of this step was applied\n"
-            "  remedy: start again from the last checkpoint with a lower learning rate, or look for a bad sample"
-        )
+    loss: float = math.inf
+    """Mean cross entropy of the global batch, nats a token."""
+    norm: float = math.inf
+    """Global norm of the gradient, before clipping."""
+
+
+NO_LIMITS = Limits()
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
+    """What came of a step, the same on every rank."""
+
     loss: float
-    """Mean cross entropy a target token of the global batch, in nats."""
+    """Mean cross entropy a target token of the global batch, in nats; NaN if it is not finite on some rank."""
     applied: bool
-    """False if the engine skipped the update (fp16 overflow)."""
+    """False if nothing was updated, neither weights nor gates nor any moment."""
+    problem: str | None = None
+    """Why not, in words; None also where fp16 has yet to find its loss scale."""
+    spike: bool = False
+    """Whether the problem is a limit."""
     asked: Request
     """What signals have asked of any rank."""
 
@@ -52,8 +61,13 @@ def train_step(
     gates: Gates | None,
     extra_loss: ExtraLoss | None,
     asked: Request,
+    update: int | None = None,
+    limits: Limits = NO_LIMITS,
 ) -> StepResult:
-    """Forward, backward, update of weights and gates.
+    """Forward, backward, update of weights and gates; or no update at all, on any rank.
+
+    Where the loss or a gradient is not finite on any rank, or above `limits`, everything but the generators stands
+    still: weights, their moments, an engine's own schedule, gates, their moments and multipliers.
 
     The loss is summed over tokens and divided by the global batch's count, so that any split of the batch into ranks
     and micro-batches gives the same gradient.
@@ -61,16 +75,15 @@ def train_step(
     Args:
         engine: The model.
         micro_batches: This rank's share of the global batch.
-        step: Counted from 1.
+        step: The batch's number, counted from 1; the gates' noise depends on it.
         num_targets: Target tokens of the global batch, over all ranks.
         learning_rate: Of the weights.
         attached: The gates' hooks, already set to the fixed masks.
         gates: The masks being learned; None in pretraining and finetuning.
         extra_loss: Distillation, added to the cross entropy.
         asked: What signals have asked of this rank.
-
-    Raises:
-        NonFinite: on every rank, if the loss or a gradient is not finite on any.
+        update: The number that the update will have, from 1: the gates' targets depend on it. None: as the step.
+        limits: What the loss and the gradient's norm may be.
     """
     z = gates.draw(step).to(engine.device).requires_grad_() if gates else None
     # The engine divides by the micro-batches and averages over the ranks; undone here in favour of the token count.
@@ -91,23 +104,37 @@ def train_step(
     wishes = loss_sum.new_tensor([float(request in asked) for request in Request])
     health = torch.cat([torch.stack([loss_sum.nan_to_num(), bad.float()]), wishes])
     loss_total, num_bad, *votes = distributed.all_reduce_sum(health).tolist()
+    point("step.backward")
+    loss_mean = math.nan if num_bad else loss_total / num_targets
+    problem = _problem(int(num_bad), bad, z_gradient)
+    if spike := problem is None and loss_mean > limits.loss:
+        problem = f"the loss {loss_mean:.4g} is above {limits.loss:.4g}"
+    engine.set_learning_rate(learning_rate)
+    # fp16 finds its loss scale by overflowing now and then: no problem, as long as the scale can still fall.
+    seeks_scale = engine.can_rescale and not num_bad and not spike
+    applied = engine.step(limits.norm if problem is None else -1.0)
+    point("step.weights")
+    if applied and gates:
+        assert z_gradient is not None
+        gates.update(z_gradient, step if update is None else update)
+    norm = engine.gradient_norm()
+    if not applied and problem is None and norm is not None and math.isfinite(norm):
+        problem, spike = f"the gradient's norm {norm:.4g} is above {limits.norm:.4g}", True
+    elif not applied:
+        problem = None if seeks_scale else problem or "the gradient of the weights is not finite"
+    heard = Request(sum(request for request, count in zip(Request, votes, strict=True) if count))
+    point("step.end")
+    return StepResult(loss=loss_mean, applied=applied, problem=problem, spike=spike, asked=heard)
+
+
+def _problem(num_bad: int, bad: torch.Tensor, z_gradient: torch.Tensor | None) -> str | None:
+    """What is not finite before the gradient's norm is known; the same words on every rank."""
     if num_bad:
         ranks = [str(rank) for rank, is_bad in enumerate(distributed.gather(bool(bad))) if is_bad]
-        raise NonFinite(step, f"the loss on rank {', '.join(ranks)}")
-    # fp16 finds its loss scale by overflowing now and then: such a step is skipped, not an error.
-    gates_are_sound = z_gradient is None or bool(torch.isfinite(z_gradient).all())
-    if not gates_are_sound and engine.precision != "fp16":
-        raise NonFinite(step, "the gradient of a gate")
-
-    engine.set_learning_rate(learning_rate)
-    applied = engine.step()
-    if not applied and engine.precision != "fp16":
-        raise NonFinite(step, "the gradient of the weights")
-    if gates and applied and gates_are_sound:
-        assert z_gradient is not None
-        gates.update(z_gradient, step)
-    heard = Request(sum(request for request, count in zip(Request, votes, strict=True) if count))
-    return StepResult(loss=loss_total / num_targets, applied=applied, asked=heard)
+        return f"the loss on rank {', '.join(ranks)} is not finite"
+    if z_gradient is not None and not torch.isfinite(z_gradient).all():
+        return "the gradient of a gate is not finite"
+    return None
 
 
 def _losses(engine: Engine, batch: Batch, extra_loss: ExtraLoss | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -31,8 +31,15 @@ def test_global_generators_are_seeded():
     assert draw() == first
 
 
-def test_the_state_of_torchs_generator_comes_back():
+def test_the_state_of_all_generators_comes_back():
+    def draw():
+        numbers = random.random(), random.gauss(), np.random.rand(), np.random.randn(), float(torch.rand(1))
+        return (*numbers, random.randint(0, 2**40), int(np.random.randint(2**40)))
+
+    seed_everything(11)
+    draw()  # a gauss of Python's and a normal of numpy's have each kept a second one back
     state = rng_state()
-    first = torch.rand(4)
+    first = draw()
+    assert draw() != first
     restore_rng_state(state)
-    assert torch.equal(first, torch.rand(4))
+    assert draw() == first

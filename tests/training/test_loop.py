@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import signal
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any
 
 import pytest
 
-from cook.base.errors import Interrupted
+from cook.base.errors import Interrupted, RunFailed
 from cook.base.signals import Request
 from cook.config.types import TrainingConfig
 from cook.report.events import EventLog, read_log
 from cook.training import loop
-from cook.training.checkpoint import Position
-from cook.training.step import NonFinite, StepResult
+from cook.training.guard import BadSteps
+from cook.training.saver import Position
+from cook.training.step import StepResult
 
 
 class Engine:
@@ -27,9 +29,36 @@ class Engine:
         return None
 
 
+class Saver:
+    """Publishes at once, unless `breaks` names the step whose checkpoint fails behind the training's back."""
+
+    breaks = 0
+
+    def __init__(self, saved: list[Any]):
+        self.saved, self.failed, self.newest = saved, False, None
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def save(self, _engine: Any, _gates: Any, position: Position, *, also: Any) -> None:
+        self.saved.append(position)
+        also()
+        self.newest, self.failed = Path(f"step-{position.step}"), position.step == self.breaks
+
+    def wait(self) -> None:
+        if self.failed:
+            raise RunFailed("no space left")
+
+
 class Batches:
     def __init__(self) -> None:
         self.asked: list[int] = []
+
+    def indices(self, step: int) -> list[int]:
+        return [100 + step]
 
     def micro_batches(self, step: int, rank: int, world_size: int, micro_batch_size: int) -> list:
         self.asked.append(step)
@@ -44,27 +73,28 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Runs the loop; `at` maps a step to what happens in it. Gives the end and the batches; `saved` are the saves."""
     saved: list[Any] = []
 
-    def go(*, start: int = 0, at: dict[int, Any] | None = None, **changes: Any):
+    def go(*, start: int = 0, at: dict[int, Any] | None = None, state: Any = None, **changes: Any):
         batches, what = Batches(), at or {}
         training = TrainingConfig(steps=9, train_batch_size=1, micro_batch_size=1, learning_rate=1.0, log_every=4)
 
-        def step(_engine: Any, _batches: Any, number: int, *, asked: Request, **_: Any) -> StepResult:
-            if number in what:
-                what[number]()
-            return StepResult(loss=float(number), applied=True, asked=asked)
+        def step(_engine: Any, _batches: Any, number: int, *, asked: Request, **told: Any) -> StepResult:
+            run_under.append((number, told["update"], told["learning_rate"], told["limits"]))
+            result = StepResult(loss=float(number), applied=True, asked=asked)
+            return dataclasses.replace(result, **(what[number]() or {} if number in what else {}))
 
         monkeypatch.setattr(loop, "train_step", step)
-        monkeypatch.setattr(loop, "save_checkpoint", lambda root, e, g, position, **_: saved.append(position))
+        monkeypatch.setattr(loop, "Saver", lambda *_, **__: Saver(saved))
         with EventLog(tmp_path, tensorboard=False) as log:
             work = loop.Run(
                 name="x", engine=Engine(), batches=batches, training=dataclasses.replace(training, **changes),
                 attached=None, gates=None, extra_loss=None, checkpoints=tmp_path, fingerprint="",
                 on_save=lambda: saved.append("masks"),
             )  # fmt: skip
-            end = loop.train(work, Position(step=start, tokens=100 * start), log)
+            end = loop.train(work, Position(step=start, updates=start, tokens=100 * start, **(state or {})), log)
         return end, batches
 
-    go.saved = saved
+    run_under: list[Any] = []
+    go.saved, go.run_under = saved, run_under
     return go
 
 
@@ -89,7 +119,7 @@ def test_it_counts_tokens_and_logs_the_first_the_last_and_every_nth_step(run, tm
 
 def test_it_goes_on_behind_the_checkpoint(run):
     end, batches = run(start=7)
-    assert batches.asked == [7, 8] and end == Position(step=9, tokens=700 + 17 + 18)
+    assert batches.asked == [7, 8] and end == Position(step=9, updates=9, tokens=700 + 17 + 18)
 
 
 def test_a_finished_stage_is_not_trained_again(run):
@@ -133,10 +163,65 @@ def test_afterwards_signals_act_as_before(run):
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
-def test_nothing_is_saved_of_a_step_that_is_not_finite(run):
-    def explode() -> None:
-        raise NonFinite(6, "the loss on rank 1")
+def bad(problem: str = "the loss on rank 1 is not finite", **others: Any):
+    return lambda: {"applied": False, "problem": problem, "loss": math.nan, **others}
 
-    with pytest.raises(NonFinite, match="step 6: the loss on rank 1 is not finite"):
-        run(at={6: explode}, save_every=3)
-    assert steps_saved(run.saved) == [3]
+
+def test_a_bad_step_is_named_and_left_out_and_the_schedules_wait_for_the_next(run, tmp_path, capsys):
+    end, batches = run(at={3: bad(), 4: bad(), 6: bad()}, warmup=0.0, schedule="linear", min_learning_rate=0.0)
+    assert end == Position(step=9, updates=6, tokens=sum(10 + step for step in range(9)))
+    assert batches.asked == list(range(9)), "the data go on"
+    assert [update for _, update, *_ in run.run_under] == [1, 2, 3, 3, 3, 4, 4, 5, 6]
+    rates = [loop.learning_rate(TRAINING_OF_9, update) for _, update, *_ in run.run_under]
+    assert [rate for *_, rate, _ in run.run_under] == rates
+    records = {record["step"]: record for record in read_log(tmp_path / "log.jsonl")}
+    assert sorted(records) == [1, 3, 4, 6, 8, 9]
+    assert records[3]["problem"] == "the loss on rank 1 is not finite" and records[3]["samples"] == {"0": [102]}
+    assert records[3]["loss"] is None and not records[3]["applied"] and "problem" not in records[8]
+    assert "x step 4: the loss on rank 1 is not finite; samples of rank 0: 103" in capsys.readouterr().err
+
+
+TRAINING_OF_9 = TrainingConfig(
+    steps=9, train_batch_size=1, micro_batch_size=1, learning_rate=1.0, warmup=0.0, schedule="linear",
+    min_learning_rate=0.0,
+)  # fmt: skip
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run_and_name_the_last_checkpoint(run):
+    with pytest.raises(BadSteps, match="step 7: .* not finite, the last of 3 steps in a row") as caught:
+        run(at={step: bad() for step in (1, 2, 5, 6, 7)}, save_every=2)
+    assert "last good checkpoint: step-6" in str(caught.value) and "training.max_bad_steps" in str(caught.value)
+    assert [p.updates for p in run.saved[::2]] == [0, 2, 2] and run.saved[4].guard == {"in_a_row": 2, "recent": []}
+
+
+def test_the_count_goes_on_behind_a_checkpoint(run):
+    with pytest.raises(BadSteps, match="step 7: the loss") as caught:
+        run(start=6, at={7: bad()}, state={"guard": {"in_a_row": 2, "recent": []}})
+    assert f"{os.sep}step-6" in str(caught.value), "the one it came from"
+    with pytest.raises(BadSteps, match="last good checkpoint: none yet"):
+        run(at={1: bad()}, max_bad_steps=1)
+
+
+def test_a_save_that_fails_behind_the_training_is_heard_at_the_next_step(run, monkeypatch):
+    monkeypatch.setattr(Saver, "breaks", 3)
+    with pytest.raises(RunFailed, match="no space left"):
+        run(save_every=3)
+    assert [number for number, *_ in run.run_under] == [1, 2, 3, 4]
+
+
+def test_the_loaders_state_is_saved_and_given_back(run, monkeypatch):
+    given = []
+    monkeypatch.setattr(Batches, "state_dict", lambda self: {"read": len(self.asked)}, raising=False)
+    monkeypatch.setattr(Batches, "load_state_dict", lambda self, state: given.append(state), raising=False)
+    monkeypatch.setattr(Batches, "sample_ids", lambda self, step, rank, world: [f"doc {step}"], raising=False)
+    run(start=4, state={"data": {"read": 4}}, save_every=2)
+    assert given == [{"read": 4}] and [p.data for p in run.saved[::2]] == [{"read": 2}, {"read": 4}, {"read": 5}]
+    assert loop.sample_ids(Batches(), 3, 2) == {"0": ["doc 3"], "1": ["doc 3"]}
+
+
+def test_rows_are_shared_out_among_the_ranks_in_order():
+    class Rows(Batches):
+        def indices(self, step: int) -> list[int]:
+            return [5, 2, 9, 4]
+
+    assert loop.sample_ids(Rows(), 0, 2) == {"0": [5, 2], "1": [9, 4]}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ if __name__ == "__main__":
 
 from cook.adapters.cpm_ant import ADAPTER
 from cook.base import distributed
-from cook.base.errors import RunFailed, UserError
+from cook.base.errors import UserError
 from cook.base.signals import Request
 from cook.config.types import TrainingConfig
 from cook.masks.controller import Constraint
@@ -28,7 +29,7 @@ from cook.masks.gates import Gates
 from cook.surgery.gates import AttachedGates
 from cook.training.engine import Engine, initialise_processes
 from cook.training.optim import learning_rate
-from cook.training.step import train_step
+from cook.training.step import Limits, train_step
 
 CONFIG = dict(
     vocab_size=50, dim_model=24, num_layers=2, num_heads=4, dim_head=6, dim_ff=20, position_bias_num_buckets=16,
@@ -120,9 +121,9 @@ def fixed_masks() -> dict[str, torch.Tensor]:
 
 
 def plain_run(
-    training: TrainingConfig, *, gated: bool = True, masked: bool = False, stop_after: int = STEPS
+    training: TrainingConfig, *, gated: bool = True, masked: bool = False, skipped: tuple[int, ...] = ()
 ) -> dict[str, Any]:
-    """The same training in plain PyTorch, the whole batch at once."""
+    """The same training in plain PyTorch, the whole batch at once, without the updates of the steps `skipped`."""
     model = build()
     model.load_state_dict(weights())
     optimizer = torch.optim.AdamW(
@@ -130,8 +131,8 @@ def plain_run(
     )
     gates = make_gates() if gated else None
     attached = attach(model, set(gates.sizes) if gates else set(), fixed_masks() if masked else {})
-    losses, norms = [], []
-    for step in range(1, stop_after + 1):
+    losses, norms, updates = [], [], 0
+    for step in range(1, STEPS + 1):
         batch = Batches().rows(range((step - 1) * ROWS, step * ROWS))
         targets = batch.pop("targets")
         z = gates.draw(step).requires_grad_() if gates else None
@@ -142,14 +143,17 @@ def plain_run(
         loss.backward()
         bound = training.clip or float("inf")
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), bound)))
+        losses.append(loss.item())
+        if step in skipped:
+            continue
+        updates += 1
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(training, step)
+            group["lr"] = learning_rate(training, updates)
         if training.train_weights:
             optimizer.step()
         if gates and z is not None:
             assert z.grad is not None
-            gates.update(z.grad, step)
-        losses.append(loss.item())
+            gates.update(z.grad, updates)
     final = {name: p.detach().clone() for name, p in model.named_parameters()}
     return {"losses": losses, "norms": norms, "weights": final, "gates": gates.state_dict() if gates else None}
 
@@ -158,8 +162,8 @@ def engine_run(case: dict[str, Any]) -> dict[str, Any]:
     """A case on an engine.
 
     `zero`, `training` (changes of TRAINING), `deepspeed` (a config), `fresh`, `gated`, `masked`, `scrambled`, `save` (a
-    folder for a checkpoint at the end), and faults to inject: `nan_loss` and `nan_gradient` name a rank, at step 3;
-    `wrong_shape` spoils what rank 0 reads.
+    folder for a checkpoint at the end), `limits` of steps, and faults to inject: `nan_loss`, `inf_gradient` and
+    `huge_gradient` name a rank, at step 3 or the steps `at`; `wrong_shape` spoils what rank 0 reads.
     """
     training = dataclasses.replace(TRAINING, **case.get("training", {}))
     deepspeed = {**case.get("deepspeed", {})}
@@ -175,34 +179,35 @@ def engine_run(case: dict[str, Any]) -> dict[str, Any]:
     gates = make_gates() if case.get("gated", True) else None
     masks = fixed_masks() if case.get("masked") else {}
     attached = attach(engine.module, set(gates.sizes) if gates else set(), masks)
-    losses, norms, error = [], [], None
+    losses, norms, rates, problems, updates = [], [], [], {}, 0
     rank, world = distributed.rank(), distributed.world_size()
     for step in range(1, training.steps + 1):
-        fault = _fault(case, step, rank)
-        try:
-            result = train_step(
-                engine,
-                Batches().micro_batches(step - 1, rank, world, training.micro_batch_size),
-                step,
-                num_targets=Batches().num_targets(step - 1),
-                learning_rate=learning_rate(training, step),
-                attached=attached,
-                gates=gates,
-                extra_loss=fault,
-                asked=Request.NOTHING,
-            )
-        except RunFailed as failure:
-            error = str(failure)
-            break
+        result = train_step(
+            engine,
+            Batches().micro_batches(step - 1, rank, world, training.micro_batch_size),
+            step,
+            num_targets=Batches().num_targets(step - 1),
+            learning_rate=learning_rate(training, updates + 1),
+            attached=attached,
+            gates=gates,
+            extra_loss=_fault(case, step, rank),
+            asked=Request.NOTHING,
+            update=updates + 1,
+            limits=Limits(**case.get("limits", {}).get(str(step), {})),
+        )
+        updates += result.applied
         losses.append(result.loss)
         norms.append(engine.gradient_norm())
+        rates.append(engine.learning_rate())
+        if result.problem:
+            problems[step] = result.problem
     final = {name: tensor.clone() for name, tensor in engine.full_weights()}
     if "save" in case:
         engine.save(Path(case["save"]))
     attached.remove()
     engine.close()
     return {
-        "losses": losses, "norms": norms, "start": start, "weights": final, "error": error,
+        "losses": losses, "norms": norms, "rates": rates, "start": start, "weights": final, "problems": problems,
         "gates": gates.state_dict() if gates else None,
     }  # fmt: skip
 
@@ -211,14 +216,22 @@ def _fault(case: dict[str, Any], step: int, rank: int) -> Any:
     def nan_loss(_batch: dict[str, torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
         return logits.sum() * float("nan")
 
-    def nan_gradient(_batch: dict[str, torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
-        zeros = logits.float() - logits.float().detach()
-        return zeros.abs().sqrt().sum()  # a finite loss, but the root's slope at 0 is infinite
+    def gradient_times(factor: float) -> Any:
+        def extra_loss(_batch: dict[str, torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
+            # The sign: infinity times 0 is NaN, and that is another fault.
+            logits.register_hook(lambda gradient: (gradient.sign() + 0.5 if math.isinf(factor) else gradient) * factor)
+            return logits.new_zeros(())
 
-    if step == 3 and case.get("nan_loss") == rank:
+        return extra_loss
+
+    if step not in case.get("at", [3]):
+        return None
+    if case.get("nan_loss") == rank:
         return nan_loss
-    if step == 3 and case.get("nan_gradient") == rank:
-        return nan_gradient
+    if case.get("inf_gradient") == rank:
+        return gradient_times(math.inf)
+    if case.get("huge_gradient") == rank:
+        return gradient_times(1e6)
     return None
 
 

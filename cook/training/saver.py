@@ -1,0 +1,213 @@
+"""Writes checkpoints that are whole or absent, and that cost the training little.
+
+All ranks write into `tmp-<step>/` (DeepSpeed its shards, rank 0 the rest) and agree that all went well; from here on
+the training goes on. Beside it a thread on each rank flushes that rank's files to the disk and hashes them; the threads
+agree again; rank 0's writes the manifest, flushes the folder, renames it to `step-<n>/` and points `latest` at it.
+Until then there is no new checkpoint. The next save, a signal and the end of the stage wait for it; a failure is heard
+by all ranks in the same step.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cook.base import distributed
+from cook.base.errors import Interrupted, RankLost, RunFailed
+from cook.base.faults import point
+from cook.base.files import write_json
+from cook.base.seeds import rng_state
+from cook.masks.gates import Gates
+from cook.training.engine import Engine
+from cook.training.manifest import SCRATCH, file_entry, folder_of, publish, recover
+
+STATE = "state.json"
+"""The file of a checkpoint with the position and the small states of every rank."""
+PATIENCE = timedelta(hours=3)
+"""For the slowest rank to hash what it has written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """How far a stage has come."""
+
+    step: int
+    """Global batches read; names the checkpoint."""
+    updates: int = 0
+    """Those that were applied: the clock of the learning rate and of the gates' targets."""
+    tokens: int
+    """Target tokens read."""
+    guard: Mapping[str, Any] = field(default_factory=dict)
+    """State of the watch over bad steps."""
+    data: Any = None
+    """State of this rank's loader, JSON; None of one that has none."""
+
+
+class Saver:
+    """Writes the checkpoints of one stage; all ranks make and call it together.
+
+    As a context manager: a save under way is waited for at the end, also when all ranks leave by the same
+    failure.
+
+    Args:
+        root: The stage's `checkpoints` folder.
+        stage: Its name.
+        fingerprint: Hash of the settings that the run depends on.
+        keep: How many of the newest checkpoints stay.
+    """
+
+    def __init__(self, root: Path, *, stage: str, fingerprint: str, keep: int):
+        self._root, self._keep = root, keep
+        self._head = {"stage": stage, "fingerprint": fingerprint}
+        self._group = distributed.side_group(PATIENCE)
+        self._thread: threading.Thread | None = None
+        self._step = 0
+        self._failures: list[str] = []
+        self.newest: Path | None = None
+        """The last checkpoint that this saver has published."""
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.wait()
+        elif not issubclass(kind, (RunFailed, Interrupted)) or issubclass(kind, RankLost):
+            return  # this rank alone is in trouble
+        elif self._thread:
+            self._thread.join()
+        distributed.leave_group(self._group)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the save under way has failed; the ranks may learn it at different times."""
+        return bool(self._failures)
+
+    def save(self, engine: Engine, gates: Gates | None, position: Position, *, also: Callable[[], None]) -> None:
+        """Writes checkpoint `step-<n>`; returns once the files are written, before they are hashed and published.
+
+        Args:
+            engine: Weights and optimizer states.
+            gates: The masks being learned, if any.
+            position: The place in the run, with this rank's states.
+            also: Writes what goes with a checkpoint but lies elsewhere.
+
+        Raises:
+            RunFailed: on every rank, if any rank could not write; older checkpoints are untouched.
+        """
+        self.wait()
+        self._step = position.step
+        scratch = self._root / f"{SCRATCH}{position.step}"
+        point("save.begin")
+        error = attempt(lambda: _empty_folder(self._root, scratch)) if distributed.rank() == 0 else None
+        self._fail_if([e for e in [distributed.broadcast(error)] if e])
+        point("save.scratch")
+        written: list[Path] = []
+        error = attempt(lambda: written.extend(_write(scratch, engine, gates)))
+        point("save.written")
+        small = {"guard": position.guard, "data": position.data}
+        reports = distributed.gather((error, [path.relative_to(scratch).as_posix() for path in written], small))
+        failures = [error for error, *_ in reports if error]
+        if not failures:
+            names = {name for _, names, _ in reports for name in names}
+            states = [state for *_, state in reports]
+            error = attempt(lambda: _write_rest(scratch, engine, position, states, names, written, also))
+            failures = [e for e in distributed.gather(error) if e]
+        self._fail_if(failures)
+        point("save.agreed")
+        manifest = {
+            **self._head, "step": position.step, "tokens": position.tokens,
+            "world_size": distributed.world_size(), "layout": engine.layout,
+        }  # fmt: skip
+        self._thread = threading.Thread(target=self._finish, args=(scratch, written, manifest), daemon=True)
+        self._thread.start()
+
+    def _finish(self, scratch: Path, written: list[Path], manifest: dict[str, Any]) -> None:
+        try:
+            entries: dict[str, Any] = {}
+            names = [path.relative_to(scratch).as_posix() for path in written]
+            error = attempt(lambda: entries.update((name, file_entry(scratch / name)) for name in names))
+            point("save.hashed")
+            reports = distributed.gather((error, entries), self._group)
+            point("save.gathered")
+            failures = [error for error, _ in reports if error]
+            if not failures and distributed.rank() == 0:
+                files = {name: entry for _, entries in reports for name, entry in sorted(entries.items())}
+                final = folder_of(self._root, self._step)
+                error = attempt(lambda: publish(scratch, final, {**manifest, "files": files}, keep=self._keep))
+                failures = [error] if error else []
+            failures = distributed.broadcast(failures, group=self._group)
+            point("save.done")
+        except RuntimeError as error:  # another rank is gone
+            failures = [f"rank {distributed.rank()}: {error}"]
+        self._failures = failures
+
+    def wait(self) -> None:
+        """Waits until the save under way is published; all ranks call it.
+
+        Raises:
+            RunFailed: on every rank, if it could not be.
+        """
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        failures, self._failures = self._failures, []
+        self._fail_if(failures)
+        self.newest = folder_of(self._root, self._step)
+
+    def _fail_if(self, failures: list[str]) -> None:
+        if not failures:
+            return
+        if distributed.rank() == 0:
+            attempt(lambda: recover(self._root))
+        raise RunFailed(
+            f"the checkpoint of step {self._step} could not be written to {self._root}\n  {failures[0]}\n"
+            "  remedy: free some space or mend the folder, then start again; the older checkpoints are intact"
+        )
+
+
+def _empty_folder(root: Path, folder: Path) -> None:
+    recover(root)
+    folder.mkdir(parents=True)
+
+
+def attempt(action: Callable[[], Any]) -> str | None:
+    """What went wrong in `action` on this rank, in words for the other ranks; None if nothing did."""
+    try:
+        action()
+    except Exception as error:  # torch.save reports a full disk as RuntimeError; whatever it is, all ranks must hear
+        return f"rank {distributed.rank()}: {error or type(error).__name__}"
+    return None
+
+
+def _write(scratch: Path, engine: Engine, gates: Gates | None) -> list[Path]:
+    written = list(engine.save(scratch))
+    rank = distributed.rank()
+    tensors: dict[str, dict] = {f"rng-{rank}.pt": rng_state()}
+    if rank == 0 and gates:
+        tensors["gates.pt"] = gates.state_dict()
+    for name, state in tensors.items():
+        torch.save(state, scratch / name)
+    return [*written, *(scratch / name for name in tensors)]
+
+
+def _write_rest(
+    scratch: Path, engine: Engine, position: Position, states: list[dict[str, Any]], names: set[str],
+    written: list[Path], also: Callable[[], None],
+) -> None:  # fmt: skip
+    """What rank 0 adds; it takes on what nobody has reported, too: files that DeepSpeed lays beside its shards."""
+    if distributed.rank() == 0:
+        own = {key: value for key, value in asdict(position).items() if key not in ("guard", "data")}
+        write_json(scratch / STATE, {**own, "ranks": states})
+        write_json(scratch / "config.json", engine.model_config())
+        (scratch / "latest").write_text("engine\n")  # for DeepSpeed's own tools
+        found = {path.relative_to(scratch).as_posix(): path for path in scratch.rglob("*") if path.is_file()}
+        written += [path for name, path in sorted(found.items()) if name not in names]
+    also()
