@@ -16,6 +16,7 @@ import torch
 from cook.adapters.source import ModelSource, open_model
 from cook.base.errors import UserError, run_entry
 from cook.base.files import read_json, sha256, write_atomically
+from cook.base.versions import check_versions
 from cook.config.load import load_config
 from cook.config.types import RunConfig
 from cook.evaluation.equality import largest_difference
@@ -97,6 +98,7 @@ def find_job(arguments: argparse.Namespace) -> Job:
 def main() -> int | None:
     """Finds model and masks, reshapes, verifies, reports."""
     arguments = parse_arguments()
+    check_versions()
     job = find_job(arguments)
     model_config = read_json(arguments.model_config) if arguments.model_config else None
     source = open_model(job.model, config=model_config, read_checkpoint=stored_weights)

@@ -68,6 +68,7 @@ def run(config: RunConfig, stages: list[Stage], *, resume: str) -> None:
     """Runs stages one after the other, as the only run in their folder."""
     # Only now: torch, deepspeed and a process group, none of which a mistake in the config should wait for.
     from cook.base.lock import run_lock
+    from cook.base.versions import check_versions
     from cook.base.watchdog import Watchdog
     from cook.stages.runner import is_finished, run_stage, say_finished
     from cook.training.engine import initialise_processes, leave_processes
@@ -76,6 +77,7 @@ def run(config: RunConfig, stages: list[Stage], *, resume: str) -> None:
         for stage in stages if launched_rank() == 0 else ():
             say_finished(stage)
         return
+    check_versions()
     initialise_processes(config.training.threads)
     try:
         with run_lock(config.output_dir), Watchdog(config.training.rank_timeout) as watchdog:

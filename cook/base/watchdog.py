@@ -36,6 +36,9 @@ tokenising a corpus may hold the interpreter for an hour."""
 GRACE = 2.0
 """Seconds in which a rank that has seen another one end may still end by itself, with its own message."""
 
+FAREWELL = 1.0
+"""Seconds in which a rank that ends tries to say so."""
+
 CULPRIT_SECONDS = 10.0
 """How long a rank whose collective has failed looks for the rank that is to blame; launchers kill after 30."""
 
@@ -64,7 +67,7 @@ class Watchdog:
         self._told: dict[str, Any] = self._place
         self._verdict: str | None = None
         self._moved = self._heard = self._reached = time.monotonic()
-        self._news, self._stop = threading.Event(), threading.Event()
+        self._news, self._farewell, self._stop = threading.Event(), threading.Event(), threading.Event()
         self._store: dist.Store | None = None
         self._main = threading.get_ident()
         self._on = False
@@ -101,8 +104,8 @@ class Watchdog:
         self._place = {**self._place, "ended": f"{kind.__name__}: {error}".splitlines()[0] if kind else "well"}
         self._moved = time.monotonic()
         culprit = None
-        with contextlib.suppress(RuntimeError):
-            self._tell(beat=-1)
+        self._news.set()
+        self._farewell.wait(FAREWELL)
         # A lost connection is all that a collective can say of a rank that has gone.
         if isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
             culprit = self._culprit()
@@ -123,10 +126,16 @@ class Watchdog:
         self._reach().set(f"{self._rank}", json.dumps({**self._place, "beat": beat, "at": _doing(self._main)}))
 
     def _ask(self, rank: int) -> dict[str, Any]:
-        return json.loads(self._reach().get(f"{rank}"))
+        return json.loads(self._known().get(f"{rank}"))
 
     def _ask_verdict(self) -> str | None:
-        return self._reach().get("verdict").decode() if self._reach().check(["verdict"]) else None
+        return self._known().get("verdict").decode() if self._known().check(["verdict"]) else None
+
+    def _known(self) -> dist.Store:
+        # To connect to a store that has ended takes a minute; only the thread that talks may wait for that.
+        if self._store is None:
+            raise dist.DistNetworkError("the store is not connected")
+        return self._store
 
     def _talk(self) -> None:
         """Tells of this rank and hears of the next one, again and again."""
@@ -134,8 +143,10 @@ class Watchdog:
         while not self._stop.is_set():
             beat += 1
             try:
-                if not self._place["ended"]:
-                    self._tell(beat)
+                place = self._place
+                self._tell(beat)
+                if place["ended"]:
+                    self._farewell.set()
                 self._verdict = self._ask_verdict()
                 told = self._ask((self._rank + 1) % self._world)
                 self._reached = time.monotonic()
@@ -234,7 +245,7 @@ class Watchdog:
         """Lets the others read a verdict; the store may end with this process."""
         if verdict:
             with contextlib.suppress(RuntimeError):
-                self._reach().set("verdict", verdict)
+                self._known().set("verdict", verdict)
             time.sleep(max(GRACE / 2, 2 * self.interval))
 
     def _end(self, verdict: str) -> None:
