@@ -47,7 +47,7 @@ class Process:
             pass  # there is one, of another user
         except OverflowError:
             return "unknown"
-        state, started = _stat(self.pid)
+        state, started, _ = _stat(self.pid)
         return "dead" if state in ("Z", "X") or started != self.started else "alive"
 
     def is_stopped(self) -> bool:
@@ -57,7 +57,22 @@ class Process:
 
 def this_process() -> Process:
     """The caller's."""
-    return Process(host=socket.gethostname(), boot=_boot(), pid=os.getpid(), started=_stat(os.getpid())[1])
+    return _process(os.getpid())
+
+
+def launchers() -> list[Process]:
+    """The launcher that started this rank: its parent, and for DeepSpeed's, which are two, the one above too."""
+    parent = os.getppid()
+    found = [_process(parent)]
+    # `deepspeed` on one machine does not pass SIGTERM on to the process that starts the ranks: it just ends.
+    above = _stat(parent)[2]
+    if "deepspeed.launcher.launch" in _command(parent) and "deepspeed" in _command(above):
+        found.append(_process(above))
+    return found
+
+
+def _process(pid: int) -> Process:
+    return Process(host=socket.gethostname(), boot=_boot(), pid=pid, started=_stat(pid)[1])
 
 
 def _boot() -> str:
@@ -68,10 +83,17 @@ def _boot() -> str:
         return ""  # no Linux: the host's name and the number must do
 
 
-def _stat(pid: int) -> tuple[str, str]:
-    """State and start of a process (proc(5), fields 3 and 22); empty where the system does not tell."""
+def _stat(pid: int) -> tuple[str, str, int]:
+    """State, start and parent of a process (proc(5), fields 3, 22, 4); empty and 0 where the system does not tell."""
     try:
         fields = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
-        return fields[0], fields[19]
+        return fields[0], fields[19], int(fields[1])
     except (OSError, IndexError):
-        return "", ""
+        return "", "", 0
+
+
+def _command(pid: int) -> str:
+    try:
+        return (PROC / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""

@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from cook.base import distributed
 from cook.base.errors import EXIT_RANK_LOST, RankLost
-from cook.base.processes import this_process
+from cook.base.processes import launchers, this_process
 
 PATIENCE = {"preparing": math.inf, "starting": 10, "first step": 10, "step": 1, "saving": 10, "finishing": 10}
 """Phases of a run, and how many timeouts each may take. A watchdog's thread is heard through all of them but the first:
@@ -88,7 +88,7 @@ class Watchdog:
         # A launcher's restart meets the store of the start before.
         self._prefix = distributed.broadcast(uuid.uuid4().hex)
         self._processes = distributed.gather(this_process())
-        self._parent = os.getppid()
+        self._launchers = launchers()
         self._tell(beat=0)
         distributed.barrier()  # now every rank has told
         self._on = True
@@ -236,8 +236,8 @@ class Watchdog:
         return None
 
     def _heed_launcher(self) -> None:
-        if os.getppid() != self._parent:
-            self._parent = os.getppid()
+        if any(launcher.fate() == "dead" for launcher in self._launchers):
+            self._launchers = []
             _say("the launcher has gone: stopping as if it had sent SIGTERM")
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -1,0 +1,180 @@
+"""Ranks that are told to stop, that die, freeze, or find the folder taken."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+from proof import EVERY, OPTIONS, RANK_TIMEOUT, STAGE, STEPS, Scene, Trial, goes_on, outcome
+from ranks import ROOT, Ranks, free_port, run
+
+from cook.training.checkpoint import find_checkpoint
+
+BOUND = 4 * RANK_TIMEOUT + 5
+"""Seconds in which a run that has lost a rank must have ended: detection, grace, telling the others."""
+
+
+def at_step(scene: Scene, ranks: Ranks, step: int) -> None:
+    """Waits until the log has reached a step."""
+    log = scene.run / "out" / STAGE / "log.jsonl"
+    assert ranks.until(lambda: log.exists() and log.read_text().count("\n") >= step), ranks.printed()
+
+
+def signals(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
+    """SIGTERM or SIGINT to one rank, or several times to both: all save the same step and end with 75."""
+    for number in range(trials):
+        scene.fresh()
+        rank = (1, 0, None)[number % 3]
+        kind = random.choice((signal.SIGTERM, signal.SIGINT))
+        with Ranks(scene.run, *OPTIONS) as ranks:
+            at_step(scene, ranks, random.randrange(1, STEPS - 2))
+            for _ in range(1 if rank is not None else 3):
+                ranks.kill(rank, kind)
+                time.sleep(random.uniform(0, 0.05))
+            ended = ranks.wait()
+        note = f"{kind.name} to {'both, thrice' if rank is None else f'rank {rank}'}"
+        saved = re.search(rf"saved step (\d+) of {STEPS}", ended.out)
+        if ended.codes != [75, 75] or not saved or "Traceback" in ended.out:
+            yield Trial(survived=False, note=f"{note}: {ended}")
+        else:
+            yield goes_on(scene, at_least=int(saved.group(1)), note=note)
+
+
+def save_and_go_on(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
+    """SIGUSR1 to one rank: a checkpoint more, and the run goes on to the same end."""
+    for number in range(trials):
+        scene.fresh()
+        with Ranks(scene.run, *OPTIONS) as ranks:
+            at_step(scene, ranks, 1)
+            ranks.kill(number % 2, signal.SIGUSR1)
+            extra = ranks.until(lambda: any(step % EVERY for step in scene.published()))
+            ended = ranks.wait()
+        same = set(ended.codes) == {0} and outcome(scene.run) == scene.outcomes[2]
+        yield Trial(survived=same and extra, note=f"rank {number % 2}, an extra checkpoint: {extra}\n{ended}")
+
+
+def lost_rank(scene: Scene, trials: int, random: Random, number: signal.Signals) -> Iterator[Trial]:
+    """A rank that is killed or frozen in mid-step: the other ends in bounded time and names it and the step."""
+    for index in range(trials):
+        rank = 1 - index % 2
+        scene.fresh()
+        with Ranks(scene.run, *OPTIONS) as ranks:
+            at_step(scene, ranks, random.randrange(2, STEPS - 2))
+            time.sleep(random.uniform(0, 0.05))
+            newest = max(scene.published(), default=0)
+            ranks.kill(rank, number)
+            began = time.monotonic()
+            ranks.until(lambda: not ranks.poll(), BOUND)
+            seconds = time.monotonic() - began
+            ended = ranks.wait(0.1)
+        note = f"{number.name} of rank {rank}, over after {seconds:.1f} s"
+        named = re.search(rf"rank {rank} .*step \d+", ended.out)
+        # SIGKILL is what the frozen one gets from the other; the harness itself would send it only after the bound.
+        if ended.codes[rank] != -signal.SIGKILL or ended.codes[1 - rank] != 76 or not named or seconds > BOUND:
+            yield Trial(survived=False, note=f"{note}: {ended}")
+        else:
+            yield goes_on(scene, at_least=newest, note=note)
+
+
+def killed_ranks(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
+    """SIGKILL of one rank."""
+    yield from lost_rank(scene, trials, random, signal.SIGKILL)
+
+
+def frozen_ranks(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
+    """SIGSTOP of one rank."""
+    yield from lost_rank(scene, trials, random, signal.SIGSTOP)
+
+
+def taken_folder(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
+    """A second run in the same folder is refused, and the first does not notice; a dead run's lock is taken over."""
+    for _ in range(trials):
+        scene.fresh()
+        with Ranks(scene.run, *OPTIONS) as first:
+            first.until(lambda: (scene.run / "out" / "run.lock").exists())
+            first.output = first.output.with_suffix(".first")
+            first.output.write_text("")
+            second = run(scene.run, OPTIONS)
+            ended = first.wait()
+        refused = second.codes == [2, 2] and "another run is at work" in second.out
+        same = set(ended.codes) == {0} and outcome(scene.run) == scene.outcomes[2]
+        yield Trial(survived=refused and same, note=f"second run {second}\nfirst {ended}")
+        scene.fresh("stopped")
+        assert (scene.run / "out" / "run.lock").exists(), "a killed run leaves its lock"
+        yield goes_on(scene, at_least=8, note="a killed run's lock")
+
+
+def other_view(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
+    """Rank 1 looks at a folder in which the newest checkpoint is missing: agreement, or a refusal by all ranks."""
+    for _ in range(trials):
+        scene.fresh("stopped")
+        scene.keep("view")
+        view = scene.root / "view"
+        shutil.rmtree(view / "out" / STAGE / "checkpoints" / "step-8")
+        ended = run(scene.run, OPTIONS, before=lambda rank, view=view: os.chdir(view) if rank == 1 else None)
+        if any(code in (0, -signal.SIGKILL) for code in ended.codes):
+            yield Trial(survived=False, note=f"neither agreed nor refused: {ended}")
+        else:
+            yield goes_on(scene, at_least=8, note=f"refused with codes {ended.codes}")
+
+
+def launchers(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
+    """SIGTERM to `deepspeed` and to `torchrun`: the ranks save, nothing is left running, the run goes on."""
+    script = str(ROOT / "cook" / "train.py")
+    starts = {
+        "deepspeed": ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), script],
+        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script],
+    }
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    for name in list(starts)[:trials]:
+        scene.fresh()
+        log = scene.run / "out" / STAGE / "log.jsonl"
+        steps = ("--set", "training.steps=4000", "--set", "training.save_every=0", "--config", "bmcook.json", *OPTIONS)
+        with open(scene.run.parent / f"{name}.out", "w+") as out:
+            launcher = subprocess.Popen(
+                [*starts[name], *steps], cwd=scene.run, stdout=out, stderr=out, start_new_session=True,
+                env={**os.environ, "PATH": path},
+            )  # fmt: skip
+            try:
+                deadline = time.monotonic() + 120
+                while not (log.exists() and log.read_text().count("\n") >= 5) and time.monotonic() < deadline:
+                    time.sleep(0.05)
+                launcher.send_signal(signal.SIGTERM)
+                code = launcher.wait(60)
+                deadline = time.monotonic() + 30
+                while (left := _session(launcher.pid)) and time.monotonic() < deadline:
+                    time.sleep(0.1)
+            finally:
+                for pid in _session(launcher.pid):
+                    os.kill(pid, signal.SIGKILL)
+            out.seek(0)
+            printed = out.read()
+        note = f"{name} ended with {code}, {len(left)} left running, saved {scene.published()}"
+        # What it saved is of a longer run; that it is whole is what counts here.
+        # What `deepspeed` starts the ranks with outlives it a little; torchrun waits for them and ends with 1.
+        ended = code in (1, -signal.SIGTERM) and "stopped: " in printed
+        right = ended and not left and bool(scene.published())
+        sound = right and find_checkpoint(scene.checkpoints, "auto") is not None
+        yield Trial(survived=sound, note=note if sound else f"{note}\n{printed[-3000:]}")
+
+
+def _session(leader: int) -> list[int]:
+    """The processes of a session that do anything."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[3]) == leader and fields[0] not in "ZX":
+                found.append(int(entry.name))
+    return found

@@ -1,0 +1,110 @@
+"""Injects faults into real runs of two ranks and counts what survives: `python scripts/faults/run.py`.
+
+Every trial starts `cook/train.py` on two gloo processes with a tiny model (dropout, gates, λ, ZeRO 2), does something
+terrible to it, starts it again, and compares what it leaves with an uninterrupted run: every line of the log, the
+optimizer's and the gates' tensors, the generators of all ranks, the final weights and masks must be the same bits.
+
+--kills N      how often the whole group is killed in mid-save (default 50); the other faults are tried in proportion
+--only NAME    some faults only; may be repeated      --list   their names
+--output FILE  where the JSON goes (default results/bench/faults.json)
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "bench")]
+# Read by torch when it is imported, here and so in every rank.
+os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+
+import arithmetic  # noqa: E402
+import files  # noqa: E402
+import hostile  # noqa: E402
+import lost  # noqa: E402
+import saves  # noqa: E402
+import worlds  # noqa: E402
+from common import publish  # noqa: E402
+from proof import Scene, Trial, prepare  # noqa: E402
+from ranks import warm_up  # noqa: E402
+
+Fault = Callable[[Scene, int, Random], Iterator[Trial]]
+FAULTS: dict[str, tuple[Fault, float]] = {
+    "kill -9 in mid-save": (saves.in_saves, 1.0),
+    "kill -9 at each named point": (saves.at_points, 2.0),
+    "kill -9 in mid-step": (saves.in_steps, 0.2),
+    "kill -9 while deleting": (saves.while_deleting, 0.04),
+    "file truncated": (files.truncated, 0.1),
+    "bit flipped": (files.flipped, 0.1),
+    "file deleted, exchanged, added": (files.exchanged, 0.1),
+    "latest wrong": (files.wrong_latest, 0.12),
+    "newest corrupt, one kept": (files.newest_corrupt, 0.06),
+    "all corrupt": (files.all_damaged, 0.02),
+    "disk full": (files.full_disk, 0.02),
+    "RLIMIT_FSIZE": (files.size_limit, 0.06),
+    "folder read-only": (files.read_only, 0.02),
+    "fsync fails": (files.failing_fsync, 0.08),
+    "SIGTERM, SIGINT": (lost.signals, 0.12),
+    "SIGUSR1": (lost.save_and_go_on, 0.04),
+    "SIGTERM to the launcher": (lost.launchers, 0.04),
+    "SIGKILL of a rank": (lost.killed_ranks, 0.08),
+    "SIGSTOP of a rank": (lost.frozen_ranks, 0.08),
+    "rank 1 sees another newest": (lost.other_view, 0.02),
+    "second run, stale lock": (lost.taken_folder, 0.04),
+    "other number of ranks": (worlds.changed, 0.06),
+    "NaN loss, Inf gradient on a rank": (arithmetic.not_finite, 0.24),
+    "gradient × 1e6": (arithmetic.huge_gradient, 0.04),
+    "part of the state left out": (arithmetic.controls, 0.06),
+    "malicious mask or checkpoint": (hostile.files, 0.2),
+}
+"""Name: the fault, and how many of its trials go with one kill."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--only", action="append", choices=FAULTS, metavar="NAME")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output")
+    arguments = parser.parse_args()
+    if arguments.list:
+        print("\n".join(FAULTS))
+        return
+    warm_up()
+    rows, failures = [], []
+    with tempfile.TemporaryDirectory(prefix="cook-faults-") as folder:
+        scene = prepare(Path(folder) / "scene")
+        for name in arguments.only or FAULTS:
+            fault, share = FAULTS[name]
+            began = time.monotonic()
+            tried = list(watched(name, fault(scene, max(1, round(share * arguments.kills)), Random(arguments.seed))))
+            counted = [trial for trial in tried if trial.counts]
+            bad = [trial for trial in counted if not trial.survived]
+            failures += [f"{name}: {trial.note}" for trial in bad]
+            rows.append(
+                {"fault": name, "trials": len(counted), "survived": len(counted) - len(bad), "lost": len(bad),
+                 "seconds": round(time.monotonic() - began, 1)}
+            )  # fmt: skip
+    publish("faults", {"kills": arguments.kills, "seed": arguments.seed, "ranks": 2}, rows, arguments.output)
+    print("\n\n".join(failures), file=sys.stderr)
+    sys.exit(1 if failures else 0)
+
+
+def watched(name: str, trials: Iterator[Trial]) -> Iterator[Trial]:
+    """Says how each trial ended as it does."""
+    for number, trial in enumerate(trials, start=1):
+        word = ("survived" if trial.survived else "LOST") if trial.counts else "not tried"
+        print(f"{name} {number}: {word}  {trial.note.partition(chr(10))[0]}", flush=True)
+        yield trial
+
+
+if __name__ == "__main__":
+    main()
