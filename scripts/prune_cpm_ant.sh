@@ -30,6 +30,29 @@ for option in "$@"; do
   previous=$option
 done
 
+# Runs a command in a process group of its own, and passes signals on to all of it: bash alone would end at SIGTERM and
+# leave the ranks behind, `deepspeed` too. SIGUSR1 (save and go on) is for the ranks; the launchers must outlive it.
+in_group() {
+  local code=0
+  set -m
+  (trap '' USR1 && exec "$@") &
+  group=$!
+  set +m
+  trap 'told=1; kill -TERM -- "-$group" 2>/dev/null' TERM INT
+  trap 'kill -USR1 -- "-$group" 2>/dev/null' USR1
+  while :; do
+    code=0
+    wait "$group" || code=$?
+    kill -0 "$group" 2>/dev/null || break
+  done
+  trap - TERM INT USR1
+  [ -z "${told:-}" ] || for _ in $(seq 300); do # ranks that are still saving
+    kill -0 -- "-$group" 2>/dev/null || break
+    sleep 0.2
+  done
+  return "$code"
+}
+
 gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
 processes=${NUM_PROCESSES:-$((gpus > 0 ? gpus : 1))}
 [ "$gpus" -gt 0 ] || export DS_ACCELERATOR=cpu
@@ -40,12 +63,13 @@ case " $* " in *" --dry-run "*) exit 0 ;; esac
 
 export TOKENIZERS_PARALLELISM=false
 if [ -z "${LAUNCHER:-}" ] && [ "$processes" -eq 1 ]; then
-  "$PYTHON" cook/train.py --config "$config" --stage all "$@"
+  in_group "$PYTHON" cook/train.py --config "$config" --stage all "$@"
 else
   # deepspeed --num_gpus would drop CUDA_VISIBLE_DEVICES and take the first cards.
   here="$PYTHON -m torch.distributed.run --standalone --nproc_per_node $processes"
   [ -n "${CUDA_VISIBLE_DEVICES:-}" ] || here="deepspeed --num_gpus $processes"
-  ${LAUNCHER:-$here} cook/train.py --config "$config" --stage all "$@"
+  # shellcheck disable=SC2086  # the launcher's own options
+  in_group ${LAUNCHER:-$here} cook/train.py --config "$config" --stage all "$@"
 fi
 "$PYTHON" do_prune.py --config "$config" --verify ${settings[@]+"${settings[@]}"}
 "$PYTHON" -m cook.stages --config "$config" ${settings[@]+"${settings[@]}"}

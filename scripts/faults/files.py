@@ -64,11 +64,12 @@ def _harmed(scene: Scene, harms: list[tuple[str, Harm]], random: Random, runs: i
         harm(target / name)
         note = f"{name} {what}"
         changed = not (target / name).is_file() or (target / name).read_bytes() != before
-        harmless = name == "manifest.json" and not _noticed(scene)
-        if not changed or harmless:  # a last line end, or a bit of a space that means nothing
+        if not changed:
             yield Trial(survived=True, note=f"{note}: the same content", counts=False)
-        elif index in whole:
+        elif index in whole or not _noticed(scene):
+            # What is not noticed may still mean nothing, as a space in a manifest: the run will tell.
             yield goes_on(scene, at_least=BEFORE, note=note)
+            whole.add(index)
         else:
             yield Trial(survived=_noticed(scene), note=note)
         if index not in whole:

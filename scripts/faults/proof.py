@@ -17,7 +17,7 @@ from tests.stages.tiny_run import read_log, write_run
 
 STAGE, STEPS, EVERY = "layer_mask", 12, 4
 OPTIONS = ("--stage", STAGE)
-RANK_TIMEOUT = 3.0
+RANK_TIMEOUT = 6.0
 NAME = re.compile(r"latest|step-\d+")
 
 

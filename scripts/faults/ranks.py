@@ -25,11 +25,13 @@ WORLD = 2
 
 def warm_up() -> None:
     """Imports what a run imports."""
-    import deepspeed  # noqa: F401
-    import torch.utils.tensorboard  # noqa: F401
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  (most of a start: it imports torch's compiler)
+    import setuptools  # noqa: F401
 
     import cook.base.watchdog  # noqa: F401
     import cook.stages.runner  # noqa: F401
+
+    assert len(deepspeed.ops.__compatible_ops__)  # looked up once, with a compiler's help
 
 
 

@@ -5,7 +5,7 @@ terrible to it, starts it again, and compares what it leaves with an uninterrupt
 optimizer's and the gates' tensors, the generators of all ranks, the final weights and masks must be the same bits.
 
 --kills N      how often the whole group is killed in mid-save (default 50); the other faults are tried in proportion
---only NAME    some faults only; may be repeated      --list   their names
+--only NAME    some faults only, may be repeated: their rows in the JSON are replaced      --list   their names
 --output FILE  where the JSON goes (default results/bench/faults.json)
 """
 
@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "bench")]
@@ -34,6 +35,8 @@ import worlds  # noqa: E402
 from common import publish  # noqa: E402
 from proof import Scene, Trial, prepare  # noqa: E402
 from ranks import warm_up  # noqa: E402
+
+from cook.base.files import read_json  # noqa: E402
 
 Fault = Callable[[Scene, int, Random], Iterator[Trial]]
 FAULTS: dict[str, tuple[Fault, float]] = {
@@ -93,9 +96,18 @@ def main() -> None:
                 {"fault": name, "trials": len(counted), "survived": len(counted) - len(bad), "lost": len(bad),
                  "seconds": round(time.monotonic() - began, 1)}
             )  # fmt: skip
-    publish("faults", {"kills": arguments.kills, "seed": arguments.seed, "ranks": 2}, rows, arguments.output)
+    output = Path(arguments.output) if arguments.output else ROOT / "results" / "bench" / "faults.json"
+    settings = {"kills": arguments.kills, "seed": arguments.seed, "ranks": 2}
+    publish("faults", settings, merged(rows, output if arguments.only else None), str(output))
     print("\n\n".join(failures), file=sys.stderr)
     sys.exit(1 if failures else 0)
+
+
+def merged(rows: list[dict[str, Any]], old: Path | None) -> list[dict[str, Any]]:
+    """The rows in the order of the list, with those of earlier runs where these ones say nothing."""
+    found = read_json(old)["rows"] if old and old.exists() else []
+    by_name = {row["fault"]: row for row in [*found, *rows]}
+    return [by_name[name] for name in FAULTS if name in by_name]
 
 
 def watched(name: str, trials: Iterator[Trial]) -> Iterator[Trial]:

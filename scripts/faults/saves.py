@@ -44,7 +44,7 @@ def _at_point(scene: Scene, name: str, rank: int, random: Random) -> Iterator[Tr
     scene.fresh("stopped" if resumed else "base")
     if name == "save.aside":
         _damage_newest(scene)  # the step is saved once more, over the damaged one
-    nth = 1 if resumed else random.choice((1, 2))
+    nth = 1 if resumed or name == "save.removing" else random.choice((1, 2))
     with Ranks(scene.run, *OPTIONS, environment={faults.VARIABLE: f"{name}:{rank}:{nth}"}) as ranks:
         ended = ranks.wait()
     note = f"{name} on rank {rank}, time {nth}"
