@@ -151,8 +151,9 @@ def refused(folder: Path, message: str, *options: str, ranks: int = 0) -> None:
 
 def test_what_cannot_be_gone_on_from_is_refused_and_nothing_is_written(stopped, tmp_path):
     folder = copy(stopped[0], tmp_path / "run")
-    refused(folder, "saved by another number of ranks", ranks=2)
-    for manifest in (folder / "out" / "layer_mask" / "checkpoints").rglob("manifest.json"):
+    checkpoints = folder / "out" / "layer_mask" / "checkpoints"
+    refused(folder, "no such file", "--resume", str(checkpoints / "step-1"), ranks=2)
+    for manifest in checkpoints.rglob("manifest.json"):
         manifest.write_text("{}")
     refused(folder, "no checkpoint is valid")
 
