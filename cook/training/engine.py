@@ -20,6 +20,7 @@ from cook.base import distributed
 from cook.base.errors import UserError
 from cook.base.tensor_files import LazyTensors, load_pt
 from cook.config.types import TrainingConfig
+from cook.training.optim import MakeOptimizer, pretraining_adamw
 from cook.training.settings import check_settings, resolve_precision
 
 
@@ -77,6 +78,7 @@ class Engine:
         weights: Tensors to start from, read one at a time; None leaves the fresh ones.
         training: The stage's training section.
         deepspeed_config: The user's config, `auto` values included.
+        make_optimizer: Makes the optimizer where the DeepSpeed config names none.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Engine:
         weights: Mapping[str, torch.Tensor] | None,
         training: TrainingConfig,
         deepspeed_config: Mapping[str, Any],
+        make_optimizer: MakeOptimizer = pretraining_adamw,
     ):
         deepspeed = _import_deepspeed()
         self._deepspeed = deepspeed
@@ -114,7 +117,7 @@ class Engine:
         self._engine, self._optimizer, *_ = deepspeed.initialize(
             model=model,
             model_parameters=trained,
-            optimizer=None if self._engine_makes_optimizer() else self._adamw(trained, training),
+            optimizer=None if self._engine_makes_optimizer() else make_optimizer(model, training),
             config=self.config,
         )
         if weights is not None and self.precision != "fp32":
@@ -126,15 +129,6 @@ class Engine:
 
     def _engine_makes_optimizer(self) -> bool:
         return "optimizer" in self.config
-
-    def _adamw(self, parameters: list[torch.nn.Parameter], training: TrainingConfig) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(
-            parameters,
-            lr=training.learning_rate,
-            betas=(0.9, 0.95),
-            weight_decay=training.weight_decay,
-            fused=True,
-        )
 
     def _load(self, model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
         names = {name for name, _ in model.named_parameters()}

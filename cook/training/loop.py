@@ -18,6 +18,7 @@ from cook.report.events import EventLog
 from cook.surgery.gates import AttachedGates
 from cook.training.checkpoint import Position, save_checkpoint
 from cook.training.engine import Engine
+from cook.training.losses import TaskLoss, token_loss
 from cook.training.optim import learning_rate
 from cook.training.step import Batch, ExtraLoss, StepResult, train_step
 
@@ -38,13 +39,17 @@ class Run:
     engine: Engine
     batches: Batches
     training: TrainingConfig
-    attached: AttachedGates
+    attached: AttachedGates | None
     gates: Gates | None
+    task_loss: TaskLoss = token_loss
     extra_loss: ExtraLoss | None
-    checkpoints: Path
+    checkpoints: Path | None
+    """None: nothing is saved, for a run that is short and starts over."""
     fingerprint: str
     on_save: Callable[[], None]
     """Called after each checkpoint, on every rank: writes the masks as they stand."""
+    unit: str = "tok"
+    """What the loader's targets are, for the speed that is shown."""
 
 
 def train(run: Run, start: Position, log: EventLog) -> Position:
@@ -60,7 +65,9 @@ def train(run: Run, start: Position, log: EventLog) -> Position:
     meter = _Meter(start.tokens)
     with (
         StopSignals() as signals,
-        Progress(run.name, training.steps, start.step, enabled=rank == 0, final_target=final_target) as progress,
+        Progress(
+            run.name, training.steps, start.step, enabled=rank == 0, final_target=final_target, unit=run.unit
+        ) as progress,
     ):
         for step in range(start.step + 1, training.steps + 1):
             num_targets = run.batches.num_targets(step - 1)
@@ -73,6 +80,7 @@ def train(run: Run, start: Position, log: EventLog) -> Position:
                 learning_rate=rate,
                 attached=run.attached,
                 gates=run.gates,
+                task_loss=run.task_loss,
                 extra_loss=run.extra_loss,
                 stop_asked=signals.asked,
             )
@@ -80,14 +88,16 @@ def train(run: Run, start: Position, log: EventLog) -> Position:
             _report(run, position, result, meter, log, progress)
             # What came during the last step itself has not been heard by it, and the stage after must not begin.
             stop = _any_rank(signals.asked) if step == training.steps else result.stop
-            if stop or step == training.steps or (training.save_every and step % training.save_every == 0):
+            due = stop or step == training.steps or (training.save_every and step % training.save_every == 0)
+            if due and run.checkpoints is not None:
                 save_checkpoint(
                     run.checkpoints, run.engine, run.gates, position,
                     fingerprint=run.fingerprint, keep=training.keep_checkpoints,
                 )  # fmt: skip
                 run.on_save()
             if stop:
-                raise Interrupted(f"{run.name} saved step {step} of {training.steps}; the same command goes on from it")
+                kept = "starts over" if run.checkpoints is None else f"saved step {step} of {training.steps}"
+                raise Interrupted(f"{run.name} {kept}; the same command goes on from there")
     return position
 
 
