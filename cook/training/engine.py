@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from cook.base import distributed
 from cook.base.errors import UserError
 from cook.base.tensor_files import LazyTensors, load_pt
 from cook.config.types import TrainingConfig
+from cook.training.held_zeros import HeldZeros
 from cook.training.optim import MakeOptimizer, pretraining_adamw
 from cook.training.settings import check_settings, resolve_precision
 
@@ -101,6 +102,9 @@ class Engine:
         self._schedules_itself = "scheduler" in self.config
         self._norm: float | None = None
         self._clip: float | None = None
+        self._zeros: HeldZeros | None = None
+        self.on_gradients: Callable[[], None] | None = None
+        """Called before every update, when `full_gradients` can be read."""
         if self.zero_stage == 0 and self.precision == "fp32":
             # Here DeepSpeed neither tells the gradient's norm nor stops at one that is not finite.
             self._clip, self.config["gradient_clipping"] = self.config["gradient_clipping"], 0.0
@@ -188,6 +192,8 @@ class Engine:
 
         Weights are left alone, and False is returned, where the gradient is not finite.
         """
+        if self.on_gradients is not None and self._engine.is_gradient_accumulation_boundary():
+            self.on_gradients()
         if self._clip is not None and self._engine.is_gradient_accumulation_boundary():
             # A bound of infinity leaves the gradient as it is.
             bound = self._clip or math.inf
@@ -195,6 +201,8 @@ class Engine:
             if not math.isfinite(self._norm):
                 return False
         self._engine.step()
+        if self._zeros and self._zeros.can_be_left:
+            self._zeros.restore()
         return bool(self._engine.was_step_applied())
 
     def set_learning_rate(self, rate: float) -> None:
@@ -222,6 +230,27 @@ class Engine:
                 continue
             with self._gathered(parameter):
                 yield name, parameter.detach().float().cpu().clone()
+
+    def full_gradients(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Gradients of whole parameters before clipping: of the whole batch, unscaled, averaged over ranks, in fp32.
+
+        They are there between a step's last backward and its update (`on_gradients`); all ranks read them together.
+        """
+        parameters = dict(self.module.named_parameters())
+        for name in names:
+            gradient = self._deepspeed.utils.safe_get_full_grad(parameters[name])
+            yield name, gradient.detach().float().cpu() / self.loss_scale
+
+    def hold_zeros(self, masks: Mapping[str, torch.Tensor], *, gradients_only: bool = False) -> None:
+        """Sets weights to 0 and keeps them exactly there, whatever the optimizer, over checkpoints too.
+
+        Args:
+            masks: By parameter name, true (or 1) what stays.
+            gradients_only: Only shut off their gradients, and let weight decay and moments move them.
+        """
+        self._zeros = HeldZeros(dict(self.module.named_parameters()), masks, self._optimizer, self._gathered)
+        if not gradients_only:
+            self._zeros.restore()
 
     def model_config(self) -> dict[str, Any]:
         """The model's config.json, for a checkpoint to be complete."""
