@@ -87,6 +87,11 @@ def open_encoder(source: str, head: Head, labels: Sequence[str], seed: int) -> E
     )
 
 
+def load_encoder(folder: Path, head: Head) -> torch.nn.Module:
+    """A whole model in fp32 and eval mode, from a folder that this project wrote: its own modeling file may run."""
+    return _hub(_auto_class(head), str(folder), dtype=torch.float32, trust_remote_code=True).eval()
+
+
 def write_encoder(
     folder: Path, config: Any, weights: Iterable[tuple[str, torch.Tensor]], tokenizer: Any | None
 ) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-NUMBERS = {"float32": 1, "float64": 2, "int32": 3, "int64": 9, "float16": 19, "uint16": 14}  # its bits stand for bfloat16
+NUMBERS = {"float32": 1, "float64": 2, "int32": 3, "int64": 9, "float16": 19, "uint16": 14}
+"""TensorFlow's types by numpy name; uint16 stands for the bits of bfloat16."""
 
 
 def slow_crc(data: bytes) -> int:

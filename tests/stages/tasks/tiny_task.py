@@ -1,7 +1,13 @@
-"""A tiny BERT folder, tiny GLUE and SQuAD files in their distributed layouts, and the task command on them."""
+"""A tiny BERT folder, tiny GLUE and SQuAD files in their distributed layouts, and the task command on them.
+
+Started as a script under a launcher it runs a list of commands in one process group, which saves their imports, and
+writes what they printed or refused: `python … tiny_task.py CASES.json OUT.json`.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import random
 import sys
@@ -10,6 +16,9 @@ from typing import Any
 
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[3])
 
 from tests.stages.tiny_run import REPOSITORY, Result, run
 
@@ -77,16 +86,54 @@ def write_squad(folder: Path, version: str) -> None:
         (folder / f"{split}-v{version}.json").write_text(json.dumps(content))
 
 
-def task(folder: Path, mode: str, *, ranks: int = 0, keywords: Any = None, **options: str) -> Result:
-    """`cook/tasks.py MODE` in `folder`: plain, or with `ranks` under torchrun."""
-    command = [sys.executable]
-    if ranks:
-        command += ["-W", "ignore", "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command += [str(REPOSITORY / "cook" / "tasks.py"), mode]
-    command += [f"--{name}={value}" for name, value in (OPTIONS | options).items()]
-    return run(command, folder, **(keywords or {}))
+def options(**changes: str) -> list[str]:
+    """The options of a tiny run."""
+    return [f"--{name}={value}" for name, value in (OPTIONS | changes).items()]
+
+
+def task(folder: Path, mode: str, **changes: str) -> Result:
+    """`cook/tasks.py MODE` in `folder`."""
+    return run([sys.executable, str(REPOSITORY / "cook" / "tasks.py"), mode, *options(**changes)], folder)
+
+
+def tasks(folder: Path, cases: dict[str, tuple[str, dict[str, str]]], ranks: int = 1) -> dict[str, dict[str, str]]:
+    """Several commands (mode and options by name) one after the other; what each printed, and its error."""
+    (folder / "cases.json").write_text(json.dumps({n: [mode, *options(**o)] for n, (mode, o) in cases.items()}))
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    python = [sys.executable, "-W", "ignore"]
+    result = run([*python, *launcher, __file__, "cases.json", "told.json"], folder, timeout=400)
+    assert result.code == 0, result
+    return record(folder, "told.json")
 
 
 def record(folder: Path, *path: str) -> Any:
     """A JSON file."""
     return json.loads(folder.joinpath(*path).read_text())
+
+
+def main() -> None:
+    from cook.base import distributed
+    from cook.base.errors import UserError
+    from cook.config.tasks import parse_task_options
+    from cook.stages.tasks.export import run_export
+    from cook.stages.tasks.runner import run_pretrain, run_prune
+    from cook.training.engine import initialise_processes, leave_processes
+
+    initialise_processes(1)
+    told = {}
+    for name, arguments in json.loads(Path(sys.argv[1]).read_text()).items():
+        printed, error = io.StringIO(), ""
+        with contextlib.redirect_stdout(printed):
+            try:
+                config = parse_task_options(arguments)
+                {"pretrain": run_pretrain, "prune": run_prune, "export": run_export}[config.mode](config)
+            except UserError as mistake:
+                error = str(mistake)
+        told[name] = {"out": printed.getvalue(), "error": error}
+    if distributed.rank() == 0:
+        Path(sys.argv[2]).write_text(json.dumps(told))
+    leave_processes()
+
+
+if __name__ == "__main__":
+    main()
