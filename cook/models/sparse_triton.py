@@ -26,7 +26,7 @@ if triton is not None:
     @triton.jit
     def _kernel(
         x, weight, bias, inputs, tiles, out, rows_total, stride_x, stride_out,
-        BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+        BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, WIDEN: tl.constexpr,
     ):  # fmt: skip
         # A tile's line in `tiles`: first input, inputs, first output, outputs, first weight.
         line = tiles + 5 * tl.program_id(0)
@@ -45,6 +45,8 @@ if triton is not None:
                 weight + first_weight + c[:, None] * count_inputs + r[None, :],
                 mask=in_c[:, None] & in_r[None, :], other=0.0,
             )  # fmt: skip
+            if WIDEN:
+                w_CR, x_RM = w_CR.to(tl.float32), x_RM.to(tl.float32)
             sums += tl.dot(w_CR, x_RM, input_precision="ieee")
         sums += tl.load(bias + first_output + c, mask=in_c, other=0.0).to(tl.float32)[:, None]
         place = out + (first_output + c[:, None]).to(tl.int64) * stride_out + m[None, :]
@@ -78,10 +80,11 @@ def tile_products(
         first = [first[0] + rows, first[1] + columns, first[2] + rows * columns]
     tiles = torch.tensor(table, dtype=torch.int64, device=x_KM.device)
     rows_total = x_KM.shape[1]
+    # The interpreter, which alone runs this on a CPU, has no products of bf16: it multiplies in fp32.
     block_c, block_m, block_r = 64, 64 if rows_total > 32 else 32, 32
     most = max(columns for _, columns in sizes)
     grid = (len(sizes), -(-most // block_c), -(-rows_total // block_m))
     _kernel[grid](
         x_KM, weight, bias, inputs, tiles, out, rows_total, x_KM.stride(0), out.stride(0),
-        BLOCK_C=block_c, BLOCK_M=block_m, BLOCK_R=block_r,
+        BLOCK_C=block_c, BLOCK_M=block_m, BLOCK_R=block_r, WIDEN=not x_KM.is_cuda,
     )  # fmt: skip
