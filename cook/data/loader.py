@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from cook.base.errors import UserError
 from cook.data.packing import NO_TARGET, PackedRows
+
+
+class Rows(Protocol):
+    """Rows to train on, of any task."""
+
+    @property
+    def num_targets(self) -> np.ndarray: ...
+    def __len__(self) -> int: ...
+    def batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]: ...
 
 
 class RowLoader:
@@ -28,7 +38,7 @@ class RowLoader:
         UserError: There are no rows.
     """
 
-    def __init__(self, rows: PackedRows, *, train_batch_size: int, seed: int, first: int = 0):
+    def __init__(self, rows: Rows, *, train_batch_size: int, seed: int, first: int = 0):
         assert train_batch_size >= 1
         if not len(rows):
             raise UserError("the corpus is too small: there is no row to train on", remedy="give more text")

@@ -33,6 +33,7 @@ class Progress:
         enabled: False shows nothing: for all ranks but the first.
         every: Seconds between plain lines.
         final_target: The target sparsity at the end of its schedule, if the stage learns masks.
+        unit: What the speed counts.
         stream: Where to print; standard output if not given.
         clock: Seconds, monotonic; replaced in tests.
     """
@@ -46,11 +47,12 @@ class Progress:
         *,
         every: float = 5.0,
         final_target: float | None = None,
+        unit: str = "tok",
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._stage, self._total, self._start_step, self._every = stage, total_steps, start_step, every
-        self._final_target, self._clock, self._enabled = final_target, clock, enabled
+        self._final_target, self._clock, self._enabled, self._unit = final_target, clock, enabled, unit
         self._stream = stream or sys.stdout
         self._started = clock()
         self._last_line = -math.inf
@@ -85,7 +87,7 @@ class Progress:
         """
         if not self._enabled:
             return
-        numbers = _numbers(loss, tokens_per_second, expected, target, self._final_target)
+        numbers = _numbers(loss, tokens_per_second, self._unit, expected, target, self._final_target)
         remaining = f"ETA {human_duration(self._seconds_left(step))}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers="  ".join([*numbers, remaining]))
@@ -186,6 +188,7 @@ def _say(stream: TextIO, text: str) -> None:
 def _numbers(
     loss: float | None,
     tokens_per_second: float | None,
+    unit: str,
     expected: float | None,
     target: float | None,
     final_target: float | None,
@@ -194,7 +197,7 @@ def _numbers(
     if loss is not None:
         parts.append(f"loss {loss:.3f}")
     if tokens_per_second is not None:
-        parts.append(f"{human_count(tokens_per_second)} tok/s")
+        parts.append(f"{human_count(tokens_per_second)} {unit}/s")
     if expected is not None:
         text = f"sparsity {expected:.3f}"
         text += f" → {target:.3f}" if target is not None else ""

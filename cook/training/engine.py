@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,8 @@ from cook.base import distributed
 from cook.base.errors import UserError
 from cook.base.tensor_files import LazyTensors
 from cook.config.types import TrainingConfig
+from cook.training.held_zeros import HeldZeros
+from cook.training.optim import MakeOptimizer, pretraining_adamw
 from cook.training.partitions import Partitions
 from cook.training.settings import check_settings, resolve_precision
 from cook.training.shards import TAG, Shards, ShardWriter
@@ -79,6 +81,7 @@ class Engine:
         weights: Tensors to start from, read one at a time; None leaves the fresh ones.
         training: The stage's training section.
         deepspeed_config: The user's config, `auto` values included.
+        make_optimizer: Makes the optimizer where the DeepSpeed config names none.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class Engine:
         weights: Mapping[str, torch.Tensor] | None,
         training: TrainingConfig,
         deepspeed_config: Mapping[str, Any],
+        make_optimizer: MakeOptimizer = pretraining_adamw,
     ):
         deepspeed = _import_deepspeed()
         self._deepspeed = deepspeed
@@ -99,6 +103,9 @@ class Engine:
         self.device = torch.device("cuda", distributed.local_rank()) if cuda else torch.device("cpu")
         self._schedules_itself = "scheduler" in self.config
         self._clip: float | None = None
+        self._zeros: HeldZeros | None = None
+        self.on_gradients: Callable[[], None] | None = None
+        """Called before every update, when `full_gradients` can be read."""
         if self.zero_stage == 0 and self.precision == "fp32":
             # Here DeepSpeed neither tells the gradient's norm nor stops at one that is not finite.
             self._clip, self.config["gradient_clipping"] = self.config["gradient_clipping"], 0.0
@@ -116,7 +123,7 @@ class Engine:
         self._engine, self._optimizer, *_ = deepspeed.initialize(
             model=model,
             model_parameters=trained,
-            optimizer=None if self._engine_makes_optimizer() else self._adamw(trained, training),
+            optimizer=None if self._engine_makes_optimizer() else make_optimizer(model, training),
             config=self.config,
         )
         if weights is not None and self.precision != "fp32":
@@ -134,14 +141,6 @@ class Engine:
     def _engine_makes_optimizer(self) -> bool:
         return "optimizer" in self.config
 
-    def _adamw(self, parameters: list[torch.nn.Parameter], training: TrainingConfig) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(
-            parameters,
-            lr=training.learning_rate,
-            betas=(0.9, 0.95),
-            weight_decay=training.weight_decay,
-            fused=True,
-        )
 
     def _load_masters(self, weights: Mapping[str, torch.Tensor]) -> None:
         # The engine made its fp32 masters from parameters that had been rounded to half precision.
@@ -188,6 +187,8 @@ class Engine:
                 global norm of the gradient is above this or not finite; negative: whatever the gradient is.
         """
         self._watch.begin(limit, self.loss_scale)
+        if self.on_gradients is not None and limit >= 0 and self._engine.is_gradient_accumulation_boundary():
+            self.on_gradients()
         if self._clip is not None and self._engine.is_gradient_accumulation_boundary():
             # A bound of infinity leaves the gradient as it is.
             bound = self._clip or math.inf
@@ -198,6 +199,8 @@ class Engine:
                 self._engine.skipped_steps += 1
                 return False
         self._engine.step()
+        if self._zeros and self._zeros.can_be_left:
+            self._zeros.restore()
         return bool(self._engine.was_step_applied())
 
     def set_learning_rate(self, rate: float) -> None:
@@ -219,6 +222,27 @@ class Engine:
                 yield name, self._frozen[name].float()  # the engine's own copy may have been rounded to half precision
                 continue
             yield name, self._partitions.whole(parameter)
+
+    def full_gradients(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Gradients of whole parameters before clipping: of the whole batch, unscaled, averaged over ranks, in fp32.
+
+        They are there between a step's last backward and its update (`on_gradients`); all ranks read them together.
+        """
+        parameters = dict(self.module.named_parameters())
+        for name in names:
+            gradient = self._deepspeed.utils.safe_get_full_grad(parameters[name])
+            yield name, gradient.detach().float().cpu() / self.loss_scale
+
+    def hold_zeros(self, masks: Mapping[str, torch.Tensor], *, gradients_only: bool = False) -> None:
+        """Sets weights to 0 and keeps them exactly there, whatever the optimizer, over checkpoints too.
+
+        Args:
+            masks: By parameter name, true (or 1) what stays.
+            gradients_only: Only shut off their gradients, and let weight decay and moments move them.
+        """
+        self._zeros = HeldZeros(dict(self.module.named_parameters()), masks, self._optimizer, self._partitions.gathered)
+        if not gradients_only:
+            self._zeros.restore()
 
     def model_config(self) -> dict[str, Any]:
         """The model's config.json, for a checkpoint to be complete."""

@@ -25,6 +25,7 @@ from cook.report.events import EventLog
 from cook.surgery.gates import AttachedGates
 from cook.training.engine import Engine
 from cook.training.guard import Guard
+from cook.training.losses import TaskLoss, token_loss
 from cook.training.manifest import folder_of
 from cook.training.optim import learning_rate
 from cook.training.saver import Position, Saver
@@ -63,15 +64,20 @@ class Run:
     engine: Engine
     batches: Batches
     training: TrainingConfig
-    attached: AttachedGates
+    attached: AttachedGates | None
     gates: Gates | None
+    task_loss: TaskLoss = token_loss
     extra_loss: ExtraLoss | None
     checkpoints: Path
+    saves: bool = True
+    """False: nothing is saved, for a run that is short and starts over."""
     fingerprint: str
     on_save: Callable[[], None]
     """Called after each checkpoint, on every rank: writes the masks as they stand."""
     at: Callable[[int, str], None] = lambda _step, _phase: None
     """Told of every step and save as it begins, for a watchdog."""
+    unit: str = "tok"
+    """What the loader's targets are, for the speed that is shown."""
 
 
 def train(run: Run, start: Position, log: EventLog) -> Position:
@@ -90,7 +96,9 @@ def train(run: Run, start: Position, log: EventLog) -> Position:
         run.batches.load_state_dict(start.data)  # type: ignore[attr-defined]
     with (
         Signals() as signals,
-        Progress(run.name, training.steps, start.step, enabled=rank == 0, final_target=final_target) as progress,
+        Progress(
+            run.name, training.steps, start.step, enabled=rank == 0, final_target=final_target, unit=run.unit
+        ) as progress,
         Saver(run.checkpoints, stage=run.name, fingerprint=run.fingerprint, keep=training.keep_checkpoints) as saver,
     ):
         for step in range(start.step + 1, training.steps + 1):
@@ -104,6 +112,7 @@ def train(run: Run, start: Position, log: EventLog) -> Position:
                 learning_rate=learning_rate(training, update),
                 attached=run.attached,
                 gates=run.gates,
+                task_loss=run.task_loss,
                 extra_loss=run.extra_loss,
                 asked=signals.take() | (Request.SETTLE if saver.failed else Request.NOTHING),
                 update=update,
@@ -115,19 +124,21 @@ def train(run: Run, start: Position, log: EventLog) -> Position:
             _report(run, position, result, note, meter, log, progress)
             if note and give_up:
                 saver.wait()
-                last = saver.newest or (folder_of(run.checkpoints, start.step) if start.step else None)
-                raise guard.failure(step, note, last)
+                begun = folder_of(run.checkpoints, start.step) if start.step and run.saves else None
+                raise guard.failure(step, note, saver.newest or begun)
             if Request.SETTLE in result.asked:
                 saver.wait()  # raises what failed
             # What came during the last step itself has not been heard by it, and the stage after must not begin.
             asked = result.asked | (_of_any_rank(signals.take()) if step == training.steps else Request.NOTHING)
-            if asked or step == training.steps or (training.save_every and step % training.save_every == 0):
+            due = asked or step == training.steps or (training.save_every and step % training.save_every == 0)
+            if due and run.saves:
                 run.at(step, "saving")
                 whole = dataclasses.replace(position, guard=guard.state_dict(), data=_data_state(run.batches))
                 saver.save(run.engine, run.gates, whole, also=run.on_save)
             if Request.STOP in asked:
                 saver.wait()
-                raise Interrupted(f"{run.name} saved step {step} of {training.steps}; the same command goes on from it")
+                kept = f"saved step {step} of {training.steps}" if run.saves else "starts over"
+                raise Interrupted(f"{run.name} {kept}; the same command goes on from there")
         run.at(position.step, "saving")
     return position
 

@@ -1,8 +1,11 @@
-"""The learning rate as a function of the step alone, so that a resumed run needs no scheduler state."""
+"""The optimizers, and the learning rate as a function of the step alone: a resumed run needs no scheduler state."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+
+import torch
 
 from cook.config.types import TrainingConfig
 
@@ -24,3 +27,29 @@ def learning_rate(training: TrainingConfig, step: int) -> float:
         return training.learning_rate
     low = training.min_learning_rate
     return training.learning_rate * (low + (1.0 - low) * shape)
+
+
+MakeOptimizer = Callable[[torch.nn.Module, TrainingConfig], torch.optim.Optimizer]
+"""From a model and the stage's training section to the optimizer of the parameters that are trained."""
+
+
+def pretraining_adamw(model: torch.nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW over all parameters alike, with the moments' rates that are usual in pretraining."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(
+        trained, lr=training.learning_rate, betas=(0.9, 0.95), weight_decay=training.weight_decay, fused=True
+    )
+
+
+def finetuning_adamw(model: torch.nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW as BERT is fine-tuned: biases and LayerNorms, the vectors among the parameters, are not decayed."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # Under ZeRO 3 a parameter is empty here and keeps its shape aside.
+    matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) > 1]
+    vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    groups = [
+        {"params": parameters, "weight_decay": decay}
+        for parameters, decay in ((matrices, training.weight_decay), (vectors, 0.0))
+        if parameters
+    ]
+    return torch.optim.AdamW(groups, lr=training.learning_rate, betas=(0.9, 0.999), fused=True)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from cook.base import distributed
 from cook.base.faults import point
@@ -16,10 +15,11 @@ from cook.base.signals import Request
 from cook.masks.gates import Gates
 from cook.surgery.gates import AttachedGates
 from cook.training.engine import Engine
+from cook.training.losses import TaskLoss, token_loss
 
 Batch = dict[str, torch.Tensor]
 ExtraLoss = Callable[[Batch, torch.Tensor], torch.Tensor]
-"""From a batch and the student's logits to a loss summed over the batch's target tokens."""
+"""From a batch and the student's logits to a loss summed over the batch's targets."""
 
 
 class Limits(NamedTuple):
@@ -39,7 +39,8 @@ class StepResult:
     """What came of a step, the same on every rank."""
 
     loss: float
-    """Mean cross entropy a target token of the global batch, in nats; NaN if it is not finite on some rank."""
+    """Mean task loss a target (in language modelling: nats a token) of the global batch; NaN if it is not finite on
+    some rank."""
     applied: bool
     """False if nothing was updated, neither weights nor gates nor any moment."""
     problem: str | None = None
@@ -57,8 +58,9 @@ def train_step(
     *,
     num_targets: int,
     learning_rate: float,
-    attached: AttachedGates,
+    attached: AttachedGates | None,
     gates: Gates | None,
+    task_loss: TaskLoss = token_loss,
     extra_loss: ExtraLoss | None,
     asked: Request,
     update: int | None = None,
@@ -69,33 +71,35 @@ def train_step(
     Where the loss or a gradient is not finite on any rank, or above `limits`, everything but the generators stands
     still: weights, their moments, an engine's own schedule, gates, their moments and multipliers.
 
-    The loss is summed over tokens and divided by the global batch's count, so that any split of the batch into ranks
+    The loss is summed over targets and divided by the global batch's count, so that any split of the batch into ranks
     and micro-batches gives the same gradient.
 
     Args:
         engine: The model.
         micro_batches: This rank's share of the global batch.
         step: The batch's number, counted from 1; the gates' noise depends on it.
-        num_targets: Target tokens of the global batch, over all ranks.
+        num_targets: Targets (tokens, or rows of a classification) of the global batch, over all ranks.
         learning_rate: Of the weights.
-        attached: The gates' hooks, already set to the fixed masks.
+        attached: The gates' hooks, already set to the fixed masks; None without gates.
         gates: The masks being learned; None in pretraining and finetuning.
-        extra_loss: Distillation, added to the cross entropy.
+        task_loss: The task's loss, from the model's output and the batch's targets.
+        extra_loss: Distillation, added to the task's loss.
         asked: What signals have asked of this rank.
         update: The number that the update will have, from 1: the gates' targets depend on it. None: as the step.
         limits: What the loss and the gradient's norm may be.
     """
     z = gates.draw(step).to(engine.device).requires_grad_() if gates else None
-    # The engine divides by the micro-batches and averages over the ranks; undone here in favour of the token count.
+    # The engine divides by the micro-batches and averages over the ranks; undone here in favour of the count.
     share = engine.accumulation * distributed.world_size() / num_targets
     loss_sum = torch.zeros((), device=engine.device)
     bad = torch.zeros((), dtype=torch.bool, device=engine.device)
     for number, batch in enumerate(micro_batches, start=1):
         if gates and z is not None:
+            assert attached is not None, "learned gates need their hooks"
             attached.set(gates.split(z))
-        cross_entropy, loss = _losses(engine, batch, extra_loss)
+        own_loss, loss = _losses(engine, batch, task_loss, extra_loss)
         engine.backward(loss * share)
-        loss_sum += cross_entropy.detach()
+        loss_sum += own_loss.detach()
         bad |= ~torch.isfinite(loss.detach())
         if number < len(micro_batches):
             engine.step()
@@ -137,14 +141,14 @@ def _problem(num_bad: int, bad: torch.Tensor, z_gradient: torch.Tensor | None) -
     return None
 
 
-def _losses(engine: Engine, batch: Batch, extra_loss: ExtraLoss | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _losses(
+    engine: Engine, batch: Batch, task_loss: TaskLoss, extra_loss: ExtraLoss | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     batch = {key: value.to(engine.device, non_blocking=True) for key, value in batch.items()}
     targets = batch.pop("targets")
-    logits = engine(**batch).logits
-    cross_entropy = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
-    if extra_loss is None:
-        return cross_entropy, cross_entropy
-    return cross_entropy, cross_entropy + extra_loss({**batch, "targets": targets}, logits)
+    output = engine(**batch)
+    loss = task_loss(output, targets)
+    return loss, loss if extra_loss is None else loss + extra_loss({**batch, "targets": targets}, output.logits)
 
 
 def _averaged_gate_gradient(engine: Engine, z: torch.Tensor | None) -> torch.Tensor | None:

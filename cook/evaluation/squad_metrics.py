@@ -1,0 +1,122 @@
+"""Exact match and F1 of SQuAD, with the official scripts' normalisation (Rajpurkar et al. 2016, 2018).
+
+Version 1.1 takes the best of all reference answers and knows no unanswerable questions. Version 2.0 compares an
+unanswerable question's prediction with the empty text, leaves out references that normalise to nothing, and reports the
+threshold on the null odds that would have been best.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from cook.data.squad import Question
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalised(text: str) -> str:
+    """Lower case, without punctuation, articles and superfluous white space, in the official order."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def exact_match(prediction: str, answer: str) -> float:
+    return float(normalised(prediction) == normalised(answer))
+
+
+def f1(prediction: str, answer: str, *, empty_counts: bool) -> float:
+    """Harmonic mean of precision and recall over words.
+
+    Args:
+        prediction: The answer given.
+        answer: The reference.
+        empty_counts: True for version 2.0, where two texts without words agree; in 1.1 they share no word.
+    """
+    given, wanted = normalised(prediction).split(), normalised(answer).split()
+    if empty_counts and not (given and wanted):
+        return float(given == wanted)
+    common = sum((Counter(given) & Counter(wanted)).values())
+    if not common:
+        return 0.0
+    precision, recall = common / len(given), common / len(wanted)
+    return 2 * precision * recall / (precision + recall)
+
+
+def squad_v1_metrics(questions: Sequence[Question], predictions: Mapping[str, str]) -> dict[str, float]:
+    """`exact_match` and `f1` in percent, as evaluate-v1.1.py prints them; a question without a prediction counts 0."""
+    exact = total_f1 = 0.0
+    for question in questions:
+        texts = [text for text, _ in question.answers]
+        if question.id in predictions and texts:
+            prediction = predictions[question.id]
+            exact += max(exact_match(prediction, text) for text in texts)
+            total_f1 += max(f1(prediction, text, empty_counts=False) for text in texts)
+    return {"exact_match": 100.0 * exact / len(questions), "f1": 100.0 * total_f1 / len(questions)}
+
+
+def squad_v2_metrics(
+    questions: Sequence[Question],
+    predictions: Mapping[str, str],
+    null_odds: Mapping[str, float],
+    threshold: float = 1.0,
+) -> dict[str, float]:
+    """The numbers of the official evaluate-v2.0.py, in percent.
+
+    Args:
+        questions: The reference.
+        predictions: Texts by question; the empty text says that there is no answer.
+        null_odds: How much more likely no answer is than the best one, by question.
+        threshold: Null odds above it turn a prediction into no answer, as the script's `--na-prob-thresh` does.
+    """
+    asked = [question for question in questions if question.id in predictions]
+    raw_exact, raw_f1, answerable = {}, {}, {}
+    for question in asked:
+        texts = [text for text, _ in question.answers if normalised(text)] or [""]
+        prediction = predictions[question.id]
+        raw_exact[question.id] = max(exact_match(prediction, text) for text in texts)
+        raw_f1[question.id] = max(f1(prediction, text, empty_counts=True) for text in texts)
+        answerable[question.id] = bool(question.answers)
+    exact = _with_threshold(raw_exact, null_odds, answerable, threshold)
+    f1s = _with_threshold(raw_f1, null_odds, answerable, threshold)
+    found = {"exact": _percent(list(exact.values())), "f1": _percent(list(f1s.values())), "total": float(len(asked))}
+    for name, kind in (("HasAns", True), ("NoAns", False)):
+        chosen = [key for key, has in answerable.items() if has is kind]
+        if chosen:
+            found[f"{name}_exact"] = _percent([exact[key] for key in chosen])
+            found[f"{name}_f1"] = _percent([f1s[key] for key in chosen])
+            found[f"{name}_total"] = float(len(chosen))
+    found["best_exact"], found["best_exact_thresh"] = _best(predictions, raw_exact, null_odds, answerable)
+    found["best_f1"], found["best_f1_thresh"] = _best(predictions, raw_f1, null_odds, answerable)
+    return found
+
+
+def _percent(values: Sequence[float]) -> float:
+    return 100.0 * sum(values) / len(values) if values else 0.0
+
+
+def _with_threshold(
+    scores: Mapping[str, float], odds: Mapping[str, float], answerable: Mapping[str, bool], threshold: float
+) -> dict[str, float]:
+    return {
+        key: float(not answerable[key]) if odds.get(key, 0.0) > threshold else score for key, score in scores.items()
+    }
+
+
+def _best(
+    predictions: Mapping[str, str], scores: Mapping[str, float], odds: Mapping[str, float],
+    answerable: Mapping[str, bool],
+) -> tuple[float, float]:  # fmt: skip
+    """The best score over all thresholds, in percent, and its threshold: begin with no answers, let in one by one."""
+    current = best = float(sum(not has for has in answerable.values()))
+    threshold = 0.0
+    for key in sorted(scores, key=lambda key: odds.get(key, 0.0)):
+        if answerable[key]:
+            current += scores[key]
+        else:
+            current -= 1.0 if predictions[key] else 0.0
+        if current > best:
+            best, threshold = current, odds.get(key, 0.0)
+    return 100.0 * best / max(1, len(scores)), threshold

@@ -1,0 +1,91 @@
+"""Pruned weights that stay exactly 0: in the weights, in their fp32 masters, in the gradients, in the moments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+ELEMENTWISE = frozenset({"Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam", "SGD", "Lion", "FusedLion", "Adagrad"})
+"""Optimizers that leave a weight of 0 with a gradient of 0 and moments of 0 where it is."""
+
+Gathered = Callable[..., AbstractContextManager[Any]]
+
+
+class HeldZeros:
+    """Masks at work on the parameters of an engine, at any ZeRO stage.
+
+    The gradients are cut off where they arise, before any reduction, clipping or sharding, so the moments of pruned
+    entries never leave 0 and an elementwise optimizer never moves them; after another one `restore` cuts the weights.
+
+    Args:
+        parameters: Of the engine's module, by name.
+        masks: By name, true what stays; on every rank the same.
+        optimizer: The engine's.
+        gathered: Makes a parameter whole for a while (ZeRO 3).
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, torch.nn.Parameter],
+        masks: Mapping[str, torch.Tensor],
+        optimizer: Any,
+        gathered: Gathered,
+    ):
+        strange = sorted(masks.keys() - parameters.keys())
+        assert not strange, f"a mask for {strange[0]}, which the model lacks"
+        self._pruned = {parameters[name]: mask == 0 for name, mask in masks.items()}
+        self._gathered = gathered
+        self._base = getattr(optimizer, "optimizer", optimizer)
+        for parameter, pruned in self._pruned.items():
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            assert pruned.shape == shape, f"a mask of shape {tuple(pruned.shape)} for one of {tuple(shape)}"
+            self._pruned[parameter] = pruned.to(parameter.device)
+            if parameter.requires_grad:
+                parameter.register_hook(lambda gradient, at=parameter: gradient.masked_fill(self._pruned[at], 0.0))
+
+    @property
+    def can_be_left(self) -> bool:
+        """Whether the optimizer might move a weight of 0 whose gradient and moments are 0."""
+        return type(self._base).__name__ not in ELEMENTWISE
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Sets the pruned weights, their masters and their moments to 0."""
+        for parameter, pruned in self._pruned.items():
+            with self._gathered(parameter, modified=True):
+                parameter.masked_fill_(pruned, 0.0)
+            if hasattr(parameter, "ds_id"):
+                self._cut_sharded(parameter, pruned)
+            elif getattr(parameter, "_hp_mapping", None) is not None:
+                _cut_fragment(parameter, pruned)
+            for value in self._base.state.get(parameter, {}).values():
+                if isinstance(value, torch.Tensor) and value.shape == pruned.shape:
+                    value.masked_fill_(pruned, 0.0)
+
+    def _cut_sharded(self, parameter: Any, pruned: torch.Tensor) -> None:
+        """ZeRO 3: this rank's flat piece of the master and of every moment."""
+        engine = parameter._z3_optimizer
+        moments = {key for state in self._base.state.values() for key, v in state.items() if _is_moment(v)}
+        for key in (None, *sorted(moments)):
+            piece = engine.get_local_fp32_param(parameter, key)
+            rank = engine._get_param_partition_rank(parameter)
+            mine = pruned.flatten()[piece.numel() * rank :][: piece.numel()]
+            value = piece.clone().flatten()
+            value[: len(mine)].masked_fill_(mine, 0.0)  # the last rank's piece may be padded
+            engine.set_local_hp_param(value.view_as(piece), parameter, key)
+
+
+def _cut_fragment(parameter: Any, pruned: torch.Tensor) -> None:
+    """ZeRO 1 and 2: the part of the flat master, and of the moments, that this rank holds of the parameter."""
+    mapping = parameter._hp_mapping
+    address = mapping.lp_fragment_address
+    mine = pruned.flatten()[address.start :][: address.numel]
+    for fragment in (mapping.hp_fragment, *(mapping.optim_fragment or {}).values()):
+        fragment.masked_fill_(mine.to(fragment.device), 0.0)
+
+
+def _is_moment(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 0 and value.numel() > 1

@@ -1,0 +1,222 @@
+"""Pruned matrices against dense ones: tile-wise, tile-wise on both sides, blocks, and a whole BERT-base encoder.
+
+    python scripts/bench/patterns.py [--threads 1 2] [--rows 128 1024] [--sparsity 75] [--quick]
+
+One run compares the ways of computing with dense `F.linear` (the encoder: with the stock one), interleaved, medians.
+`chosen` is what the layer picks by itself. The crossover is the sparsity at which sparse starts to win.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from common import ROOT, publish
+from transformers import AutoModel, BertConfig, BertModel
+
+from cook.models.sparse_layers import TileWiseLinear
+from cook.patterns.export import export_sparse
+from cook.patterns.masks import apply_masks, make_masks
+from cook.patterns.matrices import PrunedMatrix, encoder_matrices
+from cook.patterns.spec import PatternSpec
+from cook.patterns.tiles import sparse_linear, tiles_of
+
+SHAPES = ((768, 768), (768, 3072), (3072, 768))
+PATTERNS = {"tile-wise K": PatternSpec(type=2), "K and N": PatternSpec(type=8), "blocks 32": PatternSpec(type=5)}
+BARS = {("tile-wise K", "float32"): 3.4, ("tile-wise K", "bfloat16"): 2.5, ("K and N", "float32"): 3.2,
+        ("blocks 32", "float32"): 2.8}  # fmt: skip
+
+
+def seconds(actions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median seconds of each action, in turns, after two rounds to warm up."""
+    taken: dict[str, list[float]] = {name: [] for name in actions}
+    for turn in range(repeats + 2):
+        for name, action in actions.items():
+            _wait()
+            start = time.perf_counter()
+            action()
+            _wait()
+            if turn > 1:
+                taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def pruned_layer(
+    pattern: str, shape: tuple[int, int], sparsity: float, dtype: torch.dtype, device: str
+) -> tuple[TileWiseLinear, torch.Tensor, torch.Tensor]:
+    """A layer with random weights under a pattern, and its dense weight and bias, zeros included."""
+    inputs, outputs = shape
+    matrix = PrunedMatrix(path="w", role="output", layer=0, shape=(outputs, inputs), head_size=64)
+    spec = PATTERNS[pattern]
+    mask = make_masks({"w": torch.rand(outputs, inputs)}, (matrix,), spec, sparsity=sparsity)["w"]
+    weight = (torch.randn(outputs, inputs) * mask).to(dtype)
+    bias = torch.randn(outputs).to(dtype)
+    layer = sparse_linear(weight, bias, tiles_of(mask.T, block=32 if pattern == "blocks 32" else None))
+    return layer.to(device), weight.to(device), bias.to(device)
+
+
+@torch.inference_mode()
+def matrix_rows(options: argparse.Namespace, threads: int, device: str) -> list[dict[str, Any]]:
+    """A line a pattern, shape, number of rows and precision."""
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        for pattern in PATTERNS:
+            for shape in SHAPES:
+                for count in options.rows:
+                    layer, weight, bias = pruned_layer(pattern, shape, options.sparsity, dtype, device)
+                    found = compare(layer, weight, bias, count, options.repeats)
+                    rows.append({
+                        "threads": threads, "dtype": name, "pattern": pattern, "K × N": f"{shape[0]} × {shape[1]}",
+                        "rows": count, "sparsity": 1 - layer.weight.numel() / weight.numel(), **found,
+                        "bar": BARS.get((pattern, name)),
+                    })  # fmt: skip
+                    print(rows[-1], flush=True)
+    return rows
+
+
+def compare(
+    layer: TileWiseLinear, weight: torch.Tensor, bias: torch.Tensor, count: int, repeats: int
+) -> dict[str, Any]:
+    """Speed-ups over dense `F.linear` of the layer as it is (activations transposed, and not), and of every way."""
+    x = torch.randn(count, layer.in_features, device=weight.device).to(weight.dtype)
+    x_KM, plan = x.T.contiguous(), layer.plan()
+    out = torch.empty(layer.out_features, count, dtype=x.dtype, device=x.device)
+    layer.columns(x_KM, out=out)
+    difference = float((out.T.float() - F.linear(x, weight, bias).float()).abs().max())
+    assert difference < (0.5 if x.dtype == torch.bfloat16 else 1e-2), difference
+    actions: dict[str, Callable[[], Any]] = {
+        "dense": lambda: F.linear(x, weight, bias),
+        "speed-up": lambda: layer.columns(x_KM, out=out),
+        "not transposed": lambda: layer(x),
+    }
+    ways = plan.ways(x_KM)
+    for name, way in ways.items():
+        if name != "dense":
+            actions[name] = lambda way=way: plan.by(way, x_KM, transposed=True, out=out)
+    taken = seconds(actions, repeats)
+    found = {name: taken["dense"] / time for name, time in taken.items() if name != "dense"}
+    chosen = next(way for key, way in plan.chosen.items() if key[1])
+    picked = next(name for name, way in ways.items() if way is chosen)
+    return {"dense ms": 1e3 * taken["dense"], **found, "chosen": picked}
+
+
+@torch.inference_mode()
+def encoder_rows(options: argparse.Namespace, threads: int, device: str) -> list[dict[str, Any]]:
+    """BERT-base from ids to hidden states, against the stock model with the dense weights."""
+    config = BertConfig(num_hidden_layers=options.layers)
+    dense = BertModel(config, add_pooling_layer=False).eval()
+    matrices = encoder_matrices({n: tuple(p.shape) for n, p in dense.named_parameters()}, head_size=64)
+    rows = []
+    for pattern in ("tile-wise K", "K and N"):
+        masks = make_masks(
+            {m.path: torch.rand(m.shape) for m in matrices}, matrices, PATTERNS[pattern], sparsity=options.sparsity
+        )
+        masked = BertModel(config, add_pooling_layer=False).eval()
+        masked.load_state_dict(dense.state_dict())
+        apply_masks(masked, masks)
+        with tempfile.TemporaryDirectory() as folder:
+            masked.save_pretrained(f"{folder}/masked")
+            export_sparse(f"{folder}/masked", f"{folder}/small", masks)
+            small = AutoModel.from_pretrained(f"{folder}/small", trust_remote_code=True, add_pooling_layer=False)
+        for dtype in (torch.float32, torch.bfloat16):
+            pair = {"stock": masked.to(device, dtype), "small": small.eval().to(device, dtype)}
+            for count in options.rows:
+                ids = torch.randint(0, config.vocab_size, (max(1, count // 128), min(128, count)), device=device)
+                outputs = [model(ids).last_hidden_state.float() for model in pair.values()]
+                actions = {name: lambda m=m, i=ids: m(i) for name, m in pair.items()}
+                taken = seconds(actions, max(3, options.repeats // 3))
+                rows.append({
+                    "threads": threads, "dtype": str(dtype).removeprefix("torch."), "pattern": f"encoder, {pattern}",
+                    "K × N": f"{options.layers} layers", "rows": count, "sparsity": options.sparsity / 100,
+                    "dense ms": 1e3 * taken["stock"], "speed-up": taken["stock"] / taken["small"],
+                    "bar": 2.5 if dtype == torch.float32 else None,
+                    "difference": float((outputs[0] - outputs[1]).abs().max()),
+                })  # fmt: skip
+                print(rows[-1], flush=True)
+    return rows
+
+
+@torch.inference_mode()
+def crossover(options: argparse.Namespace, device: str) -> dict[str, list[tuple[float, float]]]:
+    """Speed-up over sparsity, fp32, 768 × 3072, without the fall-back to dense."""
+    curves = {}
+    for pattern in PATTERNS:
+        points = []
+        for sparsity in options.crossover:
+            layer, weight, bias = pruned_layer(pattern, (768, 3072), sparsity, torch.float32, device)
+            found = compare(layer, weight, bias, options.rows[0], options.repeats)
+            fixed = {"dense ms", "speed-up", "not transposed", "chosen"}
+            points.append((sparsity, max(value for name, value in found.items() if name not in fixed)))
+        curves[pattern] = points
+    return curves
+
+
+def draw(curves: dict[str, list[tuple[float, float]]], path: Path) -> None:
+    """The curves, and where each crosses 1."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.subplots()
+    for pattern, points in curves.items():
+        start = crossing(points)
+        label = pattern if start is None else f"{pattern}: from {start:.0f}%"
+        axes.plot(*zip(*points, strict=True), marker="o", label=label)
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set(xlabel="sparsity, %", ylabel="speed-up over dense F.linear", title="768 × 3072, fp32")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def crossing(points: list[tuple[float, float]]) -> float | None:
+    """The sparsity at which the speed-up first passes 1, between two measured ones on a straight line."""
+    for (s0, v0), (s1, v1) in zip(points, points[1:], strict=False):
+        if v0 < 1 <= v1:
+            return s0 + (1 - v0) / (v1 - v0) * (s1 - s0)
+    return points[0][0] if points[0][1] >= 1 else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rows", type=int, nargs="+", default=[128, 1024])
+    parser.add_argument("--sparsity", type=float, default=75.0)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--repeats", type=int, default=41)
+    parser.add_argument("--crossover", type=float, nargs="+", default=[10, 20, 30, 40, 50, 60, 70, 80, 90])
+    parser.add_argument("--quick", action="store_true", help="one thread, few repeats, two layers: a trial")
+    parser.add_argument("--output")
+    options = parser.parse_args()
+    if options.quick:
+        options.threads, options.repeats, options.layers, options.crossover = [1], 5, 2, [10, 40, 70]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    rows: list[dict[str, Any]] = []
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for threads in options.threads if device == "cpu" else [1]:
+        torch.set_num_threads(threads)
+        rows += matrix_rows(options, threads, device) + encoder_rows(options, threads, device)
+        curves = curves or crossover(options, device)
+    columns = dict.fromkeys(key for row in rows for key in row)
+    rows = [{key: row.get(key) for key in columns} for row in rows]
+    settings = vars(options) | {"crossover": {name: crossing(points) for name, points in curves.items()}}
+    publish("patterns", settings | {"curves": curves}, rows, options.output)
+    picture = Path(options.output).with_suffix(".png") if options.output else ROOT / "results/bench/patterns.png"
+    draw(curves, picture)
+    print(f"written: {picture}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from cook.base.errors import UserError
+from cook.patterns.matrices import ROLES, encoder_matrices, matrices_of, restricted
+from tests.tiny_pruning import tiny_space
+
+
+def test_the_matrices_of_a_stock_encoder():
+    config = BertConfig(
+        vocab_size=9, hidden_size=12, num_hidden_layers=11, num_attention_heads=3, intermediate_size=20,
+        max_position_embeddings=8,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = BertForSequenceClassification(config)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    matrices = encoder_matrices(shapes, head_size=4)
+    assert [(m.layer, m.role) for m in matrices] == [(layer, role) for layer in range(11) for role in ROLES]
+    one = {m.role: m for m in matrices[60:]}
+    assert one["output"].path == "bert.encoder.layer.10.output.dense.weight"
+    assert one["attention_output"].path == "bert.encoder.layer.10.attention.output.dense.weight"
+    assert (one["intermediate"].inputs, one["intermediate"].outputs) == (12, 20)
+    assert all(shapes[m.path] == m.shape for m in matrices)
+    with pytest.raises(UserError, match="no weights"):
+        encoder_matrices({"pooler.dense.weight": (4, 4)}, head_size=4)
+
+
+def test_the_matrices_of_a_pruning_space():
+    space = tiny_space()
+    matrices = matrices_of(space)
+    assert {m.layer for m in matrices} == set(range(space.num_layers))
+    for m in matrices:
+        assert m.shape == space.shapes[m.path]
+    roles = [m.role for m in matrices if m.layer == 0]
+    assert roles == ["query", "key", "value", "attention_output", "intermediate", "intermediate", "output"]
+    by_role = {m.role: m for m in matrices if m.layer == 0}
+    assert by_role["attention_output"].path.endswith("attention_out.weight")
+    assert by_role["output"].path.endswith("w_out.weight")
+    heads = next(g for g in space.groups if g.kind == "heads")
+    assert by_role["query"].head_size * heads.size == by_role["query"].outputs == by_role["attention_output"].inputs
+
+
+def test_pruned_module_chooses():
+    matrices = matrices_of(tiny_space())
+    chosen = restricted(matrices, ["project_q.weight", "w_out.weight"])
+    assert {m.role for m in chosen} == {"query", "output"}
+    with pytest.raises(UserError, match="'roject_q.weight' fits no matrix"):
+        restricted(matrices, ["roject_q.weight"])
