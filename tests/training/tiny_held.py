@@ -73,7 +73,7 @@ def held_run(case: dict[str, Any]) -> dict[str, Any]:
             attached=None,
             gates=None,
             extra_loss=None,
-            stop_asked=False,
+            asked=Request.NOTHING,
         )
         norms.append(engine.gradient_norm())
     if "save" in case:
