@@ -77,6 +77,8 @@ def paths_exist(
     if tokenizer.path is not None and "tokenizer.path" not in gone:
         if tokenizer.type == "sentencepiece" and not os.path.isfile(tokenizer.path):
             yield UserError("tokenizer.path: not a file", wanted="a sentencepiece .model file", got=tokenizer.path)
+        if tokenizer.type == "jieba" and not os.path.isfile(tokenizer.path):
+            yield UserError("tokenizer.path: not a file", wanted="CPM-Ant's vocab.txt", got=tokenizer.path)
         if tokenizer.type == "hf" and not os.path.isdir(tokenizer.path):
             yield UserError("tokenizer.path: not a folder", wanted="a Hugging Face tokenizer", got=tokenizer.path)
 

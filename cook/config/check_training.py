@@ -42,8 +42,9 @@ def model_has_a_source(model: ModelConfig) -> Iterator[UserError]:
 
 def tokenizer_fits(tokenizer: TokenizerConfig, facts: ModelFacts) -> Iterator[UserError]:
     """Every id must have a row in the embedding."""
-    if tokenizer.type == "hf" and tokenizer.path is None:
-        yield UserError("tokenizer.path: missing", wanted="the folder of a Hugging Face tokenizer")
+    if tokenizer.type != "sentencepiece" and tokenizer.path is None:
+        wanted = "the folder of a Hugging Face tokenizer" if tokenizer.type == "hf" else "CPM-Ant's vocab.txt"
+        yield UserError("tokenizer.path: missing", wanted=wanted)
     if facts.vocab_size is not None and tokenizer.vocab_size > facts.vocab_size:
         yield UserError(
             "tokenizer.vocab_size: more ids than the model knows",

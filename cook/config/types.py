@@ -28,7 +28,7 @@ StageName = Literal[
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Schedule = Literal["cosine", "linear", "constant"]
 DataType = Literal["python_stdlib", "text", "jsonl"]
-TokenizerType = Literal["sentencepiece", "hf"]
+TokenizerType = Literal["sentencepiece", "hf", "jieba"]
 ModelType = Literal["cpm_ant"]
 
 STAGE_NAMES: tuple[StageName, ...] = get_args(StageName)
@@ -53,7 +53,8 @@ class TokenizerConfig:
     """The tokenizer that turns the corpus into ids."""
 
     type: TokenizerType
-    """`sentencepiece`: a `.model` file; `hf`: a folder that Hugging Face's AutoTokenizer reads."""
+    """`sentencepiece`: a `.model` file; `hf`: a folder that Hugging Face's AutoTokenizer reads; `jieba`: CPM-Ant's own,
+    a `vocab.txt`."""
 
     path: str | None = None
     """The tokenizer's file or folder. None (sentencepiece only): the run trains one on the corpus."""

@@ -93,7 +93,7 @@ def prepare_tokenizer(tokenizer_config: Any, corpus: SplitCorpus, cache: Path) -
     if tokenizer_config.path is not None:
         return Path(tokenizer_config.path)
     if tokenizer_config.type != "sentencepiece":
-        raise UserError("tokenizer.path is missing", wanted="a folder", remedy="or set tokenizer.type: sentencepiece")
+        raise UserError("tokenizer.path is missing", wanted="its file or folder", remedy="or set tokenizer.type: sentencepiece")
 
     def build(folder: Path) -> dict[str, Any]:
         train_sentencepiece(
