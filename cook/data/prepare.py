@@ -17,7 +17,7 @@ import numpy as np
 from cook.base.errors import UserError
 from cook.data.cache import cached_folder, fingerprint_of, read_manifest
 from cook.data.corpus import Corpus, Document, open_corpus, split
-from cook.data.packing import pack, text_capacity
+from cook.data.packing import pack_to_folder, text_capacity
 from cook.data.progress import Progress
 from cook.vocab.load import load_tokenizer
 from cook.vocab.protocol import Tokenizer
@@ -93,7 +93,8 @@ def prepare_tokenizer(tokenizer_config: Any, corpus: SplitCorpus, cache: Path) -
     if tokenizer_config.path is not None:
         return Path(tokenizer_config.path)
     if tokenizer_config.type != "sentencepiece":
-        raise UserError("tokenizer.path is missing", wanted="its file or folder", remedy="or set tokenizer.type: sentencepiece")
+        remedy = "or set tokenizer.type: sentencepiece"
+        raise UserError("tokenizer.path is missing", wanted="its file or folder", remedy=remedy)
 
     def build(folder: Path) -> dict[str, Any]:
         train_sentencepiece(
@@ -169,7 +170,7 @@ def prepare_rows(
     def build(folder: Path) -> dict[str, Any]:
         statistics = {}
         for part in PARTS:
-            statistics[part] = pack(
+            statistics[part] = pack_to_folder(
                 _map_tokens(tokens_folder / f"{part}.tokens.bin", manifest["dtype"]),
                 np.load(tokens_folder / f"{part}.offsets.npy"),
                 row_size=max_length - prompt_length,

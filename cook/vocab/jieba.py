@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -37,18 +38,18 @@ class JiebaTokenizer:
     """
 
     def __init__(self, lines: Sequence[str], origin: str, cut: Callable[[str], Iterable[str]] | None = None):
-        missing = [name for name, line in zip(SPECIAL, [*lines[:10], *[""] * 10], strict=False) if name != line]
-        if missing:
-            raise UserError(
-                f"{origin}: line {SPECIAL.index(missing[0]) + 1} is not {missing[0]!r}",
-                wanted=f"a CPM-Ant vocabulary, whose first lines are {' '.join(SPECIAL)}",
-                got=repr(lines[SPECIAL.index(missing[0])]) if len(lines) > SPECIAL.index(missing[0]) else "no such line",
-            )
+        for number, (name, line) in enumerate(zip_longest(SPECIAL, lines[: len(SPECIAL)]), start=1):
+            if name != line:
+                raise UserError(
+                    f"{origin}: line {number} is not {name!r}",
+                    wanted=f"a CPM-Ant vocabulary, whose first lines are {' '.join(SPECIAL)}",
+                    got=repr(line) if line is not None else "the end of the file",
+                )
         self._lines = tuple(lines)
         self._cut, segmenter = (cut, "given") if cut else _segmenter()
         self._id_of = {piece: number for number, piece in enumerate(lines) if number >= len(SPECIAL) and piece}
         self._id_of |= {text: SPECIAL.index(name) for name, text in STANDS_FOR.items()}
-        self._text_of = [STANDS_FOR.get(line, line) if number < len(SPECIAL) else line for number, line in enumerate(lines)]
+        self._text_of = [STANDS_FOR.get(name, name) for name in SPECIAL] + list(lines[len(SPECIAL) :])
         self._longest = max(map(len, self._id_of))
         self._known: dict[str, list[int]] = {}
         self.vocab_size: int = len(lines)

@@ -14,7 +14,8 @@ from cook.vocab.jieba import KEPT_WORDS, MAX_WORD_CHARS, SPECIAL, JiebaTokenizer
 from cook.vocab.load import load_tokenizer
 
 PIECES = (
-    "的 一 不 在 人 有 我 他 这 中 大 来 上 国 新 年 中国 中国人 北京 北京大学 大学 大学生 新年 讲话 希望 世界 ， 。 《 》 "
+    "的 一 不 在 人 有 我 他 这 中 大 来 上 国 新 年 中国 中国人 北京 北京大学 大学 大学生 "
+    "新年 讲话 希望 世界 ， 。 《 》 "
     "a b c d e f g h i l o r t w ab abc hello world wor ld < > / . 1 2 12 2024 ## \u3000 é"
 ).split(" ")
 TEXTS = (
