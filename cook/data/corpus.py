@@ -8,9 +8,10 @@ import hashlib
 import json
 import os
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -191,10 +192,16 @@ def _read_jsonl(file: SourceFile, text_field: str) -> Iterator[Document]:
     with open(file.path, "rb") as stream:
         for number, line in enumerate(stream, start=1):
             if line.strip():
-                yield Document(f"{file.name}:{number}", _text_of(line, text_field, f"{file.path}, line {number}"))
+                where = f"{file.path}, line {number}"
+                yield Document(f"{file.name}:{number}", text_of(object_of(line, where), text_field, where))
 
 
-def _text_of(line: bytes, text_field: str, where: str) -> str:
+def object_of(line: bytes, where: str) -> dict[str, Any]:
+    """The JSON object on a line.
+
+    Raises:
+        UserError: There is none; `where` begins the message.
+    """
     try:
         record = json.loads(line.rstrip(b"\r\n").decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -205,17 +212,24 @@ def _text_of(line: bytes, text_field: str, where: str) -> str:
         raise UserError(f"{where}: nested too deeply") from None
     if not isinstance(record, dict):
         raise UserError(f"{where}: not a JSON object", wanted="an object", got=type(record).__name__)
-    if text_field not in record:
-        raise UserError(
-            f"{where}: the object has no key {text_field!r}", got=", ".join(map(repr, record)), remedy="data.text_field"
-        )
-    text = record[text_field]
+    return record
+
+
+def text_of(record: Mapping[str, Any], field: str, where: str, remedy: str | None = "data.text_field") -> str:
+    """The text under a key of an object.
+
+    Raises:
+        UserError: There is none; `where` begins the message.
+    """
+    if field not in record:
+        raise UserError(f"{where}: the object has no key {field!r}", got=", ".join(map(repr, record)), remedy=remedy)
+    text = record[field]
     if not isinstance(text, str):
-        raise UserError(f"{where}: {text_field!r} is not a string", wanted="a string", got=type(text).__name__)
+        raise UserError(f"{where}: {field!r} is not a string", wanted="a string", got=type(text).__name__)
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: {text_field!r} holds half a surrogate pair at character {error.start}") from None
+        raise UserError(f"{where}: {field!r} holds half a surrogate pair at character {error.start}") from None
     return text
 
 
