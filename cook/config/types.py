@@ -11,6 +11,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from cook.config.corpus import DataConfig
 from cook.config.scheme import CoarseConfig, FineConfig, GatesConfig, MaskMethod, PruneMode
 
 StageName = Literal[
@@ -27,7 +28,6 @@ StageName = Literal[
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Schedule = Literal["cosine", "linear", "constant"]
-DataType = Literal["python_stdlib", "text", "jsonl"]
 TokenizerType = Literal["sentencepiece", "hf", "jieba"]
 ModelType = Literal["cpm_ant"]
 
@@ -61,32 +61,6 @@ class TokenizerConfig:
 
     vocab_size: int
     """Number of ids; at most the model's vocabulary."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """The corpus, and how rows are cut from it."""
-
-    type: DataType
-    """`python_stdlib`: the running Python's standard library; `text`: plain files; `jsonl`: one JSON object a line."""
-
-    paths: tuple[str, ...] = ()
-    """Files, folders or glob patterns of the corpus; empty for `python_stdlib`."""
-
-    text_field: str = "text"
-    """Key that holds the text in a JSON line."""
-
-    held_out: float = 0.03
-    """Fraction of the documents kept for evaluation, split by file or document; unused if `held_out_paths` is given."""
-
-    held_out_paths: tuple[str, ...] = ()
-    """Files, folders or glob patterns of a separate evaluation corpus."""
-
-    max_length: int
-    """Tokens in a row, the prompt included."""
-
-    cache_dir: str | None = None
-    """Folder for the tokenised corpus. None: inside the output folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
