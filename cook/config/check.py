@@ -31,6 +31,7 @@ CHECKS: tuple[Callable[..., Iterable[UserError]], ...] = (
     check_training.tokenizer_fits,
     check_data.data_has_a_source,
     check_data.sources_fit_together,
+    check_data.binary_data_has_its_tokenizer,
     check_training.rows_hold_the_prompt,
     check_training.batch_is_whole,
     check_training.deepspeed_agrees,

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 
 from cook.base.errors import UserError
 from cook.config.corpus import DataConfig, SourceConfig
-from cook.config.types import TrainingConfig
+from cook.config.types import TokenizerConfig, TrainingConfig
 
 WITHOUT_FILES = ("python_stdlib", "hub")
+TASK_TYPES = ("cpm_live", "downstream")
+"""Types whose records say themselves what is to be told."""
 
 
 def data_has_a_source(data: DataConfig, training: TrainingConfig) -> Iterator[UserError]:
@@ -38,8 +40,17 @@ def _source_is_whole(where: str, source: DataConfig | SourceConfig) -> Iterator[
         yield UserError(f"{where}.paths: a {source.type} corpus needs its files", wanted="files, folders or globs")
     if source.type == "hub" and source.name is None:
         yield UserError(f"{where}.name: missing", wanted="the name of a Hub dataset")
+    if source.streaming and source.type in TASK_TYPES:
+        yield UserError(f"{where}.streaming: {source.type} data is mapped, not streamed", wanted=False)
     if source.streaming and source.type == "python_stdlib":
         yield UserError(f"{where}.streaming: the standard library is small and cannot be streamed", wanted=False)
+
+
+def binary_data_has_its_tokenizer(data: DataConfig, tokenizer: TokenizerConfig) -> Iterator[UserError]:
+    """Binary data is made of ids: no tokenizer can be trained on it."""
+    if tokenizer.path is None and "cpm_live" in (data.type, *(source.type for source in data.sources)):
+        wanted = "the tokenizer that the data was made with"
+        yield UserError("tokenizer.path: missing, and cpm_live data is made of ids", wanted=wanted)
 
 
 def _unused_beside_sources(data: DataConfig) -> Iterator[UserError]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-DataType = Literal["python_stdlib", "text", "jsonl", "parquet", "arrow", "hub"]
+DataType = Literal["python_stdlib", "text", "jsonl", "parquet", "arrow", "hub", "cpm_live", "downstream"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,8 @@ class DataConfig:
 
     type: DataType | None = None
     """`python_stdlib`: the running Python's standard library; `text`: plain files; `jsonl`: one JSON object a line;
-    `parquet`: tables; `arrow`: folders of `save_to_disk`; `hub`: a dataset's name. None: `sources` says it."""
+    `parquet`: tables; `arrow`: folders of `save_to_disk`; `hub`: a dataset's name; `cpm_live`: folders of CPM-Live's
+    binary data; `downstream`: JSON lines with an input and a target. None: `sources` says it."""
 
     paths: tuple[str, ...] = ()
     """Files, folders or glob patterns of the corpus; empty for `python_stdlib` and `hub`."""

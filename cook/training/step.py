@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from cook.base import distributed
 from cook.base.errors import RunFailed
+from cook.data.losses import model_inputs, summed_cross_entropy
 from cook.masks.gates import Gates
 from cook.surgery.gates import AttachedGates
 from cook.training.engine import Engine
@@ -109,12 +109,11 @@ def train_step(
 
 def _losses(engine: Engine, batch: Batch, extra_loss: ExtraLoss | None) -> tuple[torch.Tensor, torch.Tensor]:
     batch = {key: value.to(engine.device, non_blocking=True) for key, value in batch.items()}
-    targets = batch.pop("targets")
-    logits = engine(**batch).logits
-    cross_entropy = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
+    logits = engine(**model_inputs(batch)).logits
+    cross_entropy = summed_cross_entropy(logits, batch)
     if extra_loss is None:
         return cross_entropy, cross_entropy
-    return cross_entropy, cross_entropy + extra_loss({**batch, "targets": targets}, logits)
+    return cross_entropy, cross_entropy + extra_loss(batch, logits)
 
 
 def _averaged_gate_gradient(engine: Engine, z: torch.Tensor | None) -> torch.Tensor | None:
@@ -124,4 +123,3 @@ def _averaged_gate_gradient(engine: Engine, z: torch.Tensor | None) -> torch.Ten
     assert z.grad is not None, "the loss does not depend on the gates"
     gradient = z.grad.float() / (engine.loss_scale * distributed.world_size())
     return distributed.all_reduce_sum(gradient).cpu()
-

@@ -61,6 +61,8 @@ MIXING = {"every": 5, "reference": {"text-0": 2.0, "wiki": 3.0}}
         (given(X | {"streaming": True}, Y | {"streaming": True}), "streamed sources without weights"),
         (given(X | {"streaming": True}, workers=2), "streamed data has no workers"),
         (given({"type": "python_stdlib", "streaming": True}), "cannot be streamed"),
+        (given({"type": "downstream", "paths": ["y.jsonl"], "streaming": True}), "is mapped, not streamed"),
+        (given({"type": "cpm_live", "paths": ["."]}), "tokenizer.path: missing, and cpm_live data is made of ids"),
         (given(X | {"name": "wiki"}, Y), "2 sources are called 'wiki'"),
         (given(X, mixing=MIXING), "there is nothing to mix"),
         (given(X | {"weight": 1}, Y | {"weight": 1}, mixing=MIXING | {"reference": {"w": 2}}), "the source 'wiki'"),

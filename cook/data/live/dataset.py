@@ -11,7 +11,7 @@ import hashlib
 import mmap
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -51,13 +51,19 @@ class DataFile:
     """SHA-256 over the SHA-256 of its blocks."""
 
 
-def open_live(folders: Sequence[str | Path], cache: Path, workers: int | None = None) -> LiveDataset:
+def open_live(
+    folders: Sequence[str | Path],
+    cache: Path,
+    workers: int | None = None,
+    opened: Callable[..., Path] = cached_folder,
+) -> LiveDataset:
     """Opens the records of some folders, and scans them if that has not been done yet.
 
     Args:
         folders: Folders with `meta.bin`, in the order in which their records are numbered.
         cache: Where the index is kept.
         workers: Processes that scan. None: as many as this process may use cores.
+        opened: Gives the index's folder, as `cached_folder` does.
 
     Raises:
         UserError: The data is missing, damaged, or another than `meta.bin` says: with file, block and offset.
@@ -68,7 +74,7 @@ def open_live(folders: Sequence[str | Path], cache: Path, workers: int | None = 
     def build(folder: Path) -> dict[str, Any]:
         return _scan_all(metas, folder, workers)
 
-    return LiveDataset(cached_folder(cache, "index", fingerprint_of("index", FORMAT, seen), build))
+    return LiveDataset(opened(cache, "index", fingerprint_of("index", FORMAT, seen), build))
 
 
 def _seen(meta: LiveMeta, file: FileInfo) -> list[Any]:

@@ -124,7 +124,7 @@ def build_batch(
     Returns:
         `input, position, segment, span, task, targets, choices` int64 (B, L), `context` bool (B, L), `length` int64
         (B,). `task` is the segment's, 0 in prompts and -1 in padding. `choices` is -1 but at the last token of an
-        option: there it is twice the question's number in the batch, and one more if the option is right.
+        option: there it is twice the question's number in its row, and one more if the option is right.
     """
     segments = segments_of(data, record_N)
     length_S, begins_S = segments.length_S, segments.begins_S
@@ -170,7 +170,9 @@ def build_batch(
     told_T = hidden_T & ((within_T > 0) | np.repeat(segments.task_S == TOLD, length_S))
     targets[at_T[told_T] - 1] = tokens_T[told_T]
     option_S = segments.task_S >= WRONG_CHOICE
-    question_S = np.cumsum(option_S & (segments.ordinal_S == 0)) - 1
+    opens_S = option_S & (segments.ordinal_S == 0)
+    asked_S = np.cumsum(opens_S)
+    question_S = asked_S - 1 - np.maximum.accumulate(np.where(first_S, asked_S - opens_S, 0))
     choices[(at_S + whole_S - 1)[option_S]] = (2 * question_S + (segments.task_S == RIGHT_CHOICE))[option_S]
 
     rows = {"input": ids, "position": position, "segment": segment, "span": span, "task": task, "context": context}

@@ -71,7 +71,7 @@ class TaskRows:
         """The model's batch of some rows; see `cook.data.rows.Rows`.
 
         Where there are questions with options: also `choices` int64 (B, L), see `build_batch`, and `choice_token`
-        int64 (), for `cook.training.choices`.
+        int64 (B,), for `cook.data.losses`.
         """
         record_N, row_N = self.records(indices)
         arrays = build_batch(
@@ -86,7 +86,7 @@ class TaskRows:
         batch = {name: torch.from_numpy(arrays[name]) for name in MODEL_KEYS}
         if self._choice_token is not None:
             batch["choices"] = torch.from_numpy(arrays["choices"])
-            batch["choice_token"] = torch.tensor(self._choice_token)
+            batch["choice_token"] = torch.full((len(indices),), self._choice_token)
         return batch
 
     def num_targets(self, indices: np.ndarray, epoch: int = 0) -> np.ndarray:

@@ -99,8 +99,8 @@ def batch(records, rows, *, seed, epoch, max_length, prompt_length):
     names = ("input", "position", "segment", "context", "targets", "task")
     padding = (0, 0, 0, False, NO_TARGET, -1)
     result = {name: [] for name in (*names, "span", "choices", "length")}
-    question = -1
     for row in rows:
+        question = -1
         columns = {name: [] for name in (*names, "span", "choices")}
         span = -1
         for number in row:
