@@ -84,4 +84,14 @@ def merged(groups: Iterable[tuple[np.ndarray, dict[str, torch.Tensor]]]) -> dict
     if len(whole) == 1 and (np.diff(whole[0][0]) == 1).all():
         return whole[0][1]
     order = torch.from_numpy(np.argsort(np.concatenate([places for places, _ in whole]), kind="stable"))
-    return {key: torch.cat([batch[key] for _, batch in whole])[order] for key in whole[0][1]}
+    known = {key: value for _, batch in whole for key, value in batch.items()}
+    batch = {}
+    for key, some in known.items():
+        parts = [group[key] if key in group else _empty(key, some, len(places)) for places, group in whole]
+        batch[key] = torch.cat(parts)[order]
+    return batch
+
+
+def _empty(key: str, some: torch.Tensor, count: int) -> torch.Tensor:
+    """Stands for what only some groups have: rows with questions carry keys that text does without."""
+    return some.new_full((count, *some.shape[1:]), 0 if key == "choice_token" else -1)

@@ -6,11 +6,11 @@ new folder and an unchanged one is used again. One process prepares; the others 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -43,6 +43,11 @@ class SplitCorpus:
     fingerprint: str
 
     @property
+    def skipped(self) -> tuple[str, ...]:
+        """Names of files that were left out."""
+        return self.corpus.skipped
+
+    @property
     def size(self) -> int:
         """Bytes in all files."""
         return self.corpus.size + (self.evaluation.size if self.evaluation else 0)
@@ -62,16 +67,16 @@ def open_split(data: Any) -> SplitCorpus:
     """Opens the corpus of a data section and splits it.
 
     Args:
-        data: `type, paths, text_field, held_out, held_out_paths` of the configuration's data section.
+        data: The configuration's data section, of a single source.
 
     Raises:
         UserError: The corpus is missing, empty, malformed or too small to split.
     """
-    corpus = open_corpus(data.type, data.paths, text_field=data.text_field)
+    corpus = open_corpus(
+        data.type, data.paths, text_field=data.text_field, name=data.name, subset=data.subset, split=data.split
+    )
     if data.held_out_paths:
-        # The standard library is one fixed corpus, so files given beside it can only be plain text.
-        kind = data.type if data.type != "python_stdlib" else "text"
-        evaluation = open_corpus(kind, data.held_out_paths, text_field=data.text_field)
+        evaluation = open_evaluation(data)
         num_documents = sum(1 for _ in corpus.documents())
         key = fingerprint_of(FORMAT, corpus.fingerprint(), evaluation.fingerprint())
         return SplitCorpus(corpus, np.zeros(num_documents, bool), evaluation, key)
@@ -79,12 +84,22 @@ def open_split(data: Any) -> SplitCorpus:
     return SplitCorpus(corpus, is_held_out, None, fingerprint_of(FORMAT, corpus.fingerprint(), data.held_out))
 
 
-def prepare_tokenizer(tokenizer_config: Any, corpus: SplitCorpus, cache: Path) -> Path:
+def open_evaluation(data: Any) -> Corpus:
+    """The corpus at `held_out_paths`."""
+    # Beside the one fixed standard library, or a dataset of the Hub, files can only be plain text.
+    kind = data.type if data.type not in ("python_stdlib", "hub") else "text"
+    return open_corpus(kind, data.held_out_paths, text_field=data.text_field, split=data.split)
+
+
+def prepare_tokenizer(
+    tokenizer_config: Any, texts: Iterable[str], fingerprint: str, cache: Path
+) -> Path:
     """The tokenizer's file or folder: the one that the configuration names, or one trained on the training documents.
 
     Args:
         tokenizer_config: `type, path, vocab_size` of the configuration's tokenizer section.
-        corpus: What to train on.
+        texts: What to train on.
+        fingerprint: Of these texts.
         cache: Where a trained tokenizer is kept.
 
     Raises:
@@ -98,14 +113,14 @@ def prepare_tokenizer(tokenizer_config: Any, corpus: SplitCorpus, cache: Path) -
 
     def build(folder: Path) -> dict[str, Any]:
         train_sentencepiece(
-            corpus.training_texts(),
+            texts,
             folder / "sentencepiece.model",
             vocab_size=tokenizer_config.vocab_size,
             seed=TOKENIZER_SEED,
         )
         return {"vocab_size": tokenizer_config.vocab_size}
 
-    key = fingerprint_of("tokenizer", corpus.fingerprint, tokenizer_config.vocab_size, TOKENIZER_SEED)
+    key = fingerprint_of("tokenizer", fingerprint, tokenizer_config.vocab_size, TOKENIZER_SEED)
     return cached_folder(cache, "tokenizer", key, build) / "sentencepiece.model"
 
 
@@ -126,7 +141,19 @@ def open_tokenizer(tokenizer_config: Any, path: Path) -> Tokenizer:
     return tokenizer
 
 
-def prepare_tokens(corpus: SplitCorpus, tokenizer: Tokenizer, cache: Path) -> Path:
+class Documents(Protocol):
+    """What there is to tokenise: a prepared corpus, or the held-out documents of a stream."""
+
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def skipped(self) -> tuple[str, ...]: ...
+    def documents(self) -> Iterator[tuple[Document, bool]]: ...
+
+
+def prepare_tokens(corpus: Documents, tokenizer: Tokenizer, cache: Path) -> Path:
     """Tokenises the corpus once: per part, `<part>.tokens.bin` (flat ids) and `<part>.offsets.npy` (document borders).
 
     Raises:
@@ -142,7 +169,7 @@ def prepare_tokens(corpus: SplitCorpus, tokenizer: Tokenizer, cache: Path) -> Pa
             for group in _groups(corpus.documents()):
                 encoded = tokenizer.encode_batch([document.text for document, _ in group])
                 for (document, held_out), ids in zip(group, encoded, strict=True):
-                    _check_ids(ids, tokenizer.vocab_size, document.name)
+                    check_ids(ids, tokenizer.vocab_size, f"document {document.name}")
                     part = PARTS[held_out]
                     files[part].write(ids.astype(dtype).tobytes())
                     lengths[part].append(len(ids))
@@ -150,15 +177,21 @@ def prepare_tokens(corpus: SplitCorpus, tokenizer: Tokenizer, cache: Path) -> Pa
         for part in PARTS:
             np.save(folder / f"{part}.offsets.npy", np.concatenate([[0], np.cumsum(lengths[part], dtype=np.int64)]))
         counts = {part: {"documents": len(lengths[part]), "tokens": sum(lengths[part])} for part in PARTS}
-        return {"dtype": dtype.name, "skipped_files": list(corpus.corpus.skipped), **counts}
+        return {"dtype": dtype.name, "skipped_files": list(corpus.skipped), **counts}
 
     return cached_folder(cache, "tokens", fingerprint_of("tokens", corpus.fingerprint, tokenizer.fingerprint), build)
 
 
 def prepare_rows(
-    tokens_folder: Path, tokenizer: Tokenizer, *, max_length: int, prompt_length: int, cache: Path
+    tokens_folder: Path,
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    prompt_length: int,
+    cache: Path,
+    parts: Sequence[str] = PARTS,
 ) -> Path:
-    """Cuts and packs the tokens of both parts into rows of `max_length`, prompt included.
+    """Cuts and packs the tokens of the parts into rows of `max_length`, prompt included.
 
     Raises:
         UserError: The length leaves no room for text, or a part has no row.
@@ -169,7 +202,7 @@ def prepare_rows(
 
     def build(folder: Path) -> dict[str, Any]:
         statistics = {}
-        for part in PARTS:
+        for part in parts:
             statistics[part] = pack_to_folder(
                 _map_tokens(tokens_folder / f"{part}.tokens.bin", manifest["dtype"]),
                 np.load(tokens_folder / f"{part}.offsets.npy"),
@@ -210,10 +243,11 @@ def _groups(documents: Iterable[tuple[Document, bool]]) -> Iterator[list[tuple[D
         yield group
 
 
-def _check_ids(ids: np.ndarray, vocab_size: int, name: str) -> None:
+def check_ids(ids: np.ndarray, vocab_size: int, name: str) -> None:
+    """Refuses ids that no embedding has a row for; `name` says where they come from."""
     if len(ids) and not (0 <= ids.min() and ids.max() < vocab_size):
         raise UserError(
-            f"document {name}: the tokenizer gave an id outside its vocabulary",
+            f"{name}: the tokenizer gave an id outside its vocabulary",
             wanted=f"0 to {vocab_size - 1}",
             got=f"{ids.min()} to {ids.max()}",
         )

@@ -36,6 +36,8 @@ class Position:
 
     step: int
     tokens: int
+    data: dict[str, Any] | None = None
+    """What the loader needs beside the step to read on, as JSON; only a checkpoint holds it."""
 
 
 def save_checkpoint(
@@ -110,6 +112,7 @@ def _publish(scratch: Path, final: Path, position: Position, fingerprint: str, l
         "world_size": distributed.world_size(),
         "fingerprint": fingerprint,
         "layout": layout,
+        **({"data": position.data} if position.data else {}),
         "files": {str(p.relative_to(scratch)): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files},
     }
     write_json(scratch / MANIFEST, manifest)
@@ -236,7 +239,7 @@ def load_checkpoint(
     if gates:
         gates.load_state_dict(load_pt(folder / "gates.pt"))
     restore_rng_state(load_pt(folder / f"rng-{distributed.rank()}.pt"))
-    return Position(step=manifest["step"], tokens=manifest["tokens"])
+    return Position(step=manifest["step"], tokens=manifest["tokens"], data=manifest.get("data"))
 
 
 def stored_weights(folder: Path) -> Mapping[str, torch.Tensor]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from cook.base import distributed
 from cook.base.errors import Interrupted
@@ -45,6 +46,10 @@ class Run:
     fingerprint: str
     on_save: Callable[[], None]
     """Called after each checkpoint, on every rank: writes the masks as they stand."""
+    after_step: Callable[[int], None] = lambda step: None
+    """Called after each step, on every rank."""
+    data_state: Callable[[], dict[str, Any] | None] = lambda: None
+    """What the loader needs to read on after the last step, saved with each checkpoint; a collective."""
 
 
 def train(run: Run, start: Position, log: EventLog) -> Position:
@@ -63,11 +68,13 @@ def train(run: Run, start: Position, log: EventLog) -> Position:
         Progress(run.name, training.steps, start.step, enabled=rank == 0, final_target=final_target) as progress,
     ):
         for step in range(start.step + 1, training.steps + 1):
-            num_targets = run.batches.num_targets(step - 1)
+            with meter.waiting():
+                num_targets = run.batches.num_targets(step - 1)
+                micro_batches = run.batches.micro_batches(step - 1, rank, world, training.rows_at_once(world))
             rate = learning_rate(training, step)
             result = train_step(
                 run.engine,
-                run.batches.micro_batches(step - 1, rank, world, training.rows_at_once(world)),
+                micro_batches,
                 step,
                 num_targets=num_targets,
                 learning_rate=rate,
@@ -78,11 +85,12 @@ def train(run: Run, start: Position, log: EventLog) -> Position:
             )
             position = Position(step=step, tokens=position.tokens + num_targets)
             _report(run, position, result, meter, log, progress)
+            run.after_step(step)
             # What came during the last step itself has not been heard by it, and the stage after must not begin.
             stop = _any_rank(signals.asked) if step == training.steps else result.stop
             if stop or step == training.steps or (training.save_every and step % training.save_every == 0):
                 save_checkpoint(
-                    run.checkpoints, run.engine, run.gates, position,
+                    run.checkpoints, run.engine, run.gates, replace(position, data=run.data_state()),
                     fingerprint=run.fingerprint, keep=training.keep_checkpoints,
                 )  # fmt: skip
                 run.on_save()
@@ -96,16 +104,25 @@ def _any_rank(flag: bool) -> bool:
 
 
 class _Meter:
-    """Tokens a second since the last reading."""
+    """Tokens a second since the last reading, and the share of that time spent waiting for data."""
 
     def __init__(self, tokens: int):
         self._tokens, self._time = tokens, time.perf_counter()
+        self._waited = 0.0
         self.rate: float | None = None
+        self.wait: float | None = None
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - begin
 
     def read(self, tokens: int) -> float:
         now = time.perf_counter()
-        self.rate = (tokens - self._tokens) / max(1e-9, now - self._time)
-        self._tokens, self._time = tokens, now
+        seconds = max(1e-9, now - self._time)
+        self.rate, self.wait = (tokens - self._tokens) / seconds, self._waited / seconds
+        self._tokens, self._time, self._waited = tokens, now, 0.0
         return self.rate
 
 
@@ -123,6 +140,7 @@ def _report(
         "learning_rate": run.engine.learning_rate(),
         "tokens": position.tokens,
         "tokens_per_second": meter.rate,
+        "data_wait": meter.wait,
         "grad_norm": run.engine.gradient_norm(),
         "applied": result.applied,
     }

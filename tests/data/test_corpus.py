@@ -80,7 +80,7 @@ def test_no_paths_and_unknown_types_are_refused():
     with pytest.raises(UserError, match="the corpus is empty"):
         open_corpus("text", [])
     with pytest.raises(UserError, match=r"data\.type"):
-        open_corpus("parquet", ["x"])
+        open_corpus("csv", ["x"])
 
 
 def test_text_is_kept_to_the_byte(tmp_path):

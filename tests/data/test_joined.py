@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cook.base.errors import UserError
-from cook.data.joined import JoinedRows, by_epoch
+from cook.data.joined import JoinedRows, by_epoch, merged
 from tests.data.number_rows import rows_of
 
 
@@ -53,3 +53,10 @@ def test_parts_that_do_not_fit_are_named():
         JoinedRows(["a", "b"], [rows_of(2), rows_of(0)])
     with pytest.raises(UserError, match="the source b has rows of another length"):
         JoinedRows(["a", "b"], [rows_of(2), EpochRows()])
+
+
+def test_a_key_that_only_some_rows_have_is_filled():
+    plain, asked = {"a": torch.tensor([[1]])}, {"a": torch.tensor([[2]]), "choices": torch.tensor([[5]])}
+    batch = merged([(np.array([1]), plain), (np.array([0]), asked | {"choice_token": torch.tensor([7])})])
+    assert batch["choices"].tolist() == [[5], [-1]] and batch["choice_token"].tolist() == [7, 0]
+    assert batch["a"].tolist() == [[2], [1]]
