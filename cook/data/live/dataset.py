@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from cook.base.errors import UserError
+from cook.base.processes import in_order, num_cores
 from cook.data.cache import cached_folder, fingerprint_of, read_manifest
 from cook.data.live.meta import FileInfo, LiveMeta, read_meta
 from cook.data.live.pickles import INT64
@@ -215,19 +214,7 @@ def _scan_file(path: Path, version: int, file: FileInfo, workers: int | None) ->
         (path, version, file.block_size, first, min(blocks, file.num_blocks - first))
         for first in range(0, file.num_blocks, blocks)
     ]
-    workers = min(len(chunks), workers or len(os.sched_getaffinity(0)))
-    if workers == 1:
-        yield from (scan_blocks(*chunk) for chunk in chunks)
-        return
-    # Not forked: the process that prepares data may hold threads and a device.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        pending = [pool.submit(scan_blocks, *chunk) for chunk in chunks[: 2 * workers]]
-        for number in range(len(chunks)):
-            result = pending[number].result()
-            if number + 2 * workers < len(chunks):
-                pending.append(pool.submit(scan_blocks, *chunks[number + 2 * workers]))
-            yield result
+    return in_order(scan_blocks, chunks, min(len(chunks), workers or num_cores()))
 
 
 def _check_counts(path: Path, file: FileInfo, nlines: int, nbytes: int) -> None:
