@@ -25,7 +25,7 @@ from cook.data.prepare import (
 )
 from cook.data.rows import Rows
 from cook.data.streams import Stream, StreamedData, open_stream
-from cook.data.tasks.load import open_task_rows
+from cook.data.tasks.load import TaskData, open_task_rows
 from cook.vocab.protocol import Tokenizer
 
 POINTER = "data.json"
@@ -140,6 +140,9 @@ class _Opening:
         path = self._prepare_tokenizer(texts, streams)
         tokenizer = open_tokenizer(self.tokenizer, path)
         places: list[str | None] = []
+        files = {self._label(view, file.name): [file.size, file.sha256]
+                 for number, view in enumerate(self.views) if (found := texts.get(number) or streams.get(number))
+                 for file in found.corpus.files}  # fmt: skip
         for number, view in enumerate(self.views):
             place = None
             if number in texts:
@@ -148,11 +151,9 @@ class _Opening:
                 tokens = prepare_tokens(streams[number], tokenizer, self.cache)
                 place = self._rows(tokens, tokenizer, parts=("held_out",))
             else:
-                self._open_tasks(view, tokenizer, build=True)
+                own = self._open_tasks(view, tokenizer, build=True).files
+                files |= {self._label(view, name): list(seen) for name, seen in own.items()}
             places.append(str(place.resolve()) if place else None)
-        files = {f"{view.name}/{file.name}" if self.data.sources else file.name: [file.size, file.sha256]
-                 for number, view in enumerate(self.views) if (found := texts.get(number) or streams.get(number))
-                 for file in found.corpus.files}  # fmt: skip
         write_json(
             pointer, {"request": self.request(), "tokenizer": str(path.resolve()), "rows": places, "files": files}
         )
@@ -165,8 +166,8 @@ class _Opening:
         for view, place in zip(self.views, pointer["rows"], strict=True):
             if place is None:
                 rows = self._open_tasks(view, tokenizer, build=False)
-                train.append(rows[0])
-                held_out.append(rows[1])
+                train.append(rows.train)
+                held_out.append(rows.held_out)
                 continue
             train.append(open_stream(view) if view.streaming else open_rows(Path(place), "train", self.prompt_length))
             held_out.append(open_rows(Path(place), "held_out", self.prompt_length))
@@ -196,7 +197,10 @@ class _Opening:
             parts=parts,
         )  # fmt: skip
 
-    def _open_tasks(self, view: DataConfig, tokenizer: Tokenizer, *, build: bool) -> tuple[Rows, Rows]:
+    def _label(self, view: DataConfig, file: str) -> str:
+        return f"{view.name}/{file}" if self.data.sources else file
+
+    def _open_tasks(self, view: DataConfig, tokenizer: Tokenizer, *, build: bool) -> TaskData:
         return open_task_rows(
             view, tokenizer, prompt_length=self.prompt_length, cache=self.cache, seed=self.seed, limits=self.limits,
             build=build,

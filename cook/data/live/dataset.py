@@ -30,6 +30,7 @@ from cook.data.progress import Progress
 FORMAT = 1
 """Raised whenever the same files would give another index."""
 
+DIGEST_BYTES = 32
 CHUNK_BYTES = 256 << 20
 """What one process scans at a time."""
 
@@ -45,6 +46,9 @@ class DataFile:
     mtime_ns: int
     first_record: int
     """Number of its first record in the whole list."""
+
+    first_block: int
+    """Number of its first block among all files'."""
 
     digest: str
     """SHA-256 over the SHA-256 of its blocks."""
@@ -104,6 +108,7 @@ class LiveDataset:
         """int64 (N + 1,), the first segment of every record."""
         self._first_F = np.array([file.first_record for file in self.files], np.int64)
         self._maps: dict[int, mmap.mmap] = {}
+        self._seen: dict[int, tuple[int, int]] = {}
 
     def __reduce__(self) -> tuple:
         return type(self), (self._index,)
@@ -147,17 +152,28 @@ class LiveDataset:
             stat = os.stat(file.path)
             found = (stat.st_size, stat.st_mtime_ns)
         except OSError:
-            found = (0, 0)
-        if found != (file.size, file.mtime_ns):
-            block = min(found[0], file.size) // file.block_size
-            raise UserError(
-                f"{place(Path(file.path), block, found[0])}: the file has changed since it was first read",
-                wanted=f"{file.size} bytes, last changed at {file.mtime_ns} ns",
-                got=f"{found[0]} bytes, last changed at {found[1]} ns" if found[1] else "no such file",
-                remedy="put the old file back, or start again with the new one",
-            )
+            raise UserError(f"{place(Path(file.path), 0, 0)}: the file is gone", remedy="put it back") from None
+        if found != self._seen.setdefault(number, (file.size, file.mtime_ns)):
+            block = self._first_changed_block(file, found[0])
+            if block is not None:
+                raise UserError(
+                    f"{place(Path(file.path), block, block * file.block_size)}: changed since it was first read",
+                    wanted=f"{file.size} bytes, this block as it was",
+                    got=f"{found[0]} bytes",
+                    remedy="put the old file back, or start again with the new one",
+                )
+            self._seen[number] = found  # touched or copied, not changed
         if number not in self._maps:
             self._maps[number] = map_file(file.path)
+
+    def _first_changed_block(self, file: DataFile, size: int) -> int | None:
+        digests = np.fromfile(self._index / "digests.bin", f"V{DIGEST_BYTES}")[file.first_block :]
+        blocks = file.size // file.block_size
+        with open(file.path, "rb") as content:
+            for block in range(blocks):
+                if hashlib.sha256(content.read(file.block_size)).digest() != digests[block].tobytes():
+                    return block
+        return None if size == file.size else blocks
 
 
 def _column(index: Path, name: str) -> np.ndarray:
@@ -169,12 +185,13 @@ def _column(index: Path, name: str) -> np.ndarray:
 def _scan_all(metas: Sequence[LiveMeta], folder: Path, workers: int | None) -> dict[str, Any]:
     """Writes the columns of the index into `folder`; returns what else there is to know."""
     files: list[dict[str, Any]] = []
-    records, largest = 0, (-1, -1)
+    records, blocks, largest = 0, 0, (-1, -1)
     jobs = [(meta, file) for meta in metas for file in meta.shown]
     total = sum((meta.folder / file.file_name).stat().st_size for meta, file in jobs)
     with ExitStack() as stack:
         columns = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in COLUMNS}
         begins = stack.enter_context(open(folder / "segment_begin.bin", "wb"))
+        digests = stack.enter_context(open(folder / "digests.bin", "wb"))
         segments = np.zeros(1, np.int64)
         begins.write(segments.tobytes())
         progress = stack.enter_context(Progress("reading the index", total, unit="MB", scale=1e6))
@@ -191,7 +208,8 @@ def _scan_all(metas: Sequence[LiveMeta], folder: Path, workers: int | None) -> d
                 records += len(part.columns["offset"])
                 nbytes += part.nbytes
                 digest.update(part.digests)
-                progress.advance(len(part.digests) // 32 * (file.block_size or 0))
+                digests.write(part.digests)
+                progress.advance(len(part.digests) // DIGEST_BYTES * (file.block_size or 0))
             _check_counts(path, file, records - first, nbytes)
             entry = DataFile(
                 path=str(path.resolve()),
@@ -200,9 +218,11 @@ def _scan_all(metas: Sequence[LiveMeta], folder: Path, workers: int | None) -> d
                 size=stat.st_size,
                 mtime_ns=stat.st_mtime_ns,
                 first_record=first,
+                first_block=blocks,
                 digest=digest.hexdigest(),
             )
             files.append(asdict(entry))
+            blocks += file.num_blocks
     return {"data": files, "records": records, "largest_token": largest[0], "largest_token_record": largest[1]}
 
 

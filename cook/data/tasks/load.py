@@ -5,13 +5,13 @@ from __future__ import annotations
 import glob
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from cook.base.errors import UserError
 from cook.data.cache import cached_folder, fingerprint_of
-from cook.data.corpus import open_corpus
+from cook.data.corpus import Corpus, open_corpus
 from cook.data.live.dataset import LiveDataset, open_live
 from cook.data.live.meta import DEFAULT_BLOCK_SIZE, write_meta
 from cook.data.live.records import WRONG_CHOICE, Record
@@ -28,6 +28,15 @@ HELD_OUT_RUN = 64
 """Records that are held out together: the pieces of a document stand side by side."""
 
 
+class TaskData(NamedTuple):
+    """What a source of tasks gives."""
+
+    train: TaskRows
+    held_out: TaskRows
+    files: dict[str, tuple[int, str]]
+    """Size and hash of every file that it was made of."""
+
+
 def open_task_rows(
     data: Any,
     tokenizer: Tokenizer,
@@ -37,7 +46,7 @@ def open_task_rows(
     seed: int,
     build: bool = True,
     limits: Mapping[str, int | None] | None = None,
-) -> tuple[TaskRows, TaskRows]:
+) -> TaskData:
     """Opens the training and the held-out rows of a data section, and prepares them if that has not been done.
 
     Args:
@@ -53,11 +62,16 @@ def open_task_rows(
         UserError: The data is unusable, or (`build=False`) has not been prepared.
     """
     opened = cached_folder if build else _only_read
+    files: dict[str, tuple[int, str]] = {}
 
     def records(paths: Sequence[str]) -> LiveDataset:
         if data.type == "downstream":
-            paths = [str(_downstream(paths, tokenizer, data.max_length, prompt_length, cache, opened))]
+            corpus = open_corpus("jsonl", paths)
+            files.update({file.name: (file.size, file.sha256) for file in corpus.files})
+            paths = [str(_downstream(corpus, tokenizer, data.max_length, prompt_length, cache, opened))]
         found = open_live(live_folders(paths), cache, opened=opened)
+        if data.type != "downstream":
+            files.update({file.path: (file.size, file.digest) for file in found.files})
         _check(found, tokenizer, limits or {})
         return found
 
@@ -81,7 +95,7 @@ def open_task_rows(
     asks = any(int(found.column["segment_task"].max(initial=0)) >= WRONG_CHOICE for found, _ in parts.values())
     yes = choice_token(tokenizer) if asks else None
     rows = [TaskRows(found, folder, part, seed=seed, choice_token=yes) for part, (found, _) in parts.items()]
-    return rows[0], rows[1]
+    return TaskData(rows[0], rows[1], files)
 
 
 def live_folders(paths: Sequence[str]) -> list[Path]:
@@ -155,10 +169,9 @@ def _only_read(cache: Path, kind: str, fingerprint: str, build: Callable[[Path],
 
 
 def _downstream(
-    paths: Sequence[str], tokenizer: Tokenizer, max_length: int, prompt_length: int, cache: Path, opened: Any
+    corpus: Corpus, tokenizer: Tokenizer, max_length: int, prompt_length: int, cache: Path, opened: Any
 ) -> Path:
     """A folder of binary data made of JSON lines, which `open_live` reads."""
-    corpus = open_corpus("jsonl", paths)
     key = fingerprint_of(
         "downstream", FORMAT, corpus.fingerprint(), tokenizer.fingerprint, max_length, prompt_length
     )  # fmt: skip
