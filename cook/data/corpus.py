@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -31,8 +31,12 @@ STDLIB_OMITTED = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "_bundled", "lib-dynload", "__pycache__"}
 )
 STDLIB_SUFFIXES = (".py", ".txt", ".rst")
+CHARACTERS_AT_ONCE = 1 << 20
 JSONL_SUFFIXES = (".jsonl", ".json", ".ndjson")
 TOPICS = "pydoc_data/topics.py"
+
+
+Member = TypeVar("Member")
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,20 @@ def open_corpus(
         raise UserError("data.type is unknown", wanted=kinds, got=repr(kind))
     read = partial(_read_field, read_objects, text_field)
     return Corpus(f"{kind}:{text_field}", files, read, read_objects=read_objects)
+
+
+def grouped(items: Iterable[Member], characters: Callable[[Member], int]) -> Iterator[list[Member]]:
+    """Items in groups of about a million characters, so that encoding has work for all cores."""
+    group: list[Member] = []
+    total = 0
+    for item in items:
+        group.append(item)
+        total += characters(item)
+        if total >= CHARACTERS_AT_ONCE:
+            yield group
+            group, total = [], 0
+    if group:
+        yield group
 
 
 def split(names: Iterable[str], fraction: float) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 
 from cook.base.errors import UserError
 from cook.data.cache import cached_folder, fingerprint_of, read_manifest
-from cook.data.corpus import Corpus, Document, open_corpus, split
+from cook.data.corpus import Corpus, Document, grouped, open_corpus, split
 from cook.data.packing import pack_to_folder, text_capacity
 from cook.data.progress import Progress
 from cook.vocab.load import load_tokenizer
@@ -28,7 +28,6 @@ FORMAT = 1
 
 TOKENIZER_SEED = 0
 PARTS = ("train", "held_out")
-_CHARS_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -91,9 +90,7 @@ def open_evaluation(data: Any) -> Corpus:
     return open_corpus(kind, data.held_out_paths, text_field=data.text_field, split=data.split)
 
 
-def prepare_tokenizer(
-    tokenizer_config: Any, texts: Iterable[str], fingerprint: str, cache: Path
-) -> Path:
+def prepare_tokenizer(tokenizer_config: Any, texts: Iterable[str], fingerprint: str, cache: Path) -> Path:
     """The tokenizer's file or folder: the one that the configuration names, or one trained on the training documents.
 
     Args:
@@ -166,7 +163,7 @@ def prepare_tokens(corpus: Documents, tokenizer: Tokenizer, cache: Path) -> Path
         with ExitStack() as stack:
             files = {part: stack.enter_context(open(folder / f"{part}.tokens.bin", "wb")) for part in PARTS}
             progress = stack.enter_context(Progress("tokenising", corpus.size, unit="MB", scale=1e6))
-            for group in _groups(corpus.documents()):
+            for group in grouped(corpus.documents(), lambda item: len(item[0].text)):
                 encoded = tokenizer.encode_batch([document.text for document, _ in group])
                 for (document, held_out), ids in zip(group, encoded, strict=True):
                     check_ids(ids, tokenizer.vocab_size, f"document {document.name}")
@@ -227,20 +224,6 @@ def prepare_rows(
 def _map_tokens(path: Path, dtype: str) -> np.ndarray:
     # An empty file cannot be mapped.
     return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
-
-
-def _groups(documents: Iterable[tuple[Document, bool]]) -> Iterator[list[tuple[Document, bool]]]:
-    """Documents in groups of about `_CHARS_AT_ONCE` characters, so that encoding has work for all cores."""
-    group: list[tuple[Document, bool]] = []
-    chars = 0
-    for item in documents:
-        group.append(item)
-        chars += len(item[0].text)
-        if chars >= _CHARS_AT_ONCE:
-            yield group
-            group, chars = [], 0
-    if group:
-        yield group
 
 
 def check_ids(ids: np.ndarray, vocab_size: int, name: str) -> None:

@@ -4,11 +4,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import cook.data.corpus as corpus_module
 import cook.data.prepare as prepare
 from cook.base.errors import UserError
 from cook.config.corpus import DataConfig
 from cook.data.cache import read_manifest
-from cook.data.corpus import Document
 
 
 def section(paths, **options):
@@ -46,7 +46,7 @@ def read_part(folder, part):
 @pytest.mark.parametrize("vocab_size", [200, 70_000])
 @pytest.mark.parametrize("chars_at_once", [1, 100, 1 << 20])
 def test_tokens_hold_every_document_on_its_side(corpus_folder, tmp_path, monkeypatch, chars_at_once, vocab_size):
-    monkeypatch.setattr(prepare, "_CHARS_AT_ONCE", chars_at_once)
+    monkeypatch.setattr(corpus_module, "CHARACTERS_AT_ONCE", chars_at_once)
     monkeypatch.setattr(Letters, "vocab_size", vocab_size)
     corpus = prepare.open_split(section((str(corpus_folder),)))
     folder = prepare.prepare_tokens(corpus, Letters(), tmp_path / "cache")
@@ -164,14 +164,6 @@ def test_a_named_tokenizer_is_taken_and_a_missing_one_refused(corpus_folder, tmp
     assert str(prepare.prepare_tokenizer(given, corpus.training_texts(), corpus.fingerprint, tmp_path)) == "some/folder"
     with pytest.raises(UserError, match="tokenizer.path is missing"):
         prepare.prepare_tokenizer(SimpleNamespace(type="hf", path=None, vocab_size=500), [], "f", tmp_path)
-
-
-def test_groups_keep_order_and_bound_their_size(monkeypatch):
-    monkeypatch.setattr(prepare, "_CHARS_AT_ONCE", 10)
-    documents = [(Document(str(n), "x" * n), False) for n in (4, 4, 4, 30, 0, 1)]
-    groups = list(prepare._groups(documents))
-    assert [item for group in groups for item in group] == documents
-    assert [len(group) for group in groups] == [3, 1, 2]
 
 
 def test_skipped_files_are_listed(tmp_path, monkeypatch):

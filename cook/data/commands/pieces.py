@@ -14,7 +14,7 @@ import numpy as np
 
 from cook.base.errors import UserError
 from cook.base.seeds import derived_seed
-from cook.data.corpus import JSONL_SUFFIXES, PART_BYTES, matching_files, object_of, text_of
+from cook.data.corpus import JSONL_SUFFIXES, PART_BYTES, grouped, matching_files, object_of, text_of
 from cook.data.live.records import (
     LM,
     LM_PROMPT,
@@ -29,7 +29,6 @@ from cook.data.packing import MIN_REST
 from cook.vocab.protocol import Tokenizer
 
 COUNTS = ("documents", "tokens", "dropped", "unknown", "records")
-_CHARS_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +99,7 @@ def records_of(part: Part, settings: Settings, tokenizer: Tokenizer, counts: dic
     seed = derived_seed(settings.seed, "preprocess", part.name, part.begin)
     draws = np.random.Philox(seed)  # its raw stream is promised to stay
     limit = settings.masked_share * 2.0**64
-    for texts in _groups(documents(part, settings.format, settings.text_field)):
+    for texts in grouped(documents(part, settings.format, settings.text_field), len):
         for ids in tokenizer.encode_batch(texts):
             counts["documents"] += 1
             known = ids[ids != tokenizer.unk_id] if tokenizer.unk_id is not None else ids
@@ -167,17 +166,3 @@ def _text(content: bytes, part: Part, offset: int) -> str:
         raise UserError(
             f"{part.path}: not UTF-8 at offset {offset + error.start}", remedy="convert the file to UTF-8"
         ) from None
-
-
-def _groups(texts: Iterator[str]) -> Iterator[list[str]]:
-    """Texts in groups of about `_CHARS_AT_ONCE` characters: encoders are faster on many."""
-    group: list[str] = []
-    chars = 0
-    for text in texts:
-        group.append(text)
-        chars += len(text)
-        if chars >= _CHARS_AT_ONCE:
-            yield group
-            group, chars = [], 0
-    if group:
-        yield group

@@ -178,8 +178,8 @@ class LiveDataset:
 
 def _column(index: Path, name: str) -> np.ndarray:
     path, dtype = index / f"{name}.bin", COLUMNS.get(name, np.dtype(np.int64))
-    # An empty file cannot be mapped.
-    return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
+    # An empty file cannot be mapped. A plain array: numpy's own class of mapped ones takes its time at every look.
+    return np.asarray(np.memmap(path, dtype, mode="r")) if path.stat().st_size else np.zeros(0, dtype)
 
 
 def _scan_all(metas: Sequence[LiveMeta], folder: Path, workers: int | None) -> dict[str, Any]:

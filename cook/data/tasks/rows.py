@@ -38,8 +38,8 @@ class TaskRows:
         if manifest is None:
             raise UserError(f"{folder}: prepared data is missing or damaged", remedy="start again, it is rebuilt then")
         self._data, self._folder, self._part, self._seed, self._choice_token = data, folder, part, seed, choice_token
-        self._begin_R = np.load(folder / f"{part}.begin.npy", mmap_mode="r")
-        self._record_N = np.load(folder / f"{part}.record.npy", mmap_mode="r")
+        self._begin_R = np.asarray(np.load(folder / f"{part}.begin.npy", mmap_mode="r"))
+        self._record_N = np.asarray(np.load(folder / f"{part}.record.npy", mmap_mode="r"))
         self._prompt_length: int = manifest["prompt_length"]
         self._max_length: int = manifest["max_length"]
         self._fingerprint: str = manifest["fingerprint"]
