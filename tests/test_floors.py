@@ -99,7 +99,8 @@ def test_init_files_are_empty(path):
 
 @pytest.mark.parametrize("path", [f for f in FILES if f.split("/")[1] not in FAMILY_ROOMS])
 def test_only_adapters_and_models_know_families(path):
-    if path != "cook/config/types.py":
+    # The tokenizer names the transformers class that reads what it saves; the config lists the families.
+    if path not in ("cook/config/types.py", "cook/vocab/jieba.py"):
         assert family_words((ROOT / path).read_text()) == []
 
 

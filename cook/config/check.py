@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cook.base.errors import UserError
-from cook.config import check_paths, check_scheme, check_training
+from cook.config import check_data, check_paths, check_scheme, check_training
 from cook.config.facts import model_facts
 from cook.config.types import GatesConfig, LoggingConfig
 
@@ -29,7 +29,9 @@ CHECKS: tuple[Callable[..., Iterable[UserError]], ...] = (
     check_paths.paths_exist,
     check_training.model_has_a_source,
     check_training.tokenizer_fits,
-    check_training.data_has_a_source,
+    check_data.data_has_a_source,
+    check_data.sources_fit_together,
+    check_data.binary_data_has_its_tokenizer,
     check_training.rows_hold_the_prompt,
     check_training.batch_is_whole,
     check_training.deepspeed_agrees,

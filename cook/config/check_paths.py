@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cook.base.errors import UserError
-from cook.config.types import CoarseConfig, DataConfig, DistillationConfig, FineConfig, ModelConfig, TokenizerConfig
+from cook.config.corpus import DataConfig
+from cook.config.types import CoarseConfig, DistillationConfig, FineConfig, ModelConfig, TokenizerConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TRACKED_FOLDERS = (".ci", ".git", ".venv", "config", "cook", "results/bench", "scripts", "tests")
@@ -62,6 +63,9 @@ def paths_exist(
     named = [("model.path", model.path), ("tokenizer.path", tokenizer.path)]
     named += [(f"data.paths.{index}", path) for index, path in enumerate(data.paths)]
     named += [(f"data.held_out_paths.{index}", path) for index, path in enumerate(data.held_out_paths)]
+    for number, source in enumerate(data.sources):
+        for key in ("paths", "held_out_paths"):
+            named += [(f"data.sources.{number}.{key}.{i}", path) for i, path in enumerate(getattr(source, key))]
     if distillation is not None and not _is_inside(distillation.teacher, output_dir):
         named.append(("distillation.teacher", distillation.teacher))  # inside, an earlier stage may write it
     missing = [(key, path) for key, path in named if path is not None and not _found(path, key.startswith("data."))]
@@ -77,6 +81,8 @@ def paths_exist(
     if tokenizer.path is not None and "tokenizer.path" not in gone:
         if tokenizer.type == "sentencepiece" and not os.path.isfile(tokenizer.path):
             yield UserError("tokenizer.path: not a file", wanted="a sentencepiece .model file", got=tokenizer.path)
+        if tokenizer.type == "jieba" and not os.path.isfile(tokenizer.path):
+            yield UserError("tokenizer.path: not a file", wanted="CPM-Ant's vocab.txt", got=tokenizer.path)
         if tokenizer.type == "hf" and not os.path.isdir(tokenizer.path):
             yield UserError("tokenizer.path: not a folder", wanted="a Hugging Face tokenizer", got=tokenizer.path)
 

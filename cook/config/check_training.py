@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from cook.base.errors import UserError
+from cook.config.corpus import DataConfig
 from cook.config.facts import ModelFacts
 from cook.config.types import (
-    DataConfig,
     DistillationConfig,
     ModelConfig,
     StageEntry,
@@ -42,26 +42,15 @@ def model_has_a_source(model: ModelConfig) -> Iterator[UserError]:
 
 def tokenizer_fits(tokenizer: TokenizerConfig, facts: ModelFacts) -> Iterator[UserError]:
     """Every id must have a row in the embedding."""
-    if tokenizer.type == "hf" and tokenizer.path is None:
-        yield UserError("tokenizer.path: missing", wanted="the folder of a Hugging Face tokenizer")
+    if tokenizer.type != "sentencepiece" and tokenizer.path is None:
+        wanted = "the folder of a Hugging Face tokenizer" if tokenizer.type == "hf" else "CPM-Ant's vocab.txt"
+        yield UserError("tokenizer.path: missing", wanted=wanted)
     if facts.vocab_size is not None and tokenizer.vocab_size > facts.vocab_size:
         yield UserError(
             "tokenizer.vocab_size: more ids than the model knows",
             wanted=f"at most {facts.vocab_size} (the model's vocab_size)",
             got=tokenizer.vocab_size,
         )
-
-
-def data_has_a_source(data: DataConfig, training: TrainingConfig) -> Iterator[UserError]:
-    """There is a corpus to train on, and one to evaluate on where that is asked for."""
-    if data.type == "python_stdlib" and data.paths:
-        remedy = 'leave it empty, or set data.type to "text"'
-        yield UserError("data.paths: the python_stdlib corpus has no paths", got=list(data.paths), remedy=remedy)
-    if data.type != "python_stdlib" and not data.paths:
-        yield UserError(f"data.paths: a {data.type} corpus needs its files", wanted="files, folders or globs")
-    if training.eval_rows and not data.held_out and not data.held_out_paths:
-        remedy = "set data.held_out above 0, name data.held_out_paths, or set training.eval_rows to 0"
-        yield UserError("data.held_out: nothing is held out for the evaluation", got=0, remedy=remedy)
 
 
 def rows_hold_the_prompt(data: DataConfig, facts: ModelFacts) -> Iterator[UserError]:

@@ -14,12 +14,12 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from cook.base.errors import UserError, UserErrors
 from cook.base.files import read_json
 from cook.config.check import Sections, cross_check
+from cook.config.corpus import DataConfig, MixingConfig, SourceConfig
 from cook.config.overrides import Override, apply_override, parse_override
 from cook.config.schema import Keys, schema_findings
 from cook.config.types import (
     CoarseConfig,
     ConfigSource,
-    DataConfig,
     DistillationConfig,
     FineConfig,
     GatesConfig,
@@ -202,6 +202,10 @@ def _build(key: str, section: Any, value: Any) -> Any:
         return value
     fields = _typed(section, value)
     fields.pop("l0_pruning", None)
+    if section is DataConfig:
+        fields["sources"] = tuple(SourceConfig(**_typed(SourceConfig, entry)) for entry in fields.get("sources", ()))
+        if fields.get("mixing") is not None:
+            fields["mixing"] = MixingConfig(**_typed(MixingConfig, fields["mixing"]))
     if fields.get("learning_rate") == "auto":
         fields["learning_rate"] = None
     return section(**fields)

@@ -182,9 +182,7 @@ def _unusable(value: Any) -> Iterator[tuple[Keys, _Message]]:
             yield keys, _Message("wrong value at", "text", shown(node), "half of a surrogate pair is no character")
 
 
-def _messages(
-    error: jsonschema.ValidationError, place: Keys, name: SchemaName
-) -> Iterator[tuple[Keys, _Message]]:
+def _messages(error: jsonschema.ValidationError, place: Keys, name: SchemaName) -> Iterator[tuple[Keys, _Message]]:
     node = subschema(name, place)
     instance: Any = error.instance
     if error.validator == "additionalProperties":

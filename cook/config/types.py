@@ -11,6 +11,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from cook.config.corpus import DataConfig
 from cook.config.scheme import CoarseConfig, FineConfig, GatesConfig, MaskMethod, PruneMode
 
 StageName = Literal[
@@ -29,8 +30,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Schedule = Literal["cosine", "linear", "constant"]
 SpikeAction = Literal["off", "log", "skip", "stop"]
 SpikeMeasure = Literal["gradient_norm", "loss"]
-DataType = Literal["python_stdlib", "text", "jsonl"]
-TokenizerType = Literal["sentencepiece", "hf"]
+TokenizerType = Literal["sentencepiece", "hf", "jieba"]
 ModelType = Literal["cpm_ant"]
 
 STAGE_NAMES: tuple[StageName, ...] = get_args(StageName)
@@ -55,39 +55,14 @@ class TokenizerConfig:
     """The tokenizer that turns the corpus into ids."""
 
     type: TokenizerType
-    """`sentencepiece`: a `.model` file; `hf`: a folder that Hugging Face's AutoTokenizer reads."""
+    """`sentencepiece`: a `.model` file; `hf`: a folder that Hugging Face's AutoTokenizer reads; `jieba`: CPM-Ant's own,
+    a `vocab.txt`."""
 
     path: str | None = None
     """The tokenizer's file or folder. None (sentencepiece only): the run trains one on the corpus."""
 
     vocab_size: int
     """Number of ids; at most the model's vocabulary."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """The corpus, and how rows are cut from it."""
-
-    type: DataType
-    """`python_stdlib`: the running Python's standard library; `text`: plain files; `jsonl`: one JSON object a line."""
-
-    paths: tuple[str, ...] = ()
-    """Files, folders or glob patterns of the corpus; empty for `python_stdlib`."""
-
-    text_field: str = "text"
-    """Key that holds the text in a JSON line."""
-
-    held_out: float = 0.03
-    """Fraction of the documents kept for evaluation, split by file or document; unused if `held_out_paths` is given."""
-
-    held_out_paths: tuple[str, ...] = ()
-    """Files, folders or glob patterns of a separate evaluation corpus."""
-
-    max_length: int
-    """Tokens in a row, the prompt included."""
-
-    cache_dir: str | None = None
-    """Folder for the tokenised corpus. None: inside the output folder."""
 
 
 @dataclass(frozen=True, kw_only=True)

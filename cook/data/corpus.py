@@ -1,4 +1,7 @@
-"""Where documents come from: the running Python's library, text files, JSON lines; and which are held out."""
+"""Where documents come from, and which are held out.
+
+The running Python's library, text files and JSON lines are read here; `cook.data.tables` reads what comes in tables.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,18 @@ import hashlib
 import json
 import os
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from cook.base.errors import UserError
 from cook.base.files import sha256
 
+ENDS_BYTES = 1 << 16
 PART_BYTES = 1 << 20
 """A larger text file becomes several documents of about this size, cut after a line end."""
 
@@ -25,8 +31,12 @@ STDLIB_OMITTED = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "_bundled", "lib-dynload", "__pycache__"}
 )
 STDLIB_SUFFIXES = (".py", ".txt", ".rst")
+CHARACTERS_AT_ONCE = 1 << 20
 JSONL_SUFFIXES = (".jsonl", ".json", ".ndjson")
 TOPICS = "pydoc_data/topics.py"
+
+
+Member = TypeVar("Member")
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,14 @@ class Document:
 
     name: str
     text: str
+
+
+class Item(NamedTuple):
+    """An object of a corpus: its document's name, what to call its place in a message, its keys and values."""
+
+    name: str
+    where: str
+    values: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -57,10 +75,19 @@ class Corpus:
     skipped: tuple[str, ...] = ()
     """Names of files that were left out because they are not UTF-8 (`python_stdlib` only)."""
 
+    read_objects: Callable[[SourceFile], Iterator[Item]] | None = None
+    """Where a document is one text of an object (a JSON line, a table's row): those objects."""
+
     def documents(self) -> Iterator[Document]:
         """All documents, file by file."""
         for file in self.files:
             yield from self.read(file)
+
+    def objects(self) -> Iterator[Item]:
+        """All objects, file by file, for tasks that need more of one than its text."""
+        assert self.read_objects is not None, f"a corpus of type {self.kind} has no objects"
+        for file in self.files:
+            yield from self.read_objects(file)
 
     @property
     def size(self) -> int:
@@ -74,27 +101,71 @@ class Corpus:
         ).hexdigest()
 
 
-def open_corpus(kind: str, paths: Sequence[str] = (), *, text_field: str = "text") -> Corpus:
+def open_corpus(
+    kind: str,
+    paths: Sequence[str] = (),
+    *,
+    text_field: str = "text",
+    name: str | None = None,
+    subset: str | None = None,
+    split: str = "train",
+    digest: Callable[[Path], str] = sha256,
+) -> Corpus:
     """Lists a corpus and hashes its files; documents are read later.
 
     Args:
         kind: `python_stdlib`: sources and prose of the running Python's standard library outside its tests, a file a
             document, help topics one by one. `text`: a file is a document; one of more than `PART_BYTES` is several.
-            `jsonl`: a line is a document.
-        paths: Files, folders (every visible file below) or glob patterns; unused for `python_stdlib`.
-        text_field: Key of the text in a JSON line.
+            `jsonl`: a line is a document. `parquet`, `arrow` (folders of `save_to_disk`), `hub`: a row is a document.
+        paths: Files, folders (every visible file below) or glob patterns; unused for `python_stdlib` and `hub`.
+        text_field: Key of the text in a JSON line or a row.
+        name: Of a Hub dataset, or a folder laid out like one.
+        subset: Its configuration, where it has several.
+        split: Of a Hub dataset, or of an arrow folder that has several.
+        digest: Stands for a file's content; `hash_of_ends` where reading it all would take too long.
 
     Raises:
-        UserError: A path matches no file, or the corpus is empty.
+        UserError: A path matches no file, the corpus is empty, or a table cannot be opened.
     """
     if kind == "python_stdlib":
         return _open_stdlib()
     if kind == "text":
-        return Corpus(kind, _list_files(paths, suffixes=None), _read_text)
+        return Corpus(kind, list_files(paths, None, digest), _read_text)
+    # Imported late: tables need a library that takes seconds to load.
+    read_objects: Callable[[SourceFile], Iterator[Item]]
     if kind == "jsonl":
-        files = _list_files(paths, suffixes=JSONL_SUFFIXES)
-        return Corpus(f"jsonl:{text_field}", files, lambda file: _read_jsonl(file, text_field))
-    raise UserError("data.type is unknown", wanted="python_stdlib, text or jsonl", got=repr(kind))
+        files, read_objects = list_files(paths, JSONL_SUFFIXES, digest), _read_jsonl
+    elif kind == "parquet":
+        from cook.data.tables import read_parquet
+
+        files, read_objects = list_files(paths, (".parquet",), digest), read_parquet
+    elif kind == "arrow":
+        from cook.data.tables import list_arrow_folders, read_arrow_folder
+
+        files, read_objects = list_arrow_folders(paths, split, digest), partial(read_arrow_folder, split=split)
+    elif kind == "hub":
+        from cook.data.tables import open_hub
+
+        files, read_objects = open_hub(name or "", subset, split)
+    else:
+        kinds = "python_stdlib, text, jsonl, parquet, arrow or hub"
+        raise UserError("data.type is unknown", wanted=kinds, got=repr(kind))
+    read = partial(_read_field, read_objects, text_field)
+    return Corpus(f"{kind}:{text_field}", files, read, read_objects=read_objects)
+
+
+def grouped(items: Iterable[Member], characters: Callable[[Member], int]) -> Iterator[list[Member]]:
+    """Items in groups of about a million characters, so that encoding has work for all cores."""
+    group: list[Member] = []
+    total = 0
+    for item in items:
+        group.append(item)
+        total += characters(item)
+        if total >= CHARACTERS_AT_ONCE:
+            yield group
+            group, total = [], 0
+    if group:
+        yield group
 
 
 def split(names: Iterable[str], fraction: float) -> np.ndarray:
@@ -115,7 +186,7 @@ def split(names: Iterable[str], fraction: float) -> np.ndarray:
     """
     if not 0.0 < fraction < 1.0:
         raise UserError("data.held_out is not a fraction", wanted="between 0 and 1, both excluded", got=fraction)
-    place = np.fromiter((_unit_hash(name) for name in names), dtype=np.float64)
+    place = np.fromiter((unit_hash(name) for name in names), dtype=np.float64)
     if len(place) < 2:
         raise UserError(
             "the corpus has too few documents to hold one out",
@@ -131,7 +202,8 @@ def split(names: Iterable[str], fraction: float) -> np.ndarray:
     return held_out
 
 
-def _unit_hash(name: str) -> float:
+def unit_hash(name: str) -> float:
+    """A number in [0, 1) that depends on the string alone."""
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:6], "big") / 2**48
 
 
@@ -187,14 +259,27 @@ def _read_text(file: SourceFile) -> Iterator[Document]:
             offset, part = offset + len(block), part + 1
 
 
-def _read_jsonl(file: SourceFile, text_field: str) -> Iterator[Document]:
+def _read_field(
+    read_objects: Callable[[SourceFile], Iterator[Item]], text_field: str, file: SourceFile
+) -> Iterator[Document]:
+    for item in read_objects(file):
+        yield Document(item.name, text_of(item.values, text_field, item.where))
+
+
+def _read_jsonl(file: SourceFile) -> Iterator[Item]:
     with open(file.path, "rb") as stream:
         for number, line in enumerate(stream, start=1):
             if line.strip():
-                yield Document(f"{file.name}:{number}", _text_of(line, text_field, f"{file.path}, line {number}"))
+                where = f"{file.path}, line {number}"
+                yield Item(f"{file.name}:{number}", where, object_of(line, where))
 
 
-def _text_of(line: bytes, text_field: str, where: str) -> str:
+def object_of(line: bytes, where: str) -> dict[str, Any]:
+    """The JSON object on a line.
+
+    Raises:
+        UserError: There is none; `where` begins the message.
+    """
     try:
         record = json.loads(line.rstrip(b"\r\n").decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -205,28 +290,45 @@ def _text_of(line: bytes, text_field: str, where: str) -> str:
         raise UserError(f"{where}: nested too deeply") from None
     if not isinstance(record, dict):
         raise UserError(f"{where}: not a JSON object", wanted="an object", got=type(record).__name__)
-    if text_field not in record:
-        raise UserError(
-            f"{where}: the object has no key {text_field!r}", got=", ".join(map(repr, record)), remedy="data.text_field"
-        )
-    text = record[text_field]
+    return record
+
+
+def text_of(record: Mapping[str, Any], field: str, where: str, remedy: str | None = "data.text_field") -> str:
+    """The text under a key of an object.
+
+    Raises:
+        UserError: There is none; `where` begins the message.
+    """
+    if field not in record:
+        raise UserError(f"{where}: the object has no key {field!r}", got=", ".join(map(repr, record)), remedy=remedy)
+    text = record[field]
     if not isinstance(text, str):
-        raise UserError(f"{where}: {text_field!r} is not a string", wanted="a string", got=type(text).__name__)
+        raise UserError(f"{where}: {field!r} is not a string", wanted="a string", got=type(text).__name__)
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: {text_field!r} holds half a surrogate pair at character {error.start}") from None
+        raise UserError(f"{where}: {field!r} holds half a surrogate pair at character {error.start}") from None
     return text
 
 
-def _list_files(paths: Sequence[str], suffixes: tuple[str, ...] | None) -> tuple[SourceFile, ...]:
+def hash_of_ends(path: Path) -> str:
+    """Hex SHA-256 of a file's size, first and last 64 KiB: enough to tell that it was replaced or grew."""
+    with open(path, "rb") as file:
+        size, first = os.fstat(file.fileno()).st_size, file.read(ENDS_BYTES)
+        file.seek(max(0, size - ENDS_BYTES))
+        return hashlib.sha256(b"%d %b %b" % (size, first, file.read())).hexdigest()
+
+
+def list_files(
+    paths: Sequence[str], suffixes: tuple[str, ...] | None, digest: Callable[[Path], str]
+) -> tuple[SourceFile, ...]:
     """Every file that the paths name, in their order and sorted inside each, none twice."""
     found: dict[Path, SourceFile] = {}
     for given in paths:
-        for path, name in _matches(given, suffixes):
+        for path, name in matching_files(given, suffixes):
             if (resolved := path.resolve()) not in found:
                 try:
-                    found[resolved] = SourceFile(path, name, path.stat().st_size, sha256(path))
+                    found[resolved] = SourceFile(path, name, path.stat().st_size, digest(path))
                 except OSError as error:
                     raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     if not found:
@@ -234,7 +336,7 @@ def _list_files(paths: Sequence[str], suffixes: tuple[str, ...] | None) -> tuple
     return tuple(found.values())
 
 
-def _matches(given: str, suffixes: tuple[str, ...] | None) -> list[tuple[Path, str]]:
+def matching_files(given: str, suffixes: tuple[str, ...] | None) -> list[tuple[Path, str]]:
     path = Path(given).expanduser()
     if path.is_file():
         return [(path, path.name)]

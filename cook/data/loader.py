@@ -2,60 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from cook.base.errors import UserError
-from cook.data.packing import NO_TARGET, PackedRows
-
-
-class Rows(Protocol):
-    """Rows to train on, of any task."""
-
-    @property
-    def num_targets(self) -> np.ndarray: ...
-    def __len__(self) -> int: ...
-    def batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]: ...
+from cook.data.joined import JoinedRows
+from cook.data.order import Draws, EpochOrder
+from cook.data.packing import NO_TARGET
+from cook.data.rows import Rows
+from cook.data.workers import Batch, Plan, Workers, build
 
 
 class RowLoader:
-    """Global batches of shuffled rows. The state of a run is the number of its next step, so resuming costs nothing.
+    """Global batches of shuffled rows. The state of a run is the number of its next row, so resuming costs nothing.
 
     Counting rows over the whole run, row i of step s is number first + s * train_batch_size + i; number n is at place
     n mod num_rows of epoch n div num_rows. An epoch's last rows share a batch with the next epoch's first ones: every
-    row is read exactly once in each epoch.
+    row is read exactly once in each epoch. Where sources have weights (`JoinedRows.weights`), `Draws` says whose turn
+    number n is, and each source counts its own rows and epochs: one that is exhausted begins its next epoch.
 
     Args:
         rows: The rows.
         train_batch_size: Rows in a global batch, over all ranks and micro-batches.
         seed: Orders the epochs; epoch e's order depends on (seed, e) alone.
         first: The number of the first row of step 0, for a run that reads on where an earlier one ended.
+        workers: Processes that build batches ahead; 0: this one builds each batch when it is asked for.
+        ledger: A folder; every batch handed out is noted there, `ledger-<rank>.jsonl`. None: no ledger.
 
     Raises:
         UserError: There are no rows.
     """
 
-    def __init__(self, rows: Rows, *, train_batch_size: int, seed: int, first: int = 0):
+    def __init__(
+        self,
+        rows: Rows,
+        *,
+        train_batch_size: int,
+        seed: int,
+        first: int = 0,
+        workers: int = 0,
+        ledger: Path | None = None,
+    ):
         assert train_batch_size >= 1
         if not len(rows):
             raise UserError("the corpus is too small: there is no row to train on", remedy="give more text")
         self.rows, self.train_batch_size, self.seed, self.first = rows, train_batch_size, seed, first
-        self._orders: dict[int, np.ndarray] = {}  # a batch touches few epochs, so few are kept
+        self._next_step = 0
+        self._ledger = ledger
+        self._num_workers, self._shape = workers, (0, 1, 1)
+        self._workers: Workers | None = None
+        self._joined = rows if isinstance(rows, JoinedRows) else None
+        self._draws: Draws | None = None
+        if self._joined and self._joined.weights is not None:
+            self._draws = Draws(self._joined.weights)
+            self._orders = [EpochOrder(len(part), (seed, s)) for s, part in enumerate(self._joined.parts)]
+        else:
+            self._orders = [EpochOrder(len(rows), (seed,))]
 
     def indices(self, step: int) -> np.ndarray:
         """Row numbers (train_batch_size,) of the global batch of a step, counted from 0."""
-        numbers = self.first + np.arange(step * self.train_batch_size, (step + 1) * self.train_batch_size)
-        epochs, places = np.divmod(numbers, len(self.rows))
-        needed = {int(epoch): self._order(int(epoch)) for epoch in np.unique(epochs)}
-        self._orders = needed
-        return np.array([needed[epoch][place] for epoch, place in zip(epochs.tolist(), places.tolist(), strict=True)])
+        return self._plan(step).rows
 
-    def micro_batches(
-        self, step: int, rank: int, world_size: int, micro_batch_size: int
-    ) -> list[dict[str, torch.Tensor]]:
+    def micro_batches(self, step: int, rank: int, world_size: int, micro_batch_size: int) -> list[Batch]:
         """A rank's share of a step's global batch, cut into micro-batches.
 
         Ranks take consecutive shares, so any number of ranks reads the same rows in the same step.
@@ -63,30 +76,146 @@ class RowLoader:
         Raises:
             UserError: The global batch is not a multiple of world_size * micro_batch_size.
         """
+        plans = self._share(step, rank, world_size, micro_batch_size)
+        if self._num_workers:
+            shape = (rank, world_size, micro_batch_size)
+            if self._workers is None or shape != self._shape:
+                self.close()
+                self._shape = shape
+                self._workers = Workers(self.rows, lambda step: self._share(step, *shape), self._num_workers)
+            batches = self._workers.take(step)
+        else:
+            batches = build(self.rows, plans)
+            if torch.cuda.is_available():
+                batches = [{key: value.pin_memory() for key, value in batch.items()} for batch in batches]
+        self._next_step = step + 1
+        if self._ledger is not None:
+            self._note(step, rank, world_size)
+        return batches
+
+    def num_targets(self, step: int) -> int:
+        """Positions with a target in the whole global batch: the divisor of a summed loss."""
+        rows, epochs = self._plan(step)
+        return sum(int(self.rows.num_targets(rows[epochs == e], e).sum()) for e in np.unique(epochs).tolist())
+
+    def sample_ids(self, step: int, rank: int = 0, world_size: int = 1) -> list[str]:
+        """Names `source:row` of a rank's share of a step, in the order in which they are read."""
+        share = self.indices(step).reshape(world_size, -1)[rank].tolist()
+        return [self._joined.label(index) if self._joined else f"train:{index}" for index in share]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, as JSON: where to read on, and the weights that hold there.
+
+        The row number counts over all stages; the rest tells whether the state belongs to this data.
+        """
+        number = self.first + self._next_step * self.train_batch_size
+        state: dict[str, Any] = {"row": number, "seed": self.seed, "data": self.rows.fingerprint}
+        if self._draws:
+            draws = self._draws
+            state["draws"] = {"begin": draws.begin, "read": list(draws.read), "weights": list(draws.weights)}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where `state_dict` was taken, in constant time, with any number of ranks and workers.
+
+        The next step becomes 0 where the state is that of an earlier loader with the same `first` or less: the row
+        number decides.
+
+        Raises:
+            UserError: The state belongs to other data or another seed.
+        """
+        for key, mine in (("data", self.rows.fingerprint), ("seed", self.seed)):
+            if state.get(key) != mine:
+                raise UserError(
+                    f"the saved position belongs to another {'corpus' if key == 'data' else key}",
+                    wanted=mine,
+                    got=state.get(key),
+                    remedy="restore the data and its settings, or start over with --resume never",
+                )
+        ahead, rest = divmod(int(state["row"]) - self.first, self.train_batch_size)
+        assert ahead >= 0 and not rest, (state["row"], self.first, self.train_batch_size)
+        self._next_step = ahead
+        if self._draws:
+            saved = state["draws"]
+            self._draws = Draws(saved["weights"], int(saved["begin"]), saved["read"])
+            self._reordered()
+
+    @property
+    def next_step(self) -> int:
+        """The step after the last one that was read."""
+        return self._next_step
+
+    @property
+    def weights(self) -> tuple[float, ...] | None:
+        """How often each source is read now; None where every row is read once an epoch."""
+        return self._draws.weights if self._draws else None
+
+    def epochs(self, step: int) -> list[float]:
+        """Epochs of each source (or of the whole) that have been read before `step`."""
+        number = self.first + step * self.train_batch_size
+        read = self._draws.counts(number).tolist() if self._draws else [number]
+        return [count / order.size for count, order in zip(read, self._orders, strict=True)]
+
+    def reweigh(self, weights: Sequence[float], step: int) -> None:
+        """Reads the sources in other proportions from `step` on; earlier steps cannot be asked for any more."""
+        assert self._draws is not None, "only sources with weights can be weighed anew"
+        number = self.first + step * self.train_batch_size
+        self._draws = Draws(weights, number, self._draws.counts(number).tolist())
+        self._reordered()
+
+    def close(self) -> None:
+        """Ends the worker processes, if any."""
+        if self._workers is not None:
+            self._workers.close()
+            self._workers = None
+
+    def _reordered(self) -> None:
+        if self._workers is not None:
+            self._workers.drop()
+
+    def _share(self, step: int, rank: int, world_size: int, micro_batch_size: int) -> list[Plan]:
         if self.train_batch_size % (world_size * micro_batch_size):
             raise UserError(
                 "the global batch does not divide among the ranks",
                 wanted=f"train_batch_size a multiple of {world_size} ranks x {micro_batch_size} rows a micro-batch",
                 got=self.train_batch_size,
             )
-        share = self.indices(step).reshape(world_size, -1, micro_batch_size)[rank]
-        return [self.rows.batch(indices) for indices in share]
+        plan = self._plan(step)
+        cuts = np.arange(self.train_batch_size).reshape(world_size, -1, micro_batch_size)[rank]
+        return [plan.part(some) for some in cuts]
 
-    def num_targets(self, step: int) -> int:
-        """Positions with a target in the whole global batch: the divisor of a summed loss."""
-        return int(self.rows.num_targets[self.indices(step)].sum())
+    def _plan(self, step: int) -> Plan:
+        begin = self.first + step * self.train_batch_size
+        if self._draws is None:
+            return self._ordered(0, begin + np.arange(self.train_batch_size))
+        assert self._joined is not None
+        source, number = self._draws.draw(begin, self.train_batch_size)
+        plan = Plan(np.zeros_like(number), np.zeros_like(number))
+        for s in np.unique(source).tolist():
+            mine = source == s
+            own = self._ordered(s, number[mine])
+            plan.rows[mine], plan.epochs[mine] = own.rows + self._joined.starts[s], own.epochs
+        return plan
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._orders:
-            # Raw output of the bit generator: numpy promises its stream, not that of Generator.permutation.
-            raw = np.random.Philox(np.random.SeedSequence([self.seed, epoch])).random_raw(len(self.rows))
-            self._orders[epoch] = np.argsort(raw, kind="stable")
-        return self._orders[epoch]
+    def _ordered(self, source: int, numbers: np.ndarray) -> Plan:
+        order = self._orders[source]
+        epochs, places = np.divmod(numbers, order.size)
+        rows = np.zeros_like(places)
+        for epoch in np.unique(epochs).tolist():
+            rows[epochs == epoch] = order.rows(places[epochs == epoch], epoch)
+        return Plan(rows, epochs)
+
+    def _note(self, step: int, rank: int, world_size: int) -> None:
+        assert self._ledger is not None
+        record = {"step": step, "world_size": world_size, "samples": self.sample_ids(step, rank, world_size)}
+        self._ledger.mkdir(parents=True, exist_ok=True)
+        with open(self._ledger / f"ledger-{rank}.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
 
 
 def held_out_batches(
-    rows: PackedRows, batch_size: int, max_rows: int, rank: int = 0, world_size: int = 1
-) -> Iterator[dict[str, torch.Tensor]]:
+    rows: Rows, batch_size: int, max_rows: int, rank: int = 0, world_size: int = 1
+) -> Iterator[Batch]:
     """Batches of a fixed, evenly spread subset of rows, shared out over ranks.
 
     Every rank yields the same number of batches of the same shapes, because under ZeRO-3 a forward pass needs all

@@ -19,10 +19,10 @@ Shapes: R rows, B rows of a batch, P prompt_length, T max_length - prompt_length
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -125,8 +125,8 @@ class PackedRows:
     lengths: np.ndarray
     """int32 (R,), used positions of each row, prompt included."""
 
-    num_targets: np.ndarray
-    """int32 (R,), positions of each row that have a target."""
+    targets_R: np.ndarray
+    """int32, positions of each row that have a target."""
 
     prompt_length: int
     """P, prompt positions in front of the text."""
@@ -134,19 +134,30 @@ class PackedRows:
     fingerprint: str
     """Of everything that the rows depend on; a resumed run compares it with the one it started with."""
 
+    origin: tuple[Path, str, int] | None = None
+    """Arguments of `open_rows` for rows that are mapped from files: a worker process maps them again."""
+
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def __reduce__(self) -> Any:
+        return (open_rows, self.origin) if self.origin else super().__reduce__()
 
     @property
     def max_length(self) -> int:
         """Positions of a row, prompt included."""
         return self.prompt_length + self.tokens_RT.shape[1]
 
-    def batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
+    def num_targets(self, indices: np.ndarray, epoch: int = 0) -> np.ndarray:
+        """As `Rows.num_targets`; every epoch asks the same."""
+        return self.targets_R[indices].astype(np.int64)
+
+    def batch(self, indices: np.ndarray, epoch: int = 0) -> dict[str, torch.Tensor]:
         """Builds CPM-Live's batch of some rows.
 
         Args:
             indices: (B,) row numbers.
+            epoch: Unused: language modelling hides the same tokens every time.
 
         Returns:
             `input, position, segment, span, targets` int64 (B, P + T), `context` bool (B, P + T), `length` int64 (B,).
@@ -196,9 +207,15 @@ def text_capacity(max_length: int, prompt_length: int) -> int:
 
 
 def pack(
-    tokens: np.ndarray, offsets: np.ndarray, *, row_size: int, bos_id: int, eos_id: int, folder: Path, part: str
+    tokens: np.ndarray,
+    offsets: np.ndarray,
+    *,
+    row_size: int,
+    bos_id: int,
+    eos_id: int,
+    array: Callable[[str, type, tuple[int, ...]], np.ndarray],
 ) -> dict[str, float]:
-    """Cuts and packs documents and writes the rows' arrays as `<part>.*.npy`.
+    """Cuts and packs documents and fills the rows' arrays.
 
     Args:
         tokens: Flat ids of all documents.
@@ -206,8 +223,7 @@ def pack(
         row_size: T, tokens in a row without the prompt.
         bos_id: `<s>`.
         eos_id: `</s>`.
-        folder: Where to write.
-        part: `train` or `held_out`.
+        array: Makes the array of a name, type and shape; not called where there is no row.
 
     Returns:
         Statistics: rows, samples, targets, dropped_tokens, filled (share of T in use), and share_without_prompt (share
@@ -217,11 +233,7 @@ def pack(
     sizes_N = pieces.size_N + 2
     places = first_fit(sizes_N, row_size)
     num_rows = int(places.row_N.max(initial=-1)) + 1
-
-    def array(name: str, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
-        return np.lib.format.open_memmap(folder / f"{part}.{name}.npy", mode="w+", dtype=dtype, shape=shape)
-
-    if num_rows:  # an empty file cannot be mapped; the caller reports it
+    if num_rows:
         tokens_RT = array("tokens", np.int32, (num_rows, row_size))
         spans_RT = array("spans", np.int16, (num_rows, row_size))
         spans_RT[:] = PADDING_SPAN
@@ -240,6 +252,39 @@ def pack(
     }
 
 
+def pack_to_folder(
+    tokens: np.ndarray, offsets: np.ndarray, *, row_size: int, bos_id: int, eos_id: int, folder: Path, part: str
+) -> dict[str, float]:
+    """`pack` into files `<part>.*.npy`, `train` or `held_out`, that `open_rows` maps."""
+
+    def array(name: str, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+        return np.lib.format.open_memmap(folder / f"{part}.{name}.npy", mode="w+", dtype=dtype, shape=shape)
+
+    return pack(tokens, offsets, row_size=row_size, bos_id=bos_id, eos_id=eos_id, array=array)
+
+
+def pack_in_memory(
+    tokens: np.ndarray, offsets: np.ndarray, *, max_length: int, prompt_length: int, bos_id: int, eos_id: int
+) -> PackedRows | None:
+    """`pack` into memory; None if no document is long enough for a row."""
+    made: dict[str, np.ndarray] = {}
+
+    def array(name: str, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+        return made.setdefault(name, np.zeros(shape, dtype))
+
+    pack(tokens, offsets, row_size=max_length - prompt_length, bos_id=bos_id, eos_id=eos_id, array=array)
+    if not made:
+        return None
+    return PackedRows(
+        tokens_RT=made["tokens"],
+        spans_RT=made["spans"],
+        lengths=made["used"] + np.int32(prompt_length),
+        targets_R=made["num_targets"],
+        prompt_length=prompt_length,
+        fingerprint="",
+    )
+
+
 def open_rows(folder: Path, part: str, prompt_length: int) -> PackedRows:
     """Maps the rows that `pack` wrote into a cached folder.
 
@@ -255,9 +300,10 @@ def open_rows(folder: Path, part: str, prompt_length: int) -> PackedRows:
         tokens_RT=load["tokens"],
         spans_RT=load["spans"],
         lengths=used + np.int32(prompt_length),
-        num_targets=num_targets,
+        targets_R=num_targets,
         prompt_length=prompt_length,
         fingerprint=manifest["fingerprint"],
+        origin=(folder, part, prompt_length),
     )
 
 

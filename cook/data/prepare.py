@@ -6,18 +6,18 @@ new folder and an unchanged one is used again. One process prepares; the others 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from cook.base.errors import UserError
 from cook.data.cache import cached_folder, fingerprint_of, read_manifest
-from cook.data.corpus import Corpus, Document, open_corpus, split
-from cook.data.packing import pack, text_capacity
+from cook.data.corpus import Corpus, Document, grouped, open_corpus, split
+from cook.data.packing import pack_to_folder, text_capacity
 from cook.data.progress import Progress
 from cook.vocab.load import load_tokenizer
 from cook.vocab.protocol import Tokenizer
@@ -28,7 +28,6 @@ FORMAT = 1
 
 TOKENIZER_SEED = 0
 PARTS = ("train", "held_out")
-_CHARS_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,11 @@ class SplitCorpus:
 
     evaluation: Corpus | None
     fingerprint: str
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Names of files that were left out."""
+        return self.corpus.skipped
 
     @property
     def size(self) -> int:
@@ -62,16 +66,16 @@ def open_split(data: Any) -> SplitCorpus:
     """Opens the corpus of a data section and splits it.
 
     Args:
-        data: `type, paths, text_field, held_out, held_out_paths` of the configuration's data section.
+        data: The configuration's data section, of a single source.
 
     Raises:
         UserError: The corpus is missing, empty, malformed or too small to split.
     """
-    corpus = open_corpus(data.type, data.paths, text_field=data.text_field)
+    corpus = open_corpus(
+        data.type, data.paths, text_field=data.text_field, name=data.name, subset=data.subset, split=data.split
+    )
     if data.held_out_paths:
-        # The standard library is one fixed corpus, so files given beside it can only be plain text.
-        kind = data.type if data.type != "python_stdlib" else "text"
-        evaluation = open_corpus(kind, data.held_out_paths, text_field=data.text_field)
+        evaluation = open_evaluation(data)
         num_documents = sum(1 for _ in corpus.documents())
         key = fingerprint_of(FORMAT, corpus.fingerprint(), evaluation.fingerprint())
         return SplitCorpus(corpus, np.zeros(num_documents, bool), evaluation, key)
@@ -79,12 +83,20 @@ def open_split(data: Any) -> SplitCorpus:
     return SplitCorpus(corpus, is_held_out, None, fingerprint_of(FORMAT, corpus.fingerprint(), data.held_out))
 
 
-def prepare_tokenizer(tokenizer_config: Any, corpus: SplitCorpus, cache: Path) -> Path:
+def open_evaluation(data: Any) -> Corpus:
+    """The corpus at `held_out_paths`."""
+    # Beside the one fixed standard library, or a dataset of the Hub, files can only be plain text.
+    kind = data.type if data.type not in ("python_stdlib", "hub") else "text"
+    return open_corpus(kind, data.held_out_paths, text_field=data.text_field, split=data.split)
+
+
+def prepare_tokenizer(tokenizer_config: Any, texts: Iterable[str], fingerprint: str, cache: Path) -> Path:
     """The tokenizer's file or folder: the one that the configuration names, or one trained on the training documents.
 
     Args:
         tokenizer_config: `type, path, vocab_size` of the configuration's tokenizer section.
-        corpus: What to train on.
+        texts: What to train on.
+        fingerprint: Of these texts.
         cache: Where a trained tokenizer is kept.
 
     Raises:
@@ -93,18 +105,19 @@ def prepare_tokenizer(tokenizer_config: Any, corpus: SplitCorpus, cache: Path) -
     if tokenizer_config.path is not None:
         return Path(tokenizer_config.path)
     if tokenizer_config.type != "sentencepiece":
-        raise UserError("tokenizer.path is missing", wanted="a folder", remedy="or set tokenizer.type: sentencepiece")
+        remedy = "or set tokenizer.type: sentencepiece"
+        raise UserError("tokenizer.path is missing", wanted="its file or folder", remedy=remedy)
 
     def build(folder: Path) -> dict[str, Any]:
         train_sentencepiece(
-            corpus.training_texts(),
+            texts,
             folder / "sentencepiece.model",
             vocab_size=tokenizer_config.vocab_size,
             seed=TOKENIZER_SEED,
         )
         return {"vocab_size": tokenizer_config.vocab_size}
 
-    key = fingerprint_of("tokenizer", corpus.fingerprint, tokenizer_config.vocab_size, TOKENIZER_SEED)
+    key = fingerprint_of("tokenizer", fingerprint, tokenizer_config.vocab_size, TOKENIZER_SEED)
     return cached_folder(cache, "tokenizer", key, build) / "sentencepiece.model"
 
 
@@ -125,7 +138,19 @@ def open_tokenizer(tokenizer_config: Any, path: Path) -> Tokenizer:
     return tokenizer
 
 
-def prepare_tokens(corpus: SplitCorpus, tokenizer: Tokenizer, cache: Path) -> Path:
+class Documents(Protocol):
+    """What there is to tokenise: a prepared corpus, or the held-out documents of a stream."""
+
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def skipped(self) -> tuple[str, ...]: ...
+    def documents(self) -> Iterator[tuple[Document, bool]]: ...
+
+
+def prepare_tokens(corpus: Documents, tokenizer: Tokenizer, cache: Path) -> Path:
     """Tokenises the corpus once: per part, `<part>.tokens.bin` (flat ids) and `<part>.offsets.npy` (document borders).
 
     Raises:
@@ -138,10 +163,10 @@ def prepare_tokens(corpus: SplitCorpus, tokenizer: Tokenizer, cache: Path) -> Pa
         with ExitStack() as stack:
             files = {part: stack.enter_context(open(folder / f"{part}.tokens.bin", "wb")) for part in PARTS}
             progress = stack.enter_context(Progress("tokenising", corpus.size, unit="MB", scale=1e6))
-            for group in _groups(corpus.documents()):
+            for group in grouped(corpus.documents(), lambda item: len(item[0].text)):
                 encoded = tokenizer.encode_batch([document.text for document, _ in group])
                 for (document, held_out), ids in zip(group, encoded, strict=True):
-                    _check_ids(ids, tokenizer.vocab_size, document.name)
+                    check_ids(ids, tokenizer.vocab_size, f"document {document.name}")
                     part = PARTS[held_out]
                     files[part].write(ids.astype(dtype).tobytes())
                     lengths[part].append(len(ids))
@@ -149,15 +174,21 @@ def prepare_tokens(corpus: SplitCorpus, tokenizer: Tokenizer, cache: Path) -> Pa
         for part in PARTS:
             np.save(folder / f"{part}.offsets.npy", np.concatenate([[0], np.cumsum(lengths[part], dtype=np.int64)]))
         counts = {part: {"documents": len(lengths[part]), "tokens": sum(lengths[part])} for part in PARTS}
-        return {"dtype": dtype.name, "skipped_files": list(corpus.corpus.skipped), **counts}
+        return {"dtype": dtype.name, "skipped_files": list(corpus.skipped), **counts}
 
     return cached_folder(cache, "tokens", fingerprint_of("tokens", corpus.fingerprint, tokenizer.fingerprint), build)
 
 
 def prepare_rows(
-    tokens_folder: Path, tokenizer: Tokenizer, *, max_length: int, prompt_length: int, cache: Path
+    tokens_folder: Path,
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    prompt_length: int,
+    cache: Path,
+    parts: Sequence[str] = PARTS,
 ) -> Path:
-    """Cuts and packs the tokens of both parts into rows of `max_length`, prompt included.
+    """Cuts and packs the tokens of the parts into rows of `max_length`, prompt included.
 
     Raises:
         UserError: The length leaves no room for text, or a part has no row.
@@ -168,8 +199,8 @@ def prepare_rows(
 
     def build(folder: Path) -> dict[str, Any]:
         statistics = {}
-        for part in PARTS:
-            statistics[part] = pack(
+        for part in parts:
+            statistics[part] = pack_to_folder(
                 _map_tokens(tokens_folder / f"{part}.tokens.bin", manifest["dtype"]),
                 np.load(tokens_folder / f"{part}.offsets.npy"),
                 row_size=max_length - prompt_length,
@@ -195,24 +226,11 @@ def _map_tokens(path: Path, dtype: str) -> np.ndarray:
     return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
 
 
-def _groups(documents: Iterable[tuple[Document, bool]]) -> Iterator[list[tuple[Document, bool]]]:
-    """Documents in groups of about `_CHARS_AT_ONCE` characters, so that encoding has work for all cores."""
-    group: list[tuple[Document, bool]] = []
-    chars = 0
-    for item in documents:
-        group.append(item)
-        chars += len(item[0].text)
-        if chars >= _CHARS_AT_ONCE:
-            yield group
-            group, chars = [], 0
-    if group:
-        yield group
-
-
-def _check_ids(ids: np.ndarray, vocab_size: int, name: str) -> None:
+def check_ids(ids: np.ndarray, vocab_size: int, name: str) -> None:
+    """Refuses ids that no embedding has a row for; `name` says where they come from."""
     if len(ids) and not (0 <= ids.min() and ids.max() < vocab_size):
         raise UserError(
-            f"document {name}: the tokenizer gave an id outside its vocabulary",
+            f"{name}: the tokenizer gave an id outside its vocabulary",
             wanted=f"0 to {vocab_size - 1}",
             got=f"{ids.min()} to {ids.max()}",
         )

@@ -30,7 +30,6 @@ class TokenRows:
         self._ids = np.concatenate([np.asarray(row, np.int32) for row in ids] or [np.zeros(0, np.int32)])
         self._segments = np.concatenate([np.asarray(row, np.int8) for row in segments] or [np.zeros(0, np.int8)])
         self.targets_R, self._pad_id = targets_R, pad_id
-        self.num_targets = np.ones(len(ids), np.int64)  # a loss is summed over rows and divided by their number
 
     def __len__(self) -> int:
         return len(self.targets_R)
@@ -48,7 +47,16 @@ class TokenRows:
             digest.update(array.tobytes())
         return digest.hexdigest()
 
-    def batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest row."""
+        return int(self.lengths.max(initial=1))
+
+    def num_targets(self, indices: np.ndarray, epoch: int = 0) -> np.ndarray:
+        """One a row: a loss is summed over rows and divided by their number; `epoch` changes nothing."""
+        return np.ones(len(indices), np.int64)
+
+    def batch(self, indices: np.ndarray, epoch: int = 0) -> dict[str, torch.Tensor]:
         """The model's inputs `[B, T]`, T the longest of these rows, and `targets`."""
         width = max(1, int(self.lengths[indices].max(initial=1)))
         ids = np.full((len(indices), width), self._pad_id, np.int64)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from cook.base.errors import UserError
+from cook.data.losses import model_inputs
 
 
 def token_divergence(
@@ -69,7 +70,7 @@ class Distiller:
         """The weighted sum of both losses over the batch's target tokens."""
         targets = batch["targets"]
         with torch.no_grad():
-            teacher_logits = self._teacher(**{k: v for k, v in batch.items() if k != "targets"}).logits
+            teacher_logits = self._teacher(**model_inputs(batch)).logits
         loss = student_logits.new_zeros((), dtype=torch.float32)
         if self._ce_scale:
             loss = loss + self._ce_scale * token_divergence(student_logits, teacher_logits, targets, self._ce_temp)

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 import torch
 
+from cook.data.losses import model_inputs
+
 
 @torch.no_grad()
 def largest_difference(
@@ -19,7 +21,7 @@ def largest_difference(
     difference = scale = 0.0
     seen = False
     for batch in batches:
-        inputs = {key: value for key, value in batch.items() if key != "targets"}
+        inputs = model_inputs(batch)
         a, b = first(**inputs).logits.float(), second(**inputs).logits.float()
         if "length" in batch:
             real = torch.arange(a.shape[1])[None] < batch["length"][:, None]

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from cook.base import distributed
+from cook.data.losses import model_inputs, num_told, summed_cross_entropy
 
 
 @torch.no_grad()
@@ -25,10 +25,8 @@ def held_out_loss(
     total = torch.zeros(2, dtype=torch.float64)
     for batch in batches:
         batch = {key: value.to(device) for key, value in batch.items()}
-        targets = batch.pop("targets")
-        logits = forward(**batch).logits.flatten(0, 1).float()
-        loss = F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum")
-        total += torch.stack([loss.double(), (targets != -100).sum().double()]).cpu()
+        loss = summed_cross_entropy(forward(**model_inputs(batch)).logits, batch)
+        total += torch.stack([loss.double(), num_told(batch).double()]).cpu()
     if distributed.world_size() > 1:
         total = distributed.all_reduce_sum(total.to(device)).cpu()
     assert total[1] > 0, "no held-out tokens"

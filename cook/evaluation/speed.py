@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from cook.data.losses import model_inputs
+
 LARGEST_TIMED = 2_000_000_000
 """Parameters beyond which whole models are not built just to be timed."""
 
@@ -24,7 +26,7 @@ def forward_seconds(
 
     The models take turns, so that a machine whose speed drifts treats them alike; one warm-up round is not counted.
     """
-    inputs = [{k: v.to(device) for k, v in batch.items() if k != "targets"} for batch in batches]
+    inputs = [{key: value.to(device) for key, value in model_inputs(batch).items()} for batch in batches]
     times: dict[str, list[float]] = {name: [] for name in models}
     for number in range(repeats + 1):
         for name, model in models.items():

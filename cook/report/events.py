@@ -1,9 +1,11 @@
 """The log of a stage: one JSON object a line, and the same scalars for TensorBoard.
 
-A training record is `{"step", "loss", "learning_rate", "tokens", "tokens_per_second", "grad_norm"}` with `tokens`
-counted from the start of the stage, and in stages that learn masks also `expected_sparsity`, `target_sparsity` and
+A training record is `{"step", "loss", "learning_rate", "tokens", "tokens_per_second", "data_wait", "grad_norm"}` with
+`tokens` counted from the start of the stage and `data_wait` the share of the time since the last record that was spent
+waiting for data, and in stages that learn masks also `expected_sparsity`, `target_sparsity` and
 `lambda`: each maps a constraint's name to a float (`lambda` also to named floats, as `{"lambda1": …, "lambda2": …}`).
-An evaluation record is `{"step", "held_out_loss"}`.
+An evaluation record is `{"step", "held_out_loss"}`, a change of the sources' weights `{"step", "source_loss",
+"source_weight"}`.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cook.config.corpus import DataConfig, SourceConfig
 from cook.config.types import RunConfig
 from cook.masks.mask_set import kept_counts
 from cook.report.console import print_plan as print_table_of_stages
@@ -17,12 +18,17 @@ from cook.training.settings import check_settings
 MASKS_OF = {"layer": "layers", "heads": "heads", "dimff": "dims"}
 
 
+def _described(source: DataConfig | SourceConfig) -> str:
+    where = ", ".join(source.paths) or source.name
+    return f"{source.type}" + (f" ({where})" if where else "") + (", streamed" if source.streaming else "")
+
+
 def print_plan(config: RunConfig, stages: Sequence[Stage], *, world_size: int) -> None:
     """Prints what would run: stages, parameters before and after, tokens, memory of a rank."""
     facts = {
         "config": config.source.bmcook,
         "output": config.output_dir,
-        "data": config.data.type + (f" ({', '.join(config.data.paths)})" if config.data.paths else ""),
+        "data": "; ".join(_described(source) for source in config.data.sources or (config.data,)),
         "ranks": world_size,
     }
     rows = []

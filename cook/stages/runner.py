@@ -17,7 +17,7 @@ from cook.base.errors import UserError
 from cook.base.files import read_json, sha256, write_json
 from cook.base.seeds import derived_seed, seed_everything
 from cook.data.load import TrainingData, load_rows
-from cook.data.loader import RowLoader, held_out_batches
+from cook.data.loader import held_out_batches
 from cook.distill.distiller import Distiller
 from cook.evaluation.perplexity import held_out_loss
 from cook.masks.gates import Gates
@@ -25,6 +25,7 @@ from cook.masks.mask_file import write_mask_file
 from cook.masks.mask_set import coarse_to_tensors, fine_to_tensors, kept_counts
 from cook.report.events import EventLog
 from cook.space.counts import parameters
+from cook.stages.feeding import Feeding, check_corpus, open_loader, rows_before
 from cook.stages.inputs import Inputs, make_gates, open_inputs
 from cook.stages.plan import Stage
 from cook.stages.structure import describe_structure
@@ -74,7 +75,9 @@ def run_stage(stage: Stage, *, resume: str, at: Callable[[int, str], None]) -> N
     distiller = _distiller(stage, engine)
     say(_opening(stage, inputs, engine))
 
+    loader = open_loader(stage, data)
     found = find_checkpoint(stage.folder / "checkpoints", resume)
+    _on_first_rank(lambda: check_corpus(stage, resumed=found is not None))
     position = Position(step=0, tokens=0)
     if found:
         position = load_checkpoint(*found, engine, gates, fingerprint=identity)
@@ -85,9 +88,7 @@ def run_stage(stage: Stage, *, resume: str, at: Callable[[int, str], None]) -> N
         run = Run(
             name=stage.name,
             engine=engine,
-            batches=RowLoader(
-                data.train, train_batch_size=training.train_batch_size, seed=stage.config.seed, first=rows_before(stage)
-            ),
+            batches=loader,
             training=training,
             attached=attached,
             gates=gates,
@@ -96,13 +97,17 @@ def run_stage(stage: Stage, *, resume: str, at: Callable[[int, str], None]) -> N
             fingerprint=identity,
             on_save=lambda: _write_masks(stage, inputs, gates),
             at=at,
+            after_step=Feeding(stage, loader, data, engine, log, say).after_step,
         )
-        position = train(run, position, log)
+        try:
+            position = train(run, position, log)
+        finally:
+            loader.close()
         at(position.step, "finishing")
         if distiller:
             distiller.remove()
         loss = _finish(stage, inputs, engine, attached, gates, data, log, position)
-    _write_done(stage, inputs, gates, identity, position, loss, time.perf_counter() - started)
+    _write_done(stage, inputs, gates, identity, position, loader.state_dict(), loss, time.perf_counter() - started)
     attached.remove()
     engine.close()
     distributed.barrier()
@@ -153,12 +158,6 @@ def _earlier(stage: Stage) -> str | None:
     return read_json(before)["identity"] if before and before.exists() else None
 
 
-def rows_before(stage: Stage) -> int:
-    """Rows that the finished stages before this one have read: the stage reads on, and repeats none in an epoch."""
-    before = stage.done_before
-    return int(read_json(before)["rows"]) if before and before.exists() else 0
-
-
 def _identity(stage: Stage, inputs: Inputs, data: TrainingData) -> str:
     """Hash of the settings, the data and what earlier stages made: a checkpoint of other ones is not gone on from."""
     masks = [[name, mask.tolist()] for name, mask in sorted(inputs.fixed.items())]
@@ -171,6 +170,8 @@ def _data(stage: Stage, inputs: Inputs) -> TrainingData:
     options: dict[str, Any] = {
         "prompt_length": inputs.model_config.get("prompt_length", 0),
         "output_dir": config.output_dir,
+        "seed": config.seed,
+        "limits": {key: inputs.model_config.get(key) for key in ("prompt_types", "segment_types")},
     }
     # The first rank prepares, the others read what it left.
     _on_first_rank(lambda: load_rows(config.data, config.tokenizer, **options) and None)
@@ -275,7 +276,7 @@ def _finish(
 
 
 def _write_done(
-    stage: Stage, inputs: Inputs, gates: Gates | None, identity: str, position: Position,
+    stage: Stage, inputs: Inputs, gates: Gates | None, identity: str, position: Position, data: dict[str, Any],
     loss: float | None, seconds: float,
 ) -> None:  # fmt: skip
     _write_masks(stage, inputs, gates)
@@ -293,6 +294,7 @@ def _write_done(
             "steps": position.step,
             "tokens": position.tokens,
             "rows": rows_before(stage) + position.step * stage.config.training.train_batch_size,
+            "data": data,
             "seconds": round(seconds, 1),
             "held_out_loss": loss,
             "parameters": parameters(inputs.space, kept_counts(masks)),

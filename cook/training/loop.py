@@ -8,12 +8,11 @@ import math
 import operator
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
-
-import numpy as np
 
 from cook.base import distributed
 from cook.base.errors import Interrupted
@@ -33,27 +32,24 @@ from cook.training.step import Batch, ExtraLoss, StepResult, train_step
 
 
 class Batches(Protocol):
-    """What the loop needs of a data loader: the batch of any step, counted from 0.
-
-    A loader whose batches depend on more than the step also has `state_dict()` and `load_state_dict(state)`: what to
-    begin the step after a checkpoint from, as JSON; and one that can name its samples `sample_ids(step, rank,
-    world_size)`, a list of numbers or strings.
-    """
-
-    def indices(self, step: int) -> Sequence[int] | np.ndarray: ...
+    """What the loop needs of a data loader: the batch of any step, counted from 0, and a state of a few numbers."""
 
     def micro_batches(self, step: int, rank: int, world_size: int, micro_batch_size: int) -> Sequence[Batch]: ...
 
     def num_targets(self, step: int) -> int: ...
 
+    def sample_ids(self, step: int, rank: int = 0, world_size: int = 1) -> list[str]:
+        """The names of what a rank reads in a step."""
 
-def sample_ids(batches: Batches, step: int, world_size: int) -> dict[str, list[int | str]]:
-    """What each rank reads in a step (counted from 0), by rank: the loader's own names, else the rows' numbers."""
-    named = getattr(batches, "sample_ids", None)
-    if named is not None:
-        return {str(rank): list(named(step, rank, world_size)) for rank in range(world_size)}
-    rows = np.asarray(batches.indices(step)).reshape(world_size, -1)
-    return {str(rank): share.tolist() for rank, share in enumerate(rows)}
+    def state_dict(self) -> dict[str, Any]:
+        """Where to read on after the step that was read last, as JSON; the same on every rank."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def samples_of(batches: Batches, step: int, world_size: int) -> dict[str, list[str]]:
+    """What each rank reads in a step (counted from 0), by rank."""
+    return {str(rank): batches.sample_ids(step, rank, world_size) for rank in range(world_size)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +74,8 @@ class Run:
     """Told of every step and save as it begins, for a watchdog."""
     unit: str = "tok"
     """What the loader's targets are, for the speed that is shown."""
+    after_step: Callable[[int], None] = lambda _step: None
+    """Called after each step, on every rank."""
 
 
 def train(run: Run, start: Position, log: EventLog) -> Position:
@@ -93,7 +91,7 @@ def train(run: Run, start: Position, log: EventLog) -> Position:
     rank, world = distributed.rank(), distributed.world_size()
     meter, guard = _Meter(start.tokens), Guard(training, start.guard)
     if start.data is not None:
-        run.batches.load_state_dict(start.data)  # type: ignore[attr-defined]
+        run.batches.load_state_dict(start.data)
     with (
         Signals() as signals,
         Progress(
@@ -103,10 +101,13 @@ def train(run: Run, start: Position, log: EventLog) -> Position:
     ):
         for step in range(start.step + 1, training.steps + 1):
             run.at(step, "step" if step > start.step + 1 else "first step")
-            num_targets, limits, update = run.batches.num_targets(step - 1), guard.limits(), position.updates + 1
+            with meter.waiting():
+                num_targets = run.batches.num_targets(step - 1)
+                micro_batches = run.batches.micro_batches(step - 1, rank, world, training.rows_at_once(world))
+            limits, update = guard.limits(), position.updates + 1
             result = train_step(
                 run.engine,
-                run.batches.micro_batches(step - 1, rank, world, training.rows_at_once(world)),
+                micro_batches,
                 step,
                 num_targets=num_targets,
                 learning_rate=learning_rate(training, update),
@@ -128,12 +129,13 @@ def train(run: Run, start: Position, log: EventLog) -> Position:
                 raise guard.failure(step, note, saver.newest or begun)
             if Request.SETTLE in result.asked:
                 saver.wait()  # raises what failed
+            run.after_step(step)
             # What came during the last step itself has not been heard by it, and the stage after must not begin.
             asked = result.asked | (_of_any_rank(signals.take()) if step == training.steps else Request.NOTHING)
             due = asked or step == training.steps or (training.save_every and step % training.save_every == 0)
             if due and run.saves:
                 run.at(step, "saving")
-                whole = dataclasses.replace(position, guard=guard.state_dict(), data=_data_state(run.batches))
+                whole = dataclasses.replace(position, guard=guard.state_dict(), data=run.batches.state_dict())
                 saver.save(run.engine, run.gates, whole, also=run.on_save)
             if Request.STOP in asked:
                 saver.wait()
@@ -143,26 +145,30 @@ def train(run: Run, start: Position, log: EventLog) -> Position:
     return position
 
 
-def _data_state(batches: Batches) -> Any:
-    state_dict = getattr(batches, "state_dict", None)
-    return None if state_dict is None else state_dict()
-
-
 def _of_any_rank(asked: Request) -> Request:
     return functools.reduce(operator.or_, distributed.gather(asked))
 
 
 class _Meter:
-    """Tokens a second since the last reading."""
+    """Tokens a second since the last reading, and the share of that time spent waiting for data."""
 
     def __init__(self, tokens: int):
         self._tokens, self._time = tokens, time.perf_counter()
+        self._waited = 0.0
         self.rate: float | None = None
+        self.wait: float | None = None
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - begin
 
     def read(self, tokens: int) -> float:
         now = time.perf_counter()
-        self.rate = (tokens - self._tokens) / max(1e-9, now - self._time)
-        self._tokens, self._time = tokens, now
+        seconds = max(1e-9, now - self._time)
+        self.rate, self.wait = (tokens - self._tokens) / seconds, self._waited / seconds
+        self._tokens, self._time, self._waited = tokens, now, 0.0
         return self.rate
 
 
@@ -181,6 +187,7 @@ def _report(
         "learning_rate": run.engine.learning_rate(),
         "tokens": position.tokens,
         "tokens_per_second": meter.rate,
+        "data_wait": meter.wait,
         "grad_norm": run.engine.gradient_norm(),
         "applied": result.applied,
     }
@@ -193,7 +200,7 @@ def _report(
         record["lambda"] = dict(zip(names, run.gates.controller.multipliers.tolist(), strict=True))
     if note is not None and distributed.rank() == 0:
         record["problem"] = note
-        record["samples"] = samples = sample_ids(run.batches, step - 1, distributed.world_size())
+        record["samples"] = samples = samples_of(run.batches, step - 1, distributed.world_size())
         read = "; ".join(f"rank {rank}: {' '.join(map(str, ids))}" for rank, ids in samples.items())
         print(f"warning: {run.name} step {step}: {note}; samples of {read}", file=sys.stderr, flush=True)
     loss = result.loss if math.isfinite(result.loss) else None

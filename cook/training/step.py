@@ -12,6 +12,7 @@ import torch
 from cook.base import distributed
 from cook.base.faults import point
 from cook.base.signals import Request
+from cook.data.losses import model_inputs
 from cook.masks.gates import Gates
 from cook.surgery.gates import AttachedGates
 from cook.training.engine import Engine
@@ -145,10 +146,9 @@ def _losses(
     engine: Engine, batch: Batch, task_loss: TaskLoss, extra_loss: ExtraLoss | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch = {key: value.to(engine.device, non_blocking=True) for key, value in batch.items()}
-    targets = batch.pop("targets")
-    output = engine(**batch)
-    loss = task_loss(output, targets)
-    return loss, loss if extra_loss is None else loss + extra_loss({**batch, "targets": targets}, output.logits)
+    output = engine(**model_inputs(batch))
+    loss = task_loss(output, batch)
+    return loss, loss if extra_loss is None else loss + extra_loss(batch, output.logits)
 
 
 def _averaged_gate_gradient(engine: Engine, z: torch.Tensor | None) -> torch.Tensor | None:
@@ -158,4 +158,3 @@ def _averaged_gate_gradient(engine: Engine, z: torch.Tensor | None) -> torch.Ten
     assert z.grad is not None, "the loss does not depend on the gates"
     gradient = z.grad.float() / (engine.loss_scale * distributed.world_size())
     return distributed.all_reduce_sum(gradient).cpu()
-

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from cook.base.errors import UserError
 from cook.vocab.hf import HuggingFaceTokenizer
+from cook.vocab.jieba import JiebaTokenizer
 from cook.vocab.protocol import Tokenizer
 from cook.vocab.sentencepiece import SentencePieceTokenizer
 
-TOKENIZERS: dict[str, type[SentencePieceTokenizer] | type[HuggingFaceTokenizer]] = {
+TOKENIZERS: dict[str, type[SentencePieceTokenizer] | type[HuggingFaceTokenizer] | type[JiebaTokenizer]] = {
     "sentencepiece": SentencePieceTokenizer,
     "hf": HuggingFaceTokenizer,
+    "jieba": JiebaTokenizer,
 }
 """Tokenizer class by the configuration's `tokenizer.type`."""
 
@@ -18,7 +20,8 @@ def load_tokenizer(type: str, path: str) -> Tokenizer:
     """Loads a tokenizer.
 
     Args:
-        type: `sentencepiece` (a `.model` file) or `hf` (a folder that AutoTokenizer reads).
+        type: `sentencepiece` (a `.model` file), `hf` (a folder that AutoTokenizer reads) or `jieba` (CPM-Ant's
+            `vocab.txt`).
         path: The file or folder.
 
     Raises:

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -27,6 +28,7 @@ WHITESPACE_PIECES = ("\n", "\n\n", "\t", "\t\t", "\t\t\t\t", SPACE * 2, SPACE * 
 
 MIN_VOCAB_SIZE = 4 + len(WHITESPACE_PIECES) + 256 + 64  # special ids, whitespace, bytes, and room for an alphabet
 MAX_LINE_CHARS = 4096
+MIN_COVERAGE, MAX_COVERAGE = 0.98, 0.9995  # sentencepiece takes nothing below 0.98
 TRAINING_THREADS = 4  # written into the model, so a number that differs between machines would change its bytes
 DEFAULT_SAMPLE_CHARS = 16 << 20
 
@@ -120,7 +122,7 @@ def train_sentencepiece(
     seed: int,
     sample_chars: int = DEFAULT_SAMPLE_CHARS,
 ) -> None:
-    """Trains a lossless byte-pair model for code and prose and writes it, whole or not at all.
+    """Trains a lossless byte-pair model for code and prose, English, Chinese or mixed; writes it whole or not at all.
 
     Byte-pair encoding with byte fallback; no normalisation and no added prefix, so white space survives; digits are
     single pieces (numbers keep their places); line ends, tabs and indentation have pieces of their own. The same texts
@@ -149,8 +151,7 @@ def train_sentencepiece(
             model_type="bpe",
             vocab_size=vocab_size,
             byte_fallback=True,
-            # The rarest 0.05% of the characters are spelled in bytes: they would waste ids of a small vocabulary.
-            character_coverage=0.9995,
+            character_coverage=_coverage(lines, vocab_size),
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
@@ -167,9 +168,25 @@ def train_sentencepiece(
     except RuntimeError as error:
         raise UserError(
             f"no tokenizer of {vocab_size} pieces can be trained on this corpus ({len(lines)} lines): {error}",
-            remedy="lower tokenizer.vocab_size or give more text",
+            remedy="raise tokenizer.vocab_size: the text has too many different characters for it"
+            if "smaller than required_chars" in str(error)
+            else "lower tokenizer.vocab_size or give more text",
         ) from error
     write_atomically(model_path, model.getvalue())
+
+
+def _coverage(lines: Sequence[str], vocab_size: int) -> float:
+    """Share of the text whose characters get a piece of their own; the rest is spelled in bytes.
+
+    99.95%, sentencepiece's advice for Chinese: rarer characters would waste ids. Less where the characters (thousands
+    in Chinese) would take more than half of a small vocabulary and leave no room for words.
+    """
+    room = (vocab_size - MIN_VOCAB_SIZE) // 2 + 64
+    if len(set().union(*lines)) <= room:
+        return MAX_COVERAGE
+    counts = Counter(char for line in lines for char in line)
+    most = sum(count for _, count in counts.most_common(room))
+    return max(MIN_COVERAGE, min(MAX_COVERAGE, (most - 0.5) / counts.total()))
 
 
 def num_cores() -> int:

@@ -27,19 +27,6 @@ def test_the_tokenizer_fits_the_model(errors_of, load):
     assert errors_of("tokenizer.type=hf")[0].startswith("tokenizer.path: missing")
 
 
-def test_the_corpus(errors_of, elsewhere):
-    (elsewhere / "x.txt").write_text("x")
-    assert "has no paths" in errors_of('data.paths=["x.txt"]')[0]
-    assert "a jsonl corpus needs its files" in errors_of("data.type=jsonl")[0]
-
-
-def test_something_is_held_out_for_the_evaluation(errors_of, load, elsewhere):
-    (elsewhere / "x.txt").write_text("x")
-    assert "nothing is held out" in errors_of("data.held_out=0")[0]
-    assert load("data.held_out=0", "training.eval_rows=0")
-    assert load("data.held_out=0", 'data.held_out_paths=["x.txt"]')
-
-
 def test_a_row_holds_more_than_the_prompt(errors_of, load):
     assert load("data.max_length=5")
     assert "more than 4" in errors_of("data.max_length=4")[0]

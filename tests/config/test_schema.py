@@ -8,7 +8,7 @@ from typing import get_args
 import jsonschema
 import pytest
 
-from cook.config import types
+from cook.config import corpus, types
 from cook.config.load import _BMCOOK, _SCHEME
 from cook.config.schema import MAX_DEPTH, load_schema, schema_findings, shown, subschema, wanted
 
@@ -68,7 +68,7 @@ def test_schema_and_dataclass_have_the_same_keys_and_defaults(name, key, section
         (types.StageName, "bmcook", ("stages", 0, "name")),
         (types.Schedule, "bmcook", ("training", "schedule")),
         (types.Precision, "bmcook", ("training", "precision")),
-        (types.DataType, "bmcook", ("data", "type")),
+        (corpus.DataType, "bmcook", ("data", "type")),
         (types.TokenizerType, "bmcook", ("tokenizer", "type")),
         (types.ModelType, "bmcook", ("model", "type")),
         (types.MaskMethod, "bmcook", ("pruning", "mask_method")),

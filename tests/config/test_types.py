@@ -7,7 +7,7 @@ import inspect
 
 import pytest
 
-from cook.config import scheme, types
+from cook.config import corpus, scheme, types
 from cook.config.types import STAGE_NAMES, described_stage, for_stage, training_for
 
 
@@ -47,7 +47,7 @@ def test_for_stage_changes_nothing_else(load):
     assert for_stage(config, "random_baseline").pruning == config.pruning
 
 
-@pytest.mark.parametrize("module", [types, scheme])
+@pytest.mark.parametrize("module", [types, corpus, scheme])
 def test_every_field_has_a_docstring_under_it(module):
     classes = [node for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.ClassDef)]
     assert classes

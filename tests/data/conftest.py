@@ -15,7 +15,7 @@ def make_rows(tmp_path_factory):
         folder = tmp_path_factory.mktemp("rows")
         tokens = np.array([token for document in documents for token in document], dtype=np.uint16)
         offsets = np.cumsum([0, *map(len, documents)])
-        statistics = packing.pack(
+        statistics = packing.pack_to_folder(
             tokens, offsets, row_size=max_length - prompt_length, bos_id=2, eos_id=3, folder=folder, part="train"
         )
         if not statistics["rows"]:

@@ -80,7 +80,7 @@ def test_no_paths_and_unknown_types_are_refused():
     with pytest.raises(UserError, match="the corpus is empty"):
         open_corpus("text", [])
     with pytest.raises(UserError, match=r"data\.type"):
-        open_corpus("parquet", ["x"])
+        open_corpus("csv", ["x"])
 
 
 def test_text_is_kept_to_the_byte(tmp_path):
@@ -173,3 +173,11 @@ def test_splits_that_cannot_be_made_are_refused():
     for fraction in (0.0, 1.0, -1.0, float("nan")):
         with pytest.raises(UserError, match="held_out"):
             split(["a", "b"], fraction)
+
+
+def test_groups_keep_order_and_bound_their_size(monkeypatch):
+    monkeypatch.setattr(corpus_module, "CHARACTERS_AT_ONCE", 10)
+    texts = ["x" * n for n in (4, 4, 4, 30, 0, 1)]
+    groups = list(corpus_module.grouped(texts, len))
+    assert [text for group in groups for text in group] == texts
+    assert [len(group) for group in groups] == [3, 1, 2]

@@ -92,7 +92,7 @@ def test_rows_and_batches_equal_the_slow_reference(make_rows, documents, shape, 
     expected = [reference_batch_row(row, prompt_length, prompt_length + row_size) for row in wanted]
     for name, value in batch.items():
         assert value.tolist() == [row[name] for row in expected], name
-    assert rows.num_targets.tolist() == (batch["targets"] != -100).sum(1).tolist()
+    assert rows.num_targets(np.arange(len(rows))).tolist() == (batch["targets"] != -100).sum(1).tolist()
     assert rows.lengths.tolist() == batch["length"].tolist()
 
 
@@ -110,7 +110,7 @@ def test_nothing_is_lost_but_what_the_rules_drop(make_rows, documents, shape):
         assert len(lost) < (8 if len(lost) == len(document) else 32)
     if rows is not None:
         assert (rows.tokens_RT >= 10).sum() == len(kept)  # and nothing is there twice
-        assert statistics["targets"] == rows.num_targets.sum()
+        assert statistics["targets"] == rows.targets_R.sum()
 
 
 @settings(max_examples=60, deadline=None)
@@ -164,7 +164,7 @@ def test_long_documents_leave_few_samples_without_the_prompt(make_rows):
     rows, statistics = make_rows([[9] * length for length in lengths], max_length=256, prompt_length=32)
     assert statistics["filled"] > 0.98 and statistics["share_without_prompt"] < 0.05
     first = (rows.spans_RT == 0).sum() - len(rows)
-    assert statistics["share_without_prompt"] == pytest.approx(1 - first / rows.num_targets.sum())
+    assert statistics["share_without_prompt"] == pytest.approx(1 - first / rows.targets_R.sum())
 
 
 def test_a_row_without_room_is_refused():

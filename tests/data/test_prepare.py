@@ -1,23 +1,19 @@
 import json
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import cook.data.corpus as corpus_module
 import cook.data.prepare as prepare
 from cook.base.errors import UserError
+from cook.config.corpus import DataConfig
 from cook.data.cache import read_manifest
-from cook.data.corpus import Document
 
 
-@dataclass(frozen=True)
-class Data:
-    paths: tuple
-    type: str = "text"
-    text_field: str = "text"
-    held_out: float = 0.3
-    held_out_paths: tuple = ()
+def section(paths, **options):
+    """A data section of the test's corpus."""
+    return DataConfig(paths=paths, **({"type": "text", "held_out": 0.3, "max_length": 64} | options))
 
 
 class Letters:
@@ -50,9 +46,9 @@ def read_part(folder, part):
 @pytest.mark.parametrize("vocab_size", [200, 70_000])
 @pytest.mark.parametrize("chars_at_once", [1, 100, 1 << 20])
 def test_tokens_hold_every_document_on_its_side(corpus_folder, tmp_path, monkeypatch, chars_at_once, vocab_size):
-    monkeypatch.setattr(prepare, "_CHARS_AT_ONCE", chars_at_once)
+    monkeypatch.setattr(corpus_module, "CHARACTERS_AT_ONCE", chars_at_once)
     monkeypatch.setattr(Letters, "vocab_size", vocab_size)
-    corpus = prepare.open_split(Data((str(corpus_folder),)))
+    corpus = prepare.open_split(section((str(corpus_folder),)))
     folder = prepare.prepare_tokens(corpus, Letters(), tmp_path / "cache")
     texts = [path.read_text() for path in sorted(corpus_folder.iterdir())]
     for part, side in (("train", False), ("held_out", True)):
@@ -62,7 +58,7 @@ def test_tokens_hold_every_document_on_its_side(corpus_folder, tmp_path, monkeyp
 
 def test_a_separate_evaluation_corpus_leaves_all_of_the_other_for_training(corpus_folder, tmp_path):
     (tmp_path / "eval.txt").write_text("evaluation text")
-    data = Data((str(corpus_folder),), held_out_paths=(str(tmp_path / "eval.txt"),))
+    data = section((str(corpus_folder),), held_out_paths=(str(tmp_path / "eval.txt"),))
     corpus = prepare.open_split(data)
     folder = prepare.prepare_tokens(corpus, Letters(), tmp_path / "cache")
     assert read_part(folder, "held_out") == ["evaluation text"] and len(read_part(folder, "train")) == 12
@@ -74,13 +70,13 @@ def test_the_standard_library_with_plain_text_for_evaluation(tmp_path, monkeypat
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / "a.py").write_text("x = 1")
     monkeypatch.setattr("cook.data.corpus.sysconfig.get_paths", lambda: {"stdlib": str(tmp_path / "lib")})
-    corpus = prepare.open_split(Data((), type="python_stdlib", held_out_paths=(str(tmp_path / "eval.txt"),)))
+    corpus = prepare.open_split(section((), type="python_stdlib", held_out_paths=(str(tmp_path / "eval.txt"),)))
     assert [(d.text, h) for d, h in corpus.documents()] == [("x = 1", False), ("evaluation text", True)]
 
 
 def test_a_changed_file_or_tokenizer_or_split_makes_new_tokens(corpus_folder, tmp_path, monkeypatch):
     def folder(**changes):
-        corpus = prepare.open_split(Data((str(corpus_folder),), **changes))
+        corpus = prepare.open_split(section((str(corpus_folder),), **changes))
         return prepare.prepare_tokens(corpus, Letters(), tmp_path / "cache")
 
     first = folder()
@@ -95,7 +91,7 @@ def test_a_changed_file_or_tokenizer_or_split_makes_new_tokens(corpus_folder, tm
 
 def test_ids_outside_the_vocabulary_are_refused_by_document(corpus_folder, tmp_path):
     (corpus_folder / "05.txt").write_text("plain and é")
-    corpus = prepare.open_split(Data((str(corpus_folder),)))
+    corpus = prepare.open_split(section((str(corpus_folder),)))
     with pytest.raises(UserError, match=r"document 05\.txt.*\n.*0 to 199\n.*36 to 237"):
         prepare.prepare_tokens(corpus, Letters(), tmp_path / "cache")
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
@@ -103,7 +99,7 @@ def test_ids_outside_the_vocabulary_are_refused_by_document(corpus_folder, tmp_p
 
 def rows_of(corpus_folder, tmp_path, *, max_length=40, prompt_length=8, **changes):
     tokens = prepare.prepare_tokens(
-        prepare.open_split(Data((str(corpus_folder),), **changes)), Letters(), tmp_path / "cache"
+        prepare.open_split(section((str(corpus_folder),), **changes)), Letters(), tmp_path / "cache"
     )
     return prepare.prepare_rows(
         tokens, Letters(), max_length=max_length, prompt_length=prompt_length, cache=tmp_path / "cache"
@@ -148,30 +144,26 @@ def test_a_tokenizer_is_trained_once_on_training_documents_alone(corpus_folder, 
 
     monkeypatch.setattr(prepare, "train_sentencepiece", train)
     config = SimpleNamespace(type="sentencepiece", path=None, vocab_size=500)
-    corpus = prepare.open_split(Data((str(corpus_folder),)))
-    path = prepare.prepare_tokenizer(config, corpus, tmp_path / "cache")
-    assert path.read_bytes() == b"model" and prepare.prepare_tokenizer(config, corpus, tmp_path / "cache") == path
+    corpus = prepare.open_split(section((str(corpus_folder),)))
+
+    def prepared():
+        return prepare.prepare_tokenizer(config, corpus.training_texts(), corpus.fingerprint, tmp_path / "cache")
+
+    path = prepared()
+    assert path.read_bytes() == b"model" and prepared() == path
     [texts] = seen
     held_out = {document.text for document, is_held_out in corpus.documents() if is_held_out}
     assert held_out and not held_out & set(texts) and len(texts) + len(held_out) == 12
     config.vocab_size = 501
-    assert prepare.prepare_tokenizer(config, corpus, tmp_path / "cache") != path
+    assert prepared() != path
 
 
 def test_a_named_tokenizer_is_taken_and_a_missing_one_refused(corpus_folder, tmp_path):
-    corpus = prepare.open_split(Data((str(corpus_folder),)))
+    corpus = prepare.open_split(section((str(corpus_folder),)))
     given = SimpleNamespace(type="hf", path="some/folder", vocab_size=500)
-    assert str(prepare.prepare_tokenizer(given, corpus, tmp_path)) == "some/folder"
+    assert str(prepare.prepare_tokenizer(given, corpus.training_texts(), corpus.fingerprint, tmp_path)) == "some/folder"
     with pytest.raises(UserError, match="tokenizer.path is missing"):
-        prepare.prepare_tokenizer(SimpleNamespace(type="hf", path=None, vocab_size=500), corpus, tmp_path)
-
-
-def test_groups_keep_order_and_bound_their_size(monkeypatch):
-    monkeypatch.setattr(prepare, "_CHARS_AT_ONCE", 10)
-    documents = [(Document(str(n), "x" * n), False) for n in (4, 4, 4, 30, 0, 1)]
-    groups = list(prepare._groups(documents))
-    assert [item for group in groups for item in group] == documents
-    assert [len(group) for group in groups] == [3, 1, 2]
+        prepare.prepare_tokenizer(SimpleNamespace(type="hf", path=None, vocab_size=500), [], "f", tmp_path)
 
 
 def test_skipped_files_are_listed(tmp_path, monkeypatch):
@@ -182,6 +174,6 @@ def test_skipped_files_are_listed(tmp_path, monkeypatch):
     (lib / "bad.py").write_bytes(b"\xff")
     monkeypatch.setattr("cook.data.corpus.sysconfig.get_paths", lambda: {"stdlib": str(lib)})
     folder = prepare.prepare_tokens(
-        prepare.open_split(Data((), type="python_stdlib")), Letters(), tmp_path / "cache"
+        prepare.open_split(section((), type="python_stdlib")), Letters(), tmp_path / "cache"
     )
     assert json.loads((folder / "manifest.json").read_text())["skipped_files"] == ["bad.py"]

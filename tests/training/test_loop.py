@@ -57,8 +57,14 @@ class Batches:
     def __init__(self) -> None:
         self.asked: list[int] = []
 
-    def indices(self, step: int) -> list[int]:
-        return [100 + step]
+    def sample_ids(self, step: int, rank: int = 0, world_size: int = 1) -> list[str]:
+        return [f"train:{100 + step + rank}"]
+
+    def state_dict(self) -> dict:
+        return {"read": len(self.asked)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.given = state
 
     def micro_batches(self, step: int, rank: int, world_size: int, micro_batch_size: int) -> list:
         self.asked.append(step)
@@ -211,17 +217,10 @@ def test_a_save_that_fails_behind_the_training_is_heard_at_the_next_step(run, mo
 
 def test_the_loaders_state_is_saved_and_given_back(run, monkeypatch):
     given = []
-    monkeypatch.setattr(Batches, "state_dict", lambda self: {"read": len(self.asked)}, raising=False)
-    monkeypatch.setattr(Batches, "load_state_dict", lambda self, state: given.append(state), raising=False)
-    monkeypatch.setattr(Batches, "sample_ids", lambda self, step, rank, world: [f"doc {step}"], raising=False)
+    monkeypatch.setattr(Batches, "load_state_dict", lambda self, state: given.append(state))
     run(start=4, state={"data": {"read": 4}}, save_every=2)
     assert given == [{"read": 4}] and [p.data for p in run.saved[::2]] == [{"read": 2}, {"read": 4}, {"read": 5}]
-    assert loop.sample_ids(Batches(), 3, 2) == {"0": ["doc 3"], "1": ["doc 3"]}
 
 
-def test_rows_are_shared_out_among_the_ranks_in_order():
-    class Rows(Batches):
-        def indices(self, step: int) -> list[int]:
-            return [5, 2, 9, 4]
-
-    assert loop.sample_ids(Rows(), 0, 2) == {"0": [5, 2], "1": [9, 4]}
+def test_samples_are_named_by_rank():
+    assert loop.samples_of(Batches(), 3, 2) == {"0": ["train:103"], "1": ["train:104"]}

@@ -20,18 +20,18 @@ def log_p(logits: torch.Tensor) -> torch.Tensor:
 def test_tokens_without_a_target_do_not_count():
     logits, targets = torch.randn(2, 3, 5), torch.tensor([[1, -100, 4], [0, 2, -100]])
     wanted = -sum(float(log_p(logits)[b, t, targets[b, t]]) for b, t in ((0, 0), (0, 2), (1, 0), (1, 1)))
-    assert float(token_loss(SimpleNamespace(logits=logits), targets)) == pytest.approx(wanted, **CLOSE)
+    assert float(token_loss(SimpleNamespace(logits=logits), {"targets": targets})) == pytest.approx(wanted, **CLOSE)
 
 
 def test_classes():
     logits, targets = torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
     wanted = -float(log_p(logits)[torch.arange(4), targets].sum())
-    assert float(class_loss(SimpleNamespace(logits=logits), targets)) == pytest.approx(wanted, **CLOSE)
+    assert float(class_loss(SimpleNamespace(logits=logits), {"targets": targets})) == pytest.approx(wanted, **CLOSE)
 
 
 def test_scores():
     logits, targets = torch.tensor([[1.0], [2.5]]), torch.tensor([0.0, 5.0])
-    assert float(score_loss(SimpleNamespace(logits=logits), targets)) == pytest.approx(1.0 + 6.25)
+    assert float(score_loss(SimpleNamespace(logits=logits), {"targets": targets})) == pytest.approx(1.0 + 6.25)
 
 
 def test_spans():
@@ -39,9 +39,9 @@ def test_spans():
     rows = torch.arange(2)
     wanted = -float(log_p(starts)[rows, targets[:, 0]].sum() + log_p(ends)[rows, targets[:, 1]].sum()) / 2
     output = SimpleNamespace(start_logits=starts, end_logits=ends)
-    assert float(span_loss(output, targets)) == pytest.approx(wanted, **CLOSE)
+    assert float(span_loss(output, {"targets": targets})) == pytest.approx(wanted, **CLOSE)
 
 
 def test_half_precision_is_added_up_in_full():
-    logits = torch.randn(4, 3).bfloat16()
-    assert class_loss(SimpleNamespace(logits=logits), torch.zeros(4, dtype=torch.long)).dtype == torch.float32
+    output, batch = SimpleNamespace(logits=torch.randn(4, 3).bfloat16()), {"targets": torch.zeros(4, dtype=torch.long)}
+    assert class_loss(output, batch).dtype == torch.float32

@@ -14,6 +14,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from cook.base import distributed
+from cook.base.signals import Request
 from cook.training.engine import Engine, initialise_processes
 from cook.training.step import train_step
 from tests.training import tiny_training as tiny

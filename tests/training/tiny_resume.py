@@ -46,9 +46,6 @@ class Stream(tiny.Batches):
         self.read, self.restless, self.stop = 0, restless, stop
         self.ids: list[list[int]] = []
 
-    def indices(self, step: int) -> list[int]:
-        return list(range(self.read, self.read + tiny.ROWS))
-
     def num_targets(self, step: int) -> int:
         return int((self.rows(range(self.read, self.read + tiny.ROWS))["targets"] != -100).sum())
 
@@ -56,7 +53,8 @@ class Stream(tiny.Batches):
         if step + 1 == self.stop:
             os.kill(os.getpid(), signal.SIGTERM)
         made = super().micro_batches(self.read // tiny.ROWS, rank, world_size, size)
-        self.ids.append(self.indices(step)[rank * tiny.ROWS // world_size :][: tiny.ROWS // world_size])
+        share = tiny.ROWS // world_size
+        self.ids.append(list(range(self.read, self.read + tiny.ROWS))[rank * share :][:share])
         self.read += tiny.ROWS
         if self.restless:
             for batch in made:

@@ -93,6 +93,16 @@ class Batches:
     def num_targets(self, step: int) -> int:
         return int((self.rows(range(step * ROWS, (step + 1) * ROWS))["targets"] != -100).sum())
 
+    def sample_ids(self, step: int, rank: int = 0, world_size: int = 1) -> list[str]:
+        share = ROWS // world_size
+        return [str(step * ROWS + rank * share + number) for number in range(share)]
+
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        assert not state
+
 
 def make_gates() -> Gates:
     """Gates of all kinds at once: one constraint over the blocks, one a block over its heads or dims."""

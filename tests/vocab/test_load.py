@@ -10,5 +10,5 @@ def test_the_type_chooses_the_class(model_path):
 
 
 def test_an_unknown_type_is_refused(model_path):
-    with pytest.raises(UserError, match="wanted: hf or sentencepiece"):
+    with pytest.raises(UserError, match="wanted: hf or jieba or sentencepiece"):
         load_tokenizer("spm", str(model_path))

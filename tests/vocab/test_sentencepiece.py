@@ -82,6 +82,18 @@ def test_sample_is_bounded_and_spread_over_the_whole_corpus():
     assert _sample(["a", "b"], 90, random.Random(0)) == ["a", "b"]
 
 
+def test_thousands_of_characters_leave_room_for_words(tmp_path):
+    # More characters than ids, as in Chinese: the frequent ones get a piece, the others their bytes, and words fit too.
+    rare = "".join(chr(0x4E00 + number) for number in range(3000))
+    text = "我们在北京大学学习，我们是中国人。\n" * 9000 + "".join(rare[i : i + 20] + "\n" for i in range(0, 3000, 20))
+    train_sentencepiece([text], tmp_path / "m", vocab_size=1000, seed=0)
+    chinese = SentencePieceTokenizer.load(tmp_path / "m")
+    assert len(chinese.encode("我们在北京大学学习")) < 9 and chinese.decode(chinese.encode(text)) == text
+    pieces = [chinese.decode([i]) for i in range(1000)]
+    characters = [piece for piece in pieces if len(piece) == 1 and "\u4e00" <= piece <= "\u9fff"]
+    assert 300 < len(characters) < 450  # half of what bytes and special pieces leave
+
+
 def test_a_long_line_is_cut_not_dropped(tmp_path):
     train_sentencepiece(
         ["wonderful words " * 4000 + "abcdefgh " * MAX_LINE_CHARS], tmp_path / "m", vocab_size=340, seed=0
@@ -94,6 +106,7 @@ def test_a_long_line_is_cut_not_dropped(tmp_path):
     [
         (["some text"], 100, "too small"),
         (["some text"], 5000, "lower tokenizer.vocab_size"),
+        (["".join(map(chr, range(0x4E00, 0x5800)))], 400, "raise tokenizer.vocab_size"),
         ([], 800, "no text"),
         (["\n\n", ""], 800, "no text"),
     ],

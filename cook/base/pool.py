@@ -1,0 +1,81 @@
+"""Worker processes that end with the process that started them, however it ends."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import connection
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def end_with_parent() -> None:
+    """Makes this worker end as soon as its parent is gone, even by SIGKILL."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def in_order(
+    function: Callable[..., Result],
+    jobs: Iterable[tuple],
+    workers: int,
+    initializer: Callable[..., None] | None = None,
+    arguments: tuple = (),
+) -> Iterator[Result]:
+    """`function(*job)` for every job, in the order of the jobs, computed by several processes.
+
+    They are started afresh, not forked: this process may hold threads and a device. With one worker all is done here.
+    Only a few jobs are taken ahead of the results that have been read.
+
+    Args:
+        function: Of a module, so that it can travel.
+        jobs: Its arguments.
+        workers: Processes.
+        initializer: Called once in each process, with `arguments`.
+        arguments: Of the initializer.
+    """
+    if workers <= 1:
+        if initializer is not None:
+            initializer(*arguments)
+        yield from (function(*job) for job in jobs)
+        return
+    remaining, pending = iter(jobs), []
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start, (initializer, arguments)) as pool:
+
+        def submit() -> None:
+            for job in remaining:
+                pending.append(pool.submit(function, *job))
+                return
+
+        try:
+            for _ in range(2 * workers):
+                submit()
+            while pending:
+                first: Future = pending.pop(0)
+                yield first.result()
+                submit()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _start(initializer: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+    end_with_parent()
+    if initializer is not None:
+        initializer(*arguments)

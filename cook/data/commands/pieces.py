@@ -1,0 +1,168 @@
+"""From the lines of input files to records: documents, their tokens, pieces of them.
+
+A document's tokens (unknown ones left out) are cut into pieces of max_length - prompt_length - 2; a rest shorter than
+32 is dropped. A piece becomes `<s> piece </s>`, for masked language modelling or for plain language modelling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cook.base.errors import UserError
+from cook.base.seeds import derived_seed
+from cook.data.corpus import JSONL_SUFFIXES, PART_BYTES, grouped, matching_files, object_of, text_of
+from cook.data.live.records import (
+    LM,
+    LM_PROMPT,
+    MASKED_LM,
+    MASKED_LM_PROMPT,
+    MASKED_SEGMENT,
+    TEXT_SEGMENT,
+    Record,
+    Segment,
+)
+from cook.data.packing import MIN_REST
+from cook.vocab.protocol import Tokenizer
+
+COUNTS = ("documents", "tokens", "dropped", "unknown", "records")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the records depend on, beside the text."""
+
+    format: str
+    text_field: str
+    max_length: int
+    prompt_length: int
+    masked_share: float
+    seed: int
+    version: int
+    block_size: int
+
+    @property
+    def piece(self) -> int:
+        """Tokens of a whole piece."""
+        return self.max_length - self.prompt_length - 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A stretch of an input file: the lines that begin in it."""
+
+    number: int
+    path: str
+    name: str
+    begin: int
+    end: int
+
+
+def format_of(inputs: Iterable[str]) -> str:
+    """The format that the inputs' names tell."""
+    return "jsonl" if all(given.endswith(JSONL_SUFFIXES) for given in inputs) else "lines"
+
+
+def input_files(inputs: Iterable[str], format: str) -> list[tuple[Path, str]]:
+    """The files that the inputs name and their names in the corpus, in order, none twice."""
+    found: dict[Path, tuple[Path, str]] = {}
+    for given in inputs:
+        for path, name in matching_files(given, JSONL_SUFFIXES if format == "jsonl" else None):
+            found.setdefault(path.resolve(), (path, name))
+    return list(found.values())
+
+
+def parts_of(files: Iterable[tuple[Path, str]], part_size: int) -> list[Part]:
+    """Deals the files out in parts of about `part_size` bytes.
+
+    Raises:
+        UserError: They are empty.
+    """
+    stretches = [
+        (path, name, begin, min(begin + part_size, path.stat().st_size))
+        for path, name in files
+        for begin in range(0, path.stat().st_size, part_size)
+    ]
+    if not stretches:
+        raise UserError("the input is empty", wanted="at least one file with text")
+    return [
+        Part(number=number, path=str(path), name=name, begin=begin, end=end)
+        for number, (path, name, begin, end) in enumerate(stretches)
+    ]
+
+
+def records_of(part: Part, settings: Settings, tokenizer: Tokenizer, counts: dict[str, int]) -> Iterator[Record]:
+    """The records of a part, in order; adds up `counts`."""
+    seed = derived_seed(settings.seed, "preprocess", part.name, part.begin)
+    draws = np.random.Philox(seed)  # its raw stream is promised to stay
+    limit = settings.masked_share * 2.0**64
+    for texts in grouped(documents(part, settings.format, settings.text_field), len):
+        for ids in tokenizer.encode_batch(texts):
+            counts["documents"] += 1
+            known = ids[ids != tokenizer.unk_id] if tokenizer.unk_id is not None else ids
+            counts["unknown"] += len(ids) - len(known)
+            for begin in range(0, len(known), settings.piece):
+                piece = known[begin : begin + settings.piece]
+                if len(piece) < MIN_REST:
+                    counts["dropped"] += len(piece)
+                    break
+                counts["tokens"] += len(piece)
+                is_masked = int(draws.random_raw()) < limit
+                tokens = np.concatenate([[tokenizer.bos_id], piece, [tokenizer.eos_id]])
+                if is_masked:
+                    yield Record(MASKED_LM_PROMPT, (Segment(len(tokens), MASKED_SEGMENT, MASKED_LM),), tokens)
+                else:
+                    yield Record(LM_PROMPT, (Segment(len(tokens), TEXT_SEGMENT, LM),), tokens)
+
+
+def documents(part: Part, format: str, text_field: str) -> Iterator[str]:
+    """The documents of a part.
+
+    Raises:
+        UserError: One is not UTF-8, or no JSON object with a text.
+    """
+    if format == "text":
+        block: list[bytes] = []
+        start = size = 0
+        for offset, line in lines(part):
+            start = start if block else offset
+            block.append(line)
+            size += len(line)
+            if size >= PART_BYTES:
+                yield _text(b"".join(block), part, start)
+                block, size = [], 0
+        if block:
+            yield _text(b"".join(block), part, start)
+        return
+    for offset, line in lines(part):
+        if not line.strip():
+            continue
+        if format == "jsonl":
+            where = f"{part.path}, offset {offset}"
+            yield text_of(object_of(line, where), text_field, where, remedy="--text-field")
+        else:
+            yield _text(line, part, offset).strip().replace("<n>", "\n")
+
+
+def lines(part: Part) -> Iterator[tuple[int, bytes]]:
+    """The lines that begin in a part, whole, with their offsets."""
+    with open(part.path, "rb") as file:
+        if part.begin:
+            file.seek(part.begin - 1)
+            file.readline()  # up to the end of the line that begins before
+        offset = file.tell()
+        while offset < part.end and (line := file.readline()):
+            yield offset, line
+            offset += len(line)
+
+
+def _text(content: bytes, part: Part, offset: int) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{part.path}: not UTF-8 at offset {offset + error.start}", remedy="convert the file to UTF-8"
+        ) from None

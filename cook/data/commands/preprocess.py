@@ -1,0 +1,160 @@
+"""Text or JSON lines to binary data, as CPM-Ant's preprocessing does it, in parallel.
+
+The input is dealt out in parts that depend on the files and on --part-size alone. Every part becomes one data file, so
+any number of workers writes the same bytes, and a killed run goes on with the parts that it has not finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from cook.base.errors import UserError
+from cook.base.files import read_json, write_json
+from cook.base.pool import in_order, num_cores
+from cook.data.cache import fingerprint_of
+from cook.data.commands import common
+from cook.data.commands.pieces import COUNTS, Part, Settings, format_of, input_files, parts_of, records_of
+from cook.data.live.meta import FileInfo, write_meta
+from cook.data.live.writer import LiveWriter
+from cook.data.packing import MIN_REST
+from cook.data.progress import Progress
+from cook.vocab.protocol import Tokenizer
+
+FORMAT = 1
+"""Raised whenever the same inputs would give other records."""
+
+UNFINISHED = ".unfinished"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    common.add_inputs(parser)
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="a new folder, or one to go on with")
+    common.add_tokenizer(parser, required=True)
+    common.add_format(parser)
+    positive = common.at_least(1)
+    parser.add_argument("--max-length", type=positive, default=1024, help="of a row, with its prompt (%(default)s)")
+    parser.add_argument("--prompt-length", type=common.at_least(0), default=32, help="the model's (%(default)s)")
+    parser.add_argument("--masked-share", type=float, default=0.5, help="of the pieces, for masked LM (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="chooses which pieces are masked (%(default)s)")
+    parser.add_argument("--workers", type=common.at_least(1), default=num_cores(), help="processes (%(default)s)")
+    parser.add_argument("--part-size", type=common.size, default=64 << 20, metavar="BYTES", help="of input (64M)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the command."""
+    settings = _settings(arguments)
+    tokenizer = common.open_tokenizer(arguments)
+    files = input_files(arguments.inputs, settings.format)
+    parts = parts_of(files, arguments.part_size)
+    seen = [[name, path.stat().st_size, path.stat().st_mtime_ns] for path, name in files]
+    job = fingerprint_of(FORMAT, asdict(settings), tokenizer.fingerprint, seen, arguments.part_size)
+    folder = _folder(arguments.output, job)
+    done = [part for part in parts if _finished(folder, part) is not None]
+    todo = [part for part in parts if _finished(folder, part) is None]
+    if done:
+        print(f"going on: {len(done)} of {len(parts)} parts are done")
+    workers = max(1, min(arguments.workers, len(todo)))
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if workers == 1 else "false"
+    named = (common.tokenizer_type(arguments), arguments.tokenizer)
+    total = sum(part.end - part.begin for part in parts)
+    with Progress("preprocessing", total, unit="MB", scale=1e6) as progress:
+        progress.advance(sum(part.end - part.begin for part in done))
+        jobs = [(part, settings, str(folder)) for part in todo]
+        for part, _ in zip(todo, in_order(write_part, jobs, workers, _load_tokenizer, named), strict=True):
+            progress.advance(part.end - part.begin)
+    _finish(folder, parts, settings)
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    settings = Settings(
+        format=arguments.format or format_of(arguments.inputs),
+        **{name: getattr(arguments, name) for name in Settings.__dataclass_fields__ if name != "format"},
+    )
+    if not 0.0 <= settings.masked_share <= 1.0:
+        raise UserError("--masked-share is no share", wanted="0 to 1", got=settings.masked_share)
+    if settings.piece < MIN_REST:
+        wanted = f"at least {settings.prompt_length + 2 + MIN_REST} with a prompt of {settings.prompt_length}"
+        raise UserError("--max-length leaves too little room for a piece", wanted=wanted, got=settings.max_length)
+    return settings
+
+
+def _folder(output: str, job: str) -> Path:
+    folder = Path(output)
+    state = folder / UNFINISHED / "job.json"
+    if state.is_file():
+        if read_json(state).get("job") != job:
+            raise UserError(
+                f"--output: {folder} holds an unfinished run with other inputs, settings or tokenizer",
+                remedy="give the same ones to go on, or remove the folder",
+            )
+        return folder
+    folder = common.new_folder(output)
+    write_json(state, {"job": job})
+    return folder
+
+
+def _note_of(folder: Path, part: Part) -> Path:
+    return folder / UNFINISHED / f"part-{part.number:05d}.json"
+
+
+def _finished(folder: Path, part: Part) -> dict[str, Any] | None:
+    note = _note_of(folder, part)
+    return read_json(note) if note.is_file() else None
+
+
+_tokenizer: Tokenizer | None = None  # of a worker process; loading it may take seconds
+
+
+def _load_tokenizer(type: str, path: str) -> None:
+    global _tokenizer
+    from cook.vocab.load import load_tokenizer
+
+    _tokenizer = load_tokenizer(type, path)
+
+
+def write_part(part: Part, settings: Settings, folder: str) -> None:
+    """Writes the data file of one part, then the note that it is done."""
+    assert _tokenizer is not None
+    counts = dict.fromkeys(COUNTS, 0)
+    path = Path(folder) / f"part-{part.number:05d}"
+    with LiveWriter(path, version=settings.version, block_size=settings.block_size) as writer:
+        for record in records_of(part, settings, _tokenizer, counts):
+            writer.write(record.numbers())
+    counts["records"] = writer.nlines
+    if not writer.nlines:
+        path.unlink()
+    info = asdict(writer.info()) if writer.nlines else None
+    write_json(_note_of(Path(folder), part), {"info": info, "counts": counts})
+
+
+def _finish(folder: Path, parts: list[Part], settings: Settings) -> None:
+    notes = [_finished(folder, part) for part in parts]
+    totals = {name: sum(note["counts"][name] for note in notes if note is not None) for name in COUNTS}
+    infos, begin = [], 0
+    for note in notes:
+        assert note is not None, "every part has been written"
+        if note["info"] is not None:
+            info = FileInfo(**note["info"])
+            infos.append(replace(info, block_begin=begin, block_end=begin + info.num_blocks))
+            begin = infos[-1].block_end
+    if not infos:
+        raise UserError(
+            f"no document has as many as {MIN_REST} tokens: nothing to write",
+            got=f"{totals['documents']} documents",
+            remedy="if the lines are not whole documents, try --format text",
+        )
+    write_meta(folder, settings.version, infos)
+    shutil.rmtree(folder / UNFINISHED)
+    print(
+        f"{folder}: {totals['records']} records of {totals['documents']} documents, {totals['tokens']} tokens in "
+        f"{len(infos)} file(s) of version {settings.version}"
+    )
+    dropped, unknown = totals["dropped"], totals["unknown"]
+    if dropped or unknown:
+        print(f"left out: {dropped} tokens in rests shorter than {MIN_REST}, {unknown} unknown ones")

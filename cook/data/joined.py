@@ -1,0 +1,97 @@
+"""Several sets of rows as one, and a batch put together from groups of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+
+from cook.base.errors import UserError
+from cook.data.cache import fingerprint_of
+from cook.data.rows import Rows
+
+
+class JoinedRows:
+    """The rows of several sources one after another, under the one numbering that the loader uses.
+
+    Args:
+        names: A name for each source, for logs and ledgers.
+        parts: The sources, all of one row length.
+        weights: How often rows of each source are read, in proportion; None: every row of every source once an epoch.
+
+    Raises:
+        UserError: A source has no rows, or rows of another length.
+    """
+
+    def __init__(self, names: Sequence[str], parts: Sequence[Rows], weights: Sequence[float] | None = None):
+        assert len(names) == len(parts) > 0 and (weights is None or len(weights) == len(parts))
+        for name, part in zip(names, parts, strict=True):
+            if not len(part):
+                raise UserError(f"the source {name} has no rows", remedy="give it more text, or leave it out")
+            if part.max_length != parts[0].max_length:
+                raise UserError(
+                    f"the source {name} has rows of another length", wanted=parts[0].max_length, got=part.max_length
+                )
+        self.names, self.parts = tuple(names), tuple(parts)
+        self.weights = tuple(weights) if weights is not None else None
+        self.starts = np.cumsum([0, *(len(part) for part in parts)])
+        self.max_length = parts[0].max_length
+        self.fingerprint = fingerprint_of(self.names, [part.fingerprint for part in parts], self.weights)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def batch(self, indices: np.ndarray, epoch: int = 0) -> dict[str, torch.Tensor]:
+        """As `Rows.batch`."""
+        return merged(
+            (places, self.parts[part].batch(own, epoch)) for part, places, own in self._by_part(np.asarray(indices))
+        )
+
+    def num_targets(self, indices: np.ndarray, epoch: int = 0) -> np.ndarray:
+        """As `Rows.num_targets`."""
+        counts = np.zeros(len(indices), np.int64)
+        for part, places, own in self._by_part(np.asarray(indices)):
+            counts[places] = self.parts[part].num_targets(own, epoch)
+        return counts
+
+    def label(self, index: int) -> str:
+        """`name:number` of a row inside its source."""
+        part = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return f"{self.names[part]}:{index - int(self.starts[part])}"
+
+    def _by_part(self, indices: np.ndarray) -> Iterable[tuple[int, np.ndarray, np.ndarray]]:
+        part_of = np.searchsorted(self.starts, indices, side="right") - 1
+        for part in np.unique(part_of).tolist():
+            places = np.flatnonzero(part_of == part)
+            yield part, places, indices[places] - self.starts[part]
+
+
+def by_epoch(
+    build: Callable[[np.ndarray, int], dict[str, torch.Tensor]], rows_B: np.ndarray, epochs_B: np.ndarray
+) -> dict[str, torch.Tensor]:
+    """A batch whose rows are read in several epochs, by calling `build(rows, epoch)` once an epoch."""
+    epochs = np.unique(epochs_B).tolist()
+    if len(epochs) == 1:
+        return build(rows_B, epochs[0])
+    groups = ((np.flatnonzero(epochs_B == epoch), epoch) for epoch in epochs)
+    return merged((places, build(rows_B[places], epoch)) for places, epoch in groups)
+
+
+def merged(groups: Iterable[tuple[np.ndarray, dict[str, torch.Tensor]]]) -> dict[str, torch.Tensor]:
+    """One batch from several: each group's rows go to its places, and the places together are all of the batch's."""
+    whole = list(groups)
+    if len(whole) == 1 and (np.diff(whole[0][0]) == 1).all():
+        return whole[0][1]
+    order = torch.from_numpy(np.argsort(np.concatenate([places for places, _ in whole]), kind="stable"))
+    known = {key: value for _, batch in whole for key, value in batch.items()}
+    batch = {}
+    for key, some in known.items():
+        parts = [group[key] if key in group else _empty(key, some, len(places)) for places, group in whole]
+        batch[key] = torch.cat(parts)[order]
+    return batch
+
+
+def _empty(key: str, some: torch.Tensor, count: int) -> torch.Tensor:
+    """Stands for what only some groups have: rows with questions carry keys that text does without."""
+    return some.new_full((count, *some.shape[1:]), 0 if key == "choice_token" else -1)

@@ -1,0 +1,114 @@
+"""A record of CPM-Ant's data: what the model is to do with it, its segments, its tokens.
+
+As numbers: `[task, segments, (length, type, task) of every segment, tokens of every segment]`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+MASKED_LM = 0
+"""Segment task: a random part of the segment is hidden and to be told; the rest is context."""
+
+LM = 1
+"""Segment task: a stretch of random length at the segment's end is to be told, from left to right."""
+
+GENERATE, GENERATE_SECOND = 3, 4
+"""Segment tasks: with a segment of type 2 (or 3), all of the record but its first token is to be told."""
+
+CONTEXT = 2
+"""Segment task: nothing is to be told."""
+
+TOLD = 90
+"""Segment task, cook's own: all of the segment is to be told, the first token too, by the position before it."""
+
+WRONG_CHOICE, RIGHT_CHOICE = 100, 101
+"""Segment tasks, cook's own: the segment is one option of a question, with a prompt of its own; the record is all of
+the question's options, of which exactly one is right."""
+
+MASKED_LM_PROMPT, LM_PROMPT, DOWNSTREAM_PROMPT = 1, 2, 1
+"""Tasks of a record, which choose its prompt."""
+
+MASKED_SEGMENT, TEXT_SEGMENT = 1, 2
+"""Types of a segment: text with holes, text read from left to right."""
+
+SEGMENT_TASKS = frozenset({MASKED_LM, LM, CONTEXT, GENERATE, GENERATE_SECOND, TOLD, WRONG_CHOICE, RIGHT_CHOICE})
+TOLD_WITH_TYPE = {GENERATE: 2, GENERATE_SECOND: 3}
+MAX_SEGMENTS = 1 << 15
+
+
+class Segment(NamedTuple):
+    """A stretch of a record's tokens."""
+
+    length: int
+    type: int
+    task: int
+
+
+class BadRecord(ValueError):
+    """The numbers are no record; the message says why."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record."""
+
+    task: int
+    segments: tuple[Segment, ...]
+    tokens: np.ndarray
+    """int64 (num_tokens,), all segments one after the other."""
+
+    def numbers(self) -> np.ndarray:
+        """int64 (2 + 3 segments + num_tokens,), as it is written."""
+        head = [self.task, len(self.segments), *(value for segment in self.segments for value in segment)]
+        return np.concatenate([np.asarray(head, np.int64), np.asarray(self.tokens, np.int64)])
+
+
+def read_record(numbers: np.ndarray) -> Record:
+    """The record of these numbers.
+
+    Raises:
+        BadRecord: They are none.
+    """
+    task, segments = read_header(numbers)
+    tokens = numbers[2 + 3 * len(segments) :]
+    if len(tokens) and int(tokens.min()) < 0:
+        raise BadRecord(f"the token {int(tokens.min())} is negative")
+    return Record(task, segments, tokens)
+
+
+def read_header(numbers: np.ndarray) -> tuple[int, tuple[Segment, ...]]:
+    """Task and segments of a record; its tokens are not looked at.
+
+    Raises:
+        BadRecord: They contradict each other, or a task is unknown.
+    """
+    if len(numbers) < 5:
+        raise BadRecord(f"{len(numbers)} numbers are no record, which has at least 5")
+    task, count = int(numbers[0]), int(numbers[1])
+    if not 0 <= task < 1 << 31:
+        raise BadRecord(f"{task} is no task")
+    if not 1 <= count <= MAX_SEGMENTS or 2 + 3 * count > len(numbers):
+        raise BadRecord(f"{count} segments do not go into {len(numbers)} numbers")
+    segments = tuple(Segment(*triple) for triple in numbers[2 : 2 + 3 * count].reshape(count, 3).tolist())
+    for segment in segments:
+        if segment.length < 0 or not 0 <= segment.type < 1 << 15:
+            raise BadRecord(f"a segment of length {segment.length} and type {segment.type} is impossible")
+        if segment.task not in SEGMENT_TASKS:
+            raise BadRecord(f"a segment's task is {segment.task}, not one of {sorted(SEGMENT_TASKS)}")
+    total = sum(segment.length for segment in segments)
+    if total != len(numbers) - 2 - 3 * count:
+        raise BadRecord(f"its segments have {total} tokens, the record {len(numbers) - 2 - 3 * count}")
+    _check_choices(segments)
+    return task, segments
+
+
+def _check_choices(segments: tuple[Segment, ...]) -> None:
+    choices = [segment.task for segment in segments if segment.task >= WRONG_CHOICE]
+    if choices and (len(choices) != len(segments) or choices.count(RIGHT_CHOICE) != 1 or len(choices) < 2):
+        raise BadRecord("the options of a question come alone, at least two of them, and exactly one is right")
+    if choices and not all(segment.length for segment in segments):
+        raise BadRecord("an option of a question is empty")

@@ -1,0 +1,61 @@
+"""Lines dealt out in parts, and the documents in them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cook.base.errors import UserError
+from cook.data.commands import pieces
+from cook.data.commands.pieces import documents, format_of, input_files, lines, parts_of
+
+
+def parts_in(path, part_size):
+    return parts_of([(path, path.name)], part_size)
+
+
+@given(content=st.lists(st.text("ab\né", max_size=12), max_size=12), part_size=st.integers(1, 40))
+def test_every_line_is_in_exactly_one_part(tmp_path_factory, content, part_size):
+    path = tmp_path_factory.getbasetemp() / "lines.txt"
+    path.write_text("x\n" + "".join(content), encoding="utf-8")
+    found = [line for part in parts_in(path, part_size) for line in lines(part)]
+    assert b"".join(line for _, line in found) == path.read_bytes()
+    assert [line for _, line in found] == path.read_bytes().splitlines(keepends=True)
+    assert all(path.read_bytes()[offset:].startswith(line) for offset, line in found)
+    text = [doc for part in parts_in(path, part_size) for doc in documents(part, "text", "text")]
+    assert "".join(text) == path.read_bytes().decode()
+
+
+def test_documents_of_every_format(tmp_path, monkeypatch):
+    (tmp_path / "x.txt").write_bytes("one<n>two  \r\n\n  三\n".encode())
+    part = parts_in(tmp_path / "x.txt", 1000)[0]
+    assert list(documents(part, "lines", "text")) == ["one\ntwo", "三"]
+    monkeypatch.setattr(pieces, "PART_BYTES", 5)
+    assert list(documents(part, "text", "text")) == ["one<n>two  \r\n", "\n  三\n"]
+    (tmp_path / "y.jsonl").write_text("\n".join(json.dumps({"body": text}) for text in ("a<n>b", "c\nd")))
+    assert list(documents(parts_in(tmp_path / "y.jsonl", 1000)[0], "jsonl", "body")) == ["a<n>b", "c\nd"]
+
+
+def test_the_format_follows_from_the_names(tmp_path):
+    assert format_of(["a.jsonl", "b.json"]) == "jsonl" and format_of(["a.jsonl", "b.txt"]) == "lines"
+    for name in ("b.txt", "a.txt", "c.jsonl"):
+        (tmp_path / name).write_text("x")
+    named = input_files([str(tmp_path / "b.txt"), str(tmp_path)], "lines")
+    assert [name for _, name in named] == ["b.txt", "a.txt", "c.jsonl"]
+    assert [name for _, name in input_files([str(tmp_path)], "jsonl")] == ["c.jsonl"]
+
+
+@pytest.mark.parametrize("format", ["lines", "text", "jsonl"])
+def test_text_that_is_none_is_named_with_its_offset(tmp_path, format):
+    (tmp_path / "x").write_bytes(b'{"text": "good"}\n' * 10 + b'{"text": "\xff"}\n')
+    with pytest.raises(UserError) as caught:
+        for part in parts_in(tmp_path / "x", 40):
+            list(documents(part, format, "text"))
+    offset = 170 if format == "jsonl" else 180
+    assert f"{tmp_path / 'x'}" in str(caught.value) and f"offset {offset}" in str(caught.value)
+    (tmp_path / "empty").write_bytes(b"")
+    with pytest.raises(UserError, match="the input is empty"):
+        parts_in(tmp_path / "empty", 40)
