@@ -1,0 +1,126 @@
+"""Any causal language model as something to evaluate: cook's folders, stock ones, a dense model with its masks."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cook.adapters.registry import ADAPTERS
+from cook.adapters.source import ModelSource, open_model
+from cook.base.errors import UserError
+from cook.base.tensor_files import read_model_config
+from cook.masks.mask_file import read_masks
+from cook.surgery.prune import mask_model
+
+MASKS = ("coarse", "heads", "dimff")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A model to evaluate, as the user named it."""
+
+    name: str
+    folder: str
+    coarse: str | None = None
+    """Its layer mask, if it has one that has not been carried out."""
+    heads: str | None = None
+    dimff: str | None = None
+
+    @property
+    def masks(self) -> dict[str, str]:
+        """The mask files that were given, by kind."""
+        return {kind: path for kind in MASKS if (path := getattr(self, kind))}
+
+
+def parse_entry(text: str) -> Entry:
+    """`[NAME=]DIR[,coarse=FILE][,heads=FILE][,dimff=FILE]`; without a name, that of the folder.
+
+    Raises:
+        UserError: no folder, or a kind of mask given twice.
+    """
+    first, *others = re.split(rf",(?=(?:{'|'.join(MASKS)})=)", text)
+    name, equals, folder = first.partition("=")
+    if not equals or "/" in name:  # a folder may hold the sign as well
+        name, folder = "", first
+    masks = [other.split("=", 1) for other in others]
+    if not folder or not all(path for _, path in masks) or len({kind for kind, _ in masks}) < len(masks):
+        raise UserError(f"not a model: {text!r}", wanted="[NAME=]DIR[,coarse=FILE][,heads=FILE][,dimff=FILE]")
+    return Entry(name=name or Path(folder).name or folder, folder=folder, **dict(masks))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model ready to be run."""
+
+    entry: Entry
+    model: torch.nn.Module
+    tokenizer: Any
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.model.parameters()).device
+
+
+def load(entry: Entry, *, trust_remote_code: bool, dtype: str = "auto", device: str = "cpu") -> Loaded:
+    """Loads a model and its tokenizer; a family that cook knows needs no remote code here.
+
+    Args:
+        entry: What the user named.
+        trust_remote_code: Whether a modeling file in the folder may run.
+        dtype: `auto` (as stored; bfloat16 on a GPU) or the name of a floating type.
+        device: Where to compute.
+
+    Raises:
+        UserError: the folder holds no model or no tokenizer that can be loaded, or the masks are another model's.
+    """
+    folder = Path(entry.folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no model folder", wanted="config.json, safetensors and tokenizer files")
+    try:
+        tokenizer = load_tokenizer(folder, trust_remote_code)
+        source = known_source(folder)
+        if source is not None:
+            model = _build(source)
+        else:
+            from transformers import AutoModelForCausalLM
+
+            model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, RuntimeError) as error:  # the last: weights that do not fit the config
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{folder}: cannot be loaded", got=reason) from None
+    if entry.masks:
+        if source is None:
+            raise UserError(f"{folder}: masks need a family that cook knows")
+        space = source.adapter.space(source.config)
+        mask_model(model, space, read_masks(space, coarse=entry.coarse, heads=entry.heads, dimff=entry.dimff))
+    chosen = {"auto": torch.bfloat16 if device.startswith("cuda") else None}.get(dtype) or getattr(torch, dtype, None)
+    return Loaded(entry=entry, model=model.eval().to(device, chosen), tokenizer=tokenizer)
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+    """The folder's tokenizer."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if (folder / "tokenizer.json").is_file():
+        # AutoTokenizer would ask about the modeling file, of which a tokenizer.json has no need.
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def known_source(folder: Path) -> ModelSource | None:
+    """The model of a folder if its family is known here."""
+    model_type = read_model_config(folder).get("model_type")
+    known = isinstance(model_type, str) and any(model_type in adapter.model_types for adapter in ADAPTERS)
+    return open_model(folder) if known else None
+
+
+def _build(source: ModelSource) -> torch.nn.Module:
+    with torch.device("meta"):
+        model = source.adapter.build(source.config)
+    model.load_state_dict(dict(source.tensors), strict=True, assign=True)
+    return model
