@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from cook.adapters.source import ModelSource, open_model
+from cook.adapters.source import ModelSource, load_model, open_model
 from cook.base.errors import UserError, run_entry
 from cook.base.files import read_json, sha256, write_atomically
 from cook.config.load import load_config
@@ -30,7 +30,7 @@ from cook.space.units import PruningSpace
 from cook.stages.plan import MaskPaths, Stage
 from cook.stages.summary import check_masks, finished_stages, ladder_row, masks_after, sample_batches
 from cook.surgery.export import copy_tokenizer
-from cook.surgery.prune import Pruned, build_model, mask_model, prune_to_folder
+from cook.surgery.prune import Pruned, mask_model, prune_to_folder
 from cook.training.checkpoint import stored_weights
 
 TOLERANCE = 1e-5
@@ -121,7 +121,7 @@ def main() -> int | None:
         license_note="The weights carry the licence of the model and the text they were trained on.",
         commands=[" ".join(["python", *sys.argv])],
         masks=[MaskFile(name=Path(path).name, sha256=sha256(path)) for path in files],
-        trust_remote_code=source.adapter.modeling_file is not None,
+        trust_remote_code=source.adapter.modeling(pruned.config) is not None,
         max_difference=difference,
         difference_note=f"fp32, {what}",
         versions=[(name, importlib.metadata.version(name)) for name in ("torch", "transformers")],
@@ -135,9 +135,9 @@ def verify(
     source: ModelSource, small: ModelSource, space: PruningSpace, masks: Masks, batches: list[dict[str, torch.Tensor]]
 ) -> float:
     """The largest relative difference between the logits of the masked and of the reshaped model, in fp32."""
-    masked = build_model(source)
+    masked = load_model(source)
     mask_model(masked, space, masks)
-    return largest_difference(masked, build_model(small), batches)
+    return largest_difference(masked, load_model(small), batches)
 
 
 def comparison(
@@ -148,12 +148,11 @@ def comparison(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     seconds = {}
     if parameters(space) <= LARGEST_TIMED:
-        models = {name: build_model(s).to(device) for name, s in (("before", source), ("after", small))}
+        models = {name: load_model(s).to(device) for name, s in (("before", source), ("after", small))}
         seconds = forward_seconds(models, batches, device)
-    weight = source.adapter.logits_weight
     rows = []
     for name, kept in (("before", {}), ("after", kept_counts(masks))):
-        flops = forward_flops(space, kept, context=length, logits=weight)
+        flops = forward_flops(space, kept, context=length)
         speed = human_count(tokens / seconds[name]) if seconds else "not timed"
         rows.append([name, human_count(parameters(space, kept)), human_count(flops), speed])
     return "\n" + markdown_table(["", "parameters", "FLOPs a token", "tokens/s forward"], rows) + "\n"

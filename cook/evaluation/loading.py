@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from cook.adapters.registry import ADAPTERS
-from cook.adapters.source import ModelSource, open_model
+from cook.adapters.registry import knows, stock_type
+from cook.adapters.source import ModelSource, load_model, open_model
 from cook.base.errors import UserError
 from cook.base.tensor_files import read_model_config
 from cook.masks.mask_file import read_masks
@@ -85,7 +85,7 @@ def load(entry: Entry, *, trust_remote_code: bool, dtype: str = "auto", device: 
         tokenizer = load_tokenizer(folder, trust_remote_code)
         source = known_source(folder)
         if source is not None:
-            model = _build(source)
+            model = load_model(source, dtype=None)
         else:
             from transformers import AutoModelForCausalLM
 
@@ -114,13 +114,5 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
 
 def known_source(folder: Path) -> ModelSource | None:
     """The model of a folder if its family is known here."""
-    model_type = read_model_config(folder).get("model_type")
-    known = isinstance(model_type, str) and any(model_type in adapter.model_types for adapter in ADAPTERS)
-    return open_model(folder) if known else None
-
-
-def _build(source: ModelSource) -> torch.nn.Module:
-    with torch.device("meta"):
-        model = source.adapter.build(source.config)
-    model.load_state_dict(dict(source.tensors), strict=True, assign=True)
-    return model
+    config = read_model_config(folder)
+    return open_model(folder) if stock_type(config) is not None and knows(config) else None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cook.adapters.protocol import Adapter
-from cook.adapters.registry import by_family
+from cook.adapters.registry import by_config
 from cook.adapters.source import open_model
 from cook.base.errors import UserError
 from cook.base.seeds import derived_seed, generator
@@ -93,7 +93,7 @@ def _model(stage: Stage, must_exist: bool) -> tuple[Adapter, dict[str, Any], Map
         source = open_model(model.path, config=model.config)
         return source.adapter, source.config, source.tensors, model.path
     assert model.config is not None, "the loader wants model.config or model.path"
-    adapter = by_family(model.type)
+    adapter = by_config(model.config)
     native, _ = adapter.read(model.config, {})
     if stage.name != "pretrain" and must_exist:
         raise UserError(

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
-from cook.adapters.source import ModelSource, open_model
+from cook.adapters.source import ModelSource, load_model, open_model
 from cook.base.errors import UserError
 from cook.config.types import RunConfig
 from cook.evaluation.speed import LARGEST_TIMED, forward_seconds
+from cook.masks.mask_set import kept_counts
 from cook.report.events import LOG_NAME, read_log
 from cook.report.figures import plot_losses, plot_sparsity
 from cook.report.report import Figure, write_report
@@ -20,8 +21,7 @@ from cook.space.counts import parameters
 from cook.stages.plan import Stage
 from cook.stages.structure import as_lists, masks_of_structure
 from cook.stages.summary import done_record, finished_stages, ladder_row, sample_batches
-from cook.surgery.prune import build_model
-from cook.surgery.reshape import kept_units, reshaped
+from cook.surgery.prune import reshaped_source
 
 
 def report_run(config: RunConfig, folder: Path) -> None:
@@ -65,11 +65,8 @@ def _speeds(config: RunConfig, stages: list[Stage]) -> dict[str, float]:
 def _small_model(stage: Stage, source: ModelSource) -> torch.nn.Module:
     space = source.adapter.space(source.config)
     masks = masks_of_structure(space, done_record(stage)["structure"])
-    config = source.adapter.shrunk_config(source.config, kept_units(space, masks))
-    tensors = dict(reshaped(source.tensors, space, masks))
-    small = ModelSource(adapter=source.adapter, config=config, tensors=tensors, path=source.path)
-    model = build_model(small)
-    assert sum(p.numel() for p in model.parameters()) == parameters(source.adapter.space(config))
+    model = load_model(reshaped_source(source, space, masks))
+    assert sum(p.numel() for p in model.parameters()) == parameters(space, kept_counts(masks))
     return model
 
 

@@ -46,10 +46,11 @@ def write_model_folder(
             dtype = dtype or str(tensor.dtype).removeprefix("torch.")
             writer.add(name, tensor)
     plain = dict(config) | {"dtype": dtype}
-    if adapter.modeling_file:
-        plain |= {"auto_map": dict(adapter.auto_map)}
-        module = next(iter(adapter.auto_map.values())).split(".")[0]
-        shutil.copyfile(adapter.modeling_file, folder / f"{module}.py")
+    modeling = adapter.modeling(config)
+    if modeling:
+        plain |= {"auto_map": dict(modeling.auto_map)}
+        module = next(iter(modeling.auto_map.values())).split(".")[0]
+        shutil.copyfile(modeling.file, folder / f"{module}.py")
     write_json(folder / "config.json", plain)
 
 
@@ -80,9 +81,9 @@ def write_live_format(folder: Path, adapter: Adapter, config: Mapping[str, Any],
     """Adds the family's own `.pt` + JSON to a model folder, where that format can hold the model.
 
     Returns:
-        None when written, else a sentence why the format cannot hold this model.
+        None when written, else a sentence why the format cannot hold this model, or "" if the family has none.
     """
-    live = adapter.live_config(config)
+    live = adapter.live_config(config) if adapter.live_config else ""
     if isinstance(live, str):
         return live
     tensors = open_safetensors_folder(folder)

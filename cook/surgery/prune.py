@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ class Pruned:
     folder: Path
     config: dict[str, Any]
     live_obstacle: str | None
-    """Why the family's own format cannot hold it; None if that was written too."""
+    """Why the family's own format cannot hold it; None if that was written too, "" if it has no such format."""
 
 
 def prune_to_folder(source: ModelSource, space: PruningSpace, masks: Masks, output: Path) -> Pruned:
@@ -49,10 +49,11 @@ def prune_to_folder(source: ModelSource, space: PruningSpace, masks: Masks, outp
         raise UserError(f"{output}: holds something other than a model", remedy="choose another --output")
     aside = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    config = source.adapter.shrunk_config(source.config, kept_units(space, masks))
+    shrunk = source.adapter.shrink(source.config, space, kept_units(space, masks))
+    tensors = ((shrunk.renamed.get(name, name), tensor) for name, tensor in reshaped(source.tensors, space, masks))
     try:
-        write_model_folder(aside, source.adapter, config, reshaped(source.tensors, space, masks))
-        obstacle = write_live_format(aside, source.adapter, config, "cpm_live")
+        write_model_folder(aside, source.adapter, shrunk.config, tensors)
+        obstacle = write_live_format(aside, source.adapter, shrunk.config, "cpm_live")
         write_mask_file(aside / "masks" / "coarse.pt", coarse_to_tensors(space, masks))
         fine = _fine_if_even(space, masks)
         if fine:
@@ -61,7 +62,14 @@ def prune_to_folder(source: ModelSource, space: PruningSpace, masks: Masks, outp
         aside.rename(output)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return Pruned(folder=output, config=config, live_obstacle=obstacle)
+    return Pruned(folder=output, config=shrunk.config, live_obstacle=obstacle)
+
+
+def reshaped_source(source: ModelSource, space: PruningSpace, masks: Masks) -> ModelSource:
+    """The same in memory: the small model's config and weights."""
+    shrunk = source.adapter.shrink(source.config, space, kept_units(space, masks))
+    tensors = {shrunk.renamed.get(name, name): tensor for name, tensor in reshaped(source.tensors, space, masks)}
+    return replace(source, config=shrunk.config, tensors=tensors)
 
 
 def _fine_if_even(space: PruningSpace, masks: Masks) -> dict[str, torch.Tensor]:
@@ -70,15 +78,6 @@ def _fine_if_even(space: PruningSpace, masks: Masks) -> dict[str, torch.Tensor]:
         return fine_to_tensors(space, masks)
     except UserError:
         return {}
-
-
-def build_model(source: ModelSource) -> torch.nn.Module:
-    """The whole model in memory, in fp32 and eval mode."""
-    with torch.device("meta"):
-        model = source.adapter.build(source.config)
-    weights = {name: tensor.float() for name, tensor in source.tensors.items()}
-    model.load_state_dict(weights, strict=True, assign=True)
-    return model.eval()
 
 
 def mask_model(model: torch.nn.Module, space: PruningSpace, masks: Mapping[str, torch.Tensor]) -> AttachedGates:

@@ -1,0 +1,44 @@
+"""A tiny model of every stock family, with the traits that its real models have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cook.adapters.registry import by_config
+from cook.adapters.source import ModelSource
+
+SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "max_position_embeddings": 64}
+GROUPED = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 6, "intermediate_size": 20}
+IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SLIDING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 5}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "llama, tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "mistral": {"model_type": "mistral", "sliding_window": 5},
+    "qwen2": {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 2, **SLIDING},
+    "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True},
+}
+"""config.json by a name; a test runs over all of them."""
+
+
+def tiny_config(name: str, **changes: Any) -> dict[str, Any]:
+    """The family's config, all fields given, as an adapter's `read` leaves it."""
+    given = {**SIZES, **GROUPED, **IDS, **FAMILIES[name], **changes}
+    native, _ = by_config(given).read(given, {})
+    return native
+
+
+def tiny_source(name: str, seed: int = 0, **changes: Any) -> ModelSource:
+    """A model in memory whose every weight matters: biases and norms are drawn as well."""
+    config = tiny_config(name, **changes)
+    adapter = by_config(config)
+    generator = torch.Generator().manual_seed(seed)
+    model = adapter.build(config)
+    for path, weight in model.named_parameters():
+        flat = 0.3 * torch.randn(weight.shape, generator=generator)
+        weight.data = flat + (1.0 if weight.ndim == 1 and path.endswith(".weight") else 0.0)
+    return ModelSource(adapter=adapter, config=config, tensors=dict(model.named_parameters()), path=Path(name))
