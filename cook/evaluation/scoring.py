@@ -86,8 +86,6 @@ def spans(count: int, windowing: Windowing) -> list[Span]:
             if first < stop:
                 found.append(Span(start=start, stop=stop, scored=first))
             done = stop
-            if stop == count:
-                break
     if not found:
         least = size if windowing.stride is None else 1 + free
         raise UserError(f"the text has {count} tokens, less than a window of {least}", remedy="set --window lower")
