@@ -14,6 +14,8 @@ SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "max_posit
 GROUPED = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 6, "intermediate_size": 20}
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SLIDING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 5}
+# The norm behind a block of a single dim divides rounding by almost nothing, unless it adds something to it.
+GEMMA = {"query_pre_attn_scalar": 16, "rms_norm_eps": 1e-2, **SLIDING}
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
@@ -21,6 +23,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"model_type": "mistral", "sliding_window": 5},
     "qwen2": {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 2, **SLIDING},
     "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True},
+    "gemma2": {"model_type": "gemma2", "attention_bias": True, **GEMMA},
+    "gemma3": {"model_type": "gemma3_text", **GEMMA},
+    "phi3": {"model_type": "phi3", "head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+                                                                      "partial_rotary_factor": 0.5}},
 }
 """config.json by a name; a test runs over all of them."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cook.adapters import cpm_ant, llama, qwen
+from cook.adapters import cpm_ant, gemma, llama, phi, qwen
 from cook.adapters.protocol import Adapter
 from cook.base.errors import UserError
 
@@ -13,6 +13,8 @@ OWN: tuple[Adapter, ...] = (
     cpm_ant.ADAPTER,
     *llama.ADAPTERS,
     *qwen.ADAPTERS,
+    *gemma.ADAPTERS,
+    *phi.ADAPTERS,
 )
 _added: list[Adapter] = []
 

@@ -114,9 +114,9 @@ def _structure(family: Family, base: ModelConfig, shapes: Shapes, heads: list[He
         layer = f"{family.layers}.{number}"
         if own is not None and own != heads_of(family, dim, model, layer):
             for attribute, size in family.attention.remembers.items():
-                path, _, name = f"{layer}.{attribute}".replace(".config.", ":config.").rpartition(
-                    ":" if ".config." in attribute else "."
-                )
+                # A config's field is an attribute `config.name` of the module.
+                module, dot, field = f"{layer}.{attribute}".partition(".config.")
+                path, _, name = (module, dot, f"config.{field}") if dot else module.rpartition(".")
                 structure["attributes"].setdefault(path, {})[name] = own.sizes[size]
         for table in (family.attention, family.ffn):
             if f"{layer}.{table.out}.weight" not in shapes:

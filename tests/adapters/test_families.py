@@ -72,7 +72,7 @@ def both(case, masks, **inputs):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_masked_and_reshaped_are_equal(case, data):
     space = SPACES[case]
@@ -84,7 +84,7 @@ def test_masked_and_reshaped_are_equal(case, data):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(data=st.data())
 def test_the_config_describes_the_weights(case, data):
     source, space = SOURCES[case[0]], SPACES[case]
