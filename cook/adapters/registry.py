@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cook.adapters import cpm_ant, gemma, llama, phi, qwen
+from cook.adapters import bert, cpm_ant, gemma, gpt2, gpt_neox, llama, opt, phi, qwen
 from cook.adapters.protocol import Adapter
 from cook.base.errors import UserError
 
@@ -15,6 +15,10 @@ OWN: tuple[Adapter, ...] = (
     *qwen.ADAPTERS,
     *gemma.ADAPTERS,
     *phi.ADAPTERS,
+    *gpt2.ADAPTERS,
+    *gpt_neox.ADAPTERS,
+    *opt.ADAPTERS,
+    *bert.ADAPTERS,
 )
 _added: list[Adapter] = []
 

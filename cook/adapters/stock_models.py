@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -72,13 +73,21 @@ def read(
     wanted, prefix = weight_shapes(model), model.base_model_prefix
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(wanted)
     buffers = {name for name, _ in model.named_buffers()}
+    unused = (r"\.rotary_emb\.inv_freq$", *(model._keys_to_ignore_on_load_unexpected or ()), *family.unused)
     readers = {}
     for name in tensors:
-        own = name if name in wanted or f"{prefix}.{name}" not in wanted else f"{prefix}.{name}"
+        own = _own_name(name, prefix, wanted)
         # Older files hold tied weights twice, and tables that the model computes itself.
-        if own not in tied and own not in buffers and not own.endswith((".rotary_emb.inv_freq", ".masked_bias")):
-            readers[own] = lambda name=name: tensors[name]
+        if own in tied or own in buffers or (own not in wanted and any(re.search(p, own) for p in unused)):
+            continue
+        readers[own] = lambda name=name: tensors[name]
     return native, LazyTensors(readers)
+
+
+def _own_name(name: str, prefix: str, wanted: Mapping[str, Any]) -> str:
+    """The model's key for a tensor of a file: files of the bare model lack a prefix, older ones say gamma and beta."""
+    spelled = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
+    return next((key for key in (name, f"{prefix}.{name}", spelled, f"{prefix}.{spelled}") if key in wanted), name)
 
 
 def plain(config: PreTrainedConfig) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def space(family: Family, config: ModelConfig, head_unit: HeadUnit) -> PruningSp
         groups += _attention(family, head_dim_of(family, made), head_unit, model, shapes, number, layer)
         groups += _feed_forward(family, model, shapes, number, layer)
     head = model.get_output_embeddings()  # type: ignore[operator]
-    logits = next(path for path, weight in model.named_parameters() if weight is head.weight)
+    logits = next((path for path, weight in model.named_parameters() if head and weight is head.weight), "")
     return PruningSpace(num_layers=num_layers, shapes=shapes, groups=tuple(groups), logits_weight=logits)
 
 

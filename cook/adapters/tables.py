@@ -87,6 +87,8 @@ class Family:
     names: ConfigNames = field(default_factory=ConfigNames)
     auto_class: str = "AutoModelForCausalLM"
     """The class of transformers that makes the model from its config."""
+    unused: tuple[str, ...] = ()
+    """Patterns of keys in files of the family that the model may do without: heads of other tasks."""
     empty_layer_is_identity: bool = True
     """Whether a layer without its two blocks hands on its input unchanged, and so can be left out. Not so where norms
     lie on the residual stream itself."""

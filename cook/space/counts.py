@@ -69,4 +69,5 @@ def forward_flops(space: PruningSpace, kept: Kept | None = None, *, context: int
     # Scores and the weighted sum of values: each 2·context FLOPs a feature of the attention's inner width.
     outs = [group.slices[-1] for group in groups if group.kind == "heads"]
     attention = sum(4 * context * shapes[out.path][out.dim] for out in outs if out.path in shapes)
-    return float(products + attention + 2 * prod(shapes[space.logits_weight]))
+    logits = 2 * prod(shapes[space.logits_weight]) if space.logits_weight else 0
+    return float(products + attention + logits)

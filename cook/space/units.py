@@ -89,7 +89,7 @@ class PruningSpace:
     shapes: Mapping[str, tuple[int, ...]]
     """The shape of every weight in the state dict, prunable or not."""
     logits_weight: str
-    """Key of the matrix that makes the logits."""
+    """Key of the matrix that makes a token's logits; empty where there is none, as in a classifier of whole texts."""
     groups: tuple[UnitGroup, ...]
     unprunable: tuple[UnitGroup, ...] = ()
     """Groups that the model has and the user wants left whole (`pruned_module`): mask files count them as kept."""
