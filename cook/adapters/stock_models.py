@@ -73,7 +73,8 @@ def read(
     wanted, prefix = weight_shapes(model), model.base_model_prefix
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(wanted)
     buffers = {name for name, _ in model.named_buffers()}
-    unused = (r"\.rotary_emb\.inv_freq$", *(model._keys_to_ignore_on_load_unexpected or ()), *family.unused)
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    unused = (r"\.rotary_emb\.inv_freq$", r"\.masked_bias$", *ignored, *family.unused)
     readers = {}
     for name in tensors:
         own = _own_name(name, prefix, wanted)
