@@ -12,7 +12,7 @@ import torch
 from cook.base.errors import UserError
 from cook.evaluation.loading import Entry, Loaded, load
 from cook.evaluation.memory import PeakMemory
-from cook.evaluation.scoring import Windowing, score
+from cook.evaluation.scoring import Windowing, predicts_blindly, score
 from cook.evaluation.speed import generation_speed
 
 
@@ -53,6 +53,8 @@ def measure_loss(entry: Entry, text: str, settings: Settings) -> tuple[Loaded, d
         )
         windowing = _windowing(loaded, settings)
         ids = text_ids(loaded, text)
+        if len(ids) > 1 and not predicts_blindly(loaded.model, ids):
+            raise UserError(f"{entry.folder}: is no causal language model", got=type(loaded.model).__name__)
         got = score(loaded.model, ids, windowing, batch_size=settings.batch_size)
     record = {
         "model": entry.folder,

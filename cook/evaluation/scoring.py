@@ -100,6 +100,27 @@ def batches(found: Sequence[Span], batch_size: int) -> Iterator[list[Span]]:
 
 
 @torch.no_grad()
+def predicts_blindly(model: Callable[..., Any], ids: torch.Tensor) -> bool:
+    """Whether no position sees the token it is to predict: the logits before a token that changes stay as they are.
+
+    An encoder reads on both sides; what it would be scored on is copying.
+
+    Args:
+        model: As for `score`; one that gives no `.logits` for every token does not predict any.
+        ids: At least two tokens, `(count,)`.
+    """
+    row = ids[None, :16]
+    other = row.clone()
+    other[0, -1] = row[0, 0] if row[0, 0] != row[0, -1] else (row[0, 0] == 0).long()
+    found = [getattr(model(input_ids=one), "logits", None) for one in (row, other)]
+    if any(logits is None or logits.shape[:2] != row.shape for logits in found):
+        return False
+    before, after = (logits[:, :-1].float() for logits in found)
+    # Equal but for the noise of a device that sums in another order.
+    return not (before - after).abs().max() > 1e-3 * before.abs().max()
+
+
+@torch.no_grad()
 def score(model: Callable[..., Any], ids: torch.Tensor, windowing: Windowing, *, batch_size: int) -> Score:
     """Scores a text.
 

@@ -10,11 +10,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from cook.adapters.source import load_model, open_model
 from cook.base.errors import UserError
 from cook.evaluation.__main__ import main
+from cook.masks.mask_file import write_mask_file
+from cook.masks.mask_set import coarse_to_tensors, fine_to_tensors
 from cook.models.cpm_ant import CpmAntForCausalLM
-from tests.evaluation.conftest import IDS, TEXT
+from cook.surgery.export import write_model_folder
+from cook.surgery.prune import prune_to_folder
+from tests.evaluation.conftest import IDS, TEXT, write_tokenizer
 from tests.models.cpm_ant_tiny import RAGGED, tiny_model
+from tests.tiny_families import tiny_source
+from tests.tiny_pruning import random_masks
 
 FIELDS = {"model", "loss", "perplexity", "bits_per_byte", "method", "tokens", "tokens_per_second", "peak_memory_bytes",
           "parameters", "dtype", "device"}  # fmt: skip
@@ -125,3 +132,36 @@ def test_mistakes(folder, text, options, words):
 def test_more_positions_than_the_model_has(stock_folder, text, options):
     with pytest.raises(UserError, match="the model has 64 positions"):
         main(["--model", str(stock_folder), "--data", text, *options])
+
+
+@pytest.mark.parametrize("architecture", ["BertForMaskedLM", "BertModel", "BertForSequenceClassification"])
+def test_encoders_have_no_perplexity(tmp_path, text, architecture):
+    source = tiny_source("bert", architectures=[architecture])
+    write_model_folder(tmp_path / "bert", source.adapter, source.config, source.tensors.items())
+    write_tokenizer(tmp_path / "bert")
+    with pytest.raises(UserError, match="is no causal language model"):
+        main(["--model", str(tmp_path / "bert"), "--data", text, "--window", "20"])
+
+
+@pytest.mark.parametrize("name", ["llama, tied", "gemma2", "gpt2", "gpt_neox", "opt, norms behind"])
+def test_decoders_and_their_ragged_exports(tmp_path, text, capsys, name):
+    """The dense model with its masks scores as the reshaped one does, and as the loss of transformers."""
+    source = tiny_source(name)
+    space = source.adapter.space(source.config)
+    masks = random_masks(space, 5) if all(g.sections == 1 for g in space.groups) else {}
+    write_model_folder(tmp_path / "dense", source.adapter, source.config, source.tensors.items())
+    prune_to_folder(open_model(tmp_path / "dense"), space, masks, tmp_path / "small")
+    write_mask_file(tmp_path / "coarse.pt", coarse_to_tensors(space, masks))
+    write_mask_file(tmp_path / "fine.pt", fine_to_tensors(space, masks))
+    for folder in ("dense", "small"):
+        write_tokenizer(tmp_path / folder)
+    held = ("--coarse-mask", tmp_path / "coarse.pt", "--heads-mask", tmp_path / "fine.pt")
+    options = ("--data", text, "--window", 20, "--prompt-tokens", 6, "--new-tokens", 2, "--repeats", 1)
+    masked = evaluate(capsys, "--model", tmp_path / "dense", *held, *options)
+    small = evaluate(capsys, "--model", tmp_path / "small", *options)
+    model = load_model(open_model(tmp_path / "small"))
+    rows = torch.tensor(IDS).view(5, 20)
+    with torch.no_grad():
+        wanted = torch.stack([model(input_ids=row[None], labels=row[None]).loss for row in rows]).mean()
+    assert small["loss"] == pytest.approx(float(wanted), rel=1e-5) == pytest.approx(masked["loss"], rel=1e-5)
+    assert set(small) == FIELDS | SPEED and small["parameters"] < masked["parameters"]
