@@ -61,10 +61,11 @@ def _roberta_inputs(batch: Batch) -> dict[str, Any]:
 
 
 ADAPTERS = (
-    stock_adapter(FAMILY, _variant, partial(masked_inputs, causal=False)),
+    stock_adapter(FAMILY, _variant, partial(masked_inputs, causal=False), is_causal=False),
     stock_adapter(
         replace(FAMILY, family="RoBERTa", model_types=frozenset({"roberta"}), layers="roberta.encoder.layer"),
         _variant,
         _roberta_inputs,
+        is_causal=False,
     ),
 )

@@ -151,6 +151,7 @@ ADAPTER = Adapter(
     build=lambda config: cpm_ant.CpmAntForCausalLM(_config(config)),
     read=_read,
     shrink=_shrink,
+    stock_holds=lambda config, heads, kv_heads: True,  # its modeling file goes along in any case
     modeling=lambda config: MODELING,
     inputs=lambda batch: batch,
     aliases={"ffn.ffn.w_in.w.weight": ("ffn.ffn.w_in.w_0.weight", "ffn.ffn.w_in.w_1.weight")},

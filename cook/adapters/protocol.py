@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 
+from cook.base.batches import Batch
 from cook.space.units import PruningSpace
 
 ModelConfig = Mapping[str, Any]
@@ -21,7 +22,6 @@ KeptUnits = Mapping[str, tuple[int, ...]]
 """For each masked group's name the indices of the units that stay, ascending."""
 HeadUnit = Literal["kv_group", "query_head"]
 """What a unit of attention is: a key-value head with all its query heads, or a query head alone."""
-Batch = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +61,14 @@ class Adapter:
     """Config and tensors of any format of the family, mapped lazily to the native one."""
     shrink: Callable[[ModelConfig, PruningSpace, KeptUnits], Shrunk]
     """The reshaped model's config: of the stock class wherever that can hold the result."""
+    stock_holds: Callable[[ModelConfig, int, int], bool]
+    """(config, heads, kv_heads) → whether all attention blocks can have these without remote code."""
     modeling: Callable[[ModelConfig], Modeling | None]
     """The code that a model with this config needs; None where stock transformers loads it."""
-    inputs: Callable[[Batch], dict[str, Any]]
+    inputs: Callable[[Batch], Batch]
     """The model's call for a batch of `cook.data.packing`, `targets` excepted; samples of one row must not mix."""
+    is_causal: bool = True
+    """Whether the model predicts the next token."""
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Other spellings in `pruned_module`: a suffix and the suffixes that it stands for."""
     live_config: Callable[[ModelConfig], dict[str, Any] | str] | None = None

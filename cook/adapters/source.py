@@ -67,6 +67,14 @@ def open_model(
     return ModelSource(adapter=adapter, config=native, tensors=tensors, path=path)
 
 
+def unfilled_model(adapter: Adapter, config: Mapping[str, Any]) -> torch.nn.Module:
+    """A model whose weights are anything: they take no memory until they are written. Its buffers are right."""
+    with no_init_weights():
+        model = adapter.build(config)
+    model.tie_weights()  # type: ignore[operator]  # a part of the initialisation
+    return model
+
+
 def load_model(source: ModelSource, dtype: torch.dtype | None = torch.float32) -> torch.nn.Module:
     """The whole model in memory, in eval mode.
 
@@ -77,9 +85,7 @@ def load_model(source: ModelSource, dtype: torch.dtype | None = torch.float32) -
     Raises:
         UserError: the weights do not fit the config.
     """
-    with no_init_weights():  # buffers are computed all the same; what is not initialised takes no memory
-        model = source.adapter.build(source.config)
-    model.tie_weights()  # type: ignore[operator]  # a part of the initialisation
+    model = unfilled_model(source.adapter, source.config)
     weights = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in source.tensors.items()}
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tied -= {name for name, _ in model.named_parameters()}

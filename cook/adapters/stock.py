@@ -9,14 +9,16 @@ from collections.abc import Callable
 from typing import Any
 
 from cook.adapters import stock_models, stock_shrink, stock_space
-from cook.adapters.protocol import Adapter, Batch, ModelConfig
+from cook.adapters.protocol import Adapter, ModelConfig
 from cook.adapters.tables import Family
+from cook.base.batches import Batch
 
 
 def stock_adapter(
     family: Family,
     variant: Callable[[Family, ModelConfig], Family] = lambda family, _config: family,
     inputs: Callable[[Batch], dict[str, Any]] | None = None,
+    is_causal: bool = True,
 ) -> Adapter:
     """The adapter of a family.
 
@@ -24,6 +26,7 @@ def stock_adapter(
         family: Its table.
         variant: The table for one config, where a field of the config moves names or norms.
         inputs: The model's call for a batch, where `packed_inputs` would mix samples.
+        is_causal: Whether it predicts the next token.
     """
     return Adapter(
         family=family.family,
@@ -33,12 +36,16 @@ def stock_adapter(
         build=lambda config: stock_models.build(variant(family, config), config),
         read=lambda config, tensors: stock_models.read(variant(family, config), config, tensors),
         shrink=lambda config, space, kept: stock_shrink.shrink(variant(family, config), config, space, kept),
+        stock_holds=lambda config, heads, kv_heads: stock_shrink.holds_heads(
+            variant(family, config), config, heads, kv_heads
+        ),
         modeling=stock_models.modeling,
         inputs=inputs or packed_inputs,
+        is_causal=is_causal,
     )
 
 
-def packed_inputs(batch: Batch) -> dict:
+def packed_inputs(batch: Batch) -> Batch:
     """A causal model's call: positions begin again with every sample, by which transformers keeps samples apart.
 
     It does so only where there is neither an attention mask nor a cache. Padding counts as samples of one token.

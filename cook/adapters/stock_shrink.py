@@ -64,6 +64,18 @@ def holds(family: Family, config: ModelConfig, shapes: Shapes) -> bool:
         return False
 
 
+def holds_heads(family: Family, config: ModelConfig, heads: int, kv_heads: int) -> bool:
+    """Whether the stock class builds attention blocks with these heads, each as wide as now."""
+    base = _with_layers(family, config, [0])
+    dim = head_dim_of(family, config_object(config))
+    wanted = Heads(heads=heads, kv_heads=kv_heads, head_dim=dim)
+    try:
+        model = skeleton(family, sized(family, base, wanted, base[family.names.ffn]))
+    except (UserError, ValueError):
+        return False
+    return heads_of(family, dim, model, f"{family.layers}.0") == wanted
+
+
 def _renamed(family: Family, paths: Shapes, layers: list[int]) -> dict[str, str]:
     prefixes = {f"{family.layers}.{old}.": f"{family.layers}.{new}." for new, old in enumerate(layers) if new != old}
     return {

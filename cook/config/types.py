@@ -29,7 +29,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Schedule = Literal["cosine", "linear", "constant"]
 DataType = Literal["python_stdlib", "text", "jsonl"]
 TokenizerType = Literal["sentencepiece", "hf"]
-ModelType = Literal["cpm_ant"]
+ModelType = Literal["cpm_ant", "hf"]
 
 STAGE_NAMES: tuple[StageName, ...] = get_args(StageName)
 
@@ -39,10 +39,11 @@ class ModelConfig:
     """The model to train or prune: a description, pretrained weights, or both. At least one of the two is given."""
 
     type: ModelType
-    """Model family; an adapter of this name describes what can be pruned in it."""
+    """`cpm_ant`, or `hf`: the Hugging Face folder at `path`, of any family that has an adapter."""
 
     config: dict[str, Any] | None = None
-    """CPM-Live's configuration keys. A path to a JSON file in `bmcook.json` has been replaced by the file's content."""
+    """CPM-Live's configuration keys. A path to a JSON file in `bmcook.json` has been replaced by the file's content.
+    None for `hf`, whose folder has a config.json."""
 
     path: str | None = None
     """Pretrained weights: a Hugging Face folder, or a CPM-Live `.pt` file that `config` describes. None: random."""

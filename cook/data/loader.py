@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from cook.base.batches import Batch
 from cook.base.errors import UserError
 from cook.data.packing import NO_TARGET, PackedRows
 
@@ -45,7 +46,7 @@ class RowLoader:
 
     def micro_batches(
         self, step: int, rank: int, world_size: int, micro_batch_size: int
-    ) -> list[dict[str, torch.Tensor]]:
+    ) -> list[Batch]:
         """A rank's share of a step's global batch, cut into micro-batches.
 
         Ranks take consecutive shares, so any number of ranks reads the same rows in the same step.
@@ -76,7 +77,7 @@ class RowLoader:
 
 def held_out_batches(
     rows: PackedRows, batch_size: int, max_rows: int, rank: int = 0, world_size: int = 1
-) -> Iterator[dict[str, torch.Tensor]]:
+) -> Iterator[Batch]:
     """Batches of a fixed, evenly spread subset of rows, shared out over ranks.
 
     Every rank yields the same number of batches of the same shapes, because under ZeRO-3 a forward pass needs all

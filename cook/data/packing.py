@@ -19,7 +19,7 @@ Shapes: R rows, B rows of a batch, P prompt_length, T max_length - prompt_length
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +27,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from cook.base.batches import Batch
 from cook.base.errors import UserError
 from cook.data.cache import read_manifest
 
@@ -134,6 +135,9 @@ class PackedRows:
     fingerprint: str
     """Of everything that the rows depend on; a resumed run compares it with the one it started with."""
 
+    form: Callable[[Batch], Batch] = lambda batch: batch
+    """Makes a model's call of CPM-Live's batch: what a family takes differs."""
+
     def __len__(self) -> int:
         return len(self.lengths)
 
@@ -142,8 +146,8 @@ class PackedRows:
         """Positions of a row, prompt included."""
         return self.prompt_length + self.tokens_RT.shape[1]
 
-    def batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
-        """Builds CPM-Live's batch of some rows.
+    def batch(self, indices: np.ndarray) -> Batch:
+        """Builds the batch of some rows, in CPM-Live's form unless `form` says otherwise.
 
         Args:
             indices: (B,) row numbers.
@@ -168,15 +172,16 @@ class PackedRows:
             front_BP = np.broadcast_to(np.asarray(prompt_P, dtype=text_BT.dtype), (num, prompt))
             return torch.from_numpy(np.concatenate([front_BP, text_BT], axis=1))
 
-        return {
+        batch: Batch = {
             "input": row(np.arange(prompt) + prompt * LM_TASK, tokens_BT),
             "length": torch.from_numpy(np.asarray(self.lengths[indices], dtype=np.int64)),
             "context": row(1, np.zeros_like(is_text_BT)),
             "position": row(np.arange(prompt), np.where(is_text_BT, prompt + column_T - start_BT, 0)),
             "segment": row(0, np.where(is_text_BT, TEXT_SEGMENT, 0)),
             "span": row(0, span_BT),
-            "targets": row(NO_TARGET, np.where(goes_on_BT, next_BT, NO_TARGET)),
         }
+        targets = row(NO_TARGET, np.where(goes_on_BT, next_BT, NO_TARGET))
+        return self.form(batch) | {"targets": targets}
 
 
 def text_capacity(max_length: int, prompt_length: int) -> int:

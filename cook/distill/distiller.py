@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from cook.base.batches import Batch
 from cook.base.errors import UserError
 
 
@@ -65,7 +66,7 @@ class Distiller:
         self._student_taps = [_Tap(student, place) for place, _ in pairs]
         self._teacher_taps = [_Tap(teacher, place) for _, place in pairs]
 
-    def __call__(self, batch: dict[str, torch.Tensor], student_logits: torch.Tensor) -> torch.Tensor:
+    def __call__(self, batch: Batch, student_logits: torch.Tensor) -> torch.Tensor:
         """The weighted sum of both losses over the batch's target tokens."""
         targets = batch["targets"]
         with torch.no_grad():

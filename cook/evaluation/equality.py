@@ -7,10 +7,12 @@ from collections.abc import Iterable
 
 import torch
 
+from cook.base.batches import Batch
+
 
 @torch.no_grad()
 def largest_difference(
-    first: torch.nn.Module, second: torch.nn.Module, batches: Iterable[dict[str, torch.Tensor]]
+    first: torch.nn.Module, second: torch.nn.Module, batches: Iterable[Batch]
 ) -> float:
     """max |a − b| / max |a| over the logits of all batches; positions beyond a row's `length` do not count.
 

@@ -13,8 +13,7 @@ from cook.adapters.registry import knows, stock_type
 from cook.adapters.source import ModelSource, load_model, open_model
 from cook.base.errors import UserError
 from cook.base.tensor_files import read_model_config
-from cook.masks.mask_file import read_masks
-from cook.surgery.prune import mask_model
+from cook.surgery.prune import mask_model, open_masks
 
 MASKS = ("coarse", "heads", "dimff")
 
@@ -93,13 +92,14 @@ def load(entry: Entry, *, trust_remote_code: bool, dtype: str = "auto", device: 
     except (OSError, ValueError, RuntimeError) as error:  # the last: weights that do not fit the config
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{folder}: cannot be loaded", got=reason) from None
-    if entry.masks:
-        if source is None:
-            raise UserError(f"{folder}: masks need a family that cook knows")
-        space = source.adapter.space(source.config)
-        mask_model(model, space, read_masks(space, coarse=entry.coarse, heads=entry.heads, dimff=entry.dimff))
+    if entry.masks and source is None:
+        raise UserError(f"{folder}: masks need a family that cook knows")
     chosen = {"auto": torch.bfloat16 if device.startswith("cuda") else None}.get(dtype) or getattr(torch, dtype, None)
-    return Loaded(entry=entry, model=model.eval().to(device, chosen), tokenizer=tokenizer)
+    model = model.eval().to(device, chosen)
+    if entry.masks and source is not None:
+        space, masks = open_masks(source, coarse=entry.coarse, heads=entry.heads, dimff=entry.dimff)
+        mask_model(model, space, {name: mask.to(device) for name, mask in masks.items()})
+    return Loaded(entry=entry, model=model, tokenizer=tokenizer)
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:

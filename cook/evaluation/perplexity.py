@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from cook.base import distributed
+from cook.base.batches import Batch, on_device
 
 
 @torch.no_grad()
 def held_out_loss(
-    forward: Callable[..., Any], batches: Iterable[dict[str, torch.Tensor]], device: torch.device
+    forward: Callable[..., Any], batches: Iterable[Batch], device: torch.device
 ) -> float:
     """Mean cross entropy a target token, in nats, over the batches of all ranks.
 
@@ -24,7 +25,7 @@ def held_out_loss(
     """
     total = torch.zeros(2, dtype=torch.float64)
     for batch in batches:
-        batch = {key: value.to(device) for key, value in batch.items()}
+        batch = on_device(batch, device)
         targets = batch.pop("targets")
         logits = forward(**batch).logits.flatten(0, 1).float()
         loss = F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from cook.base.batches import Batch, on_device
 from cook.base.errors import UserError
 
 LARGEST_TIMED = 2_000_000_000
@@ -19,7 +20,7 @@ LARGEST_TIMED = 2_000_000_000
 @torch.no_grad()
 def forward_seconds(
     models: Mapping[str, torch.nn.Module],
-    batches: Sequence[dict[str, torch.Tensor]],
+    batches: Sequence[Batch],
     device: torch.device,
     *,
     repeats: int = 5,
@@ -28,7 +29,7 @@ def forward_seconds(
 
     The models take turns, so that a machine whose speed drifts treats them alike; one warm-up round is not counted.
     """
-    inputs = [{k: v.to(device) for k, v in batch.items() if k != "targets"} for batch in batches]
+    inputs = [on_device({k: v for k, v in batch.items() if k != "targets"}, device) for batch in batches]
     times: dict[str, list[float]] = {name: [] for name in models}
     for number in range(repeats + 1):
         for name, model in models.items():

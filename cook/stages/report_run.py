@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from cook.adapters.source import ModelSource, load_model, open_model
+from cook.base.batches import Batch
 from cook.base.errors import UserError
 from cook.config.types import RunConfig
 from cook.evaluation.speed import LARGEST_TIMED, forward_seconds
@@ -53,17 +54,17 @@ def _speeds(config: RunConfig, stages: list[Stage]) -> dict[str, float]:
         return {}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models: dict[str, torch.nn.Module] = {}
-    batches: list[dict[str, torch.Tensor]] = []
+    batches: list[Batch] = []
     for stage in stages:
         source = open_model(stage.folder / "model")
-        batches = batches or sample_batches(config, source.config, rows=8)[0]
+        batches = batches or sample_batches(config, source, rows=8)[0]
         models[stage.name] = _small_model(stage, source).to(device)
-    tokens = sum(int(batch["length"].sum()) for batch in batches)
+    tokens = sum(batch["targets"].numel() for batch in batches)
     return {name: tokens / seconds for name, seconds in forward_seconds(models, batches, device).items()}
 
 
 def _small_model(stage: Stage, source: ModelSource) -> torch.nn.Module:
-    space = source.adapter.space(source.config)
+    space = source.adapter.space(source.config, done_record(stage)["head_unit"])
     masks = masks_of_structure(space, done_record(stage)["structure"])
     model = load_model(reshaped_source(source, space, masks))
     assert sum(p.numel() for p in model.parameters()) == parameters(space, kept_counts(masks))

@@ -7,11 +7,12 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from cook.adapters.source import open_model
+from cook.adapters.source import load_model, open_model, unfilled_model
 from cook.base import distributed
 from cook.base.errors import UserError
 from cook.base.files import read_json, sha256, write_json
@@ -28,7 +29,7 @@ from cook.space.counts import parameters
 from cook.stages.inputs import Inputs, make_gates, open_inputs
 from cook.stages.plan import Stage
 from cook.stages.structure import describe_structure
-from cook.surgery.export import write_model_folder, write_tokenizer
+from cook.surgery.export import copy_generation_config, write_model_folder, write_tokenizer
 from cook.surgery.gates import AttachedGates
 from cook.training.checkpoint import Position, find_checkpoint, load_checkpoint
 from cook.training.engine import Engine
@@ -175,11 +176,14 @@ def _data(stage: Stage, inputs: Inputs) -> TrainingData:
             wanted=f"at most {inputs.model_config['vocab_size']}",
             got=data.tokenizer.vocab_size,
         )
-    return data
+    form = inputs.adapter.inputs
+    return data._replace(train=replace(data.train, form=form), held_out=replace(data.held_out, form=form))
 
 
 def _builder(inputs: Inputs, stage: Stage):
     def build() -> torch.nn.Module:
+        if inputs.weights is not None:
+            return unfilled_model(inputs.adapter, inputs.model_config)
         # The same fresh weights on every rank and for every number of ranks.
         with torch.random.fork_rng():
             torch.manual_seed(derived_seed(stage.config.seed, "weights"))
@@ -199,10 +203,7 @@ def _distiller(stage: Stage, engine: Engine) -> Distiller | None:
     options = stage.config.distillation
     if options is None or stage.name == "pretrain" or not (options.ce_scale or options.mse_hidn_scale):
         return None
-    source = open_model(options.teacher)
-    teacher = source.adapter.build(source.config)
-    for name, parameter in teacher.named_parameters():
-        parameter.data.copy_(source.tensors[name])
+    teacher = load_model(open_model(options.teacher))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[engine.precision]
     return Distiller(
         engine.module,
@@ -261,6 +262,8 @@ def _finish(
     if distributed.rank() == 0:
         write_model_folder(folder, inputs.adapter, inputs.model_config, weights)
         write_tokenizer(folder, data.tokenizer)
+        if inputs.folder is not None:
+            copy_generation_config(inputs.folder, folder)
     else:
         for _ in weights:  # every rank takes part in gathering each tensor
             pass
@@ -291,6 +294,7 @@ def _write_done(
             "held_out_loss": loss,
             "parameters": parameters(inputs.space, kept_counts(masks)),
             "structure": describe_structure(inputs.space, masks),
+            "head_unit": inputs.head_unit,
             "masks": {path: sha256(path) for path in files},
         },
     )

@@ -15,6 +15,10 @@ from cook.base.files import write_json
 from cook.base.tensor_files import ShardWriter, open_safetensors_folder
 
 
+TOKENIZER_FILES = ("tokenizer", "special_tokens", "vocab", "merges", "generation_config", "chat_template")
+"""How the names of files begin that go along with a model."""
+
+
 class SavesTokenizer(Protocol):
     """A tokenizer that can write its own files."""
 
@@ -61,6 +65,12 @@ def write_tokenizer(folder: Path, tokenizer: SavesTokenizer) -> None:
     write_json(folder / "generation_config.json", ids)
 
 
+def copy_generation_config(source: Path, folder: Path) -> None:
+    """Takes over how another model folder generates, if it says so."""
+    if (source / "generation_config.json").is_file():
+        shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
+
+
 def copy_tokenizer(source: Path, folder: Path) -> bool:
     """Copies the tokenizer's files and the generation config of another model folder; False if it has none."""
     names = [
@@ -68,7 +78,7 @@ def copy_tokenizer(source: Path, folder: Path) -> bool:
         for path in (sorted(source.iterdir()) if source.is_dir() else ())
         if path.is_file()
         and (
-            path.name.startswith(("tokenizer", "special_tokens", "vocab", "merges", "generation_config"))
+            path.name.startswith(TOKENIZER_FILES)
             or path.suffix == ".model"
         )
     ]

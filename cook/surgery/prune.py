@@ -12,7 +12,7 @@ import torch
 
 from cook.adapters.source import ModelSource
 from cook.base.errors import UserError
-from cook.masks.mask_file import write_mask_file
+from cook.masks.mask_file import read_masks, write_mask_file
 from cook.masks.mask_set import Masks, coarse_to_tensors, fine_to_tensors
 from cook.space.units import PruningSpace
 from cook.surgery.export import write_live_format, write_model_folder
@@ -26,6 +26,8 @@ class Pruned:
 
     folder: Path
     config: dict[str, Any]
+    needs_remote_code: bool
+    """False: a stock class loads it."""
     live_obstacle: str | None
     """Why the family's own format cannot hold it; None if that was written too, "" if it has no such format."""
 
@@ -62,7 +64,10 @@ def prune_to_folder(source: ModelSource, space: PruningSpace, masks: Masks, outp
         aside.rename(output)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return Pruned(folder=output, config=shrunk.config, live_obstacle=obstacle)
+    needs_remote_code = source.adapter.modeling(shrunk.config) is not None
+    return Pruned(
+        folder=output, config=shrunk.config, needs_remote_code=needs_remote_code, live_obstacle=obstacle
+    )
 
 
 def reshaped_source(source: ModelSource, space: PruningSpace, masks: Masks) -> ModelSource:
@@ -70,6 +75,25 @@ def reshaped_source(source: ModelSource, space: PruningSpace, masks: Masks) -> M
     shrunk = source.adapter.shrink(source.config, space, kept_units(space, masks))
     tensors = {shrunk.renamed.get(name, name): tensor for name, tensor in reshaped(source.tensors, space, masks)}
     return replace(source, config=shrunk.config, tensors=tensors)
+
+
+def open_masks(
+    source: ModelSource, *, coarse: str | None = None, heads: str | None = None, dimff: str | None = None
+) -> tuple[PruningSpace, dict[str, torch.Tensor]]:
+    """The masks in some files, and the model's space with the units of attention that they speak of.
+
+    Raises:
+        UserError: a file that is not a mask, is another model's, or contradicts another one.
+    """
+    spaces = [source.adapter.space(source.config, unit) for unit in source.adapter.head_units(source.config)]
+    problem: UserError | None = None
+    for space in spaces:
+        try:
+            return space, read_masks(space, coarse=coarse, heads=heads, dimff=dimff)
+        except UserError as error:
+            problem = problem or error
+    assert problem is not None
+    raise problem
 
 
 def _fine_if_even(space: PruningSpace, masks: Masks) -> dict[str, torch.Tensor]:

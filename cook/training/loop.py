@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from cook.base import distributed
+from cook.base.batches import Batch
 from cook.base.errors import Interrupted
 from cook.base.signals import StopSignals
 from cook.config.types import TrainingConfig
@@ -19,7 +20,7 @@ from cook.surgery.gates import AttachedGates
 from cook.training.checkpoint import Position, save_checkpoint
 from cook.training.engine import Engine
 from cook.training.optim import learning_rate
-from cook.training.step import Batch, ExtraLoss, StepResult, train_step
+from cook.training.step import ExtraLoss, StepResult, train_step
 
 
 class Batches(Protocol):

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from cook.base import distributed
+from cook.base.batches import Batch, on_device
 from cook.base.errors import RunFailed
 from cook.masks.gates import Gates
 from cook.surgery.gates import AttachedGates
 from cook.training.engine import Engine
 
-Batch = dict[str, torch.Tensor]
 ExtraLoss = Callable[[Batch, torch.Tensor], torch.Tensor]
 """From a batch and the student's logits to a loss summed over the batch's target tokens."""
 
@@ -108,7 +108,7 @@ def train_step(
 
 
 def _losses(engine: Engine, batch: Batch, extra_loss: ExtraLoss | None) -> tuple[torch.Tensor, torch.Tensor]:
-    batch = {key: value.to(engine.device, non_blocking=True) for key, value in batch.items()}
+    batch = on_device(batch, engine.device)
     targets = batch.pop("targets")
     logits = engine(**batch).logits
     cross_entropy = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
