@@ -30,6 +30,7 @@ from cook.space.units import PruningSpace
 from cook.stages.plan import MaskPaths, Stage
 from cook.stages.summary import check_masks, finished_stages, ladder_row, masks_after, sample_batches
 from cook.surgery.export import copy_tokenizer
+from cook.surgery.pad import padded
 from cook.surgery.prune import Pruned, mask_model, open_masks, prune_to_folder
 from cook.training.checkpoint import stored_weights
 
@@ -49,6 +50,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--heads-mask", help="head mask (.pt)")
     parser.add_argument("--dimff-mask", help="dim_ff mask (.pt)")
     parser.add_argument("--output", help="folder to write (default: OUTPUT_DIR/pruned of the config)")
+    parser.add_argument("--uniform", action="store_true",
+                        help="pad every block with zero units to the size of the largest, so that a stock class holds "
+                             "the result without remote code")  # fmt: skip
     parser.add_argument("--verify", action="store_true", help="compare the logits of masked and reshaped model")
     return parser.parse_args()
 
@@ -105,13 +109,14 @@ def main() -> int | None:
         raise UserError("there is no mask to carry out", remedy="give --coarse-mask, --heads-mask or --dimff-mask")
     files = [path for path in (job.masks.layer, job.masks.heads, job.masks.dimff) if path]
     print(f"model  {source.path}\nmasks  {', '.join(files)}")
-    pruned = prune_to_folder(source, space, masks, Path(job.output))
+    even = padded(source, space, masks) if arguments.uniform else (source, masks)
+    pruned = prune_to_folder(even[0], space, even[1], Path(job.output), record=masks)
     has_tokenizer = copy_tokenizer(source.path, pruned.folder)
 
     small = open_model(pruned.folder)
     batches, what = sample_batches(job.config, source)
     difference = verify(source, small, space, masks, batches) if arguments.verify else None
-    print(comparison(source, small, space, masks, batches))
+    print(comparison(source, small, space, even[1], batches))
     card = ModelCard(
         name=pruned.folder.resolve().name,
         rows=[ladder_row(stage) for stage in job.stages[:1] + job.stages[-1:]],

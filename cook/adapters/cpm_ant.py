@@ -105,7 +105,7 @@ def _shrink(config: ModelConfig, _space: PruningSpace, kept: KeptUnits) -> Shrun
     out |= {"dim_ff": sizes.pop(), "layer_dim_ff": None} if len(sizes) == 1 else {"layer_dim_ff": new_dims}
     all_heads = list(range(native.num_heads))
     out["layer_heads"] = None if all(h in ([], all_heads) for h in new_heads) else new_heads
-    return Shrunk(config=out)
+    return Shrunk(config=out, layers=tuple(range(native.num_layers)))
 
 
 def _live_config(config: ModelConfig) -> dict[str, Any] | str:

@@ -30,6 +30,8 @@ class Shrunk:
 
     config: dict[str, Any]
     """The config of the reshaped model."""
+    layers: tuple[int, ...]
+    """The layers that are still there, by their old numbers."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """New keys of weights whose layer has another number now that whole layers are gone."""
 

@@ -69,7 +69,7 @@ def read(
     native = plain(config_object(config))
     if not tensors:
         return native, tensors
-    model = skeleton(family, native)
+    model: Any = skeleton(family, native)
     wanted, prefix = weight_shapes(model), model.base_model_prefix
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(wanted)
     buffers = {name for name, _ in model.named_buffers()}

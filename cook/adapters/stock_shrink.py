@@ -35,7 +35,7 @@ def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptU
         uniform = sized(family, base, heads, ffn)
         if holds(family, uniform, shapes):
             stock = {"architectures": [type(skeleton(family, uniform)).__name__]}
-            return Shrunk(config=plain(config_object(uniform)) | stock, renamed=renamed)
+            return Shrunk(config=plain(config_object(uniform)) | stock, layers=tuple(layers), renamed=renamed)
     structure = _structure(family, base, shapes, [heads for heads, _ in sizes])
     own = {
         "architectures": [ragged.RaggedModel.__name__],
@@ -44,7 +44,7 @@ def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptU
         "stock_class": family.auto_class,
         "structure": structure,
     }
-    return Shrunk(config=base | own, renamed=renamed)
+    return Shrunk(config=base | own, layers=tuple(layers), renamed=renamed)
 
 
 def sized(family: Family, base: ModelConfig, heads: Heads, ffn: int) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from cook.adapters.protocol import Adapter
 from cook.base.files import write_json
 from cook.base.tensor_files import ShardWriter, open_safetensors_folder
 
-
 TOKENIZER_FILES = ("tokenizer", "special_tokens", "vocab", "merges", "generation_config", "chat_template")
 """How the names of files begin that go along with a model."""
 

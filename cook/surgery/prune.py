@@ -32,7 +32,9 @@ class Pruned:
     """Why the family's own format cannot hold it; None if that was written too, "" if it has no such format."""
 
 
-def prune_to_folder(source: ModelSource, space: PruningSpace, masks: Masks, output: Path) -> Pruned:
+def prune_to_folder(
+    source: ModelSource, space: PruningSpace, masks: Masks, output: Path, *, record: Masks | None = None
+) -> Pruned:
     """Reshapes a model tensor by tensor into `output`, which appears only when it is complete.
 
     Peak memory is one source tensor and one output shard.
@@ -42,6 +44,7 @@ def prune_to_folder(source: ModelSource, space: PruningSpace, masks: Masks, outp
         space: Its space.
         masks: 0/1 a unit, by group name.
         output: The folder to write; an earlier export there is replaced.
+        record: Masks to keep in the folder in place of `masks`.
     """
     if output.resolve() in (source.path.resolve(), *source.path.resolve().parents):
         raise UserError(f"{output}: would overwrite the model it is made from", remedy="choose another --output")
@@ -56,8 +59,9 @@ def prune_to_folder(source: ModelSource, space: PruningSpace, masks: Masks, outp
     try:
         write_model_folder(aside, source.adapter, shrunk.config, tensors)
         obstacle = write_live_format(aside, source.adapter, shrunk.config, "cpm_live")
-        write_mask_file(aside / "masks" / "coarse.pt", coarse_to_tensors(space, masks))
-        fine = _fine_if_even(space, masks)
+        record = masks if record is None else record
+        write_mask_file(aside / "masks" / "coarse.pt", coarse_to_tensors(space, record))
+        fine = _fine_if_even(space, record)
         if fine:
             write_mask_file(aside / "masks" / "fine.pt", fine)
         shutil.rmtree(output, ignore_errors=True)

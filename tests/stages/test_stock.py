@@ -125,6 +125,6 @@ def test_the_unit_follows_from_the_target(tmp_path, monkeypatch, target, choice,
 
 def test_an_encoder_is_no_model_for_this_job(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_stock_run(tmp_path, name="bert", pruning__pruned_module=["attention.self.query.weight"])
+    write_stock_run(tmp_path, name="bert", fine__num_heads=4)
     with pytest.raises(UserError, match="BERT does not predict the next token"):
         open_inputs(plan_stage(load_config("bmcook.json"), "att_mask"))
