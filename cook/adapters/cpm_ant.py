@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cook.adapters.protocol import Adapter, KeptUnits, ModelConfig, Modeling, Shrunk
+from cook.adapters.protocol import Abilities, Adapter, KeptUnits, ModelConfig, Modeling, Shrunk
 from cook.base.errors import UserError
 from cook.models import cpm_ant, cpm_ant_formats
 from cook.space.units import GatePoint, PruningSpace, UnitGroup, WeightSlice
@@ -154,6 +154,7 @@ ADAPTER = Adapter(
     stock_holds=lambda config, heads, kv_heads: True,  # its modeling file goes along in any case
     modeling=lambda config: MODELING,
     inputs=lambda batch: batch,
+    abilities=Abilities(shares_keys=False, stock_heads=False, stock_layers=False, is_stock=False),
     aliases={"ffn.ffn.w_in.w.weight": ("ffn.ffn.w_in.w_0.weight", "ffn.ffn.w_in.w_1.weight")},
     live_config=_live_config,
 )

@@ -6,6 +6,6 @@ from cook.adapters.stock import stock_adapter
 from cook.adapters.tables import Family
 
 ADAPTERS = (
-    stock_adapter(Family(family="Llama", model_types=frozenset({"llama"}))),
+    stock_adapter(Family(family="Llama, SmolLM2", model_types=frozenset({"llama"}))),
     stock_adapter(Family(family="Mistral", model_types=frozenset({"mistral"}))),
 )

@@ -46,6 +46,20 @@ class Modeling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Abilities:
+    """What a family's result can be where all layers are alike, for the table of families."""
+
+    shares_keys: bool
+    """Whether query heads may share keys and values, so that there are two kinds of units of attention."""
+    stock_heads: bool
+    """Whether a stock class holds blocks with fewer heads."""
+    stock_layers: bool
+    """Whether a stock class holds the model without some of its layers."""
+    is_stock: bool = True
+    """Whether the family's models are loaded by a stock class at all."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Adapter:
     """A model family."""
 
@@ -69,6 +83,8 @@ class Adapter:
     """The code that a model with this config needs; None where stock transformers loads it."""
     inputs: Callable[[Batch], Batch]
     """The model's call for a batch of `cook.data.packing`, `targets` excepted; samples of one row must not mix."""
+    abilities: Abilities
+    """What its results can be."""
     is_causal: bool = True
     """Whether the model predicts the next token."""
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

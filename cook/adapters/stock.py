@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cook.adapters import stock_models, stock_shrink, stock_space
-from cook.adapters.protocol import Adapter, ModelConfig
+from cook.adapters.protocol import Abilities, Adapter, ModelConfig
 from cook.adapters.tables import Family
 from cook.base.batches import Batch
 
@@ -41,6 +41,11 @@ def stock_adapter(
         ),
         modeling=stock_models.modeling,
         inputs=inputs or packed_inputs,
+        abilities=Abilities(
+            shares_keys=family.names.kv_heads is not None,
+            stock_heads=family.names.head_dim is not None,
+            stock_layers=family.empty_layer_is_identity,
+        ),
         is_causal=is_causal,
     )
 

@@ -254,6 +254,21 @@ def test_fewer_dims_in_all_layers_need_no_remote_code(tmp_path, name):
     attached.remove()
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_whole_layers_are_left_out_where_they_are_numbers_only(name):
+    source, space = SOURCES[name], SPACES[name, "kv_group"]
+    masks = {g.name: torch.tensor([float(g.layer != 1)]) for g in space.of("layer")}
+    masks |= {g.name: (torch.arange(g.size) % 2 == 0).float() for g in space.of("dimff")}
+    small = reshaped_source(source, space, masks)
+    # Norms on the residual stream stay, and so does a layer whose number is a part of its arithmetic.
+    kept = name in ("gpt2, scores by layer", "opt, norms behind", "bert", "roberta")
+    assert len(small.adapter.space(small.config).of("layer", "att")) == 2
+    assert small.adapter.space(small.config).num_layers == (3 if kept else 2)
+    assert (small.adapter.modeling(small.config) is None) == (not kept)
+    masked, reshaped = both((name, "kv_group"), masks, input_ids=IDS)
+    assert difference(masked, reshaped) <= EXACT
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("kind", ["heads", "dimff"])
 def test_the_last_bias_stays_without_units_and_goes_with_the_block(case, kind):

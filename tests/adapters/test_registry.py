@@ -36,4 +36,4 @@ def test_a_family_from_outside():
         assert by_config({"model_type": "mine"}) is own and by_config({"model_type": "llama"}) is own
     finally:
         unregister(own)
-    assert by_config({"model_type": "llama"}).family == "Llama" and registry._added == []
+    assert by_config({"model_type": "llama"}).family == "Llama, SmolLM2" and registry._added == []
