@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from cook.adapters.source import ModelSource, open_model
+from cook.adapters.source import ModelSource, load_model, open_model
+from cook.base.batches import Batch
 from cook.base.errors import UserError, run_entry
 from cook.base.files import read_json, sha256, write_atomically
 from cook.base.versions import check_versions
@@ -21,7 +22,6 @@ from cook.config.load import load_config
 from cook.config.types import RunConfig
 from cook.evaluation.equality import largest_difference
 from cook.evaluation.speed import LARGEST_TIMED, forward_seconds
-from cook.masks.mask_file import read_masks
 from cook.masks.mask_set import Masks, kept_counts
 from cook.report.human import human_count
 from cook.report.model_card import MaskFile, ModelCard, model_card
@@ -31,7 +31,8 @@ from cook.space.units import PruningSpace
 from cook.stages.plan import MaskPaths, Stage
 from cook.stages.summary import check_masks, finished_stages, ladder_row, masks_after, sample_batches
 from cook.surgery.export import copy_tokenizer
-from cook.surgery.prune import Pruned, build_model, mask_model, prune_to_folder
+from cook.surgery.pad import padded
+from cook.surgery.prune import Pruned, mask_model, open_masks, prune_to_folder
 from cook.training.checkpoint import stored_weights
 
 TOLERANCE = 1e-5
@@ -50,6 +51,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--heads-mask", help="head mask (.pt)")
     parser.add_argument("--dimff-mask", help="dim_ff mask (.pt)")
     parser.add_argument("--output", help="folder to write (default: OUTPUT_DIR/pruned of the config)")
+    parser.add_argument("--uniform", action="store_true",
+                        help="pad every block with zero units to the size of the largest, so that a stock class holds "
+                             "the result without remote code")  # fmt: skip
     parser.add_argument("--verify", action="store_true", help="compare the logits of masked and reshaped model")
     return parser.parse_args()
 
@@ -102,19 +106,19 @@ def main() -> int | None:
     job = find_job(arguments)
     model_config = read_json(arguments.model_config) if arguments.model_config else None
     source = open_model(job.model, config=model_config, read_checkpoint=stored_weights)
-    space = source.adapter.space(source.config)
-    masks = read_masks(space, coarse=job.masks.layer, heads=job.masks.heads, dimff=job.masks.dimff)
+    space, masks = open_masks(source, coarse=job.masks.layer, heads=job.masks.heads, dimff=job.masks.dimff)
     if not masks:
         raise UserError("there is no mask to carry out", remedy="give --coarse-mask, --heads-mask or --dimff-mask")
     files = [path for path in (job.masks.layer, job.masks.heads, job.masks.dimff) if path]
     print(f"model  {source.path}\nmasks  {', '.join(files)}")
-    pruned = prune_to_folder(source, space, masks, Path(job.output))
+    even = padded(source, space, masks) if arguments.uniform else (source, masks)
+    pruned = prune_to_folder(even[0], space, even[1], Path(job.output), record=masks)
     has_tokenizer = copy_tokenizer(source.path, pruned.folder)
 
     small = open_model(pruned.folder)
-    batches, what = sample_batches(job.config, source.config)
+    batches, what = sample_batches(job.config, source)
     difference = verify(source, small, space, masks, batches) if arguments.verify else None
-    print(comparison(source, small, space, masks, batches))
+    print(comparison(source, small, space, even[1], batches))
     card = ModelCard(
         name=pruned.folder.resolve().name,
         rows=[ladder_row(stage) for stage in job.stages[:1] + job.stages[-1:]],
@@ -123,7 +127,7 @@ def main() -> int | None:
         license_note="The weights carry the licence of the model and the text they were trained on.",
         commands=[" ".join(["python", *sys.argv])],
         masks=[MaskFile(name=Path(path).name, sha256=sha256(path)) for path in files],
-        trust_remote_code=source.adapter.modeling_file is not None,
+        trust_remote_code=pruned.needs_remote_code,
         max_difference=difference,
         difference_note=f"fp32, {what}",
         versions=[(name, importlib.metadata.version(name)) for name in ("torch", "transformers")],
@@ -134,28 +138,27 @@ def main() -> int | None:
 
 
 def verify(
-    source: ModelSource, small: ModelSource, space: PruningSpace, masks: Masks, batches: list[dict[str, torch.Tensor]]
+    source: ModelSource, small: ModelSource, space: PruningSpace, masks: Masks, batches: list[Batch]
 ) -> float:
     """The largest relative difference between the logits of the masked and of the reshaped model, in fp32."""
-    masked = build_model(source)
+    masked = load_model(source)
     mask_model(masked, space, masks)
-    return largest_difference(masked, build_model(small), batches)
+    return largest_difference(masked, load_model(small), batches)
 
 
 def comparison(
-    source: ModelSource, small: ModelSource, space: PruningSpace, masks: Masks, batches: list[dict[str, torch.Tensor]]
+    source: ModelSource, small: ModelSource, space: PruningSpace, masks: Masks, batches: list[Batch]
 ) -> str:
     """Parameters, FLOPs a token and measured tokens/s before and after, as a table."""
-    length, tokens = batches[0]["input"].shape[1], sum(int(batch["length"].sum()) for batch in batches)
+    length, tokens = batches[0]["targets"].shape[1], sum(batch["targets"].numel() for batch in batches)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     seconds = {}
     if parameters(space) <= LARGEST_TIMED:
-        models = {name: build_model(s).to(device) for name, s in (("before", source), ("after", small))}
+        models = {name: load_model(s).to(device) for name, s in (("before", source), ("after", small))}
         seconds = forward_seconds(models, batches, device)
-    weight = source.adapter.logits_weight
     rows = []
     for name, kept in (("before", {}), ("after", kept_counts(masks))):
-        flops = forward_flops(space, kept, context=length, logits=weight)
+        flops = forward_flops(space, kept, context=length)
         speed = human_count(tokens / seconds[name]) if seconds else "not timed"
         rows.append([name, human_count(parameters(space, kept)), human_count(flops), speed])
     return "\n" + markdown_table(["", "parameters", "FLOPs a token", "tokens/s forward"], rows) + "\n"
@@ -168,11 +171,12 @@ def announce(pruned: Pruned, difference: float | None, what: str, has_tokenizer:
         print(f"masked against reshaped logits, {what}: largest relative difference {difference:.1e}, {verdict}")
     if pruned.live_obstacle:
         print(f"no CPM-Live .pt was written: {pruned.live_obstacle}")
-    else:
+    elif pruned.live_obstacle is None:
         print(f"CPM-Live format: {pruned.folder}/cpm_live.pt and cpm_live.json")
     if not has_tokenizer:
         print("the model has no tokenizer files beside it; add yours to the folder")
-    print(f"written: {pruned.folder}  (AutoModelForCausalLM.from_pretrained(…, trust_remote_code=True))")
+    option = ", trust_remote_code=True" if pruned.needs_remote_code else ""
+    print(f"written: {pruned.folder}  (AutoModelForCausalLM.from_pretrained(…{option}))")
 
 
 if __name__ == "__main__":

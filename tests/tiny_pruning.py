@@ -50,6 +50,10 @@ def masks_of(draw: st.DrawFn, space: PruningSpace) -> dict[str, torch.Tensor]:
             mask[draw(st.integers(0, group.size - 1))] = 1
         elif keep == "some":
             mask[:] = torch.tensor(draw(st.lists(st.integers(0, 1), min_size=group.size, max_size=group.size)))
+        if group.sections > 1 and keep in ("some", "one"):
+            kept = draw(st.integers(0, group.section_size))
+            orders = [draw(st.permutations(range(group.section_size))) for _ in range(group.sections)]
+            mask = torch.tensor([float(place < kept) for order in orders for place in order])
         masks[group.name] = mask
     return masks
 

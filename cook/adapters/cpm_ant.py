@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from cook.adapters.protocol import Adapter, KeptUnits, ModelConfig
+from cook.adapters.protocol import Abilities, Adapter, KeptUnits, ModelConfig, Modeling, Shrunk
 from cook.base.errors import UserError
 from cook.models import cpm_ant, cpm_ant_formats
 from cook.space.units import GatePoint, PruningSpace, UnitGroup, WeightSlice
 
 MODEL_TYPE = cpm_ant.CpmAntConfig.model_type
+LOGITS = "input_embedding.weight"
 OLDER_FFN = re.compile(r"encoder\.layers\.\d+\.ffn\.ffn\.w_in\.w\.weight")
 
 
@@ -67,7 +68,8 @@ def _block_and_units(layer, site, block, last_module, slices, size, width, shape
     ]
 
 
-def _space(config: ModelConfig) -> PruningSpace:
+def _space(config: ModelConfig, head_unit: str = "kv_group") -> PruningSpace:
+    # Every head has keys and values of its own: there is one kind of unit.
     native = _config(config)
     with torch.device("meta"):
         shapes = {path: tuple(t.shape) for path, t in cpm_ant.CpmAntForCausalLM(native).state_dict().items()}
@@ -79,10 +81,10 @@ def _space(config: ModelConfig) -> PruningSpace:
         out = shapes.get(f"encoder.layers.{layer}.ffn.ffn.w_out.weight")
         if out:
             groups += _feed_forward(layer, out[1], shapes)
-    return PruningSpace(num_layers=native.num_layers, shapes=shapes, groups=tuple(groups))
+    return PruningSpace(num_layers=native.num_layers, shapes=shapes, groups=tuple(groups), logits_weight=LOGITS)
 
 
-def _shrunk_config(config: ModelConfig, kept: KeptUnits) -> dict[str, Any]:
+def _shrink(config: ModelConfig, _space: PruningSpace, kept: KeptUnits) -> Shrunk:
     native = _config(config)
     removed = native.mask_modules or [[False, False]] * native.num_layers
     heads = native.layer_heads or [list(range(native.num_heads))] * native.num_layers
@@ -103,7 +105,7 @@ def _shrunk_config(config: ModelConfig, kept: KeptUnits) -> dict[str, Any]:
     out |= {"dim_ff": sizes.pop(), "layer_dim_ff": None} if len(sizes) == 1 else {"layer_dim_ff": new_dims}
     all_heads = list(range(native.num_heads))
     out["layer_heads"] = None if all(h in ([], all_heads) for h in new_heads) else new_heads
-    return out
+    return Shrunk(config=out, layers=tuple(range(native.num_layers)))
 
 
 def _live_config(config: ModelConfig) -> dict[str, Any] | str:
@@ -134,19 +136,25 @@ def _read(
     return dict(config), tensors
 
 
-ADAPTER = Adapter(
-    family="cpm_ant",
-    model_types=frozenset({MODEL_TYPE, "cpmant", None}),
-    space=_space,
-    build=lambda config: cpm_ant.CpmAntForCausalLM(_config(config)),
-    read=_read,
-    shrunk_config=_shrunk_config,
-    aliases={"ffn.ffn.w_in.w.weight": ("ffn.ffn.w_in.w_0.weight", "ffn.ffn.w_in.w_1.weight")},
-    logits_weight="input_embedding.weight",
-    modeling_file=Path(cpm_ant.__file__),
+MODELING = Modeling(
+    file=Path(cpm_ant.__file__),
     auto_map={
         "AutoConfig": "modeling_cook_cpm_ant.CpmAntConfig",
         "AutoModelForCausalLM": "modeling_cook_cpm_ant.CpmAntForCausalLM",
     },
+)
+ADAPTER = Adapter(
+    family="CPM-Ant",
+    model_types=frozenset({MODEL_TYPE, "cpmant", None}),
+    space=_space,
+    head_units=lambda config: ("kv_group",),
+    build=lambda config: cpm_ant.CpmAntForCausalLM(_config(config)),
+    read=_read,
+    shrink=_shrink,
+    stock_holds=lambda config, heads, kv_heads: True,  # its modeling file goes along in any case
+    modeling=lambda config: MODELING,
+    inputs=lambda batch: batch,
+    abilities=Abilities(shares_keys=False, stock_heads=False, stock_layers=False, is_stock=False),
+    aliases={"ffn.ffn.w_in.w.weight": ("ffn.ffn.w_in.w_0.weight", "ffn.ffn.w_in.w_1.weight")},
     live_config=_live_config,
 )

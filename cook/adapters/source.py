@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.initialization import no_init_weights
 
 from cook.adapters.protocol import Adapter
 from cook.adapters.registry import by_config
@@ -64,6 +65,45 @@ def open_model(
     adapter = by_config(found)
     native, tensors = adapter.read(found, tensors)
     return ModelSource(adapter=adapter, config=native, tensors=tensors, path=path)
+
+
+def unfilled_model(adapter: Adapter, config: Mapping[str, Any]) -> torch.nn.Module:
+    """A model whose weights are anything: they take no memory until they are written. Its buffers are right."""
+    with no_init_weights():
+        model = adapter.build(config)
+    model.tie_weights()  # type: ignore[operator]  # a part of the initialisation
+    return model
+
+
+def load_model(source: ModelSource, dtype: torch.dtype | None = torch.float32) -> torch.nn.Module:
+    """The whole model in memory, in eval mode.
+
+    Args:
+        source: The model.
+        dtype: Of its weights; None leaves each as it is stored.
+
+    Raises:
+        UserError: the weights do not fit the config.
+    """
+    model = unfilled_model(source.adapter, source.config)
+    weights = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in source.tensors.items()}
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    tied -= {name for name, _ in model.named_parameters()}
+    try:
+        missing, strange = model.load_state_dict(weights, strict=False, assign=True)
+    except RuntimeError as error:  # other shapes
+        raise UserError(f"{source.path}: the weights do not fit the model's config", got=_last_line(error)) from None
+    lacking = [name for name in missing if name not in tied]
+    if lacking or strange:
+        problem = f"{lacking[0]!r} is missing" if lacking else f"{strange[0]!r} has no place in the model"
+        raise UserError(f"{source.path}: the weights do not fit the model's config: {problem}")
+    if tied:  # the tables are other tensors now
+        model.tie_weights()  # type: ignore[operator]
+    return model.eval()
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1].strip()
 
 
 def _inner_checkpoint(path: Path) -> Path:

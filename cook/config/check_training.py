@@ -30,6 +30,12 @@ DEEPSPEED_TWINS = {
 
 def model_has_a_source(model: ModelConfig) -> Iterator[UserError]:
     """A model is described by its configuration or by a folder; a `.pt` file describes nothing."""
+    if model.type == "hf":
+        if model.path is None or model.path.endswith((".pt", ".bin")):
+            yield UserError("model.path: missing", wanted="the folder of a Hugging Face model", got=model.path)
+        if model.config is not None:
+            yield UserError("model.config: a Hugging Face model's folder has its own", wanted="null")
+        return
     if model.config is None and model.path is None:
         yield UserError("model: neither config nor path is given", wanted="at least one of them")
     elif model.config is None and str(model.path).endswith((".pt", ".bin")):

@@ -11,8 +11,8 @@ from cook.base.errors import UserError
 from cook.base.files import read_json
 from cook.config.types import ModelConfig
 
-STOCK_NAMES = {"num_heads": "num_attention_heads"}
-"""Fields that the Hugging Face CpmAnt class names otherwise."""
+STOCK_NAMES = {"num_heads": "num_attention_heads", "dim_ff": "intermediate_size"}
+"""Fields that most Hugging Face classes name otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class ModelFacts:
     """Dims of every FFN block, if they all have as many."""
 
     layers_removed: bool | None = None
-    """Whether blocks are physically missing."""
+    """Whether blocks are physically missing; None too where nobody asks for blocks to be removed first."""
 
 
 def model_facts(model: ModelConfig) -> ModelFacts:
@@ -52,13 +52,15 @@ def model_facts(model: ModelConfig) -> ModelFacts:
             raise UserError(f"{file}: cannot be read: {error}") from None
     if not isinstance(config, dict):
         return ModelFacts()
+    if "stock_type" in config:  # each layer has sizes of its own, which only an adapter can tell
+        return ModelFacts(vocab_size=_integer(config, "vocab_size"))
     heads, dims, removed = (config.get(name) for name in ("layer_heads", "layer_dim_ff", "mask_modules"))
     return ModelFacts(
         vocab_size=_integer(config, "vocab_size"),
         prompt_length=_integer(config, "prompt_length"),
         num_heads=_integer(config, "num_heads") if heads is None else _common(heads),
         dim_ff=_integer(config, "dim_ff") if dims is None else _common(dims),
-        layers_removed=_any_removed(removed),
+        layers_removed=None if model.type == "hf" else _any_removed(removed),
     )
 
 

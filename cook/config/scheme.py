@@ -12,6 +12,10 @@ PruneMode = Literal["att", "ffn"]
 """Which units a fine-grained stage prunes: attention heads or FFN dims."""
 
 
+HeadUnitChoice = Literal["auto", "kv_group", "query_head"]
+"""What a unit of attention is where query heads share keys and values."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CoarseConfig:
     """The scheme's `coarse-grained` section: whole attention and FFN blocks."""
@@ -47,6 +51,14 @@ class FineConfig:
 
     target_dimff: int
     """Dims that every kept FFN block ends with."""
+
+    head_unit: HeadUnitChoice = "auto"
+    """`kv_group`: a key-value head goes with all its query heads; `query_head`: query heads go, as many from each
+    group; `auto`: groups if `target_num_heads` is a multiple of their size, else query heads."""
+
+    allow_remote_code: bool = False
+    """True: the targets may be such that the family's stock class cannot hold the result, which is then exported with
+    a modeling file of its own."""
 
     heads_mask: str | None = None
     """Head mask file (`.pt`): written by att mask training, read by everything after it."""

@@ -31,7 +31,7 @@ Schedule = Literal["cosine", "linear", "constant"]
 SpikeAction = Literal["off", "log", "skip", "stop"]
 SpikeMeasure = Literal["gradient_norm", "loss"]
 TokenizerType = Literal["sentencepiece", "hf", "jieba"]
-ModelType = Literal["cpm_ant"]
+ModelType = Literal["cpm_ant", "hf"]
 
 STAGE_NAMES: tuple[StageName, ...] = get_args(StageName)
 
@@ -41,10 +41,11 @@ class ModelConfig:
     """The model to train or prune: a description, pretrained weights, or both. At least one of the two is given."""
 
     type: ModelType
-    """Model family; an adapter of this name describes what can be pruned in it."""
+    """`cpm_ant`, or `hf`: the Hugging Face folder at `path`, of any family that has an adapter."""
 
     config: dict[str, Any] | None = None
-    """CPM-Live's configuration keys. A path to a JSON file in `bmcook.json` has been replaced by the file's content."""
+    """CPM-Live's configuration keys. A path to a JSON file in `bmcook.json` has been replaced by the file's content.
+    None for `hf`, whose folder has a config.json."""
 
     path: str | None = None
     """Pretrained weights: a Hugging Face folder, or a CPM-Live `.pt` file that `config` describes. None: random."""

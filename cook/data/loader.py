@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from cook.base.batches import Batch
 from cook.base.errors import UserError
 from cook.data.joined import JoinedRows
 from cook.data.order import Draws, EpochOrder
 from cook.data.packing import NO_TARGET
 from cook.data.rows import Rows
-from cook.data.workers import Batch, Plan, Workers, build
+from cook.data.workers import Plan, Workers, build
 
 
 class RowLoader:

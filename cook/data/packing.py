@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from cook.base.batches import Batch
 from cook.base.errors import UserError
 from cook.data.cache import read_manifest
 
@@ -152,7 +153,7 @@ class PackedRows:
         """As `Rows.num_targets`; every epoch asks the same."""
         return self.targets_R[indices].astype(np.int64)
 
-    def batch(self, indices: np.ndarray, epoch: int = 0) -> dict[str, torch.Tensor]:
+    def batch(self, indices: np.ndarray, epoch: int = 0) -> Batch:
         """Builds CPM-Live's batch of some rows.
 
         Args:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from cook.base.batches import Batch, CallForm, as_it_is
 from cook.base.errors import UserError
 from cook.data.losses import model_inputs
 
@@ -48,6 +49,7 @@ class Distiller:
         ce_temp: Its temperature.
         mse_hidn_scale: Weight of `hidden_error`, summed over the pairs.
         hidden_pairs: `[post]student.module:[post]teacher.module`; `[pre]` takes a module's input.
+        call_form: Of the teacher.
     """
 
     def __init__(
@@ -59,18 +61,19 @@ class Distiller:
         ce_temp: float,
         mse_hidn_scale: float,
         hidden_pairs: Sequence[str],
+        call_form: CallForm = as_it_is,
     ):
-        self._teacher = teacher.eval().requires_grad_(False)
+        self._teacher, self._call_form = teacher.eval().requires_grad_(False), call_form
         self._ce_scale, self._ce_temp, self._mse_scale = ce_scale, ce_temp, mse_hidn_scale
         pairs = [pair.split(":") for pair in hidden_pairs]
         self._student_taps = [_Tap(student, place) for place, _ in pairs]
         self._teacher_taps = [_Tap(teacher, place) for _, place in pairs]
 
-    def __call__(self, batch: dict[str, torch.Tensor], student_logits: torch.Tensor) -> torch.Tensor:
+    def __call__(self, batch: Batch, student_logits: torch.Tensor) -> torch.Tensor:
         """The weighted sum of both losses over the batch's target tokens."""
         targets = batch["targets"]
         with torch.no_grad():
-            teacher_logits = self._teacher(**model_inputs(batch)).logits
+            teacher_logits = self._teacher(**self._call_form(model_inputs(batch))).logits
         loss = student_logits.new_zeros((), dtype=torch.float32)
         if self._ce_scale:
             loss = loss + self._ce_scale * token_divergence(student_logits, teacher_logits, targets, self._ce_temp)

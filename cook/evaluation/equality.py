@@ -7,12 +7,13 @@ from collections.abc import Iterable
 
 import torch
 
+from cook.base.batches import Batch
 from cook.data.losses import model_inputs
 
 
 @torch.no_grad()
 def largest_difference(
-    first: torch.nn.Module, second: torch.nn.Module, batches: Iterable[dict[str, torch.Tensor]]
+    first: torch.nn.Module, second: torch.nn.Module, batches: Iterable[Batch]
 ) -> float:
     """max |a − b| / max |a| over the logits of all batches; positions beyond a row's `length` do not count.
 

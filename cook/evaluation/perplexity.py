@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from cook.base import distributed
+from cook.base.batches import Batch, on_device
 from cook.data.losses import model_inputs, num_told, summed_cross_entropy
 
 
 @torch.no_grad()
 def held_out_loss(
-    forward: Callable[..., Any], batches: Iterable[dict[str, torch.Tensor]], device: torch.device
+    forward: Callable[..., Any], batches: Iterable[Batch], device: torch.device
 ) -> float:
     """Mean cross entropy a target token, in nats, over the batches of all ranks.
 
@@ -24,7 +25,7 @@ def held_out_loss(
     """
     total = torch.zeros(2, dtype=torch.float64)
     for batch in batches:
-        batch = {key: value.to(device) for key, value in batch.items()}
+        batch = on_device(batch, device)
         loss = summed_cross_entropy(forward(**model_inputs(batch)).logits, batch)
         total += torch.stack([loss.double(), num_told(batch).double()]).cpu()
     if distributed.world_size() > 1:

@@ -98,9 +98,10 @@ def fine_to_tensors(space: PruningSpace, masks: Masks) -> dict[str, torch.Tensor
     for kind, key in FINE_KEYS.items():
         groups = _rows(space, masks, kind)
         if any(g.name in masks for g in groups):
-            if len({g.size for g in groups}) > 1:
+            if len({g.size * g.members for g in groups}) > 1:
                 raise UserError(f"{key}: the model's blocks have different sizes, which a mask file cannot hold")
-            tensors[key] = torch.stack([masks.get(g.name, torch.ones(g.size)) for g in groups])
+            rows = [masks.get(g.name, torch.ones(g.size)).repeat_interleave(g.members) for g in groups]
+            tensors[key] = torch.stack(rows)
     return tensors
 
 
@@ -117,10 +118,11 @@ def fine_from_tensors(
         source: The file's name, for errors.
 
     Raises:
-        UserError: the rows are another model's, or belong to another coarse mask, or prune what must stay whole.
+        UserError: the rows are another model's, or belong to another coarse mask, or prune what must stay whole, or
+            tear units apart that only go together.
     """
     rows, groups = tensors[FINE_KEYS[kind]], _rows(space, block_masks, kind)
-    sizes = sorted({group.size for group in groups})
+    sizes = sorted({group.size * group.members for group in groups})
     if len(sizes) != 1 or rows.shape != (len(groups), sizes[0]):
         raise UserError(
             f"{source}: {FINE_KEYS[kind]} does not fit the model and its coarse mask",
@@ -128,8 +130,31 @@ def fine_from_tensors(
             got=f"shape {tuple(rows.shape)}",
             remedy="give the coarse mask with which this mask was trained",
         )
-    masks = {group.name: row.clone() for group, row in zip(groups, rows, strict=True)}
+    masks = {group.name: _units(group, row, source) for group, row in zip(groups, rows, strict=True)}
     for group in groups:
         if group in space.unprunable and not masks.pop(group.name).all():
             raise UserError(f"{source}: {FINE_KEYS[kind]} prunes {group.name}, which pruned_module does not allow")
     return masks
+
+
+def _units(group: UnitGroup, row: torch.Tensor, source: str) -> torch.Tensor:
+    """A unit's number from those of its members."""
+    by_unit = row.view(group.size, group.members)
+    if not (by_unit == by_unit[:, :1]).all():
+        raise UserError(
+            f"{source}: {group.name} keeps a part of a key-value group",
+            wanted=f"the {group.members} query heads of a group kept or removed together",
+            remedy="or give a mask that removes as many query heads of every group",
+        )
+    mask = by_unit[:, 0].clone()
+    if not is_even(group, mask):
+        raise UserError(
+            f"{source}: {group.name} keeps more query heads of one key-value group than of another",
+            wanted=f"as many of each of the {group.sections} groups",
+        )
+    return mask
+
+
+def is_even(group: UnitGroup, mask: torch.Tensor) -> bool:
+    """Whether every section of the group keeps as many units."""
+    return len(set(mask.view(group.sections, -1).sum(1).tolist())) == 1

@@ -26,7 +26,9 @@ def random_masks_like(space: PruningSpace, masks: Masks, generator: torch.Genera
         counts = [int(masks[inner[layer].name].sum()) for layer in layers if inner[layer].name in masks]
         drawn_layers = [g.layer for g, z in zip(blocks, blocks_mask.tolist(), strict=True) if z]
         for layer, count in zip(drawn_layers, counts, strict=False):
-            chosen[inner[layer].name] = _random_mask(inner[layer].size, count, generator)
+            group = inner[layer]
+            size, each = group.section_size, count // group.sections
+            chosen[group.name] = torch.cat([_random_mask(size, each, generator) for _ in range(group.sections)])
     return chosen
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import prod
 
-from cook.space.units import PruningSpace, UnitGroup, WeightSlice
+from cook.space.units import PruningSpace, UnitGroup
 
 Kept = Mapping[str, int]
 """How many units each group keeps, by group name; a group that is not named keeps all."""
@@ -19,19 +19,28 @@ def unit_parameters(space: PruningSpace, group: UnitGroup) -> int:
 def kept_shapes(space: PruningSpace, kept: Kept) -> dict[str, tuple[int, ...]]:
     """The shape of every weight that remains; weights of removed blocks are left out.
 
-    A block whose heads or dims are all gone is gone itself: it adds nothing to the residual stream.
+    Of a block whose heads or dims are all gone its residue remains, if it has one: it adds nothing else to the
+    residual stream.
     """
     shapes = {path: list(shape) for path, shape in space.shapes.items()}
+    gone: set[str] = set()
     for group in space.groups:
         left = kept.get(group.name, group.size)
-        block = group if group.kind == "layer" else space.block(group)
-        for piece in group.slices:
-            if group.kind != "layer" and piece.path in shapes:
-                shapes[piece.path][piece.dim] = left * piece.block
-        if left == 0:
-            for piece in block.slices:
-                shapes.pop(piece.path, None)
-    return {path: tuple(shape) for path, shape in shapes.items()}
+        gone |= weights_gone(space, group, left)
+        if group.kind != "layer":
+            for piece in group.slices:
+                shapes[piece.path][piece.dim] -= (group.size - left) * piece.block
+    return {path: tuple(shape) for path, shape in shapes.items() if path not in gone}
+
+
+def weights_gone(space: PruningSpace, group: UnitGroup, left: int) -> set[str]:
+    """The weights that vanish altogether once `group` keeps `left` units."""
+    if left:
+        return set()
+    if group.kind == "layer":
+        return {piece.path for piece in group.slices}
+    block = space.block(group)
+    return {piece.path for piece in block.slices} - set(block.residue)
 
 
 def parameters(space: PruningSpace, kept: Kept | None = None) -> int:
@@ -45,14 +54,13 @@ def block_parameters(space: PruningSpace, kept: Kept | None = None) -> int:
     return sum(prod(shape) for path, shape in kept_shapes(space, kept or {}).items() if path in inside)
 
 
-def forward_flops(space: PruningSpace, kept: Kept | None = None, *, context: int, logits: WeightSlice | str) -> float:
+def forward_flops(space: PruningSpace, kept: Kept | None = None, *, context: int) -> float:
     """FLOPs of one token's forward pass: 2 a weight of every product, and the attention over `context` keys.
 
     Args:
         space: The pruning space.
         kept: Units kept a group.
         context: Mean number of keys that a query attends to.
-        logits: Key of the matrix that makes the logits (the tied input embedding in CPM-Ant).
     """
     shapes = kept_shapes(space, kept or {})
     groups = (*space.groups, *space.unprunable)
@@ -61,5 +69,5 @@ def forward_flops(space: PruningSpace, kept: Kept | None = None, *, context: int
     # Scores and the weighted sum of values: each 2·context FLOPs a feature of the attention's inner width.
     outs = [group.slices[-1] for group in groups if group.kind == "heads"]
     attention = sum(4 * context * shapes[out.path][out.dim] for out in outs if out.path in shapes)
-    head = logits if isinstance(logits, str) else logits.path
-    return float(products + attention + 2 * prod(shapes[head]))
+    logits = 2 * prod(shapes[space.logits_weight]) if space.logits_weight else 0
+    return float(products + attention + logits)

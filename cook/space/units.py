@@ -16,7 +16,10 @@ Site = Literal["att", "ffn"]
 
 @dataclass(frozen=True, kw_only=True)
 class WeightSlice:
-    """The part of one weight that a group owns: unit u has indices [u·block, (u+1)·block) of dimension `dim`."""
+    """The part of one weight that a group owns: unit u has indices offset + [u·block, (u+1)·block) of dimension `dim`.
+
+    A fused weight has several slices, one a part (queries, keys, values; gate and up).
+    """
 
     path: str
     """Key in the model's state dict."""
@@ -24,6 +27,8 @@ class WeightSlice:
     """The dimension along which the units lie."""
     block: int
     """Indices a unit, along `dim`."""
+    offset: int = 0
+    """Index at which the part of a fused weight begins, along `dim`."""
     fan_in: bool = False
     """True where the model divides by √(size of `dim`) at run time, so that slicing must multiply by √(new/old)."""
 
@@ -50,7 +55,22 @@ class UnitGroup:
     size: int
     """How many units."""
     slices: tuple[WeightSlice, ...]
+    """In a group of heads or dims the block's last product, which gathers the units, comes last."""
     gate: GatePoint
+    members: int = 1
+    """Heads (or dims) in one unit: a key-value group is one unit of several query heads. Configs, mask files and
+    reports count members."""
+    sections: int = 1
+    """Equal stretches of units that must keep as many units each: query heads may leave their key-value groups, but
+    the groups stay of one size."""
+    residue: tuple[str, ...] = ()
+    """Of a `layer` group: the weights that act on even if no unit of the block is left, its last product's bias and
+    the norm behind it."""
+
+    @property
+    def section_size(self) -> int:
+        """Units in one section."""
+        return self.size // self.sections
 
     @property
     def name(self) -> str:
@@ -68,6 +88,8 @@ class PruningSpace:
     num_layers: int
     shapes: Mapping[str, tuple[int, ...]]
     """The shape of every weight in the state dict, prunable or not."""
+    logits_weight: str
+    """Key of the matrix that makes a token's logits; empty where there is none, as in a classifier of whole texts."""
     groups: tuple[UnitGroup, ...]
     unprunable: tuple[UnitGroup, ...] = ()
     """Groups that the model has and the user wants left whole (`pruned_module`): mask files count them as kept."""

@@ -11,7 +11,7 @@ from cook.report.console import print_plan as print_table_of_stages
 from cook.report.human import human_count
 from cook.space.counts import parameters, unit_parameters
 from cook.space.units import PruningSpace
-from cook.stages.inputs import Inputs, constraints, open_inputs
+from cook.stages.inputs import Inputs, open_inputs
 from cook.stages.plan import Stage
 from cook.training.settings import check_settings
 
@@ -63,8 +63,10 @@ def _expected_kept(stage: Stage, inputs: Inputs, kept: dict[str, int]) -> dict[s
     if not stage.learns:
         return {}
     if stage.learns != "layer":
-        made = constraints(stage, inputs.space, inputs.learned)
-        return {c.name: round(len(c.costs) * (1 - c.target)) for c in made}
+        fine = stage.config.fine
+        assert fine is not None
+        wanted = fine.target_num_heads if stage.learns == "heads" else fine.target_dimff
+        return {group.name: wanted // group.members for group in inputs.learned}
     assert stage.config.coarse is not None
     target, left = stage.config.coarse.target_sparsity, dict(kept)
     sizes = {group.name: unit_parameters(inputs.space, group) for group in inputs.learned}

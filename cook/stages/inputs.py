@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from cook.adapters.protocol import Adapter
-from cook.adapters.registry import by_family
+from cook.adapters.protocol import Adapter, HeadUnit
+from cook.adapters.registry import by_config
 from cook.adapters.source import open_model
 from cook.base.errors import UserError
 from cook.base.seeds import derived_seed, generator
@@ -21,6 +21,7 @@ from cook.masks.mask_set import kept_groups
 from cook.masks.random_masks import random_masks_like
 from cook.space.counts import unit_parameters
 from cook.space.units import PruningSpace, UnitGroup
+from cook.stages.head_units import check_sizes, choose_head_unit
 from cook.stages.plan import LEARNS, MaskPaths, Stage, mask_paths
 from cook.surgery.restrict import restrict
 
@@ -35,6 +36,10 @@ class Inputs:
     """None: freshly initialised."""
     origin: str
     """Where the weights come from, for the plan and the model card."""
+    folder: Path | None
+    """The Hugging Face folder with the weights, if they come from one."""
+    head_unit: HeadUnit
+    """What a unit of attention is."""
     space: PruningSpace
     """The whole family's space: files and counts speak of it, whatever `pruned_module` allows to be learned."""
     fixed: dict[str, torch.Tensor]
@@ -54,11 +59,17 @@ def open_inputs(stage: Stage, *, must_exist: bool = True) -> Inputs:
         UserError: naming what is missing or does not fit.
     """
     adapter, config, weights, origin = _model(stage, must_exist)
-    space = adapter.space(config)
+    if not adapter.is_causal:
+        raise UserError(
+            f"{origin}: {adapter.family} does not predict the next token, which this job trains",
+            remedy="prune it on a task of its own",
+        )
+    head_unit = choose_head_unit(adapter, config, stage.config.fine)
+    space = adapter.space(config, head_unit)
     allowed = space
     if stage.config.pruning.pruned_module and stage.name != "pretrain":
         allowed = restrict(space, stage.config.pruning.pruned_module, adapter.aliases)
-    _check_sizes(stage, allowed)
+    check_sizes(adapter, config, allowed, stage.config.fine if _units_are_pruned(stage) else None)
     paths = stage.fixed if must_exist else _existing(stage.fixed)
     fixed = read_masks(allowed, coarse=paths.layer, heads=paths.heads, dimff=paths.dimff)
     if stage.is_random_baseline and must_exist:
@@ -73,7 +84,15 @@ def open_inputs(stage: Stage, *, must_exist: bool = True) -> Inputs:
     if stage.learns and not learned:
         raise UserError(f"{stage.name}: pruned_module leaves no units of kind {stage.learns!r} to learn a mask for")
     return Inputs(
-        adapter=adapter, model_config=config, weights=weights, origin=origin, space=space, fixed=fixed, learned=learned
+        adapter=adapter,
+        model_config=config,
+        weights=weights,
+        origin=origin,
+        folder=Path(origin) if weights is not None and Path(origin).is_dir() else None,
+        head_unit=head_unit,
+        space=space,
+        fixed=fixed,
+        learned=learned,
     )
 
 
@@ -93,7 +112,7 @@ def _model(stage: Stage, must_exist: bool) -> tuple[Adapter, dict[str, Any], Map
         source = open_model(model.path, config=model.config)
         return source.adapter, source.config, source.tensors, model.path
     assert model.config is not None, "the loader wants model.config or model.path"
-    adapter = by_family(model.type)
+    adapter = by_config(model.config)
     native, _ = adapter.read(model.config, {})
     if stage.name != "pretrain" and must_exist:
         raise UserError(
@@ -111,17 +130,10 @@ def _existing(paths: MaskPaths) -> MaskPaths:
     return MaskPaths(layer=there(paths.layer), heads=there(paths.heads), dimff=there(paths.dimff))
 
 
-def _check_sizes(stage: Stage, space: PruningSpace) -> None:
-    fine = stage.config.fine
-    if fine is None or stage.config.pruning.mask_method != "fine-grained":
-        return
-    for kind, key, wanted in (("heads", "num_heads", fine.num_heads), ("dimff", "dim_ff", fine.dim_ff)):
-        sizes = sorted({group.size for group in space.groups if group.kind == kind})
-        if sizes and sizes != [wanted]:
-            raise UserError(
-                f"fine-grained.{key} is not the model's", wanted=", ".join(map(str, sizes)), got=wanted,
-                remedy=f"set {key} to the size before pruning",
-            )  # fmt: skip
+def _units_are_pruned(stage: Stage) -> bool:
+    """Whether this stage or a later one of the recipe masks heads or dims: what is wrong there is told at once."""
+    names = {stage.name, *(entry.name for entry in stage.config.stages)}
+    return stage.name != "pretrain" and any(name.startswith(("att", "ffn")) for name in names)
 
 
 def _random_baseline(stage: Stage, space: PruningSpace) -> dict[str, torch.Tensor]:
@@ -152,7 +164,7 @@ def make_gates(stage: Stage, inputs: Inputs) -> Gates | None:
 
 
 def constraints(stage: Stage, space: PruningSpace, learned: tuple[UnitGroup, ...]) -> list[Constraint]:
-    """One constraint over all blocks by their parameters (coarse), or one a block by its units (fine)."""
+    """One over all blocks by their parameters (coarse), or one a block, or section of a block, by its units (fine)."""
     coarse, fine = stage.config.coarse, stage.config.fine
     if stage.learns == "layer":
         assert coarse is not None
@@ -163,7 +175,10 @@ def constraints(stage: Stage, space: PruningSpace, learned: tuple[UnitGroup, ...
     kept = fine.target_num_heads if stage.learns == "heads" else fine.target_dimff
     made, start = [], 0
     for group in learned:
-        share = 1.0 / group.size
-        made.append(Constraint(name=group.name, start=start, costs=(share,) * group.size, target=1.0 - kept * share))
-        start += group.size
+        size = group.section_size
+        target = 1.0 - kept / (group.size * group.members)
+        for section in range(group.sections):
+            name = group.name if group.sections == 1 else f"{group.name}.{section}"
+            made.append(Constraint(name=name, start=start, costs=(1.0 / size,) * size, target=target))
+            start += size
     return made

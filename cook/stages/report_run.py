@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 
-from cook.adapters.source import ModelSource, open_model
+from cook.adapters.source import ModelSource, load_model, open_model
+from cook.base.batches import Batch
 from cook.base.errors import UserError
 from cook.config.types import RunConfig
 from cook.evaluation.speed import LARGEST_TIMED, forward_seconds
+from cook.masks.mask_set import kept_counts
 from cook.report.events import LOG_NAME, read_log
 from cook.report.figures import plot_losses, plot_sparsity
 from cook.report.report import Figure, write_report
@@ -20,8 +22,7 @@ from cook.space.counts import parameters
 from cook.stages.plan import Stage
 from cook.stages.structure import as_lists, masks_of_structure
 from cook.stages.summary import done_record, finished_stages, ladder_row, sample_batches
-from cook.surgery.prune import build_model
-from cook.surgery.reshape import kept_units, reshaped
+from cook.surgery.prune import reshaped_source
 
 
 def report_run(config: RunConfig, folder: Path) -> None:
@@ -53,23 +54,20 @@ def _speeds(config: RunConfig, stages: list[Stage]) -> dict[str, float]:
         return {}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models: dict[str, torch.nn.Module] = {}
-    batches: list[dict[str, torch.Tensor]] = []
+    batches: list[Batch] = []
     for stage in stages:
         source = open_model(stage.folder / "model")
-        batches = batches or sample_batches(config, source.config, rows=8)[0]
+        batches = batches or sample_batches(config, source, rows=8)[0]
         models[stage.name] = _small_model(stage, source).to(device)
-    tokens = sum(int(batch["length"].sum()) for batch in batches)
+    tokens = sum(batch["targets"].numel() for batch in batches)
     return {name: tokens / seconds for name, seconds in forward_seconds(models, batches, device).items()}
 
 
 def _small_model(stage: Stage, source: ModelSource) -> torch.nn.Module:
-    space = source.adapter.space(source.config)
+    space = source.adapter.space(source.config, done_record(stage)["head_unit"])
     masks = masks_of_structure(space, done_record(stage)["structure"])
-    config = source.adapter.shrunk_config(source.config, kept_units(space, masks))
-    tensors = dict(reshaped(source.tensors, space, masks))
-    small = ModelSource(adapter=source.adapter, config=config, tensors=tensors, path=source.path)
-    model = build_model(small)
-    assert sum(p.numel() for p in model.parameters()) == parameters(source.adapter.space(config))
+    model = load_model(reshaped_source(source, space, masks))
+    assert sum(p.numel() for p in model.parameters()) == parameters(space, kept_counts(masks))
     return model
 
 

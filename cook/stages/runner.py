@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from cook.adapters.source import open_model
+from cook.adapters.source import load_model, open_model, unfilled_model
 from cook.base import distributed
 from cook.base.errors import UserError
 from cook.base.files import read_json, sha256, write_json
@@ -29,7 +29,7 @@ from cook.stages.feeding import Feeding, check_corpus, open_loader, rows_before
 from cook.stages.inputs import Inputs, make_gates, open_inputs
 from cook.stages.plan import Stage
 from cook.stages.structure import describe_structure
-from cook.surgery.export import write_model_folder, write_tokenizer
+from cook.surgery.export import copy_generation_config, write_model_folder, write_tokenizer
 from cook.surgery.gates import AttachedGates
 from cook.training.checkpoint import find_checkpoint, load_checkpoint
 from cook.training.engine import Engine
@@ -70,7 +70,9 @@ def run_stage(stage: Stage, *, resume: str, at: Callable[[int, str], None]) -> N
     at(0, "starting")
     seed_everything(derived_seed(stage.config.seed, stage.name, distributed.rank()))
     training = stage.config.training
-    engine = Engine(_builder(inputs, stage), inputs.weights, training, stage.config.deepspeed)
+    engine = Engine(
+        _builder(inputs, stage), inputs.weights, training, stage.config.deepspeed, call_form=inputs.adapter.inputs
+    )
     gates, attached = make_gates(stage, inputs), _attach(engine, inputs)
     distiller = _distiller(stage, engine)
     say(_opening(stage, inputs, engine))
@@ -187,6 +189,8 @@ def _data(stage: Stage, inputs: Inputs) -> TrainingData:
 
 def _builder(inputs: Inputs, stage: Stage):
     def build() -> torch.nn.Module:
+        if inputs.weights is not None:
+            return unfilled_model(inputs.adapter, inputs.model_config)
         # The same fresh weights on every rank and for every number of ranks.
         with torch.random.fork_rng():
             torch.manual_seed(derived_seed(stage.config.seed, "weights"))
@@ -207,9 +211,7 @@ def _distiller(stage: Stage, engine: Engine) -> Distiller | None:
     if options is None or stage.name == "pretrain" or not (options.ce_scale or options.mse_hidn_scale):
         return None
     source = open_model(options.teacher)
-    teacher = source.adapter.build(source.config)
-    for name, parameter in teacher.named_parameters():
-        parameter.data.copy_(source.tensors[name])
+    teacher = load_model(source)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[engine.precision]
     return Distiller(
         engine.module,
@@ -218,6 +220,7 @@ def _distiller(stage: Stage, engine: Engine) -> Distiller | None:
         ce_temp=options.ce_temp,
         mse_hidn_scale=options.mse_hidn_scale,
         hidden_pairs=options.mse_hidn_module if options.mse_hidn_scale else (),
+        call_form=source.adapter.inputs,
     )
 
 
@@ -268,6 +271,8 @@ def _finish(
     if distributed.rank() == 0:
         write_model_folder(folder, inputs.adapter, inputs.model_config, weights)
         write_tokenizer(folder, data.tokenizer)
+        if inputs.folder is not None:
+            copy_generation_config(inputs.folder, folder)
     else:
         for _ in weights:  # every rank takes part in gathering each tensor
             pass
@@ -299,6 +304,7 @@ def _write_done(
             "held_out_loss": loss,
             "parameters": parameters(inputs.space, kept_counts(masks)),
             "structure": describe_structure(inputs.space, masks),
+            "head_unit": inputs.head_unit,
             "masks": {path: sha256(path) for path in files},
         },
     )

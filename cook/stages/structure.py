@@ -18,7 +18,7 @@ def describe_structure(space: PruningSpace, masks: Masks) -> dict[str, Any]:
         block = masks.get(space.block(group).name)
         if group.kind != "layer" and (block is None or bool(block.all())):
             mask = masks.get(group.name, torch.ones(group.size))
-            units = "".join(str(int(z)) for z in mask.tolist())
+            units = "".join(str(int(z)) * group.members for z in mask.tolist())
             layers[group.layer][group.site] = units if "1" in units else None
     return {"layers": layers}
 
@@ -31,7 +31,7 @@ def masks_of_structure(space: PruningSpace, structure: Mapping[str, Any]) -> dic
         if group.kind == "layer":
             masks[group.name] = torch.tensor([float(units is not None)])
         elif units is not None:
-            masks[group.name] = torch.tensor([float(unit) for unit in units])
+            masks[group.name] = torch.tensor([float(unit) for unit in units[:: group.members]])
     return masks
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cook.adapters.source import ModelSource
+from cook.base.batches import Batch
 from cook.base.errors import UserError
 from cook.base.files import read_json, sha256
 from cook.config.types import RunConfig, described_stage
 from cook.data.load import load_rows
 from cook.data.loader import held_out_batches
+from cook.data.losses import LABELS, model_inputs
 from cook.report.tables import LadderRow, range_text
 from cook.stages.plan import MaskPaths, Stage, plan_stage, recipe
 from cook.stages.structure import sizes
@@ -83,10 +85,10 @@ def ladder_row(stage: Stage, tokens_per_second: float | None = None) -> LadderRo
 
 
 def sample_batches(
-    config: RunConfig | None, model_config: Mapping[str, Any], *, rows: int = 16, batch_size: int = 8
-) -> tuple[list[dict[str, torch.Tensor]], str]:
+    config: RunConfig | None, source: ModelSource, *, rows: int = 16, batch_size: int = 8
+) -> tuple[list[Batch], str]:
     """Batches to compare models on, and what they are: held-out text of the run, else random ids."""
-    prompt = model_config["prompt_length"]
+    prompt = source.config.get("prompt_length", 0)
     if config is not None:
         try:
             data = load_rows(
@@ -95,19 +97,25 @@ def sample_batches(
         except UserError:
             pass  # nothing prepared for this config: random ids serve as well to compare two models
         else:
-            batches = list(held_out_batches(data.held_out, batch_size, rows))
-            return batches, f"{sum(len(b['input']) for b in batches)} rows of held-out text"
+            batches = [called(source, batch) for batch in held_out_batches(data.held_out, batch_size, rows)]
+            return batches, f"{sum(len(b['targets']) for b in batches)} rows of held-out text"
     random = torch.Generator().manual_seed(0)
     length = prompt + 128
-    ids = torch.randint(0, model_config["vocab_size"], (batch_size, length), generator=random)
+    ids = torch.randint(0, source.config["vocab_size"], (batch_size, length), generator=random)
     ids[:, :prompt] = torch.arange(prompt) + 2 * prompt
     text = torch.arange(length) >= prompt
-    batch = {
+    batch: Batch = {
         "input": ids,
         "length": torch.full((batch_size,), length),
         "context": (~text).expand(batch_size, -1),
         "position": torch.arange(length).expand(batch_size, -1),
         "segment": (text * 2).expand(batch_size, -1),
         "span": torch.zeros(batch_size, length, dtype=torch.long),
+        "targets": ids,
     }
-    return [batch], f"{batch_size} rows of random ids"
+    return [called(source, batch)], f"{batch_size} rows of random ids"
+
+
+def called(source: ModelSource, batch: Batch) -> Batch:
+    """A batch in the form in which the model is called, with its labels."""
+    return source.adapter.inputs(model_inputs(batch)) | {key: batch[key] for key in LABELS if key in batch}

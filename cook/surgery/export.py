@@ -14,6 +14,9 @@ from cook.adapters.protocol import Adapter
 from cook.base.files import write_json
 from cook.base.tensor_files import ShardWriter, open_safetensors_folder
 
+TOKENIZER_FILES = ("tokenizer", "special_tokens", "vocab", "merges", "generation_config", "chat_template")
+"""How the names of files begin that go along with a model."""
+
 
 class SavesTokenizer(Protocol):
     """A tokenizer that can write its own files."""
@@ -46,10 +49,11 @@ def write_model_folder(
             dtype = dtype or str(tensor.dtype).removeprefix("torch.")
             writer.add(name, tensor)
     plain = dict(config) | {"dtype": dtype}
-    if adapter.modeling_file:
-        plain |= {"auto_map": dict(adapter.auto_map)}
-        module = next(iter(adapter.auto_map.values())).split(".")[0]
-        shutil.copyfile(adapter.modeling_file, folder / f"{module}.py")
+    modeling = adapter.modeling(config)
+    if modeling:
+        plain |= {"auto_map": dict(modeling.auto_map)}
+        module = next(iter(modeling.auto_map.values())).split(".")[0]
+        shutil.copyfile(modeling.file, folder / f"{module}.py")
     write_json(folder / "config.json", plain)
 
 
@@ -60,6 +64,12 @@ def write_tokenizer(folder: Path, tokenizer: SavesTokenizer) -> None:
     write_json(folder / "generation_config.json", ids)
 
 
+def copy_generation_config(source: Path, folder: Path) -> None:
+    """Takes over how another model folder generates, if it says so."""
+    if (source / "generation_config.json").is_file():
+        shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
+
+
 def copy_tokenizer(source: Path, folder: Path) -> bool:
     """Copies the tokenizer's files and the generation config of another model folder; False if it has none."""
     names = [
@@ -67,7 +77,7 @@ def copy_tokenizer(source: Path, folder: Path) -> bool:
         for path in (sorted(source.iterdir()) if source.is_dir() else ())
         if path.is_file()
         and (
-            path.name.startswith(("tokenizer", "special_tokens", "vocab", "merges", "generation_config"))
+            path.name.startswith(TOKENIZER_FILES)
             or path.suffix == ".model"
         )
     ]
@@ -80,9 +90,9 @@ def write_live_format(folder: Path, adapter: Adapter, config: Mapping[str, Any],
     """Adds the family's own `.pt` + JSON to a model folder, where that format can hold the model.
 
     Returns:
-        None when written, else a sentence why the format cannot hold this model.
+        None when written, else a sentence why the format cannot hold this model, or "" if the family has none.
     """
-    live = adapter.live_config(config)
+    live = adapter.live_config(config) if adapter.live_config else ""
     if isinstance(live, str):
         return live
     tensors = open_safetensors_folder(folder)

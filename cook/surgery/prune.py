@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from cook.adapters.source import ModelSource
 from cook.base.errors import UserError
-from cook.masks.mask_file import write_mask_file
+from cook.masks.mask_file import read_masks, write_mask_file
 from cook.masks.mask_set import Masks, coarse_to_tensors, fine_to_tensors
 from cook.space.units import PruningSpace
 from cook.surgery.export import write_live_format, write_model_folder
@@ -26,11 +26,15 @@ class Pruned:
 
     folder: Path
     config: dict[str, Any]
+    needs_remote_code: bool
+    """False: a stock class loads it."""
     live_obstacle: str | None
-    """Why the family's own format cannot hold it; None if that was written too."""
+    """Why the family's own format cannot hold it; None if that was written too, "" if it has no such format."""
 
 
-def prune_to_folder(source: ModelSource, space: PruningSpace, masks: Masks, output: Path) -> Pruned:
+def prune_to_folder(
+    source: ModelSource, space: PruningSpace, masks: Masks, output: Path, *, record: Masks | None = None
+) -> Pruned:
     """Reshapes a model tensor by tensor into `output`, which appears only when it is complete.
 
     Peak memory is one source tensor and one output shard.
@@ -40,6 +44,7 @@ def prune_to_folder(source: ModelSource, space: PruningSpace, masks: Masks, outp
         space: Its space.
         masks: 0/1 a unit, by group name.
         output: The folder to write; an earlier export there is replaced.
+        record: Masks to keep in the folder in place of `masks`.
     """
     if output.resolve() in (source.path.resolve(), *source.path.resolve().parents):
         raise UserError(f"{output}: would overwrite the model it is made from", remedy="choose another --output")
@@ -49,19 +54,50 @@ def prune_to_folder(source: ModelSource, space: PruningSpace, masks: Masks, outp
         raise UserError(f"{output}: holds something other than a model", remedy="choose another --output")
     aside = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    config = source.adapter.shrunk_config(source.config, kept_units(space, masks))
+    shrunk = source.adapter.shrink(source.config, space, kept_units(space, masks))
+    tensors = ((shrunk.renamed.get(name, name), tensor) for name, tensor in reshaped(source.tensors, space, masks))
     try:
-        write_model_folder(aside, source.adapter, config, reshaped(source.tensors, space, masks))
-        obstacle = write_live_format(aside, source.adapter, config, "cpm_live")
-        write_mask_file(aside / "masks" / "coarse.pt", coarse_to_tensors(space, masks))
-        fine = _fine_if_even(space, masks)
+        write_model_folder(aside, source.adapter, shrunk.config, tensors)
+        obstacle = write_live_format(aside, source.adapter, shrunk.config, "cpm_live")
+        record = masks if record is None else record
+        write_mask_file(aside / "masks" / "coarse.pt", coarse_to_tensors(space, record))
+        fine = _fine_if_even(space, record)
         if fine:
             write_mask_file(aside / "masks" / "fine.pt", fine)
         shutil.rmtree(output, ignore_errors=True)
         aside.rename(output)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return Pruned(folder=output, config=config, live_obstacle=obstacle)
+    needs_remote_code = source.adapter.modeling(shrunk.config) is not None
+    return Pruned(
+        folder=output, config=shrunk.config, needs_remote_code=needs_remote_code, live_obstacle=obstacle
+    )
+
+
+def reshaped_source(source: ModelSource, space: PruningSpace, masks: Masks) -> ModelSource:
+    """The same in memory: the small model's config and weights."""
+    shrunk = source.adapter.shrink(source.config, space, kept_units(space, masks))
+    tensors = {shrunk.renamed.get(name, name): tensor for name, tensor in reshaped(source.tensors, space, masks)}
+    return replace(source, config=shrunk.config, tensors=tensors)
+
+
+def open_masks(
+    source: ModelSource, *, coarse: str | None = None, heads: str | None = None, dimff: str | None = None
+) -> tuple[PruningSpace, dict[str, torch.Tensor]]:
+    """The masks in some files, and the model's space with the units of attention that they speak of.
+
+    Raises:
+        UserError: a file that is not a mask, is another model's, or contradicts another one.
+    """
+    spaces = [source.adapter.space(source.config, unit) for unit in source.adapter.head_units(source.config)]
+    problem: UserError | None = None
+    for space in spaces:
+        try:
+            return space, read_masks(space, coarse=coarse, heads=heads, dimff=dimff)
+        except UserError as error:
+            problem = problem or error
+    assert problem is not None
+    raise problem
 
 
 def _fine_if_even(space: PruningSpace, masks: Masks) -> dict[str, torch.Tensor]:
@@ -70,15 +106,6 @@ def _fine_if_even(space: PruningSpace, masks: Masks) -> dict[str, torch.Tensor]:
         return fine_to_tensors(space, masks)
     except UserError:
         return {}
-
-
-def build_model(source: ModelSource) -> torch.nn.Module:
-    """The whole model in memory, in fp32 and eval mode."""
-    with torch.device("meta"):
-        model = source.adapter.build(source.config)
-    weights = {name: tensor.float() for name, tensor in source.tensors.items()}
-    model.load_state_dict(weights, strict=True, assign=True)
-    return model.eval()
 
 
 def mask_model(model: torch.nn.Module, space: PruningSpace, masks: Mapping[str, torch.Tensor]) -> AttachedGates:

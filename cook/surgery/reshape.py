@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from cook.base.errors import UserError
-from cook.masks.mask_set import Masks
+from cook.masks.mask_set import Masks, is_even
+from cook.space.counts import weights_gone
 from cook.space.units import PruningSpace, WeightSlice
 
 
@@ -27,8 +28,8 @@ def reshaped(
     """The weights of the small model, one after the other; only one source tensor is in memory at a time.
 
     A matrix by whose input size the model divides at run time (`fan_in`) is multiplied by √(new/old) where it lost
-    columns, for the product to stay what it was. A block whose heads or dims are all masked is dropped whole, since
-    what it adds to the residual stream is zero.
+    columns, for the product to stay what it was. A block whose heads or dims are all masked is dropped but for its
+    residue, since all else that it adds to the residual stream is zero.
 
     Args:
         tensors: The masked model's weights, in the shapes of `space`.
@@ -48,28 +49,32 @@ def reshaped(
     for group in space.groups:
         if group.name not in kept:
             continue
-        if not kept[group.name]:
-            block = group if group.kind == "layer" else space.block(group)
-            dropped |= {piece.path for piece in block.slices}
-        elif len(kept[group.name]) < group.size:
+        dropped |= weights_gone(space, group, len(kept[group.name]))
+        if kept[group.name] and len(kept[group.name]) < group.size:
+            assert is_even(group, masks[group.name]), f"{group.name} keeps more of one section than of another"
+            removed = tuple(sorted(set(range(group.size)) - set(kept[group.name])))
             for piece in group.slices:
-                cuts.setdefault(piece.path, []).append((piece, kept[group.name]))
+                cuts.setdefault(piece.path, []).append((piece, removed))
     for path in space.shapes:
         if path not in dropped:
             tensor = tensors[path]
             if tensor.shape != space.shapes[path]:
                 got = f"shape {tuple(tensor.shape)}"
                 raise UserError(f"the weight {path!r} is not the config's", wanted=space.shapes[path], got=got)
-            for piece, units in cuts.get(path, ()):
-                tensor = _cut(tensor, piece, units)
-            yield path, tensor
+            yield path, _cut(tensor, cuts[path]) if path in cuts else tensor
 
 
-def _cut(tensor: torch.Tensor, piece: WeightSlice, units: tuple[int, ...]) -> torch.Tensor:
-    starts = torch.tensor(units) * piece.block
-    indices = (starts[:, None] + torch.arange(piece.block)).flatten()
-    cut = tensor.index_select(piece.dim, indices)
-    if piece.fan_in:
-        # In float64: the one rounding is that of the result.
-        cut = (cut.double() * (len(indices) / tensor.shape[piece.dim]) ** 0.5).to(tensor.dtype)
-    return cut
+def _cut(tensor: torch.Tensor, cuts: Sequence[tuple[WeightSlice, tuple[int, ...]]]) -> torch.Tensor:
+    """Takes units away, all of a dimension at once: indices count in the whole tensor."""
+    scale = 1.0
+    for dim in sorted({piece.dim for piece, _ in cuts}):
+        stays = torch.ones(tensor.shape[dim], dtype=torch.bool)
+        for piece, removed in cuts:
+            if piece.dim == dim:
+                starts = piece.offset + torch.tensor(removed) * piece.block
+                stays[(starts[:, None] + torch.arange(piece.block)).flatten()] = False
+        if any(piece.fan_in for piece, _ in cuts if piece.dim == dim):
+            scale *= (int(stays.sum()) / len(stays)) ** 0.5
+        tensor = tensor.index_select(dim, stays.nonzero().flatten())
+    # In float64: the one rounding is that of the result.
+    return tensor if scale == 1.0 else (tensor.double() * scale).to(tensor.dtype)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from cook.base import distributed
+from cook.base.batches import CallForm, as_it_is
 from cook.base.errors import UserError
 from cook.base.tensor_files import LazyTensors
 from cook.config.types import TrainingConfig
@@ -82,6 +83,7 @@ class Engine:
         training: The stage's training section.
         deepspeed_config: The user's config, `auto` values included.
         make_optimizer: Makes the optimizer where the DeepSpeed config names none.
+        call_form: Of the model.
     """
 
     def __init__(
@@ -91,9 +93,10 @@ class Engine:
         training: TrainingConfig,
         deepspeed_config: Mapping[str, Any],
         make_optimizer: MakeOptimizer = pretraining_adamw,
+        call_form: CallForm = as_it_is,
     ):
         deepspeed = _import_deepspeed()
-        self._deepspeed = deepspeed
+        self._deepspeed, self._call_form = deepspeed, call_form
         self.precision = resolve_precision(training, deepspeed_config)
         world = distributed.world_size()
         self.config = check_settings(training, deepspeed_config, world_size=world)
@@ -173,7 +176,7 @@ class Engine:
         return self.precision == "fp16" and self.loss_scale > getattr(scaler, "min_scale", self.loss_scale)
 
     def __call__(self, **inputs: Any) -> Any:
-        return self._engine(**inputs)
+        return self._engine(**self._call_form(inputs))
 
     def backward(self, loss: torch.Tensor) -> None:
         """Backward pass of one micro-batch; gradients add up as loss / accumulation."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cook.base import distributed
+from cook.base.batches import Batch
 from cook.base.errors import Interrupted
 from cook.base.signals import Request, Signals
 from cook.config.types import TrainingConfig
@@ -28,7 +29,7 @@ from cook.training.losses import TaskLoss, token_loss
 from cook.training.manifest import folder_of
 from cook.training.optim import learning_rate
 from cook.training.saver import Position, Saver
-from cook.training.step import Batch, ExtraLoss, StepResult, train_step
+from cook.training.step import ExtraLoss, StepResult, train_step
 
 
 class Batches(Protocol):

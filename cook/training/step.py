@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from cook.base import distributed
+from cook.base.batches import Batch, on_device
 from cook.base.faults import point
 from cook.base.signals import Request
 from cook.data.losses import model_inputs
@@ -18,7 +19,6 @@ from cook.surgery.gates import AttachedGates
 from cook.training.engine import Engine
 from cook.training.losses import TaskLoss, token_loss
 
-Batch = dict[str, torch.Tensor]
 ExtraLoss = Callable[[Batch, torch.Tensor], torch.Tensor]
 """From a batch and the student's logits to a loss summed over the batch's targets."""
 
@@ -145,7 +145,7 @@ def _problem(num_bad: int, bad: torch.Tensor, z_gradient: torch.Tensor | None) -
 def _losses(
     engine: Engine, batch: Batch, task_loss: TaskLoss, extra_loss: ExtraLoss | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    batch = {key: value.to(engine.device, non_blocking=True) for key, value in batch.items()}
+    batch = on_device(batch, engine.device)
     output = engine(**model_inputs(batch))
     loss = task_loss(output, batch)
     return loss, loss if extra_loss is None else loss + extra_loss(batch, output.logits)

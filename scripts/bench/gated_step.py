@@ -15,7 +15,7 @@ import time
 import torch
 from common import machine, publish
 
-from cook.adapters.registry import by_family
+from cook.adapters.registry import by_config
 from cook.base.signals import Request
 from cook.config.types import TrainingConfig
 from cook.masks.controller import Constraint
@@ -103,7 +103,7 @@ def main() -> None:
     options = arguments()
     initialise_processes(None)
     config = model_config(options.shape)
-    adapter = by_family("cpm_ant")
+    adapter = by_config({})
     space = adapter.space(config)
     training = TrainingConfig(
         steps=1000, train_batch_size=options.rows, micro_batch_size=options.rows, learning_rate=1e-3,
@@ -135,7 +135,7 @@ def main() -> None:
                 peaks[name] = torch.cuda.max_memory_allocated() / 2**30
                 torch.cuda.reset_peak_memory_stats()
     tokens = options.rows * options.length
-    flops = 3 * tokens * forward_flops(space, context=options.length, logits=adapter.logits_weight)
+    flops = 3 * tokens * forward_flops(space, context=options.length)
     rows = []
     for name in variants:
         seconds = statistics.median(times[name])

@@ -15,13 +15,13 @@ import torch
 from common import publish
 from gated_step import batch_of
 
-from cook.adapters.registry import by_family
-from cook.adapters.source import ModelSource
+from cook.adapters.registry import by_config
+from cook.adapters.source import ModelSource, load_model
 from cook.evaluation.equality import largest_difference
 from cook.evaluation.speed import forward_seconds
 from cook.masks.random_masks import random_masks_like
 from cook.space.counts import forward_flops, parameters
-from cook.surgery.prune import build_model, mask_model
+from cook.surgery.prune import mask_model
 from cook.surgery.reshape import kept_units, reshaped
 
 
@@ -42,16 +42,16 @@ def main() -> None:
         model_type="cook_cpm_ant", vocab_size=options.vocab_size, dim_model=options.dim_model, num_heads=16,
         num_layers=options.layers, dim_head=128, dim_ff=700, prompt_length=32,
     )  # fmt: skip
-    adapter = by_family("cpm_ant")
+    adapter = by_config({})
     space = adapter.space(config)
     torch.manual_seed(0)
     weights = dict(adapter.build(config).state_dict())
     shape = {g.name: (torch.arange(g.size) < (4 if g.kind == "heads" else 350)).float()
              for g in space.groups if g.kind != "layer"}  # fmt: skip
     masks = random_masks_like(space, shape, torch.Generator().manual_seed(0))
-    small_config = adapter.shrunk_config(config, kept_units(space, masks))
-    dense = build_model(ModelSource(adapter=adapter, config=config, tensors=weights, path=Path()))
-    small = build_model(
+    small_config = adapter.shrink(config, space, kept_units(space, masks)).config
+    dense = load_model(ModelSource(adapter=adapter, config=config, tensors=weights, path=Path()))
+    small = load_model(
         ModelSource(adapter=adapter, config=small_config, tensors=dict(reshaped(weights, space, masks)), path=Path())
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -61,7 +61,7 @@ def main() -> None:
         batch = batch_of(config, options.rows, options.length)
         seconds = forward_seconds(models, [batch], device, repeats=options.repeats)
         kept = {name: int(mask.sum()) for name, mask in masks.items()}
-        flops = [forward_flops(space, k, context=options.length, logits=adapter.logits_weight) for k in ({}, kept)]
+        flops = [forward_flops(space, k, context=options.length) for k in ({}, kept)]
         speed_up, reduction = seconds["dense"] / seconds["small"], flops[0] / flops[1]
         rows.append({
             "dtype": str(dtype).removeprefix("torch."),

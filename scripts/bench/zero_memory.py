@@ -25,7 +25,7 @@ from common import publish
 def worker(stage: int, precision: str) -> None:
     from gated_step import SHAPES, batch_of
 
-    from cook.adapters.registry import by_family
+    from cook.adapters.registry import by_config
     from cook.base import distributed
     from cook.base.signals import Request
     from cook.config.types import TrainingConfig
@@ -35,7 +35,7 @@ def worker(stage: int, precision: str) -> None:
 
     initialise_processes(1)
     config = SHAPES["default"] | {"model_type": "cook_cpm_ant"}
-    adapter = by_family("cpm_ant")
+    adapter = by_config({})
     training = TrainingConfig(
         steps=10, train_batch_size=2, micro_batch_size=1, learning_rate=1e-3, precision=precision  # type: ignore[arg-type]
     )

@@ -43,7 +43,7 @@ def test_pruning_twice_names_the_original_heads(seed):
     for step in range(2):
         space = ADAPTER.space(config)
         masks = random_masks(space, 10 * seed + step, blocks=0.9, units=0.6)
-        config = ADAPTER.shrunk_config(config, kept_units(space, masks))
+        config = ADAPTER.shrink(config, space, kept_units(space, masks)).config
         after = ADAPTER.space(config)
         kept = kept_counts(masks)
         for group in after.groups:
@@ -56,10 +56,10 @@ def test_equal_sizes_keep_the_plain_fields():
     config = config_of()
     space = ADAPTER.space(config)
     kept = {f"layers.{i}.dimff": tuple(range(i, i + 7)) for i in range(3)} | {"layers.1.ffn": ()}
-    shrunk = ADAPTER.shrunk_config(config, kept)
+    shrunk = ADAPTER.shrink(config, space, kept).config
     assert (shrunk["dim_ff"], shrunk["layer_dim_ff"], shrunk["layer_heads"]) == (7, None, None)
     assert shrunk["mask_modules"] == [[False, False], [False, True], [False, False]]
-    assert ADAPTER.shrunk_config(config, {g.name: tuple(range(g.size)) for g in space.groups}) == config | {
+    assert ADAPTER.shrink(config, space, {g.name: tuple(range(g.size)) for g in space.groups}).config == config | {
         "mask_modules": None, "layer_dim_ff": None, "layer_heads": None
     }  # fmt: skip
 

@@ -98,7 +98,7 @@ def test_a_damaged_pointer_leads_nowhere_else(tmp_path, latest):
     ("config", "word"),
     [
         ("[1]", "JSON object"),
-        ('{"model_type": "llama"}', "no adapter"),
+        ('{"model_type": "none"}', "no adapter"),
         ('{"num_layers": 2, "colour": 1}', "colour"),
         ('{"model_type": "cook_cpm_ant", "num_layers": 0}', "contradicts itself"),
         ('{"model_type": "cook_cpm_ant", "num_layers": 3, "mask_modules": [[true, false]]}', "contradicts itself"),

@@ -10,7 +10,7 @@ import pytest
 import cook.config.load as load_module
 from cook.base.errors import UserErrors
 from cook.config.load import load_config
-from cook.config.types import STAGE_NAMES, described_stage
+from cook.config.types import STAGE_NAMES, described_stage, for_stage
 
 ROOT = Path(load_module.__file__).parents[2]
 SIZES = {  # attention blocks, FFN blocks, heads, dim_ff, parameters: the ladder as CPM-Ant's authors published it
@@ -64,7 +64,7 @@ def stand_ins(elsewhere, in_root):
 
 def test_every_shipped_file_is_known_here():
     shipped = {path.parent.name for path in (ROOT / "config").rglob("bmcook.json")}
-    assert shipped == {"config"} | {f"{big}_to_{small}" for big, small in RUNGS}
+    assert shipped == {"config", "smollm2"} | {f"{big}_to_{small}" for big, small in RUNGS}
 
 
 @pytest.mark.parametrize("world_size", [None, 1, 2, 4, 8])
@@ -83,6 +83,22 @@ def test_the_default_can_prune_in_the_other_order(in_root):
     names = ["layer_mask", "layer_finetune", "ffn_mask", "ffn_finetune", "att_mask", "att_finetune"]
     setting = "stages=" + json.dumps([{"name": name} for name in names])
     assert [entry.name for entry in load_config("config/bmcook.json", [setting]).stages] == names
+
+
+@pytest.mark.parametrize("world_size", [None, 1, 2])
+def test_smollm2_lacks_nothing_but_its_folder(elsewhere, in_root, world_size):
+    path = ROOT / "config" / "smollm2" / "bmcook.json"
+    (elsewhere / "model").mkdir()
+    sizes = {"vocab_size": 49152, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536}
+    (elsewhere / "model" / "config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
+    model = elsewhere / "model"
+    config = load_config(path, [f"model.path={model}", f"tokenizer.path={model}"], world_size=world_size)
+    assert described_stage(config) == "ffn_mask" and config.model.type == "hf"
+    assert not for_stage(config, "ffn_mask").training.train_weights
+    assert for_stage(config, "ffn_finetune").training.train_weights
+    assert config.fine.target_dimff == round(0.7 * config.fine.dim_ff) and config.training.precision == "bf16"
+    with pytest.raises(UserErrors, match="path\\(s\\) do not exist"):
+        load_config(path)
 
 
 @pytest.mark.parametrize("big, small", RUNGS)

@@ -8,35 +8,30 @@ import sys
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
-from cook.adapters.cpm_ant import ADAPTER
+from cook.adapters.source import load_model, open_model
 from cook.base.errors import UserError
-from cook.evaluation.__main__ import evaluate, load, windows
+from cook.evaluation.__main__ import main
+from cook.masks.mask_file import write_mask_file
+from cook.masks.mask_set import coarse_to_tensors, fine_to_tensors
+from cook.models.cpm_ant import CpmAntForCausalLM
 from cook.surgery.export import write_model_folder
+from cook.surgery.prune import prune_to_folder
+from tests.evaluation.conftest import IDS, TEXT, write_tokenizer
 from tests.models.cpm_ant_tiny import RAGGED, tiny_model
-from tests.tiny_pruning import config_of
+from tests.tiny_families import tiny_source
+from tests.tiny_pruning import random_masks
 
-WORDS = [f"w{i}" for i in range(61)]
-TEXT = " ".join(WORDS[i * i % 61] for i in range(100))
-
-
-@pytest.fixture
-def folder(tmp_path):
-    path = tmp_path / "model"
-    write_model_folder(path, ADAPTER, config_of(**RAGGED), tiny_model(**RAGGED).state_dict().items())
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path)
-    return path
+FIELDS = {"model", "loss", "perplexity", "bits_per_byte", "method", "tokens", "tokens_per_second", "peak_memory_bytes",
+          "parameters", "dtype", "device"}  # fmt: skip
+SPEED = {"prefill_tokens_per_second", "decode_tokens_per_second", "first_token_ms", "token_ms"}
 
 
 def numpy_loss(model, window, count):
-    ids = torch.tensor([i * i % 61 for i in range(100)])
     losses = []
     for number in range(count):
-        row = ids[number * window : (number + 1) * window]
+        row = torch.tensor(IDS[number * window : (number + 1) * window])
         with torch.no_grad():
             logits = model(input_ids=row[None]).logits[0].numpy().astype(np.float64)
         for place in range(window - 1):
@@ -44,55 +39,129 @@ def numpy_loss(model, window, count):
     return float(np.mean(losses)), len(losses)
 
 
+@pytest.fixture
+def text(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    return str(tmp_path / "text.txt")
+
+
+def evaluate(capsys, *options):
+    main([str(option) for option in options])
+    return json.loads(capsys.readouterr().out)
+
+
 @pytest.mark.parametrize(("window", "limit", "count"), [(16, None, 6), (16, 2, 2), (100, None, 1)])
-def test_loss_of_the_windows(folder, window, limit, count):
-    model, tokenizer = load(str(folder), False)
-    got = evaluate(model, tokenizer, TEXT, window=window, batch_size=4, limit=limit)
-    loss, tokens = numpy_loss(tiny_model(**RAGGED), window, count)
+def test_loss_of_the_windows(folder, text, capsys, window, limit, count):
+    options = ["--window", window, "--batch-size", 4, "--no-speed", *(["--max-windows", limit] if limit else [])]
+    got = evaluate(capsys, "--model", folder, "--data", text, *options)
+    model = tiny_model(**RAGGED)
+    loss, tokens = numpy_loss(model, window, count)
+    assert set(got) == FIELDS and got["method"] == "windowed"
     assert got["loss"] == pytest.approx(loss, rel=1e-5) and got["tokens"] == tokens
     assert got["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
-    assert got["parameters"] == sum(p.numel() for p in model.parameters()) and got["tokens_per_second"] > 0
-    share = len(TEXT) * count * window / 100
-    assert got["bits_per_byte"] == pytest.approx(loss * tokens / math.log(2) / share, rel=1e-5)
+    assert got["bits_per_byte"] == pytest.approx(loss / math.log(2) * len(IDS) / len(TEXT), rel=1e-5)
+    assert got["parameters"] == sum(p.numel() for p in model.parameters())
+    assert got["tokens_per_second"] > 0 and 0 < got["peak_memory_bytes"] < 1 << 30
+    assert (got["dtype"], got["device"]) == ("float32", "cpu")
 
 
-def test_windows_leave_the_rest_out():
-    batches = list(windows(torch.arange(23), 5, 3, None))
-    assert [batch.shape for batch in batches] == [(3, 5), (1, 5)] and int(batches[-1][-1, -1]) == 19
+def test_a_stock_model_strided_and_with_bos(stock_folder, text, capsys):
+    got = evaluate(capsys, "--model", stock_folder, "--data", text, "--window", 16, "--stride", 5, "--bos",
+                   "--prompt-tokens", 8, "--new-tokens", 2, "--repeats", 1)  # fmt: skip
+    model, losses = AutoModelForCausalLM.from_pretrained(stock_folder), []
+    for place, token in enumerate(IDS):
+        start = max(0, math.ceil((place + 1 - 15) / 5)) * 5
+        with torch.no_grad():
+            logits = model(torch.tensor([[61, *IDS[start:place]]])).logits[0, -1].double()
+        losses.append(float(torch.logsumexp(logits, 0) - logits[token]))
+    assert got["tokens"] == 100 and got["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert set(got) == FIELDS | SPEED and all(got[name] > 0 for name in SPEED) and got["method"] == "strided"
 
 
-def test_the_command(folder, tmp_path):
-    (tmp_path / "text.txt").write_text(TEXT)
+def test_other_precision(folder, text, capsys):
+    options = ("--model", folder, "--data", text, "--window", 20, "--no-speed")
+    rough, exact = evaluate(capsys, *options, "--dtype", "bfloat16"), evaluate(capsys, *options)
+    assert rough["dtype"] == "bfloat16" and rough["loss"] != exact["loss"]
+    assert rough["loss"] == pytest.approx(exact["loss"], rel=0.05)  # 8 bits of mantissa
+
+
+def test_a_model_that_has_broken_down_is_still_json(folder, text, capsys, monkeypatch):
+    monkeypatch.setattr(CpmAntForCausalLM, "logits", lambda _, x: x.new_full((*x.shape[:2], 61), math.nan))
+    got = evaluate(capsys, "--model", folder, "--data", text, "--window", 20, "--no-speed")
+    assert got["loss"] is got["perplexity"] is got["bits_per_byte"] is None and got["tokens"] == 95
+
+
+def test_the_command(folder, text, tmp_path):
     (tmp_path / "bad.txt").write_bytes(b"ab\xff")
 
     def run(*options):
         command = [sys.executable, "-m", "cook.evaluation", "--model", str(folder), "--window", "20", *options]
         return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
-    done = run("--data", str(tmp_path / "text.txt"))
+    done = run("--data", text, "--prompt-tokens", "8", "--new-tokens", "2")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     loss, _ = numpy_loss(tiny_model(**RAGGED), 20, 5)
-    assert result["model"] == str(folder) and result["loss"] == pytest.approx(loss)
+    assert result["model"] == str(folder) and result["loss"] == pytest.approx(loss) and set(result) == FIELDS | SPEED
     refused = run("--data", str(tmp_path / "bad.txt"))
     assert refused.returncode == 2 and "bad.txt: not UTF-8 at byte 2" in refused.stderr
     assert refused.stdout == "" and "Traceback" not in refused.stderr
 
 
-@pytest.mark.parametrize("change", ["no config", "list", "weights"])
-def test_folders_that_cannot_be_loaded(folder, change):
-    config = folder / "config.json"
-    if change == "no config":
-        config.unlink()
-    elif change == "list":
-        config.write_text("[]")
-    else:
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"dim_model": 30}))
-    with pytest.raises(UserError):
-        load(str(folder), False)
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--window", "101"], "less than a window"),
+        (["--window", "1", "--batch-size", "0"], "--window is too small.*--batch-size is too small"),
+        (["--window", "8", "--stride", "9"], "at most 8"),
+        (["--window", "8", "--stride", "8", "--bos"], "at most 7"),
+        (["--window", "20", "--bos"], "no beginning-of-sequence token"),
+        (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
+        (["--data", "missing.txt"], "missing.txt: cannot be read"),
+        (["--data", "/dev/null"], "nothing to score"),
+    ],
+)
+def test_mistakes(folder, text, options, words):
+    with pytest.raises(UserError, match="(?s)" + words):
+        main(["--model", str(folder), "--data", text, "--no-speed", *options])
 
 
-def test_a_text_shorter_than_a_window_is_refused(folder):
-    model, tokenizer = load(str(folder), False)
-    with pytest.raises(UserError, match="less than a window"):
-        evaluate(model, tokenizer, TEXT, window=101, batch_size=4, limit=None)
+@pytest.mark.parametrize(
+    "options", [["--window", "65"], ["--window", "8", "--prompt-tokens", "60", "--new-tokens", "5"]]
+)
+def test_more_positions_than_the_model_has(stock_folder, text, options):
+    with pytest.raises(UserError, match="the model has 64 positions"):
+        main(["--model", str(stock_folder), "--data", text, *options])
+
+
+@pytest.mark.parametrize("architecture", ["BertForMaskedLM", "BertModel", "BertForSequenceClassification"])
+def test_encoders_have_no_perplexity(tmp_path, text, architecture):
+    source = tiny_source("bert", architectures=[architecture])
+    write_model_folder(tmp_path / "bert", source.adapter, source.config, source.tensors.items())
+    write_tokenizer(tmp_path / "bert")
+    with pytest.raises(UserError, match="is no causal language model"):
+        main(["--model", str(tmp_path / "bert"), "--data", text, "--window", "20"])
+
+
+@pytest.mark.parametrize("name", ["llama, tied", "gemma2", "gpt2", "gpt_neox", "opt, norms behind"])
+def test_decoders_and_their_ragged_exports(tmp_path, text, capsys, name):
+    """The dense model with its masks scores as the reshaped one does, and as the loss of transformers."""
+    source = tiny_source(name)
+    space = source.adapter.space(source.config)
+    masks = random_masks(space, 5) if all(g.sections == 1 for g in space.groups) else {}
+    write_model_folder(tmp_path / "dense", source.adapter, source.config, source.tensors.items())
+    prune_to_folder(open_model(tmp_path / "dense"), space, masks, tmp_path / "small")
+    write_mask_file(tmp_path / "coarse.pt", coarse_to_tensors(space, masks))
+    write_mask_file(tmp_path / "fine.pt", fine_to_tensors(space, masks))
+    for folder in ("dense", "small"):
+        write_tokenizer(tmp_path / folder)
+    held = ("--coarse-mask", tmp_path / "coarse.pt", "--heads-mask", tmp_path / "fine.pt")
+    options = ("--data", text, "--window", 20, "--prompt-tokens", 6, "--new-tokens", 2, "--repeats", 1)
+    masked = evaluate(capsys, "--model", tmp_path / "dense", *held, *options)
+    small = evaluate(capsys, "--model", tmp_path / "small", *options)
+    model = load_model(open_model(tmp_path / "small"))
+    rows = torch.tensor(IDS).view(5, 20)
+    with torch.no_grad():
+        wanted = torch.stack([model(input_ids=row[None], labels=row[None]).loss for row in rows]).mean()
+    assert small["loss"] == pytest.approx(float(wanted), rel=1e-5) == pytest.approx(masked["loss"], rel=1e-5)
+    assert set(small) == FIELDS | SPEED and small["parameters"] < masked["parameters"]

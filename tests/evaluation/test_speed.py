@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 
+from cook.base.errors import UserError
 from cook.evaluation import speed
+from tests.models.cpm_ant_tiny import tiny_model
 
 
 def test_medians_without_the_warm_up(monkeypatch):
@@ -24,3 +29,52 @@ def test_medians_without_the_warm_up(monkeypatch):
     models = {"slow": model("slow", [99, 99, 3, 4, 5, 4, 50, 1]), "fast": model("fast", [99, 1, 1, 1, 2, 1, 1, 1])}
     assert speed.forward_seconds(models, batches, torch.device("cpu"), repeats=3) == {"slow": 9.0, "fast": 2.0}
     assert calls == ["slow", "slow", "fast", "fast"] * 4  # by turns
+
+
+def test_prefill_and_decode_by_turns(monkeypatch):
+    now, calls = [0.0], []
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
+
+    class Model:
+        def __init__(self, name, slow):
+            self.name, self.slow, self.round = name, slow, -1
+
+        def forward(self, input_ids, past_key_values=None, use_cache=None, logits_to_keep=0):
+            assert use_cache and not torch.is_grad_enabled()
+            self.round += past_key_values is None
+            outlier = 100 if self.round == 0 else 7 if self.round == 2 else 1
+            now[0] += self.slow * outlier * (3 if past_key_values is None else 0.5)
+            calls.append((self.name, tuple(input_ids.shape), logits_to_keep))
+            seen = (past_key_values or 0) + input_ids.shape[1]
+            return SimpleNamespace(logits=torch.eye(9)[None, -1:].expand(2, 1, 9), past_key_values=seen)
+
+        __call__ = forward
+
+    models = {"slow": Model("slow", 4), "fast": Model("fast", 1)}
+    prompts = {name: torch.zeros(2, 5, dtype=torch.long) for name in models}
+    got = speed.generation_speed(models, prompts, new_tokens=3, repeats=3)
+    one = [(name, shape, keep) for name in models for shape, keep in [((2, 5), 1), *[((2, 1), 0)] * 3]]
+    assert calls == one * 4
+    assert (got["slow"].prefill, got["fast"].prefill) == (12, 3) and got["fast"].decode == 1.5
+    record = got["fast"].as_record()
+    assert record["prefill_tokens_per_second"] == pytest.approx(10 / 3) and record["first_token_ms"] == 3000
+    assert record["decode_tokens_per_second"] == pytest.approx(4) and record["token_ms"] == pytest.approx(500)
+
+
+def test_decoding_goes_on_as_generate_does():
+    model, ids = tiny_model(), torch.tensor([[7, 8, 9, 4]])
+    fed = []
+    handle = model.register_forward_pre_hook(lambda m, a, k: fed.append(k["input_ids"].tolist()), with_kwargs=True)
+    speed.generation_speed({"m": model}, {"m": ids}, new_tokens=5, repeats=1)
+    handle.remove()
+    wanted = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=-1)[0, 4:]
+    assert fed[-5:] == [[[int(token)]] for token in wanted]
+
+
+def test_a_model_without_a_cache_is_refused():
+    class Model(torch.nn.Module):
+        def forward(self, input_ids, use_cache):
+            return SimpleNamespace(logits=torch.zeros(1, 3, 9), past_key_values=None)
+
+    with pytest.raises(UserError, match="keeps no cache"):
+        speed.generation_speed({"m": Model()}, {"m": torch.zeros(1, 3, dtype=torch.long)}, new_tokens=1, repeats=1)

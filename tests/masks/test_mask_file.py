@@ -178,7 +178,7 @@ HOSTILE = """
     from cook.base.errors import UserError
     from cook.masks.mask_file import read_masks
     from cook.space.units import PruningSpace
-    space = PruningSpace(num_layers=3, shapes={}, groups=())
+    space = PruningSpace(num_layers=3, shapes={}, groups=(), logits_weight="w")
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (300 << 20),) * 2)
     for path in sys.argv[1:]:

@@ -20,7 +20,7 @@ SPACES = {name: (changes, tiny_space(**changes)) for name, changes in {"plain": 
 
 def reshaped_model(changes, masks, space):
     with torch.device("meta"):
-        return ADAPTER.build(ADAPTER.shrunk_config(config_of(**changes), kept_units(space, masks)))
+        return ADAPTER.build(ADAPTER.shrink(config_of(**changes), space, kept_units(space, masks)).config)
 
 
 @pytest.mark.parametrize("name", SPACES)
@@ -81,24 +81,24 @@ def test_flops_are_those_that_torch_counts(kept):
     counted = flops["Global"] - flops["CpmAntForCausalLM.position_bias"]  # built once, whatever the depth
     # The model makes logits for the text alone, not for the 5 positions of the prompt.
     head = 2 * 24 * 61
-    ours = forward_flops(space, kept, context=length, logits="input_embedding.weight")
+    ours = forward_flops(space, kept, context=length)
     assert counted == rows * (length * (ours - head) + (length - 5) * head)
 
 
 def _shape(masks, space):
-    config = ADAPTER.shrunk_config(config_of(), kept_units(space, masks))
+    config = ADAPTER.shrink(config_of(), space, kept_units(space, masks)).config
     return {k: config[k] for k in ("mask_modules", "layer_heads", "layer_dim_ff", "dim_ff")}
 
 
 def test_flops_by_hand():
     # 3 layers: 4 projections of 24 × 24, an FFN of 3 · 24 · 20, scores and values over 10 keys; 61 logits.
-    flops = forward_flops(SPACES["plain"][1], context=10, logits="input_embedding.weight")
+    flops = forward_flops(SPACES["plain"][1], context=10)
     assert flops == 3 * (2 * 4 * 24 * 24 + 2 * 3 * 24 * 20 + 4 * 10 * 24) + 2 * 61 * 24
 
 
 def test_blocks_that_must_stay_count_in_the_whole_and_not_in_the_target():
     space = SPACES["plain"][1]
     only_ffn = restrict(space, ["w_in.w_0.weight", "w_in.w_1.weight", "w_out.weight"], {})
-    flops = [forward_flops(s, context=10, logits="input_embedding.weight") for s in (space, only_ffn)]
+    flops = [forward_flops(s, context=10) for s in (space, only_ffn)]
     assert flops[0] == flops[1] and parameters(space) == parameters(only_ffn)
     assert block_parameters(only_ffn) == 3 * (3 * 24 * 20 + 24)

@@ -71,7 +71,7 @@ def test_the_memory_of_a_rank_is_zeros_formula(config, precision, zero, ranks, e
         f"training.precision={precision}", f"deepspeed.zero_optimization.stage={zero}",
         "training.micro_batch_size=1", world_size=ranks,
     )  # fmt: skip
-    space = PruningSpace(num_layers=1, shapes={"w": (N, 1)}, groups=())
+    space = PruningSpace(num_layers=1, shapes={"w": (N, 1)}, groups=(), logits_weight="w")
     assert _state_bytes(plan_stage(loaded, "pretrain"), space, ranks) == pytest.approx(N * expected)
 
 
@@ -82,7 +82,7 @@ def test_frozen_weights_need_no_gradients_and_no_states(config):
 
 def test_an_absent_zero_stage_is_the_one_that_will_be_used(config):
     loaded = config(deepspeed={}, world_size=2, training__micro_batch_size=1)
-    space = PruningSpace(num_layers=1, shapes={"w": (N, 1)}, groups=())
+    space = PruningSpace(num_layers=1, shapes={"w": (N, 1)}, groups=(), logits_weight="w")
     assert _state_bytes(plan_stage(loaded, "pretrain"), space, 2) == pytest.approx(N * FULL[2][2])
 
 

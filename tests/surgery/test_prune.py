@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cook.adapters.source import open_model
+from cook.adapters.source import load_model, open_model
 from cook.base.errors import UserError
 from cook.evaluation.equality import largest_difference
 from cook.masks.mask_file import read_masks
 from cook.surgery import prune
-from cook.surgery.prune import build_model, mask_model, prune_to_folder
+from cook.surgery.prune import mask_model, prune_to_folder
 from tests.models.cpm_ant_tiny import RAGGED, random_batch
 from tests.tiny_pruning import ADAPTER, config_of, random_masks, tiny_source, tiny_space
 
@@ -39,7 +39,7 @@ def test_the_folder_holds_a_model_that_computes_the_same(tmp_path, changes):
     model, result = pruned(tmp_path, random_masks(tiny_space(**changes), 2), **changes)
     names = {path.name for path in result.folder.iterdir()}
     assert {"config.json", "model.safetensors", "modeling_cook_cpm_ant.py", "masks"} <= names
-    assert same(model, build_model(open_model(result.folder)))
+    assert same(model, load_model(open_model(result.folder)))
     assert [p.name for p in tmp_path.iterdir()] == ["small"]  # nothing is left beside it
 
 
@@ -72,7 +72,7 @@ def test_cpm_lives_format_is_written_where_it_can_hold_the_model(tmp_path, masks
     for layer, (att, ffn) in enumerate(live["mask_modules"] or [[False, False]] * 3):
         assert att != any(f"layers.{layer}.self_att." in name for name in state)
         assert ffn != any(f"layers.{layer}.ffn." in name for name in state)
-    assert same(model, build_model(open_model(result.folder / "cpm_live.pt")))
+    assert same(model, load_model(open_model(result.folder / "cpm_live.pt")))
 
 
 @pytest.mark.parametrize("masks", [
@@ -82,7 +82,7 @@ def test_what_cpm_lives_format_cannot_hold_is_told(tmp_path, masks):
     model, result = pruned(tmp_path, masks)
     assert result.live_obstacle and "\n" not in result.live_obstacle
     assert not list(result.folder.glob("cpm_live*"))
-    assert same(model, build_model(open_model(result.folder)))
+    assert same(model, load_model(open_model(result.folder)))
 
 
 def test_an_earlier_export_is_replaced_whole(tmp_path):
@@ -90,7 +90,7 @@ def test_an_earlier_export_is_replaced_whole(tmp_path):
     (tmp_path / "small" / "old").write_text("x")
     model, result = pruned(tmp_path, {"layers.1.heads": torch.tensor([1.0, 0, 1, 1])})
     assert not (result.folder / "old").exists() and not (result.folder / "cpm_live.pt").exists()
-    assert same(model, build_model(open_model(result.folder)))
+    assert same(model, load_model(open_model(result.folder)))
 
 
 def test_the_source_is_never_written_over(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +12,6 @@ from hypothesis import strategies as st
 from cook.adapters.cpm_ant import ADAPTER
 from cook.base.errors import UserError
 from cook.evaluation.equality import largest_difference
-from cook.space import units
 from cook.surgery import reshape
 from cook.surgery.prune import mask_model
 from cook.surgery.reshape import kept_units, reshaped
@@ -25,7 +26,7 @@ SPACES = {name: tiny_space(**changes) for name, changes in CHANGES.items()}
 def small_model(tensors, config, masks):
     """The reshaped model and its config."""
     space = ADAPTER.space(config)
-    shrunk = ADAPTER.shrunk_config(config, kept_units(space, masks))
+    shrunk = ADAPTER.shrink(config, space, kept_units(space, masks)).config
     model = ADAPTER.build(shrunk).eval()
     model.load_state_dict(dict(reshaped(tensors, space, masks)), strict=True)
     return model, shrunk
@@ -101,9 +102,8 @@ def test_without_the_rescale_the_models_differ(monkeypatch):
     }
     cut = reshape._cut
 
-    def unscaled(tensor, piece, indices):
-        plain = units.WeightSlice(path=piece.path, dim=piece.dim, block=piece.block)
-        return cut(tensor, plain, indices)
+    def unscaled(tensor, cuts):
+        return cut(tensor, [(dataclasses.replace(piece, fan_in=False), removed) for piece, removed in cuts])
 
     assert len(flat) == 6
     monkeypatch.setattr(reshape, "_cut", unscaled)

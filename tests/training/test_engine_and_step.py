@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from cook.adapters.cpm_ant import ADAPTER
-from cook.adapters.source import ModelSource
+from cook.adapters.source import ModelSource, load_model
 from cook.evaluation.equality import largest_difference
-from cook.surgery.prune import build_model, mask_model
+from cook.surgery.prune import mask_model
 from cook.surgery.reshape import kept_units, reshaped
 from cook.training.checkpoint import stored_weights
 from tests.stages.tiny_run import run
@@ -276,9 +276,9 @@ def test_pruned_units_stay_dead_and_masked_equals_reshaped_after_finetuning(resu
         tensors = dict(reshaped(result["weights"], space, masks))
         for name, tensor in reshaped(scrambled["weights"], space, masks):
             assert torch.equal(tensor, tensors[name]), name
-        small_config = ADAPTER.shrunk_config(tiny.CONFIG, kept_units(space, masks))
-        small = build_model(ModelSource(adapter=ADAPTER, config=small_config, tensors=tensors, path=Path()))
+        small_config = ADAPTER.shrink(tiny.CONFIG, space, kept_units(space, masks)).config
+        small = load_model(ModelSource(adapter=ADAPTER, config=small_config, tensors=tensors, path=Path()))
         whole = ModelSource(adapter=ADAPTER, config=dict(tiny.CONFIG), tensors=result["weights"], path=Path())
-        masked = build_model(whole)
+        masked = load_model(whole)
         mask_model(masked, space, masks)
         assert largest_difference(masked, small, [tiny.Batches().rows(range(6))]) <= 1e-5

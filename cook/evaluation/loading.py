@@ -1,0 +1,118 @@
+"""Any causal language model as something to evaluate: cook's folders, stock ones, a dense model with its masks."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cook.adapters.registry import knows, stock_type
+from cook.adapters.source import ModelSource, load_model, open_model
+from cook.base.errors import UserError
+from cook.base.tensor_files import read_model_config
+from cook.surgery.prune import mask_model, open_masks
+
+MASKS = ("coarse", "heads", "dimff")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A model to evaluate, as the user named it."""
+
+    name: str
+    folder: str
+    coarse: str | None = None
+    """Its layer mask, if it has one that has not been carried out."""
+    heads: str | None = None
+    dimff: str | None = None
+
+    @property
+    def masks(self) -> dict[str, str]:
+        """The mask files that were given, by kind."""
+        return {kind: path for kind in MASKS if (path := getattr(self, kind))}
+
+
+def parse_entry(text: str) -> Entry:
+    """`[NAME=]DIR[,coarse=FILE][,heads=FILE][,dimff=FILE]`; without a name, that of the folder.
+
+    Raises:
+        UserError: no folder, or a kind of mask given twice.
+    """
+    first, *others = re.split(rf",(?=(?:{'|'.join(MASKS)})=)", text)
+    name, equals, folder = first.partition("=")
+    if not equals or "/" in name:  # a folder may hold the sign as well
+        name, folder = "", first
+    masks = [other.split("=", 1) for other in others]
+    if not folder or not all(path for _, path in masks) or len({kind for kind, _ in masks}) < len(masks):
+        raise UserError(f"not a model: {text!r}", wanted="[NAME=]DIR[,coarse=FILE][,heads=FILE][,dimff=FILE]")
+    return Entry(name=name or Path(folder).name or folder, folder=folder, **dict(masks))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model ready to be run."""
+
+    entry: Entry
+    model: torch.nn.Module
+    tokenizer: Any
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.model.parameters()).device
+
+
+def load(entry: Entry, *, trust_remote_code: bool, dtype: str = "auto", device: str = "cpu") -> Loaded:
+    """Loads a model and its tokenizer; a family that cook knows needs no remote code here.
+
+    Args:
+        entry: What the user named.
+        trust_remote_code: Whether a modeling file in the folder may run.
+        dtype: `auto` (as stored; bfloat16 on a GPU) or the name of a floating type.
+        device: Where to compute.
+
+    Raises:
+        UserError: the folder holds no model or no tokenizer that can be loaded, or the masks are another model's.
+    """
+    folder = Path(entry.folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no model folder", wanted="config.json, safetensors and tokenizer files")
+    try:
+        tokenizer = load_tokenizer(folder, trust_remote_code)
+        source = known_source(folder)
+        if source is not None:
+            model = load_model(source, dtype=None)
+        else:
+            from transformers import AutoModelForCausalLM
+
+            model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, RuntimeError) as error:  # the last: weights that do not fit the config
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{folder}: cannot be loaded", got=reason) from None
+    if entry.masks and source is None:
+        raise UserError(f"{folder}: masks need a family that cook knows")
+    chosen = {"auto": torch.bfloat16 if device.startswith("cuda") else None}.get(dtype) or getattr(torch, dtype, None)
+    model = model.eval().to(device, chosen)
+    if entry.masks and source is not None:
+        space, masks = open_masks(source, coarse=entry.coarse, heads=entry.heads, dimff=entry.dimff)
+        mask_model(model, space, {name: mask.to(device) for name, mask in masks.items()})
+    return Loaded(entry=entry, model=model, tokenizer=tokenizer)
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+    """The folder's tokenizer."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if (folder / "tokenizer.json").is_file():
+        # AutoTokenizer would ask about the modeling file, of which a tokenizer.json has no need.
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def known_source(folder: Path) -> ModelSource | None:
+    """The model of a folder if its family is known here."""
+    config = read_model_config(folder)
+    return open_model(folder) if stock_type(config) is not None and knows(config) else None

@@ -1,0 +1,121 @@
+"""What `python -m cook.evaluation` measures of a model, as one flat record."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cook.base.errors import UserError
+from cook.evaluation.loading import Entry, Loaded, load
+from cook.evaluation.memory import PeakMemory
+from cook.evaluation.scoring import Windowing, predicts_blindly, score
+from cook.evaluation.speed import generation_speed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How to measure."""
+
+    window: int = 512
+    """Tokens that the model sees at once."""
+    stride: int | None = None
+    """See `cook.evaluation.scoring.Windowing`."""
+    bos: bool = False
+    """Whether each window begins with the tokenizer's beginning-of-sequence token."""
+    max_windows: int | None = None
+    batch_size: int = 8
+    """Windows a pass."""
+    dtype: str = "auto"
+    device: str = "cpu"
+    trust_remote_code: bool = False
+    speed: bool = True
+    """Whether to time prefill and decoding."""
+    prompts: int = 1
+    """Prompts at once when these are timed."""
+    prompt_tokens: int = 128
+    new_tokens: int = 32
+    repeats: int = 5
+
+
+def measure_loss(entry: Entry, text: str, settings: Settings) -> tuple[Loaded, dict[str, Any]]:
+    """Loads a model and scores `text` with it.
+
+    Raises:
+        UserError: the model cannot be loaded, the text is too short, or the window longer than the model's positions.
+    """
+    with PeakMemory(torch.device(settings.device)) as memory:
+        loaded = load(
+            entry, trust_remote_code=settings.trust_remote_code, dtype=settings.dtype, device=settings.device
+        )
+        windowing = _windowing(loaded, settings)
+        ids = text_ids(loaded, text)
+        if len(ids) > 1 and not predicts_blindly(loaded.model, ids):
+            raise UserError(f"{entry.folder}: is no causal language model", got=type(loaded.model).__name__)
+        got = score(loaded.model, ids, windowing, batch_size=settings.batch_size)
+    record = {
+        "model": entry.folder,
+        **({"masks": entry.masks} if entry.masks else {}),
+        "loss": _finite(got.loss),
+        "perplexity": _finite(got.perplexity),
+        # Tokens of other tokenizers are other lengths; a byte is a byte.
+        "bits_per_byte": _finite(got.loss / math.log(2) * len(ids) / len(text.encode())),
+        "method": windowing.method,
+        "tokens": got.tokens,
+        "tokens_per_second": got.seen / got.seconds,
+        "peak_memory_bytes": memory.bytes,
+        "parameters": sum(p.numel() for p in loaded.model.parameters()),
+        "dtype": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
+        "device": str(loaded.device),
+    }
+    return loaded, record
+
+
+def measure_speed(models: Sequence[Loaded], text: str, settings: Settings) -> list[dict[str, float]]:
+    """Prefill and decode speed of each model, by turns, on prompts from the beginning of `text`.
+
+    Raises:
+        UserError: the prompt and what follows it are longer than a model's positions.
+    """
+    prompts = {}
+    for number, loaded in enumerate(models):
+        _check_positions(loaded, settings.prompt_tokens + settings.new_tokens, "--prompt-tokens")
+        ids = text_ids(loaded, text)
+        wanted = settings.prompts * settings.prompt_tokens
+        repeated = ids.repeat(math.ceil(wanted / len(ids)))[:wanted]
+        prompts[str(number)] = repeated.view(settings.prompts, settings.prompt_tokens)
+    by_number = {str(number): loaded.model for number, loaded in enumerate(models)}
+    speeds = generation_speed(by_number, prompts, new_tokens=settings.new_tokens, repeats=settings.repeats)
+    return [speed.as_record() for speed in speeds.values()]
+
+
+def text_ids(loaded: Loaded, text: str) -> torch.Tensor:
+    """The whole text's tokens, `(count,)`, without the special ones."""
+    # verbose: a text longer than the model's positions is what windows are for.
+    ids = loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.long, device=loaded.device)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has no word for the others
+
+
+def _windowing(loaded: Loaded, settings: Settings) -> Windowing:
+    bos = None
+    if settings.bos:
+        bos = loaded.tokenizer.bos_token_id
+        if bos is None:
+            raise UserError(f"{loaded.entry.folder}: its tokenizer has no beginning-of-sequence token for --bos")
+    _check_positions(loaded, settings.window, "--window")
+    return Windowing(size=settings.window, stride=settings.stride, bos=bos, limit=settings.max_windows)
+
+
+def _check_positions(loaded: Loaded, wanted: int, option: str) -> None:
+    limit = getattr(getattr(loaded.model, "config", None), "max_position_embeddings", None)
+    if isinstance(limit, int) and wanted > limit:
+        raise UserError(
+            f"{loaded.entry.folder}: the model has {limit} positions", got=wanted, remedy=f"set {option} lower"
+        )

@@ -1,0 +1,147 @@
+"""The loss of a causal language model on a text, by disjoint or by overlapping windows."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from cook.base.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windowing:
+    """How a text that is longer than the model's context is cut up."""
+
+    size: int
+    """Tokens that the model sees at once."""
+    stride: int | None = None
+    """None: disjoint windows, each alone (Frantar et al. 2022, GPTQ, and the pruning literature after it); the first
+    token of a window is not predicted, and a rest shorter than a window is left out. A number: each window begins that
+    many tokens after the one before, and only the tokens that the earlier windows have not predicted count (Baevski
+    and Auli 2019; "sliding window" in Press et al. 2021; the documentation of transformers): every token of the text
+    but the first is predicted exactly once, from the second window on with at least `size - stride` before it."""
+    bos: int | None = None
+    """An id put in front of every window, which then predicts its first token too; it takes one place of `size`."""
+    limit: int | None = None
+    """Score only so many windows."""
+
+    @property
+    def method(self) -> str:
+        """`windowed` or `strided`."""
+        return "windowed" if self.stride is None else "strided"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """One window: the tokens [start, stop) of the text, of which [scored, stop) count."""
+
+    start: int
+    stop: int
+    scored: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """What a text costs a model."""
+
+    loss: float
+    """Mean cross entropy a predicted token, in nats."""
+    tokens: int
+    """Predicted tokens."""
+    seen: int
+    """Tokens that went through the model, those that windows share once for each."""
+    seconds: float
+    """Time in the model and its loss."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss) (Jelinek et al. 1977); infinity beyond what a float holds."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def spans(count: int, windowing: Windowing) -> list[Span]:
+    """The windows over a text of `count` tokens, in order.
+
+    Raises:
+        UserError: the text is too short to fill a window (disjoint windows) or to predict anything (strided).
+    """
+    size = windowing.size - (windowing.bos is not None)
+    assert windowing.stride is None or 1 <= windowing.stride <= size, "windows would leave tokens out between them"
+    free = int(windowing.bos is None)  # tokens at the start of a text that nothing predicts
+    if windowing.stride is None:
+        found = [Span(start=s, stop=s + size, scored=s + free) for s in range(0, count - size + 1, size)]
+    else:
+        found, done = [], free
+        for start in range(0, count, windowing.stride):
+            stop = min(start + size, count)
+            # With a stride as long as the window nothing in it predicts its first token.
+            first = max(done, start + free)
+            if first < stop:
+                found.append(Span(start=start, stop=stop, scored=first))
+            done = stop
+    if not found:
+        least = size if windowing.stride is None else 1 + free
+        raise UserError(f"the text has {count} tokens, less than a window of {least}", remedy="set --window lower")
+    return found[: windowing.limit]
+
+
+def batches(found: Sequence[Span], batch_size: int) -> Iterator[list[Span]]:
+    """Windows of one length together, at most `batch_size` of them: no padding, which some models count as text."""
+    for _, equal in itertools.groupby(found, key=lambda span: span.stop - span.start):
+        alike = list(equal)
+        yield from (alike[first : first + batch_size] for first in range(0, len(alike), batch_size))
+
+
+@torch.no_grad()
+def predicts_blindly(model: Callable[..., Any], ids: torch.Tensor) -> bool:
+    """Whether no position sees the token it is to predict: the logits before a token that changes stay as they are.
+
+    An encoder reads on both sides; what it would be scored on is copying.
+
+    Args:
+        model: As for `score`; one that gives no `.logits` for every token does not predict any.
+        ids: At least two tokens, `(count,)`.
+    """
+    row = ids[None, :16]
+    other = row.clone()
+    other[0, -1] = row[0, 0] if row[0, 0] != row[0, -1] else (row[0, 0] == 0).long()
+    found = [getattr(model(input_ids=one), "logits", None) for one in (row, other)]
+    if any(logits is None or logits.shape[:2] != row.shape for logits in found):
+        return False
+    before, after = (logits[:, :-1].float() for logits in found)
+    # Equal but for the noise of a device that sums in another order.
+    return not (before - after).abs().max() > 1e-3 * before.abs().max()
+
+
+@torch.no_grad()
+def score(model: Callable[..., Any], ids: torch.Tensor, windowing: Windowing, *, batch_size: int) -> Score:
+    """Scores a text.
+
+    Args:
+        model: Takes `input_ids` (batch, window) and `use_cache`, and returns an object with `.logits` (batch, window,
+            vocabulary).
+        ids: The text's tokens, `(count,)`, on the model's device.
+        windowing: How it is cut up.
+        batch_size: Windows a pass.
+    """
+    total, predicted, seen, seconds = 0.0, 0, 0, 0.0
+    front = [] if windowing.bos is None else [windowing.bos]
+    lead = ids.new_tensor(front, dtype=torch.long)
+    for part in batches(spans(len(ids), windowing), batch_size):
+        rows = torch.stack([torch.cat([lead, ids[span.start : span.stop]]) for span in part])
+        start = time.perf_counter()
+        logits = model(input_ids=rows, use_cache=False).logits
+        # Row by row: the logits in float32 are the largest tensor of the whole pass.
+        for span, row, scores in zip(part, rows, logits, strict=True):
+            first = span.scored - span.start + len(front)
+            total += float(F.cross_entropy(scores[first - 1 : -1].float(), row[first:], reduction="sum"))
+        seconds += time.perf_counter() - start
+        predicted, seen = predicted + sum(span.stop - span.scored for span in part), seen + rows.numel()
+    return Score(loss=total / predicted, tokens=predicted, seen=seen, seconds=seconds)

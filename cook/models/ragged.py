@@ -1,0 +1,152 @@
+"""Stock transformers models whose layers differ: blocks that are missing, heads and inner sizes of a layer's own.
+
+The file needs torch and transformers (>= 5) alone and knows no model family: an exported model carries a copy of it, so
+that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works anywhere. It builds the stock model
+that `stock_type` names and then does to it what `structure` says:
+
+    shapes      {weight: shape}           weights of another shape than the stock model's
+    attributes  {module: {name: number}}  what modules remember about those shapes; `config.name` sets the module's own
+                                          copy of the config
+    absent      {module: "pair"|"value"}  modules that add nothing; a pair is the output of an attention block
+    constant    {module: weight}          absent modules of which the last bias remains, and that bias
+    identity    [module, ...]             norms that lead to or from nothing
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import CONFIG_MAPPING, Cache, PreTrainedConfig, PreTrainedModel
+
+MODEL_TYPE = "cook_ragged"
+OWN_FIELDS = ("stock_type", "stock_class", "structure")
+
+
+class Absent(nn.Module):
+    """Stands where a block was: its output is zero, or the bias that its last product left.
+
+    A missing attention block still counts the positions in the cache, from which the model takes its own.
+    """
+
+    def __init__(self, kind: str, layer: int | None):
+        super().__init__()
+        self.kind, self.layer, self.bias_path = kind, layer, ""
+
+    def keep_bias(self, path: str, bias: nn.Parameter) -> None:
+        """Gives the module the parameter `path`, relative to it."""
+        *parents, name = path.split(".")
+        owner: nn.Module = self
+        for parent in parents:
+            owner.add_module(parent, nn.Module())
+            owner = owner.get_submodule(parent)
+        owner.register_parameter(name, bias)
+        self.bias_path = path
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        hidden = inputs[0] if inputs else named["hidden_states"]
+        # Without any axis, zero is added to all positions at no cost.
+        value = self.get_parameter(self.bias_path) if self.bias_path else hidden.new_zeros(())
+        if self.kind == "value":
+            return value
+        cache = next((x for x in (*inputs, *named.values()) if isinstance(x, Cache)), None)
+        if cache is not None and self.layer is not None:
+            counter = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
+            cache.update(counter, counter, self.layer)
+        return value, None
+
+
+def reshape_modules(model: nn.Module, structure: dict[str, Any]) -> None:
+    """Changes a freshly built stock model to what `structure` says."""
+    for path, shape in structure["shapes"].items():
+        owner, _, name = path.rpartition(".")
+        module = model.get_submodule(owner)
+        old = module.get_parameter(name)
+        if tuple(old.shape) != tuple(shape):
+            setattr(module, name, nn.Parameter(_resized(old, shape), requires_grad=old.requires_grad))
+            _remember_sizes(module)
+    for path, values in structure["attributes"].items():
+        module = model.get_submodule(path)
+        own = {name.removeprefix("config."): value for name, value in values.items() if name.startswith("config.")}
+        if own:
+            module.config = copy.copy(module.config)
+            for name, value in own.items():
+                setattr(module.config, name, value)
+        for name, value in values.items():
+            if not name.startswith("config."):
+                setattr(module, name, value)
+    for path, kind in structure["absent"].items():
+        old_module = model.get_submodule(path)
+        absent = Absent(kind, getattr(old_module, "layer_idx", None))
+        if path in structure["constant"]:
+            bias = structure["constant"][path]
+            absent.keep_bias(bias.removeprefix(f"{path}."), model.get_parameter(bias))
+        model.set_submodule(path, absent)
+    for path in structure["identity"]:
+        model.set_submodule(path, nn.Identity())
+
+
+def _resized(old: torch.Tensor, shape: list[int]) -> torch.Tensor:
+    # The first values are kept: a freshly initialised model stays initialised.
+    cut = old.detach()
+    for dim, size in enumerate(shape):
+        cut = cut.narrow(dim, 0, size)
+    return cut.clone()
+
+
+def _remember_sizes(module: nn.Module) -> None:
+    weight = module.get_parameter("weight")
+    names = ("out_features", "in_features") if isinstance(module, nn.Linear) else ("nx", "nf")  # the latter: Conv1D
+    for name, size in zip(names, weight.shape, strict=False):
+        setattr(module, name, size)
+
+
+def config_class(stock_type: str) -> type[PreTrainedConfig]:
+    """Derives from the stock config of that type; `OWN_FIELDS` stand beside its fields."""
+    return type("RaggedConfig", (CONFIG_MAPPING[stock_type],), {"model_type": MODEL_TYPE, "__module__": __name__})
+
+
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The stock class for `config`, which reshapes itself when it has been built."""
+    stock_config = CONFIG_MAPPING[config.stock_type]
+    stock = getattr(transformers, config.stock_class)._model_mapping[stock_config]
+
+    def __init__(self: PreTrainedModel, config: PreTrainedConfig, *inputs: Any, **named: Any) -> None:
+        stock.__init__(self, config, *inputs, **named)
+        reshape_modules(self, config.structure)
+
+    # The name and module are those that `auto_map` gives: a model that is saved again finds its way back.
+    body = {"__init__": __init__, "config_class": type(config), "__module__": __name__}
+    made: Any = type("RaggedModel", (stock,), body)
+    made.register_for_auto_class(config.stock_class)
+    return made
+
+
+class RaggedConfig(PreTrainedConfig):
+    """What `auto_map` names; gives configs that derive from the stock one."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        return config_class(config_dict["stock_type"]).from_dict(config_dict, **kwargs)
+
+
+class RaggedModel(PreTrainedModel):
+    """What `auto_map` names; gives models of a class that derives from the stock one."""
+
+    config_class = RaggedConfig
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, folder: Any, *inputs: Any, config: Any = None, **kwargs: Any
+    ) -> Any:
+        config = RaggedConfig.from_pretrained(folder) if config is None else config
+        return model_class(config).from_pretrained(folder, *inputs, config=config, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+        return model_class(config)._from_config(config, **kwargs)

@@ -1,0 +1,141 @@
+"""Several evaluated models side by side: a table and a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cook.report import drawing
+from cook.report.drawing import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, VERMILLION
+from cook.report.human import human_count
+from cook.report.tables import MISSING, markdown_table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Record = Mapping[str, Any]
+"""What the evaluation measured of a model, with its `name`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Metric:
+    key: str
+    """The record's field."""
+    title: str
+    text: Callable[[float], str]
+    colour: str
+    better: str
+    """Which way is better, for the figure."""
+    ratio: bool
+    """Whether to say how many times the first model's it is."""
+
+
+def _bytes(value: float) -> str:
+    return f"{human_count(value)}B"
+
+
+PERPLEXITY = _Metric(
+    key="perplexity", title="perplexity", text="{:.2f}".format, colour=BLUE, better="lower", ratio=False
+)
+BITS = _Metric(
+    key="bits_per_byte", title="bits a byte", text="{:.3f}".format, colour=BLUE, better="lower", ratio=False
+)
+OTHERS = (
+    _Metric(key="parameters", title="parameters", text=human_count, colour=ORANGE, better="fewer", ratio=True),
+    _Metric(
+        key="prefill_tokens_per_second", title="prefill tokens/s", text=human_count, colour=GREEN, better="higher",
+        ratio=True,
+    ),
+    _Metric(
+        key="decode_tokens_per_second", title="decode tokens/s", text=human_count, colour=PURPLE, better="higher",
+        ratio=True,
+    ),
+    _Metric(
+        key="peak_memory_bytes", title="peak memory", text=_bytes, colour=VERMILLION, better="lower", ratio=True
+    ),
+)  # fmt: skip
+
+
+def _metrics(records: Sequence[Record], same_tokens: bool) -> list[_Metric]:
+    # Perplexities of other tokenizers are of other units: only bits a byte can be set side by side.
+    metrics = [PERPLEXITY if same_tokens else BITS, *OTHERS]
+    return [metric for metric in metrics if any(record.get(metric.key) is not None for record in records)]
+
+
+def comparison_table(records: Sequence[Record], *, same_tokens: bool) -> str:
+    """The models as rows of a Markdown table, in brackets how many times the first model's a number is.
+
+    Args:
+        records: One a model, the one to compare with first.
+        same_tokens: Whether all models cut the text into the same tokens, so that losses and perplexities compare.
+    """
+    metrics = _metrics(records, same_tokens)
+    lead = ["model", "loss"] if same_tokens else ["model"]
+    rows = []
+    for record in records:
+        loss = [MISSING if record["loss"] is None else f"{record['loss']:.4f}"] if same_tokens else []
+        rows.append([record["name"], *loss, *(_cell(metric, record, records[0]) for metric in metrics)])
+    return markdown_table([*lead, *(metric.title for metric in metrics)], rows)
+
+
+def _cell(metric: _Metric, record: Record, first: Record) -> str:
+    value, base = record.get(metric.key), first.get(metric.key)
+    if value is None:
+        return MISSING
+    text = metric.text(value)
+    return f"{text} ({value / base:.2f}×)" if metric.ratio and base and record is not first else text
+
+
+def plot_comparison(records: Sequence[Record], path: str | Path, *, same_tokens: bool, title: str) -> Path:
+    """Draws the models as rows of bars, one column a measure; the first model's value is a line through the others.
+
+    Args:
+        records: One a model, the one to compare with first, on top.
+        path: The image file.
+        same_tokens: As for `comparison_table`.
+        title: What was scored.
+
+    Returns:
+        The path.
+    """
+    metrics = _metrics(records, same_tokens)
+    label = max(len(str(record["name"])) for record in records)
+    figure = drawing.new_figure(1 + 0.08 * label + 2.5 * len(metrics), 1.6 + 0.42 * len(records))
+    columns = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+    for axes, metric in zip(columns, metrics, strict=True):
+        _draw_bars(axes, metric, records)
+    columns[0].set_yticks(range(len(records)), [str(record["name"]) for record in records])
+    columns[0].set_ylim(len(records) - 0.5, -0.5)
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+    return drawing.save(figure, path)
+
+
+def _draw_bars(axes: Axes, metric: _Metric, records: Sequence[Record]) -> None:
+    values = [record.get(metric.key) for record in records]
+    known = [value for value in values if value is not None]
+    # One model that was broken by its pruning must not flatten all others: perplexities span orders of magnitude.
+    steep = not metric.ratio and min(known) > 0 and max(known) > 20 * min(known)
+    if steep:
+        axes.set_xscale("log")
+        axes.set_xlim(min(known) / 2, max(known) * 30)
+    else:
+        axes.set_xlim(0, 1.55 * max(known) or 1)
+    for row, (value, record) in enumerate(zip(values, records, strict=True)):
+        if value is not None:
+            axes.barh(row, value, height=0.62, color=metric.colour, alpha=1.0 if row else 0.55)
+        text = _cell(metric, record, records[0])
+        place = value if value is not None else axes.get_xlim()[0]
+        axes.annotate(
+            text, (place, row), (4, 0), textcoords="offset points", va="center", fontsize=8.5, color=INK,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+        )  # fmt: skip
+    if values[0] is not None:
+        axes.axvline(values[0], color=GREY, linewidth=0.8, linestyle="--", zorder=0)
+    scale = ", log scale" if steep else ""
+    axes.set_title(f"{metric.title} ({metric.better} is better{scale})", fontsize=9)
+    axes.tick_params(axis="x", labelbottom=False, length=0, which="both")
+    axes.tick_params(axis="y", length=0)
+    for side in ("top", "right", "bottom"):
+        axes.spines[side].set_visible(False)

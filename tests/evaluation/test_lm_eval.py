@@ -1,0 +1,116 @@
+"""lm-evaluation-harness loads an export by itself, in a process that cannot see cook, and finds the masked model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from cook.adapters.cpm_ant import ADAPTER
+from cook.adapters.source import open_model
+from cook.surgery.export import write_model_folder
+from cook.surgery.prune import mask_model, prune_to_folder
+from tests.evaluation.conftest import WORDS, write_tokenizer
+from tests.models.cpm_ant_tiny import tiny_model
+from tests.tiny_pruning import config_of, random_masks, tiny_space
+
+HARNESS = """
+    import importlib.util, json, sys
+    assert importlib.util.find_spec("cook") is None
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    folder, tasks = sys.argv[1:]
+    got = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": folder, "trust_remote_code": True, "dtype": "float32", "max_length": 64},
+        tasks=["choose", "go_on"],
+        task_manager=TaskManager(include_path=tasks, include_defaults=False),
+        device="cpu", batch_size=2, bootstrap_iters=0, log_samples=True,
+    )
+    answers = [[answer[0][0] for answer in sample["resps"]] for sample in got["samples"]["choose"]]
+    print(json.dumps({"results": got["results"], "answers": answers}, default=str))
+"""
+TASK = """
+    task: {name}
+    dataset_path: json
+    dataset_kwargs: {{data_files: {{test: {file}}}}}
+    test_split: test
+    output_type: {kind}
+    doc_to_text: question
+    doc_to_target: gold
+"""
+CHOOSE = "doc_to_choice: choices\nmetric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+GO_ON = (
+    "generation_kwargs: {until: [never], max_gen_toks: 4}\n"
+    "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
+)
+CHOICES = [[7, 8], [30], [11, 2]]
+
+
+def spelled(ids):
+    return " ".join(WORDS[i] for i in ids)
+
+
+@torch.no_grad()
+def log_likelihood(model, question, answer):
+    logits = model(input_ids=torch.tensor([[*question, *answer]])).logits[0].double()
+    scores = torch.log_softmax(logits, -1)[len(question) - 1 : -1]
+    return float(scores[range(len(answer)), answer].sum())
+
+
+@torch.no_grad()
+def goes_on(model, ids, count):
+    for _ in range(count):
+        ids = [*ids, int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())]
+    return ids[-count:]
+
+
+@pytest.fixture
+def masked_and_small(tmp_path):
+    """A masked model, and the folder of what it was reshaped to."""
+    model, space, masks = tiny_model(), tiny_space(), random_masks(tiny_space(), 2)
+    write_model_folder(tmp_path / "dense", ADAPTER, config_of(), model.state_dict().items())
+    folder = prune_to_folder(open_model(tmp_path / "dense"), space, masks, tmp_path / "small").folder
+    write_tokenizer(folder, eos_token="w0")
+    mask_model(model, space, masks)
+    return model, folder
+
+
+def write_task(path: Path, name: str, kind: str, rest: str, items: list[dict]) -> None:
+    path.mkdir(exist_ok=True)
+    file = path / f"{name}.jsonl"
+    file.write_text("".join(json.dumps(item) + "\n" for item in items))
+    (path / f"{name}.yaml").write_text(textwrap.dedent(TASK).format(name=name, file=file, kind=kind) + rest)
+
+
+def test_the_harness_sees_the_masked_model(tmp_path, masked_and_small):
+    model, folder = masked_and_small
+    questions = [[i + 3, 2 * i + 9, 4, 50 - i][: 2 + i % 3] for i in range(6)]
+    wanted = [[log_likelihood(model, question, answer) for answer in CHOICES] for question in questions]
+    choices = [spelled(answer) for answer in CHOICES]
+    items = [{"question": spelled(q), "choices": choices, "gold": i % 3} for i, q in enumerate(questions)]
+    write_task(tmp_path / "tasks", "choose", "multiple_choice", CHOOSE, items)
+    golds = [spelled(goes_on(model, question, 4)) for question in questions]
+    items = [{"question": spelled(q), "gold": gold} for q, gold in zip(questions, golds, strict=True)]
+    items[0]["gold"] = "w1 w1 w1 w1"
+    write_task(tmp_path / "tasks", "go_on", "generate_until", GO_ON, items)
+
+    environment = os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(HARNESS), str(folder), str(tmp_path / "tasks")],
+        capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    got = json.loads(done.stdout.splitlines()[-1])
+    for found, right in zip(got["answers"], wanted, strict=True):
+        assert [float(number) for number in found] == pytest.approx(right, abs=1e-4)  # float32 log-softmax, two terms
+    best = [scores.index(max(scores)) == i % 3 for i, scores in enumerate(wanted)]
+    assert got["results"]["choose"]["acc,none"] == pytest.approx(sum(best) / 6)
+    assert got["results"]["go_on"]["exact_match,none"] == pytest.approx(5 / 6)

@@ -1,0 +1,66 @@
+"""A tiny model of every stock family, with the traits that its real models have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cook.adapters.registry import by_config
+from cook.adapters.source import ModelSource
+
+SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "max_position_embeddings": 64}
+GROUPED = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 6, "intermediate_size": 20}
+IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SLIDING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 5}
+# The norm behind a block of a single dim divides rounding by almost nothing, unless it adds something to it.
+GEMMA = {"query_pre_attn_scalar": 16, "rms_norm_eps": 1e-2, **SLIDING}
+# Every query head has keys and values of its own, and the hidden size divided by the heads for its size.
+ALIKE = {"num_attention_heads": 4, "num_key_value_heads": None, "head_dim": None}
+GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 20, "n_positions": 64,
+        **dict.fromkeys((*SIZES, *GROUPED)), "vocab_size": 61}  # fmt: skip
+# GELU: a dim whose ReLU is zero on all the few tokens would have no gradient.
+OPT = {"ffn_dim": 20, "activation_function": "gelu", **ALIKE, "intermediate_size": None}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "llama, tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "mistral": {"model_type": "mistral", "sliding_window": 5},
+    "qwen2": {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 2, **SLIDING},
+    "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True},
+    "gemma2": {"model_type": "gemma2", "attention_bias": True, **GEMMA},
+    "gemma3": {"model_type": "gemma3_text", **GEMMA},
+    "phi3": {"model_type": "phi3", "head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+                                                                      "partial_rotary_factor": 0.5}},
+    "gpt2": {"model_type": "gpt2", **GPT2},
+    "gpt2, scores by layer": {"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True, **GPT2},
+    "gpt_neox": {"model_type": "gpt_neox", **ALIKE},
+    "gpt_neox, in a row": {"model_type": "gpt_neox", "use_parallel_residual": False, "attention_bias": False, **ALIKE},
+    "opt": {"model_type": "opt", **OPT},
+    "opt, norms behind": {"model_type": "opt", "do_layer_norm_before": False, "word_embed_proj_dim": 16, **OPT},
+    "bert": {"model_type": "bert", "architectures": ["BertForMaskedLM"], **ALIKE},
+    "roberta": {"model_type": "roberta", "architectures": ["RobertaForMaskedLM"], **ALIKE, "pad_token_id": 1},
+}
+"""config.json by a name; a test runs over all of them."""
+CAUSAL = [name for name in FAMILIES if name not in ("bert", "roberta")]
+
+
+def tiny_config(name: str, **changes: Any) -> dict[str, Any]:
+    """The family's config, all fields given, as an adapter's `read` leaves it."""
+    merged = {**SIZES, **GROUPED, **IDS, **FAMILIES[name], **changes}
+    given = {field: value for field, value in merged.items() if value is not None}
+    native, _ = by_config(given).read(given, {})
+    return native
+
+
+def tiny_source(name: str, seed: int = 0, **changes: Any) -> ModelSource:
+    """A model in memory whose every weight matters: biases and norms are drawn as well."""
+    config = tiny_config(name, **changes)
+    adapter = by_config(config)
+    generator = torch.Generator().manual_seed(seed)
+    model = adapter.build(config)
+    for path, weight in model.named_parameters():
+        flat = 0.3 * torch.randn(weight.shape, generator=generator)
+        weight.data = flat + (1.0 if weight.ndim == 1 and path.endswith(".weight") else 0.0)
+    return ModelSource(adapter=adapter, config=config, tensors=dict(model.named_parameters()), path=Path(name))
