@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,9 @@ def outcome(folder: Path) -> dict[str, Any]:
     }
 
 
-def goes_on(scene: Scene, *, at_least: int, world: int = 2, note: str = "") -> Trial:
+def goes_on(
+    scene: Scene, *, at_least: int, world: int = 2, note: str = "", before: Callable[[int], None] | None = None
+) -> Trial:
     """Starts the run again after a fault, and says whether all came out as if nothing had happened.
 
     Args:
@@ -135,8 +138,9 @@ def goes_on(scene: Scene, *, at_least: int, world: int = 2, note: str = "") -> T
         at_least: The step that the run must go on from, or a later one; 0: there was no checkpoint yet.
         world: The number of ranks.
         note: What the fault met, for the report.
+        before: What each rank does first.
     """
-    ended = run(scene.run, OPTIONS, world=world)
+    ended = run(scene.run, OPTIONS, world=world, before=before)
     problem = _problem(scene, ended, at_least, world)
     return Trial(survived=problem is None, note=f"{note}: {problem}\n{ended}" if problem else note)
 
