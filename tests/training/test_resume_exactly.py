@@ -22,9 +22,9 @@ STAGES = ("fp32 0", "fp32 1", "fp32 2", "fp32 3", "bf16 2", "bf16 3")
 LEFT_OUT = ("generators", "learning rate", "lambda", "moments", "data position")
 MOVED = ("fp32 0", "fp32 1", "fp32 2", "fp32 3", "bf16 2", "fp32 2 to 3", "fp32 3 to 0")
 """Those that go from 2 ranks to 1 and back; the last two change the ZeRO stage on the way."""
-# The ranks sum the same rows in another order: errors of 1e-7 in a loss of 4, which AdamW turns into up to 1e-4 of a
-# step in weights whose gradient is near 0. Measured: 4e-7. In bf16 every activation carries 2^-9: measured 2e-3.
-LOSS = {"fp32": 1e-5, "bf16": 1e-2}
+# The ranks sum the same rows in another order: an error of 1e-7 a step. Measured: 2e-7. In bf16 the sums of gradients
+# are rounded to 2^-9, each at another place; measured: 3e-4. The gates: as in test_engine_and_step.py.
+LOSS, GATE = {"fp32": 2e-6, "bf16": 3e-3}, {"fp32": 1e-4, "bf16": 0.3}
 
 
 def settings(name: str, place: int = 0) -> dict[str, Any]:
@@ -129,11 +129,11 @@ def test_whatever_is_left_out_is_noticed(results, folder, left_out):
     assert same_ids == (left_out != "data position")
 
 
-def same_run(results: list[dict[str, Any]], name: str, whole: str, precision: str) -> None:
+def same_run(results: list[dict[str, Any]], folder: Path, name: str, whole: str, precision: str) -> None:
     ours, theirs = (results[0][run]["records"] for run in (name, whole))
     assert [record["loss"] for record in ours] == pytest.approx([r["loss"] for r in theirs], rel=LOSS[precision])
-    sparsity = [torch.tensor([list(r["expected_sparsity"].values()) for r in some]) for some in (ours, theirs)]
-    torch.testing.assert_close(*sparsity, rtol=0, atol=1e-4 if precision == "fp32" else 2e-2)
+    gates = [state(folder / run)["gates log_alpha"] for run in (name, whole)]
+    assert float((gates[0] - gates[1]).abs().max()) < GATE[precision]
 
 
 @pytest.mark.parametrize("name", MOVED)
@@ -141,7 +141,7 @@ def test_from_two_ranks_to_one_and_back(results, folder, name):
     precision = name.split()[0]
     unmoved = f"unmoved {name}" if len(name.split()) == 2 else "unmoved fp32 2"
     assert [results[0][f"{part} {name}"]["found"] for part in ("one", "two again")] == ["step-2", "step-4"]
-    same_run(results, f"two again {name}", unmoved, precision)
+    same_run(results, folder, f"two again {name}", unmoved, precision)
     batches = [sum(ids, []) for ids in zip(*read_in_order(results, f"two {name}"), strict=True)]
     batches += results[0][f"one {name}"]["ids"]
     batches += [sum(ids, []) for ids in zip(*read_in_order(results, f"two again {name}"), strict=True)]
@@ -161,6 +161,6 @@ def test_what_is_put_together_anew_is_exactly_what_was_saved(results, folder, na
         assert all(torch.equal(ours[name], theirs[name]) and theirs[name].abs().max() > 0 for name in names)
 
 
-def test_from_one_rank_to_two(results):
+def test_from_one_rank_to_two(results, folder):
     assert results[0]["from one to two"]["found"] == "step-3"
-    same_run(results, "from one to two", "unmoved fp32 2", "fp32")
+    same_run(results, folder, "from one to two", "unmoved fp32 2", "fp32")
