@@ -84,6 +84,8 @@ class EventLog:
     def rewind(self, step: int) -> None:
         """Forgets every record after `step`, the step that the run goes on from; -1 forgets all (a fresh start).
 
+        An evaluation of that very step is forgotten too: it comes after the checkpoint, and is done again.
+
         The file is replaced as a whole, so a crash leaves the old log or the new one. TensorBoard is told to hide what
         its older event files say about the forgotten steps.
 
@@ -94,7 +96,10 @@ class EventLog:
             return
         self.close()
         if self.path.exists():
-            kept = [line for line, record in _records(self.path) if record["step"] <= step]
+            kept = [
+                line for line, record in _records(self.path)
+                if record["step"] <= step - ("held_out_loss" in record)
+            ]  # fmt: skip
             write_atomically(self.path, b"".join(kept))
         self._purge_step = step + 1
 

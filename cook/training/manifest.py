@@ -6,6 +6,7 @@ so it is there whole or not at all; `latest` names the newest for people and oth
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 MANIFEST_TYPES = {
     "stage": str, "step": int, "tokens": int, "world_size": int, "fingerprint": str, "layout": dict, "files": dict,
+    "digest": str,
 }  # fmt: skip
 SCRATCH, ASIDE, REMOVED = "tmp-", "tmp-replaced-", "tmp-removed-"
 """How the names of folders begin that are being written, replaced, deleted."""
@@ -43,16 +45,22 @@ def file_entry(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": sha256(path)}
 
 
+def seal(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest with the digest of all else that it says: it is a file too, and may be damaged like the others."""
+    said = {key: value for key, value in manifest.items() if key != "digest"}
+    return {**said, "digest": hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()}
+
+
 def publish(scratch: Path, final: Path, manifest: Mapping[str, Any], *, keep: int) -> None:
     """Makes a written folder the checkpoint `final`, then lets the oldest ones beyond `keep` go.
 
     Args:
         scratch: The folder, every file of it on the disk.
         final: Its name from now on.
-        manifest: What `MANIFEST_TYPES` lists.
+        manifest: What `MANIFEST_TYPES` lists, but for the digest.
         keep: How many of the newest checkpoints stay; at least the new one does.
     """
-    write_atomically(scratch / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False) + "\n")
+    write_atomically(scratch / MANIFEST, json.dumps(seal(manifest), indent=1, allow_nan=False) + "\n")
     point("save.manifest")
     for folder in [path for path in scratch.rglob("*") if path.is_dir()] + [scratch]:
         fsync_folder(folder)
@@ -115,11 +123,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint, as it stands.
 
     Raises:
-        UserError: there is none, or it is not one.
+        UserError: there is none, it is not one, or it has been changed.
     """
     manifest = read_json(folder / MANIFEST)
     if not _sound(manifest):
         raise UserError(f"{folder / MANIFEST}: not a checkpoint's manifest")
+    if seal(manifest)["digest"] != manifest["digest"]:
+        raise UserError(f"{folder / MANIFEST}: not what was saved")
     return manifest
 
 

@@ -70,6 +70,17 @@ def test_a_manifest_of_something_else_is_refused(tmp_path, content):
     assert not looks_whole(folder)
 
 
+@pytest.mark.parametrize("key", ["step", "tokens", "world_size", "fingerprint", "layout", "stage", "digest"])
+def test_a_manifest_of_which_a_bit_has_changed_is_refused(tmp_path, key):
+    folder = save(tmp_path, 1)
+    manifest = read_json(folder / "manifest.json")
+    other = {int: 7, str: "x", dict: {"x": 1}}[type(manifest[key])]
+    write_json(folder / "manifest.json", manifest | {key: other})
+    with pytest.raises(UserError, match="manifest.json: not what was saved"):
+        verify(folder)
+    assert not looks_whole(folder)
+
+
 def test_a_file_that_was_slipped_in_is_noticed(tmp_path):
     folder = save(tmp_path, 1)
     (folder / "engine" / "zero_pp_rank_9_optim_states.pt").write_bytes(b"cos\nsystem\n")
