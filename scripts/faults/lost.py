@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-from proof import EVERY, OPTIONS, RANK_TIMEOUT, STAGE, STEPS, Scene, Trial, goes_on, outcome
+from proof import EVERY, OPTIONS, STAGE, STEPS, Scene, Trial, goes_on, outcome
 from ranks import ROOT, Ranks, free_port, run
 
 from cook.training import checkpoint
 
+RANK_TIMEOUT = 6.0
+WATCHED = (*OPTIONS, "--set", f"training.rank_timeout={RANK_TIMEOUT}")
 BOUND = 4 * RANK_TIMEOUT + 5
 """Seconds in which a run that has lost a rank must have ended: detection, grace, telling the others."""
 
@@ -65,7 +67,7 @@ def lost_rank(scene: Scene, trials: int, random: Random, number: signal.Signals)
     for index in range(trials):
         rank = 1 - index % 2
         scene.fresh()
-        with Ranks(scene.run, *OPTIONS) as ranks:
+        with Ranks(scene.run, *WATCHED) as ranks:
             at_step(scene, ranks, random.randrange(2, STEPS - 2))
             time.sleep(random.uniform(0, 0.05))
             newest = max(scene.published(), default=0)

@@ -18,7 +18,6 @@ from tests.stages.tiny_run import read_log, write_run
 
 STAGE, STEPS, EVERY = "layer_mask", 12, 4
 OPTIONS = ("--stage", STAGE)
-RANK_TIMEOUT = 6.0
 NAME = re.compile(r"latest|step-\d+")
 
 
@@ -73,7 +72,7 @@ def prepare(root: Path, *, zero: int = 2, ranks: tuple[int, ...] = (2,)) -> Scen
     shutil.rmtree(root, ignore_errors=True)
     write_run(
         scene.run, ("pretrain", STAGE), model__config__dropout_p=0.1, training__save_every=EVERY,
-        training__steps=STEPS, training__rank_timeout=RANK_TIMEOUT, deepspeed__zero_optimization__stage=zero,
+        training__steps=STEPS, training__rank_timeout=120.0, deepspeed__zero_optimization__stage=zero,
     )  # fmt: skip
     must(run(scene.run, ["--stage", "pretrain"]))
     scene.keep("base")
