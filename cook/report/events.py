@@ -3,6 +3,7 @@
 A training record is `{"step", "loss", "learning_rate", "tokens", "tokens_per_second", "grad_norm"}` with `tokens`
 counted from the start of the stage, and in stages that learn masks also `expected_sparsity`, `target_sparsity` and
 `lambda`: each maps a constraint's name to a float (`lambda` also to named floats, as `{"lambda1": …, "lambda2": …}`).
+A step that was not applied, or was a spike, also has `problem` and `samples`, what each rank read in it.
 An evaluation record is `{"step", "held_out_loss"}`.
 """
 
