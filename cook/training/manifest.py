@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,17 @@ def folder_of(root: Path, step: int) -> Path:
 
 
 def file_entry(path: Path) -> dict[str, Any]:
-    """A file's place in a manifest, once its content is on the disk."""
+    """A file's place in a manifest, once its content is on the disk: the disk and the processor work side by side."""
+    with ThreadPoolExecutor(1) as beside:
+        flushed = beside.submit(_flush, path)
+        entry = {"size": path.stat().st_size, "sha256": sha256(path)}
+        flushed.result()
+    return entry
+
+
+def _flush(path: Path) -> None:
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
-    return {"size": path.stat().st_size, "sha256": sha256(path)}
 
 
 def seal(manifest: Mapping[str, Any]) -> dict[str, Any]:
