@@ -95,6 +95,11 @@ def recover(root: Path) -> None:
             os.rename(aside, final)
     for rubbish in root.glob(f"{SCRATCH}*"):
         shutil.rmtree(rubbish, ignore_errors=True)
+    (root / f".{LATEST}.tmp").unlink(missing_ok=True)
+    newest = [folder.name for folder in (folder_of(root, step) for step in steps(root)) if looks_whole(folder)][:1]
+    # Killed between the renaming of a folder and that of `latest`, it would name the one before for good.
+    if newest and (not (root / LATEST).is_file() or (root / LATEST).read_bytes() != f"{newest[0]}\n".encode()):
+        write_atomically(root / LATEST, f"{newest[0]}\n")
 
 
 def remove_old(root: Path, newest: int, keep: int) -> None:

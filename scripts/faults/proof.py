@@ -155,6 +155,8 @@ def _problem(scene: Scene, ended: Ended, at_least: int, world: int) -> str | Non
     # before it could be removed.
     if len(left) > 4 or not {"latest", f"step-{STEPS}"} < set(left) or not all(map(NAME.fullmatch, left)):
         return f"rubbish is left: {left}"
+    if _latest(scene) != f"step-{STEPS}\n":
+        return f"latest says {_latest(scene)!r}"
     if (scene.run / "out" / "run.lock").exists():
         return "the lock is left"
     came, wanted = outcome(scene.run), scene.outcomes[world]

@@ -56,6 +56,18 @@ def test_a_crash_between_the_two_renames_of_a_replacement_is_undone(tmp_path):
     assert names(tmp_path) == ["latest", "step-5"] and verify(folder)
 
 
+@pytest.mark.parametrize("latest", ["step-1\n", "", "\x00", None])
+def test_a_crash_before_latest_is_made_good(tmp_path, latest):
+    for step in (1, 2):
+        save(tmp_path, step)
+    (tmp_path / "latest").unlink()
+    if latest is not None:
+        (tmp_path / "latest").write_text(latest)
+    (tmp_path / ".latest.tmp").write_text("ste")
+    recover(tmp_path)
+    assert names(tmp_path) == ["latest", "step-1", "step-2"] and (tmp_path / "latest").read_text() == "step-2\n"
+
+
 @pytest.mark.parametrize("content", [
     {}, [], {"files": []}, {"files": {"a": 1}}, {"step": 1, "files": {}},
     {"files": {"../x": {"size": 1, "sha256": ""}}},
