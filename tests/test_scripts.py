@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,8 +20,8 @@ from tests.stages.tiny_run import REPOSITORY, Result, contents, run, write_run
 SCRIPT = str(REPOSITORY / "scripts" / "prune_cpm_ant.sh")
 
 
-def script(folder: Path, *options: str, **variables: str) -> Result:
-    return run(["bash", SCRIPT, *options], folder, timeout=240, **variables)
+def script(folder: Path, *options: str, **keywords: Any) -> Result:
+    return run(["bash", SCRIPT, *options], folder, timeout=240, **keywords)
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +52,35 @@ def test_options_that_would_speak_of_another_run_are_refused(folder, options):
     result = script(folder, *options)
     assert result.code == 2 and "name the config first" in result.err, result
     assert contents(folder) == before
+
+
+LAUNCHER = """
+    import os, signal, subprocess, sys, time
+    # What a launcher starts hears of signals too, and the launcher itself does not die of SIGUSR1.
+    rank = "import signal, sys, time; from pathlib import Path\\n"
+    rank += "def note(number, frame):\\n    Path(signal.Signals(number).name).touch()\\n"
+    rank += "    if number == signal.SIGTERM: sys.exit()\\n"
+    rank += "for number in (signal.SIGUSR1, signal.SIGTERM): signal.signal(number, note)\\n"
+    rank += "Path('started').touch()\\nwhile True: time.sleep(0.05)"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    child = subprocess.Popen([sys.executable, "-c", rank], cwd=os.environ["FOLDER"])
+    child.wait()
+    time.sleep(30)
+"""
+
+
+def test_signals_to_the_script_reach_the_ranks_and_it_ends_with_the_launchers_code(folder, tmp_path):
+    (tmp_path / "launcher.py").write_text(textwrap.dedent(LAUNCHER))
+
+    def signals(process: subprocess.Popen) -> None:
+        for number, mark in ((None, "started"), (signal.SIGUSR1, "SIGUSR1"), (signal.SIGTERM, "SIGTERM")):
+            if number is not None:
+                os.kill(process.pid, number)
+            deadline = time.monotonic() + 60
+            while not (tmp_path / mark).exists():
+                assert time.monotonic() < deadline and process.poll() is None, mark
+                time.sleep(0.02)
+
+    launcher = f"{sys.executable} {tmp_path / 'launcher.py'}"
+    result = script(folder, str(folder / "bmcook.json"), stop=signals, LAUNCHER=launcher, FOLDER=str(tmp_path))
+    assert result.code == 75, result

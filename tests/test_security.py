@@ -5,12 +5,15 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from cook.base.versions import OLDEST
+from tests.stages.tiny_run import run
 
 ROOT = Path(__file__).resolve().parents[1]
 LISTED = subprocess.run(
@@ -171,3 +174,19 @@ def test_security_md_names_every_exception():
     text = (ROOT / "SECURITY.md").read_text()
     for word in ("DeepSpeed", "trust_remote_code", "weights_only", "loopback", "manifest", *OLDEST):
         assert word in text, word
+
+
+LISTENING = """
+    import psutil, torch
+    from cook.training.engine import initialise_processes, leave_processes
+    initialise_processes(1)
+    import torch.distributed as dist
+    dist.all_reduce(torch.ones(1))
+    print(*{c.laddr.ip for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN})
+    leave_processes()
+"""
+
+
+def test_a_run_of_one_rank_listens_at_loopback_only():
+    result = run([sys.executable, "-c", textwrap.dedent(LISTENING)], ROOT)
+    assert result.code == 0 and set(result.out.split()) <= {"127.0.0.1", "::1"}, result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,8 +109,8 @@ def _last_line(error: Exception) -> str:
 
 def _inner_checkpoint(path: Path) -> Path:
     # The folder of all checkpoints of a stage points to its newest one, which points to its engine's files.
-    inner = path / (path / "latest").read_text(errors="replace").strip()
-    return inner if inner.parent == path and (inner / "latest").is_file() else path
+    name = (path / "latest").read_text(errors="replace").strip()
+    return path / name if re.fullmatch(r"step-\d+", name) and (path / name / "latest").is_file() else path
 
 
 def _config_beside(file: Path) -> Mapping[str, Any]:

@@ -26,7 +26,7 @@ def write_atomically(path: str | Path, content: bytes | str) -> None:
     """Writes `content` to `path` so that a crash leaves the old file or the new one, never a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    aside = path.with_name(f".{path.name}.tmp")  # always the same: the next write takes away what a crash has left
     try:
         with open(aside, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)

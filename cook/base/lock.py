@@ -65,9 +65,9 @@ def _acquire(path: Path, owner: dict[str, Any]) -> None:
                 raise _refusal(path, held)
             path.unlink()
         # The file appears whole: a lock without a readable owner could never be proved stale.
-        aside = path.with_name(f".{NAME}.{os.getpid()}")
+        aside = path.with_name(f".{NAME}.tmp")  # of a run that was killed here, it is simply written over
         try:
-            with open(aside, "x", encoding="utf-8") as file:
+            with open(aside, "w", encoding="utf-8") as file:
                 json.dump(owner, file)
                 file.flush()
                 os.fsync(file.fileno())

@@ -26,7 +26,7 @@ from typing import Any
 import torch.distributed as dist
 
 from cook.base import distributed
-from cook.base.errors import EXIT_RANK_LOST, RankLost
+from cook.base.errors import EXIT_RANK_LOST, RankLost, RunFailed
 from cook.base.processes import launchers, this_process
 
 PATIENCE = {"preparing": math.inf, "starting": 10, "first step": 10, "step": 1, "saving": 10, "finishing": 10}
@@ -106,8 +106,8 @@ class Watchdog:
         culprit = None
         self._news.set()
         self._farewell.wait(FAREWELL)
-        # A lost connection is all that a collective can say of a rank that has gone.
-        if isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
+        # A lost connection is all that a collective, or a save that needs one, can say of a rank that has gone.
+        if isinstance(error, RuntimeError | RunFailed) and LOST_PEER.search(str(error)):
             culprit = self._culprit()
             self._pass_on(culprit)
         self._stop.set()

@@ -36,6 +36,7 @@ CHECKS: tuple[Callable[..., Iterable[UserError]], ...] = (
     check_training.batch_is_whole,
     check_training.deepspeed_agrees,
     check_training.precision_agrees,
+    check_training.checkpoints_can_be_trusted,
     check_training.distillation_does_something,
     check_scheme.mask_is_structured,
     check_scheme.recipe_in_order,

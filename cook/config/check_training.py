@@ -150,6 +150,18 @@ def precision_agrees(
                 )
 
 
+def checkpoints_can_be_trusted(deepspeed: dict[str, Any]) -> Iterator[UserError]:
+    """DeepSpeed's switches that would leave a bad step unnoticed, a checkpoint in pieces or a resume inexact."""
+    for keys, bad, why in (
+        (("zero_optimization", "compute_grad_norm"), False, "a gradient that is not finite would be applied"),
+        (("zero_optimization", "load_from_fp32_weights"), False, "a resumed run would begin from rounded weights"),
+        (("zero_optimization", "elastic_checkpoint"), True, "cook resumes on any number of ranks without it"),
+        (("checkpoint", "use_node_local_storage"), True, "all ranks must see the whole checkpoint"),
+    ):
+        if _at(deepspeed, keys) is bad:
+            yield UserError(f"deepspeed.{'.'.join(keys)}: {why}", wanted=str(not bad).lower(), remedy="leave it out")
+
+
 def distillation_does_something(distillation: DistillationConfig | None) -> Iterator[UserError]:
     """A teacher is only run if one of the two losses has a weight, and hidden states only for named modules."""
     if distillation is None:

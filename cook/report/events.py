@@ -4,6 +4,7 @@ A training record is `{"step", "loss", "learning_rate", "tokens", "tokens_per_se
 `tokens` counted from the start of the stage and `data_wait` the share of the time since the last record that was spent
 waiting for data, and in stages that learn masks also `expected_sparsity`, `target_sparsity` and
 `lambda`: each maps a constraint's name to a float (`lambda` also to named floats, as `{"lambda1": …, "lambda2": …}`).
+A step that was not applied, or was a spike, also has `problem` and `samples`, what each rank read in it.
 An evaluation record is `{"step", "held_out_loss"}`, a change of the sources' weights `{"step", "source_loss",
 "source_weight"}`.
 """
@@ -86,6 +87,8 @@ class EventLog:
     def rewind(self, step: int) -> None:
         """Forgets every record after `step`, the step that the run goes on from; -1 forgets all (a fresh start).
 
+        An evaluation of that very step is forgotten too: it comes after the checkpoint, and is done again.
+
         The file is replaced as a whole, so a crash leaves the old log or the new one. TensorBoard is told to hide what
         its older event files say about the forgotten steps.
 
@@ -96,7 +99,10 @@ class EventLog:
             return
         self.close()
         if self.path.exists():
-            kept = [line for line, record in _records(self.path) if record["step"] <= step]
+            kept = [
+                line for line, record in _records(self.path)
+                if record["step"] <= step - ("held_out_loss" in record)
+            ]  # fmt: skip
             write_atomically(self.path, b"".join(kept))
         self._purge_step = step + 1
 

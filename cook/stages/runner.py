@@ -83,7 +83,9 @@ def run_stage(stage: Stage, *, resume: str, at: Callable[[int, str], None]) -> N
     position = Position(step=0, tokens=0)
     if found:
         position = load_checkpoint(*found, engine, gates, fingerprint=identity)
-        say(f"{stage.name}: going on from step {position.step}")
+        saved_by = found[1]["world_size"]
+        others = f", saved by {saved_by} rank(s)" if saved_by != distributed.world_size() else ""
+        say(f"{stage.name}: going on from step {position.step}{others}")
     started = time.perf_counter()
     with EventLog(stage.folder, stage.config.logging.tensorboard, enabled=distributed.rank() == 0) as log:
         log.rewind(position.step if found else -1)

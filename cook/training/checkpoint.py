@@ -93,8 +93,8 @@ def load_checkpoint(
     """
     if manifest["fingerprint"] != fingerprint:
         raise UserError(
-            f"{folder}: saved by a run with other settings",
-            remedy="restore the settings, choose another output_dir, or start over with --resume never",
+            f"{folder}: saved by a run with other settings, another corpus or other masks",
+            remedy="restore them, choose another output_dir, or start over with --resume never",
         )
     for key in ("precision", "optimizer"):
         if manifest["layout"].get(key) != engine.layout[key]:

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import socket
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
@@ -44,11 +45,19 @@ def initialise_processes(threads: int | None) -> None:
         # Its own collectives for CPUs would be compiled first, a minute and a compiler that a laptop may not have;
         # gloo does the same.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if "RANK" not in os.environ:  # no launcher: one rank on the loopback address, on a free port
-        os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     # The others wait in a collective while the first rank tokenises a corpus or hashes a checkpoint.
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(hours=3), verbose=False)
+    backend, patience = "nccl" if torch.cuda.is_available() else "gloo", timedelta(hours=3)
+    alone = "RANK" not in os.environ
+    if alone:
+        os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost") and _loopback():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())  # else the address of the machine's name
+    if alone:
+        # The usual store listens on all interfaces, and a single rank has nobody to meet there.
+        torch.distributed.init_process_group(
+            backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=patience
+        )
+    deepspeed.init_distributed(dist_backend=backend, timeout=patience, verbose=False)
 
 
 def leave_processes() -> None:
@@ -66,9 +75,11 @@ def _import_deepspeed():
     return deepspeed
 
 
-def _free_port() -> int:
-    import socket
+def _loopback() -> str:
+    return next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), "")
 
+
+def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -6,10 +6,12 @@ so it is there whole or not at all; `latest` names the newest for people and oth
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 MANIFEST_TYPES = {
     "stage": str, "step": int, "tokens": int, "world_size": int, "fingerprint": str, "layout": dict, "files": dict,
+    "digest": str,
 }  # fmt: skip
 SCRATCH, ASIDE, REMOVED = "tmp-", "tmp-replaced-", "tmp-removed-"
 """How the names of folders begin that are being written, replaced, deleted."""
@@ -37,10 +40,23 @@ def folder_of(root: Path, step: int) -> Path:
 
 
 def file_entry(path: Path) -> dict[str, Any]:
-    """A file's place in a manifest, once its content is on the disk."""
+    """A file's place in a manifest, once its content is on the disk: the disk and the processor work side by side."""
+    with ThreadPoolExecutor(1) as beside:
+        flushed = beside.submit(_flush, path)
+        entry = {"size": path.stat().st_size, "sha256": sha256(path)}
+        flushed.result()
+    return entry
+
+
+def _flush(path: Path) -> None:
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
-    return {"size": path.stat().st_size, "sha256": sha256(path)}
+
+
+def seal(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest with the digest of all else that it says: it is a file too, and may be damaged like the others."""
+    said = {key: value for key, value in manifest.items() if key != "digest"}
+    return {**said, "digest": hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()}
 
 
 def publish(scratch: Path, final: Path, manifest: Mapping[str, Any], *, keep: int) -> None:
@@ -49,10 +65,10 @@ def publish(scratch: Path, final: Path, manifest: Mapping[str, Any], *, keep: in
     Args:
         scratch: The folder, every file of it on the disk.
         final: Its name from now on.
-        manifest: What `MANIFEST_TYPES` lists.
+        manifest: What `MANIFEST_TYPES` lists, but for the digest.
         keep: How many of the newest checkpoints stay; at least the new one does.
     """
-    write_atomically(scratch / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False) + "\n")
+    write_atomically(scratch / MANIFEST, json.dumps(seal(manifest), indent=1, allow_nan=False) + "\n")
     point("save.manifest")
     for folder in [path for path in scratch.rglob("*") if path.is_dir()] + [scratch]:
         fsync_folder(folder)
@@ -79,6 +95,11 @@ def recover(root: Path) -> None:
             os.rename(aside, final)
     for rubbish in root.glob(f"{SCRATCH}*"):
         shutil.rmtree(rubbish, ignore_errors=True)
+    (root / f".{LATEST}.tmp").unlink(missing_ok=True)
+    newest = [folder.name for folder in (folder_of(root, step) for step in steps(root)) if looks_whole(folder)][:1]
+    # Killed between the renaming of a folder and that of `latest`, it would name the one before for good.
+    if newest and (not (root / LATEST).is_file() or (root / LATEST).read_bytes() != f"{newest[0]}\n".encode()):
+        write_atomically(root / LATEST, f"{newest[0]}\n")
 
 
 def remove_old(root: Path, newest: int, keep: int) -> None:
@@ -115,11 +136,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint, as it stands.
 
     Raises:
-        UserError: there is none, or it is not one.
+        UserError: there is none, it is not one, or it has been changed.
     """
     manifest = read_json(folder / MANIFEST)
     if not _sound(manifest):
         raise UserError(f"{folder / MANIFEST}: not a checkpoint's manifest")
+    if seal(manifest)["digest"] != manifest["digest"]:
+        raise UserError(f"{folder / MANIFEST}: not what was saved")
     return manifest
 
 

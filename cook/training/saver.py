@@ -9,6 +9,7 @@ by all ranks in the same step.
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -21,7 +22,6 @@ import torch
 from cook.base import distributed
 from cook.base.errors import Interrupted, RankLost, RunFailed
 from cook.base.faults import point
-from cook.base.files import write_json
 from cook.base.seeds import rng_state
 from cook.masks.gates import Gates
 from cook.training.engine import Engine
@@ -96,7 +96,7 @@ class Saver:
             engine: Weights and optimizer states.
             gates: The masks being learned, if any.
             position: The place in the run, with this rank's states.
-            also: Writes what goes with a checkpoint but lies elsewhere.
+            also: Writes what goes with a checkpoint but lies elsewhere; called first.
 
         Raises:
             RunFailed: on every rank, if any rank could not write; older checkpoints are untouched.
@@ -109,7 +109,8 @@ class Saver:
         self._fail_if([e for e in [distributed.broadcast(error)] if e])
         point("save.scratch")
         written: list[Path] = []
-        error = attempt(lambda: written.extend(_write(scratch, engine, gates)))
+        # The masks first: flushing a small file takes long once gigabytes wait to be flushed beside it.
+        error = attempt(also) or attempt(lambda: written.extend(_write(scratch, engine, gates)))
         point("save.written")
         small = {"guard": position.guard, "data": position.data}
         reports = distributed.gather((error, [path.relative_to(scratch).as_posix() for path in written], small))
@@ -117,7 +118,7 @@ class Saver:
         if not failures:
             names = {name for _, names, _ in reports for name in names}
             states = [state for *_, state in reports]
-            error = attempt(lambda: _write_rest(scratch, engine, position, states, names, written, also))
+            error = attempt(lambda: _write_rest(scratch, engine, position, states, names, written))
             failures = [e for e in distributed.gather(error) if e]
         self._fail_if(failures)
         point("save.agreed")
@@ -200,14 +201,14 @@ def _write(scratch: Path, engine: Engine, gates: Gates | None) -> list[Path]:
 
 def _write_rest(
     scratch: Path, engine: Engine, position: Position, states: list[dict[str, Any]], names: set[str],
-    written: list[Path], also: Callable[[], None],
+    written: list[Path],
 ) -> None:  # fmt: skip
     """What rank 0 adds; it takes on what nobody has reported, too: files that DeepSpeed lays beside its shards."""
-    if distributed.rank() == 0:
-        own = {key: value for key, value in asdict(position).items() if key not in ("guard", "data")}
-        write_json(scratch / STATE, {**own, "ranks": states})
-        write_json(scratch / "config.json", engine.model_config())
-        (scratch / "latest").write_text("engine\n")  # for DeepSpeed's own tools
-        found = {path.relative_to(scratch).as_posix(): path for path in scratch.rglob("*") if path.is_file()}
-        written += [path for name, path in sorted(found.items()) if name not in names]
-    also()
+    if distributed.rank() != 0:
+        return
+    own = {key: value for key, value in asdict(position).items() if key not in ("guard", "data")}
+    for name, value in ((STATE, {**own, "ranks": states}), ("config.json", engine.model_config())):
+        (scratch / name).write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")  # flushed with the others
+    (scratch / "latest").write_text("engine\n")  # for DeepSpeed's own tools
+    found = {path.relative_to(scratch).as_posix(): path for path in scratch.rglob("*") if path.is_file()}
+    written += [path for name, path in sorted(found.items()) if name not in names]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -55,3 +57,22 @@ def run_apart(arguments: list[str]) -> str:
     if done.returncode:
         sys.exit(f"{' '.join(arguments)} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
     return done.stdout
+
+
+def run_ranks(arguments: list[str], ranks: int = 2) -> dict[str, Any]:
+    """Runs this Python on `arguments` as the ranks of one process group; the JSON object that rank 0 prints last."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(ranks):
+        environment = os.environ | {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONWARNINGS": "ignore",
+        }  # fmt: skip
+        command = [sys.executable, *arguments]
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    output, _ = processes[0].communicate(timeout=1800)
+    for process in processes[1:]:
+        process.communicate(timeout=60)
+    return json.loads([line for line in output.splitlines() if line.startswith("{")][-1])

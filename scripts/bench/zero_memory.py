@@ -13,13 +13,9 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import torch
-from common import publish
+from common import publish, run_ranks
 
 
 def worker(stage: int, precision: str) -> None:
@@ -70,23 +66,6 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
-def launch(stage: int, precision: str) -> dict:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        environment = os.environ | {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONWARNINGS": "ignore",
-        }  # fmt: skip
-        command = [sys.executable, __file__, "--worker", str(stage), "--precision", precision]
-        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-    output, _ = processes[0].communicate(timeout=300)
-    processes[1].communicate(timeout=60)
-    return json.loads([line for line in output.splitlines() if line.startswith("{")][-1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
@@ -97,7 +76,7 @@ def main() -> None:
         return worker(options.worker, options.precision)
     rows = []
     for stage in (1, 2, 3):
-        measured = launch(stage, options.precision)
+        measured = run_ranks([__file__, "--worker", str(stage), "--precision", options.precision])
         weights, gradients, states = 2, 2, 12
         shared = [states if stage >= 1 else 0, gradients if stage >= 2 else 0, weights if stage >= 3 else 0]
         theory = (weights + gradients + states - sum(shared) + sum(shared) / 2) * measured["parameters"]

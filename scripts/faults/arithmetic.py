@@ -19,6 +19,7 @@ from proof import OPTIONS, STAGE, STEPS, Scene, Trial, outcome
 from ranks import run
 
 from cook.base.files import sha256
+from cook.training.manifest import seal
 from tests.stages.tiny_run import read_log
 
 BAD_STEP = 6
@@ -148,4 +149,4 @@ def _sign(folder: Path, changed: Path) -> None:
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["files"][str(changed.relative_to(folder))] = {"size": changed.stat().st_size, "sha256": sha256(changed)}
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(seal(manifest)))

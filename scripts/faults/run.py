@@ -15,7 +15,6 @@ import argparse
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
@@ -87,15 +86,13 @@ def main() -> None:
         scene = prepare(Path(folder) / "scene")
         for name in arguments.only or FAULTS:
             fault, share = FAULTS[name]
-            began = time.monotonic()
             tried = list(watched(name, fault(scene, max(1, round(share * arguments.kills)), Random(arguments.seed))))
             counted = [trial for trial in tried if trial.counts]
             bad = [trial for trial in counted if not trial.survived]
             failures += [f"{name}: {trial.note}" for trial in bad]
             rows.append(
-                {"fault": name, "trials": len(counted), "survived": len(counted) - len(bad), "lost": len(bad),
-                 "seconds": round(time.monotonic() - began, 1)}
-            )  # fmt: skip
+                {"fault": name, "trials": len(counted), "survived": len(counted) - len(bad), "lost": len(bad)}
+            )
     output = Path(arguments.output) if arguments.output else ROOT / "results" / "bench" / "faults.json"
     settings = {"kills": arguments.kills, "seed": arguments.seed, "ranks": 2}
     publish("faults", settings, merged(rows, output if arguments.only else None), str(output))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from random import Random
 
 from lost import at_step
-from proof import EVERY, OPTIONS, STEPS, Scene, Trial, goes_on
+from proof import EVERY, OPTIONS, STAGE, STEPS, Scene, Trial, goes_on
 from ranks import Ranks
 
 from cook.base import faults
@@ -19,7 +19,8 @@ ON_RESUME = ("load.", "save.aside")
 
 def in_saves(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
     """kill -9 of the whole process group at a random moment of a random save."""
-    for _ in range(trials):
+    killed = 0
+    while killed < trials:
         scene.fresh()
         step = random.choice(range(EVERY, STEPS + 1, EVERY))
         scratch = scene.checkpoints / f"tmp-{step}"
@@ -27,6 +28,10 @@ def in_saves(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
             ranks.until(scratch.exists)
             time.sleep(random.uniform(0, 1.1 * scene.save_seconds))
             ranks.kill()
+        if (scene.run / "out" / STAGE / "done.json").exists():
+            yield Trial(survived=True, note="the run had already ended", counts=False)
+            continue
+        killed += 1
         published, left = scene.published(), scratch.exists()
         met = "half a checkpoint" if left else "a whole one" if step in published else "no files yet"
         yield goes_on(scene, at_least=max(published, default=0), note=f"save of step {step}: {met}")

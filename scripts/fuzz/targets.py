@@ -24,7 +24,7 @@ from cook.config.load import load_config
 from cook.config.types import RunConfig
 from cook.masks.mask_file import read_mask_file, write_mask_file
 from cook.masks.mask_set import COARSE_KEYS
-from cook.training.manifest import MANIFEST, file_entry, steps, verify
+from cook.training.manifest import MANIFEST, file_entry, seal, steps, verify
 
 LARGEST = 1 << 26
 """Elements that a file of a few kilobytes may unfold to at most."""
@@ -146,7 +146,7 @@ def _checkpoint(folder: Path) -> Path:
         "stage": "pretrain", "step": 4, "tokens": 100, "world_size": 1, "fingerprint": "f", "layout": {},
         "files": {name: file_entry(step / name) for name in FILES},
     }  # fmt: skip
-    write_json(step / MANIFEST, manifest)
+    write_json(step / MANIFEST, seal(manifest))
     return step
 
 
@@ -154,7 +154,7 @@ def _manifests() -> list[bytes]:
     with tempfile.TemporaryDirectory() as folder:
         step = _checkpoint(Path(folder))
         good = read_json(step / MANIFEST)
-        outside = {**good, "files": {**good["files"], "../../x": {"size": 1, "sha256": "0"}}}
+        outside = seal({**good, "files": {**good["files"], "../../x": {"size": 1, "sha256": "0"}}})
         return [(step / MANIFEST).read_bytes(), json.dumps(good).encode(), json.dumps(outside).encode()]
 
 

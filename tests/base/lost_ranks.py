@@ -34,7 +34,7 @@ def misbehave(case: str, rank: int) -> None:
     kind, _, which = case.partition(" ")
     if which and int(which) != rank:
         return
-    if kind == "killed":
+    if kind in ("killed", "wrapped"):
         os.kill(os.getpid(), signal.SIGKILL)
     elif kind == "frozen":
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -59,7 +59,13 @@ def job(case: str, rank: int) -> None:
                 if case == "slow":
                     watchdog.at(step, "saving")
                     time.sleep(2 * TIMEOUT)
-            if all_reduce_sum(torch.tensor(float(Request.STOP in signals.take()))):
+            try:
+                stop = all_reduce_sum(torch.tensor(float(Request.STOP in signals.take())))
+            except RuntimeError as error:
+                if case == "wrapped 1":  # as a save in the background reports it
+                    raise RunFailed(f"the checkpoint could not be written: {error}") from None
+                raise
+            if stop:
                 raise Interrupted(f"at step {step}")
             if case == "launcher":
                 print("begun", flush=True)

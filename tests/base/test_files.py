@@ -86,6 +86,12 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch
     assert path.read_text() == "old" and [p.name for p in path.parent.iterdir()] == ["a.txt"]
 
 
+def test_what_a_killed_write_has_left_goes_with_the_next(tmp_path):
+    (tmp_path / ".a.tmp").write_bytes(b"half of a longer content")
+    write_atomically(tmp_path / "a", b"whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_bytes() == b"whole"
+
+
 def test_content_is_flushed_before_the_rename_and_the_folder_after(tmp_path, monkeypatch):
     events = []
     fsync, replace = os.fsync, os.replace

@@ -127,7 +127,7 @@ def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-RACE = """
+RACE = r"""
     import os, sys, time
     from cook.base.errors import UserError
     from cook.base.lock import run_lock
@@ -137,10 +137,10 @@ RACE = """
             time.sleep(start - time.monotonic())
             try:
                 with run_lock(sys.argv[1]):
-                    print("won", flush=True)
+                    os.write(1, b"won\n")
                     time.sleep(end - time.monotonic())
             except UserError:
-                print("refused", flush=True)
+                os.write(1, b"refused\n")
             os._exit(0)
     for _ in range(5):
         os.wait()

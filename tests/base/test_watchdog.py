@@ -13,7 +13,7 @@ from cook.base.watchdog import PATIENCE, Watchdog
 from tests.base.lost_ranks import BAD_STEP
 from tests.stages.tiny_run import run
 
-LOST = ["killed 1", "killed 0", "frozen 2", "frozen 0"]
+LOST = ["killed 1", "killed 0", "wrapped 1", "frozen 2", "frozen 0"]
 CASES = [*LOST, "stuck 1", "fails 1", "agree", "slow", "well", "unwatched", "launcher"]
 
 
@@ -32,7 +32,7 @@ def test_a_rank_that_is_gone_is_named_with_its_step_and_ends_the_others(results,
     codes, out = results[case]["codes"], results[case]["out"]
     # Also the frozen one has been killed: nothing is left behind.
     assert codes[int(rank)] == -9 and [c for r, c in enumerate(codes) if r != int(rank)] == [76, 76], out
-    word = "has died" if how == "killed" else "has been silent"
+    word = "has been silent" if how == "frozen" else "has died"
     assert re.search(rf"failed: rank {rank}\b.*{word}", out), out
     assert re.search(rf"step ({BAD_STEP - 1}|{BAD_STEP})\b", out) and "the same command goes on" in out
     assert "Traceback" not in out

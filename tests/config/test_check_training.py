@@ -93,6 +93,11 @@ def test_a_stage_has_a_batch_of_its_own(errors_of):
         ("bf16.enabled=true", True),
         ("bf16.enabled=yes", False),
         ("monitor_config.anything.deeper=1", True),
+        ("zero_optimization.compute_grad_norm=false", False),
+        ("zero_optimization.compute_grad_norm=true", True),
+        ("zero_optimization.load_from_fp32_weights=false", False),
+        ("zero_optimization.elastic_checkpoint=true", False),
+        ("checkpoint.use_node_local_storage=true", False),
     ],
 )
 def test_deepspeed_says_the_same(errors_of, load, setting, fits):

@@ -76,6 +76,14 @@ def test_rewinding_doubles_no_step_in_either_log(tmp_path):
     assert board(tmp_path)["train/loss"] == expected
 
 
+def test_an_evaluation_that_is_done_again_is_not_there_twice(tmp_path):
+    with EventLog(tmp_path, tensorboard=False) as log:
+        for record in ({"step": 1, "held_out_loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "held_out_loss": 2.5}):
+            log.write(record)
+        log.rewind(2)  # killed after the evaluation at the end, and before the stage was done
+        assert read_log(log.path) == [{"step": 1, "held_out_loss": 3.0}, {"step": 2, "loss": 2.0}]
+
+
 def test_rewinding_in_the_middle_of_a_run_and_to_a_fresh_start(tmp_path):
     with EventLog(tmp_path, tensorboard=True) as log:
         for value in (1.0, 2.0):

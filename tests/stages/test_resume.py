@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from cook.base.files import sha256
+from cook.training.manifest import seal
 from tests.stages.tiny_run import Result, contents, read_log, train, write_run
 
 STEPS = 60
@@ -121,7 +122,7 @@ def test_a_checkpoint_that_lacked_something_would_be_noticed(stopped, whole, tmp
     torch.save(state, file)
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     manifest["files"][file.name] = {"size": file.stat().st_size, "sha256": sha256(file)}
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    (checkpoint / "manifest.json").write_text(json.dumps(seal(manifest)))
     assert train(folder, *OPTIONS).code == 0
     assert outcome(folder)["log"] != outcome(whole)["log"]
 

@@ -56,6 +56,18 @@ def test_a_crash_between_the_two_renames_of_a_replacement_is_undone(tmp_path):
     assert names(tmp_path) == ["latest", "step-5"] and verify(folder)
 
 
+@pytest.mark.parametrize("latest", ["step-1\n", "", "\x00", None])
+def test_a_crash_before_latest_is_made_good(tmp_path, latest):
+    for step in (1, 2):
+        save(tmp_path, step)
+    (tmp_path / "latest").unlink()
+    if latest is not None:
+        (tmp_path / "latest").write_text(latest)
+    (tmp_path / ".latest.tmp").write_text("ste")
+    recover(tmp_path)
+    assert names(tmp_path) == ["latest", "step-1", "step-2"] and (tmp_path / "latest").read_text() == "step-2\n"
+
+
 @pytest.mark.parametrize("content", [
     {}, [], {"files": []}, {"files": {"a": 1}}, {"step": 1, "files": {}},
     {"files": {"../x": {"size": 1, "sha256": ""}}},
@@ -66,6 +78,17 @@ def test_a_manifest_of_something_else_is_refused(tmp_path, content):
         content = read_json(folder / "manifest.json") | content
     write_json(folder / "manifest.json", content)
     with pytest.raises(UserError, match="not a checkpoint's manifest"):
+        verify(folder)
+    assert not looks_whole(folder)
+
+
+@pytest.mark.parametrize("key", ["step", "tokens", "world_size", "fingerprint", "layout", "stage", "digest"])
+def test_a_manifest_of_which_a_bit_has_changed_is_refused(tmp_path, key):
+    folder = save(tmp_path, 1)
+    manifest = read_json(folder / "manifest.json")
+    other = {int: 7, str: "x", dict: {"x": 1}}[type(manifest[key])]
+    write_json(folder / "manifest.json", manifest | {key: other})
+    with pytest.raises(UserError, match="manifest.json: not what was saved"):
         verify(folder)
     assert not looks_whole(folder)
 

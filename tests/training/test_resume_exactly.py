@@ -14,17 +14,19 @@ import pytest
 import torch
 
 from cook.base.tensor_files import load_pt
+from cook.training.manifest import verify
 from cook.training.shards import Shards
 from tests.stages.tiny_run import run
 from tests.training import tiny_resume, tiny_training
 
 STAGES = ("fp32 0", "fp32 1", "fp32 2", "fp32 3", "bf16 2", "bf16 3")
 LEFT_OUT = ("generators", "learning rate", "lambda", "moments", "data position")
+FAULTS = (("write", "fp32 2"), ("write", "fp32 3"), ("hash", "fp32 2"))
 MOVED = ("fp32 0", "fp32 1", "fp32 2", "fp32 3", "bf16 2", "fp32 2 to 3", "fp32 3 to 0")
 """Those that go from 2 ranks to 1 and back; the last two change the ZeRO stage on the way."""
-# The ranks sum the same rows in another order: errors of 1e-7 in a loss of 4, which AdamW turns into up to 1e-4 of a
-# step in weights whose gradient is near 0. Measured: 4e-7. In bf16 every activation carries 2^-9: measured 2e-3.
-LOSS = {"fp32": 1e-5, "bf16": 1e-2}
+# The ranks sum the same rows in another order: an error of 1e-7 a step. Measured: 2e-7. In bf16 the sums of gradients
+# are rounded to 2^-9, each at another place; measured: 3e-4. The gates' logα, of a size of 1: measured 7e-7 and 1e-2.
+LOSS, GATE = {"fp32": 2e-6, "bf16": 3e-3}, {"fp32": 1e-5, "bf16": 0.1}
 
 
 def settings(name: str, place: int = 0) -> dict[str, Any]:
@@ -43,6 +45,9 @@ def cases() -> list[tuple[int, dict[str, Any]]]:
     for left_out in LEFT_OUT:
         own = settings("fp32 2") | {"restless": True, "seed": 4, "leave_out": left_out}
         first[f"without {left_out}"] = own | {"folder": f"without {left_out}", "of": "stopped fp32 2"}
+    for fault, name in FAULTS:
+        first[f"{fault} {name}"] = settings(name) | {"folder": f"{fault} {name}", "fault": fault}
+    first["blind"] = settings("fp32 2") | {"folder": "blind", "of": "stopped fp32 2", "fault": "blind"}
     second: dict[str, Any] = {}
     third: dict[str, Any] = {}
     for name in MOVED:
@@ -129,11 +134,11 @@ def test_whatever_is_left_out_is_noticed(results, folder, left_out):
     assert same_ids == (left_out != "data position")
 
 
-def same_run(results: list[dict[str, Any]], name: str, whole: str, precision: str) -> None:
+def same_run(results: list[dict[str, Any]], folder: Path, name: str, whole: str, precision: str) -> None:
     ours, theirs = (results[0][run]["records"] for run in (name, whole))
     assert [record["loss"] for record in ours] == pytest.approx([r["loss"] for r in theirs], rel=LOSS[precision])
-    sparsity = [torch.tensor([list(r["expected_sparsity"].values()) for r in some]) for some in (ours, theirs)]
-    torch.testing.assert_close(*sparsity, rtol=0, atol=1e-4 if precision == "fp32" else 2e-2)
+    gates = [state(folder / run)["gates log_alpha"] for run in (name, whole)]
+    assert float((gates[0] - gates[1]).abs().max()) < GATE[precision]
 
 
 @pytest.mark.parametrize("name", MOVED)
@@ -141,7 +146,7 @@ def test_from_two_ranks_to_one_and_back(results, folder, name):
     precision = name.split()[0]
     unmoved = f"unmoved {name}" if len(name.split()) == 2 else "unmoved fp32 2"
     assert [results[0][f"{part} {name}"]["found"] for part in ("one", "two again")] == ["step-2", "step-4"]
-    same_run(results, f"two again {name}", unmoved, precision)
+    same_run(results, folder, f"two again {name}", unmoved, precision)
     batches = [sum(ids, []) for ids in zip(*read_in_order(results, f"two {name}"), strict=True)]
     batches += results[0][f"one {name}"]["ids"]
     batches += [sum(ids, []) for ids in zip(*read_in_order(results, f"two again {name}"), strict=True)]
@@ -161,6 +166,22 @@ def test_what_is_put_together_anew_is_exactly_what_was_saved(results, folder, na
         assert all(torch.equal(ours[name], theirs[name]) and theirs[name].abs().max() > 0 for name in names)
 
 
-def test_from_one_rank_to_two(results):
+def test_from_one_rank_to_two(results, folder):
     assert results[0]["from one to two"]["found"] == "step-3"
-    same_run(results, "from one to two", "unmoved fp32 2", "fp32")
+    same_run(results, folder, "from one to two", "unmoved fp32 2", "fp32")
+
+
+@pytest.mark.parametrize(("fault", "name"), FAULTS)
+def test_a_rank_that_cannot_write_ends_the_run_on_all_and_the_old_checkpoint_stays(results, folder, fault, name):
+    seen = [rank[f"{fault} {name}"] for rank in results]
+    assert seen[0]["ended"] == seen[1]["ended"] and "of step 4 could not be written" in seen[0]["ended"]
+    assert "rank 1: [Errno 28] No space left on device" in seen[0]["ended"]
+    last = 4 if fault == "write" else 6  # what fails beside the training is heard by the next step or save
+    assert seen[0]["records"][-1]["step"] <= last and len(seen[0]["ids"]) == len(seen[1]["ids"]) <= last
+    left = folder / f"{fault} {name}" / "checkpoints"
+    assert sorted(path.name for path in left.iterdir()) == ["latest", "step-2"] and verify(left / "step-2")
+
+
+def test_ranks_that_see_other_checkpoints_take_the_newest_that_all_see(results):
+    assert [rank["blind"]["found"] for rank in results] == ["step-2", "step-2"]
+    assert [rank["blind"]["ended"] for rank in results] == ["whole", "whole"]

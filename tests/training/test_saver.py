@@ -22,6 +22,7 @@ def test_the_manifest_and_the_state_say_what_they_must(tmp_path):
     entry = manifest["files"].pop("engine/number")
     assert entry == {"size": 1, "sha256": "4e07408562bedb8b60ce05c1decfe3ad16b72230967de01f640b7e4729b49fce"}
     assert sorted(manifest.pop("files")) == ["config.json", "engine/beside", "latest", "rng-0.pt", "state.json"]
+    assert len(manifest.pop("digest")) == 64
     assert manifest == {
         "stage": "s", "step": 3, "tokens": 300, "world_size": 1, "fingerprint": "f", "layout": FakeEngine.layout
     }  # fmt: skip

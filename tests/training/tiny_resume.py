@@ -1,11 +1,13 @@
 """Runs of the training loop that are stopped by a signal and gone on with, on real engines, many in one process group.
 
 `python … tiny_resume.py CASES.json OUT`: every rank writes `OUT.<rank>` with what it saw. A case's `folder` keeps its
-checkpoints; `of` is copied into it first; `stop` is the step in which SIGTERM comes; `leave_out` spoils the resume.
+checkpoints; `of` is copied into it first; `stop` is the step in which SIGTERM comes; `leave_out` spoils the resume;
+`fault` breaks something on rank 1.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,7 +15,7 @@ import random
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,10 @@ if __name__ == "__main__":
 
 from cook.adapters.cpm_ant import ADAPTER
 from cook.base import distributed
-from cook.base.errors import Interrupted
+from cook.base.errors import Interrupted, RunFailed
 from cook.base.seeds import derived_seed, seed_everything
 from cook.report.events import EventLog, read_log
-from cook.training import checkpoint
+from cook.training import checkpoint, saver
 from cook.training.checkpoint import find_checkpoint, load_checkpoint
 from cook.training.engine import Engine, initialise_processes
 from cook.training.loop import Run, train
@@ -84,7 +86,30 @@ def spoil(left_out: str, position: Position, engine: Engine, gates: Any) -> Posi
     return position
 
 
+@contextlib.contextmanager
+def broken(fault: str) -> Iterator[None]:
+    """`write`: the files of step 4 cannot be written; `hash`: nor flushed, later; `blind`: the newest is not seen."""
+    place, name = {"write": (torch, "save"), "hash": (saver, "file_entry"), "blind": (checkpoint, "steps")}[fault]
+    real = getattr(place, name)
+
+    def breaks(*arguments: Any, **options: Any) -> Any:
+        if fault == "blind":
+            return real(*arguments)[1:]
+        if "tmp-4" in str(arguments):
+            raise OSError(28, "No space left on device")
+        return real(*arguments, **options)
+
+    setattr(place, name, breaks)
+    yield
+    setattr(place, name, real)
+
+
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
+    with broken(case["fault"]) if "fault" in case and distributed.rank() == 1 else contextlib.nullcontext():
+        return run_whole(case)
+
+
+def run_whole(case: dict[str, Any]) -> dict[str, Any]:
     folder, rank = Path(case["folder"]), distributed.rank()
     if rank == 0 and "of" in case:
         shutil.copytree(case["of"], folder)
@@ -121,8 +146,8 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         )  # fmt: skip
         try:
             train(run, position, log)
-        except Interrupted as stop:
-            ended = str(stop)
+        except (Interrupted, RunFailed) as end:
+            ended = str(end)
     attached.remove()
     engine.close()
     records = read_log(folder / "log.jsonl") if rank == 0 else []
