@@ -84,6 +84,7 @@ def run_pretrain(config: TaskConfig) -> None:
     say(_opening("pretrain", session, training.steps, engine))
     session.fit(engine, training, folder, "pretrain", identity=identity)
     metrics = session.evaluate(engine, folder)
+    session.log(folder, {"fine-tuned": metrics})
     session.save(engine, folder / "model")
     engine.close()
     say(f"pretrain: {_shown(metrics)}")
@@ -186,6 +187,7 @@ def _prune_stage(
         teacher=dense if config.distillation else None,
     )  # fmt: skip
     metrics[RECOVERED] = session.evaluate(engine, stage.folder)
+    session.log(stage.folder, metrics)
     recovered = session.save(engine, stage.folder / "model")
     engine.close()
     say(f"{name}: after recovery {_shown(metrics[RECOVERED])}")

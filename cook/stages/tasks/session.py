@@ -128,6 +128,16 @@ class Session:
         engine.module.train()
         return {name: round(value, 4) for name, value in metrics.items()}
 
+    def log(self, folder: Path, metrics: Mapping[str, Mapping[str, float]]) -> None:
+        """Adds evaluations to a training's log: `after_recovery/acc` and the like at its last step."""
+        record = {
+            f"{when.replace(' ', '_')}/{name}": value
+            for when, values in metrics.items()
+            for name, value in values.items()
+        }
+        with EventLog(folder, self.config.tensorboard, enabled=distributed.rank() == 0) as log:
+            log.write({"step": self.steps, **record})
+
     def save(self, engine: Engine, folder: Path) -> dict[str, torch.Tensor]:
         """Writes the model's folder; returns the weights, on every rank."""
         weights = dict(engine.full_weights())

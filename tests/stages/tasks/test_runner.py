@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from cook.patterns.mask_file import read_pattern_masks
 from cook.patterns.matrices import encoder_matrices
-from tests.stages.tasks.tiny_task import record, task, tasks, write_model, write_squad, write_sst2
+from tests.stages.tasks.tiny_task import record, task, tasks, write_model, write_pairs, write_squad, write_sst2
 
 SST = {"task_name": "SST-2"}
 TILES = SST | {"pruning_type": "8", "sparsities": "50 75"}
@@ -42,6 +42,8 @@ CASES: dict[str, tuple[str, dict[str, str]]] = {
     "two of four": ("prune", SST | {"pruning_type": "m4n2_1d", "sparsities": "50", "score": "magnitude"}),
     "distilled": ("prune", SST | {"pruning_type": "unstructured", "distillation": "1", "output_dir": "kd",
                                   "finetuned": "out/pretrain/model"}),
+    "scores of pairs": ("pretrain", {"task_name": "STS-B", "output_dir": "sts", "model": "model", "epochs": "6"}),
+    "two evaluations": ("pretrain", {"task_name": "MNLI", "output_dir": "mnli", "model": "model"}),
     "squad": ("pretrain", SQUAD | {"model": "model"}),
     "squad prune": ("prune", SQUAD | {"pruning_type": "5"}),
 }  # fmt: skip
@@ -53,6 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model(folder / "model")
     write_sst2(folder / "data")
     write_squad(folder / "data", "2.0")
+    write_pairs(folder / "data")
     return folder
 
 
@@ -130,8 +133,9 @@ def test_what_a_stage_reports(told, folder):
     for figure in ("curve.png", "sparsity.png"):
         assert (root / figure).read_bytes().startswith(b"\x89PNG")
     log = [json.loads(line) for line in (root / "sparsity_75" / "log.jsonl").read_text().splitlines()]
-    assert [entry["step"] for entry in log] == [1, 2, 3, 4, 5, 6]
-    assert log[-1]["learning_rate"] == 0.0 < log[0]["learning_rate"]  # a full schedule of its own
+    assert [entry["step"] for entry in log] == [1, 2, 3, 4, 5, 6, 6]
+    assert log[5]["learning_rate"] == 0.0 < log[0]["learning_rate"]  # a full schedule of its own
+    assert log[6]["after_recovery/acc"] == stages[1]["metrics"][PHASES[2]]["acc"]
     assert not (root / "sparsity_75" / "checkpoints").exists()
 
 
@@ -147,7 +151,7 @@ def test_the_export_is_smaller_and_computes_the_same(told, folder):
 
 def test_a_schedule_that_goes_on_is_a_quirk(told, folder):
     log = (folder / "old" / STAGES[0] / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in log] == [4, 5, 6]  # after 3 scoring steps
+    assert [json.loads(line)["step"] for line in log] == [4, 5, 6, 6]  # after 3 scoring steps
 
 
 def test_other_patterns_and_distillation(told, folder):
@@ -158,6 +162,13 @@ def test_other_patterns_and_distillation(told, folder):
     plain, distilled = folder / "out" / STAGES[0], folder / "kd/prune_unstructured/sparsity_50"
     assert json.loads((distilled / "log.jsonl").read_text().splitlines()[0])["loss"] > 0
     assert plain.exists()
+
+
+def test_regression_and_two_evaluation_sets(told, folder):
+    assert told["scores of pairs"]["error"] == told["two evaluations"]["error"] == ""
+    metrics = record(folder, "sts/pretrain/done.json")["metrics"]
+    assert set(metrics) == {"pearson", "spearmanr", "corr"} and metrics["pearson"] > 50.0
+    assert set(record(folder, "mnli/pretrain/done.json")["metrics"]) == {"acc", "acc-mm"}
 
 
 def test_squad(told, folder):
