@@ -19,6 +19,7 @@ from cook.masks.gates import Gates
 from cook.masks.mask_file import read_masks
 from cook.masks.mask_set import kept_groups
 from cook.masks.random_masks import random_masks_like
+from cook.patterns.matrices import matrices_of, restricted
 from cook.space.counts import unit_parameters
 from cook.space.units import PruningSpace, UnitGroup
 from cook.stages.plan import LEARNS, MaskPaths, Stage, mask_paths
@@ -56,7 +57,9 @@ def open_inputs(stage: Stage, *, must_exist: bool = True) -> Inputs:
     adapter, config, weights, origin = _model(stage, must_exist)
     space = adapter.space(config)
     allowed = space
-    if stage.config.pruning.pruned_module and stage.name != "pretrain":
+    if stage.name == "pattern":
+        restricted(matrices_of(space), stage.config.pruning.pruned_module, adapter.aliases)  # tells mistakes early
+    elif stage.config.pruning.pruned_module and stage.name != "pretrain":
         allowed = restrict(space, stage.config.pruning.pruned_module, adapter.aliases)
     _check_sizes(stage, allowed)
     paths = stage.fixed if must_exist else _existing(stage.fixed)

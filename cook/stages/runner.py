@@ -26,6 +26,7 @@ from cook.masks.mask_set import coarse_to_tensors, fine_to_tensors, kept_counts
 from cook.report.events import EventLog
 from cook.space.counts import parameters
 from cook.stages.inputs import Inputs, make_gates, open_inputs
+from cook.stages.pattern import pattern_identity, pattern_masks, pattern_spec
 from cook.stages.plan import Stage
 from cook.stages.structure import describe_structure
 from cook.surgery.export import write_model_folder, write_tokenizer
@@ -65,7 +66,11 @@ def run_stage(stage: Stage, *, resume: str) -> None:
     identity = _identity(stage, inputs, data)
     seed_everything(derived_seed(stage.config.seed, stage.name, distributed.rank()))
     training = stage.config.training
-    engine = Engine(_builder(inputs, stage), inputs.weights, training, stage.config.deepspeed)
+    build = _builder(inputs, stage)
+    zeros = pattern_masks(stage, inputs, data, build, rows_before(stage))
+    engine = Engine(build, inputs.weights, training, stage.config.deepspeed)
+    if zeros:
+        engine.hold_zeros(zeros, gradients_only=pattern_spec(stage).quirks.drifting_weights)
     gates, attached = make_gates(stage, inputs), _attach(engine, inputs)
     distiller = _distiller(stage, engine)
     say(_opening(stage, inputs, engine))
@@ -157,6 +162,7 @@ def _identity(stage: Stage, inputs: Inputs, data: TrainingData) -> str:
     """Hash of the settings, the data and what earlier stages made: a checkpoint of other ones is not gone on from."""
     masks = [[name, mask.tolist()] for name, mask in sorted(inputs.fixed.items())]
     described = [stage.fingerprint(), data.train.fingerprint, _earlier(stage) or inputs.origin, masks]
+    described += pattern_identity(stage)
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 
@@ -218,6 +224,7 @@ def _opening(stage: Stage, inputs: Inputs, engine: Engine) -> str:
     training = stage.config.training
     held = [kind for kind in ("layer", "heads", "dimff") if getattr(stage.fixed, kind)]
     does = [f"learns {stage.learns} masks"] if stage.learns else []
+    does += ["holds a pattern"] if stage.pattern_mask else []
     does += [f"holds {' and '.join(held)} masks"] if held else ["random masks"] if stage.is_random_baseline else []
     return (
         f"\n{stage.name}: {training.steps} steps × {training.train_batch_size} rows, "
@@ -276,7 +283,7 @@ def _write_done(
     if distributed.rank() != 0:
         return
     masks = final_masks(inputs, gates)
-    files = [path for path in (stage.fixed.layer, stage.fixed.heads, stage.fixed.dimff, stage.writes) if path]
+    files = (stage.fixed.layer, stage.fixed.heads, stage.fixed.dimff, stage.writes, stage.pattern_mask)
     write_json(
         stage.done,
         {
@@ -291,6 +298,6 @@ def _write_done(
             "held_out_loss": loss,
             "parameters": parameters(inputs.space, kept_counts(masks)),
             "structure": describe_structure(inputs.space, masks),
-            "masks": {path: sha256(path) for path in files},
+            "masks": {path: sha256(path) for path in files if path},
         },
     )
