@@ -116,8 +116,14 @@ def run_prune(config: TaskConfig) -> None:
         identity = identity_of(
             settings, repr(spec), stage.sparsity, session.data.train.fingerprint, follows
         )
-        if finished(stage.folder, identity, config.resume):
+        done = finished(stage.folder, identity, config.resume)
+        if done:
             say(f"{stage.name}: already finished, see {stage.folder / DONE}")
+            if sha256(stage.folder / MASKS) != done["masks"]:
+                raise UserError(
+                    f"{stage.folder / MASKS}: not the masks that the stage finished with",
+                    remedy="restore the file, or do it again with --resume never",
+                )
             masks, _ = read_pattern_masks(stage.folder / MASKS, matrices)
             weights = dict(open_safetensors_folder(stage.folder / "model").items())
         else:

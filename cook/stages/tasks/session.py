@@ -55,7 +55,10 @@ class Session:
     def engine(self, weights: Mapping[str, torch.Tensor], training: TrainingConfig, *purpose: object) -> Engine:
         """An engine that starts from `weights`; dropout is drawn anew for every purpose and rank."""
         seed_everything(derived_seed(self.config.seed, *purpose, distributed.rank()))
-        return Engine(self.encoder.build, weights, training, self.config.deepspeed_config(), finetuning_adamw)
+        settings = self.config.deepspeed_config()
+        if not training.learning_rate:
+            settings.pop("scheduler", None)  # it would raise the rate from 0
+        return Engine(self.encoder.build, weights, training, settings, finetuning_adamw)
 
     def fit(
         self, engine: Engine, training: TrainingConfig, folder: Path, name: str, *,

@@ -144,6 +144,7 @@ def test_the_export_is_smaller_and_computes_the_same(told, folder):
     found = record(folder, "out/prune_tile_wise_kn/export/export.json")
     assert found["parameters"]["after"] < found["parameters"]["before"]
     assert found["largest_relative_difference"] < 1e-5  # fp32: sums in another order
+    assert found["speed_up_by_matrix"] and min(found["speed_up_by_matrix"].values()) > 0
     assert found["metrics"]["compact"] == found["metrics"]["masked"]
     stage = record(folder, "out", STAGES[1], "done.json")
     assert found["metrics"]["masked"] == stage["metrics"][PHASES[2]]
@@ -188,7 +189,8 @@ def again(told, folder, tmp_path_factory) -> dict[str, Any]:
     (stage / "done.json").unlink()
     shutil.rmtree(stage / "model")
     two = {"two": ("prune", TILES | {"output_dir": "two", "finetuned": "out/pretrain/model"})}
-    told = tasks(folder, {"again": ("prune", TILES)}) | tasks(folder, two, ranks=2)
+    (folder / "old" / STAGES[0] / "masks.safetensors").write_bytes(before["masks"])
+    told = tasks(folder, {"again": ("prune", TILES), "other masks": CASES["historical"]}) | tasks(folder, two, ranks=2)
     return before | {"told": told}
 
 
@@ -198,6 +200,10 @@ def test_a_killed_stage_is_gone_on_from(again, folder):
     assert "scores" not in told["out"]  # the masks were there
     assert (stage / "masks.safetensors").read_bytes() == again["masks"]
     assert all(torch.equal(tensor, again["weights"][name]) for name, tensor in weights(stage).items())
+
+
+def test_masks_that_were_written_over_are_noticed(again):
+    assert "not the masks that the stage finished with" in again["told"]["other masks"]["error"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
