@@ -22,8 +22,9 @@ PHASES = ("before pruning", "after pruning", "after recovery")
 STAGES = ("prune_tile_wise_kn/sparsity_50", "prune_tile_wise_kn/sparsity_75")
 
 # Two ranks average half batches: fp32 sums in another order, which Adam's division by the gradient's own size enlarges
-# where a gradient is near 0. Measured over 6 steps at a rate of 0.01: 3e-5.
-CLOSE = 1e-3
+# where a gradient is near 0. Measured over 12 steps at a rate of 0.01: 5e-6. A key's bias moves all scores of a row
+# alike, so its gradient is nothing but rounding, and Adam makes steps of any size of it: 1e-3.
+CLOSE = 1e-4
 
 CASES: dict[str, tuple[str, dict[str, str]]] = {
     "nothing to prune": ("prune", TILES),
@@ -42,6 +43,8 @@ CASES: dict[str, tuple[str, dict[str, str]]] = {
     "two of four": ("prune", SST | {"pruning_type": "m4n2_1d", "sparsities": "50", "score": "magnitude"}),
     "distilled": ("prune", SST | {"pruning_type": "unstructured", "distillation": "1", "output_dir": "kd",
                                   "finetuned": "out/pretrain/model"}),
+    "undistilled": ("prune", SST | {"pruning_type": "unstructured", "output_dir": "plain",
+                                    "finetuned": "out/pretrain/model"}),
     "scores of pairs": ("pretrain", {"task_name": "STS-B", "output_dir": "sts", "model": "model", "epochs": "6"}),
     "two evaluations": ("pretrain", {"task_name": "MNLI", "output_dir": "mnli", "model": "model"}),
     "squad": ("pretrain", SQUAD | {"model": "model"}),
@@ -160,9 +163,8 @@ def test_other_patterns_and_distillation(told, folder):
     for path in ("out/prune_m4n2_1d/sparsity_50", "kd/prune_unstructured/sparsity_50"):
         assert record(folder, path, "done.json")["sparsity"] == pytest.approx(0.5, abs=1e-3)
     assert "scores" not in told["two of four"]["out"]  # magnitude needs no gradients
-    plain, distilled = folder / "out" / STAGES[0], folder / "kd/prune_unstructured/sparsity_50"
-    assert json.loads((distilled / "log.jsonl").read_text().splitlines()[0])["loss"] > 0
-    assert plain.exists()
+    plain, distilled = (weights(folder, run, "prune_unstructured/sparsity_50") for run in ("plain", "kd"))
+    assert not torch.equal(plain["classifier.weight"], distilled["classifier.weight"])
 
 
 def test_regression_and_two_evaluation_sets(told, folder):
@@ -212,7 +214,7 @@ def test_two_ranks_prune_the_same(again, folder, stage):
     one, two = masks(folder, "out", stage), masks(folder, "two", stage)
     assert all(torch.equal(one[name], two[name]) for name in one)
     mine, other = weights(folder, "out", stage), weights(folder, "two", stage)
-    assert max(float((mine[name] - other[name]).abs().max()) for name in mine) < CLOSE
+    assert max(float((mine[n] - other[n]).abs().max()) for n in mine if not n.endswith("key.bias")) < CLOSE
     metrics = [record(folder, run, stage, "done.json")["metrics"] for run in ("out", "two")]
     assert metrics[0] == metrics[1]
 
