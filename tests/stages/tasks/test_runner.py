@@ -46,7 +46,8 @@ CASES: dict[str, tuple[str, dict[str, str]]] = {
     "undistilled": ("prune", SST | {"pruning_type": "unstructured", "output_dir": "plain",
                                     "finetuned": "out/pretrain/model"}),
     "scores of pairs": ("pretrain", {"task_name": "STS-B", "output_dir": "sts", "model": "model", "epochs": "6"}),
-    "two evaluations": ("pretrain", {"task_name": "MNLI", "output_dir": "mnli", "model": "model"}),
+    "two evaluations": ("pretrain", {"task_name": "MNLI", "output_dir": "mnli", "model": "model",
+                                     "tensorboard": "true"}),
     "squad": ("pretrain", SQUAD | {"model": "model"}),
     "squad prune": ("prune", SQUAD | {"pruning_type": "5"}),
 }  # fmt: skip
@@ -172,6 +173,8 @@ def test_regression_and_two_evaluation_sets(told, folder):
     metrics = record(folder, "sts/pretrain/done.json")["metrics"]
     assert set(metrics) == {"pearson", "spearmanr", "corr"} and metrics["pearson"] > 50.0
     assert set(record(folder, "mnli/pretrain/done.json")["metrics"]) == {"acc", "acc-mm"}
+    events = b"".join(path.read_bytes() for path in (folder / "mnli/pretrain/tensorboard").iterdir())
+    assert b"fine-tuned/acc-mm" in events and b"train/loss" in events
 
 
 def test_squad(told, folder):

@@ -70,7 +70,7 @@ def write_pairs(folder: Path) -> None:
     stsb = "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore\n"
     mnli = "\t".join(f"column{n}" for n in range(8)) + "\tsentence1\tsentence2\tlabel1\tgold_label\n"
     for name in ("STS-B", "MNLI"):
-        (folder / name).mkdir()
+        (folder / name).mkdir(parents=True)
     for split, count in (("train", 48), ("dev", 16)):
         for _ in range(count):
             mood = maker.choice(WORDS[:2])
