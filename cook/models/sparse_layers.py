@@ -249,6 +249,10 @@ class Plan:
         biases = torch.stack([tile.bias for tile in tiles])
         return Bucket(inputs=inputs.flatten(), weights=weights, biases=biases, outputs=outputs)
 
+    def forget(self) -> None:
+        """Lets go of the layouts that were made to be measured; the one that is chosen is made again."""
+        self._dense = self._buckets = self._bucket_outputs = None
+
     def ways(self, x: torch.Tensor) -> dict[str, Way]:
         """The ways of computing that are open for these activations, the dense one first."""
         found: dict[str, Way] = {"dense": _dense}
@@ -416,6 +420,7 @@ def choose(plan: Plan, x: torch.Tensor, *, transposed: bool, repeats: int = 5) -
             seconds = {name: _seconds(plan, way, x, transposed, repeats) for name, way in ways.items()}
             best = min(seconds, key=lambda name: seconds[name])
             _CHOICES[key] = best if seconds[best] < 0.95 * seconds["dense"] else "dense"
+            plan.forget()
     return ways[_CHOICES[key]]
 
 
