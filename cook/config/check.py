@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cook.base.errors import UserError
-from cook.config import check_data, check_paths, check_scheme, check_training
+from cook.config import check_data, check_paths, check_pattern, check_scheme, check_training
 from cook.config.facts import model_facts
 from cook.config.types import GatesConfig, LoggingConfig
 
@@ -17,6 +17,7 @@ DEFAULTS: dict[str, Any] = {
     "deepspeed": {},
     "distillation": None,
     "logging": LoggingConfig(),
+    "pattern": None,
     "coarse": None,
     "fine": None,
     "gates": GatesConfig(),
@@ -44,6 +45,8 @@ CHECKS: tuple[Callable[..., Iterable[UserError]], ...] = (
     check_scheme.masks_given,
     check_scheme.sizes_fit,
     check_scheme.layer_mask_given,
+    check_pattern.pattern_given,
+    check_pattern.pattern_stands_alone,
 )
 """Each names the sections that it reads by its parameters, and is left out if one of them is broken."""
 

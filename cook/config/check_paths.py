@@ -31,12 +31,13 @@ def output_is_safe(
     """Nothing may be written at the filesystem's root, over the repository or into its tracked folders."""
     for key, path in {"output_dir": output_dir, "data.cache_dir": data.cache_dir}.items():
         if path is not None:
-            yield from _refused_folder(key, path, str(path))
+            yield from refused_folder(key, path, str(path))
     for key, path in mask_paths(coarse, fine).items():
-        yield from _refused_folder(key, path, os.path.dirname(path) or ".")
+        yield from refused_folder(key, path, os.path.dirname(path) or ".")
 
 
-def _refused_folder(key: str, path: str, folder: str) -> Iterator[UserError]:
+def refused_folder(key: str, path: str, folder: str) -> Iterator[UserError]:
+    """Mistakes in a folder that a run is to write to."""
     try:
         real = Path(os.path.realpath(folder))
     except (OSError, ValueError) as error:

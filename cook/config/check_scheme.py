@@ -7,15 +7,16 @@ from collections.abc import Iterator
 
 from cook.base.errors import UserError
 from cook.config.check_paths import mask_paths
+from cook.config.check_pattern import uses_pattern
 from cook.config.facts import ModelFacts
 from cook.config.types import CoarseConfig, FineConfig, PruningConfig, StageEntry
 
 UNITS = ("layer", "att", "ffn")
 
 
-def mask_is_structured(pruning: PruningConfig) -> Iterator[UserError]:
-    """An unstructured mask would belong to a mask method that is not among the two."""
-    if pruning.pruning_mask_path is not None:
+def mask_is_structured(pruning: PruningConfig, stages: tuple[StageEntry, ...]) -> Iterator[UserError]:
+    """A mask of single weights belongs to the methods that make one."""
+    if pruning.pruning_mask_path is not None and not uses_pattern(pruning, stages):
         yield UserError(
             f"pruning.pruning_mask_path: {pruning.mask_method} pruning has no unstructured mask",
             wanted="null",

@@ -17,6 +17,7 @@ from cook.config.check import Sections, cross_check
 from cook.config.corpus import DataConfig, MixingConfig, SourceConfig
 from cook.config.overrides import Override, apply_override, parse_override
 from cook.config.schema import Keys, schema_findings
+from cook.config.scheme import PATTERN_METHODS
 from cook.config.types import (
     CoarseConfig,
     ConfigSource,
@@ -25,6 +26,7 @@ from cook.config.types import (
     GatesConfig,
     LoggingConfig,
     ModelConfig,
+    PatternConfig,
     PruningConfig,
     RunConfig,
     StageEntry,
@@ -161,8 +163,9 @@ def _scheme_path(path: str, bmcook: Any) -> str | None:
     stages = bmcook["stages"] if isinstance(bmcook.get("stages"), list) else []
     named = pruning.get("l0_pruning")
     scheme = str(Path(path).parent / (named if isinstance(named, str) else DEFAULT_SCHEME))
-    needed = isinstance(named, str) or pruning.get("is_pruning") is True
-    needed |= any(isinstance(stage, dict) and stage.get("name") != "pretrain" for stage in stages)
+    has_scheme = pruning.get("is_pruning") is True and pruning.get("mask_method") not in PATTERN_METHODS
+    needed = isinstance(named, str) or has_scheme
+    needed |= any(isinstance(stage, dict) and stage.get("name") not in ("pretrain", "pattern") for stage in stages)
     return scheme if needed or os.path.exists(scheme) else None
 
 
@@ -177,6 +180,7 @@ _BMCOOK: dict[str, Any] = {
     "distillation": DistillationConfig,
     "logging": LoggingConfig,
     "pruning": PruningConfig,
+    "pattern": PatternConfig,
     "stages": None,
 }
 _SCHEME: dict[str, Any] = {"coarse-grained": CoarseConfig, "fine-grained": FineConfig, "gates": GatesConfig}

@@ -5,8 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-MaskMethod = Literal["coarse-grained", "fine-grained"]
-"""`coarse-grained` prunes whole attention and FFN blocks, `fine-grained` prunes heads or FFN dims inside them."""
+MaskMethod = Literal["coarse-grained", "fine-grained", "pattern", "m4n2_1d", "m4n2_2d"]
+"""`coarse-grained` prunes whole attention and FFN blocks, `fine-grained` prunes heads or FFN dims inside them;
+`pattern` prunes single weights in a pattern, `m4n2_1d` and `m4n2_2d` two of four weights."""
+
+PATTERN_METHODS: tuple[MaskMethod, ...] = ("pattern", "m4n2_1d", "m4n2_2d")
+"""The methods that prune single weights."""
+
+PatternScore = Literal["taylor_w2", "taylor", "magnitude"]
+"""What a weight is worth, from its value and its gradient."""
 
 PruneMode = Literal["att", "ffn"]
 """Which units a fine-grained stage prunes: attention heads or FFN dims."""
@@ -82,3 +89,38 @@ class GatesConfig:
 
     ramp: float = 0.6
     """Fraction of the stage's steps in which the target rises from 0 to its final value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatternConfig:
+    """The `pattern` section of `bmcook.json`: which single weights go, and how they are scored."""
+
+    type: int | str
+    """0 to 8, or the pattern's name."""
+
+    sparsity: float
+    """Percent of the weights of the matrices in `pruned_module` to remove."""
+
+    granularity: int = 128
+    """Columns of a tile."""
+
+    local_granularities: tuple[int, ...] = (32, 128)
+    """Columns of a tile of type 6: of query, key and value, and of the other matrices."""
+
+    block: int = 32
+    """Side of a block of type 5."""
+
+    vector: int = 16
+    """Rows of a vector of type 4."""
+
+    score: PatternScore = "taylor_w2"
+    """`taylor_w2`: (g·W²)²; `taylor`: (g·W)²; `magnitude`: |W|."""
+
+    scoring_steps: int = 100
+    """Batches whose gradients are gathered with the weights frozen; `magnitude` needs none."""
+
+    previous_mask: str | None = None
+    """Mask file of an earlier stage: what it prunes stays pruned."""
+
+    quirks: tuple[str, ...] = ()
+    """Historical behaviours to repeat, by their names."""

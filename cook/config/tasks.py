@@ -54,6 +54,9 @@ class TaskConfig:
     block: int = 32
     """B, side of a block (type 5)"""
 
+    vector: int = 16
+    """inputs of a vector (type 4)"""
+
     score: str = "taylor_w2"
     """importance of a weight: taylor_w2, taylor or magnitude"""
 
@@ -250,9 +253,10 @@ def _parsed(field: dataclasses.Field, text: str) -> Any:
 
 
 _LEAST = {
-    "granularity": 1, "block": 1, "scoring_steps": 1, "train_batch_size": 1, "micro_batch_size": 1, "log_every": 1,
-    "eval_batch_size": 1, "max_length": 4, "doc_stride": 1, "max_query_length": 1, "n_best": 1, "max_answer_length": 1,
-    "save_every": 0, "threads": 0, "seed": 0, "weight_decay": 0, "clip": 0, "warmup": 0, "distillation": 0,
+    "granularity": 1, "block": 1, "vector": 1, "scoring_steps": 1, "train_batch_size": 1, "micro_batch_size": 1,
+    "log_every": 1, "eval_batch_size": 1, "max_length": 4, "doc_stride": 1, "max_query_length": 1, "n_best": 1,
+    "max_answer_length": 1, "save_every": 0, "threads": 0, "seed": 0, "weight_decay": 0, "clip": 0, "warmup": 0,
+    "distillation": 0,
 }  # fmt: skip
 _POSITIVE = ("epochs", "learning_rate", "temperature")
 

@@ -12,7 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from cook.config.corpus import DataConfig
-from cook.config.scheme import CoarseConfig, FineConfig, GatesConfig, MaskMethod, PruneMode
+from cook.config.scheme import (
+    PATTERN_METHODS,
+    CoarseConfig,
+    FineConfig,
+    GatesConfig,
+    MaskMethod,
+    PatternConfig,
+    PruneMode,
+)
 
 StageName = Literal[
     "pretrain",
@@ -22,6 +30,7 @@ StageName = Literal[
     "att_finetune",
     "ffn_mask",
     "ffn_finetune",
+    "pattern",
     "random_baseline",
 ]
 """The stages of the recipe, each a training run of its own."""
@@ -181,7 +190,7 @@ class PruningConfig:
     """False: plain pretraining."""
 
     pruning_mask_path: str | None = None
-    """Path of an unstructured mask; always None here."""
+    """Mask file (`.safetensors`) of a pattern: read and held if it is there, else made; None for other methods."""
 
     pruned_module: tuple[str, ...]
     """Suffixes of the weight names that may be pruned; nothing else is."""
@@ -246,6 +255,9 @@ class RunConfig:
     pruning: PruningConfig
     """Whether to prune, what, and at which grain."""
 
+    pattern: PatternConfig | None = None
+    """The pattern of single weights, where given."""
+
     coarse: CoarseConfig | None = None
     """The scheme for whole blocks, where given."""
 
@@ -274,6 +286,8 @@ def described_stage(config: RunConfig) -> StageName:
     """The one stage that `is_pruning`, `mask_method`, `train_mask` and `prune_mode` describe together."""
     if not config.pruning.is_pruning:
         return "pretrain"
+    if config.pruning.mask_method in PATTERN_METHODS:
+        return "pattern"
     if config.pruning.mask_method == "coarse-grained":
         assert config.coarse is not None, "the loader lets no coarse-grained stage pass without its section"
         return "layer_mask" if config.coarse.train_mask else "layer_finetune"
@@ -296,6 +310,9 @@ def for_stage(config: RunConfig, stage_name: StageName) -> RunConfig:
         assert coarse is not None, "the loader lets no layer stage pass without the coarse-grained section"
         pruning = dataclasses.replace(pruning, is_pruning=True, mask_method="coarse-grained")
         coarse = dataclasses.replace(coarse, train_mask=kind == "mask")
+    elif unit == "pattern":
+        method = pruning.mask_method if pruning.mask_method in PATTERN_METHODS else "pattern"
+        pruning = dataclasses.replace(pruning, is_pruning=True, mask_method=method)
     elif unit in ("att", "ffn"):
         assert fine is not None, "the loader lets no att or ffn stage pass without the fine-grained section"
         pruning = dataclasses.replace(pruning, is_pruning=True, mask_method="fine-grained")

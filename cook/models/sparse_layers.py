@@ -61,7 +61,6 @@ class Tile:
     """`[C, 1]`"""
     start: int
     """Of its outputs in the compact order, tile after tile."""
-    stop: int
     rows: int
     """R"""
 
@@ -114,9 +113,10 @@ class TileWiseLinear(nn.Module):
 
     def plan(self) -> Plan:
         """What the ways of computing need, made again when the weights have changed."""
-        tensors = (self.weight, self.bias, self.inputs, self.outputs)
+        weight, bias = self.weight, self.bias
         # Tensors made in inference mode count no versions; they are not written in place either.
-        state = tuple((t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype) for t in tensors)
+        versions = (0, 0) if weight.is_inference() else (weight._version, bias._version)
+        state = (weight.data_ptr(), bias.data_ptr(), *versions)
         found = self._plan
         if found is None or found[0] != state:
             found = self._plan = (state, Plan(self))
@@ -194,7 +194,9 @@ class Plan:
         self.outputs, self.bare = outputs, (~covered).nonzero()[:, 0]
         self.bare_bias = self.bias[self.bare, None]
         self.tiles = list(self._tiles())
-        self.most_inputs = max((tile.rows for tile in self.tiles), default=0)
+        self.input_counts = sorted({tile.rows for tile in self.tiles})
+        self.output_counts = [len(tile.weight) for tile in self.tiles]
+        self.most_inputs = max(self.input_counts, default=0)
         self.chosen: dict[tuple, Way] = {}
         self._dense: torch.Tensor | None = None
         self._buckets: list[Bucket] | None = None
@@ -210,7 +212,6 @@ class Plan:
                 weight=self.weight[at : at + rows * columns].view(columns, rows),
                 bias=self.bias[lines, None],
                 start=column,
-                stop=column + columns,
                 rows=rows,
             )
             at, row, column = at + rows * columns, row + rows, column + columns
@@ -247,6 +248,10 @@ class Plan:
         outputs = torch.cat([self.outputs[tile.start : tile.start + columns] for tile in tiles])
         biases = torch.stack([tile.bias for tile in tiles])
         return Bucket(inputs=inputs.flatten(), weights=weights, biases=biases, outputs=outputs)
+
+    def forget(self) -> None:
+        """Lets go of the layouts that were made to be measured; the one that is chosen is made again."""
+        self._dense = self._buckets = self._bucket_outputs = None
 
     def ways(self, x: torch.Tensor) -> dict[str, Way]:
         """The ways of computing that are open for these activations, the dense one first."""
@@ -356,10 +361,12 @@ def _tile_by_tile(plan: Plan, x_KM: torch.Tensor, compact_CM: torch.Tensor) -> N
     block, columns = plan.layer.block, x_KM.shape[1]
     buffer = WORKSPACE.get("gathered", (plan.most_inputs, columns), x_KM)
     source = x_KM if block == 1 else x_KM.unflatten(0, (-1, block))
-    for tile in plan.tiles:
-        gathered = buffer[: tile.rows]
-        torch.index_select(source, 0, tile.inputs, out=gathered if block == 1 else gathered.view(-1, block, columns))
-        torch.addmm(tile.bias, tile.weight, gathered, out=compact_CM[tile.start : tile.stop])
+    # Views are made once for all tiles: making one costs as much as a gather.
+    views = {rows: buffer[:rows] for rows in plan.input_counts}
+    places = views if block == 1 else {rows: view.view(-1, block, columns) for rows, view in views.items()}
+    for tile, out in zip(plan.tiles, compact_CM.split(plan.output_counts), strict=True):
+        torch.index_select(source, 0, tile.inputs, out=places[tile.rows])
+        torch.addmm(tile.bias, tile.weight, views[tile.rows], out=out)
 
 
 def _batch(plan: Plan, x_KM: torch.Tensor, out_NM: torch.Tensor) -> None:
@@ -413,6 +420,7 @@ def choose(plan: Plan, x: torch.Tensor, *, transposed: bool, repeats: int = 5) -
             seconds = {name: _seconds(plan, way, x, transposed, repeats) for name, way in ways.items()}
             best = min(seconds, key=lambda name: seconds[name])
             _CHOICES[key] = best if seconds[best] < 0.95 * seconds["dense"] else "dense"
+            plan.forget()
     return ways[_CHOICES[key]]
 
 

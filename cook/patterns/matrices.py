@@ -109,8 +109,10 @@ def _closing(group: UnitGroup) -> str | None:
     return inside[0] if inside else None
 
 
-def restricted(matrices: Iterable[PrunedMatrix], suffixes: Sequence[str]) -> tuple[PrunedMatrix, ...]:
-    """The matrices whose paths end in one of `suffixes` (`pruned_module`).
+def restricted(
+    matrices: Iterable[PrunedMatrix], suffixes: Sequence[str], aliases: Mapping[str, tuple[str, ...]] | None = None
+) -> tuple[PrunedMatrix, ...]:
+    """The matrices whose paths end in one of `suffixes` (`pruned_module`), or in another spelling of it (`aliases`).
 
     Raises:
         UserError: a suffix that fits no matrix.
@@ -118,7 +120,8 @@ def restricted(matrices: Iterable[PrunedMatrix], suffixes: Sequence[str]) -> tup
     matrices = tuple(matrices)
 
     def fits(path: str, suffix: str) -> bool:
-        return path == suffix or path.endswith("." + suffix)
+        spellings = (suffix, *(aliases or {}).get(suffix, ()))
+        return any(path == end or path.endswith("." + end) for end in spellings)
 
     for suffix in suffixes:
         if not any(fits(m.path, suffix) for m in matrices):

@@ -44,18 +44,17 @@ class ScoreAccumulator:
         self._sums = {path: torch.zeros_like(factor) for path, factor in self._factors.items() if gathers}
 
     def add(self, gradients: Mapping[str, torch.Tensor] | GradientPairs) -> None:
-        """Adds one batch.
+        """Adds one batch; one whose gradients are not finite, as fp16 overflows now and then, is left out.
 
         Args:
             gradients: Of every scored weight: of the whole batch, averaged over all ranks, not scaled, not clipped.
         """
-        pairs = gradients.items() if isinstance(gradients, Mapping) else gradients
-        seen = set()
-        for path, gradient in pairs:
-            if path in self._sums:
-                self._sums[path] += (gradient.detach().double().cpu() * self._factors[path]).square()
-                seen.add(path)
-        assert seen == set(self._sums), "a batch without the gradient of a scored weight"
+        found = {path: gradient for path, gradient in dict(gradients).items() if path in self._sums}
+        assert found.keys() == self._sums.keys(), "a batch without the gradient of a scored weight"
+        if not all(bool(torch.isfinite(gradient).all()) for gradient in found.values()):
+            return
+        for path, gradient in found.items():
+            self._sums[path] += (gradient.detach().double().cpu() * self._factors[path]).square()
         self.batches += 1
 
     def scores(self) -> dict[str, torch.Tensor]:

@@ -19,6 +19,7 @@ from cook.masks.gates import Gates
 from cook.masks.mask_file import read_masks
 from cook.masks.mask_set import kept_groups
 from cook.masks.random_masks import random_masks_like
+from cook.patterns.matrices import matrices_of, restricted
 from cook.space.counts import unit_parameters
 from cook.space.units import PruningSpace, UnitGroup
 from cook.stages.head_units import check_sizes, choose_head_unit
@@ -67,7 +68,9 @@ def open_inputs(stage: Stage, *, must_exist: bool = True) -> Inputs:
     head_unit = choose_head_unit(adapter, config, stage.config.fine)
     space = adapter.space(config, head_unit)
     allowed = space
-    if stage.config.pruning.pruned_module and stage.name != "pretrain":
+    if stage.name == "pattern":
+        restricted(matrices_of(space), stage.config.pruning.pruned_module, adapter.aliases)  # tells mistakes early
+    elif stage.config.pruning.pruned_module and stage.name != "pretrain":
         allowed = restrict(space, stage.config.pruning.pruned_module, adapter.aliases)
     check_sizes(adapter, config, allowed, stage.config.fine if _units_are_pruned(stage) else None)
     paths = stage.fixed if must_exist else _existing(stage.fixed)

@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from cook.base.errors import UserError
 from cook.config.types import RunConfig, StageName, for_stage
@@ -57,6 +57,11 @@ class Stage:
         return Path(self.config.output_dir) / self.after / DONE if self.after else None
 
     @property
+    def pattern_mask(self) -> str | None:
+        """The mask file of single weights that the stage reads or makes; None in other stages."""
+        return self.config.pruning.pruning_mask_path if self.name == "pattern" else None
+
+    @property
     def is_random_baseline(self) -> bool:
         return self.name == "random_baseline"
 
@@ -69,6 +74,14 @@ class Stage:
             "dimff": fine.target_dimff if fine else None,
         }
         return list(targets.values()) if self.is_random_baseline else [targets[self.learns]] if self.learns else []
+
+    def pattern_settings(self) -> dict[str, Any]:
+        """What decides the mask of single weights; empty in other stages."""
+        if self.name != "pattern":
+            return {}
+        pattern = asdict(self.config.pattern) if self.config.pattern else {}
+        pattern.pop("previous_mask", None)  # it counts by its content
+        return {"method": self.config.pruning.mask_method, "pattern": pattern}
 
     def fingerprint(self) -> str:
         """Hash of the settings that decide the stage's outcome; where to write and how often to log do not.
@@ -95,6 +108,7 @@ class Stage:
             "distillation": asdict(distillation) if distillation else None,
             "pruned_module": config.pruning.pruned_module if self.name != "pretrain" else None,
             "targets": self._targets(),
+            **self.pattern_settings(),
             "gates": asdict(config.gates) if self.learns or self.is_random_baseline else None,
         }
         return hashlib.sha256(json.dumps(described, sort_keys=True, default=list).encode()).hexdigest()
@@ -147,7 +161,7 @@ def mask_paths(config: RunConfig) -> MaskPaths:
 
 def _fixed(config: RunConfig, name: str, order: list[StageName], before: list[StageName]) -> MaskPaths:
     paths = mask_paths(config)
-    if name in ("pretrain", "layer_mask", "random_baseline"):
+    if name in ("pretrain", "layer_mask", "pattern", "random_baseline"):
         return MaskPaths()
     if name == "layer_finetune":
         return MaskPaths(layer=config.coarse.coarse_mask if config.coarse else None)

@@ -27,6 +27,7 @@ from cook.report.events import EventLog
 from cook.space.counts import parameters
 from cook.stages.feeding import Feeding, check_corpus, open_loader, rows_before
 from cook.stages.inputs import Inputs, make_gates, open_inputs
+from cook.stages.pattern import pattern_identity, pattern_masks, pattern_spec
 from cook.stages.plan import Stage
 from cook.stages.structure import describe_structure
 from cook.surgery.export import copy_generation_config, write_model_folder, write_tokenizer
@@ -70,9 +71,11 @@ def run_stage(stage: Stage, *, resume: str, at: Callable[[int, str], None]) -> N
     at(0, "starting")
     seed_everything(derived_seed(stage.config.seed, stage.name, distributed.rank()))
     training = stage.config.training
-    engine = Engine(
-        _builder(inputs, stage), inputs.weights, training, stage.config.deepspeed, call_form=inputs.adapter.inputs
-    )
+    build = _builder(inputs, stage)
+    zeros = pattern_masks(stage, inputs, data, build)
+    engine = Engine(build, inputs.weights, training, stage.config.deepspeed, call_form=inputs.adapter.inputs)
+    if zeros:
+        engine.hold_zeros(zeros, gradients_only=pattern_spec(stage).quirks.drifting_weights)
     gates, attached = make_gates(stage, inputs), _attach(engine, inputs)
     distiller = _distiller(stage, engine)
     say(_opening(stage, inputs, engine))
@@ -166,6 +169,7 @@ def _identity(stage: Stage, inputs: Inputs, data: TrainingData) -> str:
     """Hash of the settings, the data and what earlier stages made: a checkpoint of other ones is not gone on from."""
     masks = [[name, mask.tolist()] for name, mask in sorted(inputs.fixed.items())]
     described = [stage.fingerprint(), data.train.fingerprint, _earlier(stage) or inputs.origin, masks]
+    described += pattern_identity(stage)
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 
@@ -230,6 +234,7 @@ def _opening(stage: Stage, inputs: Inputs, engine: Engine) -> str:
     training = stage.config.training
     held = [kind for kind in ("layer", "heads", "dimff") if getattr(stage.fixed, kind)]
     does = [f"learns {stage.learns} masks"] if stage.learns else []
+    does += ["holds a pattern"] if stage.pattern_mask else []
     does += [f"holds {' and '.join(held)} masks"] if held else ["random masks"] if stage.is_random_baseline else []
     return (
         f"\n{stage.name}: {training.steps} steps × {training.train_batch_size} rows, "
@@ -290,7 +295,7 @@ def _write_done(
     if distributed.rank() != 0:
         return
     masks = final_masks(inputs, gates)
-    files = [path for path in (stage.fixed.layer, stage.fixed.heads, stage.fixed.dimff, stage.writes) if path]
+    files = (stage.fixed.layer, stage.fixed.heads, stage.fixed.dimff, stage.writes, stage.pattern_mask)
     write_json(
         stage.done,
         {
@@ -307,6 +312,6 @@ def _write_done(
             "parameters": parameters(inputs.space, kept_counts(masks)),
             "structure": describe_structure(inputs.space, masks),
             "head_unit": inputs.head_unit,
-            "masks": {path: sha256(path) for path in files},
+            "masks": {path: sha256(path) for path in files if path},
         },
     )

@@ -28,6 +28,7 @@ TITLES = {
     "att_finetune": "heads, finetuned",
     "ffn_mask": "dims masked",
     "ffn_finetune": "dims, finetuned",
+    "pattern": "pattern, finetuned",
     "random_baseline": "random masks",
 }
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -92,6 +93,19 @@ def test_every_head_can_be_exported_and_runs_in_parts_and_in_bf16(tmp_path, kind
         half = small.to(torch.bfloat16)(IDS, attention_mask=MASK)[0].float()
     # bf16 keeps 8 bits; through two layers of LayerNorm'd activations of size about 1.
     assert float((half - wanted).abs().mean()) < 0.05 * float(wanted.abs().mean())
+
+
+def test_an_export_can_be_copied_and_saved_again(tmp_path):
+    model, masks = masked_model(tmp_path / "masked", PatternSpec(type=8, granularity=16), 60)
+    export_sparse(tmp_path / "masked", tmp_path / "out", masks)
+    small = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    with torch.no_grad():
+        wanted = small(IDS).logits  # plans have been made, and travel with nothing
+        assert torch.equal(copy.deepcopy(small)(IDS).logits, wanted)
+        small.save_pretrained(tmp_path / "again")
+        again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "again", trust_remote_code=True).eval()
+        close(again(IDS).logits, wanted)
+        close(wanted, model(IDS).logits)
 
 
 def test_emptied_units_make_a_smaller_stock_model(tmp_path):

@@ -67,3 +67,15 @@ def test_a_batch_without_a_gradient_is_refused():
     scorer = ScoreAccumulator(MATRICES, random_tensors(0)[0])
     with pytest.raises(AssertionError, match="without the gradient"):
         scorer.add({})
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_batch_that_overflowed_is_left_out(bad):
+    (weights,), (good,) = random_tensors(0), random_tensors(1)
+    scorer = ScoreAccumulator(MATRICES, weights)
+    scorer.add(good)
+    wanted = {path: score.clone() for path, score in scorer.scores().items()}
+    spoilt = {path: gradient.clone() for path, gradient in good.items()}
+    spoilt[MATRICES[1].path][0, 0] = bad
+    scorer.add(spoilt)
+    assert scorer.batches == 1 and all(torch.equal(scorer.scores()[path], wanted[path]) for path in wanted)

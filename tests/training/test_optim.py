@@ -1,13 +1,14 @@
-"""The learning rate's shape, against values worked out by hand."""
+"""The optimizers' groups, and the learning rate's shape against values worked out by hand."""
 
 from __future__ import annotations
 
 import math
 
 import pytest
+import torch
 
 from cook.config.types import TrainingConfig
-from cook.training.optim import learning_rate
+from cook.training.optim import finetuning_adamw, learning_rate, pretraining_adamw
 
 
 def training(**changes) -> TrainingConfig:
@@ -47,3 +48,24 @@ def test_one_step_and_no_warmup_and_all_warmup():
 
 def test_frozen_weights_have_no_learning_rate():
     assert set(rates(training(train_weights=False))) == {0.0}
+
+
+def test_fine_tuning_decays_matrices_only():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 1, bias=False))
+    model[2].requires_grad_(False)
+    optimizer = finetuning_adamw(model, training(weight_decay=0.5))
+    groups = [(group["weight_decay"], [tuple(p.shape) for p in group["params"]]) for group in optimizer.param_groups]
+    assert groups == [(0.5, [(4, 3)]), (0.0, [(4,), (4,), (4,)])]
+    assert optimizer.defaults["betas"] == (0.9, 0.999)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer.step()
+    moved = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+    assert moved == [True, False, False, False, False]
+
+
+def test_pretraining_decays_everything_alike():
+    optimizer = pretraining_adamw(torch.nn.Linear(3, 4), training(weight_decay=0.5))
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5]
+    assert optimizer.defaults["betas"] == (0.9, 0.95)

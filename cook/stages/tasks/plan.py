@@ -48,6 +48,7 @@ def pattern_spec(config: TaskConfig) -> PatternSpec:
         type=kind,
         granularity=config.granularity,
         block=config.block,
+        vector=config.vector,
         score=config.score,  # type: ignore[arg-type]
         quirks=_quirks(config.quirks),
     )

@@ -84,6 +84,7 @@ def run_pretrain(config: TaskConfig) -> None:
     say(_opening("pretrain", session, training.steps, engine))
     session.fit(engine, training, folder, "pretrain", identity=identity)
     metrics = session.evaluate(engine, folder)
+    session.log(folder, {"fine-tuned": metrics})
     session.save(engine, folder / "model")
     engine.close()
     say(f"pretrain: {_shown(metrics)}")
@@ -110,19 +111,26 @@ def run_prune(config: TaskConfig) -> None:
     make_masks({m.path: torch.ones(m.shape) for m in matrices}, matrices, spec, sparsity=0.0)
     weights, follows = dense, weights_identity(dense)
     masks: Weights | None = None
+    known: Mapping[str, float] | None = None
     settings = settings_fingerprint(config, plan.DATA_SETTINGS + plan.FIT_SETTINGS + plan.PRUNE_SETTINGS)
     for stage in stages:
         identity = identity_of(
             settings, repr(spec), stage.sparsity, session.data.train.fingerprint, follows
         )
-        if finished(stage.folder, identity, config.resume):
+        done = finished(stage.folder, identity, config.resume)
+        if done:
             say(f"{stage.name}: already finished, see {stage.folder / DONE}")
+            if sha256(stage.folder / MASKS) != done["masks"]:
+                raise UserError(
+                    f"{stage.folder / MASKS}: not the masks that the stage finished with",
+                    remedy="restore the file, or do it again with --resume never",
+                )
             masks, _ = read_pattern_masks(stage.folder / MASKS, matrices)
             weights = dict(open_safetensors_folder(stage.folder / "model").items())
         else:
             _start_over(stage.folder, config)
-            weights, masks = _prune_stage(session, spec, matrices, stage, weights, masks, identity, dense)
-        follows = identity
+            weights, masks = _prune_stage(session, spec, matrices, stage, weights, masks, identity, dense, known)
+        follows, known = identity, read_json(stage.folder / DONE)["metrics"][RECOVERED]
         if distributed.rank() == 0:
             write_prune_report(config, session.info, spec, source)
         distributed.barrier()
@@ -153,15 +161,15 @@ def pruned_matrices(encoder: Encoder) -> tuple[PrunedMatrix, ...]:
 
 def _prune_stage(
     session: Session, spec: PatternSpec, matrices: tuple[PrunedMatrix, ...], stage: plan.PruneStage,
-    weights: Weights, previous: Weights | None, identity: str, dense: Weights,
+    weights: Weights, previous: Weights | None, identity: str, dense: Weights, known: Mapping[str, float] | None,
 ) -> tuple[Weights, Weights]:  # fmt: skip
-    """One stage; returns the weights and masks that it ends with."""
+    """One stage; returns the weights and masks that it ends with. `known`: its metrics before pruning, if they are."""
     config, started = session.config, time.perf_counter()
     name = f"{spec.name} {stage.name}"
     scored = stage.folder / "scored.json"
     record = read_json(scored) if scored.is_file() else {}
     if record.get("identity") != identity:
-        before, masks = _score(session, spec, matrices, stage, weights, previous, name)
+        before, masks = _score(session, spec, matrices, stage, weights, previous, name, known)
         record = {"identity": identity, "metrics": before}
         if distributed.rank() == 0:
             pattern = {"pattern": spec.name, "sparsity": stage.sparsity, "spec": dataclasses.asdict(spec)}
@@ -186,6 +194,7 @@ def _prune_stage(
         teacher=dense if config.distillation else None,
     )  # fmt: skip
     metrics[RECOVERED] = session.evaluate(engine, stage.folder)
+    session.log(stage.folder, metrics)
     recovered = session.save(engine, stage.folder / "model")
     engine.close()
     say(f"{name}: after recovery {_shown(metrics[RECOVERED])}")
@@ -198,12 +207,12 @@ def _prune_stage(
 
 def _score(
     session: Session, spec: PatternSpec, matrices: tuple[PrunedMatrix, ...], stage: plan.PruneStage,
-    weights: Weights, previous: Weights | None, name: str,
-) -> tuple[dict[str, float], dict[str, torch.Tensor]]:  # fmt: skip
+    weights: Weights, previous: Weights | None, name: str, known: Mapping[str, float] | None,
+) -> tuple[Mapping[str, float], dict[str, torch.Tensor]]:  # fmt: skip
     """The metrics before pruning, and the masks from gradients over the scoring steps, the weights frozen."""
     training = session.config.training(session.config.scoring_steps, frozen=True)
     engine = session.engine(weights, training, "scores", stage.sparsity)
-    before = session.evaluate(engine)
+    before = known or session.evaluate(engine)
     say(f"\n{name}: before pruning {_shown(before)}")
     scorer = ScoreAccumulator(matrices, weights, masks=previous, score=spec.score)
     if spec.score != "magnitude":

@@ -56,7 +56,10 @@ class Session:
     def engine(self, weights: Mapping[str, torch.Tensor], training: TrainingConfig, *purpose: object) -> Engine:
         """An engine that starts from `weights`; dropout is drawn anew for every purpose and rank."""
         seed_everything(derived_seed(self.config.seed, *purpose, distributed.rank()))
-        return Engine(self.encoder.build, weights, training, self.config.deepspeed_config(), finetuning_adamw)
+        settings = self.config.deepspeed_config()
+        if not training.learning_rate:
+            settings.pop("scheduler", None)  # it would raise the rate from 0
+        return Engine(self.encoder.build, weights, training, settings, finetuning_adamw)
 
     def fit(
         self, engine: Engine, training: TrainingConfig, folder: Path, name: str, *,
@@ -129,6 +132,16 @@ class Session:
                     write_json(folder / name, content)
         engine.module.train()
         return {name: round(value, 4) for name, value in metrics.items()}
+
+    def log(self, folder: Path, metrics: Mapping[str, Mapping[str, float]]) -> None:
+        """Adds evaluations to a training's log: `after_recovery/acc` and the like at its last step."""
+        record = {
+            f"{when.replace(' ', '_')}/{name}": value
+            for when, values in metrics.items()
+            for name, value in values.items()
+        }
+        with EventLog(folder, self.config.tensorboard, enabled=distributed.rank() == 0) as log:
+            log.write({"step": self.steps, **record})
 
     def save(self, engine: Engine, folder: Path) -> dict[str, torch.Tensor]:
         """Writes the model's folder; returns the weights, on every rank."""

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from cook.patterns.mask_file import read_pattern_masks
 from cook.patterns.matrices import encoder_matrices
-from tests.stages.tasks.tiny_task import record, task, tasks, write_model, write_squad, write_sst2
+from tests.stages.tasks.tiny_task import record, task, tasks, write_model, write_pairs, write_squad, write_sst2
 
 SST = {"task_name": "SST-2"}
 TILES = SST | {"pruning_type": "8", "sparsities": "50 75"}
@@ -22,8 +22,9 @@ PHASES = ("before pruning", "after pruning", "after recovery")
 STAGES = ("prune_tile_wise_kn/sparsity_50", "prune_tile_wise_kn/sparsity_75")
 
 # Two ranks average half batches: fp32 sums in another order, which Adam's division by the gradient's own size enlarges
-# where a gradient is near 0. Measured over 6 steps at a rate of 0.01: 3e-5.
-CLOSE = 1e-3
+# where a gradient is near 0. Measured over 12 steps at a rate of 0.01: 5e-6. A key's bias moves all scores of a row
+# alike, so its gradient is nothing but rounding, and Adam makes steps of any size of it: 1e-3.
+CLOSE = 1e-4
 
 CASES: dict[str, tuple[str, dict[str, str]]] = {
     "nothing to prune": ("prune", TILES),
@@ -42,6 +43,11 @@ CASES: dict[str, tuple[str, dict[str, str]]] = {
     "two of four": ("prune", SST | {"pruning_type": "m4n2_1d", "sparsities": "50", "score": "magnitude"}),
     "distilled": ("prune", SST | {"pruning_type": "unstructured", "distillation": "1", "output_dir": "kd",
                                   "finetuned": "out/pretrain/model"}),
+    "undistilled": ("prune", SST | {"pruning_type": "unstructured", "output_dir": "plain",
+                                    "finetuned": "out/pretrain/model"}),
+    "scores of pairs": ("pretrain", {"task_name": "STS-B", "output_dir": "sts", "model": "model", "epochs": "6"}),
+    "two evaluations": ("pretrain", {"task_name": "MNLI", "output_dir": "mnli", "model": "model",
+                                     "tensorboard": "true"}),
     "squad": ("pretrain", SQUAD | {"model": "model"}),
     "squad prune": ("prune", SQUAD | {"pruning_type": "5"}),
 }  # fmt: skip
@@ -53,6 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model(folder / "model")
     write_sst2(folder / "data")
     write_squad(folder / "data", "2.0")
+    write_pairs(folder / "data")
     return folder
 
 
@@ -130,8 +137,9 @@ def test_what_a_stage_reports(told, folder):
     for figure in ("curve.png", "sparsity.png"):
         assert (root / figure).read_bytes().startswith(b"\x89PNG")
     log = [json.loads(line) for line in (root / "sparsity_75" / "log.jsonl").read_text().splitlines()]
-    assert [entry["step"] for entry in log] == [1, 2, 3, 4, 5, 6]
-    assert log[-1]["learning_rate"] == 0.0 < log[0]["learning_rate"]  # a full schedule of its own
+    assert [entry["step"] for entry in log] == [1, 2, 3, 4, 5, 6, 6]
+    assert log[5]["learning_rate"] == 0.0 < log[0]["learning_rate"]  # a full schedule of its own
+    assert log[6]["after_recovery/acc"] == stages[1]["metrics"][PHASES[2]]["acc"]
     assert not (root / "sparsity_75" / "checkpoints").exists()
 
 
@@ -140,6 +148,7 @@ def test_the_export_is_smaller_and_computes_the_same(told, folder):
     found = record(folder, "out/prune_tile_wise_kn/export/export.json")
     assert found["parameters"]["after"] < found["parameters"]["before"]
     assert found["largest_relative_difference"] < 1e-5  # fp32: sums in another order
+    assert found["speed_up_by_matrix"] and min(found["speed_up_by_matrix"].values()) > 0
     assert found["metrics"]["compact"] == found["metrics"]["masked"]
     stage = record(folder, "out", STAGES[1], "done.json")
     assert found["metrics"]["masked"] == stage["metrics"][PHASES[2]]
@@ -147,7 +156,7 @@ def test_the_export_is_smaller_and_computes_the_same(told, folder):
 
 def test_a_schedule_that_goes_on_is_a_quirk(told, folder):
     log = (folder / "old" / STAGES[0] / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in log] == [4, 5, 6]  # after 3 scoring steps
+    assert [json.loads(line)["step"] for line in log] == [4, 5, 6, 6]  # after 3 scoring steps
 
 
 def test_other_patterns_and_distillation(told, folder):
@@ -155,9 +164,17 @@ def test_other_patterns_and_distillation(told, folder):
     for path in ("out/prune_m4n2_1d/sparsity_50", "kd/prune_unstructured/sparsity_50"):
         assert record(folder, path, "done.json")["sparsity"] == pytest.approx(0.5, abs=1e-3)
     assert "scores" not in told["two of four"]["out"]  # magnitude needs no gradients
-    plain, distilled = folder / "out" / STAGES[0], folder / "kd/prune_unstructured/sparsity_50"
-    assert json.loads((distilled / "log.jsonl").read_text().splitlines()[0])["loss"] > 0
-    assert plain.exists()
+    plain, distilled = (weights(folder, run, "prune_unstructured/sparsity_50") for run in ("plain", "kd"))
+    assert not torch.equal(plain["classifier.weight"], distilled["classifier.weight"])
+
+
+def test_regression_and_two_evaluation_sets(told, folder):
+    assert told["scores of pairs"]["error"] == told["two evaluations"]["error"] == ""
+    metrics = record(folder, "sts/pretrain/done.json")["metrics"]
+    assert set(metrics) == {"pearson", "spearmanr", "corr"} and metrics["pearson"] > 50.0
+    assert set(record(folder, "mnli/pretrain/done.json")["metrics"]) == {"acc", "acc-mm"}
+    events = b"".join(path.read_bytes() for path in (folder / "mnli/pretrain/tensorboard").iterdir())
+    assert b"fine-tuned/acc-mm" in events and b"train/loss" in events
 
 
 def test_squad(told, folder):
@@ -177,7 +194,8 @@ def again(told, folder, tmp_path_factory) -> dict[str, Any]:
     (stage / "done.json").unlink()
     shutil.rmtree(stage / "model")
     two = {"two": ("prune", TILES | {"output_dir": "two", "finetuned": "out/pretrain/model"})}
-    told = tasks(folder, {"again": ("prune", TILES)}) | tasks(folder, two, ranks=2)
+    (folder / "old" / STAGES[0] / "masks.safetensors").write_bytes(before["masks"])
+    told = tasks(folder, {"again": ("prune", TILES), "other masks": CASES["historical"]}) | tasks(folder, two, ranks=2)
     return before | {"told": told}
 
 
@@ -189,13 +207,17 @@ def test_a_killed_stage_is_gone_on_from(again, folder):
     assert all(torch.equal(tensor, again["weights"][name]) for name, tensor in weights(stage).items())
 
 
+def test_masks_that_were_written_over_are_noticed(again):
+    assert "not the masks that the stage finished with" in again["told"]["other masks"]["error"]
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_ranks_prune_the_same(again, folder, stage):
     assert again["told"]["two"]["error"] == "" and "2 rank(s)" in again["told"]["two"]["out"]
     one, two = masks(folder, "out", stage), masks(folder, "two", stage)
     assert all(torch.equal(one[name], two[name]) for name in one)
     mine, other = weights(folder, "out", stage), weights(folder, "two", stage)
-    assert max(float((mine[name] - other[name]).abs().max()) for name in mine) < CLOSE
+    assert max(float((mine[n] - other[n]).abs().max()) for n in mine if not n.endswith("key.bias")) < CLOSE
     metrics = [record(folder, run, stage, "done.json")["metrics"] for run in ("out", "two")]
     assert metrics[0] == metrics[1]
 

@@ -64,6 +64,24 @@ def write_sst2(folder: Path, rows: int = 48) -> None:
         (folder / "SST-2" / f"{name}.tsv").write_text("\n".join(lines) + "\n")
 
 
+def write_pairs(folder: Path) -> None:
+    """STS-B, whose score is 5 where both texts have the mood `good`, and MNLI in its three files."""
+    maker = random.Random(3)
+    stsb = "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore\n"
+    mnli = "\t".join(f"column{n}" for n in range(8)) + "\tsentence1\tsentence2\tlabel1\tgold_label\n"
+    for name in ("STS-B", "MNLI"):
+        (folder / name).mkdir(parents=True)
+    for split, count in (("train", 48), ("dev", 16)):
+        for _ in range(count):
+            mood = maker.choice(WORDS[:2])
+            pair = f"{sentence(maker, mood)}\t{sentence(maker, mood)}"
+            stsb += "0\tg\tf\t1\t0\ts\ts\t" + pair + f"\t{5.0 * (mood == 'good')}\n"
+            mnli += "x\t" * 8 + pair + "\tneutral\t" + maker.choice(("neutral", "entailment", "-")) + "\n"
+        (folder / "STS-B" / f"{split}.tsv").write_text(stsb)
+        for file in ("train",) if split == "train" else ("dev_matched", "dev_mismatched"):
+            (folder / "MNLI" / f"{file}.tsv").write_text(mnli)
+
+
 def write_squad(folder: Path, version: str) -> None:
     """Questions on a town; every third of version 2.0 has no answer."""
     maker, number = random.Random(2), 0

@@ -1,0 +1,142 @@
+"""The pattern stage's mask: read where it has been made, else scored with the weights frozen and written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from cook.base import distributed
+from cook.base.errors import UserError
+from cook.base.files import sha256
+from cook.config.types import TrainingConfig
+from cook.data.load import TrainingData
+from cook.patterns.mask_file import read_pattern_masks, write_pattern_masks
+from cook.patterns.masks import make_masks, sparsity_table
+from cook.patterns.matrices import PrunedMatrix, matrices_of, restricted
+from cook.patterns.scores import ScoreAccumulator
+from cook.patterns.spec import PatternSpec, Quirks
+from cook.report.events import EventLog
+from cook.stages.feeding import open_loader
+from cook.stages.inputs import Inputs
+from cook.stages.plan import Stage
+from cook.training.engine import Engine
+from cook.training.loop import Run, train
+from cook.training.saver import Position
+
+Masks = dict[str, torch.Tensor]
+
+
+def pattern_spec(stage: Stage) -> PatternSpec:
+    """The pattern that a stage's config names. 2:4 without a section goes by the weights' magnitude."""
+    pattern, method = stage.config.pattern, stage.config.pruning.mask_method
+    if pattern is None:
+        return PatternSpec(type=method, score="magnitude")
+    first, second = pattern.local_granularities
+    return PatternSpec(
+        type=pattern.type if method == "pattern" else method,
+        granularity=pattern.granularity,
+        local_granularities=(first, second),
+        block=pattern.block,
+        vector=pattern.vector,
+        score=pattern.score,
+        quirks=Quirks(**dict.fromkeys(pattern.quirks, True)),
+    )
+
+
+def pattern_identity(stage: Stage) -> list[str]:
+    """What of an earlier stage's masks decides this one's outcome."""
+    pattern = stage.config.pattern if stage.name == "pattern" else None
+    return [sha256(pattern.previous_mask)] if pattern and pattern.previous_mask else []
+
+
+def pattern_masks(
+    stage: Stage, inputs: Inputs, data: TrainingData, build: Callable[[], torch.nn.Module]
+) -> Masks:
+    """The mask of a pattern stage, by path; empty for other stages.
+
+    Args:
+        stage: The plan.
+        inputs: The model.
+        data: What the weights are scored on: the rows with which the training of the stage begins.
+        build: Makes the model.
+
+    Raises:
+        UserError: the file holds a mask of another model or made with other settings, or a size does not divide.
+    """
+    if stage.pattern_mask is None:
+        return {}
+    path = Path(stage.pattern_mask)
+    allowed = stage.config.pruning.pruned_module
+    matrices = restricted(matrices_of(inputs.space), allowed, inputs.adapter.aliases)
+    if not distributed.broadcast(path.exists()):
+        made = _made(stage, inputs, data, build, matrices)
+        if distributed.rank() == 0:
+            write_pattern_masks(path, made, stage.pattern_settings())
+        distributed.barrier()
+    masks, record = read_pattern_masks(path, matrices)
+    if record != _plain(stage.pattern_settings()):
+        raise UserError(
+            f"{path}: a mask made with other settings", wanted=stage.pattern_settings(), got=record,
+            remedy="remove it to make it anew, name another pruning_mask_path, or start from it with previous_mask",
+        )  # fmt: skip
+    if distributed.rank() == 0:
+        table = sparsity_table(matrices, masks)
+        print(f"{stage.name}: {pattern_spec(stage).name}, {100 * table.total:.2f}% of {len(matrices)} matrices pruned")
+    return masks
+
+
+def _plain(settings: dict) -> dict:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(settings))
+
+
+def _made(
+    stage: Stage, inputs: Inputs, data: TrainingData, build: Callable[[], torch.nn.Module],
+    matrices: tuple[PrunedMatrix, ...],
+) -> Masks:  # fmt: skip
+    spec, pattern = pattern_spec(stage), stage.config.pattern
+    sparsity = pattern.sparsity if pattern else 50.0
+    # A size that does not divide is a mistake to tell before the hours of scoring.
+    make_masks({m.path: torch.ones(m.shape) for m in matrices}, matrices, spec, sparsity=0.0)
+    previous = None
+    if pattern and pattern.previous_mask:
+        previous, _ = read_pattern_masks(pattern.previous_mask, matrices)
+    assert inputs.weights is not None, "a pattern stage has weights to start from"
+    scorer = ScoreAccumulator(matrices, inputs.weights, masks=previous, score=spec.score)
+    if spec.score != "magnitude":
+        assert pattern is not None
+        _gather(stage, inputs, data, build, pattern.scoring_steps, scorer, matrices)
+    return make_masks(scorer.scores(), matrices, spec, sparsity=sparsity, previous=previous)
+
+
+def _gather(
+    stage: Stage, inputs: Inputs, data: TrainingData, build: Callable[[], torch.nn.Module],
+    steps: int, scorer: ScoreAccumulator, matrices: tuple[PrunedMatrix, ...],
+) -> None:  # fmt: skip
+    """Runs the steps whose gradients are scored, at a learning rate of 0, on an engine of their own."""
+    training = _frozen(stage.config.training, steps)
+    settings = {key: value for key, value in stage.config.deepspeed.items() if key != "scheduler"}
+    engine = Engine(build, inputs.weights, training, settings, call_form=inputs.adapter.inputs)
+    paths = [matrix.path for matrix in matrices]
+    engine.on_gradients = lambda: scorer.add(engine.full_gradients(paths))
+    loader = open_loader(stage, data)
+    run = Run(
+        name=f"{stage.name}, scores", engine=engine, batches=loader, training=training, attached=None, gates=None,
+        extra_loss=None, checkpoints=stage.folder, saves=False, fingerprint="", on_save=lambda: None,
+    )  # fmt: skip
+    with EventLog(stage.folder, tensorboard=False, enabled=False) as log:
+        try:
+            train(run, Position(step=0, tokens=0), log)
+        finally:
+            loader.close()
+    engine.close()
+
+
+def _frozen(training: TrainingConfig, steps: int) -> TrainingConfig:
+    return dataclasses.replace(
+        training, steps=steps, learning_rate=0.0, weight_decay=0.0, warmup=0.0, schedule="constant", train_weights=True
+    )
