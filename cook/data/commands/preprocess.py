@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from cook.base.errors import UserError
+from cook.base.errors import Interrupted, UserError
 from cook.base.files import read_json, write_json
 from cook.base.processes import in_order, num_cores
 from cook.data.cache import fingerprint_of
@@ -66,8 +66,11 @@ def run(arguments: argparse.Namespace) -> None:
     with Progress("preprocessing", total, unit="MB", scale=1e6) as progress:
         progress.advance(sum(part.end - part.begin for part in done))
         jobs = [(part, settings, str(folder)) for part in todo]
-        for part, _ in zip(todo, in_order(write_part, jobs, workers, _load_tokenizer, named), strict=True):
-            progress.advance(part.end - part.begin)
+        try:
+            for part, _ in zip(todo, in_order(write_part, jobs, workers, _load_tokenizer, named), strict=True):
+                progress.advance(part.end - part.begin)
+        except KeyboardInterrupt:
+            raise Interrupted("the parts that are done are kept; give the same command to go on") from None
     _finish(folder, parts, settings)
 
 

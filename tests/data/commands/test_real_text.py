@@ -1,6 +1,6 @@
 """The whole way of real Chinese and English text: tokenizer, binary data, its commands, rows of tasks.
 
-    COOK_REAL_TEXT=FOLDER python -m pytest -m real_text
+COOK_REAL_TEXT=FOLDER python -m pytest -m real_text
 """
 
 from __future__ import annotations
