@@ -19,9 +19,9 @@ from cook.base.processes import in_order, num_cores
 from cook.data.cache import fingerprint_of
 from cook.data.commands import common
 from cook.data.commands.pieces import COUNTS, Part, Settings, format_of, input_files, parts_of, records_of
+from cook.data.corpus import MIN_REST
 from cook.data.live.meta import FileInfo, write_meta
 from cook.data.live.writer import LiveWriter
-from cook.data.packing import MIN_REST
 from cook.data.progress import Progress
 from cook.vocab.protocol import Tokenizer
 
