@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -106,6 +107,9 @@ class Workers:
 def _begin(_: int) -> None:
     # The fork server stands between a worker and this process, and would not tell it of a SIGKILL.
     end_with_parent()
+    # A signal to the whole group asks the run to save and stop, and the worker is needed until it does.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Steps:

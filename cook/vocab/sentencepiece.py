@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -146,6 +147,7 @@ def train_sentencepiece(
         raise UserError("there is no text to train a tokenizer on", remedy="check data.paths")
     # In Chinese a space may be too rare for a piece, and would be spelled in the bytes of sentencepiece's sign for it.
     rare_space = sum(line.count(" ") for line in lines) < RARE * sum(map(len, lines))
+    options: dict[str, Any] = {"required_chars": SPACE} if rare_space else {}
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -167,7 +169,7 @@ def train_sentencepiece(
             max_sentence_length=4 * MAX_LINE_CHARS,
             num_threads=TRAINING_THREADS,
             minloglevel=2,
-            **({"required_chars": SPACE} if rare_space else {}),
+            **options,
         )
     except RuntimeError as error:
         raise UserError(
