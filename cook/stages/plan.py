@@ -79,7 +79,8 @@ class Stage:
         training, data = asdict(config.training), asdict(config.data)
         for key in ("log_every", "save_every", "keep_checkpoints", "threads", "micro_batch_size", "eval_rows"):
             training.pop(key)
-        data.pop("cache_dir")
+        for key in ("cache_dir", "workers", "ledger"):
+            data.pop(key)
         distillation = config.distillation if self.name != "pretrain" else None
         described = {
             "stage": self.name,
