@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import random
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
+
+# torch takes seconds to load, and commands that only derive seeds have no need of it.
 
 
 def derived_seed(seed: int, *purpose: object) -> int:
@@ -17,11 +22,15 @@ def derived_seed(seed: int, *purpose: object) -> int:
 
 def generator(seed: int, *purpose: object) -> torch.Generator:
     """A CPU generator of its own for one purpose."""
+    import torch
+
     return torch.Generator().manual_seed(derived_seed(seed, *purpose))
 
 
 def seed_everything(seed: int) -> None:
     """Seeds the global generators of Python, numpy and torch (all devices)."""
+    import torch
+
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -29,6 +38,8 @@ def seed_everything(seed: int) -> None:
 
 def rng_state() -> dict[str, torch.Tensor]:
     """The state of all global generators of this rank: torch's (dropout draws from them), numpy's and Python's."""
+    import torch
+
     _, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)
     _, words, gauss_next = random.getstate()
     state = {
@@ -45,6 +56,8 @@ def rng_state() -> dict[str, torch.Tensor]:
 
 def restore_rng_state(state: dict[str, torch.Tensor]) -> None:
     """Sets all generators to what `rng_state` found."""
+    import torch
+
     torch.set_rng_state(state["cpu"])
     place, has_gauss, gauss = state["numpy_rest"].tolist()
     np.random.set_state(("MT19937", state["numpy"].numpy().astype(np.uint32), int(place), int(has_gauss), gauss))

@@ -31,6 +31,9 @@ STDLIB_OMITTED = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "_bundled", "lib-dynload", "__pycache__"}
 )
 STDLIB_SUFFIXES = (".py", ".txt", ".rst")
+MIN_REST = 32
+"""The end of a longer document is dropped if it is shorter than this many tokens (CPM-Live's rule)."""
+
 CHARACTERS_AT_ONCE = 1 << 20
 JSONL_SUFFIXES = (".jsonl", ".json", ".ndjson")
 TOPICS = "pydoc_data/topics.py"

@@ -16,6 +16,7 @@ from cook.data.joined import JoinedRows
 from cook.data.order import Draws, EpochOrder
 from cook.data.packing import NO_TARGET
 from cook.data.rows import Rows
+from cook.data.tasks.batches import NO_CHOICE
 from cook.data.workers import Plan, Workers, build
 
 
@@ -220,7 +221,7 @@ def held_out_batches(
     """Batches of a fixed, evenly spread subset of rows, shared out over ranks.
 
     Every rank yields the same number of batches of the same shapes, because under ZeRO-3 a forward pass needs all
-    ranks. Where the rows do not divide, places are filled with a row whose targets are all -100: add up losses and
+    ranks. Where the rows do not divide, places are filled with a row that asks for nothing: add up losses and
     targets over ranks and divide once; a rank's own mean may be 0 / 0.
 
     Args:
@@ -237,5 +238,8 @@ def held_out_batches(
     for begin in range(0, len(places), batch_size):
         some = places[begin : begin + batch_size]
         batch = rows.batch(chosen[np.minimum(some, count - 1)])
-        batch["targets"][torch.from_numpy(some >= count)] = NO_TARGET
+        filled = torch.from_numpy(some >= count)
+        batch["targets"][filled] = NO_TARGET
+        if "choices" in batch:
+            batch["choices"][filled] = NO_CHOICE
         yield batch

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 
+from cook.data.packing import NO_TARGET
+
 LABELS = ("targets", "choices", "choice_token")
 """Keys of a batch that say what is to be told; all others are the model's inputs."""
-
-IGNORED = -100
 
 
 def model_inputs(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -28,13 +28,13 @@ def summed_cross_entropy(logits: torch.Tensor, batch: Mapping[str, torch.Tensor]
             elsewhere -1, and `choice_token` int64 (B,), the id whose logit is an option's score.
     """
     targets = batch["targets"].flatten()
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="sum")
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=NO_TARGET, reduction="sum")
     return loss + _questions(logits, batch) if "choices" in batch else loss
 
 
 def num_told(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """How many targets `summed_cross_entropy` sums over: int64 ()."""
-    count = (batch["targets"] != IGNORED).sum()
+    count = (batch["targets"] != NO_TARGET).sum()
     if "choices" in batch:
         count = count + ((batch["choices"] >= 0) & (batch["choices"] % 2 == 1)).sum()
     return count

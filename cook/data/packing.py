@@ -30,14 +30,12 @@ import torch
 from cook.base.batches import Batch
 from cook.base.errors import UserError
 from cook.data.cache import read_manifest
+from cook.data.corpus import MIN_REST
 
 LM_TASK = 2
 TEXT_SEGMENT = 2
 NO_TARGET = -100
 PADDING_SPAN = -1
-
-MIN_REST = 32
-"""The end of a longer document is dropped if it is shorter than this many tokens (CPM-Live's rule)."""
 
 MIN_DOCUMENT = 8
 """A whole document is dropped if it is shorter than this many tokens."""

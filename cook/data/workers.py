@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
-import os
-import threading
+import signal
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import connection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from cook.base.errors import RunFailed, UserError
+from cook.base.pool import end_with_parent
 from cook.data.joined import by_epoch
 from cook.data.rows import Rows
 
@@ -69,7 +68,7 @@ class Workers:
             prefetch_factor=AHEAD,
             persistent_workers=True,
             multiprocessing_context=context,
-            worker_init_fn=_end_with_parent,
+            worker_init_fn=_begin,
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -105,16 +104,12 @@ class Workers:
         self._iterator = self._loader = None
 
 
-def _end_with_parent(_: int) -> None:
-    """Makes a worker end as soon as its parent is gone, even by SIGKILL; the fork server between them would stay."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+def _begin(_: int) -> None:
+    # The fork server stands between a worker and this process, and would not tell it of a SIGKILL.
+    end_with_parent()
+    # A signal to the whole group asks the run to save and stop, and the worker is needed until it does.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Steps:

@@ -95,7 +95,8 @@ class Stage:
             "max_bad_steps", "spike", "spike_measure", "spike_factor", "spike_window",
         ):  # fmt: skip
             training.pop(key)
-        data.pop("cache_dir")
+        for key in ("cache_dir", "workers", "ledger"):
+            data.pop(key)
         distillation = config.distillation if self.name != "pretrain" else None
         described = {
             "stage": self.name,

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
 
 from cook.base.errors import UserError
 from cook.base.files import write_atomically
+from cook.base.pool import num_cores
 from cook.vocab.export import export_to_hugging_face, parse_model
 
 SPACE = "\u2581"
@@ -28,6 +29,7 @@ WHITESPACE_PIECES = ("\n", "\n\n", "\t", "\t\t", "\t\t\t\t", SPACE * 2, SPACE * 
 
 MIN_VOCAB_SIZE = 4 + len(WHITESPACE_PIECES) + 256 + 64  # special ids, whitespace, bytes, and room for an alphabet
 MAX_LINE_CHARS = 4096
+RARE = 0.01  # a character of this share of the text has a piece in any vocabulary
 MIN_COVERAGE, MAX_COVERAGE = 0.98, 0.9995  # sentencepiece takes nothing below 0.98
 TRAINING_THREADS = 4  # written into the model, so a number that differs between machines would change its bytes
 DEFAULT_SAMPLE_CHARS = 16 << 20
@@ -143,6 +145,9 @@ def train_sentencepiece(
     lines = _sample(_lines(texts), sample_chars, random.Random(seed))
     if not lines:
         raise UserError("there is no text to train a tokenizer on", remedy="check data.paths")
+    # In Chinese a space may be too rare for a piece, and would be spelled in the bytes of sentencepiece's sign for it.
+    rare_space = sum(line.count(" ") for line in lines) < RARE * sum(map(len, lines))
+    options: dict[str, Any] = {"required_chars": SPACE} if rare_space else {}
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -164,6 +169,7 @@ def train_sentencepiece(
             max_sentence_length=4 * MAX_LINE_CHARS,
             num_threads=TRAINING_THREADS,
             minloglevel=2,
+            **options,
         )
     except RuntimeError as error:
         raise UserError(
@@ -187,11 +193,6 @@ def _coverage(lines: Sequence[str], vocab_size: int) -> float:
     counts = Counter(char for line in lines for char in line)
     most = sum(count for _, count in counts.most_common(room))
     return max(MIN_COVERAGE, min(MAX_COVERAGE, (most - 0.5) / counts.total()))
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:

@@ -181,8 +181,9 @@ def prepare(tokenizer: Any, texts: list[str], root: Path, max_length: int) -> in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    given = [path for path in (os.environ.get("COOK_ENWIK8"),) if path]
-    parser.add_argument("--text", nargs="*", default=given, help="text files (default: $COOK_ENWIK8, or the library)")
+    real = Path(os.environ.get("COOK_REAL_TEXT", ""), "enwik8")
+    given = [str(real)] if real.is_file() else []
+    parser.add_argument("--text", nargs="*", default=given, help="default: $COOK_REAL_TEXT/enwik8, else the library")
     parser.add_argument("--characters", type=int, default=8_000_000)
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--max-length", type=int, default=512)

@@ -137,9 +137,12 @@ def test_a_bug_in_a_worker_and_a_killed_one_end_the_run_by_name():
     loader = loader_of(workers=1)
     read(loader, [0])
     [child] = children(os.getpid())
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # sent to a whole group, meant for the run
+        os.kill(child, number)
+    assert read(loader, [1]) == read(loader_of(), [1])
     os.kill(child, signal.SIGKILL)
     with pytest.raises(RunFailed, match="a worker process of the data loader failed at step"):
-        read(loader, range(1, 9))
+        read(loader, range(2, 9))
     loader.close()
 
 

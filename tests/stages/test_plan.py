@@ -172,6 +172,7 @@ def test_a_target_concerns_the_stages_that_it_shapes(config, setting, concerned)
     "setting",
     ["training.log_every=3", "training.save_every=5", "training.keep_checkpoints=9", "training.threads=2",
      "training.micro_batch_size=1", "training.eval_rows=8", "logging.tensorboard=true", "data.cache_dir=elsewhere",
+     "data.workers=2", "data.ledger=true",
      "deepspeed.zero_optimization.stage=2", "output_dir=moved", "training.max_bad_steps=9", "training.spike=skip",
      "training.spike_factor=4", "training.spike_window=9", "training.spike_measure=loss"],
 )  # fmt: skip

@@ -19,6 +19,7 @@ from tests.stages.tiny_run import Result, contents, read_log, train, write_run
 
 STEPS = 60
 STOP_AT = 15
+TIMES = ("tokens_per_second", "data_wait")
 OVERRIDES = ("training.save_every=7", "training.keep_checkpoints=2", f"training.steps={STEPS}")
 OPTIONS = ("--stage", "layer_mask", *(part for text in OVERRIDES for part in ("--set", text)))
 
@@ -71,7 +72,7 @@ def stopped(pretrained, tmp_path_factory) -> tuple[Path, Result]:
 def outcome(folder: Path) -> dict:
     """All that a stage leaves that does not speak of time."""
     stage = folder / "out" / "layer_mask"
-    log = [{k: v for k, v in record.items() if k != "tokens_per_second"} for record in read_log(folder, "layer_mask")]
+    log = [{k: v for k, v in record.items() if k not in TIMES} for record in read_log(folder, "layer_mask")]
     done = json.loads((stage / "done.json").read_text())
     done.pop("seconds")
     gates = torch.load(stage / "checkpoints" / f"step-{STEPS}" / "gates.pt")

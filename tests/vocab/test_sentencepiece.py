@@ -94,6 +94,15 @@ def test_thousands_of_characters_leave_room_for_words(tmp_path):
     assert 300 < len(characters) < 450  # half of what bytes and special pieces leave
 
 
+def test_a_space_has_a_piece_where_the_corpus_has_none(tmp_path):
+    characters = [chr(0x4E00 + number) for number in range(200)]
+    words = ["".join(characters[n * k % 200] for k in (1, 3, 7)) for n in range(200)]
+    train_sentencepiece(["\n".join(words * 5)], tmp_path / "m", vocab_size=480, seed=0)
+    chinese = SentencePieceTokenizer.load(tmp_path / "m")
+    assert len(chinese.encode(" ")) == 1 and chinese.decode(chinese.encode("a b")) == "a b"
+    chinese.save(tmp_path / "exported")  # refuses where the exported tokenizer would differ
+
+
 def test_a_long_line_is_cut_not_dropped(tmp_path):
     train_sentencepiece(
         ["wonderful words " * 4000 + "abcdefgh " * MAX_LINE_CHARS], tmp_path / "m", vocab_size=340, seed=0

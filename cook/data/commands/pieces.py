@@ -14,7 +14,7 @@ import numpy as np
 
 from cook.base.errors import UserError
 from cook.base.seeds import derived_seed
-from cook.data.corpus import JSONL_SUFFIXES, PART_BYTES, grouped, matching_files, object_of, text_of
+from cook.data.corpus import JSONL_SUFFIXES, MIN_REST, PART_BYTES, grouped, matching_files, object_of, text_of
 from cook.data.live.records import (
     LM,
     LM_PROMPT,
@@ -25,7 +25,6 @@ from cook.data.live.records import (
     Record,
     Segment,
 )
-from cook.data.packing import MIN_REST
 from cook.vocab.protocol import Tokenizer
 
 COUNTS = ("documents", "tokens", "dropped", "unknown", "records")

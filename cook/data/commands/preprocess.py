@@ -13,15 +13,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from cook.base.errors import UserError
+from cook.base.errors import Interrupted, UserError
 from cook.base.files import read_json, write_json
 from cook.base.pool import in_order, num_cores
 from cook.data.cache import fingerprint_of
 from cook.data.commands import common
 from cook.data.commands.pieces import COUNTS, Part, Settings, format_of, input_files, parts_of, records_of
+from cook.data.corpus import MIN_REST
 from cook.data.live.meta import FileInfo, write_meta
 from cook.data.live.writer import LiveWriter
-from cook.data.packing import MIN_REST
 from cook.data.progress import Progress
 from cook.vocab.protocol import Tokenizer
 
@@ -66,8 +66,11 @@ def run(arguments: argparse.Namespace) -> None:
     with Progress("preprocessing", total, unit="MB", scale=1e6) as progress:
         progress.advance(sum(part.end - part.begin for part in done))
         jobs = [(part, settings, str(folder)) for part in todo]
-        for part, _ in zip(todo, in_order(write_part, jobs, workers, _load_tokenizer, named), strict=True):
-            progress.advance(part.end - part.begin)
+        try:
+            for part, _ in zip(todo, in_order(write_part, jobs, workers, _load_tokenizer, named), strict=True):
+                progress.advance(part.end - part.begin)
+        except KeyboardInterrupt:
+            raise Interrupted("the parts that are done are kept; give the same command to go on") from None
     _finish(folder, parts, settings)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,7 +50,8 @@ class Scanned:
 
 def place(path: Path, block: int, offset: int) -> str:
     """How errors name a place in the data; `block` is counted inside the file."""
-    return f"{path}, block {block}, offset {offset}"
+    shown = os.path.relpath(path)
+    return f"{path if shown.startswith('..') else shown}, block {block}, offset {offset}"
 
 
 def map_file(path: str | Path) -> mmap.mmap:

@@ -12,10 +12,9 @@ import numpy as np
 
 from cook.data.live.dataset import LiveDataset
 from cook.data.live.records import GENERATE, LM, MASKED_LM, RIGHT_CHOICE, TOLD, TOLD_WITH_TYPE, WRONG_CHOICE
+from cook.data.packing import NO_TARGET, PADDING_SPAN
 from cook.data.tasks.draws import hidden_subsets, num_hidden, segment_bits
 
-NO_TARGET = -100
-PADDING_SPAN = -1
 NO_CHOICE = -1
 
 

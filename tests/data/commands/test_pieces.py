@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 
 from cook.base.errors import UserError
 from cook.data.commands import pieces
-from cook.data.commands.pieces import documents, format_of, input_files, lines, parts_of
+from cook.data.commands.pieces import (
+    COUNTS,
+    Settings,
+    documents,
+    format_of,
+    input_files,
+    lines,
+    parts_of,
+    records_of,
+)
+from tests.data.tasks.letters import Letters
 
 
 def parts_in(path, part_size):
@@ -59,3 +69,16 @@ def test_text_that_is_none_is_named_with_its_offset(tmp_path, format):
     (tmp_path / "empty").write_bytes(b"")
     with pytest.raises(UserError, match="the input is empty"):
         parts_in(tmp_path / "empty", 40)
+
+
+def test_unknown_tokens_are_left_out_before_the_text_is_cut(tmp_path):
+    (tmp_path / "x.txt").write_text("ab" + "三" * 50 + "c" * 40 + "\n" + "三" * 90 + "\n")
+    settings = Settings(
+        format="lines", text_field="text", max_length=40, prompt_length=4, masked_share=0.0, seed=0, version=1,
+        block_size=4096,
+    )  # fmt: skip
+    counts = dict.fromkeys(COUNTS, 0)
+    (record,) = records_of(parts_in(tmp_path / "x.txt", 1000)[0], settings, Letters(), counts)
+    assert record.tokens.tolist() == [6, ord("a"), ord("b"), *[ord("c")] * 32, 7]
+    assert record.task == 2 and record.segments == ((36, 2, 1),)
+    assert counts == {"documents": 2, "tokens": 34, "dropped": 8, "unknown": 140, "records": 0}

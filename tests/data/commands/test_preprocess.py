@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cook.base.errors import UserError
+from cook.base.errors import Interrupted, UserError
 from tests.data.commands.conftest import WORDS
 from tests.data.live import reference
 
@@ -93,6 +93,14 @@ def test_workers_change_nothing(tmp_path, corpus, tokenizer_path, run):
     assert folder("other", "--seed", 1) != alone
 
 
+def test_a_mistake_in_a_worker_is_told_as_in_this_process(tmp_path, corpus, tokenizer_path, run):
+    with open(corpus, "ab") as file:
+        file.write(b"\xff\n")
+    command = ["preprocess", corpus, "--output", tmp_path / "out", "--tokenizer", tokenizer_path, *OPTIONS]
+    with pytest.raises(UserError, match=f"not UTF-8 at offset {corpus.stat().st_size - 2}"):
+        run(*command, "--workers", 2)
+
+
 def test_a_killed_run_goes_on(tmp_path, corpus, tokenizer_path, run):
     """Killed by SIGKILL with its workers at work; run again, it gives the bytes of the run that was left alone."""
     options = [str(option) for option in OPTIONS[:-2]]
@@ -130,7 +138,7 @@ def unfinished(tmp_path, corpus, tokenizer_path, run, monkeypatch):
     command = ["preprocess", corpus, "--output", tmp_path / "out", "--tokenizer", tokenizer_path, *OPTIONS]
     with monkeypatch.context() as patch:
         patch.setattr(preprocess, "write_part", stops)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted, match="to go on"):
             run(*command)
     return command
 

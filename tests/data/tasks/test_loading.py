@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from cook.data.loader import RowLoader
+from cook.data.loader import RowLoader, held_out_batches
+from cook.data.losses import num_told
 
 RECORDS = [[task, 1, 20 + n % 9, task, task - 1, *range(100, 120 + n % 9)] for n in range(60) for task in (1, 2)]
 BATCH = 8
@@ -48,3 +49,11 @@ def test_every_epoch_hides_other_tokens_and_a_resumed_run_the_same(rows):
         for ids, context in zip(batch["input"], batch["context"], strict=True):
             contexts.setdefault(tuple(ids.tolist()), set()).add(tuple(context.tolist()))
     assert np.mean([len(seen) for seen in contexts.values()]) > 1.8, "drawn anew in each of the three epochs"
+
+
+def test_evaluation_counts_every_question_once(make_rows):
+    options = [[1, 2, 6, 2, 100, 6, 2, 101, *range(50, 62)] for _ in range(7)]
+    rows, _ = make_rows(options, max_length=20, prompt_length=4, choice_token=5)
+    ranks = [list(held_out_batches(rows, 2, 100, rank, 2)) for rank in range(2)]
+    assert len(ranks[0]) == len(ranks[1])
+    assert sum(int(num_told(batch)) for batches in ranks for batch in batches) == 7
