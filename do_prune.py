@@ -120,10 +120,10 @@ def main() -> int | None:
     card = ModelCard(
         name=pruned.folder.resolve().name,
         rows=[ladder_row(stage) for stage in job.stages[:1] + job.stages[-1:]],
-        base_model=str(source.path),
+        base_model=(job.config.model.path if job.config else None) or str(source.path),
         license="other",
         license_note="The weights carry the licence of the model and the text they were trained on.",
-        commands=[" ".join(["python", *sys.argv])],
+        commands=[*training_commands(job), " ".join(["python", *sys.argv])],
         masks=[MaskFile(name=Path(path).name, sha256=sha256(path)) for path in files],
         trust_remote_code=pruned.needs_remote_code,
         max_difference=difference,
@@ -133,6 +133,13 @@ def main() -> int | None:
     write_atomically(pruned.folder / "README.md", model_card(card))
     announce(pruned, difference, what, has_tokenizer)
     return 1 if difference is not None and difference > TOLERANCE else None
+
+
+def training_commands(job: Job) -> list[str]:
+    """The commands that trained the model's stages, one each."""
+    if job.config is None:
+        return []
+    return [f"deepspeed cook/train.py --config {job.config.source.bmcook} --stage {stage.name}" for stage in job.stages]
 
 
 def verify(

@@ -217,10 +217,13 @@ class Engine:
         return None if norm is None else float(norm)
 
     def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every weight whole and in fp32 on the CPU, one after the other; all ranks must go through it together."""
+        """Every weight whole on the CPU, one after the other; all ranks must go through it together.
+
+        In fp32, or where weights were not trained just as they were stored.
+        """
         for name, parameter in self.module.named_parameters():
             if self._frozen is not None:
-                yield name, self._frozen[name].float()  # the engine's own copy may have been rounded to half precision
+                yield name, self._frozen[name]  # the engine's own copy may have been rounded to half precision
                 continue
             master = self._deepspeed.utils.safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
             if master is not None:
