@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from cook.base.errors import UserError
 from cook.config.types import RunConfig, StageName, for_stage
