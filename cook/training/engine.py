@@ -104,6 +104,7 @@ class Engine:
         self._frozen = weights if weights is not None and not training.train_weights else None
 
         model = self._partitioned(build) if self.zero_stage == 3 else build()
+        buffers = _buffers(model, build if self.zero_stage == 3 else None)
         if weights is not None:
             self._load(model, weights)
         if training.activation_checkpointing:
@@ -117,6 +118,9 @@ class Engine:
             optimizer=None if self._engine_makes_optimizer() else self._adamw(trained, training),
             config=self.config,
         )
+        for name, buffer in buffers.items():
+            owner, _, leaf = name.rpartition(".")
+            setattr(self.module.get_submodule(owner), leaf, buffer.to(self.device))
         if weights is not None and self.precision != "fp32":
             self._load_masters(weights)
 
@@ -249,6 +253,22 @@ class Engine:
     def close(self) -> None:
         """Frees the engine's hooks and buffers, for another stage in the same process."""
         self._engine.destroy()
+
+
+def _buffers(model: torch.nn.Module, build: Callable[[], torch.nn.Module] | None) -> dict[str, torch.Tensor]:
+    """The model's floating buffers, exact.
+
+    The engine rounds them with the weights, and ZeRO-3 rounds them while they are made: the frequencies of rotary
+    positions, for one, which in bf16 put distant tokens at wrong angles.
+
+    Args:
+        model: The model, not yet in the engine's hands.
+        build: Makes another one, to copy from, if the model's own are rounded already.
+    """
+    named = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    if named and build is not None:
+        named = {name: buffer for name, buffer in build().named_buffers() if name in named}
+    return {name: buffer.detach().clone() for name, buffer in named.items()}
 
 
 def _copy_into(parameter: torch.nn.Parameter, weights: Mapping[str, torch.Tensor], name: str) -> UserError | None:
