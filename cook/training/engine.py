@@ -258,8 +258,8 @@ class Engine:
 def _buffers(model: torch.nn.Module, build: Callable[[], torch.nn.Module] | None) -> dict[str, torch.Tensor]:
     """The model's floating buffers, exact.
 
-    The engine rounds them with the weights, and ZeRO-3 rounds them while they are made: the frequencies of rotary
-    positions, for one, which in bf16 put distant tokens at wrong angles.
+    Under half precision ZeRO-3 rounds them while they are made: the frequencies of rotary positions, for one, which in
+    bf16 put distant tokens at wrong angles.
 
     Args:
         model: The model, not yet in the engine's hands.
