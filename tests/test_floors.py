@@ -20,7 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 TOP = len(FLOORS)
-FAMILY_NAMES = ("cpm_ant", "cpmant", "CpmAnt")
+FAMILY_NAMES = ("cpm_ant", "cpmant", "CpmAnt", "llama", "Llama", "qwen", "gemma", "phi3", "gpt2", "neox", "roberta")
 FAMILY_ROOMS = ("adapters", "models")
 ENGINE = "cook/training/engine.py"
 FILES = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "cook").rglob("*.py"))

@@ -22,7 +22,7 @@ FAMILY = Family(
         v="attention.self.value",
         out="attention.output.dense",
         norms_before=(),
-        remembers={"attention.self.num_attention_heads": "heads", "attention.self.all_head_size": "width"},
+        remembers={},
     ),
     ffn=FeedForward(
         modules={"intermediate": "value", "output.dense": "value"},

@@ -16,7 +16,7 @@ FAMILY = Family(
     attention=Attention(
         out="self_attn.out_proj",
         norms_before=("self_attn_layer_norm",),
-        remembers={"self_attn.num_heads": "heads", "self_attn.embed_dim": "width"},
+        remembers={"self_attn.num_heads": "heads"},
     ),
     ffn=FeedForward(
         modules={"fc1": "value", "fc2": "value"}, ins=("fc1",), out="fc2", norms_before=("final_layer_norm",)

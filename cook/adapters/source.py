@@ -103,6 +103,17 @@ def load_model(source: ModelSource, dtype: torch.dtype | None = torch.float32) -
     return model.eval()
 
 
+def placed(model: torch.nn.Module, device: torch.device | str, dtype: torch.dtype | None) -> torch.nn.Module:
+    """The model on a device with its weights in `dtype`; its buffers keep theirs.
+
+    `Module.to` would round the frequencies of rotary positions with the weights, by which distant tokens end up at
+    wrong angles.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(device, dtype or parameter.dtype)
+    return model.to(device)
+
+
 def _last_line(error: Exception) -> str:
     return str(error).strip().splitlines()[-1].strip()
 

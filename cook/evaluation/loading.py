@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cook.adapters.registry import knows, stock_type
-from cook.adapters.source import ModelSource, load_model, open_model
+from cook.adapters.source import ModelSource, load_model, open_model, placed
 from cook.base.errors import UserError
 from cook.base.tensor_files import read_model_config
 from cook.surgery.prune import mask_model, open_masks
@@ -95,7 +95,7 @@ def load(entry: Entry, *, trust_remote_code: bool, dtype: str = "auto", device: 
     if entry.masks and source is None:
         raise UserError(f"{folder}: masks need a family that cook knows")
     chosen = {"auto": torch.bfloat16 if device.startswith("cuda") else None}.get(dtype) or getattr(torch, dtype, None)
-    model = model.eval().to(device, chosen)
+    model = placed(model.eval(), device, chosen)
     if entry.masks and source is not None:
         space, masks = open_masks(source, coarse=entry.coarse, heads=entry.heads, dimff=entry.dimff)
         mask_model(model, space, {name: mask.to(device) for name, mask in masks.items()})

@@ -112,8 +112,8 @@ def predicts_blindly(model: Callable[..., Any], ids: torch.Tensor) -> bool:
     row = ids[None, :16]
     other = row.clone()
     other[0, -1] = row[0, 0] if row[0, 0] != row[0, -1] else (row[0, 0] == 0).long()
-    found = [getattr(model(input_ids=one), "logits", None) for one in (row, other)]
-    if any(logits is None or logits.shape[:2] != row.shape for logits in found):
+    found = [getattr(model(input_ids=one), "logits", torch.empty(0)) for one in (row, other)]
+    if any(logits.shape[:2] != row.shape for logits in found):
         return False
     before, after = (logits[:, :-1].float() for logits in found)
     # Equal but for the noise of a device that sums in another order.

@@ -21,6 +21,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, Cache, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 MODEL_TYPE = "cook_ragged"
 OWN_FIELDS = ("stock_type", "stock_class", "structure")
@@ -59,15 +60,13 @@ class Absent(nn.Module):
         return value, None
 
 
-def reshape_modules(model: nn.Module, structure: dict[str, Any]) -> None:
+def reshape_modules(model: PreTrainedModel, structure: dict[str, Any]) -> None:
     """Changes a freshly built stock model to what `structure` says."""
     for path, shape in structure["shapes"].items():
-        owner, _, name = path.rpartition(".")
-        module = model.get_submodule(owner)
-        old = module.get_parameter(name)
-        if tuple(old.shape) != tuple(shape):
-            setattr(module, name, nn.Parameter(_resized(old, shape), requires_grad=old.requires_grad))
-            _remember_sizes(module)
+        if path.endswith(".weight"):  # a bias has the size that follows from its weight's
+            name = path.removesuffix(".weight")
+            model.set_submodule(name, _product_of(model.get_submodule(name), shape))
+            model._init_weights(model.get_submodule(name))
     for path, values in structure["attributes"].items():
         module = model.get_submodule(path)
         own = {name.removeprefix("config."): value for name, value in values.items() if name.startswith("config.")}
@@ -89,19 +88,12 @@ def reshape_modules(model: nn.Module, structure: dict[str, Any]) -> None:
         model.set_submodule(path, nn.Identity())
 
 
-def _resized(old: torch.Tensor, shape: list[int]) -> torch.Tensor:
-    # The first values are kept: a freshly initialised model stays initialised.
-    cut = old.detach()
-    for dim, size in enumerate(shape):
-        cut = cut.narrow(dim, 0, size)
-    return cut.clone()
-
-
-def _remember_sizes(module: nn.Module) -> None:
-    weight = module.get_parameter("weight")
-    names = ("out_features", "in_features") if isinstance(module, nn.Linear) else ("nx", "nf")  # the latter: Conv1D
-    for name, size in zip(names, weight.shape, strict=False):
-        setattr(module, name, size)
+def _product_of(old: nn.Module, shape: list[int]) -> nn.Module:
+    # A new module and no new weight in the old one: what watches modules being built, as ZeRO-3 does, sees it too.
+    if isinstance(old, nn.Linear):
+        return nn.Linear(shape[1], shape[0], bias=old.bias is not None)
+    assert isinstance(old, Conv1D), f"a weight of {type(old).__name__} has another shape"
+    return Conv1D(shape[1], shape[0])
 
 
 def config_class(stock_type: str) -> type[PreTrainedConfig]:

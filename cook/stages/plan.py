@@ -65,12 +65,15 @@ class Stage:
     def is_random_baseline(self) -> bool:
         return self.name == "random_baseline"
 
-    def _targets(self) -> list[float | int | None]:
+    def _targets(self) -> list[Any]:
         """The targets that shape the stage's outcome; a baseline copies the shape that all of them lead to."""
         coarse, fine = self.config.coarse, self.config.fine
+        heads: Any = fine.target_num_heads if fine else None
+        if fine and (fine.head_unit != "auto" or fine.allow_remote_code):
+            heads = [heads, fine.head_unit, fine.allow_remote_code]
         targets = {
             "layer": coarse.target_sparsity if coarse else None,
-            "heads": fine.target_num_heads if fine else None,
+            "heads": heads,
             "dimff": fine.target_dimff if fine else None,
         }
         return list(targets.values()) if self.is_random_baseline else [targets[self.learns]] if self.learns else []

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from cook.adapters.source import load_model, open_model, unfilled_model
+from cook.adapters.source import load_model, open_model, placed, unfilled_model
 from cook.base import distributed
 from cook.base.errors import UserError
 from cook.base.files import read_json, sha256, write_json
@@ -221,7 +221,7 @@ def _distiller(stage: Stage, engine: Engine) -> Distiller | None:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[engine.precision]
     return Distiller(
         engine.module,
-        teacher.to(engine.device, dtype),
+        placed(teacher, engine.device, dtype),
         ce_scale=options.ce_scale,
         ce_temp=options.ce_temp,
         mse_hidn_scale=options.mse_hidn_scale,

@@ -127,6 +127,7 @@ class Engine:
 
         self._partitions = Partitions(deepspeed, self.zero_stage, self.device)
         model = self._partitioned(build) if self.zero_stage == 3 else build()
+        buffers = _buffers(model, build if self.zero_stage == 3 else None)
         if weights is not None:
             self._partitions.load(model, weights)
         if training.activation_checkpointing:
@@ -140,6 +141,9 @@ class Engine:
             optimizer=None if self._engine_makes_optimizer() else make_optimizer(model, training),
             config=self.config,
         )
+        for name, buffer in buffers.items():
+            owner, _, leaf = name.rpartition(".")
+            setattr(self.module.get_submodule(owner), leaf, buffer.to(self.device))
         if weights is not None and self.precision != "fp32":
             self._load_masters(weights)
         self._watch = NormWatch(self._engine.optimizer, self.zero_stage)
@@ -230,10 +234,13 @@ class Engine:
         return self._watch.norm
 
     def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every weight whole and in fp32 on the CPU, one after the other; all ranks must go through it together."""
+        """Every weight whole on the CPU, one after the other; all ranks must go through it together.
+
+        In fp32, or where weights were not trained just as they were stored.
+        """
         for name, parameter in self.module.named_parameters():
             if self._frozen is not None:
-                yield name, self._frozen[name].float()  # the engine's own copy may have been rounded to half precision
+                yield name, self._frozen[name]  # the engine's own copy may have been rounded to half precision
                 continue
             yield name, self._partitions.whole(parameter)
 
@@ -324,6 +331,22 @@ def _stored_classes() -> tuple[Any, ...]:
     from deepspeed.utils.tensor_fragment import fragment_address
 
     return ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address
+
+
+def _buffers(model: torch.nn.Module, build: Callable[[], torch.nn.Module] | None) -> dict[str, torch.Tensor]:
+    """The model's floating buffers, exact.
+
+    Under half precision ZeRO-3 rounds them while they are made: the frequencies of rotary positions, for one, which in
+    bf16 put distant tokens at wrong angles.
+
+    Args:
+        model: The model, not yet in the engine's hands.
+        build: Makes another one, to copy from, if the model's own are rounded already.
+    """
+    named = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    if named and build is not None:
+        named = {name: buffer for name, buffer in build().named_buffers() if name in named}
+    return {name: buffer.detach().clone() for name, buffer in named.items()}
 
 
 def _freeze_all_but_smallest(model: torch.nn.Module) -> None:

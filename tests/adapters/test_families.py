@@ -117,6 +117,7 @@ def test_the_cache_and_generation(case, make):
     attached.remove()
     assert torch.equal(masked, small.generate(IDS, **options))
     assert torch.equal(masked, small.generate(IDS, **options, use_cache=False))
+    assert torch.equal(masked, small.generate(IDS, **options, cache_implementation="static"))
     assert masked.shape == (2, 17)
 
 

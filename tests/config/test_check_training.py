@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 
@@ -153,3 +155,23 @@ def test_distillation(errors_of, bmcook, settings, said):
     bmcook["distillation"] = {"teacher": "results/tiny/dense"}
     [message] = errors_of(*settings)
     assert said in message
+
+
+def test_a_hugging_face_model_is_a_folder(errors_of, load, bmcook, elsewhere):
+    for model in ({"type": "hf"}, {"type": "hf", "path": "m.pt"}):
+        bmcook["model"] = model
+        assert any(error.startswith("model.path: missing") for error in errors_of())
+    (elsewhere / "model").mkdir()
+    sizes = {"vocab_size": 128, "num_attention_heads": 4, "intermediate_size": 48}
+    (elsewhere / "model" / "config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
+    bmcook["model"] = {"type": "hf", "path": "model"}
+    assert load("fine-grained.coarse_mask=null", "stages=[]").model.type == "hf"
+    assert "at most 128" in errors_of("tokenizer.vocab_size=129")[0]
+    assert "dim_ff: not the model's" in errors_of("fine-grained.dim_ff=40")[0]
+
+
+def test_a_hugging_face_models_folder_describes_it(errors_of, bmcook, elsewhere):
+    (elsewhere / "model").mkdir()
+    (elsewhere / "model" / "config.json").write_text('{"model_type": "llama"}')
+    bmcook["model"] |= {"type": "hf", "path": "model"}
+    assert any(error.startswith("model.config: a Hugging Face model's folder has its own") for error in errors_of())

@@ -12,13 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from cook.adapters.cpm_ant import ADAPTER
-from cook.adapters.source import open_model
-from cook.surgery.export import write_model_folder
+from cook.adapters.source import load_model
 from cook.surgery.prune import mask_model, prune_to_folder
 from tests.evaluation.conftest import WORDS, write_tokenizer
-from tests.models.cpm_ant_tiny import tiny_model
-from tests.tiny_pruning import config_of, random_masks, tiny_space
+from tests.tiny_families import tiny_source
+from tests.tiny_pruning import random_masks
+from tests.tiny_pruning import tiny_source as own_source
 
 HARNESS = """
     import importlib.util, json, sys
@@ -26,16 +25,18 @@ HARNESS = """
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    folder, tasks = sys.argv[1:]
-    got = lm_eval.simple_evaluate(
-        model="hf",
-        model_args={"pretrained": folder, "trust_remote_code": True, "dtype": "float32", "max_length": 64},
-        tasks=["choose", "go_on"],
-        task_manager=TaskManager(include_path=tasks, include_defaults=False),
-        device="cpu", batch_size=2, bootstrap_iters=0, log_samples=True,
-    )
-    answers = [[answer[0][0] for answer in sample["resps"]] for sample in got["samples"]["choose"]]
-    print(json.dumps({"results": got["results"], "answers": answers}, default=str))
+    found = []
+    for folder in sys.argv[1:]:
+        got = lm_eval.simple_evaluate(
+            model="hf",
+            model_args={"pretrained": folder, "trust_remote_code": True, "dtype": "float32", "max_length": 64},
+            tasks=["choose", "go_on"],
+            task_manager=TaskManager(include_path=folder + "_tasks", include_defaults=False),
+            device="cpu", batch_size=2, bootstrap_iters=0, log_samples=True,
+        )
+        answers = [[answer[0][0] for answer in sample["resps"]] for sample in got["samples"]["choose"]]
+        found.append({"results": got["results"], "answers": answers})
+    print(json.dumps(found, default=str))
 """
 TASK = """
     task: {name}
@@ -72,13 +73,14 @@ def goes_on(model, ids, count):
     return ids[-count:]
 
 
-@pytest.fixture
-def masked_and_small(tmp_path):
+def masked_and_small(path, source):
     """A masked model, and the folder of what it was reshaped to."""
-    model, space, masks = tiny_model(), tiny_space(), random_masks(tiny_space(), 2)
-    write_model_folder(tmp_path / "dense", ADAPTER, config_of(), model.state_dict().items())
-    folder = prune_to_folder(open_model(tmp_path / "dense"), space, masks, tmp_path / "small").folder
+    space = source.adapter.space(source.config)
+    masks = random_masks(space, 2)
+    folder = prune_to_folder(source, space, masks, path).folder
+    assert json.loads((folder / "config.json").read_text())["auto_map"], "the export is to be a ragged one"
     write_tokenizer(folder, eos_token="w0")
+    model = load_model(source)
     mask_model(model, space, masks)
     return model, folder
 
@@ -90,27 +92,37 @@ def write_task(path: Path, name: str, kind: str, rest: str, items: list[dict]) -
     (path / f"{name}.yaml").write_text(textwrap.dedent(TASK).format(name=name, file=file, kind=kind) + rest)
 
 
-def test_the_harness_sees_the_masked_model(tmp_path, masked_and_small):
-    model, folder = masked_and_small
+def write_tasks(model, path):
+    """Two tasks, and what the harness must find of this model: log-likelihoods of the choices, and both scores."""
     questions = [[i + 3, 2 * i + 9, 4, 50 - i][: 2 + i % 3] for i in range(6)]
     wanted = [[log_likelihood(model, question, answer) for answer in CHOICES] for question in questions]
     choices = [spelled(answer) for answer in CHOICES]
     items = [{"question": spelled(q), "choices": choices, "gold": i % 3} for i, q in enumerate(questions)]
-    write_task(tmp_path / "tasks", "choose", "multiple_choice", CHOOSE, items)
+    write_task(path, "choose", "multiple_choice", CHOOSE, items)
     golds = [spelled(goes_on(model, question, 4)) for question in questions]
     items = [{"question": spelled(q), "gold": gold} for q, gold in zip(questions, golds, strict=True)]
     items[0]["gold"] = "w1 w1 w1 w1"
-    write_task(tmp_path / "tasks", "go_on", "generate_until", GO_ON, items)
+    write_task(path, "go_on", "generate_until", GO_ON, items)
+    return wanted, sum(scores.index(max(scores)) == i % 3 for i, scores in enumerate(wanted)) / 6, 5 / 6
 
+
+def test_the_harness_sees_the_masked_models(tmp_path):
+    _, own = own_source(tmp_path / "dense")
+    expected, folders = [], []
+    for name, source in (("own", own), ("llama", tiny_source("llama"))):
+        model, folder = masked_and_small(tmp_path / name, source)
+        expected.append(write_tasks(model, tmp_path / f"{name}_tasks"))
+        folders.append(str(folder))
     environment = os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(HARNESS), str(folder), str(tmp_path / "tasks")],
+        [sys.executable, "-c", textwrap.dedent(HARNESS), *folders],
         capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    got = json.loads(done.stdout.splitlines()[-1])
-    for found, right in zip(got["answers"], wanted, strict=True):
-        assert [float(number) for number in found] == pytest.approx(right, abs=1e-4)  # float32 log-softmax, two terms
-    best = [scores.index(max(scores)) == i % 3 for i, scores in enumerate(wanted)]
-    assert got["results"]["choose"]["acc,none"] == pytest.approx(sum(best) / 6)
-    assert got["results"]["go_on"]["exact_match,none"] == pytest.approx(5 / 6)
+    found = json.loads(done.stdout.splitlines()[-1])
+    for (wanted, accuracy, matches), got in zip(expected, found, strict=True):
+        for answers, right in zip(got["answers"], wanted, strict=True):
+            # float32 log-softmax, two terms.
+            assert [float(number) for number in answers] == pytest.approx(right, abs=1e-4)
+        assert got["results"]["choose"]["acc,none"] == pytest.approx(accuracy)
+        assert got["results"]["go_on"]["exact_match,none"] == pytest.approx(matches)
