@@ -10,7 +10,8 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from cook.base.errors import run_entry  # noqa: E402
-from cook.config.tasks import parse_task_options  # noqa: E402
+from cook.base.signals import ending_quietly  # noqa: E402
+from cook.config.tasks import TaskConfig, parse_task_options  # noqa: E402
 from cook.stages.tasks.plan import pattern_spec, prune_stages  # noqa: E402
 
 
@@ -21,9 +22,18 @@ def main() -> None:
         pattern_spec(config)
         prune_stages(config)
 
+    with ending_quietly():
+        run(config)
+
+
+def run(config: TaskConfig) -> None:
+    """Runs a mode, as the only run in its folder."""
     # Only now: torch, deepspeed and a process group, none of which a mistake in the options should wait for.
     import transformers
 
+    from cook.base.lock import run_lock
+    from cook.base.versions import check_versions
+    from cook.base.watchdog import Watchdog
     from cook.stages.tasks.export import run_export
     from cook.stages.tasks.runner import run_pretrain, run_prune
     from cook.training.engine import initialise_processes, leave_processes
@@ -31,9 +41,12 @@ def main() -> None:
     # Its notes on missing heads and its bars for reading a file would be repeated by every stage.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    check_versions()
     initialise_processes(config.threads or None)
+    run_mode = {"pretrain": run_pretrain, "prune": run_prune, "export": run_export}[config.mode]
     try:
-        {"pretrain": run_pretrain, "prune": run_prune, "export": run_export}[config.mode](config)
+        with run_lock(config.folder), Watchdog(config.rank_timeout) as watchdog:
+            run_mode(config, watchdog.at)
     finally:
         leave_processes()
 

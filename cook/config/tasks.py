@@ -135,6 +135,10 @@ class TaskConfig:
     threads: int = 0
     """CPU threads a process; 0: the machine's, shared out"""
 
+    rank_timeout: float = 300.0
+    """seconds after which a silent device or an unfinished step ends the run; ten times as many for a
+    first step or a save; 0: never"""
+
     seed: int = 42
     """of fresh weights, data order and dropout"""
 
@@ -176,6 +180,7 @@ class TaskConfig:
             save_every=self.save_every,
             keep_checkpoints=1,
             threads=self.threads or None,
+            rank_timeout=self.rank_timeout,
         )
 
     def deepspeed_config(self) -> dict[str, Any]:
@@ -255,8 +260,8 @@ def _parsed(field: dataclasses.Field, text: str) -> Any:
 _LEAST = {
     "granularity": 1, "block": 1, "vector": 1, "scoring_steps": 1, "train_batch_size": 1, "micro_batch_size": 1,
     "log_every": 1, "eval_batch_size": 1, "max_length": 4, "doc_stride": 1, "max_query_length": 1, "n_best": 1,
-    "max_answer_length": 1, "save_every": 0, "threads": 0, "seed": 0, "weight_decay": 0, "clip": 0, "warmup": 0,
-    "distillation": 0,
+    "max_answer_length": 1, "save_every": 0, "threads": 0, "rank_timeout": 0, "seed": 0, "weight_decay": 0,
+    "clip": 0, "warmup": 0, "distillation": 0,
 }  # fmt: skip
 _POSITIVE = ("epochs", "learning_rate", "temperature")
 

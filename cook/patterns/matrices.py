@@ -82,13 +82,14 @@ def matrices_of(space: PruningSpace) -> tuple[PrunedMatrix, ...]:
     """The matrices that a family's pruning space describes, in the order of layers and roles.
 
     Where units lie along a tensor's inputs, the matrix closes its block (attention output, output); along its outputs,
-    it opens the block. Gated FFNs have more than one `intermediate` a layer.
+    it opens the block. Gated FFNs have several `intermediate` a layer. A fused weight is one matrix, `query` if it
+    makes queries, keys and values: patterns over whole heads refuse it, the others prune it as it stands.
     """
     found = []
     for group in space.groups:
         if group.kind == "layer":
             continue
-        pieces = [s for s in group.slices if len(space.shapes[s.path]) == 2]
+        pieces = list({s.path: s for s in group.slices if len(space.shapes[s.path]) == 2}.values())
         closing = _closing(group)
         opening = iter(INPUTS)
         for piece in pieces:

@@ -5,7 +5,10 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from cook.base.errors import UserError
+from cook.patterns.masks import make_masks
 from cook.patterns.matrices import ROLES, encoder_matrices, matrices_of, restricted
+from cook.patterns.spec import PatternSpec
+from cook.space.units import GatePoint, PruningSpace, UnitGroup, WeightSlice
 from tests.tiny_pruning import tiny_space
 
 
@@ -49,3 +52,21 @@ def test_pruned_module_chooses():
     assert {m.role for m in chosen} == {"query", "output"}
     with pytest.raises(UserError, match="'roject_q.weight' fits no matrix"):
         restricted(matrices, ["roject_q.weight"])
+
+
+def test_a_fused_weight_is_one_matrix():
+    shapes = {"0.att.qkv.weight": (8, 24), "0.att.out.weight": (8, 8)}
+    qkv = [WeightSlice(path="0.att.qkv.weight", dim=1, block=4, offset=8 * part) for part in range(3)]
+    group = UnitGroup(
+        kind="heads", site="att", layer=0, size=2, gate=GatePoint(module="0.att.out", at="input", repeat=4),
+        slices=(*qkv, WeightSlice(path="0.att.out.weight", dim=0, block=4)),
+    )  # fmt: skip
+    fused, out = matrices_of(
+        PruningSpace(num_layers=1, shapes=shapes, groups=(group,), logits_weight="")
+    )
+    assert (fused.role, fused.inputs, fused.outputs) == ("query", 8, 24) and out.role == "attention_output"
+    scores = {path: torch.rand(shape) for path, shape in shapes.items()}
+    with pytest.raises(UserError, match="different heads"):
+        make_masks(scores, (fused, out), PatternSpec(type=0, granularity=8), sparsity=50.0)
+    masks = make_masks(scores, (fused, out), PatternSpec(type=5, block=4), sparsity=50.0)
+    assert masks[fused.path].shape == (8, 24) and masks[fused.path].float().mean() == 0.5

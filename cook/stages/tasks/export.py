@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -26,7 +27,7 @@ from cook.stages.tasks.session import DONE, Session, say, write_results
 TIMED_ROWS = 32
 
 
-def run_export(config: TaskConfig) -> None:
+def run_export(config: TaskConfig, at: Callable[[int, str], None]) -> None:
     """Exports the last stage that has finished, of those that the config lists.
 
     Raises:
@@ -40,7 +41,7 @@ def run_export(config: TaskConfig) -> None:
         )
     stage, output = done[-1], plan.prune_folder(config) / "export"
     masked = stage.folder / "model"
-    session = open_session(config, str(masked))
+    session = open_session(config, str(masked), at)
     matrices: tuple[PrunedMatrix, ...] = pruned_matrices(session.encoder)
     masks, _ = read_pattern_masks(stage.folder / MASKS, matrices)
     block = spec.block if spec.name == "block_wise" else None

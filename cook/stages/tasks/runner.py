@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,13 @@ from cook.stages.tasks.session import (
 from cook.training.settings import check_settings
 
 Weights = Mapping[str, torch.Tensor]
+At = Callable[[int, str], None]
+"""Told how far the run has come, for a watchdog."""
 MASKS = "masks.safetensors"
 BEFORE, PRUNED, RECOVERED = "before pruning", "after pruning", "after recovery"
 
 
-def open_session(config: TaskConfig, source: str) -> Session:
+def open_session(config: TaskConfig, source: str, at: At = lambda _step, _phase: None) -> Session:
     """Reads the model and the data; nothing is written.
 
     Raises:
@@ -63,13 +65,14 @@ def open_session(config: TaskConfig, source: str) -> Session:
     data = load_task(config, encoder.tokenizer)
     for note in data.notes:
         say(note)
-    return Session(config=config, info=info, data=data, encoder=encoder)
+    at(0, "starting")
+    return Session(config=config, info=info, data=data, encoder=encoder, at=at)
 
 
-def run_pretrain(config: TaskConfig) -> None:
+def run_pretrain(config: TaskConfig, at: At) -> None:
     """Fine-tunes the dense model."""
     folder = plan.pretrain_folder(config)
-    session = open_session(config, config.model)
+    session = open_session(config, config.model, at)
     settings = settings_fingerprint(config, plan.DATA_SETTINGS + plan.FIT_SETTINGS)
     identity = identity_of(settings, session.data.train.fingerprint, weights_identity(session.encoder.weights))
     if finished(folder, identity, config.resume):
@@ -95,11 +98,11 @@ def run_pretrain(config: TaskConfig) -> None:
     distributed.barrier()
 
 
-def run_prune(config: TaskConfig) -> None:
+def run_prune(config: TaskConfig, at: At) -> None:
     """Prunes the fine-tuned model, each stage from the weights and masks of the one before it."""
     stages, spec = plan.prune_stages(config), plan.pattern_spec(config)
     source = dense_folder(config)
-    session = open_session(config, source)
+    session = open_session(config, source, at)
     if session.encoder.fresh:
         raise UserError(
             f"{source}: the model has no trained head for {session.info.name}", got=session.encoder.fresh[0],

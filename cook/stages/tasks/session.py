@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +47,8 @@ class Session:
     data: TaskData
     encoder: Encoder
     """The architecture and the tokenizer; the weights of a stage are given to `engine`."""
+    at: Callable[[int, str], None] = lambda _step, _phase: None
+    """Told of every step and save as it begins, for a watchdog."""
 
     @property
     def steps(self) -> int:
@@ -95,9 +97,10 @@ class Session:
                 batches=RowLoader(self.data.train, train_batch_size=training.train_batch_size, seed=seed),
                 task_loss=self.info.loss, extra_loss=distiller, checkpoints=checkpoints, saves=keeps,
                 fingerprint=identity,
-                on_save=lambda: None, unit="rows",
+                on_save=lambda: None, unit="rows", at=self.at,
             )  # fmt: skip
             train(run, position, log)
+        self.at(training.steps, "preparing")  # an evaluation may take long
         if distiller:
             distiller.remove()
 
