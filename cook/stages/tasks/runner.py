@@ -55,7 +55,8 @@ def open_session(config: TaskConfig, source: str, at: At = lambda _step, _phase:
     check_settings(training, config.deepspeed_config(), world_size=world)
     if config.train_batch_size % (world * training.rows_at_once(world)):
         raise UserError(
-            "the batch does not divide among the devices", wanted=f"a multiple of {world * config.micro_batch_size}",
+            "the batch does not divide among the devices",
+            wanted=f"a multiple of {world} devices × {training.rows_at_once(world)} rows",
             got=f"--train_batch_size {config.train_batch_size}",
         )  # fmt: skip
     encoder = open_encoder(source, info.head, info.labels, derived_seed(config.seed, "head"))
@@ -117,9 +118,7 @@ def run_prune(config: TaskConfig, at: At) -> None:
     known: Mapping[str, float] | None = None
     settings = settings_fingerprint(config, plan.DATA_SETTINGS + plan.FIT_SETTINGS + plan.PRUNE_SETTINGS)
     for stage in stages:
-        identity = identity_of(
-            settings, repr(spec), stage.sparsity, session.data.train.fingerprint, follows
-        )
+        identity = identity_of(settings, repr(spec), stage.sparsity, session.data.train.fingerprint, follows)
         done = finished(stage.folder, identity, config.resume)
         if done:
             say(f"{stage.name}: already finished, see {stage.folder / DONE}")
