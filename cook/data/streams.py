@@ -31,7 +31,7 @@ from cook.data.prepare import check_ids, open_evaluation
 from cook.vocab.protocol import Tokenizer
 
 BLOCK_CHARS = 1 << 22
-"""Characters of a block: rows are shuffled inside a block only."""
+"""Characters in one block of each of a source's streams together: rows are shuffled inside a block only."""
 
 HEAD_CHARS = 1 << 24
 """Characters at the beginning of a source from which a tokenizer is trained and held-out documents are taken."""
@@ -289,13 +289,12 @@ class StreamReader:
                 )
             epoch, number, begin = epoch + 1, 0, None
 
-    @staticmethod
-    def _texts(documents: Iterator[dict[str, str]]) -> list[str]:
+    def _texts(self, documents: Iterator[dict[str, str]]) -> list[str]:
         texts, chars = [], 0
         for document in documents:
             texts.append(document["text"])
             chars += len(document["text"])
-            if chars >= BLOCK_CHARS:
+            if chars >= BLOCK_CHARS // self._parts:
                 break
         return texts
 
