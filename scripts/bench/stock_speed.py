@@ -100,9 +100,8 @@ def main() -> None:
         mask_model(masked, space, masks[name])
         exact = load_model(one, torch.float64)
         differences[name] = largest_difference(masked, exact, [{"input_ids": ids[:1, :64]}])
-    checks = {"masked vs reshaped in float64, relative": differences, "loads in stock transformers": stock}
-    settings = vars(options) | checks
-    publish("stock_speed", settings, rows, options.output)
+    checked = {"masked vs reshaped in float64, relative": differences, "loads in stock transformers": stock}
+    publish("stock_speed", vars(options) | checked, rows, options.output)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
 from cook.adapters.cpm_ant import ADAPTER
-from cook.adapters.source import open_model
+from cook.adapters.source import load_model, open_model, placed
 from cook.base.errors import UserError
 from cook.models.cpm_ant_formats import to_native_config, to_stock
 from cook.surgery.export import write_model_folder
 from tests.models.cpm_ant_tiny import RAGGED, tiny_config, tiny_model
+from tests.tiny_families import tiny_source
 from tests.tiny_pruning import config_of
 
 
@@ -117,3 +119,25 @@ def test_nothing_to_open(tmp_path):
         open_model(tmp_path / "absent")
     with pytest.raises(UserError, match="an empty folder"):
         open_model(tmp_path)
+
+
+def test_half_precision_leaves_buffers_and_ties_as_they_are():
+    model = load_model(tiny_source("llama, tied"))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    placed(model, "cpu", torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert before and all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_weights_that_do_not_fit_a_stock_model_are_refused():
+    source = tiny_source("llama")
+    name = "model.layers.1.mlp.up_proj.weight"
+    short = {n: t for n, t in source.tensors.items() if n != name}
+    for tensors, word in (
+        (short, f"'{name}' is missing"),
+        ({**source.tensors, "extra": torch.ones(1)}, "'extra' has no place"),
+        ({**source.tensors, name: torch.ones(3, 32)}, "do not fit the model's config"),
+    ):
+        with pytest.raises(UserError, match=word):
+            load_model(dataclasses.replace(source, tensors=tensors))
