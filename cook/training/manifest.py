@@ -95,7 +95,8 @@ def recover(root: Path) -> None:
             os.rename(aside, final)
     for rubbish in root.glob(f"{SCRATCH}*"):
         shutil.rmtree(rubbish, ignore_errors=True)
-    (root / f".{LATEST}.tmp").unlink(missing_ok=True)
+    for half_written in root.glob(f".{LATEST}.tmp"):  # only if it is there: a read-only folder may need no order
+        half_written.unlink()
     newest = [folder.name for folder in (folder_of(root, step) for step in steps(root)) if looks_whole(folder)][:1]
     # Killed between the renaming of a folder and that of `latest`, it would name the one before for good.
     if newest and (not (root / LATEST).is_file() or (root / LATEST).read_bytes() != f"{newest[0]}\n".encode()):
