@@ -80,7 +80,8 @@ def main() -> None:
     parser.add_argument("--dense_rate", default="1e-4")
     parser.add_argument("--rate", default="1e-4", help="learning rate of the recoveries (default: %(default)s)")
     parser.add_argument("--scoring_steps", type=int, default=32)
-    parser.add_argument("--distillation", type=float, default=0.0)
+    parser.add_argument("--score", default="taylor_w2", help="taylor_w2 (the default), taylor or magnitude")
+    parser.add_argument("--distillation", type=float, default=0.0, help="weight of the dense model's predictions")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--output", help="default: results/bench/pattern_quality.json")
     arguments = parser.parse_args()
@@ -102,7 +103,7 @@ def main() -> None:
         task("prune", shared | {
             "pruning_type": pattern, "sparsities": arguments.sparsities, "epochs": arguments.epochs,
             "learning_rate": arguments.rate, "scoring_steps": arguments.scoring_steps,
-            "distillation": arguments.distillation,
+            "distillation": arguments.distillation, "score": arguments.score,
         })  # fmt: skip
         name = read_json(next((work / "runs").glob(f"prune_{name_of(pattern)}/results.json")))
         records[name_of(pattern)] = name["stages"]
