@@ -163,6 +163,19 @@ def test_every_flipped_byte_is_an_error_or_another_content(tmp_path, version):
     assert outcomes == {"content", "error"}
 
 
+@pytest.mark.parametrize("byte", [1, 3, 5])
+def test_a_record_that_only_begins_like_known_ones(tmp_path, byte):
+    """Records of one length are recognised by their first bytes; the last ones must be right as well."""
+    record = np.array([1, 1, 50, 1, 0, *range(50)])
+    reference.write_folder(tmp_path / "live", {"x": [record] * 4}, version=1, block_size=BLOCK)
+    content = bytearray((tmp_path / "live" / "x").read_bytes())
+    size = 1 + len(reference.dumps_array(record))
+    content[3 * size - byte] ^= 0x40
+    (tmp_path / "live" / "x").write_bytes(content)
+    with pytest.raises(UserError, match="x, block 0, offset"):
+        opened(tmp_path, tmp_path / "live")
+
+
 @pytest.mark.parametrize("size", [0, 1, 2999, 3000, 5000])
 def test_truncated_files(tmp_path, size):
     folder = folder_with(tmp_path, records_of(), 2)

@@ -56,6 +56,13 @@ def test_anything_but_an_int64_array_is_refused(value, word):
         read_array(content, 0, len(content))
 
 
+@pytest.mark.parametrize("name", [b"_reconstruct", b"multiarray", b"dtype", b"i8"])
+def test_other_names_than_an_array_s_are_refused(name):
+    content = write_array(np.arange(7)).replace(name, b"x" * len(name))
+    with pytest.raises(PickleRefused):
+        read_array(content, 0, len(content))
+
+
 def test_a_shape_that_contradicts_its_bytes_is_refused():
     content = write_array(np.arange(7)).replace(b"K\x01K\x07", b"K\x01K\x09")
     with pytest.raises(PickleRefused, match="does not go with its 56 bytes"):

@@ -9,7 +9,11 @@ import torch
 from cook.data.loader import RowLoader, held_out_batches
 from cook.data.losses import num_told
 
-RECORDS = [[task, 1, 20 + n % 9, task, task - 1, *range(100 + 2 * n + task, 120 + 2 * n + task + n % 9)] for n in range(60) for task in (1, 2)]
+RECORDS = [
+    [task, 1, 20 + n % 9, task, task - 1, *range(100 + 2 * n + task, 120 + 2 * n + task + n % 9)]
+    for n in range(60)
+    for task in (1, 2)
+]
 BATCH = 8
 
 
