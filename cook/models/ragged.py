@@ -17,7 +17,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import torch
 import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, Cache, PreTrainedConfig, PreTrainedModel
