@@ -39,6 +39,9 @@ GRACE = 2.0
 FAREWELL = 1.0
 """Seconds in which a rank that ends tries to say so."""
 
+LAST_CALL = 5.0
+"""Seconds in which a call to the store that is under way at the end may come back."""
+
 CULPRIT_SECONDS = 10.0
 """How long a rank whose collective has failed looks for the rank that is to blame; launchers kill after 30."""
 
@@ -92,8 +95,10 @@ class Watchdog:
         self._tell(beat=0)
         distributed.barrier()  # now every rank has told
         self._on = True
-        for work in (self._talk, self._watch):
-            threading.Thread(target=work, name="watchdog", daemon=True).start()
+        work = (self._talk, self._watch)
+        self._threads = [threading.Thread(target=part, name="watchdog", daemon=True) for part in work]
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(
@@ -111,6 +116,9 @@ class Watchdog:
             culprit = self._culprit()
             self._pass_on(culprit)
         self._stop.set()
+        self._news.set()
+        for thread in self._threads:  # one that is inside the store when Python ends would abort the process
+            thread.join(LAST_CALL)
         if culprit:
             raise RankLost(f"{culprit}\n{REMEDY}") from error
 
