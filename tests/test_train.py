@@ -185,7 +185,8 @@ def test_a_loss_that_is_not_finite_stops_plainly_and_keeps_the_last_checkpoint(o
             writer.add(name, tensor * float("nan") if "output_layernorm" in name else tensor)
     write_run(own, model__path="out/broken", training__steps=3)
     result = train(own)
-    assert result.code == 1 and "failed: step 1: the loss on rank 0 is not finite" in result.err, result
+    assert result.code == 1 and "step 1: the loss on rank 0 is not finite" in result.err, result
+    assert "failed: step 3" in result.err, "training.max_bad_steps is 3"
     assert "Traceback" not in result.err
     assert not (own / "out" / "layer_mask" / "checkpoints").exists()
     assert not (own / "out" / "layer_mask" / "done.json").exists()

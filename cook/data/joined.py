@@ -37,6 +37,7 @@ class JoinedRows:
         self.weights = tuple(weights) if weights is not None else None
         self.starts = np.cumsum([0, *(len(part) for part in parts)])
         self.max_length = parts[0].max_length
+        self.is_redrawn = any(part.is_redrawn for part in parts)
         self.fingerprint = fingerprint_of(self.names, [part.fingerprint for part in parts], self.weights)
 
     def __len__(self) -> int:

@@ -147,6 +147,11 @@ class PackedRows:
         """Positions of a row, prompt included."""
         return self.prompt_length + self.tokens_RT.shape[1]
 
+    @property
+    def is_redrawn(self) -> bool:
+        """No: every epoch asks the same."""
+        return False
+
     def num_targets(self, indices: np.ndarray, epoch: int = 0) -> np.ndarray:
         """As `Rows.num_targets`; every epoch asks the same."""
         return self.targets_R[indices].astype(np.int64)

@@ -26,6 +26,10 @@ class Rows(Protocol):
     def max_length(self) -> int:
         """L, positions of a row, prompt included."""
 
+    @property
+    def is_redrawn(self) -> bool:
+        """Whether the epoch changes what is asked of a row."""
+
     def __len__(self) -> int:
         """Number of rows, R."""
 

@@ -52,6 +52,11 @@ class TokenRows:
         """Tokens of the longest row."""
         return int(self.lengths.max(initial=1))
 
+    @property
+    def is_redrawn(self) -> bool:
+        """No: every epoch asks the same."""
+        return False
+
     def num_targets(self, indices: np.ndarray, epoch: int = 0) -> np.ndarray:
         """One a row: a loss is summed over rows and divided by their number; `epoch` changes nothing."""
         return np.ones(len(indices), np.int64)

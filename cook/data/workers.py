@@ -37,6 +37,8 @@ Batch = dict[str, torch.Tensor]
 
 def build(rows: Rows, plans: Sequence[Plan]) -> list[Batch]:
     """The micro-batches of a rank's share."""
+    if not rows.is_redrawn:
+        return [rows.batch(plan.rows) for plan in plans]
     return [by_epoch(rows.batch, plan.rows, plan.epochs) for plan in plans]
 
 

@@ -19,6 +19,7 @@ from tests.stages.tiny_run import read_log, write_run
 STAGE, STEPS, EVERY = "layer_mask", 12, 4
 OPTIONS = ("--stage", STAGE)
 NAME = re.compile(r"latest|step-\d+")
+TIMES = ("tokens_per_second", "data_wait")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +114,7 @@ def must(ended: Ended) -> None:
 def outcome(folder: Path) -> dict[str, Any]:
     """All that the stage leaves that does not speak of time: its log, summary, weights, masks, last checkpoint."""
     stage = folder / "out" / STAGE
-    log = [{k: v for k, v in record.items() if k != "tokens_per_second"} for record in read_log(folder, STAGE)]
+    log = [{k: v for k, v in record.items() if k not in TIMES} for record in read_log(folder, STAGE)]
     done = json.loads((stage / "done.json").read_text())
     done.pop("seconds")
     last = stage / "checkpoints" / f"step-{STEPS}"

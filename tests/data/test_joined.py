@@ -12,7 +12,7 @@ from tests.data.number_rows import rows_of
 class EpochRows:
     """Rows whose input is (row, epoch)."""
 
-    fingerprint, max_length = "e", 2
+    fingerprint, max_length, is_redrawn = "e", 2, True
 
     def __len__(self):
         return 9

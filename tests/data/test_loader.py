@@ -101,7 +101,7 @@ def test_filling_rows_do_not_spoil_the_rows_themselves():
 class Faulty:
     """Rows of which one cannot be read."""
 
-    fingerprint, max_length = "f", 4
+    fingerprint, max_length, is_redrawn = "f", 4, False
 
     def __init__(self, error):
         self.error = error

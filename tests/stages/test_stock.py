@@ -45,6 +45,7 @@ def write_stock_run(folder, stages=STAGES, *, name="llama", masks=None, **change
 
 def test_a_llama_is_pruned_to_a_smaller_llama(tmp_path):
     write_stock_run(tmp_path, fine__head_unit="query_head")
+    (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": 2}')
     done = train(tmp_path, "--stage", "all")
     assert done.code == 0, done
     rows = read_mask_file(tmp_path / "out/masks/heads.pt", required=("heads_z",), allowed=("heads_z",))["heads_z"]

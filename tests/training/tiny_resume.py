@@ -153,6 +153,7 @@ def run_whole(case: dict[str, Any]) -> dict[str, Any]:
     records = read_log(folder / "log.jsonl") if rank == 0 else []
     for record in records:
         record.pop("tokens_per_second")
+        record.pop("data_wait")
     return {"ended": ended, "found": found and found[0].name, "ids": stream.ids, "records": records}
 
 

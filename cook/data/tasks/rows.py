@@ -44,6 +44,11 @@ class TaskRows:
         self._max_length: int = manifest["max_length"]
         self._fingerprint: str = manifest["fingerprint"]
 
+    @property
+    def is_redrawn(self) -> bool:
+        """Yes: what is hidden of a sample is drawn anew in every epoch."""
+        return True
+
     def __reduce__(self) -> tuple:
         return _open, (self._data, self._folder, self._part, self._seed, self._choice_token)
 

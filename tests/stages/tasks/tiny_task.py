@@ -144,7 +144,8 @@ def main() -> None:
         with contextlib.redirect_stdout(printed):
             try:
                 config = parse_task_options(arguments)
-                {"pretrain": run_pretrain, "prune": run_prune, "export": run_export}[config.mode](config)
+                run = {"pretrain": run_pretrain, "prune": run_prune, "export": run_export}[config.mode]
+                run(config, lambda step, phase: None)
             except UserError as mistake:
                 error = str(mistake)
         told[name] = {"out": printed.getvalue(), "error": error}
