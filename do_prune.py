@@ -108,6 +108,9 @@ def main() -> int | None:
     source = open_model(job.model, config=model_config, read_checkpoint=stored_weights)
     space, masks = open_masks(source, coarse=job.masks.layer, heads=job.masks.heads, dimff=job.masks.dimff)
     if not masks:
+        if job.stages and job.stages[-1].pattern_mask:
+            print(f"{job.model}: pruned in a pattern, at its full size; there is nothing to cut off")
+            return None
         raise UserError("there is no mask to carry out", remedy="give --coarse-mask, --heads-mask or --dimff-mask")
     files = [path for path in (job.masks.layer, job.masks.heads, job.masks.dimff) if path]
     print(f"model  {source.path}\nmasks  {', '.join(files)}")

@@ -90,4 +90,5 @@ def sources_fit_together(data: DataConfig) -> Iterator[UserError]:
 
 def source_names(data: DataConfig) -> list[str]:
     """What logs call the sources."""
-    return [source.name or f"{source.type}-{index}" for index, source in enumerate(data.sources)]
+    given = [":".join(part for part in (source.name, source.subset) if part) for source in data.sources]
+    return [name or f"{data.sources[index].type}-{index}" for index, name in enumerate(given)]

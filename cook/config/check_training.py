@@ -46,8 +46,14 @@ def model_has_a_source(model: ModelConfig) -> Iterator[UserError]:
         yield UserError("model.config.mask_modules: of another length than the model", wanted=wanted, got=len(pairs))
 
 
-def tokenizer_fits(tokenizer: TokenizerConfig, facts: ModelFacts) -> Iterator[UserError]:
+def tokenizer_fits(tokenizer: TokenizerConfig, model: ModelConfig, facts: ModelFacts) -> Iterator[UserError]:
     """Every id must have a row in the embedding."""
+    if model.type == "hf" and model.path is not None and tokenizer.type != "hf":
+        yield UserError(
+            "tokenizer.type: a pretrained Hugging Face model knows its own tokens only",
+            wanted='"hf", with the model\'s folder as tokenizer.path',
+            got=tokenizer.type,
+        )
     if tokenizer.type != "sentencepiece" and tokenizer.path is None:
         wanted = "the folder of a Hugging Face tokenizer" if tokenizer.type == "hf" else "CPM-Ant's vocab.txt"
         yield UserError("tokenizer.path: missing", wanted=wanted)
@@ -60,7 +66,13 @@ def tokenizer_fits(tokenizer: TokenizerConfig, facts: ModelFacts) -> Iterator[Us
 
 
 def rows_hold_the_prompt(data: DataConfig, facts: ModelFacts) -> Iterator[UserError]:
-    """A row holds the prompt and at least one token."""
+    """A row holds the prompt and at least one token, and the model has a position for each."""
+    if facts.max_positions is not None and data.max_length > facts.max_positions:
+        yield UserError(
+            "data.max_length: more than the model was made for",
+            wanted=f"at most {facts.max_positions} (the model's max_position_embeddings)",
+            got=data.max_length,
+        )
     if facts.prompt_length is not None and data.max_length <= facts.prompt_length:
         yield UserError(
             "data.max_length: the prompt leaves no room for text",

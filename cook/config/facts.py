@@ -11,7 +11,9 @@ from cook.base.errors import UserError
 from cook.base.files import read_json
 from cook.config.types import ModelConfig
 
-STOCK_NAMES = {"num_heads": "num_attention_heads", "dim_ff": "intermediate_size"}
+STOCK_NAMES = {
+    "num_heads": "num_attention_heads", "dim_ff": "intermediate_size", "max_positions": "max_position_embeddings",
+}  # fmt: skip
 """Fields that most Hugging Face classes name otherwise."""
 
 
@@ -30,6 +32,9 @@ class ModelFacts:
 
     dim_ff: int | None = None
     """Dims of every FFN block, if they all have as many."""
+
+    max_positions: int | None = None
+    """Positions that a Hugging Face model was made for."""
 
     layers_removed: bool | None = None
     """Whether blocks are physically missing; None too where nobody asks for blocks to be removed first."""
@@ -60,6 +65,7 @@ def model_facts(model: ModelConfig) -> ModelFacts:
         prompt_length=_integer(config, "prompt_length"),
         num_heads=_integer(config, "num_heads") if heads is None else _common(heads),
         dim_ff=_integer(config, "dim_ff") if dims is None else _common(dims),
+        max_positions=_integer(config, "max_positions") if model.type == "hf" else None,
         layers_removed=None if model.type == "hf" else _any_removed(removed),
     )
 

@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from cook.base.errors import UserError
 from cook.base.files import sha256
+from cook.data.documents import Document, Item, SourceFile
 
 ENDS_BYTES = 1 << 16
 PART_BYTES = 1 << 20
@@ -40,32 +41,6 @@ TOPICS = "pydoc_data/topics.py"
 
 
 Member = TypeVar("Member")
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text, and a name that is the same on every machine that has the corpus."""
-
-    name: str
-    text: str
-
-
-class Item(NamedTuple):
-    """An object of a corpus: its document's name, what to call its place in a message, its keys and values."""
-
-    name: str
-    where: str
-    values: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """A file of the corpus as it was when the corpus was opened; `name` is relative to the path that the user gave."""
-
-    path: Path
-    name: str
-    size: int
-    sha256: str
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ import numpy as np
 
 from cook.base.errors import UserError
 from cook.data.cache import cached_folder, fingerprint_of, read_manifest
-from cook.data.corpus import Corpus, Document, grouped, open_corpus, split
+from cook.data.corpus import Corpus, grouped, open_corpus, split
+from cook.data.documents import Document
 from cook.data.packing import pack_to_folder, text_capacity
 from cook.data.progress import Progress
 from cook.vocab.load import load_tokenizer

@@ -24,7 +24,8 @@ import numpy as np
 
 from cook.base.errors import UserError
 from cook.data.cache import fingerprint_of
-from cook.data.corpus import Corpus, Document, SourceFile, hash_of_ends, open_corpus, text_of, unit_hash
+from cook.data.corpus import Corpus, hash_of_ends, open_corpus, text_of, unit_hash
+from cook.data.documents import Document, SourceFile
 from cook.data.order import EpochOrder
 from cook.data.packing import PackedRows, pack_in_memory
 from cook.data.prepare import check_ids, open_evaluation

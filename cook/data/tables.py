@@ -12,7 +12,7 @@ import pyarrow
 
 from cook.base.errors import UserError
 from cook.base.files import sha256
-from cook.data.corpus import Item, SourceFile
+from cook.data.documents import Item, SourceFile
 
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException)
 """What the library raises for a table that it cannot read."""

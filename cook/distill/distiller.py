@@ -7,6 +7,7 @@ and their factor T².
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,12 +98,16 @@ class _Tap:
         except AttributeError:
             raise UserError(f"distillation.mse_hidn_module: the model has no module {path!r}") from None
         self._value: torch.Tensor | None = None
-        register = module.register_forward_pre_hook if when == "[pre]" else module.register_forward_hook
-        self.handle = register(self._keep)
+        if when == "[pre]":
+            self.handle = module.register_forward_pre_hook(self._keep_input, with_kwargs=True)
+        else:
+            self.handle = module.register_forward_hook(self._keep_output)
 
-    def _keep(self, _module: torch.nn.Module, *values: object) -> None:
-        last = values[-1]
-        self._value = last[0] if isinstance(last, tuple) else last  # type: ignore[assignment]
+    def _keep_input(self, _module: torch.nn.Module, inputs: tuple, named: dict) -> None:
+        self._value = inputs[0] if inputs else named["hidden_states"]  # as transformers calls a layer's blocks
+
+    def _keep_output(self, _module: torch.nn.Module, _inputs: tuple, output: Any) -> None:
+        self._value = output[0] if isinstance(output, tuple) else output
 
     def take(self) -> torch.Tensor:
         assert self._value is not None, "the module did not run"

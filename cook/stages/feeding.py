@@ -29,14 +29,20 @@ def rows_before(stage: Stage) -> int:
     return int(read_json(before)["rows"]) if before and before.exists() else 0
 
 
-def open_loader(stage: Stage, data: TrainingData) -> Loader:
-    """The loader of a stage, at the row after the last one that the stage before has read."""
+def open_loader(stage: Stage, data: TrainingData, *, ledger: bool = True) -> Loader:
+    """The loader of a stage, at the row after the last one that the stage before has read.
+
+    Args:
+        stage: The plan.
+        data: Its rows.
+        ledger: False: what is read is not noted, even if the config wants a ledger.
+    """
     config = stage.config
     options: dict[str, Any] = {
         "train_batch_size": config.training.train_batch_size,
         "seed": config.seed,
         "first": rows_before(stage),
-        "ledger": stage.folder if config.data.ledger else None,
+        "ledger": stage.folder if config.data.ledger and ledger else None,
     }
     if isinstance(data.train, StreamedData):
         options |= {"rank": distributed.rank(), "world_size": distributed.world_size()}
@@ -77,13 +83,14 @@ class Feeding:
         engine: The model, to be evaluated as the step left it.
         log: Where losses and weights are noted.
         say: Prints on the first rank.
+        at: Told of every evaluation.
     """
 
     def __init__(
         self, stage: Stage, loader: Loader, data: TrainingData, engine: Engine, log: EventLog,
-        say: Callable[[str], None],
+        say: Callable[[str], None], at: Callable[[int, str], None],
     ):  # fmt: skip
-        self._stage, self._loader, self._engine, self._log, self._say = stage, loader, engine, log, say
+        self._stage, self._loader, self._engine, self._log, self._say, self._at = stage, loader, engine, log, say, at
         self._mixing = stage.config.data.mixing
         self._names = source_names(stage.config.data)
         self._held_out = data.held_out
@@ -109,6 +116,7 @@ class Feeding:
     def _mix(self, step: int) -> None:
         assert self._mixing is not None and isinstance(self._held_out, JoinedRows)
         assert self._loader.weights is not None
+        self._at(step, "finishing")
         losses = [self._loss(part) for part in self._held_out.parts]
         references = [self._mixing.reference[name] for name in self._names]
         weights = updated_weights(self._loader.weights, losses, references)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from cook.base import distributed
 from cook.base.errors import UserError
 from cook.base.files import sha256
+from cook.base.tensor_files import LazyTensors
 from cook.config.types import TrainingConfig
 from cook.data.load import TrainingData
 from cook.patterns.mask_file import read_pattern_masks, write_pattern_masks
@@ -28,6 +30,8 @@ from cook.training.loop import Run, train
 from cook.training.saver import Position
 
 Masks = dict[str, torch.Tensor]
+At = Callable[[int, str], None]
+"""Told how far the run has come, for a watchdog."""
 
 
 def pattern_spec(stage: Stage) -> PatternSpec:
@@ -48,13 +52,24 @@ def pattern_spec(stage: Stage) -> PatternSpec:
 
 
 def pattern_identity(stage: Stage) -> list[str]:
-    """What of an earlier stage's masks decides this one's outcome."""
-    pattern = stage.config.pattern if stage.name == "pattern" else None
-    return [sha256(pattern.previous_mask)] if pattern and pattern.previous_mask else []
+    """The content of the masks that decide the stage's outcome: its own, and the one that it was made from."""
+    pattern = stage.config.pattern
+    if stage.pattern_mask is None:
+        return []
+    return [sha256(path) for path in (stage.pattern_mask, pattern.previous_mask if pattern else None) if path]
+
+
+def masked_weights(weights: Mapping[str, torch.Tensor], masks: Masks) -> LazyTensors:
+    """The weights with 0 wherever a mask is, each made when it is asked for."""
+
+    def masked(name: str) -> torch.Tensor:
+        return weights[name].masked_fill(masks[name] == 0, 0.0) if name in masks else weights[name]
+
+    return LazyTensors({name: partial(masked, name) for name in weights})
 
 
 def pattern_masks(
-    stage: Stage, inputs: Inputs, data: TrainingData, build: Callable[[], torch.nn.Module]
+    stage: Stage, inputs: Inputs, data: TrainingData, build: Callable[[], torch.nn.Module], at: At
 ) -> Masks:
     """The mask of a pattern stage, by path; empty for other stages.
 
@@ -63,6 +78,7 @@ def pattern_masks(
         inputs: The model.
         data: What the weights are scored on: the rows with which the training of the stage begins.
         build: Makes the model.
+        at: Told of every step.
 
     Raises:
         UserError: the file holds a mask of another model or made with other settings, or a size does not divide.
@@ -73,7 +89,7 @@ def pattern_masks(
     allowed = stage.config.pruning.pruned_module
     matrices = restricted(matrices_of(inputs.space), allowed, inputs.adapter.aliases)
     if not distributed.broadcast(path.exists()):
-        made = _made(stage, inputs, data, build, matrices)
+        made = _made(stage, inputs, data, build, at, matrices)
         if distributed.rank() == 0:
             write_pattern_masks(path, made, stage.pattern_settings())
         distributed.barrier()
@@ -95,7 +111,7 @@ def _plain(settings: dict) -> dict:
 
 
 def _made(
-    stage: Stage, inputs: Inputs, data: TrainingData, build: Callable[[], torch.nn.Module],
+    stage: Stage, inputs: Inputs, data: TrainingData, build: Callable[[], torch.nn.Module], at: At,
     matrices: tuple[PrunedMatrix, ...],
 ) -> Masks:  # fmt: skip
     spec, pattern = pattern_spec(stage), stage.config.pattern
@@ -109,12 +125,12 @@ def _made(
     scorer = ScoreAccumulator(matrices, inputs.weights, masks=previous, score=spec.score)
     if spec.score != "magnitude":
         assert pattern is not None
-        _gather(stage, inputs, data, build, pattern.scoring_steps, scorer, matrices)
+        _gather(stage, inputs, data, build, at, pattern.scoring_steps, scorer, matrices)
     return make_masks(scorer.scores(), matrices, spec, sparsity=sparsity, previous=previous)
 
 
 def _gather(
-    stage: Stage, inputs: Inputs, data: TrainingData, build: Callable[[], torch.nn.Module],
+    stage: Stage, inputs: Inputs, data: TrainingData, build: Callable[[], torch.nn.Module], at: At,
     steps: int, scorer: ScoreAccumulator, matrices: tuple[PrunedMatrix, ...],
 ) -> None:  # fmt: skip
     """Runs the steps whose gradients are scored, at a learning rate of 0, on an engine of their own."""
@@ -123,10 +139,10 @@ def _gather(
     engine = Engine(build, inputs.weights, training, settings, call_form=inputs.adapter.inputs)
     paths = [matrix.path for matrix in matrices]
     engine.on_gradients = lambda: scorer.add(engine.full_gradients(paths))
-    loader = open_loader(stage, data)
+    loader = open_loader(stage, data, ledger=False)
     run = Run(
         name=f"{stage.name}, scores", engine=engine, batches=loader, training=training, attached=None, gates=None,
-        extra_loss=None, checkpoints=stage.folder, saves=False, fingerprint="", on_save=lambda: None,
+        extra_loss=None, checkpoints=stage.folder, saves=False, at=at, fingerprint="", on_save=lambda: None,
     )  # fmt: skip
     with EventLog(stage.folder, tensorboard=False, enabled=False) as log:
         try:

@@ -7,11 +7,12 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from cook.adapters.source import load_model, open_model, placed, unfilled_model
+from cook.adapters.source import ModelSource, load_model, open_model, placed, unfilled_model
 from cook.base import distributed
 from cook.base.errors import UserError
 from cook.base.files import read_json, sha256, write_json
@@ -27,7 +28,7 @@ from cook.report.events import EventLog
 from cook.space.counts import parameters
 from cook.stages.feeding import Feeding, check_corpus, open_loader, rows_before
 from cook.stages.inputs import Inputs, make_gates, open_inputs
-from cook.stages.pattern import pattern_identity, pattern_masks, pattern_spec
+from cook.stages.pattern import masked_weights, pattern_identity, pattern_masks, pattern_spec
 from cook.stages.plan import Stage
 from cook.stages.structure import describe_structure
 from cook.surgery.export import copy_generation_config, write_model_folder, write_tokenizer
@@ -67,12 +68,16 @@ def run_stage(stage: Stage, *, resume: str, at: Callable[[int, str], None]) -> N
         shutil.rmtree(stage.folder, ignore_errors=True)
     distributed.barrier()
     data = _data(stage, inputs)
-    identity = _identity(stage, inputs, data)
+    build = _builder(inputs, stage)
     at(0, "starting")
     seed_everything(derived_seed(stage.config.seed, stage.name, distributed.rank()))
+    if zeros := pattern_masks(stage, inputs, data, build, at):
+        # Scoring has drawn random numbers, which a run that finds its masks made has not.
+        seed_everything(derived_seed(stage.config.seed, stage.name, distributed.rank()))
+        assert inputs.weights is not None
+        inputs = replace(inputs, weights=masked_weights(inputs.weights, zeros))
+    identity = _identity(stage, inputs, data)
     training = stage.config.training
-    build = _builder(inputs, stage)
-    zeros = pattern_masks(stage, inputs, data, build)
     engine = Engine(build, inputs.weights, training, stage.config.deepspeed, call_form=inputs.adapter.inputs)
     if zeros:
         engine.hold_zeros(zeros, gradients_only=pattern_spec(stage).quirks.drifting_weights)
@@ -104,7 +109,7 @@ def run_stage(stage: Stage, *, resume: str, at: Callable[[int, str], None]) -> N
             fingerprint=identity,
             on_save=lambda: _write_masks(stage, inputs, gates),
             at=at,
-            after_step=Feeding(stage, loader, data, engine, log, say).after_step,
+            after_step=Feeding(stage, loader, data, engine, log, say, at).after_step,
         )
         try:
             position = train(run, position, log)
@@ -217,6 +222,7 @@ def _distiller(stage: Stage, engine: Engine) -> Distiller | None:
     if options is None or stage.name == "pretrain" or not (options.ce_scale or options.mse_hidn_scale):
         return None
     source = open_model(options.teacher)
+    _check_teacher(options.teacher, source, engine)
     teacher = load_model(source)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[engine.precision]
     return Distiller(
@@ -228,6 +234,18 @@ def _distiller(stage: Stage, engine: Engine) -> Distiller | None:
         hidden_pairs=options.mse_hidn_module if options.mse_hidn_scale else (),
         call_form=source.adapter.inputs,
     )
+
+
+def _check_teacher(name: str, teacher: ModelSource, engine: Engine) -> None:
+    student = engine.model_config()
+    if not teacher.adapter.is_causal:
+        raise UserError(f"distillation.teacher: {name} does not predict the next token")
+    for key in ("vocab_size", "prompt_length"):
+        if teacher.config.get(key) != student.get(key):
+            raise UserError(
+                f"distillation.teacher: {name} has another {key} than the student",
+                wanted=student.get(key), got=teacher.config.get(key),
+            )  # fmt: skip
 
 
 def _opening(stage: Stage, inputs: Inputs, engine: Engine) -> str:

@@ -135,10 +135,14 @@ class Engine:
         if not training.train_weights:
             _freeze_all_but_smallest(model)
         trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = None if self._engine_makes_optimizer() else make_optimizer(model, training)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        groups = [trained] if optimizer is None else [group["params"] for group in optimizer.param_groups]
+        self._optimized = [names[parameter] for group in groups for parameter in group]
         self._engine, self._optimizer, *_ = deepspeed.initialize(
             model=model,
             model_parameters=trained,
-            optimizer=None if self._engine_makes_optimizer() else make_optimizer(model, training),
+            optimizer=optimizer,
             config=self.config,
         )
         for name, buffer in buffers.items():
@@ -261,9 +265,10 @@ class Engine:
             masks: By parameter name, true (or 1) what stays.
             gradients_only: Only shut off their gradients, and let weight decay and moments move them.
         """
-        self._zeros = HeldZeros(dict(self.module.named_parameters()), masks, self._optimizer, self._partitions.gathered)
+        zeros = HeldZeros(dict(self.module.named_parameters()), masks, self._optimizer, self._partitions.gathered)
         if not gradients_only:
-            self._zeros.restore()
+            zeros.restore()
+            self._zeros = zeros
 
     def model_config(self) -> dict[str, Any]:
         """The model's config.json, for a checkpoint to be complete."""
@@ -302,7 +307,7 @@ class Engine:
             if self.zero_stage:
                 self._load_masters(weights)
         optimizer, model = self._engine.optimizer, shards.model
-        moments = shards.moments([name for name, _ in trained])
+        moments = shards.moments(self._optimized)
         reserve_state(optimizer, self.zero_stage, [p for _, p in trained], shards.counters(), list(moments))
         for key, tensors in moments.items():
             for name, parameter in trained:

@@ -48,11 +48,6 @@ class Batches(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def samples_of(batches: Batches, step: int, world_size: int) -> dict[str, list[str]]:
-    """What each rank reads in a step (counted from 0), by rank."""
-    return {str(rank): batches.sample_ids(step, rank, world_size) for rank in range(world_size)}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """Everything that a stage's loop works with."""
@@ -199,9 +194,12 @@ def _report(
         record["expected_sparsity"] = dict(zip(names, sparsity.tolist(), strict=True))
         record["target_sparsity"] = dict(zip(names, wanted.tolist(), strict=True))
         record["lambda"] = dict(zip(names, run.gates.controller.multipliers.tolist(), strict=True))
-    if note is not None and distributed.rank() == 0:
+    if note is not None:
         record["problem"] = note
-        record["samples"] = samples = samples_of(run.batches, step - 1, distributed.world_size())
+        rank, world = distributed.rank(), distributed.world_size()
+        named = distributed.gather(run.batches.sample_ids(step - 1, rank, world))
+        record["samples"] = samples = {str(number): ids for number, ids in enumerate(named)}
+    if note is not None and distributed.rank() == 0:
         read = "; ".join(f"rank {rank}: {' '.join(map(str, ids))}" for rank, ids in samples.items())
         print(f"warning: {run.name} step {step}: {note}; samples of {read}", file=sys.stderr, flush=True)
     loss = result.loss if math.isfinite(result.loss) else None

@@ -201,7 +201,7 @@ class Shards:
         """The optimizer's tensors beside the weights (Adam's `exp_avg`, `exp_avg_sq`), each by parameter.
 
         Args:
-            trained: Names of the trained parameters in the model's order, which ZeRO 0 stores them in.
+            trained: Names of the trained parameters in the optimizer's order, in which ZeRO 0 numbers them.
         """
         if self._ranks:
             state, shapes = self._base(self._ranks[0])["state"].get(0, {}), self._shapes()

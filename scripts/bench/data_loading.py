@@ -217,7 +217,7 @@ class _Texts:
         self.texts, self.fingerprint, self.size, self.skipped = texts, "bench", 0, ()
 
     def documents(self) -> Iterable[tuple[Any, bool]]:
-        from cook.data.corpus import Document
+        from cook.data.documents import Document
 
         return ((Document(str(number), text), False) for number, text in enumerate(self.texts))
 

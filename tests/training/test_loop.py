@@ -220,7 +220,3 @@ def test_the_loaders_state_is_saved_and_given_back(run, monkeypatch):
     monkeypatch.setattr(Batches, "load_state_dict", lambda self, state: given.append(state))
     run(start=4, state={"data": {"read": 4}}, save_every=2)
     assert given == [{"read": 4}] and [p.data for p in run.saved[::2]] == [{"read": 2}, {"read": 4}, {"read": 5}]
-
-
-def test_samples_are_named_by_rank():
-    assert loop.samples_of(Batches(), 3, 2) == {"0": ["train:103"], "1": ["train:104"]}
