@@ -30,7 +30,7 @@ def worker(options: argparse.Namespace) -> None:
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
     from gated_step import SHAPES, batch_of
 
-    from cook.adapters.registry import by_family
+    from cook.adapters.registry import by_config
     from cook.base import distributed
     from cook.base.signals import Request
     from cook.config.types import TrainingConfig
@@ -43,7 +43,7 @@ def worker(options: argparse.Namespace) -> None:
     initialise_processes(1)
     config = SHAPES["default"] | {"model_type": "cook_cpm_ant", "dim_model": options.dim, "num_layers": LAYERS}
     config |= {"num_heads": options.dim // 32, "dim_head": 32, "dim_ff": 3 * options.dim}
-    adapter = by_family("cpm_ant")
+    adapter = by_config(config)
     training = TrainingConfig(
         steps=10, train_batch_size=2, micro_batch_size=1, learning_rate=1e-3, precision=options.precision
     )
