@@ -48,11 +48,10 @@ def model_has_a_source(model: ModelConfig) -> Iterator[UserError]:
 
 def tokenizer_fits(tokenizer: TokenizerConfig, model: ModelConfig, facts: ModelFacts) -> Iterator[UserError]:
     """Every id must have a row in the embedding."""
-    if model.type == "hf" and model.path is not None and tokenizer.type != "hf":
+    if model.type == "hf" and tokenizer.type == "sentencepiece" and tokenizer.path is None:
         yield UserError(
-            "tokenizer.type: a pretrained Hugging Face model knows its own tokens only",
-            wanted='"hf", with the model\'s folder as tokenizer.path',
-            got=tokenizer.type,
+            "tokenizer.path: missing, and a pretrained model does not know the ids of a tokenizer trained anew",
+            wanted='the model\'s own: type "hf" and its folder, or its sentencepiece file',
         )
     if tokenizer.type != "sentencepiece" and tokenizer.path is None:
         wanted = "the folder of a Hugging Face tokenizer" if tokenizer.type == "hf" else "CPM-Ant's vocab.txt"

@@ -165,6 +165,14 @@ def test_a_hugging_face_model_is_a_folder(errors_of, load, bmcook, elsewhere):
     sizes = {"vocab_size": 128, "num_attention_heads": 4, "intermediate_size": 48}
     (elsewhere / "model" / "config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
     bmcook["model"] = {"type": "hf", "path": "model"}
+    bmcook["tokenizer"]["path"] = None
+    assert any("trained anew" in error for error in errors_of())
+    (elsewhere / "own.model").write_bytes(b"")
+    bmcook["tokenizer"]["path"] = "own.model"
+    positions = {"model_type": "llama", **sizes, "max_position_embeddings": 8}
+    (elsewhere / "model" / "config.json").write_text(json.dumps(positions))
+    assert any(error.startswith("data.max_length: more than the model was made for") for error in errors_of())
+    (elsewhere / "model" / "config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
     assert load("fine-grained.coarse_mask=null", "stages=[]").model.type == "hf"
     assert "at most 128" in errors_of("tokenizer.vocab_size=129")[0]
     assert "dim_ff: not the model's" in errors_of("fine-grained.dim_ff=40")[0]
