@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from datetime import timedelta
 from typing import Any
 
@@ -35,6 +36,24 @@ def launched_rank() -> int:
 def local_rank() -> int:
     """This process's number on its node, as the launcher says."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def say(text: str) -> None:
+    """Prints on the first rank."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def loopback() -> str:
+    """The name of this machine's loopback interface; empty if it has none."""
+    return next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), "")
+
+
+def free_port() -> int:
+    """A port of the loopback interface on which nothing listens now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def barrier() -> None:

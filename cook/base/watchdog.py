@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -48,6 +49,9 @@ CULPRIT_SECONDS = 10.0
 CONNECTING = timedelta(minutes=1)
 SLEPT = 10.0
 """A watchdog that wakes this much too late was itself stopped, as by Slurm's suspension of a job or a laptop's lid."""
+
+At = Callable[[int, str], None]
+"""Told how far a run has come: the step, and one of the phases of PATIENCE."""
 
 PACKAGE = str(Path(__file__).resolve().parents[1])
 LOST_PEER = re.compile(r"gloo|nccl|c10d|connection|broken pipe|peer|socket", re.IGNORECASE)

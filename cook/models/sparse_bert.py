@@ -1,6 +1,6 @@
 """BERT with pruned matrices that run as tiles: the stock model around an encoder of its own.
 
-An export carries this file, `sparse_layers.py` and `sparse_triton.py` along, so that
+An export carries this file, `sparse_layers.py`, `sparse_plan.py` and `sparse_triton.py` along, so that
 `AutoModel….from_pretrained(folder, trust_remote_code=True)` works where cook is not installed.
 
     B rows, T tokens, D hidden size, H heads, E dims a head, M = B · T; activations inside stand transposed, [D, M]
@@ -24,7 +24,8 @@ from transformers import (
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from .sparse_layers import WORKSPACE, BlockWiseLinear, TileWiseLinear
+from .sparse_layers import BlockWiseLinear, TileWiseLinear
+from .sparse_plan import WORKSPACE
 
 CLASSES = {
     "BertModel": ("AutoModel", "SparseBertModel", ""),

@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 from cook.base.errors import UserError
 from cook.base.files import write_json
 from cook.base.tensor_files import ShardWriter, open_safetensors_folder, read_model_config
-from cook.models import sparse_bert, sparse_layers, sparse_triton
+from cook.models import sparse_bert, sparse_layers, sparse_plan, sparse_triton
 from cook.patterns.compact import CompactLayer, MaskedMatrix, compact_layer
 from cook.patterns.matrices import ENCODER_ROLES
 from cook.patterns.tiles import Tiles
@@ -121,7 +121,8 @@ def _write_sparse(
     if auto != "AutoModel":
         written["auto_map"]["AutoModel"] = f"{MODULE}.SparseBertModel"
     write_json(folder / "config.json", written)
-    for module, name in ((sparse_bert, MODULE), (sparse_layers, "sparse_layers"), (sparse_triton, "sparse_triton")):
+    helpers = {"sparse_layers": sparse_layers, "sparse_plan": sparse_plan, "sparse_triton": sparse_triton}
+    for name, module in {MODULE: sparse_bert, **helpers}.items():
         shutil.copyfile(str(module.__file__), folder / f"{name}.py")
     return count
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from cook.base import distributed
+from cook.base.distributed import say
 from cook.base.errors import UserError
 from cook.base.files import read_json, write_json
+from cook.base.watchdog import At
 from cook.config.check_data import source_names
 from cook.data.joined import JoinedRows
 from cook.data.load import TrainingData, changed_files, read_files
@@ -82,15 +83,13 @@ class Feeding:
         data: Its rows.
         engine: The model, to be evaluated as the step left it.
         log: Where losses and weights are noted.
-        say: Prints on the first rank.
         at: Told of every evaluation.
     """
 
     def __init__(
-        self, stage: Stage, loader: Loader, data: TrainingData, engine: Engine, log: EventLog,
-        say: Callable[[str], None], at: Callable[[int, str], None],
+        self, stage: Stage, loader: Loader, data: TrainingData, engine: Engine, log: EventLog, at: At
     ):  # fmt: skip
-        self._stage, self._loader, self._engine, self._log, self._say, self._at = stage, loader, engine, log, say, at
+        self._stage, self._loader, self._engine, self._log, self._at = stage, loader, engine, log, at
         self._mixing = stage.config.data.mixing
         self._names = source_names(stage.config.data)
         self._held_out = data.held_out
@@ -110,7 +109,7 @@ class Feeding:
         epochs = [int(epoch) for epoch in self._loader.epochs(step)]
         for name, epoch, known in zip(self._names, epochs, self._epochs or epochs, strict=True):
             if epoch > known:
-                self._say(f"{self._stage.name}: step {step}: the source {name} is read for the {epoch + 1}. time")
+                say(f"{self._stage.name}: step {step}: the source {name} is read for the {epoch + 1}. time")
         self._epochs = epochs
 
     def _mix(self, step: int) -> None:

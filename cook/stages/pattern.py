@@ -14,6 +14,7 @@ from cook.base import distributed
 from cook.base.errors import UserError
 from cook.base.files import sha256
 from cook.base.tensor_files import LazyTensors
+from cook.base.watchdog import At
 from cook.config.types import TrainingConfig
 from cook.data.load import TrainingData
 from cook.patterns.mask_file import read_pattern_masks, write_pattern_masks
@@ -30,8 +31,6 @@ from cook.training.loop import Run, train
 from cook.training.saver import Position
 
 Masks = dict[str, torch.Tensor]
-At = Callable[[int, str], None]
-"""Told how far the run has come, for a watchdog."""
 
 
 def pattern_spec(stage: Stage) -> PatternSpec:

@@ -14,9 +14,11 @@ import torch
 
 from cook.adapters.source import ModelSource, load_model, open_model, placed, unfilled_model
 from cook.base import distributed
+from cook.base.distributed import say
 from cook.base.errors import UserError
 from cook.base.files import read_json, sha256, write_json
 from cook.base.seeds import derived_seed, seed_everything
+from cook.base.watchdog import At
 from cook.data.load import TrainingData, load_rows
 from cook.data.loader import held_out_batches
 from cook.distill.distiller import Distiller
@@ -40,13 +42,7 @@ from cook.training.saver import Position
 from cook.training.settings import check_settings
 
 
-def say(text: str) -> None:
-    """Prints on the first rank."""
-    if distributed.rank() == 0:
-        print(text, flush=True)
-
-
-def run_stage(stage: Stage, *, resume: str, at: Callable[[int, str], None]) -> None:
+def run_stage(stage: Stage, *, resume: str, at: At) -> None:
     """Trains a stage, or goes on with it, or finds it finished.
 
     Args:
@@ -109,7 +105,7 @@ def run_stage(stage: Stage, *, resume: str, at: Callable[[int, str], None]) -> N
             fingerprint=identity,
             on_save=lambda: _write_masks(stage, inputs, gates),
             at=at,
-            after_step=Feeding(stage, loader, data, engine, log, say, at).after_step,
+            after_step=Feeding(stage, loader, data, engine, log, at).after_step,
         )
         try:
             position = train(run, position, log)
@@ -224,10 +220,9 @@ def _distiller(stage: Stage, engine: Engine) -> Distiller | None:
     source = open_model(options.teacher)
     _check_teacher(options.teacher, source, engine)
     teacher = load_model(source)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[engine.precision]
     return Distiller(
         engine.module,
-        placed(teacher, engine.device, dtype),
+        placed(teacher, engine.device, engine.dtype),
         ce_scale=options.ce_scale,
         ce_temp=options.ce_temp,
         mse_hidn_scale=options.mse_hidn_scale,

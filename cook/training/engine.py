@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-import socket
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
@@ -24,6 +23,7 @@ from cook.config.types import TrainingConfig
 from cook.training.held_zeros import HeldZeros
 from cook.training.optim import MakeOptimizer, pretraining_adamw
 from cook.training.partitions import Partitions
+from cook.training.preparation import exact_buffers, freeze_all_but_smallest
 from cook.training.settings import check_settings, resolve_precision
 from cook.training.shards import TAG, Shards, ShardWriter
 from cook.training.watch import NormWatch, reserve_state
@@ -49,9 +49,9 @@ def initialise_processes(threads: int | None) -> None:
     backend, patience = "nccl" if torch.cuda.is_available() else "gloo", timedelta(hours=3)
     alone = "RANK" not in os.environ
     if alone:
-        os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
-    if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost") and _loopback():
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())  # else the address of the machine's name
+        os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(distributed.free_port()))
+    if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost") and distributed.loopback():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", distributed.loopback())  # else the address of the machine's name
     if alone:
         # The usual store listens on all interfaces, and a single rank has nobody to meet there.
         torch.distributed.init_process_group(
@@ -73,16 +73,6 @@ def _import_deepspeed():
     # It sets its own logger up at import, and prints a page of settings at every start.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed
-
-
-def _loopback() -> str:
-    return next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), "")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Engine:
@@ -127,13 +117,13 @@ class Engine:
 
         self._partitions = Partitions(deepspeed, self.zero_stage, self.device)
         model = self._partitioned(build) if self.zero_stage == 3 else build()
-        buffers = _buffers(model, build if self.zero_stage == 3 else None)
+        buffers = exact_buffers(model, build if self.zero_stage == 3 else None)
         if weights is not None:
             self._partitions.load(model, weights)
         if training.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         if not training.train_weights:
-            _freeze_all_but_smallest(model)
+            freeze_all_but_smallest(model)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = None if self._engine_makes_optimizer() else make_optimizer(model, training)
         names = {parameter: name for name, parameter in model.named_parameters()}
@@ -176,6 +166,11 @@ class Engine:
     def module(self) -> torch.nn.Module:
         """The model itself."""
         return self._engine.module
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights in the forward pass."""
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
 
     @property
     def layout(self) -> dict[str, Any]:
@@ -336,26 +331,3 @@ def _stored_classes() -> tuple[Any, ...]:
     from deepspeed.utils.tensor_fragment import fragment_address
 
     return ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address
-
-
-def _buffers(model: torch.nn.Module, build: Callable[[], torch.nn.Module] | None) -> dict[str, torch.Tensor]:
-    """The model's floating buffers, exact.
-
-    Under half precision ZeRO-3 rounds them while they are made: the frequencies of rotary positions, for one, which in
-    bf16 put distant tokens at wrong angles.
-
-    Args:
-        model: The model, not yet in the engine's hands.
-        build: Makes another one, to copy from, if the model's own are rounded already.
-    """
-    named = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
-    if named and build is not None:
-        named = {name: buffer for name, buffer in build().named_buffers() if name in named}
-    return {name: buffer.detach().clone() for name, buffer in named.items()}
-
-
-def _freeze_all_but_smallest(model: torch.nn.Module) -> None:
-    # The engine needs something to optimise: the smallest parameter stays in its hands with a learning rate of 0.
-    smallest = min(model.parameters(), key=lambda p: getattr(p, "ds_numel", p.numel()))
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter is smallest)

@@ -18,6 +18,7 @@ from cook.base import distributed
 from cook.base.batches import Batch
 from cook.base.errors import Interrupted
 from cook.base.signals import Request, Signals
+from cook.base.watchdog import At
 from cook.config.types import TrainingConfig
 from cook.masks.gates import Gates
 from cook.report.console import Progress
@@ -66,7 +67,7 @@ class Run:
     fingerprint: str
     on_save: Callable[[], None]
     """Called after each checkpoint, on every rank: writes the masks as they stand."""
-    at: Callable[[int, str], None] = lambda _step, _phase: None
+    at: At = lambda _step, _phase: None
     """Told of every step and save as it begins, for a watchdog."""
     unit: str = "tok"
     """What the loader's targets are, for the speed that is shown."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cook.models import sparse_layers
+from cook.models import sparse_plan
 from cook.models.sparse_layers import BlockWiseLinear, TileWiseLinear
 from cook.patterns.tiles import sparse_linear, tiles_of
 
@@ -105,8 +105,8 @@ def test_the_choice_is_measured_once_and_falls_back_to_dense(monkeypatch):
         measured.append(sorted(ways))
         return {name: speed[name] for name in ways}
 
-    monkeypatch.setattr(sparse_layers, "_seconds", seconds)
-    monkeypatch.setattr(sparse_layers, "_CHOICES", {})
+    monkeypatch.setattr(sparse_plan, "_seconds", seconds)
+    monkeypatch.setattr(sparse_plan, "_CHOICES", {})
     x = torch.randn(24, 4)
     with torch.no_grad():
         layer.columns(x), layer.columns(x), other.columns(x), layer.columns(torch.randn(24, 3))

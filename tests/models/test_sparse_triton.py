@@ -15,7 +15,7 @@ from cook.models.sparse_triton import has_triton
 ROOT = Path(__file__).resolve().parents[2]
 CODE = """
 import torch, torch.nn.functional as F
-from cook.models.sparse_layers import _triton
+from cook.models.sparse_plan import _triton
 from cook.patterns.tiles import sparse_linear, tiles_of
 from tests.models.test_sparse_layers import tile_mask
 for seed, (inputs, widths, rows, uneven, block) in enumerate(CASES):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from cook.base.distributed import say
 from cook.base.errors import UserError
 from cook.base.files import write_json
+from cook.base.watchdog import At
 from cook.config.tasks import TaskConfig
 from cook.evaluation.predict import predict
 from cook.evaluation.speed import forward_seconds, median_seconds
@@ -22,12 +23,12 @@ from cook.patterns.matrices import PrunedMatrix
 from cook.report.human import human_count
 from cook.stages.tasks import plan
 from cook.stages.tasks.runner import MASKS, open_session, pruned_matrices
-from cook.stages.tasks.session import DONE, Session, say, write_results
+from cook.stages.tasks.session import DONE, Session, write_results
 
 TIMED_ROWS = 32
 
 
-def run_export(config: TaskConfig, at: Callable[[int, str], None]) -> None:
+def run_export(config: TaskConfig, at: At) -> None:
     """Exports the last stage that has finished, of those that the config lists.
 
     Raises:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cook.base import distributed
+from cook.base.distributed import say
 from cook.base.errors import UserError
 from cook.base.files import read_json, sha256, write_json
 from cook.base.seeds import derived_seed
 from cook.base.tensor_files import open_safetensors_folder
+from cook.base.watchdog import At
 from cook.config.tasks import TaskConfig, settings_fingerprint
 from cook.models.encoder import Encoder, open_encoder
 from cook.patterns.mask_file import read_pattern_masks, write_pattern_masks
@@ -31,15 +33,12 @@ from cook.stages.tasks.session import (
     Session,
     finished,
     identity_of,
-    say,
     weights_identity,
     write_results,
 )
 from cook.training.settings import check_settings
 
 Weights = Mapping[str, torch.Tensor]
-At = Callable[[int, str], None]
-"""Told how far the run has come, for a watchdog."""
 MASKS = "masks.safetensors"
 BEFORE, PRUNED, RECOVERED = "before pruning", "after pruning", "after recovery"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +12,11 @@ import numpy as np
 import torch
 
 from cook.base import distributed
+from cook.base.distributed import say
 from cook.base.errors import UserError
 from cook.base.files import read_json, write_atomically, write_json
 from cook.base.seeds import derived_seed, seed_everything
+from cook.base.watchdog import At
 from cook.config.tasks import TaskConfig
 from cook.config.types import TrainingConfig
 from cook.data.loader import RowLoader
@@ -32,12 +34,6 @@ from cook.training.saver import Position
 DONE = "done.json"
 
 
-def say(text: str) -> None:
-    """Prints on the first rank."""
-    if distributed.rank() == 0:
-        print(text, flush=True)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Session:
     """A task, its data, and the model that is trained on it."""
@@ -47,7 +43,7 @@ class Session:
     data: TaskData
     encoder: Encoder
     """The architecture and the tokenizer; the weights of a stage are given to `engine`."""
-    at: Callable[[int, str], None] = lambda _step, _phase: None
+    at: At = lambda _step, _phase: None
     """Told of every step and save as it begins, for a watchdog."""
 
     @property
@@ -108,9 +104,8 @@ class Session:
         teacher = self.encoder.build()
         for name, parameter in teacher.named_parameters():
             parameter.data.copy_(weights[name])
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[engine.precision]
         return Distiller(
-            engine.module, teacher.to(engine.device, dtype), ce_scale=self.config.distillation,
+            engine.module, teacher.to(engine.device, engine.dtype), ce_scale=self.config.distillation,
             ce_temp=self.config.temperature, mse_hidn_scale=0.0, hidden_pairs=(),
         )  # fmt: skip
 
