@@ -210,8 +210,8 @@ def _build(key: str, section: Any, value: Any) -> Any:
         fields["sources"] = tuple(SourceConfig(**_typed(SourceConfig, entry)) for entry in fields.get("sources", ()))
         if fields.get("mixing") is not None:
             fields["mixing"] = MixingConfig(**_typed(MixingConfig, fields["mixing"]))
-    if fields.get("learning_rate") == "auto":
-        fields["learning_rate"] = None
+    if section is GatesConfig:
+        fields |= {name: None for name in ("learning_rate", "ramp") if fields.get(name) == "auto"}
     return section(**fields)
 
 

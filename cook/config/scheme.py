@@ -19,6 +19,12 @@ PruneMode = Literal["att", "ffn"]
 """Which units a fine-grained stage prunes: attention heads or FFN dims."""
 
 
+RelaxationName = Literal["deterministic", "hard_concrete"]
+"""What stands for a 0/1 mask while it is learned."""
+
+GatesStart = Literal["open", "taylor", "fisher"]
+"""How gates begin."""
+
 HeadUnitChoice = Literal["auto", "kv_group", "query_head"]
 """What a unit of attention is where query heads share keys and values."""
 
@@ -79,16 +85,32 @@ class FineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GatesConfig:
-    """The scheme's optional `gates` section: how log_alpha learns."""
+    """The scheme's optional `gates` section: how masks are learned."""
+
+    relaxation: RelaxationName = "deterministic"
+    """What a gate is while it is learned: `deterministic`, a number from 0 to 1 that a concave term makes binary in
+    the end; `hard_concrete`, the L0 distribution's noisy samples."""
 
     learning_rate: float | None = None
     """Learning rate of the gates. None ("auto"): chosen by the number of steps of the stage."""
 
-    initial_log_alpha: float = 3.0
-    """log_alpha of every gate before the first step; 3 is a gate that is almost surely open."""
+    ramp: float | None = None
+    """Fraction of the stage's steps in which the target rises from 0 to its final value. None ("auto"): 0.4 for
+    deterministic gates, 0.6 for hard concrete ones."""
 
-    ramp: float = 0.6
-    """Fraction of the stage's steps in which the target rises from 0 to its final value."""
+    concavity: float = 2.0
+    """Of deterministic gates: weight at the end of what makes them binary, in root mean squares of a gate's
+    gradient."""
+
+    initial_log_alpha: float = 3.0
+    """Of hard concrete gates: log_alpha before the first step; 3 is a gate that is almost surely open."""
+
+    start: GatesStart = "open"
+    """`taylor`, `fisher`: all gates stay open for the first `start_steps`, then start by the rank of a score of the
+    gradients gathered meanwhile; `open`: all start alike."""
+
+    start_steps: int = 8
+    """Steps that gather the score, at most a quarter of the stage."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from cook.masks.gates import Gates
 from cook.masks.mask_file import read_masks
 from cook.masks.mask_set import kept_groups
 from cook.masks.random_masks import random_masks_like
+from cook.masks.relaxation import Deterministic, HardConcrete, Relaxation
 from cook.patterns.matrices import matrices_of, restricted
 from cook.space.counts import unit_parameters
 from cook.space.units import PruningSpace, UnitGroup
@@ -155,14 +156,19 @@ def make_gates(stage: Stage, inputs: Inputs) -> Gates | None:
     if not inputs.learned:
         return None
     options = stage.config.gates
+    relaxation: Relaxation = Deterministic(concavity=options.concavity)
+    if options.relaxation == "hard_concrete":
+        relaxation = HardConcrete(initial_log_alpha=options.initial_log_alpha)
     return Gates(
         {group.name: group.size for group in inputs.learned},
         constraints(stage, inputs.space, inputs.learned),
         steps=stage.config.training.steps,
         seed=derived_seed(stage.config.seed, stage.name),
+        relaxation=relaxation,
         learning_rate=options.learning_rate,
-        initial_log_alpha=options.initial_log_alpha,
         ramp_fraction=options.ramp,
+        start=options.start,
+        start_steps=options.start_steps,
     )
 
 

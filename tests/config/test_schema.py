@@ -58,7 +58,7 @@ def test_schema_and_dataclass_have_the_same_keys_and_defaults(name, key, section
             assert field.default is None
         else:
             default = list(field.default) if isinstance(field.default, tuple) else field.default
-            default = "auto" if (key, field.name) == ("gates", "learning_rate") else default
+            default = "auto" if key == "gates" and field.name in ("learning_rate", "ramp") else default
             assert declared["default"] == default, field.name
 
 
@@ -89,7 +89,7 @@ def test_root_keys_are_the_fields_of_the_run_config():
     [
         ({"gatse": {}}, "unknown key 'gatse'", "remedy: did you mean 'gates'?"),
         ({"xyz": 1}, "unknown key 'xyz'", "wanted: one of coarse-grained, fine-grained, gates"),
-        ({"gates": {"ramp": "0.5"}}, "wrong value at 'gates.ramp'", 'wanted: a number from 0 to 1\n  got:    "0.5"'),
+        ({"gates": {"ramp": "0.5"}}, "wrong value at 'gates.ramp'", 'a number from 0 to 1, or "auto"\n  got:    "0.5"'),
         ({"gates": {"ramp": True}}, "wrong value at 'gates.ramp'", "got:    true"),
         ({"gates": {"ramp": None}}, "wrong value at 'gates.ramp'", "got:    null"),
         ({"gates": {"ramp": 1e400}}, "wrong value at 'gates.ramp'", "wanted: a finite number"),

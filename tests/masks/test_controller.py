@@ -5,9 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize
 
-from cook.masks.controller import LOG_ALPHA_MAX, LOG_ALPHA_MIN, Constraint, GateController, ramp
-from cook.masks.gates import Gates, automatic_learning_rate
+from cook.masks.controller import Constraint, GateController, ramp
+from cook.masks.gates import Gates
+from cook.masks.relaxation import Deterministic, HardConcrete
+
+RELAXATIONS = [Deterministic(), HardConcrete()]
 
 
 def even(sizes, targets):
@@ -39,11 +43,12 @@ RUNS = [
 ]
 
 
+@pytest.mark.parametrize("relaxation", RELAXATIONS)
 @pytest.mark.parametrize(
     ("costs", "steps", "sizes", "targets"),
     [("uneven", *run) for run in RUNS] + [("even", *run) for run in RUNS if run[0] < 1000],
 )
-def test_expected_sparsity_follows_the_ramp_and_ends_on_target(costs, steps, sizes, targets):
+def test_expected_sparsity_follows_the_ramp_and_ends_on_target(costs, steps, sizes, targets, relaxation):
     rng = np.random.default_rng(steps + sum(sizes))
     constraints = even(sizes, targets)
     if costs == "uneven":
@@ -54,31 +59,33 @@ def test_expected_sparsity_follows_the_ramp_and_ends_on_target(costs, steps, siz
             constraints.append(
                 Constraint(name=str(number), start=start, costs=tuple(share / share.sum()), target=target)
             )
-    gates = Gates({c.name: len(c.costs) for c in constraints}, constraints, steps=steps, seed=steps)
+    named = {c.name: len(c.costs) for c in constraints}
+    gates = Gates(named, constraints, steps=steps, seed=steps, relaxation=relaxation)
     scale = 10 ** rng.uniform(-3, 3, sum(sizes))
     worst = -1.0
     for step in range(1, steps + 1):
         gates.draw(step)
-        gates.controller.step(gates.log_alpha, random_gradient(rng, scale, step), gates.targets(step))
+        gates.controller.step(gates.values, random_gradient(rng, scale, step), gates.targets(step))
         worst = max(worst, float((gates.expected_sparsity() - gates.targets(step)).max()))
     final = gates.expected_sparsity()
     assert (final - torch.tensor(targets, dtype=torch.float64)).abs().max() < 0.01
     assert worst < 0.05
-    assert gates.log_alpha.isfinite().all()
-    assert LOG_ALPHA_MIN <= gates.log_alpha.min() and gates.log_alpha.max() <= LOG_ALPHA_MAX + 1e-6
+    assert gates.values.isfinite().all()
+    assert relaxation.low <= gates.values.min() and gates.values.max() <= relaxation.high + 1e-6
 
 
+@pytest.mark.parametrize("relaxation", RELAXATIONS)
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-12, 1e12])
-def test_the_scale_of_the_loss_does_not_matter(scale):
+def test_the_scale_of_the_loss_does_not_matter(scale, relaxation):
     rng = np.random.default_rng(0)
     gradients = rng.normal(0, 1, (100, 24))
     ends = []
     for factor in (scale, 1.0):
-        gates = Gates({"a": 24}, even((24,), (0.5,)), steps=100, seed=1)
+        gates = Gates({"a": 24}, even((24,), (0.5,)), steps=100, seed=1, relaxation=relaxation)
         for step, gradient in enumerate(gradients * factor, start=1):
-            gates.controller.step(gates.log_alpha, torch.tensor(gradient), gates.targets(step))
+            gates.controller.step(gates.values, torch.tensor(gradient), gates.targets(step))
         assert abs(float(gates.expected_sparsity()) - 0.5) < 0.01
-        ends.append(gates.log_alpha)
+        ends.append(gates.values)
     if scale > 1e-20:
         assert (ends[0] - ends[1]).abs().max() < 1e-3
 
@@ -111,10 +118,33 @@ def reference_step(log_alpha, moments, gradient, cost, target, rate, steps):
     return moved(high), (m, v), high
 
 
+def test_a_deterministic_step_is_the_projection_onto_the_box_and_the_budget():
+    """Against scipy's quadratic programme: min ‖√v (x − x₀ + η·task)‖² with Σ cost·x fixed, 0 ≤ x ≤ 1."""
+    rng, size, rate, target = np.random.default_rng(5), 9, 0.05, 0.4
+    cost = rng.uniform(1, 3, size)
+    cost /= cost.sum()
+    controller = GateController(
+        [Constraint(name="a", start=0, costs=tuple(cost), target=target)], Deterministic(), learning_rate=rate
+    )
+    gates = torch.tensor(rng.uniform(0.3, 0.9, size))
+    start, gradient = gates.numpy().copy(), rng.normal(0, 1, size)
+    wanted = 1 - (cost * start).sum() + 0.01
+    controller.step(gates, torch.tensor(gradient), torch.tensor([wanted], dtype=torch.float64), hold=0.5)
+    scale = np.abs(gradient) + 0.01 * np.abs(gradient).mean()
+    aim = start - rate * (gradient / scale + 2.0 * 0.5 * (1 - 2 * start))
+    found = minimize(
+        lambda x: (scale * (x - aim) ** 2).sum(), start, jac=lambda x: 2 * scale * (x - aim), method="SLSQP",
+        bounds=[(max(0, s - rate), min(1, s + rate)) for s in start], options={"ftol": 1e-14, "maxiter": 500},
+        constraints={"type": "eq", "fun": lambda x: 1 - (cost * x).sum() - wanted, "jac": lambda x: -cost},
+    )  # fmt: skip
+    assert found.success
+    np.testing.assert_allclose(gates.numpy(), found.x, atol=1e-5)
+
+
 def test_a_step_is_the_projection_in_adams_metric():
     rng = np.random.default_rng(3)
     size, rate, target = 12, 0.3, 0.0
-    controller = GateController(even((size,), (0.5,)), learning_rate=rate)
+    controller = GateController(even((size,), (0.5,)), HardConcrete(), learning_rate=rate)
     gates = torch.tensor(rng.normal(2, 0.5, size))  # float64: nothing is rounded on the way
     want, moments = gates.numpy().copy(), (np.zeros(size), np.zeros(size))
     reached = 0
@@ -139,12 +169,13 @@ def test_constraints_do_not_touch_each_other():
     gradients = rng.normal(0, 1, (60, 20))
 
     def run(constraints, columns):
-        gates = Gates({c.name: len(c.costs) for c in constraints}, constraints, steps=60, seed=0)
-        gates.log_alpha = torch.linspace(2, 3, 20)[columns].clone()
+        named = {c.name: len(c.costs) for c in constraints}
+        gates = Gates(named, constraints, steps=60, seed=0, relaxation=HardConcrete())
+        gates.values = torch.linspace(2, 3, 20)[columns].clone()
         targets = torch.tensor([c.target for c in constraints], dtype=torch.float64)
         for gradient in gradients[:, columns]:
-            gates.controller.step(gates.log_alpha, torch.tensor(gradient), targets)
-        return gates.log_alpha
+            gates.controller.step(gates.values, torch.tensor(gradient), targets)
+        return gates.values
 
     both = run(even((8, 12), (0.25, 0.75)), slice(None))
     # Equal to rounding in the last place of float32: a sum over another number of gates may add in another order.
@@ -154,14 +185,17 @@ def test_constraints_do_not_touch_each_other():
 
 def test_a_gap_between_constraints_is_our_mistake():
     with pytest.raises(AssertionError, match="gaps"):
-        GateController([Constraint(name="a", start=1, costs=(1.0,), target=0.5)], learning_rate=0.1)
+        GateController([Constraint(name="a", start=1, costs=(1.0,), target=0.5)], Deterministic(), learning_rate=0.1)
 
 
 def test_the_ramp():
-    assert [ramp(s, 100, 0.2, 0.0, 0.5) for s in (0, 5, 10, 20, 100)] == [0.0, 0.125, 0.25, 0.5, 0.5]
-    assert ramp(1, 100, 0.0, 0.0, 0.5) == 0.5 and ramp(20, 100, 0.2, 0.1, 0.05) == pytest.approx(0.05)
+    assert [ramp(p, 0.2, 0.0, 0.5) for p in (0, 0.05, 0.1, 0.2, 1)] == [0.0, 0.125, 0.25, 0.5, 0.5]
+    assert ramp(0.01, 0.0, 0.0, 0.5) == 0.5 and ramp(0.2, 0.2, 0.1, 0.05) == pytest.approx(0.05)
 
 
 def test_the_automatic_rate_closes_an_open_gate_in_a_third_of_the_stage():
     for steps in (100, 1000, 5000):
-        assert 0.05 <= automatic_learning_rate(steps) <= 1 and automatic_learning_rate(steps) * steps / 3 >= 9.9
+        rate = HardConcrete().learning_rate(steps)
+        assert 0.05 <= rate <= 1 and rate * steps / 3 >= 9.9
+        rate = Deterministic().learning_rate(steps)
+        assert 0.02 <= rate <= 0.1 and rate * steps / 3 >= 1

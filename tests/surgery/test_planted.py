@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from cook.masks.controller import Constraint
 from cook.masks.gates import Gates
+from cook.masks.relaxation import Deterministic, HardConcrete, Relaxation
 from cook.models.cpm_ant import CpmAntForCausalLM
 from cook.space.counts import unit_parameters
 from cook.space.units import PruningSpace, UnitGroup
@@ -57,7 +58,7 @@ def learn(model: CpmAntForCausalLM, gates: Gates, groups: list[UnitGroup], seed:
     return {name: (mask == 0).nonzero().flatten().tolist() for name, mask in gates.binary().items()}
 
 
-def fine_gates(space: PruningSpace, seed: int) -> tuple[Gates, list[UnitGroup]]:
+def fine_gates(space: PruningSpace, seed: int, relaxation: Relaxation) -> tuple[Gates, list[UnitGroup]]:
     groups = [g for g in space.groups if g.kind != "layer"]
     constraints, start = [], 0
     for group in groups:
@@ -65,27 +66,30 @@ def fine_gates(space: PruningSpace, seed: int) -> tuple[Gates, list[UnitGroup]]:
         target = USELESS[group.kind] * share
         constraints.append(Constraint(name=group.name, start=start, costs=(share,) * group.size, target=target))
         start += group.size
-    return Gates({g.name: g.size for g in groups}, constraints, steps=STEPS["fine"], seed=seed), groups
+    sizes = {g.name: g.size for g in groups}
+    return Gates(sizes, constraints, steps=STEPS["fine"], seed=seed, relaxation=relaxation), groups
 
 
-def block_gates(space: PruningSpace, target: float, seed: int) -> Gates:
+def block_gates(space: PruningSpace, target: float, seed: int, relaxation: Relaxation) -> Gates:
     groups = space.of("layer")
     parameters = [unit_parameters(space, group) for group in groups]
     costs = tuple(p / sum(parameters) for p in parameters)
     constraint = Constraint(name="blocks", start=0, costs=costs, target=target)
-    return Gates({g.name: 1 for g in groups}, [constraint], steps=STEPS["blocks"], seed=seed)
+    return Gates({g.name: 1 for g in groups}, [constraint], steps=STEPS["blocks"], seed=seed, relaxation=relaxation)
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_useless_heads_and_dims_are_removed(seed):
+@pytest.mark.parametrize("relaxation", [Deterministic(), HardConcrete()])
+@pytest.mark.parametrize("seed", range(6))
+def test_useless_heads_and_dims_are_removed(seed, relaxation):
     model = frozen_model(seed)
-    gates, groups = fine_gates(SPACE, seed)
+    gates, groups = fine_gates(SPACE, seed, relaxation)
     planted = plant(model, groups, seed)
     assert learn(model, gates, groups, seed) == planted
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_useless_blocks_are_removed(seed):
+@pytest.mark.parametrize("relaxation", [Deterministic(), HardConcrete()])
+@pytest.mark.parametrize("seed", range(6))
+def test_useless_blocks_are_removed(seed, relaxation):
     model, groups = frozen_model(seed), list(SPACE.of("layer"))
     drawn = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))[: USELESS["layer"]]
     useless = [groups[i] for i in sorted(drawn.tolist())]
@@ -93,15 +97,16 @@ def test_useless_blocks_are_removed(seed):
         model.get_submodule(group.gate.module).weight.zero_()
     total = sum(unit_parameters(SPACE, group) for group in groups)
     target = sum(unit_parameters(SPACE, group) for group in useless) / total
-    removed = learn(model, block_gates(SPACE, target, seed), groups, seed)
+    removed = learn(model, block_gates(SPACE, target, seed, relaxation), groups, seed)
     assert [name for name, units in removed.items() if units] == [group.name for group in useless]
 
 
-def test_without_the_task_loss_chance_decides():
+@pytest.mark.parametrize("relaxation", [Deterministic(), HardConcrete()])
+def test_without_the_task_loss_chance_decides(relaxation):
     right = 0
     for seed in range(2):
         model = frozen_model(seed)
-        gates, groups = fine_gates(SPACE, seed)
+        gates, groups = fine_gates(SPACE, seed, relaxation)
         planted = plant(model, groups, seed)
         right += learn(model, gates, groups, seed, deaf=True) == planted
     assert right == 0

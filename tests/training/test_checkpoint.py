@@ -18,7 +18,7 @@ def test_what_is_saved_comes_back(tmp_path):
     gates = make_gates()
     for step in (1, 2):
         gates.draw(step)
-        gates.update(torch.linspace(-1, 1, len(gates.log_alpha)), step)
+        gates.update(torch.linspace(-1, 1, len(gates.values)), step)
     torch.manual_seed(5)
     folder = save(tmp_path, 7, engine=FakeEngine(41), gates=gates, guard={"recent": [0.1]}, data={"row": 3})
     drawn = torch.rand(3)

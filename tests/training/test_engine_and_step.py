@@ -129,7 +129,7 @@ def test_the_rows_differ_in_their_number_of_targets_and_so_do_the_ranks_shares()
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_fp32_training_is_that_of_plain_pytorch(results, plain, ranks):
-    gate = plain["gates"]["log_alpha"]
+    gate = plain["gates"]["values"]
     assert float(gate.std()) > 0.5, "a test of gates that all move alike could not fail"
     for rank_results in results[ranks]:
         for name, result in named(rank_results, "fp32"):
@@ -137,7 +137,7 @@ def test_fp32_training_is_that_of_plain_pytorch(results, plain, ranks):
             assert result["losses"] == pytest.approx(plain["losses"], rel=LOSS), name
             assert result["norms"] == pytest.approx(plain["norms"], rel=1e-4), name
             assert distance(result["weights"], plain["weights"]) < WEIGHT, name
-            assert float((result["gates"]["log_alpha"] - gate).abs().max()) < GATE, name
+            assert float((result["gates"]["values"] - gate).abs().max()) < GATE, name
             # Adam forgets the gradient's scale; the prices of sparsity and the moments do not.
             for key in ("multipliers", "moment", "second_moment"):
                 torch.testing.assert_close(result["gates"][key], plain["gates"][key], rtol=1e-3, atol=1e-7, msg=name)
@@ -150,17 +150,17 @@ def test_all_ranks_hold_the_same(results):
         assert first[name].get("problems") == second[name].get("problems"), name
         if first[name].get("gates"):
             assert str(first[name]["losses"]) == str(second[name]["losses"]), name  # NaN is not equal to NaN
-            assert torch.equal(first[name]["gates"]["log_alpha"], second[name]["gates"]["log_alpha"]), name
+            assert torch.equal(first[name]["gates"]["values"], second[name]["gates"]["values"]), name
             assert distance(first[name]["weights"], second[name]["weights"]) == 0, name
 
 
 def test_bf16_gates_follow_fp32_and_agree_among_stages_and_ranks(results, plain):
     one = dict(named(results[1][0], "bf16"))
     for name, result in [*one.items(), *named(results[2][0], "bf16")]:
-        error = (result["gates"]["log_alpha"] - plain["gates"]["log_alpha"]).abs()
+        error = (result["gates"]["values"] - plain["gates"]["values"]).abs()
         assert float(error.median()) < HALF_MEDIAN and float(error.max()) < HALF_MOST, name
         assert result["losses"] == pytest.approx(plain["losses"], rel=0.02), name
-        same = (result["gates"]["log_alpha"] - one["bf16 3 whole"]["gates"]["log_alpha"]).abs()
+        same = (result["gates"]["values"] - one["bf16 3 whole"]["gates"]["values"]).abs()
         assert float(same.max()) < HALF_SAME, (name, float(same.max()))
 
 
@@ -189,13 +189,13 @@ def test_fresh_weights_and_their_training_do_not_depend_on_ranks_or_stage(result
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_without_train_weights_only_gates_move(results, ranks):
-    start = tiny.make_gates().log_alpha
+    start = tiny.make_gates().values
     for name, result in named(results[ranks][0], "frozen"):
         assert distance(result["weights"], tiny.weights()) == 0, name
-        assert float((result["gates"]["log_alpha"] - start).abs().min()) > 0, name
+        assert float((result["gates"]["values"] - start).abs().min()) > 0, name
     frozen = tiny.plain_run(tiny.dataclasses.replace(tiny.TRAINING, train_weights=False))
     for name, result in named(results[ranks][0], "frozen fp32"):
-        assert float((result["gates"]["log_alpha"] - frozen["gates"]["log_alpha"]).abs().max()) < GATE, name
+        assert float((result["gates"]["values"] - frozen["gates"]["values"]).abs().max()) < GATE, name
 
 
 def test_no_clipping_is_no_clipping(results):
@@ -215,7 +215,7 @@ def skipping() -> dict[bool, dict[str, Any]]:
 def same_as_skipping(name: str, result: dict[str, Any], plain: dict[str, Any]) -> None:
     assert distance(result["weights"], plain["weights"]) < WEIGHT, name
     assert result["losses"][3:] == pytest.approx(plain["losses"][3:], rel=LOSS), name
-    for key in ("log_alpha", "multipliers", "moment", "second_moment", "steps") if result["gates"] else ():
+    for key in ("values", "multipliers", "moment", "second_moment", "steps") if result["gates"] else ():
         torch.testing.assert_close(result["gates"][key], plain["gates"][key], rtol=1e-3, atol=GATE, msg=name)
 
 

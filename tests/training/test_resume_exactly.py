@@ -137,7 +137,7 @@ def test_whatever_is_left_out_is_noticed(results, folder, left_out):
 def same_run(results: list[dict[str, Any]], folder: Path, name: str, whole: str, precision: str) -> None:
     ours, theirs = (results[0][run]["records"] for run in (name, whole))
     assert [record["loss"] for record in ours] == pytest.approx([r["loss"] for r in theirs], rel=LOSS[precision])
-    gates = [state(folder / run)["gates log_alpha"] for run in (name, whole)]
+    gates = [state(folder / run)["gates values"] for run in (name, whole)]
     assert float((gates[0] - gates[1]).abs().max()) < GATE[precision]
 
 

@@ -26,6 +26,7 @@ from cook.base.signals import Request
 from cook.config.types import TrainingConfig
 from cook.masks.controller import Constraint
 from cook.masks.gates import Gates
+from cook.masks.relaxation import HardConcrete
 from cook.surgery.gates import AttachedGates
 from cook.training.engine import Engine, initialise_processes
 from cook.training.optim import learning_rate
@@ -114,8 +115,9 @@ def make_gates() -> Gates:
     ]
     # Targets within reach at every step: else all gates would move at full speed, whatever the loss says.
     return Gates(
-        {g.name: g.size for g in groups}, constraints, steps=STEPS, seed=5, learning_rate=0.5, initial_log_alpha=0.5
-    )
+        {g.name: g.size for g in groups}, constraints, steps=STEPS, seed=5, learning_rate=0.5,
+        relaxation=HardConcrete(initial_log_alpha=0.5),
+    )  # fmt: skip
 
 
 def attach(model: torch.nn.Module, names: set[str], fixed: dict[str, torch.Tensor]) -> AttachedGates:
