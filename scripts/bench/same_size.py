@@ -1,0 +1,92 @@
+"""Was pruning worth its tokens? The default run's small model against others of its size.
+
+    bash scripts/prune_cpm_ant.sh
+    python scripts/bench/same_size.py [--config config/bmcook.json]
+
+Reads what the finished run has measured (dense, learned masks, random masks with the finetuning that the learned ones
+had) and trains one model more: the same small shape from fresh weights, on as many tokens as pretraining, mask
+learning and finetuning took together, with the run's own pretraining rate and one cosine over the whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import ROOT, publish, run_apart
+
+from cook.adapters.registry import by_config
+from cook.base.errors import UserError, run_entry
+from cook.base.files import read_json
+from cook.config.load import load_config
+from cook.stages.plan import recipe
+from cook.surgery.export import write_model_folder
+
+BAR = {"random masks": 0.10, "from scratch": 0.0}
+"""Nats by which the learned masks are to be better."""
+
+
+def main() -> None:
+    """Parses, trains, publishes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="config/bmcook.json")
+    parser.add_argument("--set", action="append", default=[], dest="settings", help="as of cook/train.py")
+    parser.add_argument("--min-rate", type=float, default=0.05, help="from scratch: the last rate over the highest")
+    parser.add_argument("--output")
+    options = parser.parse_args()
+    config = load_config(options.config, options.settings)
+    run = Path(config.output_dir).resolve()
+    done = {stage.name: read_json(stage.done) for stage in recipe(config) if stage.done.exists()}
+    small = run / "pruned" / "config.json"
+    if "ffn_finetune" not in done or not small.exists():
+        raise UserError(f"{run}: no finished run", remedy="bash scripts/prune_cpm_ant.sh")
+    learned = {name: entry for name, entry in done.items() if name != "random_baseline"}
+    steps = sum(entry["steps"] for entry in learned.values())
+    done["from_scratch"] = from_scratch(options, run, read_json(small), steps)
+    loss = {name: entry["held_out_loss"] for name, entry in done.items()}
+    shown = {"pretrain": "dense", "ffn_finetune": "learned masks", "random_baseline": "random masks",
+             "from_scratch": "from scratch"}  # fmt: skip
+    taken = {
+        "pretrain": done["pretrain"]["steps"], "ffn_finetune": steps, "from_scratch": steps,
+        "random_baseline": done["pretrain"]["steps"] + done.get("random_baseline", {"steps": 0})["steps"],
+    }  # fmt: skip
+    rows = [
+        {"model": label, "steps in all": taken[name], "parameters": done[name]["parameters"],
+         "held-out loss": loss[name], "above the dense model": loss[name] - loss["pretrain"],
+         "above learned masks": loss[name] - loss["ffn_finetune"], "bar": BAR.get(label)}
+        for name, label in shown.items() if name in done
+    ]  # fmt: skip
+    settings = {"stages": {name: entry["steps"] for name, entry in done.items()}, "seed": config.seed}
+    publish("same_size", settings, rows, options.output)
+
+
+def from_scratch(options: argparse.Namespace, run: Path, shape: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Trains the small shape from fresh weights; what its stage leaves."""
+    adapter = by_config(shape)
+    native, _ = adapter.read(shape, {})
+    torch.manual_seed(0)
+    fresh = run / "from_scratch" / "fresh"
+    write_model_folder(fresh, adapter, native, iter(adapter.build(native).state_dict().items()))
+    written = json.loads(Path(options.config).read_text())
+    pretraining = next(entry for entry in written["stages"] if entry["name"] == "pretrain")["training"]
+    changed = {"steps": steps, "min_learning_rate": options.min_rate}
+    written |= {
+        "output_dir": str(run / "from_scratch"),
+        "model": {"path": str(fresh)},
+        "pruning": {"is_pruning": False},
+        "stages": [{"name": "pretrain", "training": pretraining | changed}],
+    }
+    if isinstance(written["deepspeed"], str):
+        written["deepspeed"] = str((ROOT / written["deepspeed"]).resolve())
+    path = run / "from_scratch" / "bmcook.json"
+    path.write_text(json.dumps(written, indent=2))
+    given = [f"--set={setting}" for setting in options.settings if not setting.startswith("output_dir=")]
+    run_apart([str(ROOT / "cook" / "train.py"), "--config", str(path), "--stage", "all", *given])
+    return read_json(run / "from_scratch" / "pretrain" / "done.json")
+
+
+if __name__ == "__main__":
+    run_entry(main)
