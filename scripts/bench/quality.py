@@ -106,13 +106,13 @@ class Rig:
         return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
 
     @torch.no_grad()
-    def measure(self, masks: dict[str, torch.Tensor]) -> dict[str, float]:
-        """The loss on every text with these masks, nats a token."""
+    def measure(self, masks: dict[str, torch.Tensor], names: tuple[str, ...] = ()) -> dict[str, float]:
+        """The loss with these masks on every text, or on those of `names`, nats a token."""
         self.attached.set(masks)
         found = {
             name: sum(float(self.loss(part)) * len(part) for part in windows.split(4)) / len(windows)
-            for name, windows in self.texts.items()
-        }
+            for name, windows in self.texts.items() if name in (names or self.texts)
+        }  # fmt: skip
         self.attached.set({})
         return found
 
@@ -272,9 +272,8 @@ def trained_masks(rig: Rig, method: str, unit: str, share: float, steps: int) ->
         _say(f"{method}, {unit}, {share:.0%}: {step} of {steps}, loss {float(loss.detach()):.3f}")
     notes: dict[str, Any] = {}
     if method == "gates":
-        before, after = (rig.measure(masks) for masks in (gates.split(gates.values), gates.binary()))
-        first = next(iter(before))
-        notes["binarizing"] = after[first] - before[first]
+        first = next(iter(rig.texts))
+        notes["relaxed"] = rig.measure(gates.split(gates.values), (first,))[first]
     return gates.binary(), notes
 
 
@@ -386,7 +385,7 @@ def report(options: argparse.Namespace, done: dict[str, Any]) -> None:
             "steps": cell.get("steps"), "finetuning": cell.get("finetuned", 0),
             f"perplexity, {first}": math.exp(cell["losses"][first]),
             **{f"loss − dense, {name}": loss - dense[name] for name, loss in cell["losses"].items()},
-            "binarizing, nats": cell.get("binarizing"),
+            "binarizing, nats": cell["losses"][first] - cell["relaxed"] if "relaxed" in cell else None,
         })  # fmt: skip
     settings = {name: value for name, value in vars(options).items() if name not in ("model", "work", "calibration")}
     settings["texts"] = [[name, count] for name, _, count in options.texts]
