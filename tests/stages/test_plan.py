@@ -29,7 +29,9 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def row(stage: Stage) -> tuple:
     held = stage.fixed
-    return stage.name, stage.learns, (held.layer, held.heads, held.dimff), stage.writes, stage.after
+    [written] = {path for path in vars(stage.writes).values() if path} or {None}
+    [learned] = stage.learns or (None,)
+    return stage.name, learned, (held.layer, held.heads, held.dimff), written, stage.after
 
 
 COMMON = [
