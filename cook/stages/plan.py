@@ -168,12 +168,12 @@ def plan_stage(config: RunConfig, name: StageName) -> Stage:
 
 def _check_sections(config: RunConfig, name: str) -> None:
     """The loader has seen to the stages that the files name; a stage may also be asked for by hand."""
-    fine = {"fine-grained": config.fine}
-    sections = {"layer": {"coarse-grained": config.coarse}, "att": fine, "ffn": fine}
-    sections["joint"] = {"joint": config.joint, **fine}
-    missing = [key for key, section in sections.get(name.partition("_")[0], {}).items() if section is None]
-    if missing:
-        raise UserError(f"{name} needs the section {missing[0]!r}", remedy="add it to l0_pruning.json")
+    sections = {"coarse-grained": config.coarse, "fine-grained": config.fine, "joint": config.joint}
+    needed = {"layer": ("coarse-grained",), "joint": ("joint", "fine-grained")}
+    needed |= dict.fromkeys(("att", "ffn"), ("fine-grained",))
+    for key in needed.get(name.partition("_")[0], ()):
+        if sections[key] is None:
+            raise UserError(f"{name} needs the section {key!r}", remedy="add it to l0_pruning.json")
 
 
 def _learns(config: RunConfig, name: str) -> tuple[LearnedKind, ...]:
