@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cook.config.scheme import Scope
 from cook.masks.controller import Constraint
 from cook.space.counts import unit_flops, unit_parameters
 from cook.space.units import PruningSpace, UnitGroup
@@ -17,8 +18,8 @@ KINDS: tuple[LearnedKind, ...] = ("layer", "heads", "dimff")
 def constraints(stage: Stage, space: PruningSpace, learned: Sequence[UnitGroup]) -> list[Constraint]:
     """One over all blocks by their parameters; of heads and dims one a block, or section of a block, by its units.
 
-    Kinds that the run shares out among its blocks (`Stage.uneven`) have one constraint instead, over all their units:
-    by number for a single kind, by parameters or FLOPs for heads and dims together.
+    With a global scope these have one constraint instead, over all units of all blocks: by number for a single kind, by
+    parameters or FLOPs for heads and dims together.
 
     Args:
         stage: The plan.
@@ -31,7 +32,7 @@ def constraints(stage: Stage, space: PruningSpace, learned: Sequence[UnitGroup])
         sizes = [float(unit_parameters(space, group)) for group in groups["layer"]]
         budgets.append(("blocks", sizes, _blocks_to_remove(stage)))
     inner = groups["heads"] + groups["dimff"]
-    if inner and {group.kind for group in inner} <= stage.uneven:
+    if inner and _scope(stage) == "global":
         budgets.append(_shared(stage, space, inner))
     else:
         budgets += [budget for group in inner for budget in _of_block(group, _kept_share(stage, group))]
@@ -41,6 +42,12 @@ def constraints(stage: Stage, space: PruningSpace, learned: Sequence[UnitGroup])
         made.append(Constraint(name=name, start=start, costs=tuple(cost / total for cost in costs), target=target))
         start += len(costs)
     return made
+
+
+def _scope(stage: Stage) -> Scope:
+    section = stage.config.joint if stage.name == "joint_mask" else stage.config.fine
+    assert section is not None
+    return section.scope
 
 
 def _blocks_to_remove(stage: Stage) -> float:

@@ -12,7 +12,7 @@ from cook.adapters.cpm_ant import ADAPTER
 from cook.base.errors import UserError
 from cook.config.load import load_config
 from cook.masks.gates import Gates
-from cook.masks.mask_set import kept_counts
+from cook.masks.mask_set import fine_from_tensors, fine_to_tensors, kept_counts
 from cook.space.counts import forward_flops, parameters
 from cook.stages.constraints import constraints
 from cook.stages.inputs import Inputs, final_masks, make_gates, open_inputs
@@ -80,6 +80,18 @@ def test_a_global_kind_has_one_budget_of_as_many_units_as_even_blocks(opened, na
         assert sum(kept.values()) == round(size * (1 - target))
         shapes.add(tuple(kept.values()))
     assert len(shapes) > 5, "every draw left as many units in every block"
+
+
+def test_a_block_that_loses_its_last_head_keeps_its_row_where_the_layer_mask_is_fixed(opened):
+    stage, inputs, gates = opened("att_mask", fine__scope="global")
+    gates.log_alpha = torch.linspace(1, -1, 12)
+    masks = final_masks(stage, inputs, gates)
+    tensors = fine_to_tensors(inputs.space, masks)
+    assert tensors["heads_z"].sum(1).tolist() == [4, 2, 0] and "layers.2.att" not in masks
+    back = fine_from_tensors(inputs.space, {}, tensors, "heads", "file")
+    assert kept_counts(back) == kept_counts(masks)
+    without = kept_counts(masks) | {"layers.2.att": 0}
+    assert parameters(inputs.space, kept_counts(masks)) == parameters(inputs.space, without)
 
 
 BUDGETS = [
