@@ -20,6 +20,7 @@ DEFAULTS: dict[str, Any] = {
     "pattern": None,
     "coarse": None,
     "fine": None,
+    "joint": None,
     "gates": GatesConfig(),
     "stages": (),
 }
@@ -45,6 +46,7 @@ CHECKS: tuple[Callable[..., Iterable[UserError]], ...] = (
     check_scheme.masks_given,
     check_scheme.sizes_fit,
     check_scheme.layer_mask_given,
+    check_scheme.joint_budget_is_one,
     check_pattern.pattern_given,
     check_pattern.pattern_stands_alone,
 )

@@ -9,9 +9,10 @@ from cook.base.errors import UserError
 from cook.config.check_paths import mask_paths
 from cook.config.check_pattern import uses_pattern
 from cook.config.facts import ModelFacts
-from cook.config.types import CoarseConfig, FineConfig, PruningConfig, StageEntry
+from cook.config.types import CoarseConfig, FineConfig, JointConfig, PruningConfig, StageEntry
 
-UNITS = ("layer", "att", "ffn")
+UNITS = ("layer", "att", "ffn", "joint")
+METHODS = {"layer": "coarse-grained", "att": "fine-grained", "ffn": "fine-grained", "joint": "joint"}
 
 
 def mask_is_structured(pruning: PruningConfig, stages: tuple[StageEntry, ...]) -> Iterator[UserError]:
@@ -21,7 +22,7 @@ def mask_is_structured(pruning: PruningConfig, stages: tuple[StageEntry, ...]) -
             f"pruning.pruning_mask_path: {pruning.mask_method} pruning has no unstructured mask",
             wanted="null",
             got=pruning.pruning_mask_path,
-            remedy="the masks of the two methods are named in the scheme",
+            remedy="the masks of the other methods are named in the scheme",
         )
 
 
@@ -40,6 +41,9 @@ def recipe_in_order(stages: tuple[StageEntry, ...]) -> Iterator[UserError]:
     inner = at["att"] + at["ffn"]
     if at["layer"] and inner and max(at["layer"]) > min(inner):
         yield UserError("stages: the layer stages must come before the att and ffn stages", got=", ".join(names))
+    if at["joint"] and (at["layer"] or inner):
+        remedy = "keep either: the joint stages learn all that the layer, att and ffn stages learn"
+        yield UserError("stages: joint stages stand beside staged ones", got=", ".join(names), remedy=remedy)
     for unit in UNITS:
         mask, finetune = f"{unit}_mask", f"{unit}_finetune"
         if mask in names and finetune in names and names.index(mask) > names.index(finetune):
@@ -50,15 +54,22 @@ def recipe_in_order(stages: tuple[StageEntry, ...]) -> Iterator[UserError]:
 
 
 def sections_given(
-    pruning: PruningConfig, stages: tuple[StageEntry, ...], coarse: CoarseConfig | None, fine: FineConfig | None
+    pruning: PruningConfig,
+    stages: tuple[StageEntry, ...],
+    coarse: CoarseConfig | None,
+    fine: FineConfig | None,
+    joint: JointConfig | None,
 ) -> Iterator[UserError]:
     """Every stage that is asked for has its section in the scheme."""
     used = _units_in_recipe(stages)
-    if coarse is None and ("layer" in used or _describes(pruning, "coarse-grained")):
-        yield UserError("coarse-grained: the scheme lacks this section", wanted=_reason("layer", used))
-    if fine is None and (used & {"att", "ffn"} or _describes(pruning, "fine-grained")):
-        unit = "att" if "att" in used else "ffn"
-        yield UserError("fine-grained: the scheme lacks this section", wanted=_reason(unit, used))
+    needed = {"coarse-grained": ("layer",), "fine-grained": ("att", "ffn", "joint"), "joint": ("joint",)}
+    given = {"coarse-grained": coarse, "fine-grained": fine, "joint": joint}
+    for section, units in needed.items():
+        reasons = [f"it, for stages.{unit}_mask" for unit in units if unit in used]
+        methods = sorted({METHODS[unit] for unit in units})
+        reasons += [f"it, for pruning.mask_method {method!r}" for method in methods if _describes(pruning, method)]
+        if given[section] is None and reasons:
+            yield UserError(f"{section}: the scheme lacks this section", wanted=reasons[0])
 
 
 def masks_given(
@@ -67,14 +78,18 @@ def masks_given(
     """Every stage knows where its mask is kept, and no two masks share a file."""
     used = _units_in_recipe(stages)
     if fine is not None:
-        described = {fine.prune_mode} if _describes(pruning, "fine-grained") else set()
-        inner = (used | described) & {"att", "ffn"}
+        described: set[str] = {fine.prune_mode} if _describes(pruning, "fine-grained") else set()
+        described |= {"joint"} if _describes(pruning, "joint") else set()
+        inner = (used | described) & {"att", "ffn", "joint"}
         if fine.heads_mask is None and inner:
             wanted = "the path of the head mask: att mask training writes it, ffn mask training reads it"
             yield UserError("fine-grained.heads_mask: missing", wanted=wanted)
-        if fine.dimff_mask is None and "ffn" in inner:
+        if fine.dimff_mask is None and inner & {"ffn", "joint"}:
             wanted = "the path of the FFN mask: ffn mask training writes it"
             yield UserError("fine-grained.dimff_mask: missing", wanted=wanted)
+        if fine.coarse_mask is None and "joint" in inner:
+            wanted = "the path of the layer mask: joint mask training writes it too"
+            yield UserError("fine-grained.coarse_mask: missing", wanted=wanted)
     if coarse is not None and fine is not None and "layer" in used and used & {"att", "ffn"}:
         if fine.coarse_mask is not None and _file(fine.coarse_mask) != _file(coarse.coarse_mask):
             yield UserError(
@@ -118,6 +133,24 @@ def layer_mask_given(
         )
 
 
+def joint_budget_is_one(joint: JointConfig | None) -> Iterator[UserError]:
+    """The keys of a joint budget belong to its scope, and there is one budget."""
+    if joint is None:
+        return
+    other = "block" if joint.scope == "global" else "global"
+    keys = {"global": ("target_params", "target_flops", "flops_length"), "block": ("target_sparsity",)}[other]
+    for key in keys:
+        if getattr(joint, key) is not None:
+            remedy = f'leave it out, or set joint.scope to "{other}"'
+            if key == "target_sparsity":
+                remedy = "leave it out: a block of which no unit is left is removed"
+            yield UserError(f"joint.{key}: belongs to scope {other!r}", got=f"scope {joint.scope!r}", remedy=remedy)
+    if joint.target_params is not None and joint.target_flops is not None:
+        yield UserError("joint: two budgets", wanted="target_params or target_flops, not both")
+    if joint.scope == "global" and joint.flops_length is not None and joint.target_flops is None:
+        yield UserError("joint.flops_length: there is no target_flops that it could serve", remedy="leave it out")
+
+
 def _units_in_recipe(stages: tuple[StageEntry, ...]) -> set[str]:
     return {entry.name.partition("_")[0] for entry in stages} & set(UNITS)
 
@@ -125,11 +158,6 @@ def _units_in_recipe(stages: tuple[StageEntry, ...]) -> set[str]:
 def _describes(pruning: PruningConfig, method: str) -> bool:
     """Whether the two files describe a single stage of this method."""
     return pruning.is_pruning and pruning.mask_method == method
-
-
-def _reason(unit: str, used: set[str]) -> str:
-    method = "coarse-grained" if unit == "layer" else "fine-grained"
-    return f"it, for stages.{unit}_mask" if unit in used else f"it, for pruning.mask_method {method!r}"
 
 
 def _file(path: str) -> str:

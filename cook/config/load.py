@@ -24,6 +24,7 @@ from cook.config.types import (
     DistillationConfig,
     FineConfig,
     GatesConfig,
+    JointConfig,
     LoggingConfig,
     ModelConfig,
     PatternConfig,
@@ -51,7 +52,7 @@ def load_config(
     Args:
         path: The `bmcook.json`. Its scheme is the file at `pruning.l0_pruning`, relative to this one's folder.
         overrides: Settings `a.b=c` that change the files' values before the check; a path that starts with
-            `coarse-grained`, `fine-grained` or `gates` changes the scheme.
+            `coarse-grained`, `fine-grained`, `joint` or `gates` changes the scheme.
         world_size: Number of ranks, where it is known: the batch sizes are then checked against it.
 
     Raises:
@@ -183,7 +184,12 @@ _BMCOOK: dict[str, Any] = {
     "pattern": PatternConfig,
     "stages": None,
 }
-_SCHEME: dict[str, Any] = {"coarse-grained": CoarseConfig, "fine-grained": FineConfig, "gates": GatesConfig}
+_SCHEME: dict[str, Any] = {
+    "coarse-grained": CoarseConfig,
+    "fine-grained": FineConfig,
+    "joint": JointConfig,
+    "gates": GatesConfig,
+}
 _FIELDS = {"coarse-grained": "coarse", "fine-grained": "fine"}
 """Sections whose name in the file is no Python name."""
 

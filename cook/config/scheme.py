@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-MaskMethod = Literal["coarse-grained", "fine-grained", "pattern", "m4n2_1d", "m4n2_2d"]
-"""`coarse-grained` prunes whole attention and FFN blocks, `fine-grained` prunes heads or FFN dims inside them;
-`pattern` prunes single weights in a pattern, `m4n2_1d` and `m4n2_2d` two of four weights."""
+MaskMethod = Literal["coarse-grained", "fine-grained", "joint", "pattern", "m4n2_1d", "m4n2_2d"]
+"""`coarse-grained` prunes whole attention and FFN blocks, `fine-grained` prunes heads or FFN dims inside them, `joint`
+all at once; `pattern` prunes single weights in a pattern, `m4n2_1d` and `m4n2_2d` two of four weights."""
 
 PATTERN_METHODS: tuple[MaskMethod, ...] = ("pattern", "m4n2_1d", "m4n2_2d")
 """The methods that prune single weights."""
@@ -27,6 +27,10 @@ GatesStart = Literal["open", "taylor", "fisher"]
 
 HeadUnitChoice = Literal["auto", "kv_group", "query_head"]
 """What a unit of attention is where query heads share keys and values."""
+
+Scope = Literal["block", "global"]
+"""Over what a budget is held: `block`, every block ends with the same number of units; `global`, one budget for all
+blocks, which come out uneven."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +83,39 @@ class FineConfig:
     dimff_mask: str | None = None
     """FFN mask file (`.pt`): written by ffn mask training, read by everything after it."""
 
+    scope: Scope = "block"
+    """`global`: the blocks share the heads (or dims) that they would have with the targets, and come out uneven."""
+
     prune_mode: PruneMode
     """Which of the two the described stage prunes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointConfig:
+    """The scheme's `joint` section: heads, dims and, where wanted, blocks in one stage.
+
+    Sizes, targets and mask files are those of `fine-grained`.
+    """
+
+    train_mask: bool
+    """True: the masks are learned together with the weights. False: they are read and fixed (finetuning)."""
+
+    scope: Scope = "block"
+    """`block`: every kept block ends with `target_num_heads` heads or `target_dimff` dims; `global`: one budget for
+    all heads and dims of the model."""
+
+    target_sparsity: float | None = None
+    """Scope `block`: share of the blocks' parameters to remove as whole blocks, between 0 and 1. None: all stay."""
+
+    target_params: float | None = None
+    """Scope `global`: share of the parameters of all heads and dims to keep, between 0 and 1. None, as well as
+    `target_flops`: as many parameters as even blocks would have with the targets of `fine-grained`."""
+
+    target_flops: float | None = None
+    """Scope `global`: share of the forward FLOPs a token of all heads and dims to keep, between 0 and 1."""
+
+    flops_length: int | None = None
+    """Keys that a query attends to, for `target_flops`. None: `data.max_length`."""
 
 
 @dataclass(frozen=True, kw_only=True)

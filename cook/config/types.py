@@ -17,6 +17,7 @@ from cook.config.scheme import (
     CoarseConfig,
     FineConfig,
     GatesConfig,
+    JointConfig,
     MaskMethod,
     PatternConfig,
     PruneMode,
@@ -30,6 +31,8 @@ StageName = Literal[
     "att_finetune",
     "ffn_mask",
     "ffn_finetune",
+    "joint_mask",
+    "joint_finetune",
     "pattern",
     "random_baseline",
 ]
@@ -264,6 +267,9 @@ class RunConfig:
     fine: FineConfig | None = None
     """The scheme for heads and dims, where given."""
 
+    joint: JointConfig | None = None
+    """The scheme for learning both at once, where given."""
+
     gates: GatesConfig = field(default_factory=GatesConfig)
     """How gates learn."""
 
@@ -291,6 +297,9 @@ def described_stage(config: RunConfig) -> StageName:
     if config.pruning.mask_method == "coarse-grained":
         assert config.coarse is not None, "the loader lets no coarse-grained stage pass without its section"
         return "layer_mask" if config.coarse.train_mask else "layer_finetune"
+    if config.pruning.mask_method == "joint":
+        assert config.joint is not None, "the loader lets no joint stage pass without its section"
+        return "joint_mask" if config.joint.train_mask else "joint_finetune"
     assert config.fine is not None, "the loader lets no fine-grained stage pass without its section"
     if config.fine.prune_mode == "att":
         return "att_mask" if config.fine.train_mask else "att_finetune"
@@ -302,7 +311,7 @@ def for_stage(config: RunConfig, stage_name: StageName) -> RunConfig:
 
     `random_baseline` finetunes a masked model, so its switches are left as they stand.
     """
-    pruning, coarse, fine = config.pruning, config.coarse, config.fine
+    pruning, coarse, fine, joint = config.pruning, config.coarse, config.fine, config.joint
     unit, _, kind = stage_name.partition("_")
     if stage_name == "pretrain":
         pruning = dataclasses.replace(pruning, is_pruning=False)
@@ -313,11 +322,15 @@ def for_stage(config: RunConfig, stage_name: StageName) -> RunConfig:
     elif unit == "pattern":
         method = pruning.mask_method if pruning.mask_method in PATTERN_METHODS else "pattern"
         pruning = dataclasses.replace(pruning, is_pruning=True, mask_method=method)
+    elif unit == "joint":
+        assert joint is not None, "the loader lets no joint stage pass without its section"
+        pruning = dataclasses.replace(pruning, is_pruning=True, mask_method="joint")
+        joint = dataclasses.replace(joint, train_mask=kind == "mask")
     elif unit in ("att", "ffn"):
         assert fine is not None, "the loader lets no att or ffn stage pass without the fine-grained section"
         pruning = dataclasses.replace(pruning, is_pruning=True, mask_method="fine-grained")
         mode: PruneMode = "att" if unit == "att" else "ffn"
         fine = dataclasses.replace(fine, train_mask=kind == "mask", prune_mode=mode)
     return dataclasses.replace(
-        config, pruning=pruning, coarse=coarse, fine=fine, training=training_for(config, stage_name)
+        config, pruning=pruning, coarse=coarse, fine=fine, joint=joint, training=training_for(config, stage_name)
     )

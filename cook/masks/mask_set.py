@@ -37,6 +37,16 @@ def _of_kept_blocks(space: PruningSpace, masks: Masks, groups: Sequence[UnitGrou
     return [g for g in groups if bool(masks.get(space.block(g).name, torch.ones(1)).all())]
 
 
+def without_empty_blocks(space: PruningSpace, masks: Masks) -> dict[str, torch.Tensor]:
+    """The same masks, a block of which no unit is left counting as removed.
+
+    Not so a block whose bias (or whose norm behind it) acts on without units: it keeps a row of zeros.
+    """
+    empty = [g for g in space.groups if g.kind != "layer" and g.name in masks and not masks[g.name].any()]
+    blocks = [space.block(group) for group in empty]
+    return {**masks, **{block.name: torch.zeros(1) for block in blocks if not block.residue}}
+
+
 def coarse_to_tensors(space: PruningSpace, masks: Masks) -> dict[str, torch.Tensor]:
     """The coarse file's content: one number a layer and site, 0 also where the model has no such block."""
     tensors = {"self_att_layer_z": torch.zeros(space.num_layers), "ffn_layer_z": torch.zeros(space.num_layers)}
@@ -97,11 +107,13 @@ def fine_to_tensors(space: PruningSpace, masks: Masks) -> dict[str, torch.Tensor
     tensors = {}
     for kind, key in FINE_KEYS.items():
         groups = _rows(space, masks, kind)
-        if any(g.name in masks for g in groups):
-            if len({g.size * g.members for g in groups}) > 1:
+        masked = [g for g in space.groups if g.kind == kind and g.name in masks]
+        if masked:
+            sizes = {g.size * g.members for g in groups or masked}
+            if len(sizes) > 1:
                 raise UserError(f"{key}: the model's blocks have different sizes, which a mask file cannot hold")
             rows = [masks.get(g.name, torch.ones(g.size)).repeat_interleave(g.members) for g in groups]
-            tensors[key] = torch.stack(rows)
+            tensors[key] = torch.stack(rows) if rows else torch.zeros(0, sizes.pop())
     return tensors
 
 
@@ -122,7 +134,7 @@ def fine_from_tensors(
             tear units apart that only go together.
     """
     rows, groups = tensors[FINE_KEYS[kind]], _rows(space, block_masks, kind)
-    sizes = sorted({group.size * group.members for group in groups})
+    sizes = sorted({group.size * group.members for group in groups or space.groups if group.kind == kind})
     if len(sizes) != 1 or rows.shape != (len(groups), sizes[0]):
         raise UserError(
             f"{source}: {FINE_KEYS[kind]} does not fit the model and its coarse mask",

@@ -16,6 +16,21 @@ def unit_parameters(space: PruningSpace, group: UnitGroup) -> int:
     return sum(prod(space.shapes[s.path]) // space.shapes[s.path][s.dim] * s.block for s in group.slices)
 
 
+def unit_flops(space: PruningSpace, group: UnitGroup, *, context: int) -> int:
+    """FLOPs of one token's forward pass that vanish with one unit of heads or dims, all else kept.
+
+    2 a weight of its products, and for heads 4 a feature and key: its score, and its part of the weighted sum.
+
+    Args:
+        space: The pruning space.
+        group: The unit's group.
+        context: Mean number of keys that a query attends to.
+    """
+    products = [s for s in group.slices if len(space.shapes[s.path]) == 2]
+    flops = sum(2 * prod(space.shapes[s.path]) // space.shapes[s.path][s.dim] * s.block for s in products)
+    return flops + (4 * context * group.slices[-1].block if group.kind == "heads" else 0)
+
+
 def kept_shapes(space: PruningSpace, kept: Kept) -> dict[str, tuple[int, ...]]:
     """The shape of every weight that remains; weights of removed blocks are left out.
 

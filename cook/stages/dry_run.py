@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from cook.config.corpus import DataConfig, SourceConfig
 from cook.config.types import RunConfig
 from cook.masks.mask_set import kept_counts
 from cook.report.console import print_plan as print_table_of_stages
 from cook.report.human import human_count
-from cook.space.counts import parameters, unit_parameters
+from cook.space.counts import parameters
 from cook.space.units import PruningSpace
-from cook.stages.inputs import Inputs, open_inputs
+from cook.stages.inputs import Inputs, final_masks, make_gates, open_inputs
 from cook.stages.plan import Stage
 from cook.training.settings import check_settings
 
@@ -35,15 +37,16 @@ def print_plan(config: RunConfig, stages: Sequence[Stage], *, world_size: int) -
     kept: dict[str, int] = {}
     for stage in stages:
         inputs = open_inputs(stage, must_exist=False)
-        kept = {} if stage.name in ("pretrain", "layer_mask") else kept | kept_counts(inputs.fixed)
+        begins_anew = stage.name == "pretrain" or stage.writes.layer
+        kept = {} if begins_anew else kept | kept_counts(inputs.fixed)
         before = parameters(inputs.space, kept)
-        kept = kept | _expected_kept(stage, inputs, kept)
+        kept = kept | _expected_kept(stage, inputs)
         training = stage.config.training
         rows.append(
             {
                 "stage": stage.name,
                 "weights from": inputs.origin,
-                "learns": MASKS_OF.get(stage.learns or "", "–"),
+                "learns": _learned(stage),
                 "steps": training.steps,
                 "tokens": "≤ " + human_count(training.steps * training.train_batch_size * config.data.max_length),
                 "parameters before": human_count(before),
@@ -54,27 +57,25 @@ def print_plan(config: RunConfig, stages: Sequence[Stage], *, world_size: int) -
     print_table_of_stages(facts, rows)
     print(
         "Tokens: every place of every row. Memory: weights, gradients and optimizer states; "
-        "activations come on top. A layer mask's outcome is estimated by its target."
+        "activations come on top. A layer mask's outcome is estimated by its target, "
+        "that of uneven blocks as if they were even."
     )
 
 
-def _expected_kept(stage: Stage, inputs: Inputs, kept: dict[str, int]) -> dict[str, int]:
-    """Units that the stage will leave; for blocks, as many from the bottom up as the target's share lets stay."""
-    if not stage.learns:
+def _learned(stage: Stage) -> str:
+    kinds = ", ".join(MASKS_OF[kind] for kind in stage.learns) or "–"
+    return f"{kinds} (uneven)" if stage.uneven & set(stage.learns) else kinds
+
+
+def _expected_kept(stage: Stage, inputs: Inputs) -> dict[str, int]:
+    """Units that the stage will leave: of blocks the lowest, of heads and dims the same share in every block."""
+    gates = make_gates(stage, inputs)
+    if gates is None:
         return {}
-    if stage.learns != "layer":
-        fine = stage.config.fine
-        assert fine is not None
-        wanted = fine.target_num_heads if stage.learns == "heads" else fine.target_dimff
-        return {group.name: wanted // group.members for group in inputs.learned}
-    assert stage.config.coarse is not None
-    target, left = stage.config.coarse.target_sparsity, dict(kept)
-    sizes = {group.name: unit_parameters(inputs.space, group) for group in inputs.learned}
-    room = target * sum(sizes.values())
-    for name, size in reversed(sizes.items()):
-        if size <= room:
-            left, room = left | {name: 0}, room - size
-    return left
+    blocks = len([group for group in inputs.learned if group.kind == "layer"])
+    within = [torch.arange(group.size) / group.size for group in inputs.learned[blocks:]]
+    gates.log_alpha = -torch.cat([torch.arange(float(blocks)), *within])
+    return kept_counts(final_masks(stage, inputs, gates))
 
 
 def _state_bytes(stage: Stage, space: PruningSpace, world_size: int) -> float:

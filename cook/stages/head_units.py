@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from cook.adapters.protocol import Adapter, HeadUnit
@@ -13,17 +13,20 @@ from cook.space.units import PruningSpace, UnitGroup
 HOW = {"kv_group": "whole key-value groups", "query_head": "as many query heads of every group"}
 
 
-def choose_head_unit(adapter: Adapter, config: Mapping[str, Any], fine: FineConfig | None) -> HeadUnit:
+def choose_head_unit(
+    adapter: Adapter, config: Mapping[str, Any], fine: FineConfig | None, *, uneven: bool = False
+) -> HeadUnit:
     """The unit that the scheme names, or the first with which its target can be reached.
 
-    Raises:
-        UserError: query heads are asked for, and none of them share keys and values.
+    Blocks that share a budget lose whole key-value groups: only these can go from some blocks and not from others.
     """
     units = adapter.head_units(config)
     if fine is None or len(units) == 1:
         return units[0]
     if fine.head_unit != "auto":
         return fine.head_unit
+    if uneven:
+        return "kv_group"
     for unit in units:
         if fine.target_num_heads in reachable_heads(adapter, config, unit, fine.allow_remote_code):
             return unit
@@ -45,8 +48,21 @@ def reachable_heads(
     return tuple(found)
 
 
-def check_sizes(adapter: Adapter, config: Mapping[str, Any], space: PruningSpace, fine: FineConfig | None) -> None:
+def check_sizes(
+    adapter: Adapter,
+    config: Mapping[str, Any],
+    space: PruningSpace,
+    fine: FineConfig | None,
+    uneven: Collection[str] = (),
+) -> None:
     """Refuses a scheme of another model, or one whose targets the family cannot express.
+
+    Args:
+        adapter: The family.
+        config: The model's config.
+        space: Its space.
+        fine: The scheme's section; None if neither heads nor dims are pruned.
+        uneven: Kinds of units that the blocks share out among them.
 
     Raises:
         UserError: naming the model's sizes, or the targets that are possible.
@@ -61,8 +77,24 @@ def check_sizes(adapter: Adapter, config: Mapping[str, Any], space: PruningSpace
                 remedy=f"set {key} to the size before pruning",
             )  # fmt: skip
     heads = next((group for group in space.groups if group.kind == "heads"), None)
-    if heads is not None and fine.target_num_heads != fine.num_heads:
+    if uneven and adapter.abilities.is_stock and not fine.allow_remote_code:
+        raise UserError(
+            'scope "global": no stock class holds blocks that differ',
+            remedy="set fine-grained.allow_remote_code to true (do_prune.py --uniform still fills the result up)",
+        )
+    if heads is not None and "heads" in uneven:
+        _check_whole_groups(heads)
+    elif heads is not None and fine.target_num_heads != fine.num_heads:
         _check_heads(adapter, config, heads, fine)
+
+
+def _check_whole_groups(group: UnitGroup) -> None:
+    if group.sections > 1:
+        raise UserError(
+            'scope "global" takes no query heads out of their key-value groups',
+            wanted="whole key-value groups as units",
+            remedy='set fine-grained.head_unit to "kv_group" or "auto"',
+        )
 
 
 def _check_heads(adapter: Adapter, config: Mapping[str, Any], group: UnitGroup, fine: FineConfig) -> None:

@@ -14,15 +14,14 @@ from cook.adapters.registry import by_config
 from cook.adapters.source import open_model
 from cook.base.errors import UserError
 from cook.base.seeds import derived_seed, generator
-from cook.masks.controller import Constraint
 from cook.masks.gates import Gates
 from cook.masks.mask_file import read_masks
-from cook.masks.mask_set import kept_groups
+from cook.masks.mask_set import kept_groups, without_empty_blocks
 from cook.masks.random_masks import random_masks_like
 from cook.masks.relaxation import Deterministic, HardConcrete, Relaxation
 from cook.patterns.matrices import matrices_of, restricted
-from cook.space.counts import unit_parameters
 from cook.space.units import PruningSpace, UnitGroup
+from cook.stages.constraints import constraints
 from cook.stages.head_units import check_sizes, choose_head_unit
 from cook.stages.plan import LEARNS, MaskPaths, Stage, mask_paths
 from cook.surgery.restrict import restrict
@@ -66,27 +65,26 @@ def open_inputs(stage: Stage, *, must_exist: bool = True) -> Inputs:
             f"{origin}: {adapter.family} does not predict the next token, which this job trains",
             remedy="prune it on a task of its own",
         )
-    head_unit = choose_head_unit(adapter, config, stage.config.fine)
+    head_unit = choose_head_unit(adapter, config, stage.config.fine, uneven="heads" in stage.uneven)
     space = adapter.space(config, head_unit)
     allowed = space
     if stage.name == "pattern":
         restricted(matrices_of(space), stage.config.pruning.pruned_module, adapter.aliases)  # tells mistakes early
     elif stage.config.pruning.pruned_module and stage.name != "pretrain":
         allowed = restrict(space, stage.config.pruning.pruned_module, adapter.aliases)
-    check_sizes(adapter, config, allowed, stage.config.fine if _units_are_pruned(stage) else None)
+    check_sizes(adapter, config, allowed, stage.config.fine if _units_are_pruned(stage) else None, stage.uneven)
     paths = stage.fixed if must_exist else _existing(stage.fixed)
     fixed = read_masks(allowed, coarse=paths.layer, heads=paths.heads, dimff=paths.dimff)
     if stage.is_random_baseline and must_exist:
         fixed = _random_baseline(stage, allowed)
     learned: tuple[UnitGroup, ...] = ()
-    if stage.learns == "layer":
-        learned = allowed.of("layer")
-    elif stage.learns:
-        learned = tuple(kept_groups(allowed, fixed, stage.learns))
+    for kind in stage.learns:
+        groups = allowed.of("layer") if kind == "layer" else tuple(kept_groups(allowed, fixed, kind))
+        if not groups:
+            raise UserError(f"{stage.name}: pruned_module leaves no units of kind {kind!r} to learn a mask for")
+        learned += groups
     # A file of the other kind of fine mask may hold this kind too, of an earlier training.
     fixed = {name: mask for name, mask in fixed.items() if name not in {group.name for group in learned}}
-    if stage.learns and not learned:
-        raise UserError(f"{stage.name}: pruned_module leaves no units of kind {stage.learns!r} to learn a mask for")
     return Inputs(
         adapter=adapter,
         model_config=config,
@@ -137,7 +135,7 @@ def _existing(paths: MaskPaths) -> MaskPaths:
 def _units_are_pruned(stage: Stage) -> bool:
     """Whether this stage or a later one of the recipe masks heads or dims: what is wrong there is told at once."""
     names = {stage.name, *(entry.name for entry in stage.config.stages)}
-    return stage.name != "pretrain" and any(name.startswith(("att", "ffn")) for name in names)
+    return stage.name != "pretrain" and any(name.startswith(("att", "ffn", "joint")) for name in names)
 
 
 def _random_baseline(stage: Stage, space: PruningSpace) -> dict[str, torch.Tensor]:
@@ -172,22 +170,7 @@ def make_gates(stage: Stage, inputs: Inputs) -> Gates | None:
     )
 
 
-def constraints(stage: Stage, space: PruningSpace, learned: tuple[UnitGroup, ...]) -> list[Constraint]:
-    """One over all blocks by their parameters (coarse), or one a block, or section of a block, by its units (fine)."""
-    coarse, fine = stage.config.coarse, stage.config.fine
-    if stage.learns == "layer":
-        assert coarse is not None
-        parameters = [unit_parameters(space, group) for group in learned]
-        costs = tuple(p / sum(parameters) for p in parameters)
-        return [Constraint(name="blocks", start=0, costs=costs, target=coarse.target_sparsity)]
-    assert fine is not None
-    kept = fine.target_num_heads if stage.learns == "heads" else fine.target_dimff
-    made, start = [], 0
-    for group in learned:
-        size = group.section_size
-        target = 1.0 - kept / (group.size * group.members)
-        for section in range(group.sections):
-            name = group.name if group.sections == 1 else f"{group.name}.{section}"
-            made.append(Constraint(name=name, start=start, costs=(1.0 / size,) * size, target=target))
-            start += size
-    return made
+def final_masks(stage: Stage, inputs: Inputs, gates: Gates | None) -> dict[str, torch.Tensor]:
+    """The masks at the end of a stage: the fixed ones and those it has learned, now 0/1."""
+    masks = inputs.fixed | (gates.binary() if gates else {})
+    return without_empty_blocks(inputs.space, masks) if stage.writes.layer else masks

@@ -12,7 +12,13 @@ from cook.base.errors import UserError
 from cook.config.types import RunConfig, StageName, for_stage
 
 LearnedKind = Literal["layer", "heads", "dimff"]
-LEARNS: dict[str, LearnedKind] = {"layer_mask": "layer", "att_mask": "heads", "ffn_mask": "dimff"}
+LEARNS: dict[str, tuple[LearnedKind, ...]] = {
+    "layer_mask": ("layer",),
+    "att_mask": ("heads",),
+    "ffn_mask": ("dimff",),
+    "joint_mask": ("layer", "heads", "dimff"),
+}
+"""The masks that a stage decides on, and writes."""
 DONE = "done.json"
 """The file that a finished stage leaves: what it read, what it made."""
 
@@ -33,12 +39,12 @@ class Stage:
     name: StageName
     config: RunConfig
     """The run's configuration with this stage's switches and training overrides."""
-    learns: LearnedKind | None
-    """The kind of mask that is trained together with the weights."""
+    learns: tuple[LearnedKind, ...]
+    """The kinds of units whose gates are trained together with the weights."""
     fixed: MaskPaths
     """Masks read from files and held."""
-    writes: str | None
-    """The mask file that the stage ends with, if it learns one."""
+    writes: MaskPaths
+    """The mask files that the stage ends with, if it learns any."""
     after: StageName | None
     """The stage whose weights this one starts from; None for `model.path` or fresh weights."""
 
@@ -65,18 +71,32 @@ class Stage:
     def is_random_baseline(self) -> bool:
         return self.name == "random_baseline"
 
+    @property
+    def uneven(self) -> set[str]:
+        """The kinds of units that this run shares out among its blocks by one budget."""
+        units = {name.partition("_")[0] for name in (self.name, *(entry.name for entry in self.config.stages))}
+        fine, joint = self.config.fine, self.config.joint
+        kinds = {"heads": "att", "dimff": "ffn"}
+        if joint and joint.scope == "global" and "joint" in units:
+            return set(kinds)
+        return {kind for kind, unit in kinds.items() if fine and fine.scope == "global" and unit in units}
+
     def _targets(self) -> list[Any]:
         """The targets that shape the stage's outcome; a baseline copies the shape that all of them lead to."""
-        coarse, fine = self.config.coarse, self.config.fine
+        coarse, fine, joint = self.config.coarse, self.config.fine, self.config.joint
         heads: Any = fine.target_num_heads if fine else None
         if fine and (fine.head_unit != "auto" or fine.allow_remote_code):
             heads = [heads, fine.head_unit, fine.allow_remote_code]
-        targets = {
-            "layer": coarse.target_sparsity if coarse else None,
-            "heads": heads,
-            "dimff": fine.target_dimff if fine else None,
-        }
-        return list(targets.values()) if self.is_random_baseline else [targets[self.learns]] if self.learns else []
+        dims: Any = fine.target_dimff if fine else None
+        at_once = [asdict(joint) | {"train_mask": None}, heads, dims] if joint else []
+        if fine and fine.scope != "block":
+            heads, dims = [heads, fine.scope], [dims, fine.scope]
+        targets: list[Any] = [coarse.target_sparsity if coarse else None, heads, dims]
+        if self.is_random_baseline:
+            return targets + (at_once if any(entry.name == "joint_mask" for entry in self.config.stages) else [])
+        if self.name == "joint_mask":
+            return at_once
+        return [targets[("layer", "heads", "dimff").index(kind)] for kind in self.learns]
 
     def pattern_settings(self) -> dict[str, Any]:
         """What decides the mask of single weights; empty in other stages."""
@@ -129,29 +149,48 @@ def plan_stage(config: RunConfig, name: StageName) -> Stage:
     The order of the recipe says which masks are already there. What it says nothing about is held if it is there: the
     layer mask wherever it is named, the other fine mask where its file exists ("head first" and "dims first" both
     work).
+
+    Raises:
+        UserError: the scheme lacks the stage's section, or the file of a mask that it writes.
     """
+    _check_sections(config, name)
     order = [entry.name for entry in config.stages]
     before = order[: order.index(name)] if name in order else []
     return Stage(
         name=name,
         config=for_stage(config, name),
-        learns=LEARNS.get(name),
+        learns=_learns(config, name),
         fixed=_fixed(config, name, order, before),
         writes=_writes(config, name),
         after=_predecessor(name, before),
     )
 
 
-def _writes(config: RunConfig, name: str) -> str | None:
+def _check_sections(config: RunConfig, name: str) -> None:
+    """The loader has seen to the stages that the files name; a stage may also be asked for by hand."""
+    sections = {"coarse-grained": config.coarse, "fine-grained": config.fine, "joint": config.joint}
+    needed = {"layer": ("coarse-grained",), "joint": ("joint", "fine-grained")}
+    needed |= dict.fromkeys(("att", "ffn"), ("fine-grained",))
+    for key in needed.get(name.partition("_")[0], ()):
+        if sections[key] is None:
+            raise UserError(f"{name} needs the section {key!r}", remedy="add it to l0_pruning.json")
+
+
+def _learns(config: RunConfig, name: str) -> tuple[LearnedKind, ...]:
+    """In a joint stage blocks have gates of their own only where they have a target of their own."""
+    kinds = LEARNS.get(name, ())
+    if name == "joint_mask" and (config.joint is None or config.joint.target_sparsity is None):
+        return tuple(kind for kind in kinds if kind != "layer")
+    return kinds
+
+
+def _writes(config: RunConfig, name: str) -> MaskPaths:
     paths = mask_paths(config)
-    kind = LEARNS.get(name)
-    if kind is None:
-        return None
-    path = getattr(paths, kind)
-    if path is None:
-        key = {"layer": "coarse_mask", "heads": "heads_mask", "dimff": "dimff_mask"}[kind]
-        raise UserError(f"{name} needs {key}, where its mask is written to", remedy=f"set {key} in l0_pruning.json")
-    return path
+    for kind in LEARNS.get(name, ()):
+        if getattr(paths, kind) is None:
+            key = {"layer": "coarse_mask", "heads": "heads_mask", "dimff": "dimff_mask"}[kind]
+            raise UserError(f"{name} needs {key}, where its mask is written to", remedy=f"set {key} in l0_pruning.json")
+    return MaskPaths(**{kind: getattr(paths, kind) for kind in LEARNS.get(name, ())})
 
 
 def mask_paths(config: RunConfig) -> MaskPaths:
@@ -165,8 +204,10 @@ def mask_paths(config: RunConfig) -> MaskPaths:
 
 def _fixed(config: RunConfig, name: str, order: list[StageName], before: list[StageName]) -> MaskPaths:
     paths = mask_paths(config)
-    if name in ("pretrain", "layer_mask", "pattern", "random_baseline"):
+    if name in ("pretrain", "layer_mask", "joint_mask", "pattern", "random_baseline"):
         return MaskPaths()
+    if name == "joint_finetune":
+        return paths
     if name == "layer_finetune":
         return MaskPaths(layer=config.coarse.coarse_mask if config.coarse else None)
     layer = config.fine.coarse_mask if config.fine else None

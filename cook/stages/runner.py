@@ -25,11 +25,11 @@ from cook.distill.distiller import Distiller
 from cook.evaluation.perplexity import held_out_loss
 from cook.masks.gates import Gates
 from cook.masks.mask_file import write_mask_file
-from cook.masks.mask_set import coarse_to_tensors, fine_to_tensors, kept_counts
+from cook.masks.mask_set import FINE_KEYS, coarse_to_tensors, fine_to_tensors, kept_counts
 from cook.report.events import EventLog
 from cook.space.counts import parameters
 from cook.stages.feeding import Feeding, check_corpus, open_loader, rows_before
-from cook.stages.inputs import Inputs, make_gates, open_inputs
+from cook.stages.inputs import Inputs, final_masks, make_gates, open_inputs
 from cook.stages.pattern import masked_weights, pattern_identity, pattern_masks, pattern_spec
 from cook.stages.plan import Stage
 from cook.stages.structure import describe_structure
@@ -246,7 +246,7 @@ def _check_teacher(name: str, teacher: ModelSource, engine: Engine) -> None:
 def _opening(stage: Stage, inputs: Inputs, engine: Engine) -> str:
     training = stage.config.training
     held = [kind for kind in ("layer", "heads", "dimff") if getattr(stage.fixed, kind)]
-    does = [f"learns {stage.learns} masks"] if stage.learns else []
+    does = [f"learns {' and '.join(stage.learns)} masks"] if stage.learns else []
     does += ["holds a pattern"] if stage.pattern_mask else []
     does += [f"holds {' and '.join(held)} masks"] if held else ["random masks"] if stage.is_random_baseline else []
     return (
@@ -256,18 +256,17 @@ def _opening(stage: Stage, inputs: Inputs, engine: Engine) -> str:
     )
 
 
-def final_masks(inputs: Inputs, gates: Gates | None) -> dict[str, torch.Tensor]:
-    """The masks at the end of a stage: the fixed ones and those it has learned, now 0/1."""
-    return inputs.fixed | (gates.binary() if gates else {})
-
-
 def _write_masks(stage: Stage, inputs: Inputs, gates: Gates | None) -> None:
     if gates is None or distributed.rank() != 0:
         return
-    assert stage.writes is not None
-    masks = final_masks(inputs, gates)
-    layer = stage.learns == "layer"
-    write_mask_file(stage.writes, (coarse_to_tensors if layer else fine_to_tensors)(inputs.space, masks))
+    masks, writes = final_masks(stage, inputs, gates), stage.writes
+    if writes.layer:
+        write_mask_file(writes.layer, coarse_to_tensors(inputs.space, masks))
+    files = {kind: path for kind, path in (("heads", writes.heads), ("dimff", writes.dimff)) if path}
+    tensors = fine_to_tensors(inputs.space, masks) if files else {}
+    for kind, path in files.items():
+        elsewhere = {FINE_KEYS[other] for other in files if other != kind}
+        write_mask_file(path, {key: tensor for key, tensor in tensors.items() if key not in elsewhere})
 
 
 def _finish(
@@ -307,8 +306,8 @@ def _write_done(
     _write_masks(stage, inputs, gates)
     if distributed.rank() != 0:
         return
-    masks = final_masks(inputs, gates)
-    files = (stage.fixed.layer, stage.fixed.heads, stage.fixed.dimff, stage.writes, stage.pattern_mask)
+    masks = final_masks(stage, inputs, gates)
+    files = (*vars(stage.fixed).values(), *vars(stage.writes).values(), stage.pattern_mask)
     write_json(
         stage.done,
         {

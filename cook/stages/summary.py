@@ -28,6 +28,8 @@ TITLES = {
     "att_finetune": "heads, finetuned",
     "ffn_mask": "dims masked",
     "ffn_finetune": "dims, finetuned",
+    "joint_mask": "all masked at once",
+    "joint_finetune": "all, finetuned",
     "pattern": "pattern, finetuned",
     "random_baseline": "random masks",
 }
@@ -45,8 +47,8 @@ def finished_stages(config: RunConfig, *, baseline: bool = False) -> list[Stage]
 
 
 def masks_after(stage: Stage) -> MaskPaths:
-    """The mask files that describe a stage's model: those it held and the one it learned."""
-    return dataclasses.replace(stage.fixed, **({str(stage.learns): stage.writes} if stage.learns else {}))
+    """The mask files that describe a stage's model: those it held and those it learned."""
+    return dataclasses.replace(stage.fixed, **{kind: path for kind, path in vars(stage.writes).items() if path})
 
 
 def check_masks(stage: Stage) -> None:

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+JOINT = ["joint_mask", "joint_finetune"]
 ATT, FFN, LAYER = ["att_mask", "att_finetune"], ["ffn_mask", "ffn_finetune"], ["layer_mask", "layer_finetune"]
 
 
@@ -40,10 +41,13 @@ def test_recipes_in_order(load, names):
         (["layer_mask", "att_mask", "layer_finetune"], "the layer stages must come before"),
         (["att_mask", "ffn_mask", "att_finetune", "ffn_finetune"], "the att and ffn stages are mixed"),
         (["att_mask", "att_mask"], "att_mask stands there twice"),
+        (["joint_finetune", "joint_mask"], "joint_mask must come before joint_finetune"),
+        ([*JOINT, *FFN], "joint stages stand beside staged ones"),
+        ([*LAYER, *JOINT], "joint stages stand beside staged ones"),
     ],
 )
 def test_recipes_out_of_order(errors_of, names, said):
-    [message] = errors_of(recipe(names))
+    [message] = errors_of(recipe(names), "joint.train_mask=true")
     assert said in message
 
 
@@ -168,3 +172,49 @@ def test_targets_may_be_all_there_is(load):
 @pytest.mark.parametrize("sparsity", [0, 1, -0.1, 1.5, "true", "half"])
 def test_sparsity_is_between_0_and_1(errors_of, sparsity):
     assert len(errors_of(f"coarse-grained.target_sparsity={sparsity}")) == 1
+
+
+def test_a_joint_recipe_loads(load):
+    settings = recipe(["pretrain", *JOINT, "random_baseline"]), "pruning.mask_method=joint", "joint.train_mask=true"
+    assert load(*settings).joint.scope == "block"
+    budget = "joint.scope=global", "joint.target_flops=0.5", "joint.flops_length=64"
+    assert load(*settings, *budget).joint.target_flops == 0.5
+    assert load(*settings, "joint.scope=global").joint.target_params is None
+
+
+@pytest.mark.parametrize("asked", [recipe(JOINT), "pruning.mask_method=joint"])
+def test_a_joint_stage_needs_both_sections_and_all_masks(errors_of, scheme, asked):
+    asked = [asked, "pruning.is_pruning=" + str(asked.startswith("pruning")).lower()]
+    asked += [] if asked[0].startswith("stages") else ["stages=[]"]
+    messages = errors_of(*asked)
+    assert [message.split(":")[0] for message in messages] == ["joint"]
+    scheme["joint"] = {"train_mask": True}
+    scheme["fine-grained"] |= {"coarse_mask": None, "heads_mask": None, "dimff_mask": None}
+    messages = [message.split("\n")[0] for message in errors_of(*asked)]
+    assert messages == [f"fine-grained.{key}_mask: missing" for key in ("heads", "dimff", "coarse")]
+    del scheme["fine-grained"]
+    assert [message.split(":")[0] for message in errors_of(*asked)] == ["fine-grained"]
+
+
+def test_all_mistakes_of_a_joint_budget_are_told_at_once(errors_of, load, scheme):
+    scheme["joint"] = {"train_mask": True, "target_params": 0.5, "target_flops": 0.5, "flops_length": 9}
+    messages = errors_of()
+    assert [message.split(":")[0] for message in messages] == [
+        "joint.target_params", "joint.target_flops", "joint.flops_length", "joint"
+    ]  # fmt: skip
+    assert all("belongs to scope 'global'\n  got:    scope 'block'" in message for message in messages[:3])
+    scheme["joint"] |= {"scope": "global", "target_sparsity": 0.5}
+    messages = errors_of()
+    assert messages[0].startswith("joint.target_sparsity: belongs to scope 'block'") and "two budgets" in messages[1]
+    assert "a block of which no unit is left is removed" in messages[0] and len(messages) == 2
+    scheme["joint"] |= {"target_sparsity": None, "target_flops": None}
+    assert errors_of()[0].startswith("joint.flops_length: there is no target_flops")
+    scheme["joint"]["flops_length"] = None
+    assert load().joint.target_params == 0.5
+
+
+@pytest.mark.parametrize("share", [0, 1, 1.5, 2000000, "true"])
+@pytest.mark.parametrize("key", ["target_params", "target_flops"])
+def test_a_budget_is_a_share(errors_of, key, share):
+    [message] = errors_of("joint.train_mask=true", "joint.scope=global", f"joint.{key}={share}")
+    assert f"wrong value at 'joint.{key}'" in message

@@ -8,7 +8,7 @@ from typing import get_args
 import jsonschema
 import pytest
 
-from cook.config import corpus, types
+from cook.config import corpus, scheme, types
 from cook.config.load import _BMCOOK, _SCHEME
 from cook.config.schema import MAX_DEPTH, load_schema, schema_findings, shown, subschema, wanted
 
@@ -73,6 +73,8 @@ def test_schema_and_dataclass_have_the_same_keys_and_defaults(name, key, section
         (types.ModelType, "bmcook", ("model", "type")),
         (types.MaskMethod, "bmcook", ("pruning", "mask_method")),
         (types.PruneMode, "l0_pruning", ("fine-grained", "prune_mode")),
+        (scheme.Scope, "l0_pruning", ("fine-grained", "scope")),
+        (scheme.Scope, "l0_pruning", ("joint", "scope")),
     ],
 )
 def test_schema_and_literal_have_the_same_words(literal, name, keys):
@@ -81,14 +83,14 @@ def test_schema_and_literal_have_the_same_words(literal, name, keys):
 
 def test_root_keys_are_the_fields_of_the_run_config():
     names = {field.name for field in dataclasses.fields(types.RunConfig)}
-    assert set(load_schema("bmcook")["properties"]) | {"coarse", "fine", "gates", "source"} == names
+    assert set(load_schema("bmcook")["properties"]) | {"coarse", "fine", "joint", "gates", "source"} == names
 
 
 @pytest.mark.parametrize(
     "value, problem, said",
     [
         ({"gatse": {}}, "unknown key 'gatse'", "remedy: did you mean 'gates'?"),
-        ({"xyz": 1}, "unknown key 'xyz'", "wanted: one of coarse-grained, fine-grained, gates"),
+        ({"xyz": 1}, "unknown key 'xyz'", "wanted: one of coarse-grained, fine-grained, joint, gates"),
         ({"gates": {"ramp": "0.5"}}, "wrong value at 'gates.ramp'", 'a number from 0 to 1, or "auto"\n  got:    "0.5"'),
         ({"gates": {"ramp": True}}, "wrong value at 'gates.ramp'", "got:    true"),
         ({"gates": {"ramp": None}}, "wrong value at 'gates.ramp'", "got:    null"),

@@ -20,6 +20,8 @@ from cook.config.types import STAGE_NAMES, described_stage, for_stage, training_
         (["fine-grained.prune_mode=att", "fine-grained.train_mask=true"], "att_mask"),
         (["fine-grained.prune_mode=att"], "att_finetune"),
         (["fine-grained.train_mask=true"], "ffn_mask"),
+        (["pruning.mask_method=joint", "joint.train_mask=true"], "joint_mask"),
+        (["pruning.mask_method=joint", "joint.train_mask=false"], "joint_finetune"),
         ([], "ffn_finetune"),
     ],
 )
@@ -29,7 +31,7 @@ def test_the_switches_describe_a_stage(load, settings, stage):
 
 @pytest.mark.parametrize("name", [name for name in STAGE_NAMES if name != "random_baseline"])
 def test_for_stage_sets_the_switches_that_describe_it(load, name):
-    assert described_stage(for_stage(load(), name)) == name
+    assert described_stage(for_stage(load("joint.train_mask=false"), name)) == name
 
 
 def test_overrides_of_a_stage(load):

@@ -13,6 +13,7 @@ from cook.masks.mask_set import (
     fine_to_tensors,
     kept_counts,
     kept_groups,
+    without_empty_blocks,
 )
 from cook.surgery.restrict import restrict
 from tests.models.cpm_ant_tiny import RAGGED
@@ -108,3 +109,26 @@ def test_rows_of_blocks_outside_pruned_module_stay_too():
     tensors["heads_z"][2, 0] = 0
     with pytest.raises(UserError, match="prunes layers.2.heads, which pruned_module"):
         fine_from_tensors(space, {}, tensors, "heads", "f")
+
+
+def test_a_block_without_units_counts_as_removed():
+    masks = {"layers.0.heads": torch.zeros(4), "layers.1.heads": torch.tensor([0, 0, 1.0, 0])}
+    masks |= {"layers.2.dimff": torch.zeros(20), "layers.0.dimff": torch.ones(20)}
+    found = without_empty_blocks(SPACE, masks)
+    assert {name for name, mask in found.items() if not mask.any()} - set(masks) == {"layers.0.att", "layers.2.ffn"}
+    assert all(torch.equal(found[name], mask) for name, mask in masks.items())
+    coarse, fine = coarse_to_tensors(SPACE, found), fine_to_tensors(SPACE, found)
+    assert coarse["self_att_layer_z"].tolist() == [0, 1, 1] and coarse["ffn_layer_z"].tolist() == [1, 1, 0]
+    assert fine["heads_z"].sum(1).tolist() == [1, 4] and fine["dimff_z"].sum(1).tolist() == [20, 20]
+    back = coarse_from_tensors(SPACE, coarse, "f")
+    assert kept_counts(fine_from_tensors(SPACE, back, fine, "heads", "f")) == {"layers.1.heads": 1, "layers.2.heads": 4}
+
+
+def test_files_of_a_model_that_lost_all_blocks_of_a_kind():
+    found = without_empty_blocks(SPACE, {f"layers.{n}.heads": torch.zeros(4) for n in range(3)})
+    coarse, fine = coarse_to_tensors(SPACE, found), fine_to_tensors(SPACE, found)
+    assert coarse["self_att_layer_z"].tolist() == [0] * 3 and fine["heads_z"].shape == (0, 4)
+    back = coarse_from_tensors(SPACE, coarse, "f")
+    assert fine_from_tensors(SPACE, back, fine, "heads", "f") == {}
+    with pytest.raises(UserError, match="f: heads_z does not fit"):
+        fine_from_tensors(SPACE, back, {"heads_z": torch.ones(1, 4)}, "heads", "f")

@@ -51,6 +51,18 @@ def test_as_many_of_everything(seed, coarse, fine):
     assert parameters(SPACE, kept[0]) == parameters(SPACE, kept[1])
 
 
+@settings(deadline=None)
+@given(st.integers(0, 10**6))
+def test_uneven_blocks_are_copied_from_the_bottom_up(seed):
+    random = torch.Generator().manual_seed(seed)
+    masks = {g.name: (torch.rand(g.size, generator=random) < 0.3).float() for g in SPACE.groups}
+    masks["layers.4.heads"] = torch.zeros(4)
+    drawn = random_masks_like(SPACE, masks, random)
+    kept, copied = shape(masks), shape(drawn)
+    assert copied == kept
+    assert all(len(kept[site]) == sum(masks[f"layers.{n}.{site}"] for n in range(5)) for site in kept)
+
+
 def test_the_choice_is_random_and_the_generators():
     masks = learned(11)
     drawn = [random_masks_like(SPACE, masks, torch.Generator().manual_seed(seed)) for seed in (0, 0, *range(1, 200))]

@@ -8,12 +8,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cook.adapters.cpm_ant import ADAPTER
+from cook.adapters.source import load_model
 from cook.masks.mask_set import kept_counts
-from cook.space.counts import block_parameters, forward_flops, kept_shapes, parameters, unit_parameters
+from cook.space.counts import block_parameters, forward_flops, kept_shapes, parameters, unit_flops, unit_parameters
+from cook.surgery.prune import reshaped_source
 from cook.surgery.reshape import kept_units
 from cook.surgery.restrict import restrict
 from tests.models.cpm_ant_tiny import RAGGED, tiny_model
+from tests.tiny_families import tiny_source as tiny_stock
 from tests.tiny_pruning import config_of, masks_of, tiny_space
+from tests.tiny_pruning import tiny_source as tiny_cpm_ant
 
 SPACES = {name: (changes, tiny_space(**changes)) for name, changes in {"plain": {}, "ragged": RAGGED}.items()}
 
@@ -83,6 +87,29 @@ def test_flops_are_those_that_torch_counts(kept):
     head = 2 * 24 * 61
     ours = forward_flops(space, kept, context=length)
     assert counted == rows * (length * (ours - head) + (length - 5) * head)
+
+
+def counted_flops(model, ids):
+    """What torch counts of a forward pass, its shared table of position biases left out."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=ids)
+    flops = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+    return flops["Global"] - flops.get("CpmAntForCausalLM.position_bias", 0)
+
+
+@pytest.mark.parametrize(("family", "queries"), [("CPM-Ant", 1), ("llama", 2), ("gpt2", 1)])
+def test_the_flops_of_a_unit_are_those_that_torch_counts_less_without_it(tmp_path, family, queries):
+    source = tiny_cpm_ant(tmp_path)[1] if family == "CPM-Ant" else tiny_stock(family)
+    space = source.adapter.space(source.config)
+    ids = torch.randint(0, 61, (2, 14), generator=torch.Generator().manual_seed(0))
+    length = 14 + source.config.get("prompt_length", 0)
+    whole = counted_flops(load_model(source), ids)
+    for group in (g for g in space.groups if g.kind != "layer" and g.layer == 1):
+        mask = torch.ones(group.size)
+        mask[1] = 0
+        less = whole - counted_flops(load_model(reshaped_source(source, space, {group.name: mask})), ids)
+        assert less == 2 * length * unit_flops(space, group, context=length), group.name
+        assert group.members == (queries if group.kind == "heads" else 1)
 
 
 def _shape(masks, space):

@@ -54,6 +54,37 @@ def test_the_plan_of_the_whole_recipe(config, tmp_path, capsys):
     assert "the end of layer_finetune" in lines["att_mask"] and "fresh weights" in lines["pretrain"]
 
 
+JOINT = ("pretrain", "joint_mask", "joint_finetune")
+
+
+@pytest.mark.parametrize(
+    ("joint", "learns", "removed"),
+    [
+        ({}, "heads, dims", 3 * (2 * 4 * 32 * 8 + 14 * 3 * 32)),
+        ({"target_sparsity": 0.35}, "layers, heads, dims", ATT + FFN + 2 * (2 * 4 * 32 * 8 + 14 * 3 * 32)),
+        # Half of 12 heads of 1024 and 72 dims of 96 parameters, the last of each block first: 6 heads and 36 dims.
+        ({"scope": "global", "target_params": 0.5}, "heads, dims (uneven)", 6 * 1024 + 36 * 96),
+        ({"scope": "global"}, "heads, dims (uneven)", 3 * (2 * 4 * 32 * 8 + 14 * 3 * 32)),
+    ],
+)
+def test_the_plan_of_a_joint_recipe(config, capsys, joint, learns, removed):
+    loaded = config(stages=JOINT, joint={"train_mask": True, **joint})
+    print_plan(loaded, recipe(loaded), world_size=1)
+    lines = {line.split()[0]: " ".join(line.split()) for line in capsys.readouterr().out.splitlines() if line.strip()}
+    whole, left = (f"{count / 1000:.1f}k" for count in (WHOLE, WHOLE - removed))
+    assert f" {learns} 6 " in lines["joint_mask"] and f" {whole} {left} " in lines["joint_mask"]
+    assert f" – 6 ≤ 960 {left} {left} " in lines["joint_finetune"]
+
+
+def test_the_plan_of_uneven_heads(config, capsys):
+    loaded = config("fine-grained.scope=global", stages=("pretrain", "layer_mask", "att_mask"))
+    print_plan(loaded, recipe(loaded), world_size=1)
+    lines = {line.split()[0]: " ".join(line.split()) for line in capsys.readouterr().out.splitlines() if line.strip()}
+    left = f"{(WHOLE - ATT - FFN - 2 * 2 * 4 * 32 * 8) / 1000:.1f}k"
+    assert " layers 6 " in lines["layer_mask"] and " heads (uneven) 6 " in lines["att_mask"]
+    assert f" {left} " in lines["att_mask"], lines
+
+
 N = 1000
 # Rajbhandari et al. 2020, figure 1 (K = 12, Ψ parameters): 16 Ψ, 4 + 12/N, 2 + 14/N, 16/N.
 HALF = {1: {1: 16.0, 2: 4 + 12 / 2, 4: 4 + 12 / 4}, 2: {2: 2 + 14 / 2, 4: 2 + 14 / 4}, 3: {2: 16 / 2, 4: 16 / 4}}

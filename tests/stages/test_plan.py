@@ -11,6 +11,7 @@ from cook.base.errors import UserError
 from cook.config.load import load_config
 from cook.config.types import RunConfig, described_stage
 from cook.stages.plan import MaskPaths, Stage, plan_stage, recipe
+from cook.stages.summary import masks_after
 from tests.stages.tiny_run import ATT_FIRST, FFN_FIRST, write_run
 
 L, H, D = (f"out/masks/{name}.pt" for name in ("layer", "heads", "dimff"))
@@ -29,7 +30,9 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def row(stage: Stage) -> tuple:
     held = stage.fixed
-    return stage.name, stage.learns, (held.layer, held.heads, held.dimff), stage.writes, stage.after
+    [written] = {path for path in vars(stage.writes).values() if path} or {None}
+    [learned] = stage.learns or (None,)
+    return stage.name, learned, (held.layer, held.heads, held.dimff), written, stage.after
 
 
 COMMON = [
@@ -70,6 +73,42 @@ def test_the_table_of_stages(config, tmp_path, order, leftovers):
         assert row(plan_stage(loaded, expected[0])) == expected, "a stage alone is that of the recipe"
 
 
+JOINT = ("pretrain", "joint_mask", "joint_finetune", "random_baseline")
+
+
+@pytest.mark.parametrize("blocks", [None, 0.3])
+def test_a_joint_stage_writes_all_masks_and_reads_none(config, blocks):
+    loaded = config(JOINT, joint={"train_mask": True, "target_sparsity": blocks})
+    _, mask, finetune, baseline = recipe(loaded)
+    assert mask.learns == (("layer",) if blocks else ()) + ("heads", "dimff")
+    assert mask.fixed == MaskPaths() and mask.writes == MaskPaths(layer=L, heads=H, dimff=D)
+    assert mask.after == "pretrain" and finetune.after == "joint_mask" and baseline.after == "pretrain"
+    assert finetune.fixed == mask.writes and finetune.writes == MaskPaths() and finetune.learns == ()
+    assert masks_after(mask) == masks_after(finetune) == mask.writes
+
+
+@pytest.mark.parametrize(
+    ("stages", "changes", "kinds"),
+    [
+        (ATT_FIRST, {}, set()),
+        (ATT_FIRST, {"fine__scope": "global"}, {"heads", "dimff"}),
+        (("ffn_mask",), {"fine__scope": "global"}, {"dimff"}),
+        (JOINT, {"fine__scope": "global", "joint": {"train_mask": True}}, set()),
+        (JOINT, {"joint": {"train_mask": True, "scope": "global"}}, {"heads", "dimff"}),
+        (ATT_FIRST, {"joint": {"train_mask": True, "scope": "global"}}, set()),
+    ],
+)
+def test_a_scope_counts_where_its_stages_run(config, stages, changes, kinds):
+    loaded = config(stages, **changes)
+    assert [stage.uneven for stage in recipe(loaded)] == [kinds] * len(stages)
+
+
+@pytest.mark.parametrize(("name", "section"), [("joint_mask", "joint"), ("joint_finetune", "joint")])
+def test_a_stage_asked_for_by_hand_needs_its_section_too(config, name, section):
+    with pytest.raises(UserError, match=f"{name} needs the section '{section}'"):
+        plan_stage(config(), name)
+
+
 SWITCHES = [
     ("pretrain", {"pruning__is_pruning": False}),
     ("layer_mask", {}),
@@ -78,16 +117,19 @@ SWITCHES = [
     ("att_finetune", {"pruning__mask_method": "fine-grained", "fine__train_mask": False}),
     ("ffn_mask", {"pruning__mask_method": "fine-grained", "fine__prune_mode": "ffn"}),
     ("ffn_finetune", {"pruning__mask_method": "fine-grained", "fine__train_mask": False, "fine__prune_mode": "ffn"}),
+    ("joint_mask", {"pruning__mask_method": "joint"}),
+    ("joint_finetune", {"pruning__mask_method": "joint", "joint__train_mask": False}),
 ]
 
 
 @pytest.mark.parametrize(("name", "switches"), SWITCHES, ids=[name for name, _ in SWITCHES])
 @pytest.mark.parametrize("stages", [(), ATT_FIRST])
 def test_the_switches_of_the_two_files_describe_each_stage(config, name, switches, stages):
-    loaded = config(stages, **switches)
+    joint = {"joint": {"train_mask": True}}
+    loaded = config(stages, **joint, **switches)
     assert described_stage(loaded) == name
     # Planning a stage sets the same switches again, whatever the files say.
-    assert described_stage(plan_stage(config(stages), name).config) == name
+    assert described_stage(plan_stage(config(stages, **joint), name).config) == name
 
 
 @pytest.mark.parametrize(
@@ -161,11 +203,25 @@ def test_every_setting_that_decides_the_outcome_is_in_the_fingerprint(config, se
         ("fine-grained.target_num_heads=1", {"att_mask", "random_baseline"}),
         ("coarse-grained.target_sparsity=0.4", {"layer_mask", "random_baseline"}),
         ("fine-grained.heads_mask=elsewhere.pt", set()),
+        ("fine-grained.scope=global", {"att_mask", "ffn_mask", "random_baseline"}),
     ],
 )
 def test_a_target_concerns_the_stages_that_it_shapes(config, setting, concerned):
     before, after = prints(config(ATT_FIRST)), prints(config(ATT_FIRST, setting))
     assert {name for name in before if before[name] != after[name]} == concerned & set(ATT_FIRST)
+
+
+@pytest.mark.parametrize(
+    ("setting", "concerns"),
+    [("joint.scope=global", True), ("joint.target_sparsity=0.2", True), ("fine-grained.target_dimff=4", True),
+     ("joint.train_mask=false", False), ("fine-grained.scope=global", False)],
+)  # fmt: skip
+def test_the_targets_of_a_joint_stage_are_its_own(config, setting, concerns):
+    before = prints(config(JOINT, joint={"train_mask": True}))
+    after = prints(config(JOINT, setting, joint={"train_mask": True}))
+    changed = {name for name in before if before[name] != after[name]} - {"random_baseline"}
+    assert changed == ({"joint_mask"} if concerns else set())
+    assert before["random_baseline"] != after["random_baseline"] or not concerns
 
 
 @pytest.mark.parametrize(

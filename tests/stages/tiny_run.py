@@ -130,7 +130,7 @@ def write_run(folder: Path, stages: Sequence[str] = (), **changes: Any) -> None:
     files = copy.deepcopy(files)
     for key, value in changes.items():
         first, *rest = key.split("__")
-        node: Any = files["scheme" if first in (*names, "gates") else "bmcook"]
+        node: Any = files["scheme" if first in (*names, "joint", "gates") else "bmcook"]
         path = [names.get(first, first), *rest]
         for part in path[:-1]:
             node = node.setdefault(part, {})

@@ -102,6 +102,27 @@ def test_useless_blocks_are_removed(seed, relaxation):
 
 
 @pytest.mark.parametrize("relaxation", [Deterministic(), HardConcrete()])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_budget_for_all_blocks_finds_useless_units_wherever_they_are(seed, relaxation):
+    model = frozen_model(seed)
+    groups = sorted((g for g in SPACE.groups if g.kind != "layer"), key=lambda g: g.kind, reverse=True)
+    # The whole first FFN, half of the second, and heads of the last block alone: no two blocks are alike.
+    planted = {g.name: [] for g in groups} | {"layers.0.dimff": list(range(16)), "layers.1.dimff": list(range(8))}
+    planted["layers.2.heads"] = [1, 2, 4]
+    for group in groups:
+        out = model.get_submodule(group.gate.module).weight
+        width = out.shape[1] // group.size
+        for unit in planted[group.name]:
+            out[:, unit * width : (unit + 1) * width] = 0
+    costs = [float(unit_parameters(SPACE, group)) for group in groups for _ in range(group.size)]
+    useless = sum(unit_parameters(SPACE, group) * len(planted[group.name]) for group in groups)
+    shares, target = tuple(cost / sum(costs) for cost in costs), useless / sum(costs)
+    constraint = Constraint(name="heads and dims", start=0, costs=shares, target=target)
+    gates = Gates({g.name: g.size for g in groups}, [constraint], steps=STEPS["fine"], seed=seed, relaxation=relaxation)
+    assert learn(model, gates, groups, seed) == planted
+
+
+@pytest.mark.parametrize("relaxation", [Deterministic(), HardConcrete()])
 def test_without_the_task_loss_chance_decides(relaxation):
     right = 0
     for seed in range(2):

@@ -13,9 +13,11 @@ from cook.adapters.source import load_model, open_model
 from cook.base.errors import UserError
 from cook.evaluation.equality import largest_difference
 from cook.masks.mask_file import read_masks
+from cook.masks.mask_set import without_empty_blocks
 from cook.surgery import prune
-from cook.surgery.prune import mask_model, prune_to_folder
+from cook.surgery.prune import mask_model, prune_to_folder, reshaped_source
 from tests.models.cpm_ant_tiny import RAGGED, random_batch
+from tests.tiny_families import tiny_source as tiny_stock
 from tests.tiny_pruning import ADAPTER, config_of, random_masks, tiny_source, tiny_space
 
 SPACE = tiny_space()
@@ -32,6 +34,26 @@ def pruned(tmp_path, masks, **changes):
 def same(model, other):
     batches = [random_batch(seed, model.config) for seed in range(3)]
     return largest_difference(model, other, batches) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("family", "removed"),
+    [("CPM-Ant", {"layers.1.att", "layers.0.ffn"}), ("llama, tied", {"layers.1.att", "layers.0.ffn"}),
+     ("gemma2", {"layers.0.ffn"}), ("llama", set()), ("gpt2", set()), ("opt, norms behind", set())],
+)  # fmt: skip
+def test_a_block_without_units_counts_as_removed_unless_its_bias_acts_on(tmp_path, family, removed):
+    source = tiny_source(tmp_path)[1] if family == "CPM-Ant" else tiny_stock(family)
+    space = source.adapter.space(source.config)
+    masks = {"layers.1.heads": torch.zeros(4), "layers.0.dimff": torch.zeros(20), "layers.2.dimff": torch.eye(20)[3]}
+    settled = without_empty_blocks(space, masks)
+    assert set(settled) - set(masks) == removed
+    learned, held = load_model(source), load_model(source)
+    mask_model(learned, space, masks)
+    mask_model(held, space, settled)
+    ids = torch.randint(1, 61, (2, 9), generator=torch.Generator().manual_seed(0))
+    batches = [{"input_ids": ids}, {"input_ids": ids.flip(1)}]
+    assert largest_difference(learned, held, batches) == 0
+    assert largest_difference(held, load_model(reshaped_source(source, space, settled)), batches) <= 1e-5
 
 
 @pytest.mark.parametrize("changes", [{}, RAGGED])
