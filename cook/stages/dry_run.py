@@ -11,6 +11,7 @@ from cook.report.console import print_plan as print_table_of_stages
 from cook.report.human import human_count
 from cook.space.counts import parameters, unit_parameters
 from cook.space.units import PruningSpace
+from cook.stages.distillation import open_lesson
 from cook.stages.inputs import Inputs, open_inputs
 from cook.stages.plan import Stage
 from cook.training.settings import check_settings
@@ -35,6 +36,7 @@ def print_plan(config: RunConfig, stages: Sequence[Stage], *, world_size: int) -
     kept: dict[str, int] = {}
     for stage in stages:
         inputs = open_inputs(stage, must_exist=False)
+        open_lesson(stage, inputs, must_exist=False)
         kept = {} if stage.name in ("pretrain", "layer_mask") else kept | kept_counts(inputs.fixed)
         before = parameters(inputs.space, kept)
         kept = kept | _expected_kept(stage, inputs, kept)
