@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-NO_TARGET = -100
+from cook.data.packing import NO_TARGET
+
 CHUNK = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Logits of which an fp32 copy is made at a time: what stays in a core's cache; enough to keep a card busy."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +14,9 @@ from tests.stages.tiny_run import run
 from tests.training import tiny_training as tiny
 
 # fp32: sums in another order; AdamW divides by the gradient's own size (see tests/training/test_engine_and_step.py).
-LOSS, WEIGHT, GATE = 1e-5, 1e-4, 1e-4
+LOSS, GATE = 1e-5, 1e-4
+# Measured with the wide teacher: 2e-4 in a single weight whose gradient all but vanishes, 5e-6 in the last thousandth.
+WEIGHT, NEARLY_ALL = 5e-4, 2e-5
 ZERO = (0, 1, 2, 3)
 FROZEN = {"train_weights": False}
 
@@ -59,6 +60,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     assert a.keys() == b.keys()
     return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], name: str) -> None:
+    errors = torch.cat([(a[key] - b[key]).abs().flatten() for key in b])
+    assert float(errors.max()) < WEIGHT and float(errors.quantile(0.999)) < NEARLY_ALL, name
 
 
 def runs(results: dict[int, list[dict[str, Any]]], kind: str) -> list[tuple[str, dict[str, Any]]]:
@@ -109,8 +115,8 @@ def test_finetuning_under_a_wider_teacher_is_that_of_plain_pytorch(results):
         assert not result["problems"], name
         assert result["losses"] == pytest.approx(plain["losses"], rel=LOSS), name
         assert result["norms"] == pytest.approx(plain["norms"], rel=1e-4), name
-        assert distance(result["weights"], plain["weights"]) < WEIGHT, name
-        assert distance(result["projections"], maps) < WEIGHT, name
+        same_weights(result["weights"], plain["weights"], name)
+        same_weights(result["projections"], maps, name)
 
 
 @pytest.mark.parametrize("case", ["0 fp32", "2 bf16", "3 fp32", "3 bf16"])
