@@ -38,7 +38,9 @@ def cases(ranks: int) -> dict[str, Any]:
     for zero, precision in ((0, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")):
         own = {**FROZEN, "micro_batch_size": share, "precision": precision}
         for teacher in ("self", "copy", "streamed"):
-            made[f"{teacher} of {zero} {precision}"] = {"zero": zero, "teacher": teacher, "training": own}
+            made[f"{teacher} of {zero} {precision}"] = {
+                "zero": zero, "teacher": teacher, "training": own, "dropout": 0.3
+            }  # fmt: skip
     return made
 
 
@@ -51,7 +53,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str
         (folder / "cases.json").write_text(json.dumps(cases(ranks)))
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
         command = [sys.executable, "-W", "ignore", *launcher, tiny_distill.__file__, "cases.json", "out"]
-        result = run(command, folder, timeout=240)
+        result = run(command, folder, timeout=400)
         assert result.code == 0, result
         found[ranks] = [torch.load(folder / f"out.{rank}", weights_only=True) for rank in range(ranks)]
     return found

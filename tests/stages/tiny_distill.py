@@ -49,7 +49,7 @@ def same_teacher() -> torch.nn.Module:
 
 
 def distil(case: dict[str, Any]) -> Any:
-    """`teacher`: "self", "copy", "streamed" or "wide"."""
+    """`teacher`: "self", "copy", "streamed" or "wide"; `dropout` of the student, which no teacher has."""
 
     def make(engine: Engine, attached: AttachedGates) -> Distiller:
         kind = case["teacher"]
@@ -60,6 +60,10 @@ def distil(case: dict[str, Any]) -> Any:
             if kind == "streamed":
                 stream_weights(model, engine.device)
             teacher = model_teacher(model)
+        for module in engine.module.modules() if "dropout" in case else ():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = case["dropout"]
+        torch.manual_seed(5)
         wide = kind == "wide"
         return Distiller(
             engine.module, teacher, **(SCALES | ({"mse_att_scale": 0.0} if wide else {})),
