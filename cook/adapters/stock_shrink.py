@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from cook.adapters.origin import remembered
 from cook.adapters.protocol import KeptUnits, ModelConfig, Shrunk
 from cook.adapters.stock_models import config_object, is_ragged, plain, skeleton, weight_shapes
 from cook.adapters.stock_space import Heads, head_dim_of, heads_of
@@ -27,7 +28,7 @@ def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptU
     layers = layers or [space.num_layers - 1]  # no class of transformers has been tried without any layer
     renamed = _renamed(family, left, layers)
     shapes = {renamed.get(path, path): shape for path, shape in left.items()}
-    base = _with_layers(family, config, layers)
+    base = _with_layers(family, config, layers) | remembered(config, space.num_layers, layers)
     sizes = [_sizes(family, config, space, counts, layer) for layer in layers]
     if len(set(sizes)) == 1 and None not in sizes[0]:
         heads, ffn = sizes[0]

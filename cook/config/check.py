@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cook.base.errors import UserError
-from cook.config import check_data, check_paths, check_pattern, check_scheme, check_training
+from cook.config import check_data, check_distillation, check_paths, check_pattern, check_scheme, check_training
 from cook.config.facts import model_facts
 from cook.config.types import GatesConfig, LoggingConfig
 
@@ -39,7 +39,8 @@ CHECKS: tuple[Callable[..., Iterable[UserError]], ...] = (
     check_training.deepspeed_agrees,
     check_training.precision_agrees,
     check_training.checkpoints_can_be_trusted,
-    check_training.distillation_does_something,
+    check_distillation.distillation_does_something,
+    check_distillation.teacher_can_teach,
     check_scheme.mask_is_structured,
     check_scheme.recipe_in_order,
     check_scheme.sections_given,

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from cook.base.errors import UserError
 from cook.config.corpus import DataConfig
-from cook.config.types import CoarseConfig, DistillationConfig, FineConfig, ModelConfig, TokenizerConfig
+from cook.config.distillation import OWN_TEACHER, DistillationConfig
+from cook.config.types import CoarseConfig, FineConfig, ModelConfig, TokenizerConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TRACKED_FOLDERS = (".ci", ".git", ".venv", "config", "cook", "results/bench", "scripts", "tests")
@@ -67,8 +68,9 @@ def paths_exist(
     for number, source in enumerate(data.sources):
         for key in ("paths", "held_out_paths"):
             named += [(f"data.sources.{number}.{key}.{i}", path) for i, path in enumerate(getattr(source, key))]
-    if distillation is not None and not _is_inside(distillation.teacher, output_dir):
-        named.append(("distillation.teacher", distillation.teacher))  # inside, an earlier stage may write it
+    teacher = distillation.teacher if distillation is not None else OWN_TEACHER
+    if teacher != OWN_TEACHER and not _is_inside(teacher, output_dir):
+        named.append(("distillation.teacher", teacher))  # inside, an earlier stage may write it
     missing = [(key, path) for key, path in named if path is not None and not _found(path, key.startswith("data."))]
     if missing:
         listed = "".join(f"\n    {key}: {path}" for key, path in missing)

@@ -10,7 +10,6 @@ from cook.base.errors import UserError
 from cook.config.corpus import DataConfig
 from cook.config.facts import ModelFacts
 from cook.config.types import (
-    DistillationConfig,
     ModelConfig,
     StageEntry,
     TokenizerConfig,
@@ -171,21 +170,6 @@ def checkpoints_can_be_trusted(deepspeed: dict[str, Any]) -> Iterator[UserError]
     ):
         if _at(deepspeed, keys) is bad:
             yield UserError(f"deepspeed.{'.'.join(keys)}: {why}", wanted=str(not bad).lower(), remedy="leave it out")
-
-
-def distillation_does_something(distillation: DistillationConfig | None) -> Iterator[UserError]:
-    """A teacher is only run if one of the two losses has a weight, and hidden states only for named modules."""
-    if distillation is None:
-        return
-    if not distillation.ce_scale and not distillation.mse_hidn_scale:
-        remedy = 'set "distillation" to null to do without a teacher'
-        yield UserError("distillation: ce_scale and mse_hidn_scale are both 0", wanted="one above 0", remedy=remedy)
-    if bool(distillation.mse_hidn_scale) != bool(distillation.mse_hidn_module):
-        yield UserError(
-            "distillation: mse_hidn_scale and mse_hidn_module belong together",
-            wanted="a scale above 0 with at least one module, or neither",
-            got=f"scale {distillation.mse_hidn_scale:g} with {len(distillation.mse_hidn_module)} module(s)",
-        )
 
 
 def _trainings(

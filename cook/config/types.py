@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from cook.config.corpus import DataConfig
+from cook.config.distillation import DistillationConfig
 from cook.config.scheme import (
     PATTERN_METHODS,
     CoarseConfig,
@@ -158,26 +159,6 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillationConfig:
-    """A dense teacher whose outputs the pruned model imitates."""
-
-    teacher: str
-    """Folder of the teacher model."""
-
-    ce_scale: float = 0.0
-    """Weight of the cross entropy between the teacher's and the student's token distributions."""
-
-    ce_temp: float = 1.0
-    """Temperature that softens both distributions."""
-
-    mse_hidn_scale: float = 0.0
-    """Weight of the mean squared error between hidden states."""
-
-    mse_hidn_module: tuple[str, ...] = ()
-    """Pairs `[post]student.module:[post]teacher.module`; `[pre]` takes a module's input, `[post]` its output."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
     """Where a run reports to, beside its log file."""
 
@@ -290,26 +271,35 @@ def training_for(config: RunConfig, stage_name: str) -> TrainingConfig:
 
 def described_stage(config: RunConfig) -> StageName:
     """The one stage that `is_pruning`, `mask_method`, `train_mask` and `prune_mode` describe together."""
-    if not config.pruning.is_pruning:
+    name = stage_of(config.pruning, config.coarse, config.fine, config.joint)
+    assert name is not None, "the loader lets no stage pass without its section"
+    return name
+
+
+def stage_of(
+    pruning: PruningConfig, coarse: CoarseConfig | None, fine: FineConfig | None, joint: JointConfig | None
+) -> StageName | None:
+    """The stage that these sections describe; None where its own is missing."""
+    if not pruning.is_pruning:
         return "pretrain"
-    if config.pruning.mask_method in PATTERN_METHODS:
+    if pruning.mask_method in PATTERN_METHODS:
         return "pattern"
-    if config.pruning.mask_method == "coarse-grained":
-        assert config.coarse is not None, "the loader lets no coarse-grained stage pass without its section"
-        return "layer_mask" if config.coarse.train_mask else "layer_finetune"
-    if config.pruning.mask_method == "joint":
-        assert config.joint is not None, "the loader lets no joint stage pass without its section"
-        return "joint_mask" if config.joint.train_mask else "joint_finetune"
-    assert config.fine is not None, "the loader lets no fine-grained stage pass without its section"
-    if config.fine.prune_mode == "att":
-        return "att_mask" if config.fine.train_mask else "att_finetune"
-    return "ffn_mask" if config.fine.train_mask else "ffn_finetune"
+    if pruning.mask_method == "coarse-grained":
+        return None if coarse is None else "layer_mask" if coarse.train_mask else "layer_finetune"
+    if pruning.mask_method == "joint":
+        return None if joint is None else "joint_mask" if joint.train_mask else "joint_finetune"
+    if fine is None:
+        return None
+    if fine.prune_mode == "att":
+        return "att_mask" if fine.train_mask else "att_finetune"
+    return "ffn_mask" if fine.train_mask else "ffn_finetune"
 
 
 def for_stage(config: RunConfig, stage_name: StageName) -> RunConfig:
     """The configuration whose switches describe `stage_name` and whose `training` holds that stage's overrides.
 
-    `random_baseline` finetunes a masked model, so its switches are left as they stand.
+    Its `distillation` is None where the stage has no teacher. `random_baseline` finetunes a masked model, so its
+    switches are left as they stand.
     """
     pruning, coarse, fine, joint = config.pruning, config.coarse, config.fine, config.joint
     unit, _, kind = stage_name.partition("_")
@@ -331,6 +321,10 @@ def for_stage(config: RunConfig, stage_name: StageName) -> RunConfig:
         pruning = dataclasses.replace(pruning, is_pruning=True, mask_method="fine-grained")
         mode: PruneMode = "att" if unit == "att" else "ffn"
         fine = dataclasses.replace(fine, train_mask=kind == "mask", prune_mode=mode)
+    teacher = config.distillation
+    if teacher is not None and (stage_name == "pretrain" or stage_name not in (teacher.stages or STAGE_NAMES)):
+        teacher = None
+    training = training_for(config, stage_name)
     return dataclasses.replace(
-        config, pruning=pruning, coarse=coarse, fine=fine, joint=joint, training=training_for(config, stage_name)
+        config, pruning=pruning, coarse=coarse, fine=fine, joint=joint, training=training, distillation=teacher
     )

@@ -1,115 +1,119 @@
-"""Distillation: the student imitates a frozen teacher's token distribution and hidden states.
-
-Source: Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network" (2015), for the softened distributions
-and their factor T².
-"""
+"""Distillation: the student imitates a frozen teacher's token distribution, hidden states and attention blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from cook.base.batches import Batch, CallForm, as_it_is
-from cook.base.errors import UserError
-from cook.data.losses import model_inputs
-
-
-def token_divergence(
-    student_logits: torch.Tensor, teacher_logits: torch.Tensor, targets: torch.Tensor, temperature: float
-) -> torch.Tensor:
-    """T² · KL(teacher ‖ student) at temperature T, summed over the positions that have a target.
-
-    Args:
-        student_logits: `(batch, len, vocab)`.
-        teacher_logits: The same shape; carries no gradient.
-        targets: `(batch, len)`, −100 where there is nothing to predict.
-        temperature: T, divides both logits.
-    """
-    chosen = targets != -100
-    student = F.log_softmax(student_logits[chosen].float() / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_logits[chosen].float() / temperature, dim=-1)
-    return temperature**2 * F.kl_div(student, teacher, reduction="sum", log_target=True)
-
-
-def hidden_error(student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean squared error a feature, summed over the positions that have a target; states are `(batch, len, dim)`."""
-    chosen = targets != -100
-    return (student[chosen].float() - teacher[chosen].float()).pow(2).mean(-1).sum()
+from cook.base.batches import Batch
+from cook.distill.losses import hidden_error, token_divergence
+from cook.distill.projections import Projections
+from cook.distill.taps import Pair, Tap, check_pairs, raise_pairs
+from cook.distill.teachers import Teacher
 
 
 class Distiller:
     """The extra loss of a step, from a batch and the student's logits.
 
     Args:
-        student: The model in training; hooks read the hidden states that `hidden_pairs` names.
-        teacher: The dense model, on the student's device; it is put into eval mode and never trained.
+        student: The model in training; hooks read the states that the pairs name, in its passes with gradients.
+        teacher: The model to imitate.
         ce_scale: Weight of `token_divergence`.
         ce_temp: Its temperature.
-        mse_hidn_scale: Weight of `hidden_error`, summed over the pairs.
-        hidden_pairs: `[post]student.module:[post]teacher.module`; `[pre]` takes a module's input.
-        call_form: Of the teacher.
+        mse_hidn_scale: Weight of `hidden_error`, summed over the hidden pairs.
+        hidden_pairs: Places whose states `(rows, positions, width)` are compared.
+        projections: Maps between hidden states of different widths; None where none are allowed.
+        mse_att_scale: Weight of `hidden_error`, summed over the attention pairs.
+        attention_pairs: The same for the outputs of attention blocks.
+
+    Raises:
+        UserError: a module that a pair names is not there.
     """
 
     def __init__(
         self,
         student: torch.nn.Module,
-        teacher: torch.nn.Module,
+        teacher: Teacher,
         *,
         ce_scale: float,
         ce_temp: float,
-        mse_hidn_scale: float,
-        hidden_pairs: Sequence[str],
-        call_form: CallForm = as_it_is,
+        mse_hidn_scale: float = 0.0,
+        hidden_pairs: Sequence[Pair] = (),
+        projections: Projections | None = None,
+        mse_att_scale: float = 0.0,
+        attention_pairs: Sequence[Pair] = (),
     ):
-        self._teacher, self._call_form = teacher.eval().requires_grad_(False), call_form
-        self._ce_scale, self._ce_temp, self._mse_scale = ce_scale, ce_temp, mse_hidn_scale
-        pairs = [pair.split(":") for pair in hidden_pairs]
-        self._student_taps = [_Tap(student, place) for place, _ in pairs]
-        self._teacher_taps = [_Tap(teacher, place) for _, place in pairs]
+        keyed = {"mse_hidn_module": hidden_pairs, "mse_att_module": attention_pairs}
+        check_pairs(keyed, student, teacher.module)
+        self.projections = projections
+        self._teacher, self._ce_scale, self._ce_temp = teacher, ce_scale, ce_temp
+        self._pairs = [(pair, mse_hidn_scale, projections) for pair in hidden_pairs]
+        self._pairs += [(pair, mse_att_scale, None) for pair in attention_pairs]
+        self._student_taps = [Tap(student, pair.student) for pair, *_ in self._pairs]
+        self._teacher_taps = [Tap(teacher.module, pair.teacher) for pair, *_ in self._pairs]
+        # In front of the model's whole pass, through which the backward pass and the model as its own teacher do not
+        # come again.
+        self._handle = student.register_forward_pre_hook(self._begin)
+
+    def _begin(self, *_: Any) -> None:
+        for tap in self._student_taps if torch.is_grad_enabled() else ():
+            tap.arm()
 
     def __call__(self, batch: Batch, student_logits: torch.Tensor) -> torch.Tensor:
-        """The weighted sum of both losses over the batch's target tokens."""
+        """The weighted sum of all losses over the batch's target tokens.
+
+        Raises:
+            UserError: states that cannot be compared, on every rank alike.
+        """
         targets = batch["targets"]
-        with torch.no_grad():
-            teacher_logits = self._teacher(**self._call_form(model_inputs(batch))).logits
+        mine = [tap.take() for tap in self._student_taps]
+        for tap in self._teacher_taps:
+            tap.arm()
+        wanted_logits = self._teacher.forward(batch).logits
+        wanted = [tap.take() for tap in self._teacher_taps]
+        self._check(mine, wanted, targets)
         loss = student_logits.new_zeros((), dtype=torch.float32)
         if self._ce_scale:
-            loss = loss + self._ce_scale * token_divergence(student_logits, teacher_logits, targets, self._ce_temp)
-        for mine, wanted in zip(self._student_taps, self._teacher_taps, strict=True):
-            loss = loss + self._mse_scale * hidden_error(mine.take(), wanted.take(), targets)
+            loss = loss + self._ce_scale * token_divergence(student_logits, wanted_logits, targets, self._ce_temp)
+        for (pair, scale, projections), own, its in zip(self._pairs, mine, wanted, strict=True):
+            if own.shape[-1] == its.shape[-1]:
+                error = hidden_error(own, its, targets)
+            else:
+                assert projections is not None, "checked above"
+                project = partial(projections.apply, str(pair), width=its.shape[-1])
+                error = hidden_error(own, its, targets, project)
+            loss = loss + scale * error
         return loss
+
+    def _check(self, mine: list[Any], wanted: list[Any], targets: torch.Tensor) -> None:
+        problems = []
+        for (pair, _, projections), own, its in zip(self._pairs, mine, wanted, strict=True):
+            faults = [f"{who} {_fault(states, targets)}" for who, states in (("student's", own), ("teacher's", its))
+                      if _fault(states, targets)]  # fmt: skip
+            if not faults and own.shape[-1] != its.shape[-1] and projections is None:
+                faults.append(f"widths differ, {own.shape[-1]} and {its.shape[-1]}")
+            problems += [f"{pair}: the {fault}" for fault in faults]
+        if problems:
+            raise_pairs(
+                problems, "tensors of (rows, positions, width), of one width",
+                "name other modules; for hidden states of different widths set mse_hidn_proj to true",
+            )  # fmt: skip
 
     def remove(self) -> None:
         """Takes the hooks off both models."""
+        self._handle.remove()
         for tap in (*self._student_taps, *self._teacher_taps):
-            tap.handle.remove()
+            tap.remove()
 
 
-class _Tap:
-    """Keeps the last input or output of a module."""
-
-    def __init__(self, model: torch.nn.Module, place: str):
-        when, path = place[: place.index("]") + 1], place[place.index("]") + 1 :]
-        try:
-            module = model.get_submodule(path)
-        except AttributeError:
-            raise UserError(f"distillation.mse_hidn_module: the model has no module {path!r}") from None
-        self._value: torch.Tensor | None = None
-        if when == "[pre]":
-            self.handle = module.register_forward_pre_hook(self._keep_input, with_kwargs=True)
-        else:
-            self.handle = module.register_forward_hook(self._keep_output)
-
-    def _keep_input(self, _module: torch.nn.Module, inputs: tuple, named: dict) -> None:
-        self._value = inputs[0] if inputs else named["hidden_states"]  # as transformers calls a layer's blocks
-
-    def _keep_output(self, _module: torch.nn.Module, _inputs: tuple, output: Any) -> None:
-        self._value = output[0] if isinstance(output, tuple) else output
-
-    def take(self) -> torch.Tensor:
-        assert self._value is not None, "the module did not run"
-        value, self._value = self._value, None
-        return value
+def _fault(states: Any, targets: torch.Tensor) -> str | None:
+    if states is None:
+        return "module does not run in a pass of the model"
+    if not torch.is_tensor(states):
+        return f"module gives a {type(states).__name__}"
+    if states.shape[:-1] != targets.shape:
+        return f"module gives a tensor of shape {tuple(states.shape)}"
+    return None

@@ -13,6 +13,7 @@ from cook.report.console import print_plan as print_table_of_stages
 from cook.report.human import human_count
 from cook.space.counts import parameters
 from cook.space.units import PruningSpace
+from cook.stages.distillation import open_lesson
 from cook.stages.inputs import Inputs, final_masks, make_gates, open_inputs
 from cook.stages.plan import Stage
 from cook.training.settings import check_settings
@@ -37,6 +38,7 @@ def print_plan(config: RunConfig, stages: Sequence[Stage], *, world_size: int) -
     kept: dict[str, int] = {}
     for stage in stages:
         inputs = open_inputs(stage, must_exist=False)
+        open_lesson(stage, inputs, must_exist=False)
         begins_anew = stage.name == "pretrain" or stage.writes.layer
         kept = {} if begins_anew else kept | kept_counts(inputs.fixed)
         before = parameters(inputs.space, kept)
@@ -74,7 +76,7 @@ def _expected_kept(stage: Stage, inputs: Inputs) -> dict[str, int]:
         return {}
     blocks = len([group for group in inputs.learned if group.kind == "layer"])
     within = [torch.arange(group.size) / group.size for group in inputs.learned[blocks:]]
-    gates.log_alpha = -torch.cat([torch.arange(float(blocks)), *within])
+    gates.values = -torch.cat([torch.arange(float(blocks)), *within])
     return kept_counts(final_masks(stage, inputs, gates))
 
 

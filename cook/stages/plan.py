@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cook.base.errors import UserError
-from cook.config.types import RunConfig, StageName, for_stage
+from cook.config.types import RunConfig, StageName, for_stage, training_for
 
 LearnedKind = Literal["layer", "heads", "dimff"]
 LEARNS: dict[str, tuple[LearnedKind, ...]] = {
@@ -47,6 +47,8 @@ class Stage:
     """The mask files that the stage ends with, if it learns any."""
     after: StageName | None
     """The stage whose weights this one starts from; None for `model.path` or fresh weights."""
+    adapted: bool = False
+    """Whether an earlier stage of the recipe trains weights under masks, which then need these masks."""
 
     @property
     def folder(self) -> Path:
@@ -120,7 +122,9 @@ class Stage:
             training.pop(key)
         for key in ("cache_dir", "workers", "ledger"):
             data.pop(key)
-        distillation = config.distillation if self.name != "pretrain" else None
+        teacher = asdict(config.distillation) if config.distillation else {}
+        for key in ("teacher_device", "stages"):
+            teacher.pop(key, None)
         described = {
             "stage": self.name,
             "seed": config.seed,
@@ -129,7 +133,7 @@ class Stage:
             "data": data,
             "training": training,
             "deepspeed": {key: config.deepspeed[key] for key in ("optimizer", "scheduler") if key in config.deepspeed},
-            "distillation": asdict(distillation) if distillation else None,
+            "distillation": teacher or None,
             "pruned_module": config.pruning.pruned_module if self.name != "pretrain" else None,
             "targets": self._targets(),
             **self.pattern_settings(),
@@ -163,6 +167,7 @@ def plan_stage(config: RunConfig, name: StageName) -> Stage:
         fixed=_fixed(config, name, order, before),
         writes=_writes(config, name),
         after=_predecessor(name, before),
+        adapted=any(training_for(config, early).train_weights for early in before if early != "pretrain"),
     )
 
 

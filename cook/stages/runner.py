@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cook.adapters.source import ModelSource, load_model, open_model, placed, unfilled_model
+from cook.adapters.source import unfilled_model
 from cook.base import distributed
 from cook.base.distributed import say
 from cook.base.errors import UserError
@@ -21,13 +21,13 @@ from cook.base.seeds import derived_seed, seed_everything
 from cook.base.watchdog import At
 from cook.data.load import TrainingData, load_rows
 from cook.data.loader import held_out_batches
-from cook.distill.distiller import Distiller
 from cook.evaluation.perplexity import held_out_loss
 from cook.masks.gates import Gates
 from cook.masks.mask_file import write_mask_file
 from cook.masks.mask_set import FINE_KEYS, coarse_to_tensors, fine_to_tensors, kept_counts
 from cook.report.events import EventLog
 from cook.space.counts import parameters
+from cook.stages.distillation import make_distiller, open_lesson
 from cook.stages.feeding import Feeding, check_corpus, open_loader, rows_before
 from cook.stages.inputs import Inputs, final_masks, make_gates, open_inputs
 from cook.stages.pattern import masked_weights, pattern_identity, pattern_masks, pattern_spec
@@ -60,6 +60,7 @@ def run_stage(stage: Stage, *, resume: str, at: At) -> None:
     at(0, "preparing")
     check_settings(stage.config.training, stage.config.deepspeed, world_size=distributed.world_size())
     inputs = open_inputs(stage)
+    lesson = open_lesson(stage, inputs)
     if resume == "never" and distributed.rank() == 0:
         shutil.rmtree(stage.folder, ignore_errors=True)
     distributed.barrier()
@@ -78,7 +79,8 @@ def run_stage(stage: Stage, *, resume: str, at: At) -> None:
     if zeros:
         engine.hold_zeros(zeros, gradients_only=pattern_spec(stage).quirks.drifting_weights)
     gates, attached = make_gates(stage, inputs), _attach(engine, inputs)
-    distiller = _distiller(stage, engine)
+    distiller = make_distiller(lesson, stage, engine, attached)
+    projections = distiller.projections if distiller else None
     say(_opening(stage, inputs, engine))
 
     loader = open_loader(stage, data)
@@ -86,7 +88,7 @@ def run_stage(stage: Stage, *, resume: str, at: At) -> None:
     _on_first_rank(lambda: check_corpus(stage, resumed=found is not None))
     position = Position(step=0, tokens=0)
     if found:
-        position = load_checkpoint(*found, engine, gates, fingerprint=identity)
+        position = load_checkpoint(*found, engine, gates, fingerprint=identity, projections=projections)
         saved_by = found[1]["world_size"]
         others = f", saved by {saved_by} rank(s)" if saved_by != distributed.world_size() else ""
         say(f"{stage.name}: going on from step {position.step}{others}")
@@ -101,6 +103,7 @@ def run_stage(stage: Stage, *, resume: str, at: At) -> None:
             attached=attached,
             gates=gates,
             extra_loss=distiller,
+            projections=projections,
             checkpoints=stage.folder / "checkpoints",
             fingerprint=identity,
             on_save=lambda: _write_masks(stage, inputs, gates),
@@ -211,36 +214,6 @@ def _attach(engine: Engine, inputs: Inputs) -> AttachedGates:
     groups = [group for group in inputs.space.groups if group.name in names]
     fixed = {name: mask.to(engine.device) for name, mask in inputs.fixed.items()}
     return AttachedGates(engine.module, groups, fixed)
-
-
-def _distiller(stage: Stage, engine: Engine) -> Distiller | None:
-    options = stage.config.distillation
-    if options is None or stage.name == "pretrain" or not (options.ce_scale or options.mse_hidn_scale):
-        return None
-    source = open_model(options.teacher)
-    _check_teacher(options.teacher, source, engine)
-    teacher = load_model(source)
-    return Distiller(
-        engine.module,
-        placed(teacher, engine.device, engine.dtype),
-        ce_scale=options.ce_scale,
-        ce_temp=options.ce_temp,
-        mse_hidn_scale=options.mse_hidn_scale,
-        hidden_pairs=options.mse_hidn_module if options.mse_hidn_scale else (),
-        call_form=source.adapter.inputs,
-    )
-
-
-def _check_teacher(name: str, teacher: ModelSource, engine: Engine) -> None:
-    student = engine.model_config()
-    if not teacher.adapter.is_causal:
-        raise UserError(f"distillation.teacher: {name} does not predict the next token")
-    for key in ("vocab_size", "prompt_length"):
-        if teacher.config.get(key) != student.get(key):
-            raise UserError(
-                f"distillation.teacher: {name} has another {key} than the student",
-                wanted=student.get(key), got=teacher.config.get(key),
-            )  # fmt: skip
 
 
 def _opening(stage: Stage, inputs: Inputs, engine: Engine) -> str:

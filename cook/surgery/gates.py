@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -43,6 +44,19 @@ class AttachedGates:
         unknown = set(values) - set(self._groups)
         assert not unknown, f"no gate was attached for {sorted(unknown)}"
         self._values = self._fixed | {name: self._expanded(self._groups[name], z) for name, z in values.items()}
+
+    @contextmanager
+    def opened(self, *, fixed: bool) -> Iterator[None]:
+        """All gates open, for a pass of the model as its own teacher; afterwards they are as they were.
+
+        Args:
+            fixed: Those of the fixed masks too.
+        """
+        values, self._values = self._values, {} if fixed else self._fixed
+        try:
+            yield
+        finally:
+            self._values = values
 
     @staticmethod
     def _expanded(group: UnitGroup, value: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from cook.base.faults import point
 from cook.base.files import read_json
 from cook.base.seeds import derived_seed, restore_rng_state, seed_everything
 from cook.base.tensor_files import load_pt
+from cook.distill.projections import Projections
 from cook.masks.gates import Gates
 from cook.training.engine import Engine
 from cook.training.manifest import MANIFEST, folder_of, none_to_go_on_from, recover, steps, verify
@@ -81,8 +82,9 @@ def _verified_together(folder: Path) -> dict[str, Any] | UserError:
 
 
 def load_checkpoint(
-    folder: Path, manifest: dict[str, Any], engine: Engine, gates: Gates | None, *, fingerprint: str
-) -> Position:
+    folder: Path, manifest: dict[str, Any], engine: Engine, gates: Gates | None, *, fingerprint: str,
+    projections: Projections | None = None,
+) -> Position:  # fmt: skip
     """Restores engine, gates and generators from a verified checkpoint; all ranks call it together.
 
     With another number of ranks or at another ZeRO stage, fp32 weights, moments, schedules and gates come back exactly
@@ -113,6 +115,8 @@ def load_checkpoint(
     point("load.engine")
     if gates:
         gates.load_state_dict(load_pt(folder / "gates.pt"))
+    if projections:
+        projections.load_state_dict(load_pt(folder / "projections.pt"))
     if distributed.rank() < manifest["world_size"]:
         restore_rng_state(load_pt(folder / f"rng-{distributed.rank()}.pt"))
     else:

@@ -192,6 +192,20 @@ class Engine:
     def __call__(self, **inputs: Any) -> Any:
         return self._engine(**self._call_form(inputs))
 
+    def ask(self, **inputs: Any) -> Any:
+        """Another pass of the same weights between a forward and its backward: without gradients and dropout.
+
+        It goes past the hooks of the whole model, in which ZeRO-3 sees the beginning of a new step: so both passes and
+        the backward pass are one sequence to it, which it fetches ahead when it comes again.
+        """
+        training = self.module.training
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                return self.module.forward(**self._call_form(inputs))
+        finally:
+            self.module.train(training)
+
     def backward(self, loss: torch.Tensor) -> None:
         """Backward pass of one micro-batch; gradients add up as loss / accumulation."""
         self._engine.backward(loss)

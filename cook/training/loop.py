@@ -20,6 +20,7 @@ from cook.base.errors import Interrupted
 from cook.base.signals import Request, Signals
 from cook.base.watchdog import At
 from cook.config.types import TrainingConfig
+from cook.distill.projections import Projections
 from cook.masks.gates import Gates
 from cook.report.console import Progress
 from cook.report.events import EventLog
@@ -61,6 +62,8 @@ class Run:
     gates: Gates | None
     task_loss: TaskLoss = token_loss
     extra_loss: ExtraLoss | None
+    projections: Projections | None = None
+    """What `extra_loss` learns itself."""
     checkpoints: Path
     saves: bool = True
     """False: nothing is saved, for a run that is short and starts over."""
@@ -112,6 +115,7 @@ def train(run: Run, start: Position, log: EventLog) -> Position:
                 gates=run.gates,
                 task_loss=run.task_loss,
                 extra_loss=run.extra_loss,
+                projections=run.projections,
                 asked=signals.take() | (Request.SETTLE if saver.failed else Request.NOTHING),
                 update=update,
                 limits=limits,
@@ -133,7 +137,7 @@ def train(run: Run, start: Position, log: EventLog) -> Position:
             if due and run.saves:
                 run.at(step, "saving")
                 whole = dataclasses.replace(position, guard=guard.state_dict(), data=run.batches.state_dict())
-                saver.save(run.engine, run.gates, whole, also=run.on_save)
+                saver.save(run.engine, run.gates, whole, also=run.on_save, projections=run.projections)
             if Request.STOP in asked:
                 saver.wait()
                 kept = f"saved step {step} of {training.steps}" if run.saves else "starts over"

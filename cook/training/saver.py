@@ -23,6 +23,7 @@ from cook.base import distributed
 from cook.base.errors import Interrupted, RankLost, RunFailed
 from cook.base.faults import point
 from cook.base.seeds import rng_state
+from cook.distill.projections import Projections
 from cook.masks.gates import Gates
 from cook.training.engine import Engine
 from cook.training.manifest import SCRATCH, file_entry, folder_of, publish, recover
@@ -89,7 +90,10 @@ class Saver:
         """Whether the save under way has failed; the ranks may learn it at different times."""
         return bool(self._failures)
 
-    def save(self, engine: Engine, gates: Gates | None, position: Position, *, also: Callable[[], None]) -> None:
+    def save(
+        self, engine: Engine, gates: Gates | None, position: Position, *, also: Callable[[], None],
+        projections: Projections | None = None,
+    ) -> None:  # fmt: skip
         """Writes checkpoint `step-<n>`; returns once the files are written, before they are hashed and published.
 
         Args:
@@ -97,6 +101,7 @@ class Saver:
             gates: The masks being learned, if any.
             position: The place in the run, with this rank's states.
             also: Writes what goes with a checkpoint but lies elsewhere; called first.
+            projections: What distillation learns itself, if anything.
 
         Raises:
             RunFailed: on every rank, if any rank could not write; older checkpoints are untouched.
@@ -110,7 +115,7 @@ class Saver:
         point("save.scratch")
         written: list[Path] = []
         # The masks first: flushing a small file takes long once gigabytes wait to be flushed beside it.
-        error = attempt(also) or attempt(lambda: written.extend(_write(scratch, engine, gates)))
+        error = attempt(also) or attempt(lambda: written.extend(_write(scratch, engine, gates, projections)))
         point("save.written")
         small = {"guard": position.guard, "data": position.data}
         reports = distributed.gather((error, [path.relative_to(scratch).as_posix() for path in written], small))
@@ -188,12 +193,14 @@ def attempt(action: Callable[[], Any]) -> str | None:
     return None
 
 
-def _write(scratch: Path, engine: Engine, gates: Gates | None) -> list[Path]:
+def _write(scratch: Path, engine: Engine, gates: Gates | None, projections: Projections | None) -> list[Path]:
     written = list(engine.save(scratch))
     rank = distributed.rank()
     tensors: dict[str, dict] = {f"rng-{rank}.pt": rng_state()}
     if rank == 0 and gates:
         tensors["gates.pt"] = gates.state_dict()
+    if rank == 0 and projections:
+        tensors["projections.pt"] = projections.state_dict()
     for name, state in tensors.items():
         torch.save(state, scratch / name)
     return [*written, *(scratch / name for name in tensors)]

@@ -14,6 +14,7 @@ from cook.base.batches import Batch, on_device
 from cook.base.faults import point
 from cook.base.signals import Request
 from cook.data.losses import model_inputs
+from cook.distill.projections import Projections
 from cook.masks.gates import Gates
 from cook.surgery.gates import AttachedGates
 from cook.training.engine import Engine
@@ -63,6 +64,7 @@ def train_step(
     gates: Gates | None,
     task_loss: TaskLoss = token_loss,
     extra_loss: ExtraLoss | None,
+    projections: Projections | None = None,
     asked: Request,
     update: int | None = None,
     limits: Limits = NO_LIMITS,
@@ -85,6 +87,7 @@ def train_step(
         gates: The masks being learned; None in pretraining and finetuning.
         task_loss: The task's loss, from the model's output and the batch's targets.
         extra_loss: Distillation, added to the task's loss.
+        projections: What `extra_loss` learns itself.
         asked: What signals have asked of this rank.
         update: The number that the update will have, from 1: the gates' targets depend on it. None: as the step.
         limits: What the loss and the gradient's norm may be.
@@ -106,12 +109,13 @@ def train_step(
             engine.step()
 
     z_gradient = _averaged_gate_gradient(engine, z)
+    map_gradient = _averaged(engine, projections.gradient()) if projections else None
     wishes = loss_sum.new_tensor([float(request in asked) for request in Request])
     health = torch.cat([torch.stack([loss_sum.nan_to_num(), bad.float()]), wishes])
     loss_total, num_bad, *votes = distributed.all_reduce_sum(health).tolist()
     point("step.backward")
     loss_mean = math.nan if num_bad else loss_total / num_targets
-    problem = _problem(int(num_bad), bad, z_gradient)
+    problem = _problem(int(num_bad), bad, z_gradient, map_gradient)
     if spike := problem is None and loss_mean > limits.loss:
         problem = f"the loss {loss_mean:.4g} is above {limits.loss:.4g}"
     engine.set_learning_rate(learning_rate)
@@ -122,6 +126,8 @@ def train_step(
     if applied and gates:
         assert z_gradient is not None
         gates.update(z_gradient, step if update is None else update)
+    if applied and projections and map_gradient is not None:
+        projections.update(map_gradient)
     norm = engine.gradient_norm()
     if not applied and problem is None and norm is not None and math.isfinite(norm):
         problem, spike = f"the gradient's norm {norm:.4g} is above {limits.norm:.4g}", True
@@ -132,13 +138,17 @@ def train_step(
     return StepResult(loss=loss_mean, applied=applied, problem=problem, spike=spike, asked=heard)
 
 
-def _problem(num_bad: int, bad: torch.Tensor, z_gradient: torch.Tensor | None) -> str | None:
+def _problem(
+    num_bad: int, bad: torch.Tensor, z_gradient: torch.Tensor | None, map_gradient: torch.Tensor | None
+) -> str | None:
     """What is not finite before the gradient's norm is known; the same words on every rank."""
     if num_bad:
         ranks = [str(rank) for rank, is_bad in enumerate(distributed.gather(bool(bad))) if is_bad]
         return f"the loss on rank {', '.join(ranks)} is not finite"
     if z_gradient is not None and not torch.isfinite(z_gradient).all():
         return "the gradient of a gate is not finite"
+    if map_gradient is not None and not torch.isfinite(map_gradient).all():
+        return "the gradient of a projection is not finite"
     return None
 
 
@@ -156,5 +166,13 @@ def _averaged_gate_gradient(engine: Engine, z: torch.Tensor | None) -> torch.Ten
     if z is None:
         return None
     assert z.grad is not None, "the loss does not depend on the gates"
-    gradient = z.grad.float() / (engine.loss_scale * distributed.world_size())
-    return distributed.all_reduce_sum(gradient).cpu()
+    averaged = _averaged(engine, z.grad.float())
+    assert averaged is not None
+    return averaged.cpu()
+
+
+def _averaged(engine: Engine, gradient: torch.Tensor | None) -> torch.Tensor | None:
+    """A gradient that lives beside the engine, unscaled and averaged over the ranks."""
+    if gradient is None:
+        return None
+    return distributed.all_reduce_sum(gradient / (engine.loss_scale * distributed.world_size()))

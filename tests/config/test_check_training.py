@@ -141,22 +141,6 @@ def test_precision(errors_of, load, precision, bf16, fp16, fits):
         assert len(errors_of(*settings)) == 1
 
 
-@pytest.mark.parametrize(
-    "settings, said",
-    [
-        ([], "ce_scale and mse_hidn_scale are both 0"),
-        (["distillation.mse_hidn_scale=1"], "belong together"),
-        (["distillation.ce_scale=1", 'distillation.mse_hidn_module=["[pre]a:[post]b"]'], "belong together"),
-        (["distillation.ce_scale=1", 'distillation.mse_hidn_module=["a:b"]'], "wrong value at"),
-        (["distillation.ce_scale=1", "distillation.ce_temp=0"], "wrong value at"),
-    ],
-)
-def test_distillation(errors_of, bmcook, settings, said):
-    bmcook["distillation"] = {"teacher": "results/tiny/dense"}
-    [message] = errors_of(*settings)
-    assert said in message
-
-
 def test_a_hugging_face_model_is_a_folder(errors_of, load, bmcook, elsewhere):
     for model in ({"type": "hf"}, {"type": "hf", "path": "m.pt"}):
         bmcook["model"] = model

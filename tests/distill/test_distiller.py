@@ -1,79 +1,33 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
 
 from cook.base.errors import UserError
-from cook.distill.distiller import Distiller, hidden_error, token_divergence
+from cook.distill.distiller import Distiller
+from cook.distill.losses import hidden_error
+from cook.distill.projections import Projections
+from cook.distill.taps import read_pair
+from cook.distill.teachers import model_teacher
+from tests.distill.test_losses import numpy_divergence
 from tests.models.cpm_ant_tiny import random_batch, tiny_model
-
-TARGETS = torch.tensor([[3, -100, 5, 0], [-100, -100, 1, -100]])
-
-
-def numpy_divergence(student, teacher, targets, temperature):
-    """T² Σ p ln(p / q) in float64, over the positions with a target."""
-    total = 0.0
-    for row, column in zip(*np.nonzero(targets != -100), strict=True):
-        p, q = (np.exp(x[row, column].astype(np.float64) / temperature) for x in (teacher, student))
-        p, q = p / p.sum(), q / q.sum()
-        total += (p * np.log(p / q)).sum()
-    return temperature**2 * total
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
-def test_divergence_is_the_formula(temperature):
-    random = torch.Generator().manual_seed(0)
-    student, teacher = (3 * torch.randn(2, 4, 11, generator=random) for _ in range(2))
-    got = token_divergence(student, teacher, TARGETS, temperature).item()
-    wanted = numpy_divergence(student.numpy(), teacher.numpy(), TARGETS.numpy(), temperature)
-    assert got == pytest.approx(wanted, rel=1e-5)
-    assert got > 0
-
-
-def test_divergence_is_zero_for_equals_and_its_gradient_is_that_of_soft_cross_entropy():
-    logits = torch.randn(2, 4, 11)
-    assert token_divergence(logits, logits + 7, TARGETS, 2.0).item() == pytest.approx(0, abs=1e-5)
-    student = torch.randn(2, 4, 11, requires_grad=True)
-    token_divergence(student, logits, TARGETS, 2.0).backward()
-    # d/ds of T²·KL is T·(softmax(s/T) − softmax(t/T)) where there is a target, and nothing elsewhere.
-    wanted = 2.0 * (F.softmax(student / 2, -1) - F.softmax(logits / 2, -1)) * (TARGETS != -100)[..., None]
-    torch.testing.assert_close(student.grad, wanted.detach(), rtol=1e-4, atol=1e-5)
-
-
-def test_nothing_to_predict_costs_nothing():
-    logits, none = torch.randn(2, 4, 11), torch.full((2, 4), -100)
-    assert token_divergence(logits, logits + 1, none, 1.0).item() == 0
-    assert hidden_error(logits, logits + 1, none).item() == 0
-
-
-def test_half_precision_is_computed_in_full():
-    student, teacher = torch.randn(2, 4, 11).bfloat16(), torch.randn(2, 4, 11).bfloat16()
-    got = token_divergence(student, teacher, TARGETS, 1.0)
-    assert got.dtype == torch.float32
-    wanted = numpy_divergence(student.float().numpy(), teacher.float().numpy(), TARGETS.numpy(), 1.0)
-    assert got.item() == pytest.approx(wanted, rel=1e-5)
-
-
-def test_hidden_error_is_the_formula():
-    a, b = torch.randn(2, 4, 6), torch.randn(2, 4, 6)
-    chosen = TARGETS.numpy() != -100
-    wanted = (((a.numpy() - b.numpy()).astype(np.float64)[chosen]) ** 2).mean(-1).sum()
-    assert hidden_error(a, b, TARGETS).item() == pytest.approx(wanted, rel=1e-5)
-
 
 LAST = "encoder.layers.2"
 NORM = "encoder.output_layernorm"
 
 
-def setup(seed_teacher=1, **options):
-    student, teacher = tiny_model(0), tiny_model(seed_teacher)
+ATTENTION = "encoder.layers.1.self_att.self_attention"
+
+
+def setup(seed_teacher=1, sizes=None, **options):
+    student, teacher = tiny_model(0), tiny_model(seed_teacher, **(sizes or {}))
     batch = random_batch(0, student.config)
     targets = torch.randint(0, 61, batch["input"].shape, generator=torch.Generator().manual_seed(0))
     batch["targets"] = targets.masked_fill(torch.rand(targets.shape, generator=torch.Generator()) < 0.3, -100)
-    settings = {"ce_scale": 0.0, "ce_temp": 1.0, "mse_hidn_scale": 0.0, "hidden_pairs": ()} | options
-    return student, teacher, batch, Distiller(student, teacher, **settings)
+    settings = {"ce_scale": 0.0, "ce_temp": 1.0} | options
+    for key in ("hidden_pairs", "attention_pairs"):
+        settings[key] = [read_pair(pair) for pair in settings.get(key, ())]
+    return student, teacher, batch, Distiller(student, model_teacher(teacher), **settings)
 
 
 def forward(model, batch):
@@ -153,3 +107,81 @@ def test_hooks_are_removed():
 def test_an_unknown_module_is_refused():
     with pytest.raises(UserError, match="no module 'encoder.layers.9'"):
         setup(mse_hidn_scale=1.0, hidden_pairs=[f"[post]encoder.layers.9:[post]{LAST}"])
+
+
+def test_attention_pairs_have_a_weight_of_their_own():
+    student, teacher, batch, distiller = setup(
+        mse_hidn_scale=0.5, hidden_pairs=[f"[post]{LAST}:[post]{LAST}"],
+        mse_att_scale=2.0, attention_pairs=[f"[post]{ATTENTION}:[post]{ATTENTION}"],
+    )  # fmt: skip
+    out = forward(student, batch)
+    got = distiller(batch, out.logits)
+    distiller.remove()
+    seen = {}
+    for model in (student, teacher):
+        for path in (LAST, ATTENTION):
+            model.get_submodule(path).register_forward_hook(
+                lambda _m, _i, o, path=path: seen.setdefault(path, []).append(o)
+            )
+        forward(model, batch)
+    hidden, attention = (hidden_error(*seen[path], batch["targets"]).item() for path in (LAST, ATTENTION))
+    assert got.item() == pytest.approx(0.5 * hidden + 2.0 * attention, rel=1e-4) and attention > 0
+
+
+WIDER = {"dim_model": 30}
+
+
+def test_widths_that_differ_are_told_all_at_once():
+    pairs = [f"[post]{LAST}:[post]{LAST}", f"[pre]{NORM}:[pre]{NORM}"]
+    attention = [f"[post]{ATTENTION}:[post]{ATTENTION}"]
+    student, _, batch, distiller = setup(
+        sizes=WIDER, mse_hidn_scale=1.0, hidden_pairs=pairs, mse_att_scale=1.0, attention_pairs=attention
+    )
+    with pytest.raises(UserError, match="3 place") as caught:
+        distiller(batch, forward(student, batch).logits)
+    assert all(f"{pair}: the widths differ, 24 and 30" in str(caught.value) for pair in (*pairs, *attention))
+    assert "mse_hidn_proj" in str(caught.value)
+
+
+def test_a_projection_is_learned_where_widths_differ_and_only_there():
+    pair, same = f"[post]{LAST}:[post]{LAST}", f"[post]{NORM}:[post]{NORM}"
+    projections = Projections(seed=1)
+    student, _, batch, distiller = setup(
+        sizes=WIDER, mse_hidn_scale=1.0, hidden_pairs=[pair, same], projections=projections
+    )
+    losses = []
+    student.requires_grad_(False)
+    for _ in range(40):
+        with torch.enable_grad():
+            loss = distiller(batch, forward(student, batch).logits) / 40
+        loss.backward()
+        projections.update(projections.gradient())
+        losses.append(loss.item())
+    assert set(projections.weights) == {pair, same} and losses[-1] < 0.9 * losses[0]
+    equal = Projections(seed=1)
+    student, _, batch, distiller = setup(mse_hidn_scale=1.0, hidden_pairs=[pair], projections=equal)
+    distiller(batch, forward(student, batch).logits)
+    assert not equal.weights and equal.gradient() is None
+
+
+@pytest.mark.parametrize(("place", "said"), [
+    ("[post]encoder.layers", "module does not run"),
+    ("[post]position_bias", "module gives a tensor of shape"),
+])  # fmt: skip
+def test_what_is_no_state_of_positions_is_refused(place, said):
+    student, _, batch, distiller = setup(mse_hidn_scale=1.0, hidden_pairs=[f"{place}:{place}"])
+    with pytest.raises(UserError, match=f"the student's {said}(.|\\n)*the teacher's {said}"):
+        distiller(batch, forward(student, batch).logits)
+
+
+def test_only_the_pass_with_gradients_is_kept_and_not_for_longer():
+    student, _, batch, distiller = setup(mse_hidn_scale=1.0, hidden_pairs=[f"[post]{LAST}:[post]{LAST}"])
+    [tap] = distiller._student_taps
+    with torch.no_grad():
+        forward(student, batch)
+    assert tap.take() is None, "an evaluation"
+    student.train()
+    student.gradient_checkpointing_enable()
+    loss = distiller(batch, forward(student, batch).logits)
+    loss.backward()  # calls the layers again
+    assert tap.take() is None and student.encoder.layers[0].ffn.ffn.w_out.weight.grad is not None

@@ -119,6 +119,24 @@ def test_checkpointing_gives_the_same_gradients():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-7)
 
 
+def test_gates_are_opened_for_a_while():
+    masks = random_masks(SPACE, 0)
+    fixed = {name: mask for name, mask in masks.items() if name.endswith("att")}
+    fixed["layers.0.att"] = torch.zeros(1)
+    model, batch = tiny_model(0), random_batch(0, tiny_model(0).config)
+    dense, held = model(**batch).logits, zeroed(0, fixed)(**batch).logits
+    attached = AttachedGates(model, SPACE.groups, fixed)
+    attached.set({name: mask for name, mask in masks.items() if name not in fixed})
+    masked = model(**batch).logits
+    with attached.opened(fixed=True):
+        assert torch.equal(model(**batch).logits, dense)
+    with attached.opened(fixed=False):
+        torch.testing.assert_close(model(**batch).logits, held, rtol=1e-5, atol=1e-5)
+    with pytest.raises(RuntimeError), attached.opened(fixed=True):
+        raise RuntimeError
+    assert torch.equal(model(**batch).logits, masked) and not torch.equal(masked, dense)
+
+
 def test_half_precision_stays_half():
     model = tiny_model(0).bfloat16()
     attached = AttachedGates(model, SPACE.groups, {})

@@ -41,9 +41,10 @@ def position(step: int, **others: Any) -> Position:
 
 def save(root: Path, step: int, *, keep: int = 10, engine: Any = None, gates: Any = None, **others: Any) -> Path:
     """Saves and waits for the publication."""
-    also = others.pop("also", lambda: None)
+    also, projections = others.pop("also", lambda: None), others.pop("projections", None)
     with Saver(root, stage="s", fingerprint="f", keep=keep) as saver:
-        saver.save(engine or FakeEngine(step), gates, position(step, **others), also=also)
+        at = position(step, **others)
+        saver.save(engine or FakeEngine(step), gates, at, also=also, projections=projections)
     assert saver.newest is not None
     return saver.newest
 

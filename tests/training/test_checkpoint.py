@@ -7,6 +7,7 @@ import torch
 
 from cook.base.errors import UserError
 from cook.base.files import read_json, write_json
+from cook.distill.projections import Projections
 from cook.training.checkpoint import find_checkpoint, load_checkpoint, stored_weights
 from cook.training.manifest import verify
 from cook.training.saver import Position
@@ -20,13 +21,19 @@ def test_what_is_saved_comes_back(tmp_path):
         gates.draw(step)
         gates.update(torch.linspace(-1, 1, len(gates.values)), step)
     torch.manual_seed(5)
-    folder = save(tmp_path, 7, engine=FakeEngine(41), gates=gates, guard={"recent": [0.1]}, data={"row": 3})
+    maps = Projections(seed=1)
+    (maps.apply("a", torch.ones(2, 3), 4) ** 2).sum().backward()
+    maps.update(maps.gradient())
+    folder = save(
+        tmp_path, 7, engine=FakeEngine(41), gates=gates, projections=maps, guard={"recent": [0.1]}, data={"row": 3}
+    )
     drawn = torch.rand(3)
     assert names(tmp_path) == ["latest", "step-7"] and (tmp_path / "latest").read_text() == "step-7\n"
     assert verify(folder)["step"] == 7 and read_json(folder / "config.json") == {"layers": 2}
 
-    engine, other = FakeEngine(), make_gates()
-    position = load_checkpoint(folder, verify(folder), engine, other, fingerprint="f")
+    engine, other, other_maps = FakeEngine(), make_gates(), Projections(seed=2)
+    position = load_checkpoint(folder, verify(folder), engine, other, fingerprint="f", projections=other_maps)
+    assert torch.equal(other_maps.weights["a"], maps.weights["a"])
     assert position == Position(step=7, updates=6, tokens=700, guard={"recent": [0.1]}, data={"row": 3})
     assert engine.number == 41 and not engine.resharded
     assert torch.equal(torch.rand(3), drawn)

@@ -43,7 +43,7 @@ class Saver:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def save(self, _engine: Any, _gates: Any, position: Position, *, also: Any) -> None:
+    def save(self, _engine: Any, _gates: Any, position: Position, *, also: Any, projections: Any) -> None:
         self.saved.append(position)
         also()
         self.newest, self.failed = Path(f"step-{position.step}"), position.step == self.breaks

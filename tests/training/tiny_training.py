@@ -133,9 +133,14 @@ def fixed_masks() -> dict[str, torch.Tensor]:
 
 
 def plain_run(
-    training: TrainingConfig, *, gated: bool = True, masked: bool = False, skipped: tuple[int, ...] = ()
-) -> dict[str, Any]:
-    """The same training in plain PyTorch, the whole batch at once, without the updates of the steps `skipped`."""
+    training: TrainingConfig, *, gated: bool = True, masked: bool = False, skipped: tuple[int, ...] = (),
+    extra: Any = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The same training in plain PyTorch, the whole batch at once, without the updates of the steps `skipped`.
+
+    `extra(model)` gives an object that is called with batch, targets and logits for a loss summed over the targets, and
+    whose `step()` comes after each update.
+    """
     model = build()
     model.load_state_dict(weights())
     optimizer = torch.optim.AdamW(
@@ -143,6 +148,7 @@ def plain_run(
     )
     gates = make_gates() if gated else None
     attached = attach(model, set(gates.sizes) if gates else set(), fixed_masks() if masked else {})
+    more = extra(model) if extra else None
     losses, norms, updates = [], [], 0
     for step in range(1, STEPS + 1):
         batch = Batches().rows(range((step - 1) * ROWS, step * ROWS))
@@ -150,9 +156,10 @@ def plain_run(
         z = gates.draw(step).requires_grad_() if gates else None
         if gates and z is not None:
             attached.set(gates.split(z))
-        loss = F.cross_entropy(model(**batch).logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+        logits = model(**batch).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
         optimizer.zero_grad()
-        loss.backward()
+        (loss + more(batch, targets, logits) / (targets != -100).sum() if more else loss).backward()
         bound = training.clip or float("inf")
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), bound)))
         losses.append(loss.item())
@@ -166,12 +173,14 @@ def plain_run(
         if gates and z is not None:
             assert z.grad is not None
             gates.update(z.grad, updates)
+        if more:
+            more.step()
     final = {name: p.detach().clone() for name, p in model.named_parameters()}
     return {"losses": losses, "norms": norms, "weights": final, "gates": gates.state_dict() if gates else None}
 
 
-def engine_run(case: dict[str, Any]) -> dict[str, Any]:
-    """A case on an engine.
+def engine_run(case: dict[str, Any], distil: Any = None) -> dict[str, Any]:
+    """A case on an engine; `distil(engine, attached)` gives its extra loss.
 
     `zero`, `training` (changes of TRAINING), `deepspeed` (a config), `fresh`, `gated`, `masked`, `scrambled`, `save` (a
     folder for a checkpoint at the end), `limits` of steps, and faults to inject: `nan_loss`, `inf_gradient` and
@@ -191,6 +200,8 @@ def engine_run(case: dict[str, Any]) -> dict[str, Any]:
     gates = make_gates() if case.get("gated", True) else None
     masks = fixed_masks() if case.get("masked") else {}
     attached = attach(engine.module, set(gates.sizes) if gates else set(), masks)
+    distiller = distil(engine, attached) if distil else None
+    projections = distiller.projections if distiller else None
     losses, norms, rates, problems, updates = [], [], [], {}, 0
     rank, world = distributed.rank(), distributed.world_size()
     for step in range(1, training.steps + 1):
@@ -202,7 +213,8 @@ def engine_run(case: dict[str, Any]) -> dict[str, Any]:
             learning_rate=learning_rate(training, updates + 1),
             attached=attached,
             gates=gates,
-            extra_loss=_fault(case, step, rank),
+            extra_loss=distiller or _fault(case, step, rank),
+            projections=projections,
             asked=Request.NOTHING,
             update=updates + 1,
             limits=Limits(**case.get("limits", {}).get(str(step), {})),
@@ -221,6 +233,7 @@ def engine_run(case: dict[str, Any]) -> dict[str, Any]:
     return {
         "losses": losses, "norms": norms, "rates": rates, "start": start, "weights": final, "problems": problems,
         "gates": gates.state_dict() if gates else None,
+        "projections": projections.state_dict()["weights"] if projections else None,
     }  # fmt: skip
 
 

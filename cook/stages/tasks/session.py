@@ -21,6 +21,7 @@ from cook.config.tasks import TaskConfig
 from cook.config.types import TrainingConfig
 from cook.data.loader import RowLoader
 from cook.distill.distiller import Distiller
+from cook.distill.teachers import model_teacher
 from cook.evaluation.predict import predict
 from cook.models.encoder import Encoder, write_encoder
 from cook.report.events import EventLog
@@ -105,8 +106,8 @@ class Session:
         for name, parameter in teacher.named_parameters():
             parameter.data.copy_(weights[name])
         return Distiller(
-            engine.module, teacher.to(engine.device, engine.dtype), ce_scale=self.config.distillation,
-            ce_temp=self.config.temperature, mse_hidn_scale=0.0, hidden_pairs=(),
+            engine.module, model_teacher(teacher.to(engine.device, engine.dtype)),
+            ce_scale=self.config.distillation, ce_temp=self.config.temperature,
         )  # fmt: skip
 
     def evaluate(self, engine: Engine, folder: Path | None = None) -> dict[str, float]:
