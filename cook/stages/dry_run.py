@@ -74,7 +74,7 @@ def _expected_kept(stage: Stage, inputs: Inputs) -> dict[str, int]:
         return {}
     blocks = len([group for group in inputs.learned if group.kind == "layer"])
     within = [torch.arange(group.size) / group.size for group in inputs.learned[blocks:]]
-    gates.log_alpha = -torch.cat([torch.arange(float(blocks)), *within])
+    gates.values = -torch.cat([torch.arange(float(blocks)), *within])
     return kept_counts(final_masks(stage, inputs, gates))
 
 
