@@ -75,7 +75,7 @@ def test_a_global_kind_has_one_budget_of_as_many_units_as_even_blocks(opened, na
     assert len(budget.costs) == size and len(set(budget.costs)) == 1 and budget.target == pytest.approx(target)
     shapes = set()
     for seed in range(20):
-        gates.log_alpha = torch.randn(size, generator=torch.Generator().manual_seed(seed))
+        gates.values = torch.randn(size, generator=torch.Generator().manual_seed(seed))
         kept = kept_counts(final_masks(stage, inputs, gates))
         assert sum(kept.values()) == round(size * (1 - target))
         shapes.add(tuple(kept.values()))
@@ -84,7 +84,7 @@ def test_a_global_kind_has_one_budget_of_as_many_units_as_even_blocks(opened, na
 
 def test_a_block_that_loses_its_last_head_keeps_its_row_where_the_layer_mask_is_fixed(opened):
     stage, inputs, gates = opened("att_mask", fine__scope="global")
-    gates.log_alpha = torch.linspace(1, -1, 12)
+    gates.values = torch.linspace(1, -1, 12)
     masks = final_masks(stage, inputs, gates)
     tensors = fine_to_tensors(inputs.space, masks)
     assert tensors["heads_z"].sum(1).tolist() == [4, 2, 0] and "layers.2.att" not in masks
@@ -107,7 +107,7 @@ BUDGETS = [
 def test_a_global_budget_leaves_its_share_of_what_is_counted(opened, stock, budget, share):
     stage, inputs, gates = opened("joint_mask", stock=stock, joint=GLOBAL | budget)
     [constraint] = gates.constraints
-    assert sum(constraint.costs) == pytest.approx(1) and len(constraint.costs) == len(gates.log_alpha)
+    assert sum(constraint.costs) == pytest.approx(1) and len(constraint.costs) == len(gates.values)
     space, context = inputs.space, budget.get("flops_length", 40)
 
     def count(kept: dict[str, int]) -> float:
@@ -124,7 +124,7 @@ def test_a_global_budget_leaves_its_share_of_what_is_counted(opened, stock, budg
         share = 1 - (count(whole) - count(even)) / units
     tried = 0
     for seed in range(60):
-        gates.log_alpha = torch.randn(len(gates.log_alpha), generator=torch.Generator().manual_seed(seed))
+        gates.values = torch.randn(len(gates.values), generator=torch.Generator().manual_seed(seed))
         kept = {name: int(mask.sum()) for name, mask in gates.binary().items()}
         if min(kept.values()):
             left = units - (count(whole) - count(kept))
@@ -154,7 +154,7 @@ def test_a_key_value_group_costs_all_its_query_heads(opened):
 
 def test_a_tiny_budget_leaves_a_single_unit_and_removes_the_other_blocks(opened):
     stage, inputs, gates = opened("joint_mask", joint=GLOBAL | {"target_params": 0.06})
-    gates.log_alpha = torch.linspace(1, -1, 12 + 72)  # the first head, then nothing that the budget has room for
+    gates.values = torch.linspace(1, -1, 12 + 72)  # the first head, then nothing that the budget has room for
     masks = final_masks(stage, inputs, gates)
     assert kept_counts(masks)["layers.0.heads"] == 1 and masks["layers.0.heads"].tolist() == [1, 0, 0, 0]
     gone = [f"layers.{n}.{site}" for n in range(3) for site in ("att", "ffn")][1:]

@@ -21,13 +21,13 @@ from tests.stages.tiny_run import MODEL, REPOSITORY, do_prune, read_log, run, tr
 
 STAGES = ("pretrain", "joint_mask", "joint_finetune", "random_baseline")
 PATHS = {kind: f"out/masks/{kind}.pt" for kind in ("layer", "heads", "dimff")}
-SHARE = 0.25
+SHARE = 0.5
 REPORT = [sys.executable, "-m", "cook.stages", "--config", "bmcook.json"]
 
 
 @pytest.fixture(scope="module")
 def uneven(tmp_path_factory) -> Path:
-    """A whole run with one budget for all heads and dims, a quarter of their parameters."""
+    """A whole run with one budget for all heads and dims, half of their parameters."""
     folder = tmp_path_factory.mktemp("uneven")
     joint = {"train_mask": True, "scope": "global", "target_params": SHARE}
     write_run(folder, STAGES, joint=joint, pruning__mask_method="joint", training__save_every=4)
@@ -84,8 +84,12 @@ def test_the_exported_model_is_ragged_and_computes_the_same(uneven):
     assert pruned.code == 0 and "equal to rounding" in pruned.out, pruned
     config = json.loads((uneven / "out/pruned/config.json").read_text())
     found = files(uneven)
-    assert [not gone for gone, _ in config["mask_modules"] or [[False] * 2] * 3] == found["self_att_layer_z"].tolist()
-    assert [len(h) for h in config["layer_heads"] if h] == found["heads_z"].sum(1).tolist()
+    gone = config["mask_modules"] or [[False] * 2] * 3
+    heads, dims = config["layer_heads"] or [range(4)] * 3, config["layer_dim_ff"] or [config["dim_ff"]] * 3
+    assert [not att for att, _ in gone] == found["self_att_layer_z"].tolist()
+    assert [not ffn for _, ffn in gone] == found["ffn_layer_z"].tolist()
+    assert [len(h) for h, (att, _) in zip(heads, gone, strict=True) if not att] == found["heads_z"].sum(1).tolist()
+    assert [d for d, (_, ffn) in zip(dims, gone, strict=True) if not ffn] == found["dimff_z"].sum(1).tolist()
     record = torch.load(uneven / "out/pruned/masks/fine.pt", weights_only=True)
     assert all(torch.equal(record[key], found[key]) for key in ("heads_z", "dimff_z"))
 
@@ -97,7 +101,7 @@ def test_the_report_shows_uneven_blocks(uneven):
     cells = [cell.strip() for cell in row.split("|")]
     for cell, kept in zip(cells[4:6], sizes(uneven, "joint_finetune").values(), strict=True):
         left = [number for number in kept if number]
-        assert cell == (str(left[0]) if len(set(left)) == 1 else f"{left[0]}–{left[-1]}")
+        assert cell == ("–".join(map(str, sorted({left[0], left[-1]}))) if left else "–")
     assert (uneven / "out/report/structure.png").stat().st_size > 5000
 
 
