@@ -21,6 +21,7 @@ on where it stopped (`--work`). `--finetune` adds some steps of all weights, equ
 | sheared gates | hard concrete gates, λ by gradient ascent, rates of 1 (LLM-Shearing, Xia et al. 2024) |
 | hard concrete gates | ours with `gates.relaxation: hard_concrete` |
 | gates | ours as they come |
+| taught gates | the same, KL to the model with its gates open added to the loss, weight 1 (`distillation`: `self`) |
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from transformers import AutoTokenizer
 
 from cook.adapters.source import load_model, open_model
 from cook.base.files import read_json, write_json
+from cook.distill.losses import token_divergence
 from cook.masks.controller import Constraint
 from cook.masks.gates import Gates
 from cook.masks.hard_concrete import probability_open, sample, uniform_noise
@@ -54,7 +56,7 @@ from cook.surgery.gates import AttachedGates
 
 UNITS = {"dims": ("dimff",), "heads": ("heads",), "heads and dims": ("heads", "dimff"), "blocks": ("layer",)}
 ONE_SHOT = ("random", "magnitude", "taylor", "fisher", "activation × weight", "fluctuation", "block influence")
-TRAINED = ("sheared gates", "hard concrete gates", "gates")
+TRAINED = ("sheared gates", "hard concrete gates", "gates", "taught gates")
 Scores = dict[str, dict[str, torch.Tensor]]
 """A method's scores by group, `[units]`; the least go."""
 
@@ -100,10 +102,21 @@ class Rig:
         order = torch.randperm(count, generator=torch.Generator().manual_seed(1000 * seed + epoch))
         return self.calibration[order[place : place + rows]]
 
-    def loss(self, ids: torch.Tensor) -> torch.Tensor:
-        """Mean cross entropy of the next token."""
-        logits = self.model(input_ids=ids).logits[:, :-1]
-        return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """`[tokens, vocabulary]`, of all but the last tokens."""
+        return self.model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+
+    def loss(self, ids: torch.Tensor, taught_by: torch.Tensor | None = None) -> torch.Tensor:
+        """Mean cross entropy of the next token; plus KL to the distribution of `taught_by`, logits."""
+        logits, targets = self.logits(ids), ids[:, 1:].flatten()
+        loss = F.cross_entropy(logits.float(), targets)
+        return loss if taught_by is None else loss + token_divergence(logits, taught_by, targets, 1.0) / len(logits)
+
+    @torch.no_grad()
+    def dense_logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """With all gates open."""
+        self.attached.set({})
+        return self.logits(ids)
 
     @torch.no_grad()
     def measure(self, masks: dict[str, torch.Tensor], names: tuple[str, ...] = ()) -> dict[str, float]:
@@ -260,18 +273,20 @@ def trained_masks(rig: Rig, method: str, unit: str, share: float, steps: int) ->
         "sheared gates": ShearedGates,
         "hard concrete gates": lambda *given, **named: Gates(*given, **named, relaxation=HardConcrete()),
         "gates": Gates,
+        "taught gates": Gates,
     }
     gates = chosen[method](sizes, made, steps=steps, seed=rig.options.seed)
     for step in range(1, steps + 1):
-        z = gates.draw(step).requires_grad_()
+        z, ids = gates.draw(step).requires_grad_(), rig.batch(step - 1, rig.options.seed)
+        teacher = rig.dense_logits(ids) if method == "taught gates" else None
         rig.attached.set(gates.split(z))
-        loss = rig.loss(rig.batch(step - 1, rig.options.seed))
+        loss = rig.loss(ids, teacher)
         loss.backward()
         assert z.grad is not None
         gates.update(z.grad, step)
         _say(f"{method}, {unit}, {share:.0%}: {step} of {steps}, loss {float(loss.detach()):.3f}")
     notes: dict[str, Any] = {}
-    if method == "gates":
+    if method in ("gates", "taught gates"):
         first = next(iter(rig.texts))
         notes["relaxed"] = rig.measure(gates.split(gates.values), (first,))[first]
     return gates.binary(), notes
@@ -415,9 +430,9 @@ def draw(done: dict[str, Any], text: str, path: Path) -> None:
     figure = Figure(figsize=(6.8, 4.4), layout="constrained")
     axes = figure.subplots()
     for name, points in sorted(curves.items(), key=lambda item: -max(point[1] for point in item[1])):
-        ours = name == "gates"
+        ours = name in ("gates", "taught gates")
         axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name, linewidth=2.5 if ours else 1.2,
-                  color="black" if ours else None)  # fmt: skip
+                  color={"gates": "black", "taught gates": "tab:red"}.get(name))  # fmt: skip
     axes.set(xlabel="dims removed from every FFN, %", ylabel=f"loss above the dense model, {text}, nats a token",
              yscale="log", title="Frozen weights, the same calibration tokens")  # fmt: skip
     axes.legend(fontsize=8)
