@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import torch
 
+from cook.config.scheme import GatesStart
 from cook.masks.controller import Constraint, GateController, ramp
 from cook.masks.relaxation import Deterministic, Relaxation
-
-Start = Literal["open", "taylor", "fisher"]
-"""How gates begin: all alike, or by the rank of a score of their first gradients."""
 
 
 class Gates:
@@ -44,13 +41,13 @@ class Gates:
         relaxation: Relaxation | None = None,
         learning_rate: float | None = None,
         ramp_fraction: float | None = None,
-        start: Start = "open",
+        start: GatesStart = "open",
         start_steps: int = 8,
     ):
         self.relaxation = relaxation = relaxation or Deterministic()
         self.sizes, self.steps, self.seed = dict(sizes), steps, seed
         self.ramp_fraction = relaxation.ramp if ramp_fraction is None else ramp_fraction
-        self.start: Start = start
+        self.start: GatesStart = start
         self.start_steps = 0 if start == "open" else min(start_steps, steps // 4)
         self.values = relaxation.start(sum(self.sizes.values()), seed)
         rate = relaxation.learning_rate(steps) if learning_rate is None else learning_rate

@@ -173,14 +173,16 @@ def test_a_scored_start_ranks_the_units_of_each_constraint(start, relaxation):
     torch.testing.assert_close(gates.expected_sparsity(), wanted, atol=1e-3, rtol=0)
 
 
-def test_deterministic_gates_draw_themselves_and_end_binary():
+@pytest.mark.parametrize("curvature", [1.0, 10.0])
+def test_deterministic_gates_draw_themselves_and_end_binary(curvature):
     gates = make(sizes=(50, 30), targets=(0.4, 1 / 3), relaxation=Deterministic(), steps=60)
     weight = torch.tensor(np.random.default_rng(0).normal(0, 1, 80)).float()
     for step in range(1, 61):
         z = gates.draw(step)
         assert torch.equal(z, gates.values) and not z.requires_grad
         assert float(z.min()) >= 0 and float(z.max()) <= 1
-        gates.update(-weight.abs() * (1.5 - z), step)  # a convex loss: its relaxed optimum is fractional
+        # A convex loss: its relaxed optimum is fractional. The steeper, the longer it holds gates in between.
+        gates.update(-weight.abs() * (1 + curvature * (0.7 - z)), step)
     for name, mask in gates.binary().items():
         assert (gates.split(gates.values)[name] - mask).abs().max() < 1e-3, name
 
