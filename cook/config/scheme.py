@@ -133,9 +133,9 @@ class GatesConfig:
     """Fraction of the stage's steps in which the target rises from 0 to its final value. None ("auto"): 0.4 for
     deterministic gates, 0.6 for hard concrete ones."""
 
-    concavity: float = 0.5
-    """Of deterministic gates: weight of what makes them binary at 40% of the way from target to end, in root mean
-    squares of a gate's gradient; at 80% it has grown beyond all bounds."""
+    concavity: float = 2.0
+    """Of deterministic gates: what the weight of the term that makes them binary grows to, in root mean squares of a
+    gate's gradient, before it grows without bound in the last steps."""
 
     initial_log_alpha: float = 3.0
     """Of hard concrete gates: log_alpha before the first step; 3 is a gate that is almost surely open."""

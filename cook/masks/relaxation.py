@@ -67,16 +67,16 @@ class Deterministic:
     """z itself is trained, on the constraint's simplex, and a concave term makes it binary.
 
     min over z ∈ [0, 1]ⁿ of L_task(z) + c · Σ z_j (1 − z_j) subject to Σ cost_j z_j = 1 − t. With c = 0 the optimum is
-    fractional; c grows from 0, when the target is reached, beyond all bounds at 80% of the way from there to the end,
-    since how large it must be before nothing between 0 and 1 is stable depends on the loss: a block's curvature is
-    many times a dim's (the homotopy of Murray and Ng, "An algorithm for nonlinear optimization problems with binary
-    variables", 2010). No noise is drawn, so a few dozen steps tell units apart.
+    fractional; c grows linearly from 0, when the target is reached, and in the last 40% of the way from there to
+    the end without bound, since how large it must be before nothing between 0 and 1 is stable depends on the loss: a
+    block's curvature is many times a dim's (the homotopy of Murray and Ng, "An algorithm for nonlinear optimization
+    problems with binary variables", 2010). No noise is drawn, so a few dozen steps tell units apart.
     """
 
-    concavity: float = 0.5
-    """c at 40% of the way, in units of the root mean square of a gate's gradient."""
-    settled: float = 0.8
-    """The part of the way after which all gates are pushed to the nearer end."""
+    concavity: float = 2.0
+    """Where c's linear growth leads to, in units of the root mean square of a gate's gradient."""
+    last: float = 0.4
+    """The part of the way in which c grows without bound."""
     ramp: float = 0.4
     low: float = 0.0
     high: float = 1.0
@@ -102,7 +102,8 @@ class Deterministic:
         return torch.ones_like(values)
 
     def urge(self, values: torch.Tensor, hold: float) -> torch.Tensor:
-        return self.concavity * hold / max(0.02, self.settled - hold) * (1 - 2 * values)
+        c = self.concavity * hold / min(1.0, max(0.02, (1 - hold) / self.last))
+        return c * (1 - 2 * values)
 
 
 @dataclass(frozen=True, kw_only=True)

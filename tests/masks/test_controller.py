@@ -131,7 +131,7 @@ def test_a_deterministic_step_is_the_projection_onto_the_box_and_the_budget():
     wanted = 1 - (cost * start).sum() + 0.01
     controller.step(gates, torch.tensor(gradient), torch.tensor([wanted], dtype=torch.float64), hold=0.4)
     scale = np.abs(gradient) + 0.01 * np.abs(gradient).mean()
-    aim = start - rate * (gradient / scale + 0.5 * 0.4 / 0.4 * (1 - 2 * start))
+    aim = start - rate * (gradient / scale + 2.0 * 0.4 * (1 - 2 * start))
     found = minimize(
         lambda x: (scale * (x - aim) ** 2).sum(), start, jac=lambda x: 2 * scale * (x - aim), method="SLSQP",
         bounds=[(max(0, s - rate), min(1, s + rate)) for s in start], options={"ftol": 1e-14, "maxiter": 500},
