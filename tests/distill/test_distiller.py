@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from cook.base.errors import UserError
-from cook.distill.distiller import Distiller, hidden_error, token_divergence
+from cook.distill.distiller import Distiller, RowDistiller, hidden_error, token_divergence
 from tests.models.cpm_ant_tiny import random_batch, tiny_model
 
 TARGETS = torch.tensor([[3, -100, 5, 0], [-100, -100, 1, -100]])
@@ -54,6 +54,15 @@ def test_half_precision_is_computed_in_full():
     assert got.dtype == torch.float32
     wanted = numpy_divergence(student.float().numpy(), teacher.float().numpy(), TARGETS.numpy(), 1.0)
     assert got.item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_teacher_that_has_read_the_rows_beforehand():
+    teacher, student = torch.randn(6, 3), torch.randn(4, 3)
+    rows = torch.tensor([5, 0, 0, 3])
+    batch = {"rows": rows, "targets": torch.tensor([0, 2, 1, 0])}
+    got = RowDistiller(teacher, scale=0.5, temperature=2.0)(batch, student)
+    p, q = (F.softmax(logits / 2.0, -1).double().numpy() for logits in (teacher[rows], student))
+    assert got.item() == pytest.approx(0.5 * 4 * (p * np.log(p / q)).sum(), rel=1e-5)
 
 
 def test_hidden_error_is_the_formula():

@@ -195,6 +195,22 @@ def test_empty_matrices_and_totals():
     assert sparsity_table(matrices, gone, gone).of_stage == 1.0
 
 
+def test_the_quirk_that_divides_by_what_is_left():
+    matrices = network()
+    masks = {m.path: torch.ones(m.shape, dtype=torch.bool) for m in matrices}
+    masks[matrices[1].path][:] = False
+    assert sparsity_table(matrices, masks).rows[1].sparsity == 1.0
+    quirks = Quirks(empty_ratio_fails=True)
+    with pytest.raises(UserError, match=f"{matrices[1].path}: nothing is left"):
+        sparsity_table(matrices, masks, quirks=quirks)
+    masks[matrices[1].path][0, 0] = True
+    # The oracle: numpy's own division, which must not be by zero.
+    with np.errstate(divide="raise"):
+        ratios = [np.float64(mask.numel()) / mask.sum().numpy() for mask in masks.values()]
+    table = sparsity_table(matrices, masks, quirks=quirks)
+    assert [row.total / row.kept for row in table.rows] == ratios
+
+
 def test_totals_are_against_dense():
     matrices = network()
     half = {m.path: torch.arange(m.shape[1]).expand(m.shape) % 2 == 0 for m in matrices}
