@@ -71,6 +71,18 @@ def test_every_pattern_is_the_oracles(name, historical, kind, seed, sizes, grain
         assert np.array_equal(mask, wanted[path]), path
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from(["whole_head", "head_size"]), st.integers(0, 10**6), st.sampled_from([1, 2, 4]),
+       st.floats(0, 100))  # fmt: skip
+def test_heads_that_share_keys_go_together(name, seed, shared, s):
+    matrices = network(2, 4, 4, 8, 16, shared=shared)
+    scores = random_scores(matrices, seed)
+    spec = PatternSpec(type=name, granularity=4)
+    masks = turned(make_masks(scores, matrices, spec, sparsity=s), matrices)
+    wanted = expected(scores, matrices, spec, s, 4)
+    assert all(np.array_equal(mask, wanted[path]) for path, mask in masks.items())
+
+
 def runs(mask_KN):
     """How many runs of kept columns have the same rows."""
     return len(list(itertools.groupby(tuple(column) for column in mask_KN.T if column.any())))
