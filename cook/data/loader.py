@@ -35,6 +35,8 @@ class RowLoader:
         first: The number of the first row of step 0, for a run that reads on where an earlier one ended.
         workers: Processes that build batches ahead; 0: this one builds each batch when it is asked for.
         ledger: A folder; every batch handed out is noted there, `ledger-<rank>.jsonl`. None: no ledger.
+        lengths: (num_rows,) tokens of each row, where a batch is as wide as its longest row: a rank's share of a step
+            is then cut into micro-batches of rows of like length. Which rows a rank reads in a step does not change.
 
     Raises:
         UserError: There are no rows.
@@ -49,13 +51,14 @@ class RowLoader:
         first: int = 0,
         workers: int = 0,
         ledger: Path | None = None,
+        lengths: np.ndarray | None = None,
     ):
         assert train_batch_size >= 1
         if not len(rows):
             raise UserError("the corpus is too small: there is no row to train on", remedy="give more text")
         self.rows, self.train_batch_size, self.seed, self.first = rows, train_batch_size, seed, first
         self._next_step = 0
-        self._ledger = ledger
+        self._ledger, self._lengths = ledger, lengths
         self._num_workers, self._shape = workers, (0, 1, 1)
         self._workers: Workers | None = None
         self._joined = rows if isinstance(rows, JoinedRows) else None
@@ -182,9 +185,10 @@ class RowLoader:
                 wanted=f"train_batch_size a multiple of {world_size} ranks x {micro_batch_size} rows a micro-batch",
                 got=self.train_batch_size,
             )
-        plan = self._plan(step)
-        cuts = np.arange(self.train_batch_size).reshape(world_size, -1, micro_batch_size)[rank]
-        return [plan.part(some) for some in cuts]
+        own = self._plan(step).part(np.arange(self.train_batch_size).reshape(world_size, -1)[rank])
+        if self._lengths is not None:
+            own = own.part(np.argsort(self._lengths[own.rows], kind="stable"))
+        return [own.part(some) for some in np.arange(len(own.rows)).reshape(-1, micro_batch_size)]
 
     def _plan(self, step: int) -> Plan:
         begin = self.first + step * self.train_batch_size

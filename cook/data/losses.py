@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from cook.data.packing import NO_TARGET
 
-LABELS = ("targets", "choices", "choice_token")
-"""Keys of a batch that say what is to be told; all others are the model's inputs."""
+LABELS = ("targets", "choices", "choice_token", "rows")
+"""Keys of a batch that say what is to be told, and which rows these are; all others are the model's inputs."""
 
 
 def model_inputs(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

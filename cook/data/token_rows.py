@@ -62,7 +62,7 @@ class TokenRows:
         return np.ones(len(indices), np.int64)
 
     def batch(self, indices: np.ndarray, epoch: int = 0) -> dict[str, torch.Tensor]:
-        """The model's inputs `[B, T]`, T the longest of these rows, and `targets`."""
+        """The model's inputs `[B, T]`, T the longest of these rows, `targets`, and `rows`: the rows' numbers."""
         width = max(1, int(self.lengths[indices].max(initial=1)))
         ids = np.full((len(indices), width), self._pad_id, np.int64)
         segments, mask = np.zeros((2, len(indices), width), np.int64)
@@ -73,7 +73,8 @@ class TokenRows:
             mask[row, : end - begin] = 1
         named = {"input_ids": ids, "token_type_ids": segments, "attention_mask": mask}
         return {name: torch.from_numpy(array) for name, array in named.items()} | {
-            "targets": torch.from_numpy(self.targets_R[indices])
+            "targets": torch.from_numpy(self.targets_R[indices]),
+            "rows": torch.from_numpy(np.asarray(indices, np.int64)),
         }
 
 

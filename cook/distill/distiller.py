@@ -15,6 +15,24 @@ from cook.distill.taps import Pair, Tap, check_pairs, raise_pairs
 from cook.distill.teachers import Teacher
 
 
+class RowDistiller:
+    """The extra loss of a step where the teacher has read all rows beforehand: it need not read them in every epoch.
+
+    Args:
+        logits_RC: The teacher's, for every row, on the student's device.
+        scale: Weight of `token_divergence`.
+        temperature: Its temperature.
+    """
+
+    def __init__(self, logits_RC: torch.Tensor, *, scale: float, temperature: float):
+        self._logits_RC, self._scale, self._temperature = logits_RC, scale, temperature
+
+    def __call__(self, batch: Batch, student_logits: torch.Tensor) -> torch.Tensor:
+        """The weighted divergence summed over the batch's rows; `rows` holds their numbers."""
+        teacher_logits = self._logits_RC[batch["rows"]]
+        return self._scale * token_divergence(student_logits, teacher_logits, batch["targets"], self._temperature)
+
+
 class Distiller:
     """The extra loss of a step, from a batch and the student's logits.
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from cook.base import distributed
+from cook.data.losses import model_inputs
 from cook.data.token_rows import TokenRows, ordered_batches
 
 
@@ -27,7 +28,7 @@ def predict(
     found: dict[int, tuple[np.ndarray, ...]] = {}
     with torch.no_grad():
         for indices in ordered_batches(rows, batch_size, distributed.rank(), distributed.world_size()):
-            batch = {key: value.to(device) for key, value in rows.batch(indices).items() if key != "targets"}
+            batch = {key: value.to(device) for key, value in model_inputs(rows.batch(indices)).items()}
             output = forward(**batch)
             values = [getattr(output, name).float().cpu().numpy() for name in names]
             found |= {int(index): tuple(value[row] for value in values) for row, index in enumerate(indices)}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +20,12 @@ import torch.nn.functional as F
 
 from .sparse_triton import has_triton, tile_products
 
+MOST_ENTRIES = 0.35
+"""Share of weights over which a product with single weights has never won."""
 MOST_PADDING = 1.15
 """Tiles of unequal sizes are padded for one batched product up to this growth."""
+LINES_AT_ONCE = 128
+"""The same for products with single weights, which read the activations in no order."""
 COLUMNS_AT_ONCE = 256
 """Rows of activations that stay in a core's cache together with the gathered ones."""
 
@@ -100,6 +105,9 @@ class Plan:
         self._dense: torch.Tensor | None = None
         self._buckets: list[Bucket] | None = None
         self._bucket_outputs: torch.Tensor | None = None
+        self._entries: torch.Tensor | None = None
+        # A tile can be full of zeros where the mask is of single weights or vectors.
+        self.share = int(self.weight.count_nonzero()) / max(1, layer.in_features * layer.out_features)
 
     def _tiles(self):
         at = row = column = 0
@@ -121,6 +129,18 @@ class Plan:
         if self._dense is None:
             self._dense = self.layer.dense_weight()
         return self._dense
+
+    @property
+    def entries(self) -> torch.Tensor:
+        """`[N, K]` as a list of the weights that are not 0, row by row."""
+        if self._entries is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that the layout is in beta
+                found = self.layer.dense_weight().to_sparse_csr()
+                # With 64 bits every product would turn the indices into 32 first.
+                places = (found.crow_indices().int(), found.col_indices().int())
+                self._entries = torch.sparse_csr_tensor(*places, found.values(), found.shape)
+        return self._entries
 
     @property
     def buckets(self) -> list[Bucket]:
@@ -150,13 +170,15 @@ class Plan:
 
     def forget(self) -> None:
         """Lets go of the layouts that were made to be measured; the one that is chosen is made again."""
-        self._dense = self._buckets = self._bucket_outputs = None
+        self._dense = self._buckets = self._bucket_outputs = self._entries = None
 
     def ways(self, x: torch.Tensor) -> dict[str, Way]:
         """The ways of computing that are open for these activations, the dense one first."""
         found: dict[str, Way] = {"dense": _dense}
         if not self.tiles:
             return found
+        if len(self.tiles) == 1 and self.share < MOST_ENTRIES and _multiplies_entries(x):
+            found["entries"] = _by_entries
         found["batch"] = _batch
         if x.is_cuda:
             if has_triton():
@@ -231,6 +253,19 @@ def _alike(tiles: list[Tile]) -> list[list[Tile]]:
 
 def _dense(plan: Plan, x_KM: torch.Tensor, out_NM: torch.Tensor) -> None:
     torch.addmm(plan.bias[:, None], plan.dense, x_KM, out=out_NM)
+
+
+def _multiplies_entries(x: torch.Tensor) -> bool:
+    """Whether there is a product with single weights for activations like `x`."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkl.is_available()
+
+
+def _by_entries(plan: Plan, x_KM: torch.Tensor, out_NM: torch.Tensor) -> None:
+    bias = plan.bias[:, None]
+    for start in range(0, x_KM.shape[1], LINES_AT_ONCE):
+        part = slice(start, start + LINES_AT_ONCE)
+        lines = x_KM[:, part].contiguous()
+        out_NM[:, part].copy_(torch.addmm(bias.expand(-1, lines.shape[1]), plan.entries, lines))
 
 
 def _gather(x_KM: torch.Tensor, inputs: torch.Tensor, block: int) -> torch.Tensor:
@@ -311,9 +346,9 @@ def choose(plan: Plan, x: torch.Tensor, *, transposed: bool, repeats: int = 8) -
     if len(ways) == 1 or x.numel() == 0:
         return _dense
     signature = (type(layer), layer.in_features, layer.out_features, layer.block, len(plan.tiles))
-    share = round(20 * layer.weight.numel() / (layer.in_features * layer.out_features))
+    share = round(20 * plan.share), round(20 * layer.weight.numel() / (layer.in_features * layer.out_features))
     rows = _bucket(x.shape[1] if transposed else x.shape[0])
-    key = (*signature, share, tuple(ways), rows, transposed, x.dtype, x.device, torch.get_num_threads())
+    key = (*signature, *share, tuple(ways), rows, transposed, x.dtype, x.device, torch.get_num_threads())
     with _CHOOSING:
         if key not in _CHOICES:
             seconds = _seconds(plan, ways, x, transposed, repeats)

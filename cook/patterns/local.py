@@ -70,31 +70,41 @@ def sizes_of_heads(layer: Layer, scores: Scores, spec: PatternSpec, percent: flo
 
 
 def _joint_heads(layer: Layer, scores: Scores, spec: PatternSpec, percent: float, *, by_index: bool) -> Masks:
-    """Heads (or, `by_index`, dims of all heads) over the outputs of Q, K, V and the inputs of the attention output."""
+    """Heads (or, `by_index`, dims of all heads) over the outputs of Q, K, V and the inputs of the attention output.
+
+    Queries that share keys and values are one head with them: a head has more dims in one matrix than in another.
+    """
     members = [m for role in (*INPUTS, "attention_output") for m in layer.get(role, [])]
-    sums: torch.Tensor | float = 0.0
-    sizes: dict[int, str] = {}
+    masks = _others(layer, scores, spec, percent, ("intermediate", "output"))
+    if not members:
+        return masks
+    by_head: dict[str, torch.Tensor] = {}  # [heads, dims of a head]
     for matrix in members:
         dim = 0 if matrix.role == "attention_output" else 1
-        units = scores[matrix.path].shape[dim]
-        sizes[units] = matrix.path
-        _divides(matrix.head_size, units, matrix.path)
-        by_unit = scores[matrix.path].square().sum(1 - dim).unflatten(0, (-1, matrix.head_size))
-        if len(sizes) > 1:
-            (first, one), (second, other) = sizes.items()
-            raise UserError(f"{one} and {other} have different heads", wanted=f"{first} dims in both", got=second)
-        sums = sums + by_unit.sum(0 if by_index else 1)
-    masks = _others(layer, scores, spec, percent, ("intermediate", "output"))
-    if isinstance(sums, float):
-        return masks
-    norms = sums.sqrt()
+        _divides(matrix.head_size, scores[matrix.path].shape[dim], matrix.path)
+        by_head[matrix.path] = scores[matrix.path].square().sum(1 - dim).unflatten(0, (-1, matrix.head_size))
+    size = min(matrix.head_size for matrix in members)
+    _alike({path: x.shape[1] % size if by_index else x.shape[0] for path, x in by_head.items()})
+    parts = [x.view(-1, size).sum(0) if by_index else x.sum(1) for x in by_head.values()]
+    norms = torch.stack(parts).sum(0).sqrt()
     kept = norms > percentile(norms, percent)
     for matrix in members:
+        units, own = by_head[matrix.path].shape
+        whole = kept.repeat(units * own // size) if by_index else kept.repeat_interleave(own)
         along_inputs = matrix.role == "attention_output"
-        units = scores[matrix.path].shape[0 if along_inputs else 1]
-        whole = kept.repeat(units // matrix.head_size) if by_index else kept.repeat_interleave(matrix.head_size)
         masks[matrix.path] = (whole[:, None] if along_inputs else whole).expand_as(scores[matrix.path]).clone()
     return masks
+
+
+def _alike(numbers: Mapping[str, int]) -> None:
+    """Refuses matrices whose heads do not belong together, as where one makes queries, keys and values in a row."""
+    (first, number), *others = numbers.items()
+    for path, other in others:
+        if other != number:
+            raise UserError(
+                f"{first} and {path} have different heads", wanted=f"{number} in both", got=other,
+                remedy="choose a pattern that does not prune heads",
+            )  # fmt: skip
 
 
 def _input_rows(layer: Layer, scores: Scores, spec: PatternSpec, percent: float, *, by_index: bool) -> Masks:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from cook.base.errors import UserError
 from cook.patterns import local, network
 from cook.patterns.local import Layer, Masks, Scores
 from cook.patterns.matrices import PrunedMatrix, layers_of
-from cook.patterns.spec import PatternSpec
+from cook.patterns.spec import PatternSpec, Quirks
 
 BY_LAYER: Mapping[str, Callable[[Layer, Scores, PatternSpec, float], Masks]] = {
     "whole_head": local.whole_heads,
@@ -127,14 +128,27 @@ def sparsity_table(
     matrices: Sequence[PrunedMatrix],
     masks: Mapping[str, torch.Tensor],
     previous: Mapping[str, torch.Tensor] | None = None,
+    *,
+    quirks: Quirks | None = None,
 ) -> SparsityTable:
-    """Counts what `masks` keep, in all, by matrix, and against the masks of the stage before."""
+    """Counts what `masks` keep, in all, by matrix, and against the masks of the stage before.
+
+    Raises:
+        UserError: a matrix is empty, and the quirk `empty_ratio_fails` is on.
+    """
     rows = tuple(
         MatrixSparsity(
             path=m.path, role=m.role, layer=m.layer, kept=int(masks[m.path].sum()), total=masks[m.path].numel()
         )
         for m in matrices
     )
+    empty = [row.path for row in rows if not row.kept]
+    if empty and quirks and quirks.empty_ratio_fails:
+        raise UserError(
+            f"{empty[0]}: nothing is left of it, and its size is divided by what is left",
+            wanted="at least one weight in every matrix", got=f"{len(empty)} of {len(rows)} matrices empty",
+            remedy="ask for a lower sparsity, or leave out the quirk empty_ratio_fails",
+        )  # fmt: skip
     kept, total = sum(row.kept for row in rows), sum(row.total for row in rows)
     before = total if previous is None else sum(int(previous[m.path].sum()) for m in matrices)
     return SparsityTable(

@@ -38,7 +38,7 @@ class PrunedMatrix:
     shape: tuple[int, int]
     """Of the tensor in the state dict."""
     head_size: int
-    """Dims of a head; only the four matrices of attention need it."""
+    """Dims of a head, or of all queries that share a key's head; only the four matrices of attention need it."""
     input_dim: int = 1
     """The dimension of the tensor along which the inputs (the rows K of W) lie: 1 as torch.nn.Linear has it, else 0."""
 
@@ -83,7 +83,7 @@ def matrices_of(space: PruningSpace) -> tuple[PrunedMatrix, ...]:
 
     Where units lie along a tensor's inputs, the matrix closes its block (attention output, output); along its outputs,
     it opens the block. Gated FFNs have several `intermediate` a layer. A fused weight is one matrix, `query` if it
-    makes queries, keys and values: patterns over whole heads refuse it, the others prune it as it stands.
+    makes queries, keys and values: whole heads refuse it if these stand in a row, the others prune it as it stands.
     """
     found = []
     for group in space.groups:

@@ -58,7 +58,8 @@ class Quirks:
     Corrected: gradients, moments and weights of pruned entries are exactly 0."""
 
     empty_ratio_fails: bool = False
-    """The ratio of a matrix that ends empty is a division by zero. Corrected: it is reported as 100%."""
+    """A matrix that ends empty ends the run: the ratio of its size to what is left divides by zero.
+    Corrected: it is reported as 100% pruned."""
 
     total_of_stage: bool = False
     """The total reduction that is reported is the stage's own. Corrected: it is against the dense model."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from cook.base import distributed
+from cook.base.distributed import say
 from cook.base.errors import UserError
 from cook.base.files import sha256
 from cook.base.tensor_files import LazyTensors
@@ -68,8 +69,9 @@ def masked_weights(weights: Mapping[str, torch.Tensor], masks: Masks) -> LazyTen
 
 
 def pattern_masks(
-    stage: Stage, inputs: Inputs, data: TrainingData, build: Callable[[], torch.nn.Module], at: At
-) -> Masks:
+    stage: Stage, inputs: Inputs, data: TrainingData, build: Callable[[], torch.nn.Module], at: At, *,
+    anew: bool = False,
+) -> Masks:  # fmt: skip
     """The mask of a pattern stage, by path; empty for other stages.
 
     Args:
@@ -78,6 +80,8 @@ def pattern_masks(
         data: What the weights are scored on: the rows with which the training of the stage begins.
         build: Makes the model.
         at: Told of every step.
+        anew: True: a mask in the run's own output folder, which an earlier run made, is made again. One elsewhere was
+            given to the run and is held.
 
     Raises:
         UserError: the file holds a mask of another model or made with other settings, or a size does not divide.
@@ -87,7 +91,8 @@ def pattern_masks(
     path = Path(stage.pattern_mask)
     allowed = stage.config.pruning.pruned_module
     matrices = restricted(matrices_of(inputs.space), allowed, inputs.adapter.aliases)
-    if not distributed.broadcast(path.exists()):
+    anew = anew and path.resolve().is_relative_to(Path(stage.config.output_dir).resolve())
+    if anew or not distributed.broadcast(path.exists()):
         made = _made(stage, inputs, data, build, at, matrices)
         if distributed.rank() == 0:
             write_pattern_masks(path, made, stage.pattern_settings())
@@ -98,9 +103,9 @@ def pattern_masks(
             f"{path}: a mask made with other settings", wanted=stage.pattern_settings(), got=record,
             remedy="remove it to make it anew, name another pruning_mask_path, or start from it with previous_mask",
         )  # fmt: skip
-    if distributed.rank() == 0:
-        table = sparsity_table(matrices, masks)
-        print(f"{stage.name}: {pattern_spec(stage).name}, {100 * table.total:.2f}% of {len(matrices)} matrices pruned")
+    spec = pattern_spec(stage)
+    table = sparsity_table(matrices, masks, quirks=spec.quirks)
+    say(f"{stage.name}: {spec.name}, {100 * table.total:.2f}% of {len(matrices)} matrices pruned")
     return masks
 
 

@@ -68,7 +68,7 @@ def run_stage(stage: Stage, *, resume: str, at: At) -> None:
     build = _builder(inputs, stage)
     at(0, "starting")
     seed_everything(derived_seed(stage.config.seed, stage.name, distributed.rank()))
-    if zeros := pattern_masks(stage, inputs, data, build, at):
+    if zeros := pattern_masks(stage, inputs, data, build, at, anew=resume == "never"):
         # Scoring has drawn random numbers, which a run that finds its masks made has not.
         seed_everything(derived_seed(stage.config.seed, stage.name, distributed.rank()))
         assert inputs.weights is not None

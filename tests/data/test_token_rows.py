@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import BertTokenizer
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
 from cook.data.glue import GLUE_TASKS, GlueRow
 from cook.data.loader import RowLoader
+from cook.data.losses import model_inputs
 from cook.data.token_rows import TokenRows, glue_rows, ordered_batches
-from tests.stages.tasks.tiny_task import SPECIAL, WORDS
+from tests.stages.tasks.tiny_task import CONFIG, SPECIAL, WORDS
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +32,54 @@ def test_a_batch_is_as_wide_as_its_longest_row():
     assert batch["input_ids"].tolist() == [[200, 201, 202], [0, 1, -1]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["token_type_ids"].tolist() == [[0, 1, 1], [0, 1, 0]]
-    assert batch["targets"].tolist() == [2, 0]
+    assert batch["targets"].tolist() == [2, 0] and batch["rows"].tolist() == [2, 0]
 
 
 def test_the_loader_reads_them():
     loader = RowLoader(rows(1, 2, 3, 4), train_batch_size=2, seed=0)
     seen = torch.cat([loader.micro_batches(step, 0, 1, 1)[i]["targets"] for step in range(2) for i in range(2)])
     assert sorted(seen.tolist()) == [0, 1, 2, 3] and loader.num_targets(0) == 2
+
+
+LENGTHS = (9, 2, 7, 3, 8, 2, 9, 3)
+
+
+@pytest.mark.parametrize(("world", "micro"), [(1, 2), (1, 4), (2, 2)])
+def test_a_share_is_cut_into_rows_of_like_length(world, micro):
+    data = rows(*LENGTHS, *LENGTHS)
+    plain = RowLoader(data, train_batch_size=8, seed=3)
+    loader = RowLoader(data, train_batch_size=8, seed=3, lengths=data.lengths)
+    for step, rank in ((step, rank) for step in range(3) for rank in range(world)):
+        batches = loader.micro_batches(step, rank, world, micro)
+        read = torch.cat([batch["targets"] for batch in batches]).tolist()
+        own = plain.indices(step).reshape(world, -1)[rank].tolist()
+        assert sorted(read) == sorted(own) and [len(batch["targets"]) for batch in batches] == [micro] * len(batches)
+        assert data.lengths[read].tolist() == sorted(data.lengths[own].tolist())
+        longest = data.lengths[read].reshape(-1, micro).max(1)
+        assert [batch["input_ids"].shape[1] for batch in batches] == longest.tolist()
+
+
+def test_padding_changes_no_gradient():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = BertForSequenceClassification(BertConfig(**CONFIG)).eval()  # without dropout
+    pick = np.random.default_rng(0)
+    ids = [pick.integers(5, CONFIG["vocab_size"], length).tolist() for length in LENGTHS]
+    data = TokenRows(ids, [[0] * len(row) for row in ids], np.arange(len(ids)) % 2, pad_id=0)
+
+    def gradient(batches):
+        model.zero_grad()
+        for batch in batches:
+            logits = model(**model_inputs(batch)).logits
+            torch.nn.functional.cross_entropy(logits, batch["targets"], reduction="sum").backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    loader = RowLoader(data, train_batch_size=8, seed=0, lengths=data.lengths)
+    short, wide = loader.micro_batches(0, 0, 1, 2), loader.micro_batches(0, 0, 1, 8)
+    assert sum(batch["input_ids"].numel() for batch in short) < wide[0]["input_ids"].numel()
+    one, other = gradient(short), gradient(wide)
+    # fp32: sums in another order.
+    assert float((one - other).abs().max()) < 1e-5 * float(one.abs().max())
 
 
 def test_the_fingerprint_sees_every_part():

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from cook.base.errors import UserError
-from cook.distill.distiller import Distiller
+from cook.distill.distiller import Distiller, RowDistiller
 from cook.distill.losses import hidden_error
 from cook.distill.projections import Projections
 from cook.distill.taps import read_pair
@@ -185,3 +187,12 @@ def test_only_the_pass_with_gradients_is_kept_and_not_for_longer():
     loss = distiller(batch, forward(student, batch).logits)
     loss.backward()  # calls the layers again
     assert tap.take() is None and student.encoder.layers[0].ffn.ffn.w_out.weight.grad is not None
+
+
+def test_a_teacher_that_has_read_the_rows_beforehand():
+    teacher, student = torch.randn(6, 3), torch.randn(4, 3)
+    rows = torch.tensor([5, 0, 0, 3])
+    batch = {"rows": rows, "targets": torch.tensor([0, 2, 1, 0])}
+    got = RowDistiller(teacher, scale=0.5, temperature=2.0)(batch, student)
+    p, q = (F.softmax(logits / 2.0, -1).double().numpy() for logits in (teacher[rows], student))
+    assert got.item() == pytest.approx(0.5 * 4 * (p * np.log(p / q)).sum(), rel=1e-5)

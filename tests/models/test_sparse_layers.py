@@ -59,6 +59,23 @@ def test_every_way_is_the_dense_product(seed, inputs, columns, uneven, rows, dty
         torch.testing.assert_close(layer.columns(x.T.contiguous()).T.float(), wanted, **tolerance)
 
 
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 40), st.integers(4, 40), st.sampled_from([0.0, 0.1, 0.3]),
+       st.sampled_from([1, 7, 300]))  # fmt: skip
+def test_single_weights_are_multiplied_one_by_one(seed, inputs, outputs, share, rows):
+    random = torch.Generator().manual_seed(seed)
+    mask = torch.rand(inputs, outputs, generator=random) < share
+    mask[0, 0] = True
+    layer, weight, bias = made(seed, mask)
+    x = torch.randn(rows, inputs, generator=random)
+    ways = layer.plan().ways(x.T)
+    assert ("entries" in ways) == (len(layer.sizes) == 1 and mask.float().mean() < sparse_plan.MOST_ENTRIES)
+    for way in ways.values():
+        found = layer.plan().by(way, x.T.contiguous(), transposed=True).T
+        torch.testing.assert_close(found, F.linear(x, weight, bias), rtol=1e-4, atol=1e-4)
+    assert "entries" not in layer.plan().ways(x.T.bfloat16())  # there is no such product in bf16
+
+
 def test_blocks_are_gathered_whole():
     random = torch.Generator().manual_seed(0)
     mask = (torch.rand(6, 5, generator=random) > 0.5).repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)

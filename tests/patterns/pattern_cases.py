@@ -8,19 +8,24 @@ import torch
 from cook.patterns.matrices import ROLES, PrunedMatrix
 
 
-def network(layers=2, heads=3, head=4, hidden=12, inner=24):
-    """The matrices of a small encoder; the first layer's stand in nn.Linear's orientation, the others' turned."""
+def network(layers=2, heads=3, head=4, hidden=12, inner=24, shared=1):
+    """The matrices of a small encoder, `shared` queries to a key.
+
+    The first layer's stand in nn.Linear's orientation, the others' turned.
+    """
     matrices = []
     for layer in range(layers):
         sides = dict.fromkeys(("query", "key", "value"), (hidden, heads * head))
+        sides |= dict.fromkeys(("key", "value"), (hidden, heads // shared * head))
         sides["attention_output"] = heads * head, hidden
         sides |= {"intermediate": (hidden, inner), "output": (inner, hidden)}
         for role in ROLES:
             inputs, outputs = sides[role]
             input_dim = 1 if layer == 0 else 0
+            size = head if role in ("key", "value") else head * shared
             matrices.append(
                 PrunedMatrix(
-                    path=f"layers.{layer}.{role}", role=role, layer=layer, head_size=head, input_dim=input_dim,
+                    path=f"layers.{layer}.{role}", role=role, layer=layer, head_size=size, input_dim=input_dim,
                     shape=(outputs, inputs) if input_dim else (inputs, outputs),
                 )  # fmt: skip
             )

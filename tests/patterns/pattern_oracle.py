@@ -33,19 +33,19 @@ def heads(layer, head, s, by_index, historical, size):
             norms = np.array([np.sqrt((score[owner == u] ** 2).sum()) for u in range(owner.max() + 1)])
             masks[role] = np.repeat(above(norms, s)[owner][:, None], score.shape[1], axis=1)
         return masks
-    units = layer["query"].shape[1]
-    owner = np.arange(units) % head if by_index else np.arange(units) // head
-    total = np.zeros(owner.max() + 1)
+    shared = layer["key"].shape[1] // head  # heads of keys and values, each with the queries that share it
+    total, owners = np.zeros(head if by_index else shared), {}
     for role in (*QKV, "attention_output"):
-        dims = (layer[role].T if role in QKV else layer[role]) ** 2  # one row a unit's dim
+        dims = (layer[role].T if role in QKV else layer[role]) ** 2  # one row a head's dim
+        owners[role] = np.array([i % head if by_index else i * shared // len(dims) for i in range(len(dims))])
         for u in range(len(total)):
-            total[u] += dims[owner == u].sum()
-    kept = above(np.sqrt(total), s)[owner]
+            total[u] += dims[owners[role] == u].sum()
+    kept = above(np.sqrt(total), s)
     for role, score in layer.items():
         if role in QKV:
-            masks[role] = np.tile(kept, (len(score), 1))
+            masks[role] = np.tile(kept[owners[role]], (len(score), 1))
         elif role == "attention_output":
-            masks[role] = np.tile(kept[:, None], (1, score.shape[1]))
+            masks[role] = np.tile(kept[owners[role]][:, None], (1, score.shape[1]))
         else:
             masks[role] = gran(score, size, s)
     return masks

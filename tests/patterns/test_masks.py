@@ -71,6 +71,18 @@ def test_every_pattern_is_the_oracles(name, historical, kind, seed, sizes, grain
         assert np.array_equal(mask, wanted[path]), path
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from(["whole_head", "head_size"]), st.integers(0, 10**6), st.sampled_from([1, 2, 4]),
+       st.floats(0, 100))  # fmt: skip
+def test_heads_that_share_keys_go_together(name, seed, shared, s):
+    matrices = network(2, 4, 4, 8, 16, shared=shared)
+    scores = random_scores(matrices, seed)
+    spec = PatternSpec(type=name, granularity=4)
+    masks = turned(make_masks(scores, matrices, spec, sparsity=s), matrices)
+    wanted = expected(scores, matrices, spec, s, 4)
+    assert all(np.array_equal(mask, wanted[path]) for path, mask in masks.items())
+
+
 def runs(mask_KN):
     """How many runs of kept columns have the same rows."""
     return len(list(itertools.groupby(tuple(column) for column in mask_KN.T if column.any())))
@@ -193,6 +205,22 @@ def test_empty_matrices_and_totals():
         assert table.rows[0].sparsity == 1.0 and 0.3 < table.total < 0.7, name
     gone = {path: torch.zeros_like(mask) for path, mask in masks.items()}
     assert sparsity_table(matrices, gone, gone).of_stage == 1.0
+
+
+def test_the_quirk_that_divides_by_what_is_left():
+    matrices = network()
+    masks = {m.path: torch.ones(m.shape, dtype=torch.bool) for m in matrices}
+    masks[matrices[1].path][:] = False
+    assert sparsity_table(matrices, masks).rows[1].sparsity == 1.0
+    quirks = Quirks(empty_ratio_fails=True)
+    with pytest.raises(UserError, match=f"{matrices[1].path}: nothing is left"):
+        sparsity_table(matrices, masks, quirks=quirks)
+    masks[matrices[1].path][0, 0] = True
+    # The oracle: numpy's own division, which must not be by zero.
+    with np.errstate(divide="raise"):
+        ratios = [np.float64(mask.numel()) / mask.sum().numpy() for mask in masks.values()]
+    table = sparsity_table(matrices, masks, quirks=quirks)
+    assert [row.total / row.kept for row in table.rows] == ratios
 
 
 def test_totals_are_against_dense():

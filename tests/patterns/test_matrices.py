@@ -4,11 +4,13 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
+from cook.adapters.registry import by_config
 from cook.base.errors import UserError
-from cook.patterns.masks import make_masks
+from cook.patterns.masks import make_masks, sparsity_table
 from cook.patterns.matrices import ROLES, encoder_matrices, matrices_of, restricted
-from cook.patterns.spec import PatternSpec
+from cook.patterns.spec import NAMES, PatternSpec
 from cook.space.units import GatePoint, PruningSpace, UnitGroup, WeightSlice
+from tests.tiny_families import FAMILIES, tiny_config
 from tests.tiny_pruning import tiny_space
 
 
@@ -70,3 +72,39 @@ def test_a_fused_weight_is_one_matrix():
         make_masks(scores, (fused, out), PatternSpec(type=0, granularity=8), sparsity=50.0)
     masks = make_masks(scores, (fused, out), PatternSpec(type=5, block=4), sparsity=50.0)
     assert masks[fused.path].shape == (8, 24) and masks[fused.path].float().mean() == 0.5
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_pattern_finds_its_matrices_in_every_family(name):
+    config = tiny_config(name)
+    space = by_config(config).space(config)
+    matrices = matrices_of(space)
+    random = torch.Generator().manual_seed(0)
+    scores = {m.path: torch.rand(m.shape, generator=random) for m in matrices}
+    in_a_row = config["model_type"] in ("gpt2", "phi3")  # one matrix: all queries, then all keys, then all values
+    for kind in NAMES:
+        spec = PatternSpec(type=kind, granularity=2, block=2, local_granularities=(2, 2))
+        if kind == "whole_head" and in_a_row:
+            with pytest.raises(UserError, match="different heads"):
+                make_masks(scores, matrices, spec, sparsity=50.0)
+            continue
+        masks = make_masks(scores, matrices, spec, sparsity=50.0)
+        assert {path: mask.shape for path, mask in masks.items()} == {m.path: m.shape for m in matrices}
+        wanted = 0.75 if kind == "local_kn" else 0.5  # along both sides
+        assert sparsity_table(matrices, masks).total == pytest.approx(wanted, abs=0.06), kind
+        if kind == "whole_head":
+            assert whole_units(space, masks) == {False, True}
+
+
+def whole_units(space, masks):
+    """Whether the heads are kept, each with all the slices that the space says are its own."""
+    found = set()
+    for group in (g for g in space.groups if g.kind == "heads"):
+        for unit in range(group.size):
+            pieces = [
+                masks[s.path].narrow(s.dim, s.offset + unit * s.block, s.block) for s in group.slices if s.path in masks
+            ]
+            kept = torch.cat([piece.flatten() for piece in pieces])
+            assert kept.all() or not kept.any(), (group.name, unit)
+            found.add(bool(kept.all()))
+    return found

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import fields
 
 import pytest
@@ -74,16 +75,30 @@ def test_it_is_resumed_with_the_mask_that_it_made(finished):
     assert (folder / MASK).read_bytes() == before
 
 
-def masks_of(folder, *overrides):
+def masks_of(folder, *overrides, anew=False):
     """The masks of the pattern stage with changed settings, made in this process: magnitudes need no training."""
     stage = plan_stage(load_config("bmcook.json", overrides), "pattern")
-    return pattern_masks(stage, open_inputs(stage), None, None, lambda step, phase: None)
+    return pattern_masks(stage, open_inputs(stage), None, None, lambda step, phase: None, anew=anew)
 
 
 def test_a_mask_of_other_settings_is_not_taken(finished, monkeypatch):
     monkeypatch.chdir(finished[0])
     with pytest.raises(UserError, match="a mask made with other settings"):
         masks_of(finished[0], "pattern.sparsity=70")
+
+
+def test_a_mask_that_the_run_made_is_made_anew_when_it_starts_over(finished, monkeypatch):
+    folder, _ = finished
+    monkeypatch.chdir(folder)
+    changes = ("pattern.sparsity=70", "pattern.score=magnitude")
+    for name in ("out/masks/again.safetensors", "given.safetensors"):
+        shutil.copyfile(MASK, name)
+    masks = masks_of(folder, "pruning.pruning_mask_path=out/masks/again.safetensors", *changes, anew=True)
+    kept, total = sum(int(m.sum()) for m in masks.values()), sum(m.numel() for m in masks.values())
+    assert 1 - kept / total == pytest.approx(0.7, abs=4.5 / total)
+    # One outside the output folder was given to the run: it is never written over.
+    with pytest.raises(UserError, match="a mask made with other settings"):
+        masks_of(folder, "pruning.pruning_mask_path=given.safetensors", *changes, anew=True)
 
 
 def test_a_second_stage_starts_from_the_first_ones_mask(finished, monkeypatch):

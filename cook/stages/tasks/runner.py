@@ -109,10 +109,10 @@ def run_prune(config: TaskConfig, at: At) -> None:
             remedy="fine-tune it first (mode pretrain), or name a fine-tuned one with --finetuned",
         )  # fmt: skip
     matrices = pruned_matrices(session.encoder)
-    dense: Weights = session.encoder.weights
     # A size that does not divide is a mistake to tell before anything is written.
     make_masks({m.path: torch.ones(m.shape) for m in matrices}, matrices, spec, sparsity=0.0)
-    weights, follows = dense, weights_identity(dense)
+    weights: Weights = session.encoder.weights
+    follows = weights_identity(weights)
     masks: Weights | None = None
     known: Mapping[str, float] | None = None
     settings = settings_fingerprint(config, plan.DATA_SETTINGS + plan.FIT_SETTINGS + plan.PRUNE_SETTINGS)
@@ -130,7 +130,7 @@ def run_prune(config: TaskConfig, at: At) -> None:
             weights = dict(open_safetensors_folder(stage.folder / "model").items())
         else:
             _start_over(stage.folder, config)
-            weights, masks = _prune_stage(session, spec, matrices, stage, weights, masks, identity, dense, known)
+            weights, masks = _prune_stage(session, spec, matrices, stage, weights, masks, identity, known)
         follows, known = identity, read_json(stage.folder / DONE)["metrics"][RECOVERED]
         if distributed.rank() == 0:
             write_prune_report(config, session.info, spec, source)
@@ -162,7 +162,7 @@ def pruned_matrices(encoder: Encoder) -> tuple[PrunedMatrix, ...]:
 
 def _prune_stage(
     session: Session, spec: PatternSpec, matrices: tuple[PrunedMatrix, ...], stage: plan.PruneStage,
-    weights: Weights, previous: Weights | None, identity: str, dense: Weights, known: Mapping[str, float] | None,
+    weights: Weights, previous: Weights | None, identity: str, known: Mapping[str, float] | None,
 ) -> tuple[Weights, Weights]:  # fmt: skip
     """One stage; returns the weights and masks that it ends with. `known`: its metrics before pruning, if they are."""
     config, started = session.config, time.perf_counter()
@@ -178,6 +178,7 @@ def _prune_stage(
             write_json(scored, record)
         distributed.barrier()
     masks, _ = read_pattern_masks(stage.folder / MASKS, matrices)
+    table = sparsity_table(matrices, masks, previous, quirks=spec.quirks)
     metrics = {BEFORE: record["metrics"]}
 
     training = config.training(session.steps)
@@ -192,7 +193,7 @@ def _prune_stage(
     skipped = min(config.scoring_steps, training.steps) if spec.quirks.schedule_goes_on else 0
     session.fit(
         engine, training, stage.folder, name, identity=identity, start_step=skipped,
-        teacher=dense if config.distillation else None,
+        imitates=True,
     )  # fmt: skip
     metrics[RECOVERED] = session.evaluate(engine, stage.folder)
     session.log(stage.folder, metrics)
@@ -200,7 +201,6 @@ def _prune_stage(
     engine.close()
     say(f"{name}: after recovery {_shown(metrics[RECOVERED])}")
     if distributed.rank() == 0:
-        table = sparsity_table(matrices, masks, previous)
         _write_stage(session, spec, stage, identity, metrics, table, time.perf_counter() - started)
     distributed.barrier()
     return recovered, masks

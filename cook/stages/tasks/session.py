@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,7 @@ from cook.base.watchdog import At
 from cook.config.tasks import TaskConfig
 from cook.config.types import TrainingConfig
 from cook.data.loader import RowLoader
-from cook.distill.distiller import Distiller
-from cook.distill.teachers import model_teacher
+from cook.distill.distiller import RowDistiller
 from cook.evaluation.predict import predict
 from cook.models.encoder import Encoder, write_encoder
 from cook.report.events import EventLog
@@ -46,6 +45,8 @@ class Session:
     """The architecture and the tokenizer; the weights of a stage are given to `engine`."""
     at: At = lambda _step, _phase: None
     """Told of every step and save as it begins, for a watchdog."""
+    _predicted: list[torch.Tensor] = field(default_factory=list, repr=False)
+    """The own model's predictions for the training rows, once they have been asked for."""
 
     @property
     def steps(self) -> int:
@@ -62,7 +63,7 @@ class Session:
 
     def fit(
         self, engine: Engine, training: TrainingConfig, folder: Path, name: str, *,
-        identity: str, keeps: bool = True, start_step: int = 0, teacher: Mapping[str, torch.Tensor] | None = None,
+        identity: str, keeps: bool = True, start_step: int = 0, imitates: bool = False,
     ) -> None:  # fmt: skip
         """Runs the loop to the training's last step, from a checkpoint in `folder` if there is one.
 
@@ -74,7 +75,7 @@ class Session:
             identity: What the outcome depends on; a checkpoint of another one is refused.
             keeps: False: no log, no checkpoints.
             start_step: Step to begin after.
-            teacher: Weights of the dense model, for distillation.
+            imitates: Whether the predictions of the session's own model are imitated, as the config says.
         """
         position = Position(step=start_step, updates=start_step, tokens=0)
         checkpoints = folder / "checkpoints"
@@ -82,7 +83,10 @@ class Session:
         if found:
             position = load_checkpoint(*found, engine, None, fingerprint=identity)
             say(f"{name}: going on from step {position.step}")
-        distiller = self._distiller(engine, teacher) if teacher is not None else None
+        distiller = None
+        if imitates and self.config.distillation:
+            logits_RC = self._dense_logits(engine)
+            distiller = RowDistiller(logits_RC, scale=self.config.distillation, temperature=self.config.temperature)
         writes = keeps and distributed.rank() == 0
         # The shuffle of one training is its own: two stages do not read their rows in one order.
         seed = derived_seed(self.config.seed, "order", name) % 2**32
@@ -91,24 +95,29 @@ class Session:
             engine.module.train()
             run = Run(
                 name=name, engine=engine, training=training, attached=None, gates=None,
-                batches=RowLoader(self.data.train, train_batch_size=training.train_batch_size, seed=seed),
+                batches=RowLoader(
+                    self.data.train, train_batch_size=training.train_batch_size, seed=seed,
+                    lengths=self.data.train.lengths,
+                ),
                 task_loss=self.info.loss, extra_loss=distiller, checkpoints=checkpoints, saves=keeps,
                 fingerprint=identity,
                 on_save=lambda: None, unit="rows", at=self.at,
             )  # fmt: skip
             train(run, position, log)
         self.at(training.steps, "preparing")  # an evaluation may take long
-        if distiller:
-            distiller.remove()
 
-    def _distiller(self, engine: Engine, weights: Mapping[str, torch.Tensor]) -> Distiller:
-        teacher = self.encoder.build()
-        for name, parameter in teacher.named_parameters():
-            parameter.data.copy_(weights[name])
-        return Distiller(
-            engine.module, model_teacher(teacher.to(engine.device, engine.dtype)),
-            ce_scale=self.config.distillation, ce_temp=self.config.temperature,
-        )  # fmt: skip
+    def _dense_logits(self, engine: Engine) -> torch.Tensor:
+        """What the session's own model predicts for the training rows, `[rows, classes]`; it reads them once."""
+        if not self._predicted:
+            teacher = self.encoder.build()
+            for name, parameter in teacher.named_parameters():
+                parameter.data.copy_(self.encoder.weights[name])
+            outputs = predict(
+                teacher.to(engine.device, engine.dtype).eval(), self.data.train, names=("logits",),
+                batch_size=self.config.eval_batch_size, device=engine.device,
+            )  # fmt: skip
+            self._predicted.append(torch.from_numpy(np.stack([logits for (logits,) in outputs])).to(engine.device))
+        return self._predicted[0]
 
     def evaluate(self, engine: Engine, folder: Path | None = None) -> dict[str, float]:
         """All of the task's metrics in percent, on every rank.

@@ -39,7 +39,9 @@ CASES: dict[str, tuple[str, dict[str, str]]] = {
     "too long": ("prune", TILES | {"max_length": "64"}),
     "prune": ("prune", TILES),
     "export": ("export", TILES),
-    "historical": ("prune", TILES | {"quirks": "historical", "finetuned": "out/pretrain/model", "output_dir": "old"}),
+    "historical": ("prune", TILES | {"quirks": "historical", "finetuned": "out/pretrain/model", "output_dir": "all"}),
+    "quirks": ("prune", TILES | {"quirks": "schedule_goes_on,drifting_weights", "finetuned": "out/pretrain/model",
+                                 "output_dir": "old"}),
     "two of four": ("prune", SST | {"pruning_type": "m4n2_1d", "sparsities": "50", "score": "magnitude"}),
     "distilled": ("prune", SST | {"pruning_type": "unstructured", "distillation": "1", "output_dir": "kd",
                                   "finetuned": "out/pretrain/model"}),
@@ -88,6 +90,7 @@ def masks(*path: str | Path) -> dict[str, torch.Tensor]:
         ("falling", "must rise"),
         ("quirk", "unknown name 'rev'"),
         ("too long", "more than the model reads"),
+        ("historical", "nothing is left of it"),  # type 8 empties matrices of this size
     ],
 )
 def test_what_is_refused(told, case, error):
@@ -195,7 +198,7 @@ def again(told, folder, tmp_path_factory) -> dict[str, Any]:
     shutil.rmtree(stage / "model")
     two = {"two": ("prune", TILES | {"output_dir": "two", "finetuned": "out/pretrain/model"})}
     (folder / "old" / STAGES[0] / "masks.safetensors").write_bytes(before["masks"])
-    told = tasks(folder, {"again": ("prune", TILES), "other masks": CASES["historical"]}) | tasks(folder, two, ranks=2)
+    told = tasks(folder, {"again": ("prune", TILES), "other masks": CASES["quirks"]}) | tasks(folder, two, ranks=2)
     return before | {"told": told}
 
 
