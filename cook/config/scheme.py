@@ -19,7 +19,7 @@ PruneMode = Literal["att", "ffn"]
 """Which units a fine-grained stage prunes: attention heads or FFN dims."""
 
 
-RelaxationName = Literal["deterministic", "hard_concrete"]
+RelaxationName = Literal["auto", "deterministic", "hard_concrete"]
 """What stands for a 0/1 mask while it is learned."""
 
 GatesStart = Literal["open", "taylor", "fisher"]
@@ -122,9 +122,10 @@ class JointConfig:
 class GatesConfig:
     """The scheme's optional `gates` section: how masks are learned."""
 
-    relaxation: RelaxationName = "deterministic"
+    relaxation: RelaxationName = "auto"
     """What a gate is while it is learned: `deterministic`, a number from 0 to 1 that a concave term makes binary in
-    the end; `hard_concrete`, the L0 distribution's noisy samples."""
+    the end; `hard_concrete`, the L0 distribution's noisy samples; `auto`: hard concrete where only blocks are learned,
+    of which there are few and each weighs much, else deterministic."""
 
     learning_rate: float | None = None
     """Learning rate of the gates. None ("auto"): chosen by the number of steps of the stage."""

@@ -154,8 +154,10 @@ def make_gates(stage: Stage, inputs: Inputs) -> Gates | None:
     if not inputs.learned:
         return None
     options = stage.config.gates
+    # Measured: with a few dozen gates, each of which changes the loss a lot, noise tries combinations.
+    by_kind = "hard_concrete" if stage.learns == ("layer",) else "deterministic"
     relaxation: Relaxation = Deterministic(concavity=options.concavity)
-    if options.relaxation == "hard_concrete":
+    if (by_kind if options.relaxation == "auto" else options.relaxation) == "hard_concrete":
         relaxation = HardConcrete(initial_log_alpha=options.initial_log_alpha)
     return Gates(
         {group.name: group.size for group in inputs.learned},

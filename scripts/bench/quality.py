@@ -337,7 +337,8 @@ def cells(options: argparse.Namespace) -> list[tuple[str, str, float, int]]:
         for method in options.methods:
             fits = (method == "block influence") == (unit == "blocks") or method not in (
                 "block influence", "activation × weight", "fluctuation")  # fmt: skip
-            if fits and not (method in ("sheared gates", "hard concrete gates") and (unit, share) != ("dims", 0.3)):
+            others = method in ("sheared gates", "hard concrete gates")  # dear, and compared where it matters most
+            if fits and not (others and (unit, share) not in (("dims", 0.3), ("blocks", 0.3))):
                 made.append((method, unit, share, options.steps if method != "random" else 0))
     return sorted(made, key=lambda cell: cell[0] in TRAINED)
 

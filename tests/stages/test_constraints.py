@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 from cook.adapters.cpm_ant import ADAPTER
 from cook.base.errors import UserError
 from cook.config.load import load_config
+from cook.config.scheme import GatesConfig
 from cook.masks.gates import Gates
 from cook.masks.mask_set import fine_from_tensors, fine_to_tensors, kept_counts
+from cook.masks.relaxation import Deterministic, HardConcrete
 from cook.space.counts import forward_flops, parameters
 from cook.stages.constraints import constraints
 from cook.stages.inputs import Inputs, final_masks, make_gates, open_inputs
@@ -41,6 +44,22 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         return stage, inputs, gates
 
     return make
+
+
+@pytest.mark.parametrize(
+    "relaxation, blocks, heads",
+    [
+        ("auto", HardConcrete, Deterministic),
+        ("deterministic", Deterministic, Deterministic),
+        ("hard_concrete", HardConcrete, HardConcrete),
+    ],
+)
+def test_blocks_alone_learn_with_noise_unless_the_scheme_says_otherwise(opened, relaxation, blocks, heads):
+    for name, wanted in (("layer_mask", blocks), ("att_mask", heads), ("ffn_mask", heads)):
+        stage, inputs, _ = opened(name)
+        config = replace(stage.config, gates=GatesConfig(relaxation=relaxation))
+        gates = make_gates(replace(stage, config=config), inputs)
+        assert gates is not None and type(gates.relaxation) is wanted
 
 
 def rows(gates: Gates) -> list[tuple]:
