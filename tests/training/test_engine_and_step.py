@@ -89,7 +89,7 @@ def launch(ranks: int, folder: Path) -> list[dict[str, Any]]:
     (folder / "cases.json").write_text(json.dumps(cases(ranks)))
     python = [sys.executable, "-W", "ignore"]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    result = run([*python, *launcher, tiny.__file__, "cases.json", "results"], folder, timeout=240)
+    result = run([*python, *launcher, tiny.__file__, "cases.json", "results"], folder, timeout=600)
     assert result.code == 0, result
     return [torch.load(folder / f"results.{rank}", weights_only=True) for rank in range(ranks)]
 

@@ -42,7 +42,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str
         (folder / "cases.json").write_text(json.dumps(cases(ranks)))
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
         command = [sys.executable, "-W", "ignore", *launcher, tiny_held.__file__, "cases.json", "out"]
-        result = run(command, folder, timeout=240)
+        result = run(command, folder, timeout=600)
         assert result.code == 0, result
         found[ranks] = [torch.load(folder / f"out.{rank}", weights_only=True) for rank in range(ranks)]
     return found
