@@ -19,8 +19,8 @@ on where it stopped (`--work`). `--finetune` adds some steps of all weights, equ
 | fluctuation | its activations' variance times its output weights' squared norm (FLAP, An et al. 2024) |
 | block influence | 1 − cos(residual before, after) (ShortGPT, Men et al. 2024); for blocks |
 | sheared gates | hard concrete gates, λ by gradient ascent, rates of 1 (LLM-Shearing, Xia et al. 2024) |
-| hard concrete gates | ours with `gates.relaxation: hard_concrete` |
-| gates | ours as they come |
+| hard concrete gates, deterministic gates | ours with that `gates.relaxation` |
+| gates | ours as they come: hard concrete for blocks, deterministic for all else |
 | taught gates | the same, KL to the model with its gates open added to the loss, weight 1 (`distillation`: `self`) |
 """
 
@@ -33,7 +33,6 @@ import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,7 @@ from cook.distill.losses import token_divergence
 from cook.masks.controller import Constraint
 from cook.masks.gates import Gates
 from cook.masks.hard_concrete import probability_open, sample, uniform_noise
-from cook.masks.relaxation import HardConcrete
+from cook.masks.relaxation import Deterministic, HardConcrete
 from cook.report.tables import markdown_table
 from cook.space.counts import parameters
 from cook.space.units import PruningSpace, UnitGroup
@@ -56,7 +55,7 @@ from cook.surgery.gates import AttachedGates
 
 UNITS = {"dims": ("dimff",), "heads": ("heads",), "heads and dims": ("heads", "dimff"), "blocks": ("layer",)}
 ONE_SHOT = ("random", "magnitude", "taylor", "fisher", "activation × weight", "fluctuation", "block influence")
-TRAINED = ("sheared gates", "hard concrete gates", "gates", "taught gates")
+TRAINED = ("sheared gates", "hard concrete gates", "deterministic gates", "gates", "taught gates")
 Scores = dict[str, dict[str, torch.Tensor]]
 """A method's scores by group, `[units]`; the least go."""
 
@@ -269,13 +268,12 @@ def trained_masks(rig: Rig, method: str, unit: str, share: float, steps: int) ->
     """Masks from gates, and what their training was like."""
     groups = in_order(rig.groups(unit))
     sizes, made = {group.name: group.size for group in groups}, constraints(groups, share)
-    chosen: dict[str, Callable[..., Gates]] = {
-        "sheared gates": ShearedGates,
-        "hard concrete gates": lambda *given, **named: Gates(*given, **named, relaxation=HardConcrete()),
-        "gates": Gates,
-        "taught gates": Gates,
-    }
-    gates = chosen[method](sizes, made, steps=steps, seed=rig.options.seed)
+    if method == "sheared gates":
+        gates: Gates = ShearedGates(sizes, made, steps=steps, seed=rig.options.seed)
+    else:
+        noisy = unit == "blocks" if method in ("gates", "taught gates") else method == "hard concrete gates"
+        relaxation = HardConcrete() if noisy else Deterministic()
+        gates = Gates(sizes, made, steps=steps, seed=rig.options.seed, relaxation=relaxation)
     for step in range(1, steps + 1):
         z, ids = gates.draw(step).requires_grad_(), rig.batch(step - 1, rig.options.seed)
         teacher = rig.dense_logits(ids) if method == "taught gates" else None
@@ -286,7 +284,7 @@ def trained_masks(rig: Rig, method: str, unit: str, share: float, steps: int) ->
         gates.update(z.grad, step)
         _say(f"{method}, {unit}, {share:.0%}: {step} of {steps}, loss {float(loss.detach()):.3f}")
     notes: dict[str, Any] = {}
-    if method in ("gates", "taught gates"):
+    if isinstance(gates.relaxation, Deterministic):
         first = next(iter(rig.texts))
         notes["relaxed"] = rig.measure(gates.split(gates.values), (first,))[first]
     return gates.binary(), notes
@@ -337,8 +335,10 @@ def cells(options: argparse.Namespace) -> list[tuple[str, str, float, int]]:
         for method in options.methods:
             fits = (method == "block influence") == (unit == "blocks") or method not in (
                 "block influence", "activation × weight", "fluctuation")  # fmt: skip
-            others = method in ("sheared gates", "hard concrete gates")  # dear, and compared where it matters most
-            if fits and not (others and (unit, share) not in (("dims", 0.3), ("blocks", 0.3))):
+            # Dear, and compared where it matters most; and "gates" are one of two of these already.
+            where = {"sheared gates": ("dims", 0.3), "hard concrete gates": ("dims", 0.3),
+                     "deterministic gates": ("blocks", 0.3)}  # fmt: skip
+            if fits and where.get(method, (unit, share)) == (unit, share):
                 made.append((method, unit, share, options.steps if method != "random" else 0))
     return sorted(made, key=lambda cell: cell[0] in TRAINED)
 
@@ -421,22 +421,24 @@ def report(options: argparse.Namespace, done: dict[str, Any]) -> None:
 
 
 def draw(done: dict[str, Any], text: str, path: Path) -> None:
-    """Loss above the dense model's against the share of dims removed, a line a method."""
+    """Perplexity against the share of dims removed, a line a method."""
     from matplotlib.figure import Figure
 
     curves: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for key, cell in done.items():
         if key != "dense" and cell["unit"] == "dims" and not cell.get("finetuned"):
-            curves[cell["method"]].append((100 * cell["share"], cell["losses"][text] - done["dense"][text]))
-    figure = Figure(figsize=(6.8, 4.4), layout="constrained")
+            curves[cell["method"]].append((100 * cell["share"], math.exp(cell["losses"][text])))
+    figure = Figure(figsize=(8, 4.4), layout="constrained")
     axes = figure.subplots()
-    for name, points in sorted(curves.items(), key=lambda item: -max(point[1] for point in item[1])):
-        ours = name in ("gates", "taught gates")
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name, linewidth=2.5 if ours else 1.2,
-                  color={"gates": "black", "taught gates": "tab:red"}.get(name))  # fmt: skip
-    axes.set(xlabel="dims removed from every FFN, %", ylabel=f"loss above the dense model, {text}, nats a token",
-             yscale="log", title="Frozen weights, the same calibration tokens")  # fmt: skip
-    axes.legend(fontsize=8)
+    styles: dict[str, dict[str, Any]] = {
+        "gates": {"color": "black", "linewidth": 2.5}, "taught gates": {"color": "cyan", "marker": "*"},
+    }  # fmt: skip
+    for name, points in sorted(curves.items(), key=lambda item: -max(perplexity for _, perplexity in item[1])):
+        axes.plot(*zip(*sorted(points), strict=True), label=name, **{"marker": "o"} | styles.get(name, {}))
+    axes.axhline(math.exp(done["dense"][text]), color="black", linestyle="--", linewidth=0.8, label="dense")
+    axes.set(xlabel="dims removed from every FFN, %", ylabel=f"perplexity, {text}", yscale="log",
+             title="Frozen weights, the same calibration tokens")  # fmt: skip
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=120)
 
 

@@ -72,11 +72,14 @@ def from_scratch(options: argparse.Namespace, run: Path, shape: dict[str, Any], 
     write_model_folder(fresh, adapter, native, iter(adapter.build(native).state_dict().items()))
     written = json.loads(Path(options.config).read_text())
     pretraining = next(entry for entry in written["stages"] if entry["name"] == "pretrain")["training"]
+    scheme = json.loads((Path(options.config).parent / written["pruning"]["l0_pruning"]).read_text())
+    scheme.pop("fine-grained", None)  # its sizes are those of the dense model
+    (run / "from_scratch" / "l0_pruning.json").write_text(json.dumps(scheme))
     changed = {"steps": steps, "min_learning_rate": options.min_rate}
     written |= {
         "output_dir": str(run / "from_scratch"),
-        "model": {"path": str(fresh)},
-        "pruning": {"is_pruning": False},
+        "model": {"type": written["model"]["type"], "path": str(fresh)},
+        "pruning": written["pruning"] | {"is_pruning": False, "l0_pruning": "l0_pruning.json"},
         "stages": [{"name": "pretrain", "training": pretraining | changed}],
     }
     if isinstance(written["deepspeed"], str):
