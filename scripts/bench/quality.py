@@ -403,7 +403,8 @@ def report(options: argparse.Namespace, done: dict[str, Any]) -> None:
             **{f"loss − dense, {name}": loss - dense[name] for name, loss in cell["losses"].items()},
             "binarizing, nats": cell["losses"][first] - cell["relaxed"] if "relaxed" in cell else None,
         })  # fmt: skip
-    settings = {name: value for name, value in vars(options).items() if name not in ("model", "work", "calibration")}
+    places = ("model", "work", "calibration", "text", "output")
+    settings = {name: value for name, value in vars(options).items() if name not in places}
     settings["texts"] = [[name, count] for name, _, count in options.texts]
     publish("quality", settings | {"dense": dense, "dense perplexity": math.exp(dense[first])}, rows, options.output)
     chosen = [row for row in rows if not row["finetuning"]]
@@ -435,7 +436,9 @@ def draw(done: dict[str, Any], text: str, path: Path) -> None:
     }  # fmt: skip
     for name, points in sorted(curves.items(), key=lambda item: -max(perplexity for _, perplexity in item[1])):
         axes.plot(*zip(*sorted(points), strict=True), label=name, **{"marker": "o"} | styles.get(name, {}))
-    axes.axhline(math.exp(done["dense"][text]), color="black", linestyle="--", linewidth=0.8, label="dense")
+    dense = math.exp(done["dense"][text])
+    axes.set_ylim(0.7 * dense, 20 * dense)  # what is worse than that is of no use, however much
+    axes.axhline(dense, color="black", linestyle="--", linewidth=0.8, label="dense")
     axes.set(xlabel="dims removed from every FFN, %", ylabel=f"perplexity, {text}", yscale="log",
              title="Frozen weights, the same calibration tokens")  # fmt: skip
     figure.legend(loc="outside right upper", fontsize=8)
