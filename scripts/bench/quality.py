@@ -39,6 +39,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from common import ROOT, publish
+from quality_peers import ONE_SHOT, Scores, ShearedGates, gather_scores
 from transformers import AutoTokenizer
 
 from cook.adapters.source import load_model, open_model
@@ -46,7 +47,6 @@ from cook.base.files import read_json, write_json
 from cook.distill.losses import token_divergence
 from cook.masks.controller import Constraint
 from cook.masks.gates import Gates
-from cook.masks.hard_concrete import probability_open, sample, uniform_noise
 from cook.masks.relaxation import Deterministic, HardConcrete
 from cook.report.tables import markdown_table
 from cook.space.counts import parameters
@@ -54,10 +54,7 @@ from cook.space.units import PruningSpace, UnitGroup
 from cook.surgery.gates import AttachedGates
 
 UNITS = {"dims": ("dimff",), "heads": ("heads",), "heads and dims": ("heads", "dimff"), "blocks": ("layer",)}
-ONE_SHOT = ("random", "magnitude", "taylor", "fisher", "activation × weight", "fluctuation", "block influence")
 TRAINED = ("sheared gates", "hard concrete gates", "deterministic gates", "gates", "taught gates")
-Scores = dict[str, dict[str, torch.Tensor]]
-"""A method's scores by group, `[units]`; the least go."""
 
 
 class Rig:
@@ -128,6 +125,14 @@ class Rig:
         self.attached.set({})
         return found
 
+    @staticmethod
+    def say(text: str) -> None:
+        """Progress: one line on a terminal, every 25th step elsewhere."""
+        if sys.stderr.isatty():
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+        elif " of " not in text or int(text.split(": ")[1].split(" of ")[0]) % 25 == 0:
+            print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
     def groups(self, unit: str) -> list[UnitGroup]:
         return [group for group in self.space.groups if group.kind in UNITS[unit]]
 
@@ -152,118 +157,6 @@ def in_order(groups: list[UnitGroup]) -> list[UnitGroup]:
     return sorted(groups, key=lambda group: group.site) if groups[0].kind == "layer" else groups
 
 
-def gather_scores(rig: Rig) -> Scores:
-    """Every one-shot score from one pass over the calibration batches, gradients and all."""
-    groups, options = list(rig.space.groups), rig.options
-    scores: Scores = {name: {} for name in ONE_SHOT}
-    noise = torch.Generator().manual_seed(options.seed)
-    sums: dict[str, dict[str, Any]] = defaultdict(lambda: defaultdict(float))
-    streams: dict[str, torch.Tensor] = {}
-    taps = [handle for group in groups for handle in _taps(rig.model, group, sums[group.name], streams)]
-    for step in range(options.steps):
-        z = {group.name: torch.ones(group.size, requires_grad=True) for group in groups}
-        rig.attached.set(z)
-        rig.loss(rig.batch(step, options.seed)).backward()
-        for name, leaf in z.items():
-            sums[name]["gradient"] = sums[name]["gradient"] + leaf.grad
-            sums[name]["square"] = sums[name]["square"] + leaf.grad**2
-        _say(f"scores: {step + 1} of {options.steps}")
-    for tap in taps:
-        tap.remove()
-    rig.attached.set({})
-    for group in groups:
-        found = sums[group.name]
-        weights = [_by_unit(rig.model.get_parameter(piece.path), piece, group.size) for piece in group.slices]
-        scores["random"][group.name] = torch.rand(group.size, generator=noise)
-        scores["magnitude"][group.name] = sum(w.float().pow(2).sum(1) for w in weights).sqrt()
-        scores["taylor"][group.name] = found["gradient"].abs()
-        scores["fisher"][group.name] = found["square"]
-        if group.kind == "layer":
-            scores["block influence"][group.name] = (found["influence"] / found["batches"]).view(1)
-            continue
-        column = rig.model.get_parameter(group.slices[-1].path).float()
-        if group.slices[-1].dim == 0:
-            column = column.T
-        mean = found["sum"] / found["count"]
-        variance = found["squares"] / found["count"] - mean**2
-        per_feature = {
-            "activation × weight": column.abs().sum(0) * found["squares"].sqrt(),
-            "fluctuation": column.pow(2).sum(0) * variance,
-        }
-        for name, values in per_feature.items():
-            scores[name][group.name] = values.view(group.size, -1).sum(1)
-    return scores
-
-
-def _by_unit(weight: torch.Tensor, piece: Any, size: int) -> torch.Tensor:
-    """`[units, …]` of a weight's slice."""
-    return weight.movedim(piece.dim, 0)[piece.offset : piece.offset + size * piece.block].reshape(size, -1)
-
-
-def _taps(
-    model: torch.nn.Module, group: UnitGroup, sums: dict[str, Any], streams: dict[str, torch.Tensor]
-) -> list[Any]:
-    """Hooks that gather what the activation scores need: features' sums, or a block's effect on the residual stream.
-
-    The residual stream is read as in a model of pre-norm layers: a layer's input, and what its blocks add to it.
-    """
-    module = model.get_submodule(group.gate.module)
-    if group.kind != "layer":
-        def features(_module: Any, inputs: tuple) -> None:
-            x = inputs[0].detach().float().flatten(0, -2)
-            sums["sum"], sums["squares"] = sums["sum"] + x.sum(0), sums["squares"] + x.pow(2).sum(0)
-            sums["count"] += len(x)
-
-        return [module.register_forward_pre_hook(features)]
-    parts = group.gate.module.split(".")
-    name = ".".join(parts[: 1 + next(place for place, part in enumerate(parts) if part.isdecimal())])
-
-    def before(_layer: Any, inputs: tuple, named: dict) -> None:
-        streams[name] = (inputs[0] if inputs else named["hidden_states"]).detach().float()
-
-    def after(_module: Any, _inputs: tuple, output: Any) -> None:
-        added = (output[0] if isinstance(output, tuple) else output).detach().float()
-        x, streams[name] = streams[name], streams[name] + added
-        sums["influence"] = sums["influence"] + 1 - F.cosine_similarity(x, streams[name], dim=-1).mean()
-        sums["batches"] += 1
-
-    handles = [module.register_forward_hook(after)]
-    if group.site == "att":
-        handles.append(model.get_submodule(name).register_forward_pre_hook(before, with_kwargs=True))
-    return handles
-
-
-class ShearedGates(Gates):
-    """Gates as LLM-Shearing sets them: λ₁(s − t) + λ₂(s − t)² with λ by ascent, rates of 1, the target up in 20%."""
-
-    def __init__(self, sizes: dict[str, int], made: list[Constraint], *, steps: int, seed: int):
-        super().__init__(sizes, made, steps=steps, seed=seed, relaxation=HardConcrete(), ramp_fraction=0.2)
-        self.log_alpha = self.values.clone().requires_grad_()
-        self.prices = torch.zeros(2, len(made), requires_grad=True)
-        self.owner = torch.repeat_interleave(torch.arange(len(made)), torch.tensor([len(c.costs) for c in made]))
-        self.costs = torch.tensor([cost for c in made for cost in c.costs])
-        self.descent = torch.optim.Adam([self.log_alpha], lr=1.0)
-        self.ascent = torch.optim.Adam([self.prices], lr=1.0, maximize=True)
-
-    def draw(self, step: int) -> torch.Tensor:
-        noise = uniform_noise(len(self.values), torch.Generator().manual_seed(step))
-        self._sampled = sample(self.log_alpha, noise)
-        return self._sampled.detach()
-
-    def update(self, z_gradient: torch.Tensor, step: int) -> None:
-        gone = self.costs * (1 - probability_open(self.log_alpha))
-        short = torch.zeros(len(self.prices[0])).index_add(0, self.owner, gone) - self.targets(step).float()
-        held = (self.prices[0] * short + self.prices[1] * short**2).sum()
-        self.descent.zero_grad()
-        self.ascent.zero_grad()
-        (held + (self._sampled * z_gradient).sum()).backward()
-        self.descent.step()
-        self.ascent.step()
-        with torch.no_grad():
-            self.log_alpha.clamp_(-4.6, 4.6)
-        self.values = self.log_alpha.detach()
-
-
 def trained_masks(rig: Rig, method: str, unit: str, share: float, steps: int) -> tuple[dict, dict[str, Any]]:
     """Masks from gates, and what their training was like."""
     groups = in_order(rig.groups(unit))
@@ -282,7 +175,7 @@ def trained_masks(rig: Rig, method: str, unit: str, share: float, steps: int) ->
         loss.backward()
         assert z.grad is not None
         gates.update(z.grad, step)
-        _say(f"{method}, {unit}, {share:.0%}: {step} of {steps}, loss {float(loss.detach()):.3f}")
+        rig.say(f"{method}, {unit}, {share:.0%}: {step} of {steps}, loss {float(loss.detach()):.3f}")
     notes: dict[str, Any] = {}
     if isinstance(gates.relaxation, Deterministic):
         first = next(iter(rig.texts))
@@ -313,19 +206,12 @@ def finetuned(rig: Rig, masks: dict[str, torch.Tensor], steps: int) -> dict[str,
         torch.nn.utils.clip_grad_norm_(rig.model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        _say(f"finetuning: {step + 1} of {steps}, loss {float(loss.detach()):.3f}")
+        rig.say(f"finetuning: {step + 1} of {steps}, loss {float(loss.detach()):.3f}")
     for parameter in rig.model.parameters():
         parameter.data = parameter.data.bfloat16()
     found = rig.measure(masks)
     rig.load(torch.bfloat16)
     return found
-
-
-def _say(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-    elif " of " not in text or int(text.split(": ")[1].split(" of ")[0]) % 25 == 0:
-        print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 def cells(options: argparse.Namespace) -> list[tuple[str, str, float, int]]:
@@ -403,8 +289,8 @@ def report(options: argparse.Namespace, done: dict[str, Any]) -> None:
             **{f"loss − dense, {name}": loss - dense[name] for name, loss in cell["losses"].items()},
             "binarizing, nats": cell["losses"][first] - cell["relaxed"] if "relaxed" in cell else None,
         })  # fmt: skip
-    places = ("model", "work", "calibration", "text", "output")
-    settings = {name: value for name, value in vars(options).items() if name not in places}
+    local = ("model", "work", "calibration", "text", "output")
+    settings = {name: value for name, value in vars(options).items() if name not in local}
     settings["texts"] = [[name, count] for name, _, count in options.texts]
     publish("quality", settings | {"dense": dense, "dense perplexity": math.exp(dense[first])}, rows, options.output)
     chosen = [row for row in rows if not row["finetuning"]]

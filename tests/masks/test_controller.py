@@ -30,6 +30,7 @@ def random_gradient(rng, scale_of_gate, step):
 
 # steps, sizes of the constraints, their targets; with equal costs, as heads have, and unequal ones, as blocks have
 RUNS = [
+    (50, (16, 700), (0.75, 0.5)),
     (100, (16,), (0.1,)),
     (100, (16,), (0.3,)),
     (100, (16,), (0.9,)),
