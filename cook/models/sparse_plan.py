@@ -24,10 +24,10 @@ MOST_ENTRIES = 0.35
 """Share of weights over which a product with single weights has never won."""
 MOST_PADDING = 1.15
 """Tiles of unequal sizes are padded for one batched product up to this growth."""
-LINES_AT_ONCE = 128
-"""The same for products with single weights, which read the activations in no order."""
 COLUMNS_AT_ONCE = 256
 """Rows of activations that stay in a core's cache together with the gathered ones."""
+LINES_AT_ONCE = 128
+"""The same for products with single weights, which read the activations in no order."""
 
 
 class Workspace(threading.local):

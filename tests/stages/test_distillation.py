@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Any
 
 import pytest
 import torch
 
 from tests.stages import tiny_distill
-from tests.stages.tiny_run import run
+from tests.stages.tiny_run import run_on_ranks
 from tests.training import tiny_training as tiny
 
 # fp32: sums in another order; AdamW divides by the gradient's own size (see tests/training/test_engine_and_step.py).
@@ -50,12 +48,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str
     found = {}
     for ranks in (1, 2):
         folder = tmp_path_factory.mktemp(f"ranks{ranks}")
-        (folder / "cases.json").write_text(json.dumps(cases(ranks)))
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-        command = [sys.executable, "-W", "ignore", *launcher, tiny_distill.__file__, "cases.json", "out"]
-        result = run(command, folder, timeout=400)
-        assert result.code == 0, result
-        found[ranks] = [torch.load(folder / f"out.{rank}", weights_only=True) for rank in range(ranks)]
+        found[ranks] = run_on_ranks(tiny_distill.__file__, cases(ranks), folder, ranks)
     return found
 
 

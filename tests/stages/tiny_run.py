@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL = dict(
     vocab_size=420, dim_model=32, num_layers=3, num_heads=4, dim_head=8, dim_ff=24, position_bias_num_buckets=32,
@@ -63,6 +65,15 @@ def run(command: Sequence[str], folder: Path, *, timeout: float = 120, stop: Any
     finally:
         _kill_group(process)
     return Result(code=process.returncode, out=out, err=err)
+
+
+def run_on_ranks(script: str, cases: Any, folder: Path, ranks: int) -> list[Any]:
+    """What each rank of a script of the tests saved: it reads `cases.json` and writes `out.RANK`."""
+    (folder / "cases.json").write_text(json.dumps(cases))
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    result = run([sys.executable, "-W", "ignore", *launcher, script, "cases.json", "out"], folder, timeout=600)
+    assert result.code == 0, result
+    return [torch.load(folder / f"out.{rank}", weights_only=True) for rank in range(ranks)]
 
 
 def _kill_group(process: subprocess.Popen) -> None:

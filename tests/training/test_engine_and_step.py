@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from cook.evaluation.equality import largest_difference
 from cook.surgery.prune import mask_model
 from cook.surgery.reshape import kept_units, reshaped
 from cook.training.checkpoint import stored_weights
-from tests.stages.tiny_run import run
+from tests.stages.tiny_run import run_on_ranks
 from tests.training import tiny_training as tiny
 
 STAGES = {1: (0, 3), 2: (0, 1, 2, 3)}
@@ -86,12 +84,7 @@ def cases(ranks: int) -> dict[str, Any]:
 
 def launch(ranks: int, folder: Path) -> list[dict[str, Any]]:
     """Results of all cases, by rank."""
-    (folder / "cases.json").write_text(json.dumps(cases(ranks)))
-    python = [sys.executable, "-W", "ignore"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    result = run([*python, *launcher, tiny.__file__, "cases.json", "results"], folder, timeout=600)
-    assert result.code == 0, result
-    return [torch.load(folder / f"results.{rank}", weights_only=True) for rank in range(ranks)]
+    return run_on_ranks(tiny.__file__, cases(ranks), folder, ranks)
 
 
 @pytest.fixture(scope="module")

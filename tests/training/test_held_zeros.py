@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Any
 
 import pytest
@@ -11,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from cook.training.held_zeros import HeldZeros
-from tests.stages.tiny_run import run
+from tests.stages.tiny_run import run_on_ranks
 from tests.training import tiny_held, tiny_training
 
 STAGES = {1: (0, 1, 2, 3), 2: (0, 1, 2, 3)}
@@ -39,12 +37,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str
     found = {}
     for ranks in STAGES:
         folder = tmp_path_factory.mktemp(f"ranks{ranks}")
-        (folder / "cases.json").write_text(json.dumps(cases(ranks)))
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-        command = [sys.executable, "-W", "ignore", *launcher, tiny_held.__file__, "cases.json", "out"]
-        result = run(command, folder, timeout=600)
-        assert result.code == 0, result
-        found[ranks] = [torch.load(folder / f"out.{rank}", weights_only=True) for rank in range(ranks)]
+        found[ranks] = run_on_ranks(tiny_held.__file__, cases(ranks), folder, ranks)
     return found
 
 
