@@ -1,6 +1,6 @@
 """BERT with pruned matrices that run as tiles: the stock model around an encoder of its own.
 
-An export carries this file, `sparse_layers.py`, `sparse_plan.py` and `sparse_triton.py` along, so that
+An export carries this file and the other `sparse_*.py` along, so that
 `AutoModel….from_pretrained(folder, trust_remote_code=True)` works where cook is not installed.
 
     B rows, T tokens, D hidden size, H heads, E dims a head, M = B · T; activations inside stand transposed, [D, M]

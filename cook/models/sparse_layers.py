@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .sparse_plan import Plan
+from .sparse_ways import run
 
 TileSizes = Sequence[tuple[int, int]]
 """For every tile how many inputs it reads and how many outputs it makes."""
@@ -65,11 +66,11 @@ class TileWiseLinear(nn.Module):
         if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
             return self._differentiable(x)
         rows = x.reshape(-1, self.in_features)
-        return self.plan().run(rows, transposed=False).reshape(*x.shape[:-1], self.out_features)
+        return run(self.plan(), rows, transposed=False).reshape(*x.shape[:-1], self.out_features)
 
     def columns(self, x_KM: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """`[K, M]` to `[N, M]`, into `out` if given; no gradients."""
-        return self.plan().run(x_KM, transposed=True, out=out)
+        return run(self.plan(), x_KM, transposed=True, out=out)
 
     def _differentiable(self, x: torch.Tensor) -> torch.Tensor:
         x_KM = x.reshape(-1, self.in_features).T

@@ -14,13 +14,23 @@ from transformers.activations import ACT2FN
 from cook.base.errors import UserError
 from cook.base.files import write_json
 from cook.base.tensor_files import ShardWriter, open_safetensors_folder, read_model_config
-from cook.models import sparse_bert, sparse_layers, sparse_plan, sparse_triton
+from cook.models import (
+    sparse_bert,
+    sparse_layers,
+    sparse_native,
+    sparse_plan,
+    sparse_source,
+    sparse_triton,
+    sparse_ways,
+)
 from cook.patterns.compact import CompactLayer, MaskedMatrix, compact_layer
 from cook.patterns.matrices import ENCODER_ROLES
 from cook.patterns.tiles import Tiles
 
 NORMS = {"attention.output.LayerNorm": "attention_norm", "output.LayerNorm": "output_norm"}
 MODULE = "modeling_cook_sparse"
+CARRIED = (sparse_layers, sparse_native, sparse_plan, sparse_source, sparse_triton, sparse_ways)
+"""What the modeling file needs, and an export carries along."""
 NOT_TOKENIZER = ("model", "pytorch_model", "config.json", "optimizer", "training_args", "README", ".")
 
 
@@ -121,9 +131,9 @@ def _write_sparse(
     if auto != "AutoModel":
         written["auto_map"]["AutoModel"] = f"{MODULE}.SparseBertModel"
     write_json(folder / "config.json", written)
-    helpers = {"sparse_layers": sparse_layers, "sparse_plan": sparse_plan, "sparse_triton": sparse_triton}
-    for name, module in {MODULE: sparse_bert, **helpers}.items():
-        shutil.copyfile(str(module.__file__), folder / f"{name}.py")
+    shutil.copyfile(str(sparse_bert.__file__), folder / f"{MODULE}.py")
+    for helper in CARRIED:
+        shutil.copyfile(str(helper.__file__), folder / f"{helper.__name__.rpartition('.')[2]}.py")
     return count
 
 
@@ -201,7 +211,7 @@ def _notes(layers: list[CompactLayer], config: Mapping[str, Any], head_size: int
     if dense and not stock:
         yield (
             f"{len(dense)} of {4 * len(layers)} matrices have no tiles: weight by weight on a CPU in fp32 where that "
-            "is faster, else dense, zeros and all"
+            "is faster (it needs a C compiler), else dense, zeros and all"
         )
 
 

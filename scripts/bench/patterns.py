@@ -3,7 +3,9 @@
     python scripts/bench/patterns.py [--threads 1 2] [--rows 128 1024] [--sparsity 75] [--quick]
 
 One run compares the ways of computing with dense `F.linear` (the encoder: with the stock one), interleaved, medians.
-`chosen` is what the layer picks by itself. The crossover is the sparsity at which sparse starts to win.
+`chosen` is what the layer picks by itself. `nothing pruned` is the native product of a full matrix: how much of a gain
+is the native product's own, on this processor, before anything is pruned. The crossover is the sparsity at which sparse
+starts to win.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from common import ROOT, publish
 from transformers import AutoModel, BertConfig, BertModel
 
 from cook.models.sparse_layers import TileWiseLinear
+from cook.models.sparse_ways import by, ways
 from cook.patterns.export import export_sparse
 from cook.patterns.masks import apply_masks, make_masks
 from cook.patterns.matrices import PrunedMatrix, encoder_matrices
@@ -30,7 +33,10 @@ from cook.patterns.spec import PatternSpec
 from cook.patterns.tiles import sparse_linear, tiles_of
 
 SHAPES = ((768, 768), (768, 3072), (3072, 768))
-PATTERNS = {"tile-wise K": PatternSpec(type=2), "K and N": PatternSpec(type=8), "blocks 32": PatternSpec(type=5)}
+PATTERNS = {
+    "tile-wise K": PatternSpec(type=2), "K and N": PatternSpec(type=8), "blocks 32": PatternSpec(type=5),
+    "vector-wise": PatternSpec(type=4),
+}  # fmt: skip
 BARS = {("tile-wise K", "float32"): 3.4, ("tile-wise K", "bfloat16"): 2.5, ("K and N", "float32"): 3.2,
         ("blocks 32", "float32"): 2.8}  # fmt: skip
 
@@ -87,7 +93,7 @@ def matrix_rows(options: argparse.Namespace, threads: int, device: str) -> list[
                     found = compare(layer, weight, bias, count, options.repeats)
                     rows.append({
                         "threads": threads, "dtype": name, "pattern": pattern, "K × N": f"{shape[0]} × {shape[1]}",
-                        "rows": count, "sparsity": 1 - layer.weight.numel() / weight.numel(), **found,
+                        "rows": count, "sparsity": 1 - layer.plan().share, **found,
                         "bar": BARS.get((pattern, name)),
                     })  # fmt: skip
                     print(rows[-1], flush=True)
@@ -110,14 +116,18 @@ def compare(
         "speed-up": lambda: layer.columns(x_KM, out=out),
         "not transposed": lambda: layer(x),
     }
-    ways = plan.ways(x_KM)
-    for name, way in ways.items():
+    open_ways = ways(plan, x_KM)
+    for name, way in open_ways.items():
         if name != "dense":
-            actions[name] = lambda way=way: plan.by(way, x_KM, transposed=True, out=out)
+            actions[name] = lambda way=way: by(way, plan, x_KM, transposed=True, out=out)
+    if "native" in open_ways:
+        every = torch.ones(layer.in_features, layer.out_features, dtype=torch.bool)
+        full = sparse_linear(torch.randn(every.T.shape).to(x.dtype), bias, tiles_of(every)).plan()
+        actions["nothing pruned"] = lambda: by(open_ways["native"], full, x_KM, transposed=True, out=out)
     taken = seconds(actions, repeats)
     found = {name: taken["dense"] / time for name, time in taken.items() if name != "dense"}
     chosen = next(way for key, way in plan.chosen.items() if key[1])
-    picked = next(name for name, way in ways.items() if way is chosen)
+    picked = next(name for name, way in open_ways.items() if way is chosen)
     return {"dense ms": 1e3 * taken["dense"], **found, "chosen": picked}
 
 
@@ -166,7 +176,7 @@ def crossover(options: argparse.Namespace, device: str) -> dict[str, list[tuple[
         for sparsity in options.crossover:
             layer, weight, bias = pruned_layer(pattern, (768, 3072), sparsity, torch.float32, device)
             found = compare(layer, weight, bias, options.rows[0], options.repeats)
-            fixed = {"dense ms", "speed-up", "not transposed", "chosen"}
+            fixed = {"dense ms", "speed-up", "not transposed", "nothing pruned", "chosen"}
             points.append((sparsity, max(value for name, value in found.items() if name not in fixed)))
         curves[pattern] = points
     return curves

@@ -27,120 +27,45 @@ on where it stopped (`--work`). `--finetune` adds some steps of all weights, equ
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
-import sys
 import time
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from common import ROOT, publish
 from quality_peers import ONE_SHOT, Scores, ShearedGates, gather_scores
-from transformers import AutoTokenizer
+from quality_rig import Rig
 
-from cook.adapters.source import load_model, open_model
 from cook.base.files import read_json, write_json
-from cook.distill.losses import token_divergence
+from cook.config.scheme import GatesStart
 from cook.masks.controller import Constraint
 from cook.masks.gates import Gates
 from cook.masks.relaxation import Deterministic, HardConcrete
 from cook.report.tables import markdown_table
-from cook.space.counts import parameters
-from cook.space.units import PruningSpace, UnitGroup
-from cook.surgery.gates import AttachedGates
+from cook.space.counts import parameters, unit_parameters
+from cook.space.units import UnitGroup
 
-UNITS = {"dims": ("dimff",), "heads": ("heads",), "heads and dims": ("heads", "dimff"), "blocks": ("layer",)}
-TRAINED = ("sheared gates", "hard concrete gates", "deterministic gates", "gates", "taught gates")
+Masks = dict[str, torch.Tensor]
 
 
-class Rig:
-    """A model, its texts in windows, and gates on every unit."""
+def constraints(rig: Rig, groups: list[UnitGroup], share: float, scope: str) -> list[Constraint]:
+    """As many units from every section of every block; of blocks, from all attention blocks and from all FFNs.
 
-    def __init__(self, options: argparse.Namespace):
-        self.options = options
-        self.source = open_model(options.model)
-        self.space: PruningSpace = self.source.adapter.space(self.source.config, "query_head")
-        self.tokenizer = AutoTokenizer.from_pretrained(options.model)
-        self.calibration = self._windows(options.calibration, None)
-        self.texts = {name: self._windows(place, count) for name, place, count in options.texts}
-        self.load(torch.bfloat16)
-
-    def load(self, dtype: torch.dtype) -> None:
-        """The model as it is on disk, its weights frozen, all gates open."""
-        self.model = load_model(self.source, dtype).requires_grad_(False)
-        self.attached = AttachedGates(self.model, self.space.groups, {})
-
-    def _windows(self, place: str, count: int | None) -> torch.Tensor:
-        """`[windows, length]`; `count` from the start, None for all that training may want."""
-        length = self.options.length
-        wanted = (count or 10**9) * length
-        path, _, offset = place.partition(":")
-        if path.endswith(".csv"):
-            csv.field_size_limit(sys.maxsize)
-            with open(path, encoding="utf-8", newline="") as file:
-                rows = (row["text"] for row in csv.DictReader(file) if row["source"] == "imdb")
-                text = "\n\n".join(row for _, row in zip(range(10 * (count or 1000)), rows, strict=False))
-        else:
-            with open(path, "rb") as file:
-                file.seek(int(offset or 0))
-                text = file.read(8 * wanted if count else 4_000_000).decode("utf-8", errors="replace")
-        ids = torch.tensor(self.tokenizer(text)["input_ids"])[:wanted]
-        return ids[: len(ids) // length * length].view(-1, length)
-
-    def batch(self, step: int, seed: int) -> torch.Tensor:
-        """The calibration batch of a step, counted from 0: every window once, then in another order."""
-        rows, count = self.options.rows, len(self.calibration)
-        epoch, place = divmod(step * rows, count // rows * rows)
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(1000 * seed + epoch))
-        return self.calibration[order[place : place + rows]]
-
-    def logits(self, ids: torch.Tensor) -> torch.Tensor:
-        """`[tokens, vocabulary]`, of all but the last tokens."""
-        return self.model(input_ids=ids).logits[:, :-1].flatten(0, 1)
-
-    def loss(self, ids: torch.Tensor, taught_by: torch.Tensor | None = None) -> torch.Tensor:
-        """Mean cross entropy of the next token; plus KL to the distribution of `taught_by`, logits."""
-        logits, targets = self.logits(ids), ids[:, 1:].flatten()
-        loss = F.cross_entropy(logits.float(), targets)
-        return loss if taught_by is None else loss + token_divergence(logits, taught_by, targets, 1.0) / len(logits)
-
-    @torch.no_grad()
-    def dense_logits(self, ids: torch.Tensor) -> torch.Tensor:
-        """With all gates open."""
-        self.attached.set({})
-        return self.logits(ids)
-
-    @torch.no_grad()
-    def measure(self, masks: dict[str, torch.Tensor], names: tuple[str, ...] = ()) -> dict[str, float]:
-        """The loss with these masks on every text, or on those of `names`, nats a token."""
-        self.attached.set(masks)
-        found = {
-            name: sum(float(self.loss(part)) * len(part) for part in windows.split(4)) / len(windows)
-            for name, windows in self.texts.items() if name in (names or self.texts)
-        }  # fmt: skip
-        self.attached.set({})
-        return found
-
-    @staticmethod
-    def say(text: str) -> None:
-        """Progress: one line on a terminal, every 25th step elsewhere."""
-        if sys.stderr.isatty():
-            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-        elif " of " not in text or int(text.split(": ")[1].split(" of ")[0]) % 25 == 0:
-            print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
-
-    def groups(self, unit: str) -> list[UnitGroup]:
-        return [group for group in self.space.groups if group.kind in UNITS[unit]]
-
-
-def constraints(groups: list[UnitGroup], share: float) -> list[Constraint]:
-    """As many units from every section of every block; of blocks, from all attention blocks and from all FFNs."""
+    With the scope `global` one budget instead, of as many parameters.
+    """
+    if scope == "global":
+        each = [unit_parameters(rig.space, group) for group in groups]
+        total = sum(size * group.size for size, group in zip(each, groups, strict=True))
+        removed = sum(
+            size * group.sections * round(share * group.section_size) for size, group in zip(each, groups, strict=True)
+        )
+        costs = tuple(size / total for size, group in zip(each, groups, strict=True) for _ in range(group.size))
+        return [Constraint(name="all", start=0, costs=costs, target=removed / total)]
     if groups[0].kind == "layer":
-        groups = sorted(groups, key=lambda group: group.site)
         sizes = [sum(group.site == site for group in groups) for site in ("att", "ffn")]
     else:
         sizes = [group.section_size for group in groups for _ in range(group.sections)]
@@ -157,36 +82,97 @@ def in_order(groups: list[UnitGroup]) -> list[UnitGroup]:
     return sorted(groups, key=lambda group: group.site) if groups[0].kind == "layer" else groups
 
 
-def trained_masks(rig: Rig, method: str, unit: str, share: float, steps: int) -> tuple[dict, dict[str, Any]]:
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a method trains its gates."""
+
+    relaxation: str = "auto"
+    """As `gates.relaxation`; `sheared` for LLM-Shearing's."""
+    start: GatesStart = "open"
+    scope: str = "block"
+    in_turn: bool = False
+    """One kind of unit after the other, the steps shared between them."""
+    text: float = 1.0
+    """The weight of the language-model loss."""
+    teacher: float = 0.0
+    """The weight of the KL to the model with its gates open."""
+    temperature: float = 1.0
+
+
+TRAINED = {
+    "sheared gates": Training(relaxation="sheared"),
+    "hard concrete gates": Training(relaxation="hard_concrete"),
+    "deterministic gates": Training(relaxation="deterministic"),
+    "gates": Training(),
+    "gates from Taylor": Training(start="taylor"),
+    "gates from Fisher": Training(start="fisher"),
+    "gates, global": Training(scope="global"),
+    "gates in turn": Training(in_turn=True),
+    "taught gates": Training(teacher=1.0, temperature=2.0),
+    "taught gates, T 1": Training(teacher=1.0),
+    "taught gates, T 1, KL × 1/4": Training(teacher=0.25),
+    "taught gates, T 1, KL × 4": Training(teacher=4.0),
+    "taught gates, T 2, KL × 4": Training(teacher=4.0, temperature=2.0),
+    "taught gates, T 4": Training(teacher=1.0, temperature=4.0),
+    "gates by KL alone": Training(text=0.0, teacher=1.0),
+}
+EVERYWHERE = ("gates", "taught gates")
+"""Methods of a training for every cell; the others are dear, and compared where it matters."""
+PLACES = {
+    "deterministic gates": ("blocks", 0.3),  # elsewhere they are what "gates" are
+    "gates in turn": ("heads and dims", 0.32),
+    "gates, global": ("heads and dims", 0.32),
+}
+"""Where such a method is compared; without an entry, at 30% of the dims."""
+
+
+def trained_masks(rig: Rig, training: Training, unit: str, share: float, steps: int) -> tuple[Masks, dict[str, Any]]:
     """Masks from gates, and what their training was like."""
     groups = in_order(rig.groups(unit))
-    sizes, made = {group.name: group.size for group in groups}, constraints(groups, share)
-    if method == "sheared gates":
-        gates: Gates = ShearedGates(sizes, made, steps=steps, seed=rig.options.seed)
+    if not training.in_turn:
+        return one_training(rig, training, groups, share, steps, {})
+    kinds = list(dict.fromkeys(group.kind for group in groups))
+    masks: Masks = {}
+    for kind in kinds:
+        part = [group for group in groups if group.kind == kind]
+        masks |= one_training(rig, training, part, share, steps // len(kinds), masks)[0]
+    return masks, {}
+
+
+def one_training(
+    rig: Rig, training: Training, groups: list[UnitGroup], share: float, steps: int, fixed: Masks
+) -> tuple[Masks, dict[str, Any]]:
+    """Masks of these groups from gates, other units under the masks `fixed`."""
+    sizes = {group.name: group.size for group in groups}
+    made, seed = constraints(rig, groups, share, training.scope), rig.options.seed
+    if training.relaxation == "sheared":
+        gates: Gates = ShearedGates(sizes, made, steps=steps, seed=seed)
     else:
-        noisy = unit == "blocks" if method in ("gates", "taught gates") else method == "hard concrete gates"
+        noisy = groups[0].kind == "layer" if training.relaxation == "auto" else training.relaxation == "hard_concrete"
         relaxation = HardConcrete() if noisy else Deterministic()
-        gates = Gates(sizes, made, steps=steps, seed=rig.options.seed, relaxation=relaxation)
+        gates = Gates(sizes, made, steps=steps, seed=seed, relaxation=relaxation, start=training.start)
     for step in range(1, steps + 1):
-        z, ids = gates.draw(step).requires_grad_(), rig.batch(step - 1, rig.options.seed)
-        teacher = rig.dense_logits(ids) if method == "taught gates" else None
-        rig.attached.set(gates.split(z))
-        loss = rig.loss(ids, teacher)
+        z, ids = gates.draw(step).requires_grad_(), rig.batch(step - 1, seed)
+        teacher = rig.dense_logits(ids) if training.teacher else None
+        rig.attached.set(fixed | gates.split(z))
+        loss = rig.loss(ids) if teacher is None else rig.taught_loss(
+            ids, teacher, text=training.text, weight=training.teacher, temperature=training.temperature)  # fmt: skip
         loss.backward()
         assert z.grad is not None
         gates.update(z.grad, step)
-        rig.say(f"{method}, {unit}, {share:.0%}: {step} of {steps}, loss {float(loss.detach()):.3f}")
+        rig.say(f"gates of {groups[0].kind}, {share:.0%}: {step} of {steps}, loss {float(loss.detach()):.3f}")
     notes: dict[str, Any] = {}
     if isinstance(gates.relaxation, Deterministic):
         first = next(iter(rig.texts))
-        notes["relaxed"] = rig.measure(gates.split(gates.values), (first,))[first]
+        notes["relaxed"] = rig.measure(fixed | gates.split(gates.values), (first,))[first]
     return gates.binary(), notes
 
 
-def scored_masks(scores: dict[str, torch.Tensor], groups: list[UnitGroup], share: float) -> dict[str, torch.Tensor]:
+def scored_masks(rig: Rig, scores: dict[str, torch.Tensor], unit: str, share: float) -> dict[str, torch.Tensor]:
     """The same numbers as a constraint's, by score."""
-    groups = in_order(groups)
-    gates = Gates({group.name: group.size for group in groups}, constraints(groups, share), steps=1, seed=0)
+    groups = in_order(rig.groups(unit))
+    budgets = constraints(rig, groups, share, "block")
+    gates = Gates({group.name: group.size for group in groups}, budgets, steps=1, seed=0)
     gates.values = torch.cat([scores[group.name].float() for group in groups])
     return gates.binary()
 
@@ -214,6 +200,11 @@ def finetuned(rig: Rig, masks: dict[str, torch.Tensor], steps: int) -> dict[str,
     return found
 
 
+def mask_file(work: Path, method: str, options: argparse.Namespace) -> Path:
+    """Where the masks of a method at 30% of the dims are kept for finetuning."""
+    return work / f"{method.replace(' ', '_').replace('/', '_')}_{options.steps}_{options.seed}.pt"
+
+
 def cells(options: argparse.Namespace) -> list[tuple[str, str, float, int]]:
     """Method, unit, share and steps of every cell, the cheap ones first."""
     made = []
@@ -221,10 +212,9 @@ def cells(options: argparse.Namespace) -> list[tuple[str, str, float, int]]:
         for method in options.methods:
             fits = (method == "block influence") == (unit == "blocks") or method not in (
                 "block influence", "activation × weight", "fluctuation")  # fmt: skip
-            # Dear, and compared where it matters most; and "gates" are one of two of these already.
-            where = {"sheared gates": ("dims", 0.3), "hard concrete gates": ("dims", 0.3),
-                     "deterministic gates": ("blocks", 0.3)}  # fmt: skip
-            if fits and where.get(method, (unit, share)) == (unit, share):
+            if method in TRAINED and method not in EVERYWHERE:
+                fits = PLACES.get(method, ("dims", 0.3)) == (unit, share)
+            if fits:
                 made.append((method, unit, share, options.steps if method != "random" else 0))
     return sorted(made, key=lambda cell: cell[0] in TRAINED)
 
@@ -244,33 +234,35 @@ def main() -> None:
     if (work / "scores.pt").exists():
         scores = torch.load(work / "scores.pt", weights_only=True)
     for method, unit, share, steps in cells(options):
-        key, groups = json.dumps([method, unit, share, steps]), rig.groups(unit)
+        key = json.dumps([method, unit, share, steps, *([options.seed] if options.seed else [])])
         if key in done:
             continue
         started, notes = time.perf_counter(), {}
         if method in TRAINED:
-            masks, notes = trained_masks(rig, method, unit, share, steps)
+            masks, notes = trained_masks(rig, TRAINED[method], unit, share, steps)
         else:
             if scores is None:
                 torch.save(scores := gather_scores(rig), work / "scores.pt")
-            masks = scored_masks(scores[method], groups, share)
+            masks = scored_masks(rig, scores[method], unit, share)
         losses = rig.measure(masks)
         if (unit, share) == ("dims", 0.3):
-            torch.save(masks, work / f"{method.replace(' ', '_')}.pt")
+            torch.save(masks, mask_file(work, method, options))
         kept = {name: int(mask.sum()) for name, mask in masks.items()}
         done[key] = {
-            "method": method, "unit": unit, "share": share, "steps": steps, "losses": losses, **notes,
+            "method": method, "unit": unit, "share": share, "steps": steps, "seed": options.seed,
+            "losses": losses, **notes,
             "parameters": parameters(rig.space, kept), "seconds": round(time.perf_counter() - started),
         }  # fmt: skip
         write_json(work / "cells.json", done)
         print(f"{method}, {unit} −{share:.0%}: {losses} {notes or ''}", flush=True)
     for method in options.finetune_methods if options.finetune else ():
-        key = json.dumps([method, "dims", 0.3, "finetuned", options.finetune])
-        if key not in done and (work / f"{method.replace(' ', '_')}.pt").exists():
-            masks = torch.load(work / f"{method.replace(' ', '_')}.pt", weights_only=True)
+        key = json.dumps([method, "dims", 0.3, options.steps, options.seed, "finetuned", options.finetune])
+        path = mask_file(work, method, options)
+        if key not in done and path.exists():
             done[key] = {
-                "method": method, "unit": "dims", "share": 0.3, "finetuned": options.finetune,
-                "losses": finetuned(rig, masks, options.finetune),
+                "method": method, "unit": "dims", "share": 0.3, "steps": options.steps, "seed": options.seed,
+                "finetuned": options.finetune,
+                "losses": finetuned(rig, torch.load(path, weights_only=True), options.finetune),
             }  # fmt: skip
             write_json(work / "cells.json", done)
             print(f"{method}, finetuned: {done[key]['losses']}", flush=True)
@@ -284,7 +276,7 @@ def report(options: argparse.Namespace, done: dict[str, Any]) -> None:
     for cell in (value for key, value in done.items() if key != "dense"):
         rows.append({
             "method": cell["method"], "units": cell["unit"], "removed": cell["share"],
-            "steps": cell.get("steps"), "finetuning": cell.get("finetuned", 0),
+            "steps": cell["steps"], "seed": cell.get("seed", 0), "finetuning": cell.get("finetuned", 0),
             f"perplexity, {first}": math.exp(cell["losses"][first]),
             **{f"loss − dense, {name}": loss - dense[name] for name, loss in cell["losses"].items()},
             "binarizing, nats": cell["losses"][first] - cell["relaxed"] if "relaxed" in cell else None,
@@ -293,7 +285,7 @@ def report(options: argparse.Namespace, done: dict[str, Any]) -> None:
     settings = {name: value for name, value in vars(options).items() if name not in local}
     settings["texts"] = [[name, count] for name, _, count in options.texts]
     publish("quality", settings | {"dense": dense, "dense perplexity": math.exp(dense[first])}, rows, options.output)
-    chosen = [row for row in rows if not row["finetuning"]]
+    chosen = [row for row in rows if not row["finetuning"] and not row["seed"] and row["steps"] in (0, options.steps)]
     places = sorted({(row["units"], row["removed"]) for row in chosen})
     names = list(dict.fromkeys(row["method"] for row in chosen))
     by_place = {(row["method"], row["units"], row["removed"]): row[f"perplexity, {first}"] for row in chosen}
@@ -303,17 +295,18 @@ def report(options: argparse.Namespace, done: dict[str, Any]) -> None:
     ]
     print(markdown_table(["method", *(f"{unit} −{share:.0%}" for unit, share in places)], table))
     path = Path(options.output).with_suffix(".png") if options.output else ROOT / "results" / "bench" / "quality.png"
-    draw(done, first, path)
+    draw(done, first, options.steps, path)
     print(f"written: {path}")
 
 
-def draw(done: dict[str, Any], text: str, path: Path) -> None:
+def draw(done: dict[str, Any], text: str, steps: int, path: Path) -> None:
     """Perplexity against the share of dims removed, a line a method."""
     from matplotlib.figure import Figure
 
     curves: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for key, cell in done.items():
-        if key != "dense" and cell["unit"] == "dims" and not cell.get("finetuned"):
+        plain = key != "dense" and not cell.get("finetuned") and not cell.get("seed") and cell["steps"] in (0, steps)
+        if plain and cell["unit"] == "dims":
             curves[cell["method"]].append((100 * cell["share"], math.exp(cell["losses"][text])))
     figure = Figure(figsize=(8, 4.4), layout="constrained")
     axes = figure.subplots()

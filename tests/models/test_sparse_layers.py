@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cook.models import sparse_plan
+from cook.models import sparse_ways
 from cook.models.sparse_layers import BlockWiseLinear, TileWiseLinear
 from cook.patterns.tiles import sparse_linear, tiles_of
 
@@ -50,9 +50,9 @@ def test_every_way_is_the_dense_product(seed, inputs, columns, uneven, rows, dty
     tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 0.1}
     assert torch.equal(layer.dense_weight(), weight)
     plan = layer.plan()
-    for way in plan.ways(x.T).values():
+    for way in sparse_ways.ways(plan, x.T).values():
         for transposed in (False, True):
-            found = plan.by(way, x.T.contiguous() if transposed else x, transposed=transposed)
+            found = sparse_ways.by(way, plan, x.T.contiguous() if transposed else x, transposed=transposed)
             torch.testing.assert_close((found.T if transposed else found).float(), wanted, **tolerance)
     with torch.no_grad():
         torch.testing.assert_close(layer(x).float(), wanted, **tolerance)
@@ -68,12 +68,12 @@ def test_single_weights_are_multiplied_one_by_one(seed, inputs, outputs, share, 
     mask[0, 0] = True
     layer, weight, bias = made(seed, mask)
     x = torch.randn(rows, inputs, generator=random)
-    ways = layer.plan().ways(x.T)
-    assert ("entries" in ways) == (len(layer.sizes) == 1 and mask.float().mean() < sparse_plan.MOST_ENTRIES)
+    ways = sparse_ways.ways(layer.plan(), x.T)
+    assert ("entries" in ways) == (len(layer.sizes) == 1 and mask.float().mean() < sparse_ways.MOST_ENTRIES)
     for way in ways.values():
-        found = layer.plan().by(way, x.T.contiguous(), transposed=True).T
+        found = sparse_ways.by(way, layer.plan(), x.T.contiguous(), transposed=True).T
         torch.testing.assert_close(found, F.linear(x, weight, bias), rtol=1e-4, atol=1e-4)
-    assert "entries" not in layer.plan().ways(x.T.bfloat16())  # there is no such product in bf16
+    assert "entries" not in sparse_ways.ways(layer.plan(), x.T.bfloat16())  # there is no such product in bf16
 
 
 def test_blocks_are_gathered_whole():
@@ -83,8 +83,8 @@ def test_blocks_are_gathered_whole():
     layer, weight, bias = made(0, mask, block=BLOCK)
     assert isinstance(layer, BlockWiseLinear) and len(layer.inputs) == sum(r for r, _ in layer.sizes) // BLOCK
     x = torch.randn(7, 24, generator=random)
-    for way in layer.plan().ways(x.T).values():
-        found = layer.plan().by(way, x.T.contiguous(), transposed=True).T
+    for way in sparse_ways.ways(layer.plan(), x.T).values():
+        found = sparse_ways.by(way, layer.plan(), x.T.contiguous(), transposed=True).T
         torch.testing.assert_close(found, F.linear(x, weight, bias), rtol=1e-4, atol=1e-4)
     # a mask that is not made of blocks is not taken for one
     mask[0] = ~mask[0]
@@ -122,8 +122,9 @@ def test_the_choice_is_measured_once_and_falls_back_to_dense(monkeypatch):
         measured.append(sorted(ways))
         return {name: speed[name] for name in ways}
 
-    monkeypatch.setattr(sparse_plan, "_seconds", seconds)
-    monkeypatch.setattr(sparse_plan, "_CHOICES", {})
+    monkeypatch.setattr(sparse_ways, "has_native", lambda _dtype: False)
+    monkeypatch.setattr(sparse_ways, "_seconds", seconds)
+    monkeypatch.setattr(sparse_ways, "_CHOICES", {})
     x = torch.randn(24, 4)
     with torch.no_grad():
         layer.columns(x), layer.columns(x), other.columns(x), layer.columns(torch.randn(24, 3))
@@ -145,8 +146,8 @@ def test_threads_do_not_share_workspaces():
         with torch.no_grad():
             for _ in range(50):
                 plan = layers[number].plan()
-                for way in plan.ways(x).values():
-                    if not torch.allclose(plan.by(way, x, transposed=True), wanted[number], atol=1e-3):
+                for way in sparse_ways.ways(plan, x).values():
+                    if not torch.allclose(sparse_ways.by(way, plan, x, transposed=True), wanted[number], atol=1e-3):
                         failures.append(number)
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from cook.models import sparse_ways
 from cook.models.sparse_triton import has_triton
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = """
 import torch, torch.nn.functional as F
-from cook.models.sparse_plan import _triton
+from cook.models import sparse_ways
 from cook.patterns.tiles import sparse_linear, tiles_of
 from tests.models.test_sparse_layers import tile_mask
 for seed, (inputs, widths, rows, uneven, block) in enumerate(CASES):
@@ -29,7 +30,7 @@ for seed, (inputs, widths, rows, uneven, block) in enumerate(CASES):
         bias = torch.randn(mask.shape[1], generator=random).to(dtype)
         layer = sparse_linear(weight, bias, tiles_of(mask, block=block))
         x = torch.randn(rows, inputs, generator=random).to(dtype)
-        found = layer.plan().by(_triton, x.T.contiguous(), transposed=True).T
+        found = sparse_ways.by(sparse_ways._triton, layer.plan(), x.T.contiguous(), transposed=True).T
         wanted = F.linear(x.float(), weight.float(), bias.float())
         error = float((found.float() - wanted).abs().max() / wanted.abs().max())
         assert error < tolerance, (seed, dtype, error)
@@ -61,6 +62,6 @@ def test_every_way_is_the_dense_product_on_a_card():
         layer = sparse_linear(weight.cpu(), bias.cpu(), tiles_of(mask)).to("cuda")
         x = torch.randn(256, 300, device="cuda", dtype=dtype)
         wanted = weight.float() @ x.float() + bias.float()[:, None]
-        for name, way in layer.plan().ways(x).items():
-            found = layer.plan().by(way, x, transposed=True).float()
+        for name, way in sparse_ways.ways(layer.plan(), x).items():
+            found = sparse_ways.by(way, layer.plan(), x, transposed=True).float()
             assert float((found - wanted).abs().max() / wanted.abs().max()) < tolerance, name

@@ -1,0 +1,105 @@
+"""The frozen model, the texts and the gates that `quality.py` measures with."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoTokenizer
+
+from cook.adapters.source import load_model, open_model
+from cook.distill.losses import token_divergence
+from cook.space.units import PruningSpace, UnitGroup
+from cook.surgery.gates import AttachedGates
+
+UNITS = {"dims": ("dimff",), "heads": ("heads",), "heads and dims": ("heads", "dimff"), "blocks": ("layer",)}
+
+
+class Rig:
+    """A model, its texts in windows, and gates on every unit."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.source = open_model(options.model)
+        self.space: PruningSpace = self.source.adapter.space(self.source.config, "query_head")
+        self.tokenizer = AutoTokenizer.from_pretrained(options.model)
+        self.calibration = self._windows(options.calibration, None)
+        self.texts = {name: self._windows(place, count) for name, place, count in options.texts}
+        self.load(torch.bfloat16)
+
+    def load(self, dtype: torch.dtype) -> None:
+        """The model as it is on disk, its weights frozen, all gates open."""
+        self.model = load_model(self.source, dtype).requires_grad_(False)
+        self.attached = AttachedGates(self.model, self.space.groups, {})
+
+    def _windows(self, place: str, count: int | None) -> torch.Tensor:
+        """`[windows, length]`; `count` from the start, None for all that training may want."""
+        length = self.options.length
+        wanted = (count or 10**9) * length
+        path, _, offset = place.partition(":")
+        if path.endswith(".csv"):
+            csv.field_size_limit(sys.maxsize)
+            with open(path, encoding="utf-8", newline="") as file:
+                rows = (row["text"] for row in csv.DictReader(file) if row["source"] == "imdb")
+                text = "\n\n".join(row for _, row in zip(range(10 * (count or 1000)), rows, strict=False))
+        else:
+            with open(path, "rb") as file:
+                file.seek(int(offset or 0))
+                text = file.read(8 * wanted if count else 4_000_000).decode("utf-8", errors="replace")
+        ids = torch.tensor(self.tokenizer(text)["input_ids"])[:wanted]
+        return ids[: len(ids) // length * length].view(-1, length)
+
+    def batch(self, step: int, seed: int) -> torch.Tensor:
+        """The calibration batch of a step, counted from 0: every window once, then in another order."""
+        rows, count = self.options.rows, len(self.calibration)
+        epoch, place = divmod(step * rows, count // rows * rows)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(1000 * seed + epoch))
+        return self.calibration[order[place : place + rows]]
+
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """`[tokens, vocabulary]`, of all but the last tokens."""
+        return self.model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+
+    def loss(self, ids: torch.Tensor) -> torch.Tensor:
+        """Mean cross entropy of the next token."""
+        return F.cross_entropy(self.logits(ids).float(), ids[:, 1:].flatten())
+
+    def taught_loss(
+        self, ids: torch.Tensor, teacher: torch.Tensor, *, text: float, weight: float, temperature: float
+    ) -> torch.Tensor:
+        """`text` times the cross entropy, plus `weight` · T² · KL to the distribution of `teacher`, logits."""
+        logits, targets = self.logits(ids), ids[:, 1:].flatten()
+        taught = weight * token_divergence(logits, teacher, targets, temperature) / len(logits)
+        return taught + text * F.cross_entropy(logits.float(), targets) if text else taught
+
+    @torch.no_grad()
+    def dense_logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """With all gates open."""
+        self.attached.set({})
+        return self.logits(ids)
+
+    @torch.no_grad()
+    def measure(self, masks: dict[str, torch.Tensor], names: tuple[str, ...] = ()) -> dict[str, float]:
+        """The loss with these masks on every text, or on those of `names`, nats a token."""
+        self.attached.set(masks)
+        found = {
+            name: sum(float(self.loss(part)) * len(part) for part in windows.split(4)) / len(windows)
+            for name, windows in self.texts.items() if name in (names or self.texts)
+        }  # fmt: skip
+        self.attached.set({})
+        return found
+
+    @staticmethod
+    def say(text: str) -> None:
+        """Progress: one line on a terminal, every 25th step elsewhere."""
+        if sys.stderr.isatty():
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+        elif " of " not in text or int(text.split(": ")[1].split(" of ")[0]) % 25 == 0:
+            print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+    def groups(self, unit: str) -> list[UnitGroup]:
+        return [group for group in self.space.groups if group.kind in UNITS[unit]]
