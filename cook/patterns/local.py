@@ -97,7 +97,7 @@ def _joint_heads(layer: Layer, scores: Scores, spec: PatternSpec, percent: float
 
 
 def _alike(numbers: Mapping[str, int]) -> None:
-    """Refuses matrices whose heads do not belong together, as where one makes queries, keys and values in a row."""
+    """Refuses matrices whose heads do not belong together."""
     (first, number), *others = numbers.items()
     for path, other in others:
         if other != number:

@@ -20,6 +20,7 @@ BY_LAYER: Mapping[str, Callable[[Layer, Scores, PatternSpec, float], Masks]] = {
     "joint_qkv": local.joint_qkv,
     "local_kn": local.local_kn,
 }
+OF_HEADS = ("whole_head", "head_size")
 BY_MATRIX: Mapping[str, Callable[[torch.Tensor, PatternSpec, float, str], torch.Tensor]] = {
     "vector_wise": lambda score, spec, percent, path: local.vector_wise(score, spec, percent),
     "block_wise": lambda score, spec, percent, path: local.block_wise(score, spec.block, percent, path),
@@ -64,10 +65,15 @@ def _pattern(
     scores: Scores, previous: Scores, matrices: Sequence[PrunedMatrix], spec: PatternSpec, percent: float
 ) -> Masks:
     if spec.name in BY_LAYER:
+        parts = {m.path: m.parts if m.parts and spec.name in OF_HEADS else (m,) for m in matrices}
+        seen: dict[str, torch.Tensor] = {}
+        for path, those in parts.items():
+            pieces = scores[path].split([part.outputs for part in those], dim=1)
+            seen |= {part.path: piece for part, piece in zip(those, pieces, strict=True)}
         masks: Masks = {}
-        for layer in layers_of(matrices).values():
-            masks |= BY_LAYER[spec.name](layer, scores, spec, percent)
-        return masks
+        for layer in layers_of(part for those in parts.values() for part in those).values():
+            masks |= BY_LAYER[spec.name](layer, seen, spec, percent)
+        return {path: torch.cat([masks[part.path] for part in those], dim=1) for path, those in parts.items()}
     if spec.name in BY_MATRIX:
         return {path: BY_MATRIX[spec.name](score, spec, percent, path) for path, score in scores.items()}
     if spec.name == "tile_wise_k":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from cook.base.errors import UserError
@@ -41,6 +41,8 @@ class PrunedMatrix:
     """Dims of a head, or of all queries that share a key's head; only the four matrices of attention need it."""
     input_dim: int = 1
     """The dimension of the tensor along which the inputs (the rows K of W) lie: 1 as torch.nn.Linear has it, else 0."""
+    parts: tuple[PrunedMatrix, ...] = ()
+    """What a fused weight consists of along its outputs, in order: all queries, then all keys, then all values."""
 
     @property
     def inputs(self) -> int:
@@ -83,7 +85,7 @@ def matrices_of(space: PruningSpace) -> tuple[PrunedMatrix, ...]:
 
     Where units lie along a tensor's inputs, the matrix closes its block (attention output, output); along its outputs,
     it opens the block. Gated FFNs have several `intermediate` a layer. A fused weight is one matrix, `query` if it
-    makes queries, keys and values: whole heads refuse it if these stand in a row, the others prune it as it stands.
+    makes queries, keys and values: where these stand in a row, patterns of heads see its parts, the others the whole.
     """
     found = []
     for group in space.groups:
@@ -99,9 +101,24 @@ def matrices_of(space: PruningSpace) -> tuple[PrunedMatrix, ...]:
             else:
                 role = next(opening, "value") if group.site == "att" else "intermediate"
             input_dim = piece.dim if piece.path == closing else 1 - piece.dim
-            shape = space.shapes[piece.path]
-            found.append(_matrix(piece.path, role, group.layer, shape, piece.block, input_dim))
+            matrix = _matrix(piece.path, role, group.layer, space.shapes[piece.path], piece.block, input_dim)
+            found.append(replace(matrix, parts=_parts(matrix, group)) if group.site == "att" else matrix)
     return _ordered(found)
+
+
+def _parts(matrix: PrunedMatrix, group: UnitGroup) -> tuple[PrunedMatrix, ...]:
+    """The queries, keys and values of a fused weight; none if it has only one of them, or mixes them."""
+    slices = [s for s in group.slices if s.path == matrix.path]
+    if len(slices) < 2:
+        return ()
+    made = []
+    for role, piece in zip(INPUTS, sorted(slices, key=lambda s: s.offset), strict=True):
+        size = group.size * piece.block
+        shape = [size, size]
+        shape[matrix.input_dim] = matrix.inputs
+        name = f"{matrix.path}[{piece.offset}:{piece.offset + size}]"
+        made.append(_matrix(name, role, matrix.layer, shape, piece.block, matrix.input_dim))
+    return tuple(made)
 
 
 def _closing(group: UnitGroup) -> str | None:

@@ -67,9 +67,14 @@ def test_a_fused_weight_is_one_matrix():
         PruningSpace(num_layers=1, shapes=shapes, groups=(group,), logits_weight="")
     )
     assert (fused.role, fused.inputs, fused.outputs) == ("query", 8, 24) and out.role == "attention_output"
+    assert [(part.role, part.outputs) for part in fused.parts] == [("query", 8), ("key", 8), ("value", 8)]
     scores = {path: torch.rand(shape) for path, shape in shapes.items()}
-    with pytest.raises(UserError, match="different heads"):
-        make_masks(scores, (fused, out), PatternSpec(type=0, granularity=8), sparsity=50.0)
+    masks = make_masks(scores, (fused, out), PatternSpec(type=0, granularity=8), sparsity=50.0)
+    # Two heads of four dims: the one whose queries, keys, values and outputs weigh more together.
+    weight = scores[fused.path].square().view(8, 3, 2, 4).sum((0, 1, 3)) + scores[out.path].square().view(2, -1).sum(1)
+    stays = torch.arange(2) == weight.argmax()
+    assert torch.equal(masks[fused.path], stays.repeat_interleave(4).repeat(3).expand(8, 24))
+    assert torch.equal(masks[out.path], stays.repeat_interleave(4)[:, None].expand(8, 8))
     masks = make_masks(scores, (fused, out), PatternSpec(type=5, block=4), sparsity=50.0)
     assert masks[fused.path].shape == (8, 24) and masks[fused.path].float().mean() == 0.5
 
@@ -81,13 +86,8 @@ def test_every_pattern_finds_its_matrices_in_every_family(name):
     matrices = matrices_of(space)
     random = torch.Generator().manual_seed(0)
     scores = {m.path: torch.rand(m.shape, generator=random) for m in matrices}
-    in_a_row = config["model_type"] in ("gpt2", "phi3")  # one matrix: all queries, then all keys, then all values
     for kind in NAMES:
         spec = PatternSpec(type=kind, granularity=2, block=2, local_granularities=(2, 2))
-        if kind == "whole_head" and in_a_row:
-            with pytest.raises(UserError, match="different heads"):
-                make_masks(scores, matrices, spec, sparsity=50.0)
-            continue
         masks = make_masks(scores, matrices, spec, sparsity=50.0)
         assert {path: mask.shape for path, mask in masks.items()} == {m.path: m.shape for m in matrices}
         wanted = 0.75 if kind == "local_kn" else 0.5  # along both sides
