@@ -4,8 +4,9 @@
     python scripts/bench/same_size.py [--config config/bmcook.json]
 
 Reads what the finished run has measured (dense, learned masks, random masks with the finetuning that the learned ones
-had) and trains one model more: the same small shape from fresh weights, on as many tokens as pretraining, mask
-learning and finetuning took together, with the run's own pretraining rate and one cosine over the whole.
+had) and trains the same small shape twice from fresh weights, with the run's own pretraining rate and one cosine over
+the whole: on as many tokens as pruning took (mask learning and finetuning; what one has to choose between who has a
+pretrained model), and on as many as pretraining and pruning took together.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from cook.config.load import load_config
 from cook.stages.plan import recipe
 from cook.surgery.export import write_model_folder
 
-BAR = {"random masks": 0.10, "from scratch": 0.0}
+BAR = {"random masks": 0.10, "from scratch, pruning's tokens": 0.0, "from scratch, all tokens": 0.0}
 """Nats by which the learned masks are to be better."""
 
 
@@ -45,12 +46,17 @@ def main() -> None:
         raise UserError(f"{run}: no finished run", remedy="bash scripts/prune_cpm_ant.sh")
     learned = {name: entry for name, entry in done.items() if name != "random_baseline"}
     steps = sum(entry["steps"] for entry in learned.values())
-    done["from_scratch"] = from_scratch(options, run, read_json(small), steps)
+    pruning_steps = steps - done["pretrain"]["steps"]
+    done["from_scratch"] = from_scratch(options, run / "from_scratch", read_json(small), pruning_steps)
+    done["from_scratch_longer"] = from_scratch(options, run / "from_scratch_longer", read_json(small), steps)
     loss = {name: entry["held_out_loss"] for name, entry in done.items()}
-    shown = {"pretrain": "dense", "ffn_finetune": "learned masks", "random_baseline": "random masks",
-             "from_scratch": "from scratch"}  # fmt: skip
+    shown = {
+        "pretrain": "dense", "ffn_finetune": "learned masks", "random_baseline": "random masks",
+        "from_scratch": "from scratch, pruning's tokens", "from_scratch_longer": "from scratch, all tokens",
+    }  # fmt: skip
     taken = {
-        "pretrain": done["pretrain"]["steps"], "ffn_finetune": steps, "from_scratch": steps,
+        "pretrain": done["pretrain"]["steps"], "ffn_finetune": steps,
+        "from_scratch": pruning_steps, "from_scratch_longer": steps,
         "random_baseline": done["pretrain"]["steps"] + done.get("random_baseline", {"steps": 0})["steps"],
     }  # fmt: skip
     rows = [
@@ -63,32 +69,32 @@ def main() -> None:
     publish("same_size", settings, rows, options.output)
 
 
-def from_scratch(options: argparse.Namespace, run: Path, shape: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Trains the small shape from fresh weights; what its stage leaves."""
+def from_scratch(options: argparse.Namespace, folder: Path, shape: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Trains the small shape from fresh weights in a folder of its own; what its stage leaves."""
     adapter = by_config(shape)
     native, _ = adapter.read(shape, {})
     torch.manual_seed(0)
-    fresh = run / "from_scratch" / "fresh"
+    fresh = folder / "fresh"
     write_model_folder(fresh, adapter, native, iter(adapter.build(native).state_dict().items()))
     written = json.loads(Path(options.config).read_text())
     pretraining = next(entry for entry in written["stages"] if entry["name"] == "pretrain")["training"]
     scheme = json.loads((Path(options.config).parent / written["pruning"]["l0_pruning"]).read_text())
     scheme.pop("fine-grained", None)  # its sizes are those of the dense model
-    (run / "from_scratch" / "l0_pruning.json").write_text(json.dumps(scheme))
+    (folder / "l0_pruning.json").write_text(json.dumps(scheme))
     changed = {"steps": steps, "min_learning_rate": options.min_rate}
     written |= {
-        "output_dir": str(run / "from_scratch"),
+        "output_dir": str(folder),
         "model": {"type": written["model"]["type"], "path": str(fresh)},
         "pruning": written["pruning"] | {"is_pruning": False, "l0_pruning": "l0_pruning.json"},
         "stages": [{"name": "pretrain", "training": pretraining | changed}],
     }
     if isinstance(written["deepspeed"], str):
         written["deepspeed"] = str((ROOT / written["deepspeed"]).resolve())
-    path = run / "from_scratch" / "bmcook.json"
+    path = folder / "bmcook.json"
     path.write_text(json.dumps(written, indent=2))
     given = [f"--set={setting}" for setting in options.settings if not setting.startswith("output_dir=")]
     run_apart([str(ROOT / "cook" / "train.py"), "--config", str(path), "--stage", "all", *given])
-    return read_json(run / "from_scratch" / "pretrain" / "done.json")
+    return read_json(folder / "pretrain" / "done.json")
 
 
 if __name__ == "__main__":
