@@ -33,17 +33,18 @@ done
 # Runs a command in a process group of its own, and passes signals on to all of it: bash alone would end at SIGTERM and
 # leave the ranks behind, `deepspeed` too. SIGUSR1 (save and go on) is for the ranks; the launchers must outlive it.
 in_group() {
-  local code=0
+  local code=0 status caught=''
   set -m
   (trap '' USR1 && exec "$@") &
   group=$!
   set +m
-  trap 'told=1; kill -TERM -- "-$group" 2>/dev/null' TERM INT
-  trap 'kill -USR1 -- "-$group" 2>/dev/null' USR1
-  while :; do
-    code=0
-    wait "$group" || code=$?
-    kill -0 "$group" 2>/dev/null || break
+  trap 'told=1 caught=1; kill -TERM -- "-$group" 2>/dev/null' TERM INT
+  trap 'caught=1; kill -USR1 -- "-$group" 2>/dev/null' USR1
+  wait "$group" || code=$?
+  while [ -n "$caught" ]; do # a signal ends the wait, and not what is waited for
+    caught='' status=0
+    wait "$group" || status=$?
+    [ "$status" -eq 127 ] || code=$status # 127: the wait before had its code already
   done
   trap - TERM INT USR1
   [ -z "${told:-}" ] || for _ in $(seq 300); do # ranks that are still saving
