@@ -109,7 +109,8 @@ def entry_panels(weight_NK: torch.Tensor, bias: torch.Tensor) -> Panels:
 
 def multiply(panels: Panels, x_KM: torch.Tensor, out_NM: torch.Tensor) -> None:
     """Writes the outputs of the panels' tiles into `[N, M]`; those of no tile stay as they are."""
-    assert x_KM.dtype == out_NM.dtype and (x_KM.shape[1] == 1 or x_KM.stride(1) == out_NM.stride(1) == 1)
+    assert x_KM.dtype == out_NM.dtype == panels.weights.dtype
+    assert x_KM.shape[1] == 1 or x_KM.stride(1) == out_NM.stride(1) == 1
     job = _Job(
         x=x_KM.data_ptr(), y=out_NM.data_ptr(), inputs=len(x_KM), rows=x_KM.shape[1],
         x_stride=x_KM.stride(0), y_stride=out_NM.stride(0), tiles=len(panels.first_panel) - 1, paired=panels.is_paired,
@@ -144,19 +145,20 @@ def _built() -> Path:
     """
     compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
     # OpenMP has to be PyTorch's own: the threads of a second one would fight with them for the cores.
-    openmp = re.search(r"/\S*/lib(?:gomp|iomp5|omp)\b\S*", Path("/proc/self/maps").read_text())
-    if openmp is None:
+    loaded = re.findall(r"/\S*/lib(?:gomp|iomp5|omp)\b\S*", Path("/proc/self/maps").read_text())
+    loaded.sort(key=lambda path: not path.startswith(str(Path(torch.__file__).parent)))
+    if not loaded:
         raise LookupError("PyTorch has loaded no OpenMP")
     facts = Path("/proc/cpuinfo").read_text()
     processor = sorted(set(re.findall(r"^(?:flags|Features|model name)\s*:.*$", facts, re.MULTILINE)))
-    made_of = "\n".join([SOURCE, *compiler, openmp[0], *processor])
+    made_of = "\n".join([SOURCE, *compiler, loaded[0], *processor])
     folder = _folder()
     target = folder / f"sparse_{hashlib.sha256(made_of.encode()).hexdigest()[:24]}.so"
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch) / target.name
             flags = ["-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-Wl,-z,defs", "-nodefaultlibs"]
-            command = [*compiler, *flags, "-x", "c", "-", "-x", "none", openmp[0], "-lc", "-o", str(made)]
+            command = [*compiler, *flags, "-x", "c", "-", "-x", "none", loaded[0], "-lc", "-o", str(made)]
             subprocess.run(command, input=SOURCE, text=True, check=True, capture_output=True, timeout=120)
             made.replace(target)
     return target

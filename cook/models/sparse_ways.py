@@ -39,7 +39,7 @@ def ways(plan: Plan, x_KM: torch.Tensor) -> dict[str, Way]:
     found["loop"] = _loop
     if x_KM.shape[1] > COLUMNS_AT_ONCE:
         found["loop in parts"] = _loop_in_parts
-    if x_KM.device.type == "cpu" and has_native(x_KM.dtype):
+    if x_KM.device.type == "cpu" and x_KM.dtype == plan.weight.dtype and has_native(x_KM.dtype):
         found["native"] = _native
         if len(plan.tiles) == 1 and plan.share < MOST_ENTRIES and x_KM.dtype == torch.float32:
             found["entries"] = _entries

@@ -107,6 +107,7 @@ TRAINED = {
     "gates from Taylor": Training(start="taylor"),
     "gates from Fisher": Training(start="fisher"),
     "gates, global": Training(scope="global"),
+    "taught gates, global": Training(scope="global", teacher=1.0, temperature=2.0),
     "gates in turn": Training(in_turn=True),
     "taught gates": Training(teacher=1.0, temperature=2.0),
     "taught gates, T 1": Training(teacher=1.0),
@@ -119,9 +120,10 @@ TRAINED = {
 EVERYWHERE = ("gates", "taught gates")
 """Methods of a training for every cell; the others are dear, and compared where it matters."""
 PLACES = {
-    "deterministic gates": ("blocks", 0.3),  # elsewhere they are what "gates" are
-    "gates in turn": ("heads and dims", 0.32),
-    "gates, global": ("heads and dims", 0.32),
+    "deterministic gates": [("blocks", 0.3)],  # elsewhere they are what "gates" are
+    "gates in turn": [("heads and dims", 0.32)],
+    "gates, global": [("heads and dims", 0.32), ("dims", 0.3), ("heads", 0.34)],
+    "taught gates, global": [("heads and dims", 0.32), ("dims", 0.3)],
 }
 """Where such a method is compared; without an entry, at 30% of the dims."""
 
@@ -213,7 +215,7 @@ def cells(options: argparse.Namespace) -> list[tuple[str, str, float, int]]:
             fits = (method == "block influence") == (unit == "blocks") or method not in (
                 "block influence", "activation × weight", "fluctuation")  # fmt: skip
             if method in TRAINED and method not in EVERYWHERE:
-                fits = PLACES.get(method, ("dims", 0.3)) == (unit, share)
+                fits = (unit, share) in PLACES.get(method, [("dims", 0.3)])
             if fits:
                 made.append((method, unit, share, options.steps if method != "random" else 0))
     return sorted(made, key=lambda cell: cell[0] in TRAINED)

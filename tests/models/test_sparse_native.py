@@ -93,6 +93,16 @@ def test_activations_in_a_part_of_others():
     assert out[:, :30].isnan().all() and out[:, 80:].isnan().all()
 
 
+def test_activations_of_another_type_are_no_ones_products():
+    layer, *_ = made(2, tile_mask(2, 24, [8, 8], False))
+    x_KM = torch.randn(24, 8, dtype=torch.bfloat16)
+    assert "native" not in ways(layer.plan(), x_KM)
+    with pytest.raises(AssertionError):
+        sparse_native.multiply(layer.plan().panels, x_KM, torch.empty(16, 8, dtype=torch.bfloat16))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="dtype"):
+        layer(x_KM.T)
+
+
 @pytest.mark.parametrize(
     "name, value", [("CC", "no-such-compiler"), ("CC", "cc -no-such-option"), ("COOK_NATIVE", "0")]
 )
