@@ -117,6 +117,7 @@ TRAINED = {
     "taught gates, T 4": Training(teacher=1.0, temperature=4.0),
     "gates by KL alone": Training(text=0.0, teacher=1.0),
 }
+DRAWN = (*ONE_SHOT, "sheared gates", "gates", "taught gates", "gates, global")
 EVERYWHERE = ("gates", "taught gates")
 """Methods of a training for every cell; the others are dear, and compared where it matters."""
 PLACES = {
@@ -302,25 +303,32 @@ def report(options: argparse.Namespace, done: dict[str, Any]) -> None:
 
 
 def draw(done: dict[str, Any], text: str, steps: int, path: Path) -> None:
-    """Perplexity against the share of dims removed, a line a method."""
+    """Loss against what is left: a line a method over the shares of dims, a star where heads go as well."""
     from matplotlib.figure import Figure
 
-    curves: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    points: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for key, cell in done.items():
         plain = key != "dense" and not cell.get("finetuned") and not cell.get("seed") and cell["steps"] in (0, steps)
-        if plain and cell["unit"] == "dims":
-            curves[cell["method"]].append((100 * cell["share"], math.exp(cell["losses"][text])))
-    figure = Figure(figsize=(8, 4.4), layout="constrained")
+        if plain and cell["unit"] in ("dims", "heads and dims") and cell["method"] in DRAWN:
+            points[cell["method"]][cell["unit"]].append((cell["parameters"] / 1e6, cell["losses"][text]))
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    styles: dict[str, dict[str, Any]] = {
-        "gates": {"color": "black", "linewidth": 2.5}, "taught gates": {"color": "cyan", "marker": "*"},
-    }  # fmt: skip
-    for name, points in sorted(curves.items(), key=lambda item: -max(perplexity for _, perplexity in item[1])):
-        axes.plot(*zip(*sorted(points), strict=True), label=name, **{"marker": "o"} | styles.get(name, {}))
-    dense = math.exp(done["dense"][text])
-    axes.set_ylim(0.7 * dense, 20 * dense)  # what is worse than that is of no use, however much
-    axes.axhline(dense, color="black", linestyle="--", linewidth=0.8, label="dense")
-    axes.set(xlabel="dims removed from every FFN, %", ylabel=f"perplexity, {text}", yscale="log",
+    worst = {name: max(loss for unit in units.values() for _, loss in unit) for name, units in points.items()}
+    for number, name in enumerate(sorted(points, key=lambda name: -worst[name])):
+        style: dict[str, Any] = {"color": f"C{number}", "linestyle": "-" if name in TRAINED else "--", "marker": "o"}
+        if name == "gates":
+            style |= {"color": "black", "linewidth": 2.5}
+        label: str | None = name
+        for unit, found in points[name].items():
+            if unit == "heads and dims":
+                style |= {"marker": "*", "markersize": 14, "linestyle": "none"}
+            axes.plot(*zip(*sorted(found), strict=True), label=label, **style)
+            label = None
+    dense = done["dense"][text]
+    axes.set_ylim(dense - 0.3, dense + 3.5)  # what is worse than that is of no use, however much
+    axes.axhline(dense, color="black", linestyle=":", linewidth=0.8, label="dense")
+    axes.plot([], [], "k*", markersize=12, linestyle="none", label="heads and dims")
+    axes.set(xlabel="parameters left, millions", ylabel=f"loss on {text}, nats a token",
              title="Frozen weights, the same calibration tokens")  # fmt: skip
     figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=120)
