@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from .sparse_native import Panels, entry_panels, tile_panels
 
 MOST_PADDING = 1.15
 """Tiles of unequal sizes are padded for one batched product up to this growth."""
+
 
 class Workspace(threading.local):
     """Memory that products write into and the next ones use again: each thread has its own."""
@@ -47,12 +49,12 @@ class Tile:
 
     inputs: torch.Tensor
     """Which inputs it reads (which blocks of them, in a block-wise layer)."""
+    outputs: torch.Tensor
+    """Which outputs it makes."""
     weight: torch.Tensor
     """`[C, R]`"""
     bias: torch.Tensor
     """`[C, 1]`"""
-    start: int
-    """Of its outputs in the compact order, tile after tile."""
     rows: int
     """R"""
 
@@ -92,11 +94,6 @@ class Plan:
         self.output_counts = [len(tile.weight) for tile in self.tiles]
         self.most_inputs = max(self.input_counts, default=0)
         self.chosen: dict[tuple, Callable[..., None]] = {}
-        self._dense: torch.Tensor | None = None
-        self._buckets: list[Bucket] | None = None
-        self._bucket_outputs: torch.Tensor | None = None
-        self._panels: Panels | None = None
-        self._entries: Panels | None = None
         # A tile can be full of zeros where the mask is of single weights or vectors.
         self.share = int(self.weight.count_nonzero()) / max(1, layer.in_features * layer.out_features)
 
@@ -107,54 +104,39 @@ class Plan:
             lines = self.outputs[column : column + columns]
             yield Tile(
                 inputs=inputs[row // block : (row + rows) // block].contiguous(),
+                outputs=lines,
                 weight=self.weight[at : at + rows * columns].view(columns, rows),
                 bias=self.bias[lines, None],
-                start=column,
                 rows=rows,
             )
             at, row, column = at + rows * columns, row + rows, column + columns
 
-    @property
+    @cached_property
     def dense(self) -> torch.Tensor:
         """`[N, K]`"""
-        if self._dense is None:
-            self._dense = self.layer.dense_weight()
-        return self._dense
+        return self.layer.dense_weight()
 
-    @property
+    @cached_property
     def panels(self) -> Panels:
         """The tiles for the native product."""
-        if self._panels is None:
-            starts = [tile.start for tile in self.tiles]
-            outputs = [self.outputs[s : s + count] for s, count in zip(starts, self.output_counts, strict=True)]
-            self._panels = tile_panels(
-                ((tile.inputs, own, tile.weight, tile.bias) for tile, own in zip(self.tiles, outputs, strict=True)),
-                self.layer.block,
-            )
-        return self._panels
+        return tile_panels([(t.inputs, t.outputs, t.weight, t.bias) for t in self.tiles], self.layer.block)
 
-    @property
+    @cached_property
     def entries(self) -> Panels:
         """The weights that are not 0, for the native product."""
-        if self._entries is None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that the layout is in beta
-                self._entries = entry_panels(self.layer.dense_weight().to_sparse_csr(), self.bias)
-        return self._entries
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the layout is in beta
+            return entry_panels(self.layer.dense_weight().to_sparse_csr(), self.bias)
 
-    @property
+    @cached_property
     def buckets(self) -> list[Bucket]:
         """The tiles in batches of about equal sizes."""
-        if self._buckets is None:
-            self._buckets = [self._bucket(tiles) for tiles in _alike(self.tiles)]
-        return self._buckets
+        return [self._bucket(tiles) for tiles in _alike(self.tiles)]
 
-    @property
+    @cached_property
     def bucket_outputs(self) -> torch.Tensor:
         """The outputs in the buckets' order."""
-        if self._bucket_outputs is None:
-            self._bucket_outputs = torch.cat([bucket.outputs for bucket in self.buckets])
-        return self._bucket_outputs
+        return torch.cat([bucket.outputs for bucket in self.buckets])
 
     def _bucket(self, tiles: list[Tile]) -> Bucket:
         count, columns, block = len(tiles), len(tiles[0].weight), self.layer.block
@@ -164,13 +146,14 @@ class Plan:
         for number, tile in enumerate(tiles):
             inputs[number, : len(tile.inputs)] = tile.inputs
             weights[number, :, : tile.weight.shape[1]] = tile.weight
-        outputs = torch.cat([self.outputs[tile.start : tile.start + columns] for tile in tiles])
+        outputs = torch.cat([tile.outputs for tile in tiles])
         biases = torch.stack([tile.bias for tile in tiles])
         return Bucket(inputs=inputs.flatten(), weights=weights, biases=biases, outputs=outputs)
 
     def forget(self) -> None:
         """Lets go of the layouts that were made to be measured; the one that is chosen is made again."""
-        self._dense = self._buckets = self._bucket_outputs = self._panels = self._entries = None
+        for layout in ("dense", "panels", "entries", "buckets", "bucket_outputs"):
+            self.__dict__.pop(layout, None)
 
     def compact(self, out_NM: torch.Tensor) -> torch.Tensor:
         """Where the tiles write: `out_NM` itself, if its order is theirs."""
