@@ -25,6 +25,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from .sparse_layers import BlockWiseLinear, TileWiseLinear
+from .sparse_native import add_and_norm, has_native
 from .sparse_plan import WORKSPACE
 
 CLASSES = {
@@ -131,6 +132,8 @@ class SparseLayer(nn.Module):
 
 def _add_and_norm(x_DM: torch.Tensor, y_DM: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
     """LayerNorm of x + y over the features, written over x."""
+    if x_DM.device.type == "cpu" and has_native(x_DM.dtype):
+        return add_and_norm(x_DM, y_DM, norm)
     x_DM += y_DM
     if x_DM.dtype != torch.float32 or x_DM.is_cuda:
         return x_DM.copy_(F.layer_norm(x_DM.T, norm.normalized_shape, norm.weight, norm.bias, norm.eps).T)

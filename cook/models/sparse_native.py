@@ -1,7 +1,7 @@
-"""Products of tiles and of single weights on a CPU, in C that the machine's own compiler builds at the first call.
+"""Products of tiles and of single weights on a CPU, and the norm between them: C that the machine's own compiler builds.
 
-An export carries this file along. Without a C compiler, or with `COOK_NATIVE=0`, there is no such product, and the
-other ways of computing serve. The library is kept in the user's cache folder, by its source and the processor.
+An export carries this file along. Without a C compiler, or with `COOK_NATIVE=0`, there are none of these, and the other
+ways of computing serve. They are built at the first call and kept in the user's cache folder, by source and processor.
 """
 
 from __future__ import annotations
@@ -120,6 +120,20 @@ def multiply(panels: Panels, x_KM: torch.Tensor, out_NM: torch.Tensor) -> None:
     getattr(library(), panels.product)(ctypes.byref(job))
 
 
+def add_and_norm(x_DM: torch.Tensor, y_DM: torch.Tensor, norm: torch.nn.LayerNorm) -> torch.Tensor:
+    """LayerNorm of x + y over the features, computed in float32 and written over x; both contiguous, `[D, M]`."""
+    assert x_DM.is_contiguous() and y_DM.is_contiguous() and x_DM.shape == y_DM.shape and x_DM.dtype == y_DM.dtype
+    found, (features, rows) = library(), x_DM.shape
+    assert found is not None
+    weight, bias = norm.weight.detach().float(), norm.bias.detach().float()
+    found.add_and_norm(
+        ctypes.c_int(x_DM.dtype == torch.bfloat16), ctypes.c_void_p(x_DM.data_ptr()), ctypes.c_void_p(y_DM.data_ptr()),
+        ctypes.c_int64(features), ctypes.c_int64(rows), ctypes.c_void_p(weight.data_ptr()),
+        ctypes.c_void_p(bias.data_ptr()), ctypes.c_float(norm.eps),
+    )  # fmt: skip
+    return x_DM
+
+
 def _ends(lengths: Iterable[int]) -> torch.Tensor:
     """Where each of these begins, and the last one ends."""
     return torch.tensor([0, *lengths]).cumsum(0)
@@ -158,7 +172,7 @@ def _built() -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch) / target.name
             flags = ["-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-Wl,-z,defs", "-nodefaultlibs"]
-            command = [*compiler, *flags, "-x", "c", "-", "-x", "none", loaded[0], "-lc", "-o", str(made)]
+            command = [*compiler, *flags, "-x", "c", "-", "-x", "none", loaded[0], "-lm", "-lc", "-o", str(made)]
             subprocess.run(command, input=SOURCE, text=True, check=True, capture_output=True, timeout=120)
             made.replace(target)
     return target

@@ -1,10 +1,11 @@
-"""The products of `sparse_native.py` in C.
+"""The products of `sparse_native.py` in C, and the norm between them.
 
 An export carries this file along. Tiles read lines of inputs where they are: nothing is gathered, and a line once
 loaded serves all outputs of a panel.
 """
 
 SOURCE = r"""
+#include <math.h>
 #include <omp.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -204,5 +205,58 @@ void product_of_half_tiles(const job *j) {
 void product_of_entries(const job *j) {
 #pragma omp parallel
   part(1, MOST, 0, j, omp_get_thread_num(), omp_get_num_threads());
+}
+
+#define COLUMNS 64 /* rows (tokens) at once in a norm */
+
+INLINE float widened(const void *x, int64_t i, const int is_half) {
+  if (!is_half) return ((const float *)x)[i];
+  uint32_t bits = (uint32_t)((const uint16_t *)x)[i] << 16;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+INLINE void stored(void *x, int64_t i, float value, const int is_half) {
+  uint32_t bits;
+  if (!is_half) {
+    ((float *)x)[i] = value;
+    return;
+  }
+  memcpy(&bits, &value, 4);
+  ((uint16_t *)x)[i] = (bits + 0x7fff + (bits >> 16 & 1)) >> 16; /* to nearest, ties to even */
+}
+
+/* LayerNorm of x + y over the features, for `width` rows from `row` on, written over x. */
+INLINE void norm_block(const int is_half, const int64_t width, void *x, const void *y, int64_t features, int64_t rows,
+                       int64_t row, const float *weight, const float *bias, float eps) {
+  float *sums = buffer(4 * features * COLUMNS), mean[COLUMNS] = {0}, scale[COLUMNS] = {0};
+  for (int64_t k = 0; k < features; k++)
+    for (int64_t i = 0; i < width; i++) {
+      int64_t at = k * rows + row + i;
+      mean[i] += sums[k * COLUMNS + i] = widened(x, at, is_half) + widened(y, at, is_half);
+    }
+  for (int64_t i = 0; i < width; i++) mean[i] /= features;
+  for (int64_t k = 0; k < features; k++)
+    for (int64_t i = 0; i < width; i++) {
+      float away = sums[k * COLUMNS + i] -= mean[i];
+      scale[i] += away * away;
+    }
+  for (int64_t i = 0; i < width; i++) scale[i] = 1 / sqrtf(scale[i] / features + eps);
+  for (int64_t k = 0; k < features; k++)
+    for (int64_t i = 0; i < width; i++)
+      stored(x, k * rows + row + i, sums[k * COLUMNS + i] * scale[i] * weight[k] + bias[k], is_half);
+}
+
+void add_and_norm(int is_half, void *x, const void *y, int64_t features, int64_t rows, const float *weight,
+                  const float *bias, float eps) {
+#pragma omp parallel for schedule(static)
+  for (int64_t row = 0; row < rows; row += COLUMNS)
+    if (row + COLUMNS > rows)
+      norm_block(is_half, rows - row, x, y, features, rows, row, weight, bias, eps);
+    else if (is_half)
+      norm_block(1, COLUMNS, x, y, features, rows, row, weight, bias, eps);
+    else
+      norm_block(0, COLUMNS, x, y, features, rows, row, weight, bias, eps);
 }
 """

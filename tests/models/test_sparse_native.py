@@ -85,6 +85,22 @@ def test_single_weights(processor, rows):
     torch.testing.assert_close(found.T, F.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 64, 150])
+def test_the_norm(processor, rows, dtype):
+    random = torch.Generator().manual_seed(rows)
+    norm = torch.nn.LayerNorm(48, eps=1e-5)
+    torch.nn.init.normal_(norm.weight, generator=random)
+    torch.nn.init.normal_(norm.bias, generator=random)
+    x, y = (torch.randn(rows, 48, generator=random).to(dtype) for _ in range(2))
+    exact = F.layer_norm(x.double() + y.double(), (48,), norm.weight.double(), norm.bias.double(), norm.eps)
+    x_DM = x.T.contiguous()
+    assert sparse_native.add_and_norm(x_DM, y.T.contiguous(), norm) is x_DM
+    # fp32 sums of 48 numbers; bf16 is rounded once, half an ulp of 8 bits.
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-8, "atol": 1e-5}
+    torch.testing.assert_close(x_DM.T.double(), exact, **tolerance)
+
+
 def test_activations_in_a_part_of_others():
     layer, weight, bias = made(2, tile_mask(2, 24, [8, 8], False))
     x_KM, out = torch.randn(24, 90), torch.full((16, 90), torch.nan)
