@@ -1,4 +1,4 @@
-"""Products of tiles and of single weights on a CPU, and the norm between them: C that the machine's own compiler builds.
+"""Products of tiles and of single weights on a CPU, and the norm between them, in C that the machine's compiler builds.
 
 An export carries this file along. Without a C compiler, or with `COOK_NATIVE=0`, there are none of these, and the other
 ways of computing serve. They are built at the first call and kept in the user's cache folder, by source and processor.
