@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -123,7 +124,9 @@ def main() -> None:
         }
         for name in VARIANTS
     ]  # fmt: skip
-    publish(options.name, vars(options) | {"precision": engines[False].precision, **machine()}, rows, options.output)
+    settings = vars(options) | {"precision": engines[False].precision, **machine()}
+    settings["model"] = options.model and Path(options.model).name
+    publish(options.name, settings, rows, options.output)
 
 
 def _sync(engine: Engine) -> None:
