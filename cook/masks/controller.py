@@ -73,7 +73,7 @@ class GateController:
         self.constraints, self.relaxation = tuple(constraints), relaxation
         self.learning_rate, self.betas = learning_rate, betas
         # A row a constraint, filled up to the longest: what stands there costs nothing.
-        self._real = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
+        self._real = torch.arange(max(sizes, default=0)) < torch.tensor(sizes)[:, None]
         self._costs = self._rows(torch.tensor([cost for c in constraints for cost in c.costs], dtype=torch.float64))
         self._sizes = torch.tensor(sizes, dtype=torch.float64)
         self.moment = torch.zeros(sum(sizes), dtype=torch.float64)

@@ -25,8 +25,8 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from .sparse_layers import BlockWiseLinear, TileWiseLinear
+from .sparse_memory import WORKSPACE
 from .sparse_native import add_and_norm, has_native
-from .sparse_plan import WORKSPACE
 
 CLASSES = {
     "BertModel": ("AutoModel", "SparseBertModel", ""),
@@ -132,7 +132,7 @@ class SparseLayer(nn.Module):
 
 def _add_and_norm(x_DM: torch.Tensor, y_DM: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
     """LayerNorm of x + y over the features, written over x."""
-    if x_DM.device.type == "cpu" and has_native(x_DM.dtype):
+    if has_native(x_DM) and has_native(norm.weight):
         return add_and_norm(x_DM, y_DM, norm)
     x_DM += y_DM
     if x_DM.dtype != torch.float32 or x_DM.is_cuda:
@@ -163,7 +163,8 @@ class SparseEncoder(nn.Module):
             for layer in self.layers:
                 hidden_states = layer(hidden_states, mask)
         else:
-            hidden_states = self._in_parts(hidden_states, mask)
+            with torch.autocast(hidden_states.device.type, enabled=False):  # it is written in place, in one type
+                hidden_states = self._in_parts(hidden_states, mask)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states)
 
     def _in_parts(self, x_BTD: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -172,7 +173,7 @@ class SparseEncoder(nn.Module):
         out = torch.empty_like(x_BTD)
         for start in range(0, batch, at_once):
             rows = x_BTD[start : start + at_once]
-            x_DM = rows.flatten(0, 1).T.contiguous()
+            x_DM = rows.flatten(0, 1).T.clone(memory_format=torch.contiguous_format)  # it is written over
             part = mask if mask is None or len(mask) == 1 else mask[start : start + at_once]
             for layer in self.layers:
                 assert isinstance(layer, SparseLayer)

@@ -51,9 +51,9 @@ class TileWiseLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, tiles={len(self.sizes)}, density={density:.3f}"
 
     def plan(self) -> Plan:
-        """What the ways of computing need, made again when the weights have changed."""
+        """What the ways of computing need, made again when the weights have changed, or may have: in training."""
         weight, bias = self.weight, self.bias
-        # Tensors made in inference mode count no versions; they are not written in place either.
+        # Tensors made in inference mode count no versions.
         versions = (0, 0) if weight.is_inference() else (weight._version, bias._version)
         state = (weight.data_ptr(), bias.data_ptr(), *versions)
         found = self._plan
@@ -73,6 +73,7 @@ class TileWiseLinear(nn.Module):
         return run(self.plan(), x_KM, transposed=True, out=out)
 
     def _differentiable(self, x: torch.Tensor) -> torch.Tensor:
+        self._plan = None  # optimizers that write through `.data` count no versions
         x_KM = x.reshape(-1, self.in_features).T
         weights = self.weight.split([rows * columns for rows, columns in self.sizes])
         indices = self.input_indices().split([rows for rows, _ in self.sizes])

@@ -7,40 +7,19 @@ An export carries this file along; it needs PyTorch alone.
 
 from __future__ import annotations
 
-import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 
+from .sparse_memory import WORKSPACE
 from .sparse_native import Panels, entry_panels, tile_panels
 
 MOST_PADDING = 1.15
 """Tiles of unequal sizes are padded for one batched product up to this growth."""
-
-
-class Workspace(threading.local):
-    """Memory that products write into and the next ones use again: each thread has its own."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
-
-    def get(self, name: str, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-        """An uninitialised tensor that the next call with this name takes back."""
-        count = 1
-        for size in shape:
-            count *= size
-        key = (name, like.dtype, like.device)
-        buffer = self._buffers.get(key)
-        if buffer is None or buffer.numel() < count:
-            buffer = self._buffers[key] = torch.empty(count, dtype=like.dtype, device=like.device)
-        return buffer[:count].view(*shape)
-
-
-WORKSPACE = Workspace()
 
 
 @dataclass(frozen=True)
@@ -119,7 +98,10 @@ class Plan:
     @cached_property
     def panels(self) -> Panels:
         """The tiles for the native product."""
-        return tile_panels([(t.inputs, t.outputs, t.weight, t.bias) for t in self.tiles], self.layer.block)
+        return tile_panels(
+            [(t.inputs, t.outputs, t.weight, t.bias) for t in self.tiles],
+            inputs=self.layer.in_features, outputs=self.layer.out_features, block=self.layer.block,
+        )  # fmt: skip
 
     @cached_property
     def entries(self) -> Panels:

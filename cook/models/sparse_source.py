@@ -8,7 +8,6 @@ SOURCE = r"""
 #include <math.h>
 #include <omp.h>
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -16,15 +15,21 @@ SOURCE = r"""
 
 #if defined(__AVX512F__)
 #define WIDTH 16 /* floats in a vector register */
-#define PANEL 8  /* outputs at once: PANEL x 3 sums, 3 lines and a weight have to fit into the registers */
+#define PANEL 8  /* outputs at once: PANEL x TILE_VECTORS sums, the lines and a weight have to fit into the registers */
 #elif defined(__AVX2__)
 #define WIDTH 8
 #define PANEL 4
 #else
 #define WIDTH 4
+#ifdef __aarch64__
 #define PANEL 8
+#else
+#define PANEL 4
 #endif
-#define MOST 8 /* vectors of rows at once, at most */
+#endif
+/* Vectors of rows at once, at most: in products of tiles, and of single weights. */
+#define TILE_VECTORS 3
+#define MOST 8
 #define INLINE static inline __attribute__((always_inline))
 typedef float vec __attribute__((vector_size(4 * WIDTH), aligned(4)));
 
@@ -40,21 +45,15 @@ typedef struct {
   const int32_t *read;  /* inputs, tile after tile */
   const int32_t *write; /* outputs, panel after panel; -1 for none */
   const float *biases;  /* likewise */
+  float *scratch;       /* for every thread `room` floats */
+  int64_t room, threads;
 } job;
 
 int64_t panel_outputs(void) { return PANEL; }
 
-/* A thread's own memory, kept for its next call. */
-static void *buffer(int64_t bytes) {
-  static _Thread_local void *memory = 0;
-  static _Thread_local int64_t size = 0;
-  if (size < bytes) {
-    free(memory);
-    size = (bytes + 63) / 64 * 64;
-    memory = aligned_alloc(64, size);
-  }
-  return memory;
-}
+/* The room that an input takes: of single lines, or in bf16 half of it and half for pairs. */
+int64_t tile_room(void) { return TILE_VECTORS * WIDTH; }
+int64_t entry_room(void) { return MOST * WIDTH; }
 
 /* nr outputs of nv vectors of rows, `width` rows in all; `lines` holds nv vectors of each of the inputs. */
 INLINE void panel(const int nr, const int nv, const job *j, const float *lines, const float *weights,
@@ -96,8 +95,8 @@ int has_half(void) { return 1; }
 /* As `panel`; lines of pairs, one after the other where `read` is null. */
 INLINE void half_panel(const int nr, const int nv, const job *j, const uint32_t *lines, const uint32_t *weights,
                        const int32_t *read, int64_t count, int64_t first, int64_t row, int64_t width) {
-  __m512 sums[PANEL][3];
-  __m512i line[3];
+  __m512 sums[PANEL][TILE_VECTORS];
+  __m512i line[TILE_VECTORS];
   for (int n = 0; n < nr; n++)
     for (int v = 0; v < nv; v++) sums[n][v] = _mm512_set1_ps(j->biases[first + n]);
   for (int64_t r = 0; r < count; r++) {
@@ -110,7 +109,7 @@ INLINE void half_panel(const int nr, const int nv, const job *j, const uint32_t 
   }
   for (int n = 0; n < nr; n++) {
     if (j->write[first + n] < 0) continue;
-    uint16_t *out = (uint16_t *)j->y + j->write[first + n] * j->y_stride + row, rounded[3 * WIDTH];
+    uint16_t *out = (uint16_t *)j->y + j->write[first + n] * j->y_stride + row, rounded[TILE_VECTORS * WIDTH];
     uint16_t *to = width == nv * WIDTH ? out : rounded;
     for (int v = 0; v < nv; v++)
       _mm256_storeu_si256((__m256i *)(to + v * WIDTH), (__m256i)_mm512_cvtneps_pbh(sums[n][v]));
@@ -153,8 +152,7 @@ INLINE void part(const int nr, const int most, const int is_half, const job *j, 
   for (int64_t t = 0; t < j->tiles; t++)
     work += (j->first_read[t + 1] - j->first_read[t] + overhead) * (j->first_panel[t + 1] - j->first_panel[t]);
   double begin = (double)work * vectors * me / threads, end = (double)work * vectors * (me + 1) / threads;
-  int64_t room = (j->inputs + 1) * most * WIDTH; /* of bf16, half for single lines and half for pairs */
-  void *lines = buffer(4 * room);
+  void *lines = j->scratch + me * j->room;
   for (int64_t b = 0; b < blocks; b++) {
     int64_t from = vectors * b / blocks, nv = vectors * (b + 1) / blocks - from, row = from * WIDTH;
     int64_t width = j->rows - row < nv * WIDTH ? j->rows - row : nv * WIDTH;
@@ -166,7 +164,7 @@ INLINE void part(const int nr, const int most, const int is_half, const job *j, 
       half_copy(j, lines, nv, row, width);
     else
       copy(j, lines, nv, row, width);
-    uint32_t *pairs = (uint32_t *)lines + room / 2;
+    uint32_t *pairs = (uint32_t *)lines + j->room / 2;
     if (is_half && j->paired) pair_up(pairs, lines, 0, j->inputs / 2, nv);
     for (int64_t t = 0; t < j->tiles; t++) {
       int64_t count = j->first_read[t + 1] - j->first_read[t], first = j->first_panel[t], is_paired = j->paired;
@@ -191,23 +189,25 @@ INLINE void part(const int nr, const int most, const int is_half, const job *j, 
 }
 
 void product_of_tiles(const job *j) {
-#pragma omp parallel
-  part(PANEL, 3, 0, j, omp_get_thread_num(), omp_get_num_threads());
+#pragma omp parallel num_threads(j->threads)
+  part(PANEL, TILE_VECTORS, 0, j, omp_get_thread_num(), omp_get_num_threads());
 }
 
 /* In bf16; of the tiles' inputs there is an even number. */
 void product_of_half_tiles(const job *j) {
-#pragma omp parallel
-  part(PANEL, 3, 1, j, omp_get_thread_num(), omp_get_num_threads());
+#pragma omp parallel num_threads(j->threads)
+  part(PANEL, TILE_VECTORS, 1, j, omp_get_thread_num(), omp_get_num_threads());
 }
 
 /* Of tiles that have a single output: more rows at a time, since each line is read for that output alone. */
 void product_of_entries(const job *j) {
-#pragma omp parallel
+#pragma omp parallel num_threads(j->threads)
   part(1, MOST, 0, j, omp_get_thread_num(), omp_get_num_threads());
 }
 
-#define COLUMNS 64 /* rows (tokens) at once in a norm */
+#define COLUMNS 64 /* rows at once in a norm */
+
+int64_t norm_room(void) { return COLUMNS; } /* of a feature */
 
 INLINE float widened(const void *x, int64_t i, const int is_half) {
   if (!is_half) return ((const float *)x)[i];
@@ -229,8 +229,8 @@ INLINE void stored(void *x, int64_t i, float value, const int is_half) {
 
 /* LayerNorm of x + y over the features, for `width` rows from `row` on, written over x. */
 INLINE void norm_block(const int is_half, const int64_t width, void *x, const void *y, int64_t features, int64_t rows,
-                       int64_t row, const float *weight, const float *bias, float eps) {
-  float *sums = buffer(4 * features * COLUMNS), mean[COLUMNS] = {0}, scale[COLUMNS] = {0};
+                       int64_t row, const float *weight, const float *bias, float eps, float *sums) {
+  float mean[COLUMNS] = {0}, scale[COLUMNS] = {0};
   for (int64_t k = 0; k < features; k++)
     for (int64_t i = 0; i < width; i++) {
       int64_t at = k * rows + row + i;
@@ -248,15 +248,18 @@ INLINE void norm_block(const int is_half, const int64_t width, void *x, const vo
       stored(x, k * rows + row + i, sums[k * COLUMNS + i] * scale[i] * weight[k] + bias[k], is_half);
 }
 
+/* `scratch`: for every thread COLUMNS floats a feature. */
 void add_and_norm(int is_half, void *x, const void *y, int64_t features, int64_t rows, const float *weight,
-                  const float *bias, float eps) {
-#pragma omp parallel for schedule(static)
-  for (int64_t row = 0; row < rows; row += COLUMNS)
+                  const float *bias, float eps, float *scratch, int64_t threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t row = 0; row < rows; row += COLUMNS) {
+    float *sums = scratch + omp_get_thread_num() * features * COLUMNS;
     if (row + COLUMNS > rows)
-      norm_block(is_half, rows - row, x, y, features, rows, row, weight, bias, eps);
+      norm_block(is_half, rows - row, x, y, features, rows, row, weight, bias, eps, sums);
     else if (is_half)
-      norm_block(1, COLUMNS, x, y, features, rows, row, weight, bias, eps);
+      norm_block(1, COLUMNS, x, y, features, rows, row, weight, bias, eps, sums);
     else
-      norm_block(0, COLUMNS, x, y, features, rows, row, weight, bias, eps);
+      norm_block(0, COLUMNS, x, y, features, rows, row, weight, bias, eps, sums);
+  }
 }
 """

@@ -13,8 +13,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from .sparse_memory import WORKSPACE
 from .sparse_native import has_native, multiply
-from .sparse_plan import WORKSPACE, Plan
+from .sparse_plan import Plan
 from .sparse_triton import has_triton, tile_products
 
 MOST_ENTRIES = 0.6
@@ -39,7 +40,7 @@ def ways(plan: Plan, x_KM: torch.Tensor) -> dict[str, Way]:
     found["loop"] = _loop
     if x_KM.shape[1] > COLUMNS_AT_ONCE:
         found["loop in parts"] = _loop_in_parts
-    if x_KM.device.type == "cpu" and x_KM.dtype == plan.weight.dtype and has_native(x_KM.dtype):
+    if x_KM.dtype == plan.weight.dtype and has_native(x_KM) and has_native(plan.weight):
         found["native"] = _native
         if len(plan.tiles) == 1 and plan.share < MOST_ENTRIES and x_KM.dtype == torch.float32:
             found["entries"] = _entries
@@ -48,8 +49,11 @@ def ways(plan: Plan, x_KM: torch.Tensor) -> dict[str, Way]:
 
 def run(plan: Plan, x: torch.Tensor, *, transposed: bool, out: torch.Tensor | None = None) -> torch.Tensor:
     """The product for `[K, M]` (`transposed`) or `[M, K]`, by the way that was measured to be the fastest."""
+    if torch.is_autocast_enabled(x.device.type):  # some ways obey it and others do not
+        with torch.autocast(x.device.type, enabled=False):
+            return run(plan, x, transposed=transposed, out=out)
     rows = x.shape[1] if transposed else x.shape[0]
-    key = (_bucket(rows), transposed, x.dtype, x.device, torch.get_num_threads())
+    key = (_bucket(rows), transposed, x.dtype, x.device, type(x), torch.get_num_threads())
     way = plan.chosen.get(key)
     if way is None:
         way = plan.chosen[key] = choose(plan, x, transposed=transposed)

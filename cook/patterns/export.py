@@ -16,7 +16,9 @@ from cook.base.files import write_json
 from cook.base.tensor_files import ShardWriter, open_safetensors_folder, read_model_config
 from cook.models import (
     sparse_bert,
+    sparse_build,
     sparse_layers,
+    sparse_memory,
     sparse_native,
     sparse_plan,
     sparse_source,
@@ -29,7 +31,9 @@ from cook.patterns.tiles import Tiles
 
 NORMS = {"attention.output.LayerNorm": "attention_norm", "output.LayerNorm": "output_norm"}
 MODULE = "modeling_cook_sparse"
-CARRIED = (sparse_layers, sparse_native, sparse_plan, sparse_source, sparse_triton, sparse_ways)
+CARRIED = (
+    sparse_build, sparse_layers, sparse_memory, sparse_native, sparse_plan, sparse_source, sparse_triton, sparse_ways,
+)  # fmt: skip
 """What the modeling file needs, and an export carries along."""
 NOT_TOKENIZER = ("model", "pytorch_model", "config.json", "optimizer", "training_args", "README", ".")
 

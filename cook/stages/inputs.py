@@ -65,7 +65,9 @@ def open_inputs(stage: Stage, *, must_exist: bool = True) -> Inputs:
             f"{origin}: {adapter.family} does not predict the next token, which this job trains",
             remedy="prune it on a task of its own",
         )
-    head_unit = choose_head_unit(adapter, config, stage.config.fine, uneven="heads" in stage.uneven)
+    head_unit: HeadUnit = "kv_group"  # in which all matrices of attention have units, as a pattern needs
+    if stage.name != "pattern":
+        head_unit = choose_head_unit(adapter, config, stage.config.fine, uneven="heads" in stage.uneven)
     space = adapter.space(config, head_unit)
     allowed = space
     if stage.name == "pattern":

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import platform
+import resource
 import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cook.models import sparse_native
+from cook.models import sparse_build, sparse_native
 from cook.models.sparse_ways import by, ways
 from tests.models.test_sparse_layers import BLOCK, made, tile_mask
 
@@ -18,16 +27,21 @@ from tests.models.test_sparse_layers import BLOCK, made, tile_mask
 @pytest.fixture(autouse=True)
 def forget():
     yield
-    sparse_native.library.cache_clear()
+    sparse_build.library.cache_clear()
 
 
-@pytest.fixture(params=["", "-mno-avx512f", "-mno-avx", "-mno-avx512bf16"])
+OLDER = ["-mno-avx512f", "-mno-avx", "-mno-avx512bf16"] if platform.machine() == "x86_64" else []
+FLOATS = torch.ones(1)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(params=["", *OLDER])
 def processor(request, monkeypatch, tmp_path):
     """The products as an older processor would have them: registers of 16, 8 and 4 floats, with and without bf16."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", f"cc {request.param}")
-    sparse_native.library.cache_clear()
-    assert sparse_native.has_native(torch.float32), "a C compiler is needed to test the products"
+    sparse_build.library.cache_clear()
+    assert sparse_native.has_native(FLOATS), "a C compiler is needed to test the products"
     return request.param
 
 
@@ -55,7 +69,7 @@ def test_tiles(processor, seed, inputs, columns, uneven, rows, dtype, threads):
     finally:
         torch.set_num_threads(before)
     if found is None:
-        assert not layer.plan().tiles or (dtype == torch.bfloat16 and not sparse_native.has_native(dtype))
+        assert not layer.plan().tiles or (dtype == torch.bfloat16 and not sparse_native.has_native(FLOATS.to(dtype)))
         return
     wanted = weight.double() @ x_KM.double() + bias.double()[:, None]
     # fp32: sums of 40 products in another order. bf16: sums in fp32, rounded once, half an ulp of 8 bits.
@@ -70,7 +84,7 @@ def test_blocks(processor, dtype):
     layer, weight, bias = made(0, mask, dtype, block=BLOCK)
     x_KM = torch.randn(24, 77, generator=random).to(dtype)
     found = native(layer, x_KM)
-    assert (found is None) == (not sparse_native.has_native(dtype))
+    assert (found is None) == (not sparse_native.has_native(FLOATS.to(dtype)))
     if found is not None:
         wanted = weight.double() @ x_KM.double() + bias.double()[:, None]
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5 if dtype == torch.float32 else 2**-8, atol=1e-5)
@@ -109,37 +123,99 @@ def test_activations_in_a_part_of_others():
     assert out[:, :30].isnan().all() and out[:, 80:].isnan().all()
 
 
-def test_activations_of_another_type_are_no_ones_products():
+def test_odd_blocks_in_bf16(processor):
+    random = torch.Generator().manual_seed(0)
+    mask = (torch.rand(7, 5, generator=random) > 0.5).repeat_interleave(3, 0).repeat_interleave(3, 1)
+    layer, weight, bias = made(0, mask, torch.bfloat16, block=3)
+    x_KM = torch.randn(21, 50, generator=random).bfloat16()
+    found = native(layer, x_KM)
+    if found is not None:
+        wanted = weight.double() @ x_KM.double() + bias.double()[:, None]
+        torch.testing.assert_close(found.double(), wanted, rtol=2**-8, atol=1e-5)
+
+
+def test_what_does_not_fit_is_refused_before_memory_is_touched():
     layer, *_ = made(2, tile_mask(2, 24, [8, 8], False))
-    x_KM = torch.randn(24, 8, dtype=torch.bfloat16)
-    assert "native" not in ways(layer.plan(), x_KM)
-    with pytest.raises(AssertionError):
-        sparse_native.multiply(layer.plan().panels, x_KM, torch.empty(16, 8, dtype=torch.bfloat16))
+    panels, x_KM = layer.plan().panels, torch.randn(24, 8)
+    for wrong in (
+        (x_KM[:20], torch.empty(16, 8)), (x_KM, torch.empty(12, 8)), (x_KM, torch.empty(16, 9)),
+        (x_KM.bfloat16(), torch.empty(16, 8).bfloat16()), (x_KM, torch.empty(8, 16).T),
+    ):  # fmt: skip
+        with pytest.raises(ValueError):
+            sparse_native.multiply(panels, *wrong)
+    assert "native" not in ways(layer.plan(), x_KM.bfloat16())
     with torch.no_grad(), pytest.raises(RuntimeError, match="dtype"):
-        layer(x_KM.T)
+        layer(x_KM.T.bfloat16())
+    reads, writes, weight, bias = torch.arange(13, 25), torch.arange(8), torch.zeros(8, 12), torch.zeros(8, 1)
+    with pytest.raises(ValueError, match="damaged"):
+        sparse_native.tile_panels([(reads, writes, weight, bias)], inputs=24, outputs=16, block=1)
+
+
+def test_tensors_without_memory_get_no_native_product():
+    layer, *_ = made(2, tile_mask(2, 24, [8, 8], False))
+    plan = layer.plan()
+    fake = FakeTensorMode().from_tensor(torch.randn(24, 8))
+    assert "native" not in ways(plan, fake) and not sparse_native.has_native(fake)
+
+
+def test_threads_that_end_leave_no_memory_behind():
+    layer, *_ = made(0, torch.ones(512, 8, dtype=torch.bool))
+    x_KM, plan = torch.randn(512, 256), layer.plan()
+    way = ways(plan, x_KM)["native"]
+    peaks = []
+    for _ in range(2):
+        for _ in range(60):
+            thread = threading.Thread(target=by, args=(way, plan, x_KM), kwargs={"transposed": True})
+            thread.start()
+            thread.join()
+        gc.collect()
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    assert peaks[1] - peaks[0] < 8 * 1024, peaks  # KiB; 60 buffers would be 12 MiB
 
 
 @pytest.mark.parametrize(
-    "name, value", [("CC", "no-such-compiler"), ("CC", "cc -no-such-option"), ("COOK_NATIVE", "0")]
+    "name, value", [("CC", "no-such-compiler"), ("CC", "cc -no-such-option"), ("CC", "cc '"), ("COOK_NATIVE", "0")]
 )
-def test_without_a_compiler_the_others_serve(name, value, monkeypatch, tmp_path):
+def test_without_a_compiler_the_others_serve(name, value, monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv(name, value)
-    sparse_native.library.cache_clear()
+    sparse_build.library.cache_clear()
     layer, weight, bias = made(0, tile_mask(0, 24, [8, 8, 8], False))
     x = torch.randn(5, 24)
     assert "native" not in ways(layer.plan(), x.T)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), F.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
     assert not list(tmp_path.rglob("*.so"))
+    assert ("cannot be built" in caplog.text) == (name == "CC")
 
 
 def test_the_library_is_built_once_where_nobody_else_can_write(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    built = sparse_native._built()
-    assert built.parent == tmp_path / "cook" and stat.S_IMODE(built.parent.stat().st_mode) == 0o700
+    sparse_build.library.cache_clear()
+    assert sparse_build.library() is not None
+    folder = tmp_path / "cook"
+    (built,) = folder.iterdir()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     made_at = built.stat().st_mtime_ns
-    assert sparse_native._built() == built and built.stat().st_mtime_ns == made_at
-    assert [path.name for path in built.parent.iterdir()] == [built.name]
-    built.parent.chmod(0o777)
-    assert sparse_native._built().parent != built.parent
+    sparse_build.library.cache_clear()
+    assert sparse_build.library() is not None and built.stat().st_mtime_ns == made_at
+
+
+@pytest.mark.parametrize("case", ["open to others", "damaged", "no home"])
+def test_where_nothing_can_be_kept_it_is_built_for_this_process(case, tmp_path):
+    folder, environment = tmp_path / "cook", {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+    code = "from cook.models import sparse_build as b; assert b.library().panel_outputs() in (4, 8)"
+    run = [sys.executable, "-c", code]
+    if case == "no home":
+        folder.write_text("a file where the folder should be")
+    else:
+        subprocess.run(run, env=environment, cwd=ROOT, check=True)
+        (built,) = folder.iterdir()
+        if case == "damaged":
+            built.unlink()
+            built.write_bytes(b"no library")
+        else:
+            folder.chmod(0o777)
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    subprocess.run(run, env=environment, cwd=ROOT, check=True)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before  # and nothing is left behind
