@@ -21,7 +21,8 @@ on where it stopped (`--work`). `--finetune` adds some steps of all weights, equ
 | sheared gates | hard concrete gates, λ by gradient ascent, rates of 1 (LLM-Shearing, Xia et al. 2024) |
 | hard concrete gates, deterministic gates | ours with that `gates.relaxation` |
 | gates | ours as they come: hard concrete for blocks, deterministic for all else |
-| taught gates | the same, KL to the model with its gates open added to the loss, weight 1 (`distillation`: `self`) |
+| taught gates | the same, 2 T² · KL to the model with its gates open added to the loss, T = 2 (`distillation`: `self`) |
+| gates, global | the same, one budget for all blocks, of as many parameters (`scope`: `global`) |
 """
 
 from __future__ import annotations
@@ -107,12 +108,13 @@ TRAINED = {
     "gates from Taylor": Training(start="taylor"),
     "gates from Fisher": Training(start="fisher"),
     "gates, global": Training(scope="global"),
-    "taught gates, global": Training(scope="global", teacher=1.0, temperature=2.0),
+    "taught gates, global": Training(scope="global", teacher=2.0, temperature=2.0),
     "gates in turn": Training(in_turn=True),
-    "taught gates": Training(teacher=1.0, temperature=2.0),
+    "taught gates": Training(teacher=2.0, temperature=2.0),
     "taught gates, T 1": Training(teacher=1.0),
     "taught gates, T 1, KL × 1/4": Training(teacher=0.25),
     "taught gates, T 1, KL × 4": Training(teacher=4.0),
+    "taught gates, T 2, KL × 1": Training(teacher=1.0, temperature=2.0),
     "taught gates, T 2, KL × 4": Training(teacher=4.0, temperature=2.0),
     "taught gates, T 4": Training(teacher=1.0, temperature=4.0),
     "gates by KL alone": Training(text=0.0, teacher=1.0),
