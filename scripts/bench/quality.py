@@ -21,7 +21,7 @@ on where it stopped (`--work`). `--finetune` adds some steps of all weights, equ
 | sheared gates | hard concrete gates, λ by gradient ascent, rates of 1 (LLM-Shearing, Xia et al. 2024) |
 | hard concrete gates, deterministic gates | ours with that `gates.relaxation` |
 | gates | ours as they come: hard concrete for blocks, deterministic for all else |
-| taught gates | the same, 2 T² · KL to the model with its gates open added to the loss, T = 2 (`distillation`: `self`) |
+| taught gates | the same, 2 T² · KL to the model with its gates open added, T = 2 (`distillation`: `self`) |
 | gates, global | the same, one budget for all blocks, of as many parameters (`scope`: `global`) |
 """
 
