@@ -67,7 +67,7 @@ class Deterministic:
     """z itself is trained, on the constraint's simplex, and a concave term makes it binary.
 
     min over z ∈ [0, 1]ⁿ of L_task(z) + c · Σ z_j (1 − z_j) subject to Σ cost_j z_j = 1 − t. With c = 0 the optimum is
-    fractional; c grows linearly from 0, when the target is reached, and in the last 40% of the way from there to
+    fractional; c grows linearly from 0, when the target is reached, and in the last 20% of the way from there to
     the end without bound, since how large it must be before nothing between 0 and 1 is stable depends on the loss: a
     block's curvature is many times a dim's (the homotopy of Murray and Ng, "An algorithm for nonlinear optimization
     problems with binary variables", 2010). No noise is drawn, so a few dozen steps tell units apart.
@@ -75,7 +75,7 @@ class Deterministic:
 
     concavity: float = 2.0
     """Where c's linear growth leads to, in units of the root mean square of a gate's gradient."""
-    last: float = 0.4
+    last: float = 0.2
     """The part of the way in which c grows without bound."""
     ramp: float = 0.4
     low: float = 0.0
