@@ -21,7 +21,7 @@ from cook.masks.hard_concrete import probability_open, sample, uniform_noise
 
 
 class Relaxation(Protocol):
-    """The questions; every tensor is flat, `[gates]`."""
+    """The questions; every tensor is `[gates]`, or with a row a constraint, zeros at the ends of the shorter ones."""
 
     @property
     def low(self) -> float:
@@ -67,16 +67,20 @@ class Deterministic:
     """z itself is trained, on the constraint's simplex, and a concave term makes it binary.
 
     min over z ∈ [0, 1]ⁿ of L_task(z) + c · Σ z_j (1 − z_j) subject to Σ cost_j z_j = 1 − t. With c = 0 the optimum is
-    fractional; c grows linearly from 0, when the target is reached, and in the last 20% of the way from there to
-    the end without bound, since how large it must be before nothing between 0 and 1 is stable depends on the loss: a
-    block's curvature is many times a dim's (the homotopy of Murray and Ng, "An algorithm for nonlinear optimization
-    problems with binary variables", 2010). No noise is drawn, so a few dozen steps tell units apart.
+    fractional; c grows linearly from 0, when the target is reached, to the end. How large it must be before nothing
+    between 0 and 1 is stable depends on the loss: a block's curvature is many times a dim's. So where gates of a
+    constraint are still in between near the end, c grows without bound for them (the homotopy of Murray and Ng, "An
+    algorithm for nonlinear optimization problems with binary variables", 2010); where none are, it does not, since
+    gates under less pressure still change places for the better. No noise is drawn, so a few dozen steps tell units
+    apart.
     """
 
     concavity: float = 2.0
     """Where c's linear growth leads to, in units of the root mean square of a gate's gradient."""
-    last: float = 0.2
-    """The part of the way in which c grows without bound."""
+    last: float = 0.4
+    """The part of the way in which c grows without bound where it must."""
+    fractional: float = 0.03
+    """Mean of 4 z (1 − z) over the open gates of a constraint from which on the growth is whole."""
     ramp: float = 0.4
     low: float = 0.0
     high: float = 1.0
@@ -102,7 +106,9 @@ class Deterministic:
         return torch.ones_like(values)
 
     def urge(self, values: torch.Tensor, hold: float) -> torch.Tensor:
-        c = self.concavity * hold / min(1.0, max(0.02, (1 - hold) / self.last))
+        growth = 1 / min(1.0, max(0.02, (1 - hold) / self.last))
+        between = (4 * values * (1 - values)).sum(-1, keepdim=True) / values.sum(-1, keepdim=True).clamp(min=1e-9)
+        c = self.concavity * hold * growth ** (between / self.fractional).clamp(max=1.0)
         return c * (1 - 2 * values)
 
 

@@ -36,7 +36,10 @@ def test_the_urge_is_the_slope_of_the_concave_term_and_hard_concrete_gates_have_
     leaf = values.clone().requires_grad_()
     (3.0 * 0.25 * leaf * (1 - leaf)).sum().backward()
     torch.testing.assert_close(Deterministic(concavity=3.0).urge(values, 0.25), leaf.grad)
-    assert float(Deterministic().urge(torch.zeros(1), 1.0)) > 10
+    # At the end it is without bound in a row where gates are in between, and only there.
+    between, decided = Deterministic(concavity=2.0).urge(torch.tensor([[0.3, 0.7], [0.0, 1.0]]), 1.0)
+    torch.testing.assert_close(between, torch.tensor([40.0, -40.0]))
+    torch.testing.assert_close(decided, torch.tensor([2.0, -2.0]))
     assert not Deterministic().urge(values, 0.0).any() and not HardConcrete().urge(values, 1.0).any()
 
 
