@@ -96,6 +96,20 @@ def test_every_pattern_finds_its_matrices_in_every_family(name):
             assert whole_units(space, masks) == {False, True}
 
 
+def test_heads_of_a_fused_weight_whose_keys_are_shared():
+    config = tiny_config("phi3")
+    config["num_key_value_heads"] = config["num_attention_heads"] // 2
+    space = by_config(config).space(config)
+    matrices = matrices_of(space)
+    fused = next(m for m in matrices if m.parts)
+    queries, keys, values = fused.parts
+    assert keys.outputs == values.outputs == queries.outputs // 2 and queries.head_size == 2 * keys.head_size
+    random = torch.Generator().manual_seed(0)
+    scores = {m.path: torch.rand(m.shape, generator=random) for m in matrices}
+    masks = make_masks(scores, matrices, PatternSpec(type=0, granularity=2), sparsity=50.0)
+    assert whole_units(space, masks) == {False, True}
+
+
 def whole_units(space, masks):
     """Whether the heads are kept, each with all the slices that the space says are its own."""
     found = set()
