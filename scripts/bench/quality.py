@@ -122,11 +122,14 @@ TRAINED = {
 DRAWN = (*ONE_SHOT, "sheared gates", "gates", "taught gates", "gates, global")
 EVERYWHERE = ("gates", "taught gates")
 """Methods of a training for every cell; the others are dear, and compared where it matters."""
+UNEVEN = [("heads and dims", 0.32), ("dims", 0.3), ("heads", 0.34)]
 PLACES = {
     "deterministic gates": [("blocks", 0.3)],  # elsewhere they are what "gates" are
     "gates in turn": [("heads and dims", 0.32)],
-    "gates, global": [("heads and dims", 0.32), ("dims", 0.3), ("heads", 0.34)],
-    "taught gates, global": [("heads and dims", 0.32), ("dims", 0.3)],
+    "gates, global": UNEVEN,
+    "taught gates, global": UNEVEN,
+    "taylor, global": UNEVEN,
+    "fisher, global": UNEVEN,
 }
 """Where such a method is compared; without an entry, at 30% of the dims."""
 
@@ -173,12 +176,16 @@ def one_training(
     return gates.binary(), notes
 
 
-def scored_masks(rig: Rig, scores: dict[str, torch.Tensor], unit: str, share: float) -> dict[str, torch.Tensor]:
-    """The same numbers as a constraint's, by score."""
+def scored_masks(
+    rig: Rig, scores: dict[str, torch.Tensor], unit: str, share: float, scope: str
+) -> dict[str, torch.Tensor]:
+    """The same numbers as a constraint's, by score; from one budget by the score of a parameter."""
     groups = in_order(rig.groups(unit))
-    budgets = constraints(rig, groups, share, "block")
+    budgets = constraints(rig, groups, share, scope)
     gates = Gates({group.name: group.size for group in groups}, budgets, steps=1, seed=0)
     gates.values = torch.cat([scores[group.name].float() for group in groups])
+    if scope == "global":
+        gates.values = gates.values.double() / torch.tensor(budgets[0].costs, dtype=torch.float64)
     return gates.binary()
 
 
@@ -217,7 +224,7 @@ def cells(options: argparse.Namespace) -> list[tuple[str, str, float, int]]:
         for method in options.methods:
             fits = (method == "block influence") == (unit == "blocks") or method not in (
                 "block influence", "activation × weight", "fluctuation")  # fmt: skip
-            if method in TRAINED and method not in EVERYWHERE:
+            if method in PLACES or method in TRAINED and method not in EVERYWHERE:
                 fits = (unit, share) in PLACES.get(method, [("dims", 0.3)])
             if fits:
                 made.append((method, unit, share, options.steps if method != "random" else 0))
@@ -248,7 +255,8 @@ def main() -> None:
         else:
             if scores is None:
                 torch.save(scores := gather_scores(rig), work / "scores.pt")
-            masks = scored_masks(rig, scores[method], unit, share)
+            base = method.removesuffix(", global")
+            masks = scored_masks(rig, scores[base], unit, share, "block" if base == method else "global")
         losses = rig.measure(masks)
         if (unit, share) == ("dims", 0.3):
             torch.save(masks, mask_file(work, method, options))
@@ -344,7 +352,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, nargs="+", default=[32, 8, 8], help="of each text that is scored")
     parser.add_argument("--units", nargs="+", default=["dims=0.15,0.3,0.5", "heads=0.34", "heads and dims=0.32",
                                                        "blocks=0.3"], metavar="UNITS=SHARE,…")  # fmt: skip
-    parser.add_argument("--methods", nargs="+", default=[*ONE_SHOT, *TRAINED])
+    parser.add_argument("--methods", nargs="+", default=[*ONE_SHOT, "taylor, global", "fisher, global", *TRAINED])
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--length", type=int, default=512)
