@@ -32,93 +32,19 @@ import json
 import math
 import time
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import ROOT, publish
-from quality_peers import ONE_SHOT, Scores, ShearedGates, gather_scores
+from quality_gates import TRAINED, scored_masks, trained_masks
+from quality_peers import ONE_SHOT, Scores, gather_scores
 from quality_rig import Rig
 
 from cook.base.files import read_json, write_json
-from cook.config.scheme import GatesStart
-from cook.masks.controller import Constraint
-from cook.masks.gates import Gates
-from cook.masks.relaxation import Deterministic, HardConcrete
 from cook.report.tables import markdown_table
-from cook.space.counts import parameters, unit_parameters
-from cook.space.units import UnitGroup
+from cook.space.counts import parameters
 
-Masks = dict[str, torch.Tensor]
-
-
-def constraints(rig: Rig, groups: list[UnitGroup], share: float, scope: str) -> list[Constraint]:
-    """As many units from every section of every block; of blocks, from all attention blocks and from all FFNs.
-
-    With the scope `global` one budget instead, of as many parameters.
-    """
-    if scope == "global":
-        each = [unit_parameters(rig.space, group) for group in groups]
-        total = sum(size * group.size for size, group in zip(each, groups, strict=True))
-        removed = sum(
-            size * group.sections * round(share * group.section_size) for size, group in zip(each, groups, strict=True)
-        )
-        costs = tuple(size / total for size, group in zip(each, groups, strict=True) for _ in range(group.size))
-        return [Constraint(name="all", start=0, costs=costs, target=removed / total)]
-    if groups[0].kind == "layer":
-        sizes = [sum(group.site == site for group in groups) for site in ("att", "ffn")]
-    else:
-        sizes = [group.section_size for group in groups for _ in range(group.sections)]
-    made, start = [], 0
-    for number, size in enumerate(sizes):
-        target = round(share * size) / size
-        made.append(Constraint(name=str(number), start=start, costs=(1 / size,) * size, target=target))
-        start += size
-    return made
-
-
-def in_order(groups: list[UnitGroup]) -> list[UnitGroup]:
-    """The groups as `constraints` counts them."""
-    return sorted(groups, key=lambda group: group.site) if groups[0].kind == "layer" else groups
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """How a method trains its gates."""
-
-    relaxation: str = "auto"
-    """As `gates.relaxation`; `sheared` for LLM-Shearing's."""
-    start: GatesStart = "open"
-    scope: str = "block"
-    in_turn: bool = False
-    """One kind of unit after the other, the steps shared between them."""
-    text: float = 1.0
-    """The weight of the language-model loss."""
-    teacher: float = 0.0
-    """The weight of the KL to the model with its gates open."""
-    temperature: float = 1.0
-
-
-TRAINED = {
-    "sheared gates": Training(relaxation="sheared"),
-    "hard concrete gates": Training(relaxation="hard_concrete"),
-    "deterministic gates": Training(relaxation="deterministic"),
-    "gates": Training(),
-    "gates from Taylor": Training(start="taylor"),
-    "gates from Fisher": Training(start="fisher"),
-    "gates, global": Training(scope="global"),
-    "taught gates, global": Training(scope="global", teacher=2.0, temperature=2.0),
-    "gates in turn": Training(in_turn=True),
-    "taught gates": Training(teacher=2.0, temperature=2.0),
-    "taught gates, T 1": Training(teacher=1.0),
-    "taught gates, T 1, KL × 1/4": Training(teacher=0.25),
-    "taught gates, T 1, KL × 4": Training(teacher=4.0),
-    "taught gates, T 2, KL × 1": Training(teacher=1.0, temperature=2.0),
-    "taught gates, T 2, KL × 4": Training(teacher=4.0, temperature=2.0),
-    "taught gates, T 4": Training(teacher=1.0, temperature=4.0),
-    "gates by KL alone": Training(text=0.0, teacher=1.0),
-}
 DRAWN = (*ONE_SHOT, "sheared gates", "gates", "taught gates", "gates, global")
 EVERYWHERE = ("gates", "taught gates")
 """Methods of a training for every cell; the others are dear, and compared where it matters."""
@@ -132,61 +58,6 @@ PLACES = {
     "fisher, global": UNEVEN,
 }
 """Where such a method is compared; without an entry, at 30% of the dims."""
-
-
-def trained_masks(rig: Rig, training: Training, unit: str, share: float, steps: int) -> tuple[Masks, dict[str, Any]]:
-    """Masks from gates, and what their training was like."""
-    groups = in_order(rig.groups(unit))
-    if not training.in_turn:
-        return one_training(rig, training, groups, share, steps, {})
-    kinds = list(dict.fromkeys(group.kind for group in groups))
-    masks: Masks = {}
-    for kind in kinds:
-        part = [group for group in groups if group.kind == kind]
-        masks |= one_training(rig, training, part, share, steps // len(kinds), masks)[0]
-    return masks, {}
-
-
-def one_training(
-    rig: Rig, training: Training, groups: list[UnitGroup], share: float, steps: int, fixed: Masks
-) -> tuple[Masks, dict[str, Any]]:
-    """Masks of these groups from gates, other units under the masks `fixed`."""
-    sizes = {group.name: group.size for group in groups}
-    made, seed = constraints(rig, groups, share, training.scope), rig.options.seed
-    if training.relaxation == "sheared":
-        gates: Gates = ShearedGates(sizes, made, steps=steps, seed=seed)
-    else:
-        noisy = groups[0].kind == "layer" if training.relaxation == "auto" else training.relaxation == "hard_concrete"
-        relaxation = HardConcrete() if noisy else Deterministic()
-        gates = Gates(sizes, made, steps=steps, seed=seed, relaxation=relaxation, start=training.start)
-    for step in range(1, steps + 1):
-        z, ids = gates.draw(step).requires_grad_(), rig.batch(step - 1, seed)
-        teacher = rig.dense_logits(ids) if training.teacher else None
-        rig.attached.set(fixed | gates.split(z))
-        loss = rig.loss(ids) if teacher is None else rig.taught_loss(
-            ids, teacher, text=training.text, weight=training.teacher, temperature=training.temperature)  # fmt: skip
-        loss.backward()
-        assert z.grad is not None
-        gates.update(z.grad, step)
-        rig.say(f"gates of {groups[0].kind}, {share:.0%}: {step} of {steps}, loss {float(loss.detach()):.3f}")
-    notes: dict[str, Any] = {}
-    if isinstance(gates.relaxation, Deterministic):
-        first = next(iter(rig.texts))
-        notes["relaxed"] = rig.measure(fixed | gates.split(gates.values), (first,))[first]
-    return gates.binary(), notes
-
-
-def scored_masks(
-    rig: Rig, scores: dict[str, torch.Tensor], unit: str, share: float, scope: str
-) -> dict[str, torch.Tensor]:
-    """The same numbers as a constraint's, by score; from one budget by the score of a parameter."""
-    groups = in_order(rig.groups(unit))
-    budgets = constraints(rig, groups, share, scope)
-    gates = Gates({group.name: group.size for group in groups}, budgets, steps=1, seed=0)
-    gates.values = torch.cat([scores[group.name].float() for group in groups])
-    if scope == "global":
-        gates.values = gates.values.double() / torch.tensor(budgets[0].costs, dtype=torch.float64)
-    return gates.binary()
 
 
 def finetuned(rig: Rig, masks: dict[str, torch.Tensor], steps: int) -> dict[str, float]:
