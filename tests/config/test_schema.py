@@ -81,6 +81,11 @@ def test_schema_and_literal_have_the_same_words(literal, name, keys):
     assert subschema(name, keys)["enum"] == list(get_args(literal))
 
 
+def test_every_stage_but_pretraining_can_have_a_teacher():
+    stages = [name for name in get_args(types.StageName) if name != "pretrain"]
+    assert subschema("bmcook", ("distillation", "stages", 0))["enum"] == stages
+
+
 def test_root_keys_are_the_fields_of_the_run_config():
     names = {field.name for field in dataclasses.fields(types.RunConfig)}
     assert set(load_schema("bmcook")["properties"]) | {"coarse", "fine", "joint", "gates", "source"} == names
