@@ -223,7 +223,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, nargs="+", default=[32, 8, 8], help="of each text that is scored")
     parser.add_argument("--units", nargs="+", default=["dims=0.15,0.3,0.5", "heads=0.34", "heads and dims=0.32",
                                                        "blocks=0.3"], metavar="UNITS=SHARE,…")  # fmt: skip
-    parser.add_argument("--methods", nargs="+", default=[*ONE_SHOT, "taylor, global", "fisher, global", *TRAINED])
+    methods = [*ONE_SHOT, "taylor, global", "fisher, global", *TRAINED]
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--length", type=int, default=512)
