@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-from cook.adapters.source import ModelSource, load_model, open_model
 from cook.base.batches import Batch
 from cook.base.errors import UserError, run_entry
 from cook.base.files import read_json, sha256, write_atomically
@@ -22,17 +21,18 @@ from cook.config.load import load_config
 from cook.config.types import RunConfig
 from cook.evaluation.equality import largest_difference
 from cook.evaluation.speed import LARGEST_TIMED, forward_seconds
-from cook.masks.mask_set import Masks, kept_counts
+from cook.families.source import ModelSource, load_model, open_model
+from cook.pruning.counts import forward_flops, parameters
+from cook.pruning.mask_set import Masks, kept_counts
+from cook.pruning.model_folder import copy_tokenizer
+from cook.pruning.pad import padded
+from cook.pruning.prune import Pruned, mask_model, open_masks, prune_to_folder
+from cook.pruning.units import PruningSpace
+from cook.recipe.plan import MaskPaths, Stage
+from cook.recipe.summary import check_masks, finished_stages, ladder_row, masks_after, sample_batches
 from cook.report.human import human_count
 from cook.report.model_card import MaskFile, ModelCard, model_card
 from cook.report.tables import markdown_table
-from cook.space.counts import forward_flops, parameters
-from cook.space.units import PruningSpace
-from cook.stages.plan import MaskPaths, Stage
-from cook.stages.summary import check_masks, finished_stages, ladder_row, masks_after, sample_batches
-from cook.surgery.export import copy_tokenizer
-from cook.surgery.pad import padded
-from cook.surgery.prune import Pruned, mask_model, open_masks, prune_to_folder
 from cook.training.checkpoint import stored_weights
 
 TOLERANCE = 1e-5
@@ -43,17 +43,26 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="the run's config (default: config/bmcook.json, unless --model is given)")
-    parser.add_argument("--set", dest="overrides", metavar="KEY=VALUE", action="append", default=[],
-                        help="change a config value; may be repeated")  # fmt: skip
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="change a config value; may be repeated",
+    )
     parser.add_argument("--model", help="model folder, CPM-Live .pt file, or training checkpoint of any ZeRO stage")
     parser.add_argument("--model-config", help="the model's JSON, where it does not lie beside the weights")
     parser.add_argument("--coarse-mask", help="layer mask (.pt)")
     parser.add_argument("--heads-mask", help="head mask (.pt)")
     parser.add_argument("--dimff-mask", help="dim_ff mask (.pt)")
     parser.add_argument("--output", help="folder to write (default: OUTPUT_DIR/pruned of the config)")
-    parser.add_argument("--uniform", action="store_true",
-                        help="pad every block with zero units to the size of the largest, so that a stock class holds "
-                             "the result without remote code")  # fmt: skip
+    parser.add_argument(
+        "--uniform",
+        action="store_true",
+        help="pad every block with zero units to the size of the largest, so that a stock class holds "
+        "the result without remote code",
+    )
     parser.add_argument("--verify", action="store_true", help="compare the logits of masked and reshaped model")
     return parser.parse_args()
 
@@ -165,9 +174,7 @@ def verify(
     return difference, f"{name}, {what}"
 
 
-def comparison(
-    source: ModelSource, small: ModelSource, space: PruningSpace, masks: Masks, batches: list[Batch]
-) -> str:
+def comparison(source: ModelSource, small: ModelSource, space: PruningSpace, masks: Masks, batches: list[Batch]) -> str:
     """Parameters, FLOPs a token and measured tokens/s before and after, as a table."""
     length, tokens = batches[0]["targets"].shape[1], sum(batch["targets"].numel() for batch in batches)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

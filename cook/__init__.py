@@ -12,12 +12,12 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "load_config": "cook.config.load",
-    "open_model": "cook.adapters.source",
-    "read_masks": "cook.masks.mask_file",
-    "write_mask_file": "cook.masks.mask_file",
-    "prune_to_folder": "cook.surgery.prune",
-    "AttachedGates": "cook.surgery.gates",
-    "Gates": "cook.masks.gates",
+    "open_model": "cook.families.source",
+    "read_masks": "cook.pruning.mask_file",
+    "write_mask_file": "cook.pruning.mask_file",
+    "prune_to_folder": "cook.pruning.prune",
+    "AttachedGates": "cook.pruning.attach",
+    "Gates": "cook.pruning.gates",
 }
 __all__ = ["__version__", *_HOMES]
 

@@ -12,7 +12,7 @@ if not __package__:
 from cook.base.errors import run_entry  # noqa: E402
 from cook.base.signals import ending_quietly  # noqa: E402
 from cook.config.tasks import TaskConfig, parse_task_options  # noqa: E402
-from cook.stages.tasks.plan import pattern_spec, prune_stages  # noqa: E402
+from cook.recipe.benchmarks.task_plan import pattern_spec, prune_stages  # noqa: E402
 
 
 def main() -> None:
@@ -34,8 +34,8 @@ def run(config: TaskConfig) -> None:
     from cook.base.lock import run_lock
     from cook.base.versions import check_versions
     from cook.base.watchdog import Watchdog
-    from cook.stages.tasks.export import run_export
-    from cook.stages.tasks.runner import run_pretrain, run_prune
+    from cook.recipe.benchmarks.task_export import run_export
+    from cook.recipe.benchmarks.task_runner import run_pretrain, run_prune
     from cook.training.engine import initialise_processes, leave_processes
 
     # Its notes on missing heads and its bars for reading a file would be repeated by every stage.

@@ -16,21 +16,34 @@ from cook.base.errors import UserError, run_entry  # noqa: E402
 from cook.base.signals import ending_quietly  # noqa: E402
 from cook.config.load import load_config  # noqa: E402
 from cook.config.types import STAGE_NAMES, RunConfig, described_stage  # noqa: E402
-from cook.stages.plan import Stage, plan_stage, recipe  # noqa: E402
+from cook.recipe.plan import Stage, plan_stage, recipe  # noqa: E402
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="cook/train.py", description=__doc__, allow_abbrev=False)
     parser.add_argument("--config", default="config/bmcook.json", help="what to do (default: %(default)s)")
-    parser.add_argument("--set", dest="overrides", metavar="KEY=VALUE", action="append", default=[],
-                        help="change a config value, such as training.steps=200; may be repeated")  # fmt: skip
-    parser.add_argument("--stage", metavar="NAME", choices=[*STAGE_NAMES, "all"],
-                        help=f"one of {', '.join(STAGE_NAMES)}, or all: every stage of the recipe "
-                             "(default: the one stage that the config files describe)")  # fmt: skip
-    parser.add_argument("--resume", metavar="auto|never|PATH", default="auto",
-                        help="go on from the newest valid checkpoint, start over, or take that one "
-                             "(default: auto)")  # fmt: skip
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="change a config value, such as training.steps=200; may be repeated",
+    )
+    parser.add_argument(
+        "--stage",
+        metavar="NAME",
+        choices=[*STAGE_NAMES, "all"],
+        help=f"one of {', '.join(STAGE_NAMES)}, or all: every stage of the recipe "
+        "(default: the one stage that the config files describe)",
+    )
+    parser.add_argument(
+        "--resume",
+        metavar="auto|never|PATH",
+        default="auto",
+        help="go on from the newest valid checkpoint, start over, or take that one (default: auto)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and stop")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # some launchers pass it
     return parser.parse_args(arguments)
@@ -43,9 +56,7 @@ def main() -> int | None:
         raise UserError("--resume PATH belongs to one stage", got="--stage all", remedy="name the stage: --stage NAME")
     # A plan made outside any launcher must not be held to the single rank that it happens to have.
     unknown = arguments.dry_run and "WORLD_SIZE" not in os.environ
-    config = load_config(
-        arguments.config, arguments.overrides, world_size=None if unknown else launched_world_size()
-    )
+    config = load_config(arguments.config, arguments.overrides, world_size=None if unknown else launched_world_size())
     if arguments.stage == "all":
         stages = recipe(config)
         if not stages:
@@ -53,7 +64,7 @@ def main() -> int | None:
     else:
         stages = [plan_stage(config, arguments.stage or described_stage(config))]
     if arguments.dry_run:
-        from cook.stages.dry_run import print_plan
+        from cook.recipe.dry_run import print_plan
 
         if launched_rank() == 0:
             print_plan(config, stages, world_size=launched_world_size())
@@ -70,7 +81,7 @@ def run(config: RunConfig, stages: list[Stage], *, resume: str) -> None:
     from cook.base.lock import run_lock
     from cook.base.versions import check_versions
     from cook.base.watchdog import Watchdog
-    from cook.stages.runner import is_finished, run_stage, say_finished
+    from cook.recipe.runner import is_finished, run_stage, say_finished
     from cook.training.engine import initialise_processes, leave_processes
 
     if all(is_finished(stage, resume) for stage in stages):

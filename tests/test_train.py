@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from cook.adapters.source import open_model
 from cook.base.errors import run_entry
 from cook.base.tensor_files import ShardWriter
+from cook.families.source import open_model
 from cook.train import main
-from tests.stages.tiny_run import ATT_FIRST, REPOSITORY, Result, contents, read_log, run, train, write_run
+from tests.recipe.tiny_run import ATT_FIRST, REPOSITORY, Result, contents, read_log, run, train, write_run
 
 
 @pytest.fixture(scope="module")
@@ -100,11 +100,18 @@ MISTAKES = {
         "out/masks/layer.pt: there is no such file",
     ),
     "mask that is none": (
-        ["--set", "model.path=out/pretrain/model", "--set", "coarse-grained.train_mask=false",
-         "--set", "coarse-grained.coarse_mask=docs/none.pt"], "docs/none.pt: not a readable .pt file",
+        [
+            "--set",
+            "model.path=out/pretrain/model",
+            "--set",
+            "coarse-grained.train_mask=false",
+            "--set",
+            "coarse-grained.coarse_mask=docs/none.pt",
+        ],
+        "docs/none.pt: not a readable .pt file",
     ),
     "auto": (["--set", "model.path=out/pretrain/model", "--set", "deepspeed.comms_logger.x=auto"], "comms_logger.x"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -166,8 +173,13 @@ def test_the_guides_way_one_stage_after_the_other_by_hand(own):
 
 
 def test_only_what_pruned_module_names_is_pruned(own):
-    write_run(own, model__path="out/pretrain/model", training__steps=3, training__eval_rows=0,
-              pruning__pruned_module=["ffn.ffn.w_in.w.weight", "ffn.ffn.w_out.weight"])  # fmt: skip
+    write_run(
+        own,
+        model__path="out/pretrain/model",
+        training__steps=3,
+        training__eval_rows=0,
+        pruning__pruned_module=["ffn.ffn.w_in.w.weight", "ffn.ffn.w_out.weight"],
+    )
     assert train(own).code == 0
     mask = torch.load(own / "out" / "masks" / "layer.pt")
     assert mask["self_att_layer_z"].tolist() == [1.0] * 3 and mask["ffn_layer_z"].sum() == 2

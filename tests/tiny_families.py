@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from cook.adapters.registry import by_config
-from cook.adapters.source import ModelSource
+from cook.families.registry import by_config
+from cook.families.source import ModelSource
 
 SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "max_position_embeddings": 64}
 GROUPED = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 6, "intermediate_size": 20}
@@ -18,8 +18,15 @@ SLIDING = {"layer_types": ["sliding_attention", "full_attention", "sliding_atten
 GEMMA = {"query_pre_attn_scalar": 16, "rms_norm_eps": 1e-2, **SLIDING}
 # Every query head has keys and values of its own, and the hidden size divided by the heads for its size.
 ALIKE = {"num_attention_heads": 4, "num_key_value_heads": None, "head_dim": None}
-GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 20, "n_positions": 64,
-        **dict.fromkeys((*SIZES, *GROUPED)), "vocab_size": 61}  # fmt: skip
+GPT2 = {
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_inner": 20,
+    "n_positions": 64,
+    **dict.fromkeys((*SIZES, *GROUPED)),
+    "vocab_size": 61,
+}
 # GELU: a dim whose ReLU is zero on all the few tokens would have no gradient.
 OPT = {"ffn_dim": 20, "activation_function": "gelu", **ALIKE, "intermediate_size": None}
 
@@ -31,8 +38,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True},
     "gemma2": {"model_type": "gemma2", "attention_bias": True, **GEMMA},
     "gemma3": {"model_type": "gemma3_text", **GEMMA},
-    "phi3": {"model_type": "phi3", "head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
-                                                                      "partial_rotary_factor": 0.5}},
+    "phi3": {
+        "model_type": "phi3",
+        "head_dim": 8,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    },
     "gpt2": {"model_type": "gpt2", **GPT2},
     "gpt2, scores by layer": {"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True, **GPT2},
     "gpt_neox": {"model_type": "gpt_neox", **ALIKE},

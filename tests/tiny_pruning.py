@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from cook.adapters.cpm_ant import ADAPTER
-from cook.adapters.source import ModelSource
+from cook.families.cpm_ant import ADAPTER
+from cook.families.source import ModelSource
 from cook.models.cpm_ant import CpmAntForCausalLM
-from cook.space.units import PruningSpace
+from cook.pruning.units import PruningSpace
 from tests.models.cpm_ant_tiny import SIZES, tiny_model
 
 KEPT = st.sampled_from(["all", "some", "one", "none"])

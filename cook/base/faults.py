@@ -11,10 +11,27 @@ VARIABLE = "COOK_FAULT_POINT"
 """`NAME:RANK` or `NAME:RANK:NTH`: this rank ends by SIGKILL the NTH time (the first) that it comes to this point."""
 
 NAMES = (
-    "save.begin", "save.scratch", "save.file", "save.written", "save.agreed", "save.hashed",
-    "save.gathered", "save.manifest", "save.synced", "save.aside", "save.renamed", "save.latest", "save.removing",
-    "save.done", "step.backward", "step.weights", "step.end", "load.found", "load.engine", "load.done",
-)  # fmt: skip
+    "save.begin",
+    "save.scratch",
+    "save.file",
+    "save.written",
+    "save.agreed",
+    "save.hashed",
+    "save.gathered",
+    "save.manifest",
+    "save.synced",
+    "save.aside",
+    "save.renamed",
+    "save.latest",
+    "save.removing",
+    "save.done",
+    "step.backward",
+    "step.weights",
+    "step.end",
+    "load.found",
+    "load.engine",
+    "load.done",
+)
 """In the order in which a run comes to them; see `cook/training/checkpoint.py` for what each lies between."""
 
 _passed = 0

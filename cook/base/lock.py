@@ -134,13 +134,15 @@ def _refusal(path: Path, held: Any) -> UserError:
     names = ", ".join(f"{p.pid} on {p.host}" for p in (alive or processes)[:8]) or "unknown"
     if alive:
         return UserError(
-            f"{path.parent}: another run is at work in this folder", got=f"process {names}",
+            f"{path.parent}: another run is at work in this folder",
+            got=f"process {names}",
             remedy="wait for it, stop it, or choose another output_dir",
-        )  # fmt: skip
+        )
     return UserError(
-        f"{path.parent}: another run may be at work in this folder", got=f"{path} names process {names}, not seen here",
+        f"{path.parent}: another run may be at work in this folder",
+        got=f"{path} names process {names}, not seen here",
         remedy=f"if you are sure that it has ended: rm '{path}'",
-    )  # fmt: skip
+    )
 
 
 def _release(path: Path, owner: dict[str, Any]) -> None:

@@ -158,9 +158,11 @@ class ShardWriter:
         for stale in (*self.folder.glob("model*.safetensors"), *self.folder.glob("model.safetensors.index.json")):
             stale.unlink()
         count = len(self.files)
-        finals = ["model.safetensors"] if count == 1 else [
-            f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)
-        ]
+        finals = (
+            ["model.safetensors"]
+            if count == 1
+            else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        )
         for file, final in zip(self.files, finals, strict=True):
             file.chmod(0o644)  # safetensors makes its files private; a model folder is for sharing
             file.replace(self.folder / final)

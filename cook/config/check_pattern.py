@@ -43,6 +43,8 @@ def pattern_stands_alone(stages: tuple[StageEntry, ...]) -> Iterator[UserError]:
     others = [name for name in names if name not in ("pretrain", "pattern")]
     if "pattern" in names and others:
         yield UserError(
-            "stages: pattern stands beside stages that learn gates", wanted="pretrain and pattern only",
-            got=", ".join(names), remedy="make the smaller model first, and prune it in a run of its own",
-        )  # fmt: skip
+            "stages: pattern stands beside stages that learn gates",
+            wanted="pretrain and pattern only",
+            got=", ".join(names),
+            remedy="make the smaller model first, and prune it in a run of its own",
+        )

@@ -12,8 +12,10 @@ from cook.base.files import read_json
 from cook.config.types import ModelConfig
 
 STOCK_NAMES = {
-    "num_heads": "num_attention_heads", "dim_ff": "intermediate_size", "max_positions": "max_position_embeddings",
-}  # fmt: skip
+    "num_heads": "num_attention_heads",
+    "dim_ff": "intermediate_size",
+    "max_positions": "max_position_embeddings",
+}
 """Fields that most Hugging Face classes name otherwise."""
 
 

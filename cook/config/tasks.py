@@ -199,16 +199,21 @@ def parse_task_options(arguments: list[str] | None = None) -> TaskConfig:
     Raises:
         UserErrors: values that cannot be.
     """
-    parser = argparse.ArgumentParser(prog="cook/tasks.py", allow_abbrev=False, description=(
-        "Fine-tunes, prunes and exports an encoder on a GLUE task or SQuAD."))  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="cook/tasks.py",
+        allow_abbrev=False,
+        description=("Fine-tunes, prunes and exports an encoder on a GLUE task or SQuAD."),
+    )
     parser.add_argument("mode", choices=get_args(TaskMode), help=_helps()["mode"])
     fields = [field for field in dataclasses.fields(TaskConfig) if field.name != "mode"]
     for field in fields:
         default = "" if field.default in ("", dataclasses.MISSING) else f" (default: {_shown(field.default)})"
         parser.add_argument(
-            f"--{field.name}", metavar=field.name.upper().split("_")[-1], help=_helps()[field.name] + default,
+            f"--{field.name}",
+            metavar=field.name.upper().split("_")[-1],
+            help=_helps()[field.name] + default,
             required=field.default is dataclasses.MISSING,
-        )  # fmt: skip
+        )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # some launchers pass it
     given = vars(parser.parse_args(arguments))
     values: dict[str, Any] = {"mode": given["mode"]}
@@ -258,11 +263,28 @@ def _parsed(field: dataclasses.Field, text: str) -> Any:
 
 
 _LEAST = {
-    "granularity": 1, "block": 1, "vector": 1, "scoring_steps": 1, "train_batch_size": 1, "micro_batch_size": 1,
-    "log_every": 1, "eval_batch_size": 1, "max_length": 4, "doc_stride": 1, "max_query_length": 1, "n_best": 1,
-    "max_answer_length": 1, "save_every": 0, "threads": 0, "rank_timeout": 0, "seed": 0, "weight_decay": 0,
-    "clip": 0, "warmup": 0, "distillation": 0,
-}  # fmt: skip
+    "granularity": 1,
+    "block": 1,
+    "vector": 1,
+    "scoring_steps": 1,
+    "train_batch_size": 1,
+    "micro_batch_size": 1,
+    "log_every": 1,
+    "eval_batch_size": 1,
+    "max_length": 4,
+    "doc_stride": 1,
+    "max_query_length": 1,
+    "n_best": 1,
+    "max_answer_length": 1,
+    "save_every": 0,
+    "threads": 0,
+    "rank_timeout": 0,
+    "seed": 0,
+    "weight_decay": 0,
+    "clip": 0,
+    "warmup": 0,
+    "distillation": 0,
+}
 _POSITIVE = ("epochs", "learning_rate", "temperature")
 
 

@@ -1,6 +1,6 @@
 """Where documents come from, and which are held out.
 
-The running Python's library, text files and JSON lines are read here; `cook.data.tables` reads what comes in tables.
+The library of the running Python, text files and JSON lines are read here; tables by `table_documents.py`.
 """
 
 from __future__ import annotations
@@ -114,15 +114,15 @@ def open_corpus(
     if kind == "jsonl":
         files, read_objects = list_files(paths, JSONL_SUFFIXES, digest), _read_jsonl
     elif kind == "parquet":
-        from cook.data.tables import read_parquet
+        from cook.data.table_documents import read_parquet
 
         files, read_objects = list_files(paths, (".parquet",), digest), read_parquet
     elif kind == "arrow":
-        from cook.data.tables import list_arrow_folders, read_arrow_folder
+        from cook.data.table_documents import list_arrow_folders, read_arrow_folder
 
         files, read_objects = list_arrow_folders(paths, split, digest), partial(read_arrow_folder, split=split)
     elif kind == "hub":
-        from cook.data.tables import open_hub
+        from cook.data.table_documents import open_hub
 
         files, read_objects = open_hub(name or "", subset, split)
     else:

@@ -54,12 +54,17 @@ GLUE_ARCHIVES = {
     "WNLI": _glue("WNLI.zip", 28999, "ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46"),
 }
 MRPC_FILES = {
-    "train": _glue("msr_paraphrase_train.txt", 1047044,
-                   "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89", _SENTEVAL),
-    "test": _glue("msr_paraphrase_test.txt", 441275,
-                  "a04e271090879aaba6423d65b94950c089298587d9c084bf9cd7439bd785f784", _SENTEVAL),
+    "train": _glue(
+        "msr_paraphrase_train.txt",
+        1047044,
+        "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89",
+        _SENTEVAL,
+    ),
+    "test": _glue(
+        "msr_paraphrase_test.txt", 441275, "a04e271090879aaba6423d65b94950c089298587d9c084bf9cd7439bd785f784", _SENTEVAL
+    ),
     "dev_ids": _glue("mrpc_dev_ids.tsv", 6222, "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7"),
-}  # fmt: skip
+}
 SQUAD_FILES = {
     "1.1": (
         _glue("train-v1.1.json", 30288272, "3527663986b8295af4f7fcdff1ba1ff3f72d07d61a20f487cb238a6ef92fd955", _SQUAD),

@@ -12,11 +12,11 @@ import torch
 
 from cook.base.batches import Batch
 from cook.base.errors import UserError
+from cook.data.cpm_ant.batches import NO_CHOICE
 from cook.data.joined import JoinedRows
 from cook.data.order import Draws, EpochOrder
 from cook.data.packing import NO_TARGET
 from cook.data.rows import Rows
-from cook.data.tasks.batches import NO_CHOICE
 from cook.data.workers import Plan, Workers, build
 
 
@@ -219,9 +219,7 @@ class RowLoader:
             file.write(json.dumps(record) + "\n")
 
 
-def held_out_batches(
-    rows: Rows, batch_size: int, max_rows: int, rank: int = 0, world_size: int = 1
-) -> Iterator[Batch]:
+def held_out_batches(rows: Rows, batch_size: int, max_rows: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
     """Batches of a fixed, evenly spread subset of rows, shared out over ranks.
 
     Every rank yields the same number of batches of the same shapes, because under ZeRO-3 a forward pass needs all

@@ -20,9 +20,9 @@ from cook.data.corpus import Corpus, grouped, open_corpus, split
 from cook.data.documents import Document
 from cook.data.packing import pack_to_folder, text_capacity
 from cook.data.progress import Progress
-from cook.vocab.load import load_tokenizer
-from cook.vocab.protocol import Tokenizer
-from cook.vocab.sentencepiece import train_sentencepiece
+from cook.text.open_tokenizer import load_tokenizer
+from cook.text.sentencepiece import train_sentencepiece
+from cook.text.tokenizer import Tokenizer
 
 FORMAT = 1
 """Raised whenever the same inputs would give other files."""

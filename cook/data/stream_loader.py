@@ -49,8 +49,11 @@ class StreamLoader:
         ledger: Path | None = None,
     ):
         if train_batch_size % world_size:
-            raise UserError("the global batch does not divide among the ranks", wanted=f"a multiple of {world_size}",
-                            got=train_batch_size)  # fmt: skip
+            raise UserError(
+                "the global batch does not divide among the ranks",
+                wanted=f"a multiple of {world_size}",
+                got=train_batch_size,
+            )
         self.rows, self.train_batch_size, self.seed, self.first = data, train_batch_size, seed, first
         self._rank, self._world_size, self._gather, self._ledger = rank, world_size, gather, ledger
         self._draws = Draws(data.weights)
@@ -73,8 +76,11 @@ class StreamLoader:
         assert (rank, world_size) == (self._rank, self._world_size), "a stream is opened for one rank"
         self._read(step)
         if len(self._share) % micro_batch_size:
-            raise UserError("a rank's share of the batch does not divide into micro-batches",
-                            wanted=f"a multiple of {micro_batch_size}", got=len(self._share))  # fmt: skip
+            raise UserError(
+                "a rank's share of the batch does not divide into micro-batches",
+                wanted=f"a multiple of {micro_batch_size}",
+                got=len(self._share),
+            )
         groups = [self._share[b : b + micro_batch_size] for b in range(0, len(self._share), micro_batch_size)]
         batches = [_batch(group) for group in groups]
         if torch.cuda.is_available():
@@ -127,12 +133,15 @@ class StreamLoader:
             if state.get(key) != mine:
                 raise UserError(
                     f"the saved position belongs to another {'corpus' if key == 'data' else key}",
-                    wanted=mine, got=state.get(key),
+                    wanted=mine,
+                    got=state.get(key),
                     remedy="restore the data and its settings, or start over with --resume never",
-                )  # fmt: skip
+                )
         if max(state["parts"]) > self.train_batch_size:
-            raise UserError("the batch is smaller than the number of streams that the run began with",
-                            wanted=f"train_batch_size of at least {max(state['parts'])}")  # fmt: skip
+            raise UserError(
+                "the batch is smaller than the number of streams that the run began with",
+                wanted=f"train_batch_size of at least {max(state['parts'])}",
+            )
         ahead, rest = divmod(int(state["row"]) - self.first, self.train_batch_size)
         assert ahead >= 0 and not rest, (state["row"], self.first, self.train_batch_size)
         self._next_step, self._parts = ahead, list(state["parts"])

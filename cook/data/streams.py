@@ -29,7 +29,7 @@ from cook.data.documents import Document, SourceFile
 from cook.data.order import EpochOrder
 from cook.data.packing import PackedRows, pack_in_memory
 from cook.data.prepare import check_ids, open_evaluation
-from cook.vocab.protocol import Tokenizer
+from cook.text.tokenizer import Tokenizer
 
 BLOCK_CHARS = 1 << 22
 """Characters in one block of each of a source's streams together: rows are shuffled inside a block only."""
@@ -113,32 +113,36 @@ def open_stream(data: Any) -> Stream:
     """
     opened: Callable[[Sequence[int] | None], Any]
     if data.type == "hub":
-        from cook.data.tables import load_hub
+        from cook.data.table_documents import load_hub
 
         whole = load_hub(data.name, data.subset, data.split, streaming=True)
         corpus = Corpus("hub", (), lambda file: iter(()))
         # Which files there are is known to the library alone: they are read in its order in every epoch.
         opened = partial(_open_hub, whole, data.name, data.text_field)
     else:
-        corpus = open_corpus(
-            data.type, data.paths, text_field=data.text_field, split=data.split, digest=hash_of_ends
-        )
+        corpus = open_corpus(data.type, data.paths, text_field=data.text_field, split=data.split, digest=hash_of_ends)
         opened = partial(_open_files, corpus)
     evaluation = open_evaluation(data) if data.held_out_paths else None
     settings = [data.type, data.name if data.type == "hub" else None, data.subset, data.split, data.text_field]
     parts = [corpus.fingerprint(), evaluation.fingerprint() if evaluation else data.held_out]
     return Stream(
-        name=str(data.name), open=opened, corpus=corpus, evaluation=evaluation, held_out=data.held_out,
+        name=str(data.name),
+        open=opened,
+        corpus=corpus,
+        evaluation=evaluation,
+        held_out=data.held_out,
         fingerprint=fingerprint_of("stream", settings, parts),
-    )  # fmt: skip
+    )
 
 
 def _open_files(corpus: Corpus, seed: Sequence[int] | None) -> Any:
     from datasets import IterableDataset
 
-    order = range(len(corpus.files)) if seed is None else EpochOrder(len(corpus.files), seed[:-1]).rows(
-        np.arange(len(corpus.files)), seed[-1]
-    ).tolist()  # fmt: skip
+    order = (
+        range(len(corpus.files))
+        if seed is None
+        else EpochOrder(len(corpus.files), seed[:-1]).rows(np.arange(len(corpus.files)), seed[-1]).tolist()
+    )
     files = [corpus.files[number] for number in order]
     # The files are the library's shards, because they are given as a list.
     return IterableDataset.from_generator(_documents_of, gen_kwargs={"files": files, "read": corpus.read})
@@ -190,9 +194,13 @@ class StreamedData:
         tokens = np.concatenate(encoded) if encoded else np.zeros(0, np.int32)
         check_ids(tokens, tokenizer.vocab_size, origin)
         return pack_in_memory(
-            tokens, np.cumsum([0, *map(len, encoded)]), max_length=self.max_length, prompt_length=self.prompt_length,
-            bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id,
-        )  # fmt: skip
+            tokens,
+            np.cumsum([0, *map(len, encoded)]),
+            max_length=self.max_length,
+            prompt_length=self.prompt_length,
+            bos_id=tokenizer.bos_id,
+            eos_id=tokenizer.eos_id,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,8 +258,13 @@ class StreamReader:
         block = self._block
         if block is None:
             return {"parts": self._parts}
-        return {"parts": self._parts, "epoch": block.epoch, "block": block.number, "begin": block.begin,
-                "place": self._place}  # fmt: skip
+        return {
+            "parts": self._parts,
+            "epoch": block.epoch,
+            "block": block.number,
+            "begin": block.begin,
+            "place": self._place,
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         """Goes on from a state: its block is read again when the next row is asked for."""

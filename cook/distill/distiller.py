@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from cook.base.batches import Batch
-from cook.distill.losses import hidden_error, token_divergence
 from cook.distill.projections import Projections
 from cook.distill.taps import Pair, Tap, check_pairs, raise_pairs
+from cook.distill.teacher_loss import hidden_error, token_divergence
 from cook.distill.teachers import Teacher
 
 
@@ -109,16 +109,20 @@ class Distiller:
     def _check(self, mine: list[Any], wanted: list[Any], targets: torch.Tensor) -> None:
         problems = []
         for (pair, _, projections), own, its in zip(self._pairs, mine, wanted, strict=True):
-            faults = [f"{who} {_fault(states, targets)}" for who, states in (("student's", own), ("teacher's", its))
-                      if _fault(states, targets)]  # fmt: skip
+            faults = [
+                f"{who} {_fault(states, targets)}"
+                for who, states in (("student's", own), ("teacher's", its))
+                if _fault(states, targets)
+            ]
             if not faults and own.shape[-1] != its.shape[-1] and projections is None:
                 faults.append(f"widths differ, {own.shape[-1]} and {its.shape[-1]}")
             problems += [f"{pair}: the {fault}" for fault in faults]
         if problems:
             raise_pairs(
-                problems, "tensors of (rows, positions, width), of one width",
+                problems,
+                "tensors of (rows, positions, width), of one width",
                 "name other modules; for hidden states of different widths set mse_hidn_proj to true",
-            )  # fmt: skip
+            )
 
     def remove(self) -> None:
         """Takes the hooks off both models."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from cook.base.batches import Batch, CallForm, as_it_is
-from cook.data.losses import model_inputs
+from cook.data.token_loss import model_inputs
 
 
 @dataclass(frozen=True, kw_only=True)

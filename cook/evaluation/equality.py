@@ -8,13 +8,11 @@ from collections.abc import Iterable
 import torch
 
 from cook.base.batches import Batch
-from cook.data.losses import model_inputs
+from cook.data.token_loss import model_inputs
 
 
 @torch.no_grad()
-def largest_difference(
-    first: torch.nn.Module, second: torch.nn.Module, batches: Iterable[Batch]
-) -> float:
+def largest_difference(first: torch.nn.Module, second: torch.nn.Module, batches: Iterable[Batch]) -> float:
     """max |a − b| / max |a| over the logits of all batches; positions beyond a row's `length` do not count.
 
     Infinity where a logit is not finite, or where all of the first model's are zero and the second's are not.

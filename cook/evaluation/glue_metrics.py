@@ -16,7 +16,7 @@ def glue_metrics(task: str, predictions: np.ndarray, targets: np.ndarray) -> Met
     A correlation that is not defined, because all predictions are one value, is 0: nothing was predicted.
 
     Args:
-        task: The task's name in `cook.data.glue.GLUE_TASKS`.
+        task: The task's name in `cook.data.benchmarks.glue.GLUE_TASKS`.
         predictions: `[rows]`, the predicted class ids, or scores for a regression.
         targets: `[rows]`, the right ones.
     """

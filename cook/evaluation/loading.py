@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from cook.adapters.registry import knows, stock_type
-from cook.adapters.source import ModelSource, load_model, open_model, placed
 from cook.base.errors import UserError
 from cook.base.tensor_files import read_model_config
-from cook.surgery.prune import mask_model, open_masks
+from cook.families.registry import knows, stock_type
+from cook.families.source import ModelSource, load_model, open_model, placed
+from cook.pruning.prune import mask_model, open_masks
 
 MASKS = ("coarse", "heads", "dimff")
 

@@ -48,9 +48,7 @@ def measure_loss(entry: Entry, text: str, settings: Settings) -> tuple[Loaded, d
         UserError: the model cannot be loaded, the text is too short, or the window longer than the model's positions.
     """
     with PeakMemory(torch.device(settings.device)) as memory:
-        loaded = load(
-            entry, trust_remote_code=settings.trust_remote_code, dtype=settings.dtype, device=settings.device
-        )
+        loaded = load(entry, trust_remote_code=settings.trust_remote_code, dtype=settings.dtype, device=settings.device)
         windowing = _windowing(loaded, settings)
         ids = text_ids(loaded, text)
         if len(ids) > 1 and not predicts_blindly(loaded.model, ids):

@@ -11,8 +11,16 @@ import torch
 from cook.base.errors import UserError, UserErrors
 from cook.evaluation.measure import Settings
 
-LEAST = {"window": 2, "stride": 1, "max_windows": 1, "batch_size": 1, "prompts": 1, "prompt_tokens": 1,
-         "new_tokens": 1, "repeats": 1}  # fmt: skip
+LEAST = {
+    "window": 2,
+    "stride": 1,
+    "max_windows": 1,
+    "batch_size": 1,
+    "prompts": 1,
+    "prompt_tokens": 1,
+    "new_tokens": 1,
+    "repeats": 1,
+}
 
 
 def evaluate_parser() -> argparse.ArgumentParser:
@@ -36,13 +44,17 @@ def compare_parser() -> argparse.ArgumentParser:
         description="Several models side by side on one text: a table, JSON and a figure. Ratios are to the first one.",
     )
     parser.add_argument(
-        "models", nargs="+", metavar="[NAME=]DIR[,coarse=FILE][,heads=FILE][,dimff=FILE]",
+        "models",
+        nargs="+",
+        metavar="[NAME=]DIR[,coarse=FILE][,heads=FILE][,dimff=FILE]",
         help="a model folder, with masks for the masked one",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--output", default="results/comparison", metavar="DIR",
+        "--output",
+        default="results/comparison",
+        metavar="DIR",
         help="where comparison.json and comparison.png go (default: %(default)s)",
-    )  # fmt: skip
+    )
     return _with_settings(parser)
 
 
@@ -50,13 +62,21 @@ def _with_settings(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     own = Settings()
     parser.add_argument("--data", required=True, nargs="+", help="UTF-8 text files to score")
     parser.add_argument("--window", type=int, default=own.window, help="tokens a window (default: %(default)s)")
-    parser.add_argument("--stride", type=int, help="tokens from one window to the next, whose overlap is context only "
-                        "(default: disjoint windows, their first token and a rest not counted)")  # fmt: skip
+    parser.add_argument(
+        "--stride",
+        type=int,
+        help="tokens from one window to the next, whose overlap is context only "
+        "(default: disjoint windows, their first token and a rest not counted)",
+    )
     parser.add_argument("--bos", action="store_true", help="begin every window with the tokenizer's BOS (Gemma)")
     parser.add_argument("--max-windows", type=int, help="score only so many windows")
     parser.add_argument("--batch-size", type=int, default=own.batch_size, help="windows a pass (default: %(default)s)")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-                        help="default: as stored; bfloat16 on a GPU")  # fmt: skip
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="default: as stored; bfloat16 on a GPU",
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
     parser.add_argument("--no-speed", dest="speed", action="store_false", help="do not time prefill and decoding")
     parser.add_argument("--prompts", type=int, default=own.prompts, help="prompts at once (default: %(default)s)")

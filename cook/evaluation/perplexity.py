@@ -9,13 +9,11 @@ import torch
 
 from cook.base import distributed
 from cook.base.batches import Batch, on_device
-from cook.data.losses import model_inputs, num_told, summed_cross_entropy
+from cook.data.token_loss import model_inputs, num_told, summed_cross_entropy
 
 
 @torch.no_grad()
-def held_out_loss(
-    forward: Callable[..., Any], batches: Iterable[Batch], device: torch.device
-) -> float:
+def held_out_loss(forward: Callable[..., Any], batches: Iterable[Batch], device: torch.device) -> float:
     """Mean cross entropy a target token, in nats, over the batches of all ranks.
 
     Args:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from cook.base import distributed
-from cook.data.losses import model_inputs
-from cook.data.token_rows import TokenRows, ordered_batches
+from cook.data.benchmarks.token_rows import TokenRows, ordered_batches
+from cook.data.token_loss import model_inputs
 
 
 def predict(

@@ -13,7 +13,7 @@ import torch
 
 from cook.base.batches import Batch, on_device
 from cook.base.errors import UserError
-from cook.data.losses import model_inputs
+from cook.data.token_loss import model_inputs
 
 LARGEST_TIMED = 2_000_000_000
 """Parameters beyond which whole models are not built just to be timed."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cook.data.squad import Question, Window
+from cook.data.benchmarks.squad import Question, Window
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +102,7 @@ def _largest(values: np.ndarray, count: int) -> list[int]:
     return np.argsort(-values, kind="stable")[:count].tolist()
 
 
-def _choose(
-    key: str, candidates: list[_Candidate], null: _Candidate, options: AnswerOptions, answers: Answers
-) -> None:
+def _choose(key: str, candidates: list[_Candidate], null: _Candidate, options: AnswerOptions, answers: Answers) -> None:
     candidates = sorted(candidates, key=lambda c: -(c.start + c.end))
     best: dict[str, _Candidate] = {}
     for candidate in candidates:

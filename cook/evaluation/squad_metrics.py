@@ -12,7 +12,7 @@ import string
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from cook.data.squad import Question
+from cook.data.benchmarks.squad import Question
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -106,9 +106,11 @@ def _with_threshold(
 
 
 def _best(
-    predictions: Mapping[str, str], scores: Mapping[str, float], odds: Mapping[str, float],
+    predictions: Mapping[str, str],
+    scores: Mapping[str, float],
+    odds: Mapping[str, float],
     answerable: Mapping[str, bool],
-) -> tuple[float, float]:  # fmt: skip
+) -> tuple[float, float]:
     """The best score over all thresholds, in percent, and its threshold: begin with no answers, let in one by one."""
     current = best = float(sum(not has for has in answerable.values()))
     threshold = 0.0

@@ -103,9 +103,7 @@ class CpmAntConfig(PreTrainedConfig):
             if getattr(self, name) <= LM_TASK:
                 raise ValueError(f"{name} must be at least {LM_TASK + 1}, got {getattr(self, name)}")
         if self.position_bias_num_buckets < 4 or self.position_bias_num_buckets % 4:
-            raise ValueError(
-                f"position_bias_num_buckets must be a multiple of 4, got {self.position_bias_num_buckets}"
-            )
+            raise ValueError(f"position_bias_num_buckets must be a multiple of 4, got {self.position_bias_num_buckets}")
         if self.position_bias_max_distance <= self.position_bias_num_buckets // 4:
             raise ValueError(
                 "position_bias_max_distance must be more than a quarter of position_bias_num_buckets, got "

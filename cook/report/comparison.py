@@ -39,23 +39,27 @@ def _bytes(value: float) -> str:
 PERPLEXITY = _Metric(
     key="perplexity", title="perplexity", text="{:.2f}".format, colour=BLUE, better="lower", ratio=False
 )
-BITS = _Metric(
-    key="bits_per_byte", title="bits a byte", text="{:.3f}".format, colour=BLUE, better="lower", ratio=False
-)
+BITS = _Metric(key="bits_per_byte", title="bits a byte", text="{:.3f}".format, colour=BLUE, better="lower", ratio=False)
 OTHERS = (
     _Metric(key="parameters", title="parameters", text=human_count, colour=ORANGE, better="fewer", ratio=True),
     _Metric(
-        key="prefill_tokens_per_second", title="prefill tokens/s", text=human_count, colour=GREEN, better="higher",
+        key="prefill_tokens_per_second",
+        title="prefill tokens/s",
+        text=human_count,
+        colour=GREEN,
+        better="higher",
         ratio=True,
     ),
     _Metric(
-        key="decode_tokens_per_second", title="decode tokens/s", text=human_count, colour=PURPLE, better="higher",
+        key="decode_tokens_per_second",
+        title="decode tokens/s",
+        text=human_count,
+        colour=PURPLE,
+        better="higher",
         ratio=True,
     ),
-    _Metric(
-        key="peak_memory_bytes", title="peak memory", text=_bytes, colour=VERMILLION, better="lower", ratio=True
-    ),
-)  # fmt: skip
+    _Metric(key="peak_memory_bytes", title="peak memory", text=_bytes, colour=VERMILLION, better="lower", ratio=True),
+)
 
 
 def _metrics(records: Sequence[Record], same_tokens: bool) -> list[_Metric]:
@@ -128,9 +132,15 @@ def _draw_bars(axes: Axes, metric: _Metric, records: Sequence[Record]) -> None:
         text = _cell(metric, record, records[0])
         place = value if value is not None else axes.get_xlim()[0]
         axes.annotate(
-            text, (place, row), (4, 0), textcoords="offset points", va="center", fontsize=8.5, color=INK,
+            text,
+            (place, row),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8.5,
+            color=INK,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
-        )  # fmt: skip
+        )
     if values[0] is not None:
         axes.axvline(values[0], color=GREY, linewidth=0.8, linestyle="--", zorder=0)
     scale = ", log scale" if steep else ""

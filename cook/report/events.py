@@ -100,9 +100,8 @@ class EventLog:
         self.close()
         if self.path.exists():
             kept = [
-                line for line, record in _records(self.path)
-                if record["step"] <= step - ("held_out_loss" in record)
-            ]  # fmt: skip
+                line for line, record in _records(self.path) if record["step"] <= step - ("held_out_loss" in record)
+            ]
             write_atomically(self.path, b"".join(kept))
         self._purge_step = step + 1
 

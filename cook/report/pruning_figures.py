@@ -11,8 +11,14 @@ Curve = Sequence[tuple[float, float]]
 """Points (sparsity in percent, metric)."""
 
 COLOURS = (
-    drawing.BLUE, drawing.VERMILLION, drawing.GREEN, drawing.ORANGE, drawing.PURPLE, drawing.INK, drawing.GREY,
-)  # fmt: skip
+    drawing.BLUE,
+    drawing.VERMILLION,
+    drawing.GREEN,
+    drawing.ORANGE,
+    drawing.PURPLE,
+    drawing.INK,
+    drawing.GREY,
+)
 MARKERS = "osD^vPX"
 
 
@@ -43,9 +49,7 @@ def plot_metric_curves(
     return drawing.save(figure, path)
 
 
-def plot_sparsity_by_matrix(
-    sparsity: Mapping[tuple[int, str], float], path: str | Path, *, title: str
-) -> Path:
+def plot_sparsity_by_matrix(sparsity: Mapping[tuple[int, str], float], path: str | Path, *, title: str) -> Path:
     """Draws the pruned share of every matrix as a table of layers and roles.
 
     Args:

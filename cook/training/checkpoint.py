@@ -22,7 +22,7 @@ from cook.base.files import read_json
 from cook.base.seeds import derived_seed, restore_rng_state, seed_everything
 from cook.base.tensor_files import load_pt
 from cook.distill.projections import Projections
-from cook.masks.gates import Gates
+from cook.pruning.gates import Gates
 from cook.training.engine import Engine
 from cook.training.manifest import MANIFEST, folder_of, none_to_go_on_from, recover, steps, verify
 from cook.training.saver import STATE, Position, attempt
@@ -82,9 +82,14 @@ def _verified_together(folder: Path) -> dict[str, Any] | UserError:
 
 
 def load_checkpoint(
-    folder: Path, manifest: dict[str, Any], engine: Engine, gates: Gates | None, *, fingerprint: str,
+    folder: Path,
+    manifest: dict[str, Any],
+    engine: Engine,
+    gates: Gates | None,
+    *,
+    fingerprint: str,
     projections: Projections | None = None,
-) -> Position:  # fmt: skip
+) -> Position:
     """Restores engine, gates and generators from a verified checkpoint; all ranks call it together.
 
     With another number of ranks or at another ZeRO stage, fp32 weights, moments, schedules and gates come back exactly

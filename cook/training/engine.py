@@ -153,7 +153,6 @@ class Engine:
     def _engine_makes_optimizer(self) -> bool:
         return "optimizer" in self.config
 
-
     def _load_masters(self, weights: Mapping[str, torch.Tensor]) -> None:
         # The engine made its fp32 masters from parameters that had been rounded to half precision.
         for name, parameter in self._trained():

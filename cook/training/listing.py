@@ -48,9 +48,14 @@ def _row(folder: Path) -> dict[str, str]:
         manifest = read_manifest(folder)
     except UserError as error:
         return {
-            "checkpoint": str(folder), "step": "", "tokens": "", "ranks": "", "layout": "", "size": "",
+            "checkpoint": str(folder),
+            "step": "",
+            "tokens": "",
+            "ranks": "",
+            "layout": "",
+            "size": "",
             "state": f"damaged: {error.what.removeprefix(f'{folder}/')}",
-        }  # fmt: skip
+        }
     return {
         "checkpoint": str(folder),
         "step": str(manifest["step"]),

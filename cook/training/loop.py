@@ -21,17 +21,17 @@ from cook.base.signals import Request, Signals
 from cook.base.watchdog import At
 from cook.config.types import TrainingConfig
 from cook.distill.projections import Projections
-from cook.masks.gates import Gates
+from cook.pruning.attach import AttachedGates
+from cook.pruning.gates import Gates
 from cook.report.console import Progress
 from cook.report.events import EventLog
-from cook.surgery.gates import AttachedGates
 from cook.training.engine import Engine
 from cook.training.guard import Guard
-from cook.training.losses import TaskLoss, token_loss
 from cook.training.manifest import folder_of
 from cook.training.optim import learning_rate
 from cook.training.saver import Position, Saver
 from cook.training.step import ExtraLoss, StepResult, train_step
+from cook.training.task_loss import TaskLoss, token_loss
 
 
 class Batches(Protocol):
@@ -174,9 +174,14 @@ class _Meter:
 
 
 def _report(
-    run: Run, position: Position, result: StepResult, note: str | None, meter: _Meter, log: EventLog,
+    run: Run,
+    position: Position,
+    result: StepResult,
+    note: str | None,
+    meter: _Meter,
+    log: EventLog,
     progress: Progress,
-) -> None:  # fmt: skip
+) -> None:
     step = position.step
     due = note is not None or step % run.training.log_every == 0 or step in (1, run.training.steps)
     if due:

@@ -22,9 +22,15 @@ from cook.base.files import fsync_folder, read_json, sha256, write_atomically
 MANIFEST = "manifest.json"
 LATEST = "latest"
 MANIFEST_TYPES = {
-    "stage": str, "step": int, "tokens": int, "world_size": int, "fingerprint": str, "layout": dict, "files": dict,
+    "stage": str,
+    "step": int,
+    "tokens": int,
+    "world_size": int,
+    "fingerprint": str,
+    "layout": dict,
+    "files": dict,
     "digest": str,
-}  # fmt: skip
+}
 SCRATCH, ASIDE, REMOVED = "tmp-", "tmp-replaced-", "tmp-removed-"
 """How the names of folders begin that are being written, replaced, deleted."""
 

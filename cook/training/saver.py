@@ -24,7 +24,7 @@ from cook.base.errors import Interrupted, RankLost, RunFailed
 from cook.base.faults import point
 from cook.base.seeds import rng_state
 from cook.distill.projections import Projections
-from cook.masks.gates import Gates
+from cook.pruning.gates import Gates
 from cook.training.engine import Engine
 from cook.training.manifest import SCRATCH, file_entry, folder_of, publish, recover
 
@@ -91,9 +91,14 @@ class Saver:
         return bool(self._failures)
 
     def save(
-        self, engine: Engine, gates: Gates | None, position: Position, *, also: Callable[[], None],
+        self,
+        engine: Engine,
+        gates: Gates | None,
+        position: Position,
+        *,
+        also: Callable[[], None],
         projections: Projections | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Writes checkpoint `step-<n>`; returns once the files are written, before they are hashed and published.
 
         Args:
@@ -128,9 +133,12 @@ class Saver:
         self._fail_if(failures)
         point("save.agreed")
         manifest = {
-            **self._head, "step": position.step, "tokens": position.tokens,
-            "world_size": distributed.world_size(), "layout": engine.layout,
-        }  # fmt: skip
+            **self._head,
+            "step": position.step,
+            "tokens": position.tokens,
+            "world_size": distributed.world_size(),
+            "layout": engine.layout,
+        }
         self._thread = threading.Thread(target=self._finish, args=(scratch, written, manifest), daemon=True)
         self._thread.start()
 
@@ -207,9 +215,13 @@ def _write(scratch: Path, engine: Engine, gates: Gates | None, projections: Proj
 
 
 def _write_rest(
-    scratch: Path, engine: Engine, position: Position, states: list[dict[str, Any]], names: set[str],
+    scratch: Path,
+    engine: Engine,
+    position: Position,
+    states: list[dict[str, Any]],
+    names: set[str],
     written: list[Path],
-) -> None:  # fmt: skip
+) -> None:
     """What rank 0 adds; it takes on what nobody has reported, too: files that DeepSpeed lays beside its shards."""
     if distributed.rank() != 0:
         return

@@ -13,12 +13,12 @@ from cook.base import distributed
 from cook.base.batches import Batch, on_device
 from cook.base.faults import point
 from cook.base.signals import Request
-from cook.data.losses import model_inputs
+from cook.data.token_loss import model_inputs
 from cook.distill.projections import Projections
-from cook.masks.gates import Gates
-from cook.surgery.gates import AttachedGates
+from cook.pruning.attach import AttachedGates
+from cook.pruning.gates import Gates
 from cook.training.engine import Engine
-from cook.training.losses import TaskLoss, token_loss
+from cook.training.task_loss import TaskLoss, token_loss
 
 ExtraLoss = Callable[[Batch, torch.Tensor], torch.Tensor]
 """From a batch and the student's logits to a loss summed over the batch's targets."""

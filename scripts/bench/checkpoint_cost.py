@@ -30,11 +30,11 @@ def worker(options: argparse.Namespace) -> None:
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
     from gated_step import SHAPES, batch_of
 
-    from cook.adapters.registry import by_config
     from cook.base import distributed
     from cook.base.signals import Request
     from cook.config.types import TrainingConfig
-    from cook.surgery.gates import AttachedGates
+    from cook.families.registry import by_config
+    from cook.pruning.attach import AttachedGates
     from cook.training.checkpoint import find_checkpoint, load_checkpoint
     from cook.training.engine import Engine, initialise_processes
     from cook.training.saver import Position, Saver
@@ -57,9 +57,16 @@ def worker(options: argparse.Namespace) -> None:
 
     def step() -> None:
         train_step(
-            engine, [dict(batch)], 1, num_targets=2 * LENGTH, learning_rate=1e-3, attached=attached, gates=None,
-            extra_loss=None, asked=Request.NOTHING,
-        )  # fmt: skip
+            engine,
+            [dict(batch)],
+            1,
+            num_targets=2 * LENGTH,
+            learning_rate=1e-3,
+            attached=attached,
+            gates=None,
+            extra_loss=None,
+            asked=Request.NOTHING,
+        )
 
     def timed(action: Callable[[], Any]) -> float:
         distributed.barrier()
@@ -144,19 +151,21 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             same = ["--zero", str(options.zero), "--precision", options.precision, "--repeats", str(options.repeats)]
             got = run_ranks([__file__, "--dim", str(dim), "--folder", f"{folder}/saves", *same])
-        rows.append({
-            "MiB": got["bytes"] / 2**20,
-            "plain s": got["plain"],
-            "stall / plain": got["stall"] / got["plain"],
-            "published / plain": got["published"] / got["plain"],
-            "published / plain, flushed": got["published"] / got["flushed"],
-            "stall s": got["stall"],
-            "steps beside / alone": got["beside"] / got["alone"],
-            "verify s": got["verify"],
-            "load s": got["load"],
-            "resume s a GiB": (got["verify"] + got["load"]) / got["bytes"] * 2**30,
-            "resharded load s": got["reshard"],
-        })  # fmt: skip
+        rows.append(
+            {
+                "MiB": got["bytes"] / 2**20,
+                "plain s": got["plain"],
+                "stall / plain": got["stall"] / got["plain"],
+                "published / plain": got["published"] / got["plain"],
+                "published / plain, flushed": got["published"] / got["flushed"],
+                "stall s": got["stall"],
+                "steps beside / alone": got["beside"] / got["alone"],
+                "verify s": got["verify"],
+                "load s": got["load"],
+                "resume s a GiB": (got["verify"] + got["load"]) / got["bytes"] * 2**30,
+                "resharded load s": got["reshard"],
+            }
+        )
     settings = {"ranks": 2, "ZeRO": options.zero, "precision": options.precision, "repeats": options.repeats}
     publish("checkpoint_cost", settings, rows, options.output)
 

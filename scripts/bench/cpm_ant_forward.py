@@ -30,8 +30,8 @@ from transformers.models.cpmant import CpmAntConfig as StockConfig  # noqa: E402
 from transformers.models.cpmant import CpmAntForCausalLM as StockModel  # noqa: E402
 
 from cook.base.files import write_json  # noqa: E402
+from cook.families.cpm_ant_formats import to_stock  # noqa: E402
 from cook.models.cpm_ant import CpmAntConfig, CpmAntForCausalLM  # noqa: E402
-from cook.models.cpm_ant_formats import to_stock  # noqa: E402
 
 BARS = {512: 1.0, 2048: 1.5}
 CONTESTANTS = ("stock", "ours", "ours, causal")

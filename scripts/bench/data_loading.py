@@ -35,10 +35,10 @@ from common import ROOT, publish, run_apart  # noqa: E402
 
 from cook.config.corpus import DataConfig  # noqa: E402
 from cook.config.types import TokenizerConfig  # noqa: E402
-from cook.data.load import TrainingData, load_rows  # noqa: E402
 from cook.data.loader import RowLoader  # noqa: E402
 from cook.data.packing import LM_TASK, NO_TARGET, TEXT_SEGMENT  # noqa: E402
 from cook.data.prepare import open_split, prepare_rows, prepare_tokens  # noqa: E402
+from cook.data.training_data import TrainingData, load_rows  # noqa: E402
 
 BATCHES = 200
 Timed = Callable[[], int]
@@ -105,7 +105,7 @@ class Bench:
         """CPM-Ant's tokenizer against transformers' class."""
         from transformers import CpmAntTokenizer
 
-        from cook.vocab.jieba import JiebaTokenizer
+        from cook.text.jieba import JiebaTokenizer
 
         JiebaTokenizer.load(vocab).save(self.folder / "words")
         # A fresh one each turn: ours remembers the words it has spelled.
@@ -125,9 +125,13 @@ class Bench:
         def ours() -> int:
             tokens = prepare_tokens(_Texts(self.texts), self.tokenizer, self._place())
             rows = prepare_rows(
-                tokens, self.tokenizer, max_length=self.arguments.max_length, cache=self._place(),
-                prompt_length=self.arguments.prompt_length, parts=("train",),
-            )  # fmt: skip
+                tokens,
+                self.tokenizer,
+                max_length=self.arguments.max_length,
+                cache=self._place(),
+                prompt_length=self.arguments.prompt_length,
+                parts=("train",),
+            )
             return int(np.load(rows / "train.used.npy").sum())
 
         def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:

@@ -122,9 +122,11 @@ def pack_table(folder: Path, max_length: int, batch_size: int) -> tuple[float, f
     table = load_from_disk(str(folder))
     table = table.map(build_sample, remove_columns=table.column_names, load_from_cache_file=False)
     table = table.map(
-        lambda samples: group_rows(samples, max_length), batched=True, remove_columns=table.column_names,
+        lambda samples: group_rows(samples, max_length),
+        batched=True,
+        remove_columns=table.column_names,
         load_from_cache_file=False,
-    ).with_format("torch")  # fmt: skip
+    ).with_format("torch")
     epoch(table)
     first = time.perf_counter() - start
     return first, timed(lambda: epoch(table))[0]
@@ -133,8 +135,8 @@ def pack_table(folder: Path, max_length: int, batch_size: int) -> tuple[float, f
 def pack_cook(folder: Path, max_length: int, batch_size: int) -> tuple[float, float]:
     """Seconds of the first epoch (index, packing, batches) and of a later one (batches, drawn anew)."""
     from cook.base.files import write_json
-    from cook.data.live.dataset import open_live
-    from cook.data.tasks.rows import TaskRows, pack_records
+    from cook.data.cpm_ant.task_rows import TaskRows, pack_records
+    from cook.data.cpm_live.dataset import open_live
 
     def epoch(rows: TaskRows, number: int) -> None:
         order = np.random.default_rng(number).permutation(len(rows))
@@ -161,7 +163,7 @@ def prepare(tokenizer: Any, texts: list[str], root: Path, max_length: int) -> in
     from datasets import Dataset
 
     from cook.data.commands.common import write_folder
-    from cook.data.live.records import Record, Segment
+    from cook.data.cpm_live.records import Record, Segment
 
     records, piece = [], max_length - PROMPT - 2
     rng = random.Random(0)
@@ -196,7 +198,7 @@ def main() -> None:
 
     import datasets
 
-    from cook.vocab.sentencepiece import SentencePieceTokenizer, train_sentencepiece
+    from cook.text.sentencepiece import SentencePieceTokenizer, train_sentencepiece
 
     datasets.disable_progress_bars()
     texts = documents(arguments.text, arguments.characters)
@@ -219,8 +221,13 @@ def main() -> None:
 
     def row(what: str, key: str, amount: int, bar: str | None) -> dict[str, Any]:
         ours, theirs = (statistics.median(seconds[f"{key} {side}"]) for side in ("cook", "table"))
-        return {"what": what, "cook, tokens/s": amount / ours, "HF datasets, tokens/s": amount / theirs,
-                "ratio": theirs / ours, "bar": bar}  # fmt: skip
+        return {
+            "what": what,
+            "cook, tokens/s": amount / ours,
+            "HF datasets, tokens/s": amount / theirs,
+            "ratio": theirs / ours,
+            "bar": bar,
+        }
 
     publish(
         "data_packing",

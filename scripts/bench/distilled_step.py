@@ -19,14 +19,14 @@ import torch
 from common import machine, publish
 from gated_step import SHAPES, batch_of, gates_of, model_config
 
-from cook.adapters.registry import by_config
-from cook.adapters.source import open_model, unfilled_model
 from cook.base.signals import Request
 from cook.config.types import TrainingConfig
 from cook.distill.distiller import Distiller
 from cook.distill.taps import Pair, Place
-from cook.stages.distillation import own_teacher
-from cook.surgery.gates import AttachedGates
+from cook.families.registry import by_config
+from cook.families.source import open_model, unfilled_model
+from cook.pruning.attach import AttachedGates
+from cook.recipe.distillation import own_teacher
 from cook.training.engine import Engine, initialise_processes
 from cook.training.step import train_step
 
@@ -64,7 +64,7 @@ def places(space: Any, model: torch.nn.Module) -> tuple[list[Pair], list[Pair]]:
     """The last norm, and the last product of every attention block."""
     norm = [name for name, _ in model.named_modules() if "norm" in name][-1]
     out = [group.gate.module for group in space.of("layer", "att")]
-    return *[[Pair(Place("post", path), Place("post", path)) for path in some] for some in ([norm], out)],
+    return (*[[Pair(Place("post", path), Place("post", path)) for path in some] for some in ([norm], out)],)
 
 
 def main() -> None:
@@ -75,9 +75,14 @@ def main() -> None:
     engines = {}
     for trained in (True, False):
         training = TrainingConfig(
-            steps=1000, train_batch_size=options.rows, micro_batch_size=options.rows, learning_rate=1e-5,
-            precision=options.precision, activation_checkpointing=options.checkpointing, train_weights=trained,
-        )  # fmt: skip
+            steps=1000,
+            train_batch_size=options.rows,
+            micro_batch_size=options.rows,
+            learning_rate=1e-5,
+            precision=options.precision,
+            activation_checkpointing=options.checkpointing,
+            train_weights=trained,
+        )
         settings = {"zero_optimization": {"stage": options.zero}}
         build = lambda: unfilled_model(adapter, config)  # noqa: E731
         engines[trained] = Engine(build, weights, training, settings, call_form=adapter.inputs)
@@ -95,15 +100,28 @@ def main() -> None:
             if name.startswith("distilled"):
                 hidden, attention = places(space, engine.module) if "states" in name else ([], [])
                 distiller = Distiller(
-                    engine.module, own_teacher(engine, attached, fixed=True), ce_scale=1.0, ce_temp=1.0,
-                    mse_hidn_scale=1.0, hidden_pairs=hidden, mse_att_scale=1.0, attention_pairs=attention,
-                )  # fmt: skip
+                    engine.module,
+                    own_teacher(engine, attached, fixed=True),
+                    ce_scale=1.0,
+                    ce_temp=1.0,
+                    mse_hidn_scale=1.0,
+                    hidden_pairs=hidden,
+                    mse_att_scale=1.0,
+                    attention_pairs=attention,
+                )
             _sync(engine)
             start = time.perf_counter()
             train_step(
-                engine, [batch], repeat + 1, num_targets=num_targets, learning_rate=1e-5, attached=attached,
-                gates=bank if gated else None, extra_loss=distiller, asked=Request.NOTHING,
-            )  # fmt: skip
+                engine,
+                [batch],
+                repeat + 1,
+                num_targets=num_targets,
+                learning_rate=1e-5,
+                attached=attached,
+                gates=bank if gated else None,
+                extra_loss=distiller,
+                asked=Request.NOTHING,
+            )
             _sync(engine)
             if repeat >= 2:
                 times[name].append(time.perf_counter() - start)
@@ -119,11 +137,14 @@ def main() -> None:
 
     rows = [
         {
-            "step": name, "seconds": statistics.median(times[name]), "/ plain": ratio(name, "plain"),
-            "/ plain, trained": ratio(name, "plain, trained"), "peak GiB": peaks[name] or None,
+            "step": name,
+            "seconds": statistics.median(times[name]),
+            "/ plain": ratio(name, "plain"),
+            "/ plain, trained": ratio(name, "plain, trained"),
+            "peak GiB": peaks[name] or None,
         }
         for name in VARIANTS
-    ]  # fmt: skip
+    ]
     settings = vars(options) | {"precision": engines[False].precision, **machine()}
     settings["model"] = options.model and Path(options.model).name
     publish(options.name, settings, rows, options.output)

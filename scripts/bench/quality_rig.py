@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer
 
-from cook.adapters.source import load_model, open_model
-from cook.distill.losses import token_divergence
-from cook.space.units import PruningSpace, UnitGroup
-from cook.surgery.gates import AttachedGates
+from cook.distill.teacher_loss import token_divergence
+from cook.families.source import load_model, open_model
+from cook.pruning.attach import AttachedGates
+from cook.pruning.units import PruningSpace, UnitGroup
 
 UNITS = {"dims": ("dimff",), "heads": ("heads",), "heads and dims": ("heads", "dimff"), "blocks": ("layer",)}
 
@@ -88,8 +88,9 @@ class Rig:
         self.attached.set(masks)
         found = {
             name: sum(float(self.loss(part)) * len(part) for part in windows.split(4)) / len(windows)
-            for name, windows in self.texts.items() if name in (names or self.texts)
-        }  # fmt: skip
+            for name, windows in self.texts.items()
+            if name in (names or self.texts)
+        }
         self.attached.set({})
         return found
 

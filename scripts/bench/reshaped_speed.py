@@ -15,14 +15,14 @@ import torch
 from common import publish
 from gated_step import batch_of
 
-from cook.adapters.registry import by_config
-from cook.adapters.source import ModelSource, load_model
 from cook.evaluation.equality import largest_difference
 from cook.evaluation.speed import forward_seconds
-from cook.masks.random_masks import random_masks_like
-from cook.space.counts import forward_flops, parameters
-from cook.surgery.prune import mask_model
-from cook.surgery.reshape import kept_units, reshaped
+from cook.families.registry import by_config
+from cook.families.source import ModelSource, load_model
+from cook.pruning.counts import forward_flops, parameters
+from cook.pruning.prune import mask_model
+from cook.pruning.random_masks import random_masks_like
+from cook.pruning.reshape import kept_units, reshaped
 
 
 def main() -> None:
@@ -39,15 +39,24 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     config = dict(
-        model_type="cook_cpm_ant", vocab_size=options.vocab_size, dim_model=options.dim_model, num_heads=16,
-        num_layers=options.layers, dim_head=128, dim_ff=700, prompt_length=32,
-    )  # fmt: skip
+        model_type="cook_cpm_ant",
+        vocab_size=options.vocab_size,
+        dim_model=options.dim_model,
+        num_heads=16,
+        num_layers=options.layers,
+        dim_head=128,
+        dim_ff=700,
+        prompt_length=32,
+    )
     adapter = by_config({})
     space = adapter.space(config)
     torch.manual_seed(0)
     weights = dict(adapter.build(config).state_dict())
-    shape = {g.name: (torch.arange(g.size) < (4 if g.kind == "heads" else 350)).float()
-             for g in space.groups if g.kind != "layer"}  # fmt: skip
+    shape = {
+        g.name: (torch.arange(g.size) < (4 if g.kind == "heads" else 350)).float()
+        for g in space.groups
+        if g.kind != "layer"
+    }
     masks = random_masks_like(space, shape, torch.Generator().manual_seed(0))
     small_config = adapter.shrink(config, space, kept_units(space, masks)).config
     dense = load_model(ModelSource(adapter=adapter, config=config, tensors=weights, path=Path()))
@@ -63,11 +72,15 @@ def main() -> None:
         kept = {name: int(mask.sum()) for name, mask in masks.items()}
         flops = [forward_flops(space, k, context=options.length) for k in ({}, kept)]
         speed_up, reduction = seconds["dense"] / seconds["small"], flops[0] / flops[1]
-        rows.append({
-            "dtype": str(dtype).removeprefix("torch."),
-            "parameters": f"{parameters(space) / 1e6:.1f}M -> {parameters(space, kept) / 1e6:.1f}M",
-            "FLOP reduction": reduction, "speed-up": speed_up, "speed-up / reduction": speed_up / reduction,
-        })  # fmt: skip
+        rows.append(
+            {
+                "dtype": str(dtype).removeprefix("torch."),
+                "parameters": f"{parameters(space) / 1e6:.1f}M -> {parameters(space, kept) / 1e6:.1f}M",
+                "FLOP reduction": reduction,
+                "speed-up": speed_up,
+                "speed-up / reduction": speed_up / reduction,
+            }
+        )
     masked = dense.float().cpu()
     mask_model(masked, space, masks)
     difference = largest_difference(masked, small.float().cpu(), [batch_of(config, 2, 64)])

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from common import ROOT, publish, run_apart
 
-from cook.adapters.registry import by_config
 from cook.base.errors import UserError, run_entry
 from cook.base.files import read_json
 from cook.config.load import load_config
-from cook.stages.plan import recipe
-from cook.surgery.export import write_model_folder
+from cook.families.registry import by_config
+from cook.pruning.model_folder import write_model_folder
+from cook.recipe.plan import recipe
 
 BAR = {"random masks": 0.10, "from scratch, pruning's tokens": 0.0, "from scratch, all tokens": 0.0}
 """Nats by which the learned masks are to be better."""
@@ -51,20 +51,32 @@ def main() -> None:
     done["from_scratch_longer"] = from_scratch(options, run / "from_scratch_longer", read_json(small), steps)
     loss = {name: entry["held_out_loss"] for name, entry in done.items()}
     shown = {
-        "pretrain": "dense", "ffn_finetune": "learned masks", "random_baseline": "random masks",
-        "from_scratch": "from scratch, pruning's tokens", "from_scratch_longer": "from scratch, all tokens",
-    }  # fmt: skip
+        "pretrain": "dense",
+        "ffn_finetune": "learned masks",
+        "random_baseline": "random masks",
+        "from_scratch": "from scratch, pruning's tokens",
+        "from_scratch_longer": "from scratch, all tokens",
+    }
     taken = {
-        "pretrain": done["pretrain"]["steps"], "ffn_finetune": steps,
-        "from_scratch": pruning_steps, "from_scratch_longer": steps,
+        "pretrain": done["pretrain"]["steps"],
+        "ffn_finetune": steps,
+        "from_scratch": pruning_steps,
+        "from_scratch_longer": steps,
         "random_baseline": done["pretrain"]["steps"] + done.get("random_baseline", {"steps": 0})["steps"],
-    }  # fmt: skip
+    }
     rows = [
-        {"model": label, "steps in all": taken[name], "parameters": done[name]["parameters"],
-         "held-out loss": loss[name], "above the dense model": loss[name] - loss["pretrain"],
-         "above learned masks": loss[name] - loss["ffn_finetune"], "bar": BAR.get(label)}
-        for name, label in shown.items() if name in done
-    ]  # fmt: skip
+        {
+            "model": label,
+            "steps in all": taken[name],
+            "parameters": done[name]["parameters"],
+            "held-out loss": loss[name],
+            "above the dense model": loss[name] - loss["pretrain"],
+            "above learned masks": loss[name] - loss["ffn_finetune"],
+            "bar": BAR.get(label),
+        }
+        for name, label in shown.items()
+        if name in done
+    ]
     settings = {"stages": {name: entry["steps"] for name, entry in done.items()}, "seed": config.seed}
     publish("same_size", settings, rows, options.output)
 

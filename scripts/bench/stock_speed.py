@@ -15,13 +15,13 @@ import argparse
 import torch
 from common import publish
 
-from cook.adapters.source import load_model, open_model
 from cook.evaluation.equality import largest_difference
 from cook.evaluation.speed import generation_speed
-from cook.masks.mask_set import Masks, kept_counts
-from cook.space.counts import block_parameters, parameters
-from cook.space.units import PruningSpace
-from cook.surgery.prune import mask_model, reshaped_source
+from cook.families.source import load_model, open_model
+from cook.pruning.counts import block_parameters, parameters
+from cook.pruning.mask_set import Masks, kept_counts
+from cook.pruning.prune import mask_model, reshaped_source
+from cook.pruning.units import PruningSpace
 
 PREFILL_BAR = 0.85
 
@@ -53,10 +53,14 @@ def row_of(space: PruningSpace, masks: Masks, speeds: dict, name: str, share: fl
     return {
         "share of blocks": share,
         "parameters": f"{parameters(space) / 1e6:.1f}M -> {parameters(space, kept) / 1e6:.1f}M",
-        "block reduction": blocks, "whole reduction": whole,
-        "prefill speed-up": prefill, "prefill / block reduction": prefill / blocks, "bar": PREFILL_BAR,
-        "decode speed-up": decode, "decode / whole reduction": decode / whole,
-    }  # fmt: skip
+        "block reduction": blocks,
+        "whole reduction": whole,
+        "prefill speed-up": prefill,
+        "prefill / block reduction": prefill / blocks,
+        "bar": PREFILL_BAR,
+        "decode speed-up": decode,
+        "decode / whole reduction": decode / whole,
+    }
 
 
 def main() -> None:
@@ -84,8 +88,9 @@ def main() -> None:
     ids = torch.randint(0, source.config["vocab_size"], (options.prompts, options.prompt_tokens), generator=generator)
     rows = []
     for dtype in options.dtype:
-        models = {name: load_model(one, getattr(torch, dtype)).to(device) for name, one in
-                  {"dense": source, **small}.items()}  # fmt: skip
+        models = {
+            name: load_model(one, getattr(torch, dtype)).to(device) for name, one in {"dense": source, **small}.items()
+        }
         prompts = dict.fromkeys(models, ids.to(device))
         speeds = generation_speed(models, prompts, new_tokens=options.new_tokens, repeats=options.repeats)
         rows += [

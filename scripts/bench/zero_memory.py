@@ -21,11 +21,11 @@ from common import publish, run_ranks
 def worker(stage: int, precision: str) -> None:
     from gated_step import SHAPES, batch_of
 
-    from cook.adapters.registry import by_config
     from cook.base import distributed
     from cook.base.signals import Request
     from cook.config.types import TrainingConfig
-    from cook.surgery.gates import AttachedGates
+    from cook.families.registry import by_config
+    from cook.pruning.attach import AttachedGates
     from cook.training.engine import Engine, initialise_processes
     from cook.training.step import train_step
 
@@ -33,21 +33,38 @@ def worker(stage: int, precision: str) -> None:
     config = SHAPES["default"] | {"model_type": "cook_cpm_ant"}
     adapter = by_config({})
     training = TrainingConfig(
-        steps=10, train_batch_size=2, micro_batch_size=1, learning_rate=1e-3, precision=precision  # type: ignore[arg-type]
+        steps=10,
+        train_batch_size=2,
+        micro_batch_size=1,
+        learning_rate=1e-3,
+        precision=precision,  # type: ignore[arg-type]
     )
     # Buckets are buffers of the engine, not state: small ones, as large ones would drown a model of this size.
-    zero = {"stage": stage, "reduce_bucket_size": 100_000, "allgather_bucket_size": 100_000,
-            "stage3_prefetch_bucket_size": 0, "stage3_param_persistence_threshold": 0,
-            "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}  # fmt: skip
+    zero = {
+        "stage": stage,
+        "reduce_bucket_size": 100_000,
+        "allgather_bucket_size": 100_000,
+        "stage3_prefetch_bucket_size": 0,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_live_parameters": 0,
+        "stage3_max_reuse_distance": 0,
+    }
     gc.collect()
     before = live_bytes()
     engine = Engine(lambda: adapter.build(config), None, training, {"zero_optimization": zero})
     batch = batch_of(config, 1, 32)
     for step in (1, 2):
         train_step(
-            engine, [dict(batch)], step, num_targets=46, learning_rate=1e-3,
-            attached=AttachedGates(engine.module, [], {}), gates=None, extra_loss=None, asked=Request.NOTHING,
-        )  # fmt: skip
+            engine,
+            [dict(batch)],
+            step,
+            num_targets=46,
+            learning_rate=1e-3,
+            attached=AttachedGates(engine.module, [], {}),
+            gates=None,
+            extra_loss=None,
+            asked=Request.NOTHING,
+        )
     gc.collect()
     count = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     if distributed.rank() == 0:
@@ -80,10 +97,14 @@ def main() -> None:
         weights, gradients, states = 2, 2, 12
         shared = [states if stage >= 1 else 0, gradients if stage >= 2 else 0, weights if stage >= 3 else 0]
         theory = (weights + gradients + states - sum(shared) + sum(shared) / 2) * measured["parameters"]
-        rows.append({
-            "ZeRO": stage, "MiB a rank": measured["bytes"] / 2**20, "theory MiB": theory / 2**20,
-            "measured / theory": measured["bytes"] / theory,
-        })  # fmt: skip
+        rows.append(
+            {
+                "ZeRO": stage,
+                "MiB a rank": measured["bytes"] / 2**20,
+                "theory MiB": theory / 2**20,
+                "measured / theory": measured["bytes"] / theory,
+            }
+        )
     publish("zero_memory", {"ranks": 2, "precision": options.precision}, rows, options.output)
 
 

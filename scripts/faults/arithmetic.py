@@ -20,7 +20,7 @@ from ranks import run
 
 from cook.base.files import sha256
 from cook.training.manifest import seal
-from tests.stages.tiny_run import read_log
+from tests.recipe.tiny_run import read_log
 
 BAD_STEP = 6
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -140,8 +140,10 @@ def _zeroed(content: Any) -> bool:
 
 
 LEFT_OUT: dict[str, Callable[[Path, Any], bool]] = {
-    "gates' moments": _moments, "generator of rank 1": _generator, "Adam's moments on rank 1": _optimizer,
-}  # fmt: skip
+    "gates' moments": _moments,
+    "generator of rank 1": _generator,
+    "Adam's moments on rank 1": _optimizer,
+}
 
 
 def _sign(folder: Path, changed: Path) -> None:

@@ -15,9 +15,15 @@ from proof import OPTIONS, Scene, Trial, goes_on
 from ranks import run
 
 FINETUNE = (
-    "--stage", "layer_finetune", "--set", "model.path=out/pretrain/model",
-    "--set", 'stages=[{"name": "layer_finetune"}]', "--set", "coarse-grained.coarse_mask=enemy.pt",
-)  # fmt: skip
+    "--stage",
+    "layer_finetune",
+    "--set",
+    "model.path=out/pretrain/model",
+    "--set",
+    'stages=[{"name": "layer_finetune"}]',
+    "--set",
+    "coarse-grained.coarse_mask=enemy.pt",
+)
 LIMIT = 2 << 30
 """Bytes that a rank may map beyond what it starts with."""
 
@@ -116,5 +122,3 @@ def _refused(scene: Scene, canary: Path, name: str, *options: str, unchanged: bo
 
 def _contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-

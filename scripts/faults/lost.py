@@ -140,9 +140,13 @@ def launchers(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
         steps = ("--set", "training.steps=4000", "--set", "training.save_every=0", "--config", "bmcook.json", *OPTIONS)
         with open(scene.run.parent / f"{name}.out", "w+") as out:
             launcher = subprocess.Popen(
-                [*starts[name], *steps], cwd=scene.run, stdout=out, stderr=out, start_new_session=True,
+                [*starts[name], *steps],
+                cwd=scene.run,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
                 env={**os.environ, "PATH": path},
-            )  # fmt: skip
+            )
             try:
                 deadline = time.monotonic() + 120
                 while not (log.exists() and log.read_text().count("\n") >= 5) and time.monotonic() < deadline:

@@ -14,7 +14,7 @@ from typing import Any
 from ranks import Ended, Ranks, run
 
 from cook.base.files import sha256
-from tests.stages.tiny_run import read_log, write_run
+from tests.recipe.tiny_run import read_log, write_run
 
 STAGE, STEPS, EVERY = "layer_mask", 12, 4
 OPTIONS = ("--stage", STAGE)
@@ -72,9 +72,14 @@ def prepare(root: Path, *, zero: int = 2, ranks: tuple[int, ...] = (2,)) -> Scen
     scene = Scene(root)
     shutil.rmtree(root, ignore_errors=True)
     write_run(
-        scene.run, ("pretrain", STAGE), model__config__dropout_p=0.1, training__save_every=EVERY,
-        training__steps=STEPS, training__rank_timeout=120.0, deepspeed__zero_optimization__stage=zero,
-    )  # fmt: skip
+        scene.run,
+        ("pretrain", STAGE),
+        model__config__dropout_p=0.1,
+        training__save_every=EVERY,
+        training__steps=STEPS,
+        training__rank_timeout=120.0,
+        deepspeed__zero_optimization__stage=zero,
+    )
     must(run(scene.run, ["--stage", "pretrain"]))
     scene.keep("base")
     for world in ranks:

@@ -22,17 +22,15 @@ ROOT = Path(__file__).resolve().parents[2]
 WORLD = 2
 
 
-
 def warm_up() -> None:
     """Imports what a run imports."""
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  (most of a start: it imports torch's compiler)
     import setuptools  # noqa: F401
 
     import cook.base.watchdog  # noqa: F401
-    import cook.stages.runner  # noqa: F401
+    import cook.recipe.runner  # noqa: F401
 
     assert len(deepspeed.ops.__compatible_ops__)  # looked up once, with a compiler's help
-
 
 
 @dataclass(kw_only=True)
@@ -61,9 +59,13 @@ class Ranks:
     """
 
     def __init__(
-        self, folder: Path, *options: str, world: int = WORLD, environment: dict[str, str] | None = None,
+        self,
+        folder: Path,
+        *options: str,
+        world: int = WORLD,
+        environment: dict[str, str] | None = None,
         before: Callable[[int], None] | None = None,
-    ):  # fmt: skip
+    ):
         self.folder, self.options, self.world = folder, options, world
         self.environment, self.before = environment or {}, before
         self.output = folder.parent / f"{folder.name}.out"
@@ -96,9 +98,13 @@ class Ranks:
                 os.dup2(out, handle)
             os.chdir(self.folder)
             os.environ.update(
-                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(self.world), LOCAL_WORLD_SIZE=str(self.world),
-                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-            )  # fmt: skip
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE=str(self.world),
+                LOCAL_WORLD_SIZE=str(self.world),
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(port),
+            )
             os.environ.update(self.environment)
             if self.before:
                 self.before(rank)

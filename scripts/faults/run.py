@@ -90,9 +90,7 @@ def main() -> None:
             counted = [trial for trial in tried if trial.counts]
             bad = [trial for trial in counted if not trial.survived]
             failures += [f"{name}: {trial.note}" for trial in bad]
-            rows.append(
-                {"fault": name, "trials": len(counted), "survived": len(counted) - len(bad), "lost": len(bad)}
-            )
+            rows.append({"fault": name, "trials": len(counted), "survived": len(counted) - len(bad), "lost": len(bad)})
     output = Path(arguments.output) if arguments.output else ROOT / "results" / "bench" / "faults.json"
     settings = {"kills": arguments.kills, "seed": arguments.seed, "ranks": 2}
     publish("faults", settings, merged(rows, output if arguments.only else None), str(output))

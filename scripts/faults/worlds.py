@@ -10,7 +10,7 @@ from proof import EVERY, OPTIONS, STAGE, STEPS, Scene, Trial, must
 from ranks import Ranks, run
 
 from cook.base.files import read_json, write_json
-from tests.stages.tiny_run import read_log
+from tests.recipe.tiny_run import read_log
 
 CHANGES = ((2, 1), (1, 2), (2, 1, 2))
 TOLERANCE = 1e-4

@@ -56,10 +56,19 @@ def fuzz(name: str, seconds: int, found: Path) -> None:
     for number, seed in enumerate(TARGETS[name].seeds()):
         (corpus / str(number)).write_bytes(seed)
     atheris.Setup(
-        [sys.argv[0], f"-max_total_time={seconds}", f"-artifact_prefix={found}/{name}-", "-rss_limit_mb=4096",
-         "-timeout=20", "-max_len=20000", "-verbosity=0", "-print_final_stats=1", str(corpus)],
+        [
+            sys.argv[0],
+            f"-max_total_time={seconds}",
+            f"-artifact_prefix={found}/{name}-",
+            "-rss_limit_mb=4096",
+            "-timeout=20",
+            "-max_len=20000",
+            "-verbosity=0",
+            "-print_final_stats=1",
+            str(corpus),
+        ],
         TARGETS[name].check,
-    )  # fmt: skip
+    )
     atheris.Fuzz()
 
 

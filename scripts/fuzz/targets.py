@@ -22,8 +22,8 @@ from cook.base.files import read_json, write_json
 from cook.base.tensor_files import load_pt, open_pt, open_safetensors_folder
 from cook.config.load import load_config
 from cook.config.types import RunConfig
-from cook.masks.mask_file import read_mask_file, write_mask_file
-from cook.masks.mask_set import COARSE_KEYS
+from cook.pruning.mask_file import read_mask_file, write_mask_file
+from cook.pruning.mask_set import COARSE_KEYS
 from cook.training.manifest import MANIFEST, file_entry, seal, steps, verify
 
 LARGEST = 1 << 26
@@ -110,8 +110,9 @@ def _archives() -> list[bytes]:
         bomb.writestr("archive/data.pkl", bytes(1 << 20))
     return [
         archive({"a": shared, "b": shared[2:], "step": 3, "nested": {"c": [1, "x"]}}),
-        archive({"w": torch.ones(3, 4, dtype=torch.bfloat16).t()}), packed.getvalue(),
-    ]  # fmt: skip
+        archive({"w": torch.ones(3, 4, dtype=torch.bfloat16).t()}),
+        packed.getvalue(),
+    ]
 
 
 def _read_archive(content: bytes) -> None:
@@ -119,8 +120,11 @@ def _read_archive(content: bytes) -> None:
         for reader in (load_pt, open_pt):
             with refused_plainly():
                 read = reader(path)
-                assert all(value.untyped_storage().nbytes() <= len(content)
-                           for value in read.values() if isinstance(value, torch.Tensor))  # fmt: skip
+                assert all(
+                    value.untyped_storage().nbytes() <= len(content)
+                    for value in read.values()
+                    if isinstance(value, torch.Tensor)
+                )
 
 
 def _models() -> list[bytes]:
@@ -143,9 +147,14 @@ def _checkpoint(folder: Path) -> Path:
         (step / name).parent.mkdir(parents=True, exist_ok=True)
         (step / name).write_bytes(content)
     manifest = {
-        "stage": "pretrain", "step": 4, "tokens": 100, "world_size": 1, "fingerprint": "f", "layout": {},
+        "stage": "pretrain",
+        "step": 4,
+        "tokens": 100,
+        "world_size": 1,
+        "fingerprint": "f",
+        "layout": {},
         "files": {name: file_entry(step / name) for name in FILES},
-    }  # fmt: skip
+    }
     write_json(step / MANIFEST, seal(manifest))
     return step
 

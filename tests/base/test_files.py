@@ -13,13 +13,17 @@ from cook.base.errors import UserError
 from cook.base.files import read_json, sha256, write_atomically, write_json
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False, allow_infinity=False)
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63)
+    | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(st.characters(exclude_categories=["Cs"])),
-    lambda children: st.lists(children, max_size=3) | st.dictionaries(
-        st.text(st.characters(exclude_categories=["Cs"]), max_size=4), children, max_size=3
+    lambda children: (
+        st.lists(children, max_size=3)
+        | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"]), max_size=4), children, max_size=3)
     ),
     max_leaves=10,
-)  # fmt: skip
+)
 
 
 @given(JSON)

@@ -13,7 +13,7 @@ import pytest
 from cook.base.errors import UserError
 from cook.base.lock import NAME, run_lock
 from cook.base.processes import this_process
-from tests.stages.tiny_run import REPOSITORY
+from tests.recipe.tiny_run import REPOSITORY
 
 NO_SLURM = {"CLUSTER_NAME": "", "JOB_ID": "", "RESTART_COUNT": ""}
 DEAD = dataclasses.replace(this_process(), started="1")
@@ -88,9 +88,14 @@ FIRST = {"CLUSTER_NAME": "c", "JOB_ID": "12", "RESTART_COUNT": ""}
 
 @pytest.mark.parametrize(
     ("mine", "taken"),
-    [(FIRST | {"RESTART_COUNT": "1"}, True), (FIRST, False), (FIRST | {"RESTART_COUNT": "1", "JOB_ID": "13"}, False),
-     (FIRST | {"RESTART_COUNT": "1", "CLUSTER_NAME": "d"}, False), (NO_SLURM, False)],
-)  # fmt: skip
+    [
+        (FIRST | {"RESTART_COUNT": "1"}, True),
+        (FIRST, False),
+        (FIRST | {"RESTART_COUNT": "1", "JOB_ID": "13"}, False),
+        (FIRST | {"RESTART_COUNT": "1", "CLUSTER_NAME": "d"}, False),
+        (NO_SLURM, False),
+    ],
+)
 def test_a_requeued_slurm_job_takes_over_its_own_lock_from_another_machine(tmp_path, monkeypatch, mine, taken):
     before = leave(tmp_path, ELSEWHERE, slurm=FIRST)
     for name, value in mine.items():

@@ -45,9 +45,17 @@ def test_nothing_is_known_of_another_machine_or_namespace(change):
 
 @pytest.mark.parametrize(
     "value",
-    [None, [], {}, {"pid": 1}, {**this_process().as_json(), "pid": "1"}, {**this_process().as_json(), "pid": 0},
-     {**this_process().as_json(), "pid": -1}, {**this_process().as_json(), "x": 1}],
-)  # fmt: skip
+    [
+        None,
+        [],
+        {},
+        {"pid": 1},
+        {**this_process().as_json(), "pid": "1"},
+        {**this_process().as_json(), "pid": 0},
+        {**this_process().as_json(), "pid": -1},
+        {**this_process().as_json(), "x": 1},
+    ],
+)
 def test_what_describes_no_process(value):
     assert Process.from_json(value) is None
 

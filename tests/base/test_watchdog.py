@@ -11,7 +11,7 @@ import pytest
 
 from cook.base.watchdog import PATIENCE, Watchdog
 from tests.base.lost_ranks import BAD_STEP
-from tests.stages.tiny_run import run
+from tests.recipe.tiny_run import run
 
 LOST = ["killed 1", "killed 0", "wrapped 1", "frozen 2", "frozen 0"]
 CASES = [*LOST, "stuck 1", "fails 1", "agree", "slow", "well", "unwatched", "launcher"]

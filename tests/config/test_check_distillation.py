@@ -29,11 +29,20 @@ def test_distillation(errors_of, bmcook, settings, said):
 
 def test_all_mistakes_at_once(errors_of, bmcook):
     bmcook["distillation"] = {
-        "teacher": "self", "teacher_device": "cpu", "stages": ["ffn_mask", "att_mask"],
-        "mse_att_module": ["[pre]a:[pre]a"], "mse_hidn_proj": True,
-    }  # fmt: skip
-    said = ("are all 0", "mse_att_scale and", "no hidden states", "no stage of the recipe", "no weights of its own",
-            "stand still")  # fmt: skip
+        "teacher": "self",
+        "teacher_device": "cpu",
+        "stages": ["ffn_mask", "att_mask"],
+        "mse_att_module": ["[pre]a:[pre]a"],
+        "mse_hidn_proj": True,
+    }
+    said = (
+        "are all 0",
+        "mse_att_scale and",
+        "no hidden states",
+        "no stage of the recipe",
+        "no weights of its own",
+        "stand still",
+    )
     messages = errors_of()
     assert len(messages) == len(said) and all(words in m for words, m in zip(said, messages, strict=True))
 
@@ -45,14 +54,17 @@ FROZEN = {"train_weights": False}
     "stages, named, unfit",
     [
         ([("pretrain", {}), ("layer_mask", FROZEN), ("att_mask", FROZEN)], [], None),
-        ([("pretrain", {}), ("layer_mask", FROZEN), ("layer_finetune", {}), ("att_mask", FROZEN)],
-         ["layer_mask", "att_mask"], None),
+        (
+            [("pretrain", {}), ("layer_mask", FROZEN), ("layer_finetune", {}), ("att_mask", FROZEN)],
+            ["layer_mask", "att_mask"],
+            None,
+        ),
         ([("pretrain", {}), ("layer_mask", FROZEN), ("layer_finetune", {})], [], "layer_finetune (it learns no mask)"),
         ([("layer_mask", FROZEN), ("att_mask", {})], [], "att_mask (it trains weights)"),
         ([("layer_mask", FROZEN), ("att_mask", {})], ["layer_mask"], None),
         ([], [], "layer_mask (it trains weights)"),
     ],
-)  # fmt: skip
+)
 def test_a_model_teaches_itself_only_while_its_weights_stand_still(load, errors_of, bmcook, stages, named, unfit):
     bmcook["distillation"] = {"teacher": "self", "ce_scale": 1, "stages": named}
     bmcook["pruning"]["mask_method"] = "coarse-grained"

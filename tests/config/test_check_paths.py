@@ -86,11 +86,20 @@ REPOSITORY = str(Path(check_paths.__file__).parents[2])
 @pytest.mark.parametrize(
     "folder",
     [
-        "/", "//", "/tmp/../", REPOSITORY, os.path.dirname(REPOSITORY), f"{REPOSITORY}/results/..",
-        f"{REPOSITORY}/cook", f"{REPOSITORY}/cook/config/new", f"{REPOSITORY}/config", f"{REPOSITORY}/tests/x",
-        f"{REPOSITORY}/results/bench/x", f"{REPOSITORY}/.git",
+        "/",
+        "//",
+        "/tmp/../",
+        REPOSITORY,
+        os.path.dirname(REPOSITORY),
+        f"{REPOSITORY}/results/..",
+        f"{REPOSITORY}/cook",
+        f"{REPOSITORY}/cook/config/new",
+        f"{REPOSITORY}/config",
+        f"{REPOSITORY}/tests/x",
+        f"{REPOSITORY}/results/bench/x",
+        f"{REPOSITORY}/.git",
     ],
-)  # fmt: skip
+)
 def test_folders_that_no_run_may_write_into(errors_of, folder):
     assert any(message.startswith("output_dir: ") for message in errors_of(f'output_dir="{folder}"'))
     assert any(message.startswith("data.cache_dir: ") for message in errors_of(f'data.cache_dir="{folder}"'))

@@ -16,7 +16,7 @@ def pattern(bmcook):
 
 
 def test_a_pattern_is_read(pattern, load):
-    config = load("pattern.quirks=[\"revive\"]")
+    config = load('pattern.quirks=["revive"]')
     assert (config.pattern.type, config.pattern.sparsity, config.pattern.quirks) == ("tile_wise_k", 75.0, ("revive",))
     assert described_stage(config) == "pattern"
     assert for_stage(config, "pattern").pruning.mask_method == "pattern"
@@ -38,7 +38,7 @@ def test_two_of_four_needs_no_section(pattern, load, method):
         ("pruning.pruning_mask_path=x.pt", "a pattern needs a mask file"),
         ("pattern.previous_mask=gone.safetensors", "there is no such file"),
         ("pattern.type=9", "wrong value at 'pattern.type'"),
-        ("pattern.quirks=[\"luck\"]", "wrong value at 'pattern.quirks.0'"),
+        ('pattern.quirks=["luck"]', "wrong value at 'pattern.quirks.0'"),
         ("pattern.sparsity=101", "wrong value at 'pattern.sparsity'"),
     ],
 )

@@ -100,9 +100,10 @@ def test_masks_are_not_needed_by_stages_that_do_not_run(load, scheme):
     load(recipe(LAYER), "pruning.mask_method=coarse-grained")
 
 
-@pytest.mark.parametrize("mask_modules, needed", [("null", True), ("[[false, false], [false, false]]", True)] + [
-    ("[[false, false], [false, true]]", False)
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "mask_modules, needed",
+    [("null", True), ("[[false, false], [false, false]]", True)] + [("[[false, false], [false, true]]", False)],
+)
 def test_the_layer_mask_is_needed_until_layers_are_removed(errors_of, load, scheme, mask_modules, needed):
     del scheme["fine-grained"]["coarse_mask"]
     settings = "stages=[]", f"model.config.mask_modules={mask_modules}"
@@ -200,8 +201,11 @@ def test_all_mistakes_of_a_joint_budget_are_told_at_once(errors_of, load, scheme
     scheme["joint"] = {"train_mask": True, "target_params": 0.5, "target_flops": 0.5, "flops_length": 9}
     messages = errors_of()
     assert [message.split(":")[0] for message in messages] == [
-        "joint.target_params", "joint.target_flops", "joint.flops_length", "joint"
-    ]  # fmt: skip
+        "joint.target_params",
+        "joint.target_flops",
+        "joint.flops_length",
+        "joint",
+    ]
     assert all("belongs to scope 'global'\n  got:    scope 'block'" in message for message in messages[:3])
     scheme["joint"] |= {"scope": "global", "target_sparsity": 0.5}
     messages = errors_of()

@@ -37,9 +37,15 @@ def test_a_row_holds_more_than_the_prompt(errors_of, load):
 @pytest.mark.parametrize(
     "micro, world_size, fits",
     [
-        (2, None, True), (3, None, False), (2, 4, True), (2, 3, False), (8, 1, True), (8, 2, True), (8, 16, False),
+        (2, None, True),
+        (3, None, False),
+        (2, 4, True),
+        (2, 3, False),
+        (8, 1, True),
+        (8, 2, True),
+        (8, 16, False),
         (1, 8, True),
-    ],  # fmt: skip
+    ],
 )
 def test_the_batch_is_whole(errors_of, load, micro, world_size, fits):
     setting = f"training.micro_batch_size={micro}"  # train_batch_size is 8

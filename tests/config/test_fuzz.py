@@ -85,10 +85,24 @@ def test_mutated_files(bmcook, scheme, world_size):
 
 KEYS = st.sampled_from(
     [".".join(map(str, place)) for place in places(BMCOOK) + places(SCHEME) if place]
-    + ["deepspeed", "deepspeed.bf16.enabled", "deepspeed.gradient_accumulation_steps", "deepspeed.optimizer.params.lr",
-       "distillation", "distillation.teacher", "model.path", "data.paths", "stages.pretrain.training", "stages.9",
-       "gates", "model.config.mask_modules", "pruning.l0_pruning", "data.cache_dir", "data.held_out_paths.0"]
-)  # fmt: skip
+    + [
+        "deepspeed",
+        "deepspeed.bf16.enabled",
+        "deepspeed.gradient_accumulation_steps",
+        "deepspeed.optimizer.params.lr",
+        "distillation",
+        "distillation.teacher",
+        "model.path",
+        "data.paths",
+        "stages.pretrain.training",
+        "stages.9",
+        "gates",
+        "model.config.mask_modules",
+        "pruning.l0_pruning",
+        "data.cache_dir",
+        "data.held_out_paths.0",
+    ]
+)
 
 
 @SLOW

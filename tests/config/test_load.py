@@ -58,13 +58,25 @@ def test_distillation(load, bmcook, elsewhere):
     (elsewhere / "teacher").mkdir()
     pair = "[post]encoder.output_layernorm:[pre]encoder.layers.1"
     bmcook["distillation"] = {
-        "teacher": "teacher", "mse_hidn_scale": 1, "mse_hidn_module": [pair], "mse_hidn_proj": True, "mse_att_scale": 2,
-        "mse_att_module": [pair], "teacher_device": "cpu", "stages": ["att_mask"],
-    }  # fmt: skip
+        "teacher": "teacher",
+        "mse_hidn_scale": 1,
+        "mse_hidn_module": [pair],
+        "mse_hidn_proj": True,
+        "mse_att_scale": 2,
+        "mse_att_module": [pair],
+        "teacher_device": "cpu",
+        "stages": ["att_mask"],
+    }
     expected = DistillationConfig(
-        teacher="teacher", mse_hidn_scale=1.0, mse_hidn_module=(pair,), mse_hidn_proj=True, mse_att_scale=2.0,
-        mse_att_module=(pair,), teacher_device="cpu", stages=("att_mask",),
-    )  # fmt: skip
+        teacher="teacher",
+        mse_hidn_scale=1.0,
+        mse_hidn_module=(pair,),
+        mse_hidn_proj=True,
+        mse_att_scale=2.0,
+        mse_att_module=(pair,),
+        teacher_device="cpu",
+        stages=("att_mask",),
+    )
     assert load().distillation == expected
 
 

@@ -91,9 +91,14 @@ def test_places_that_do_not_exist(text, said):
 
 def test_overrides_reach_both_files_in_order(load):
     config = load(
-        "training.steps=1", "training.steps=2", "stages.pretrain.training.steps=3", "stages.1.training.warmup=1",
-        "coarse-grained.target_sparsity=0.25", "gates.ramp=0.1", "data.text_field=body",
-    )  # fmt: skip
+        "training.steps=1",
+        "training.steps=2",
+        "stages.pretrain.training.steps=3",
+        "stages.1.training.warmup=1",
+        "coarse-grained.target_sparsity=0.25",
+        "gates.ramp=0.1",
+        "data.text_field=body",
+    )
     assert config.training.steps == 2
     assert config.stages[0].training == {"steps": 3} and config.stages[1].training == {"warmup": 1.0}
     assert config.coarse.target_sparsity == 0.25 and config.gates.ramp == 0.1

@@ -11,8 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from cook.base.errors import UserError
+from cook.data.benchmarks.glue import GLUE_TASKS, read_glue
 from cook.data.download import GLUE_ARCHIVES, MRPC_FILES, SQUAD_FILES, Download, fetch, unpack, write_mrpc
-from cook.data.glue import GLUE_TASKS, read_glue
 
 CONTENT = bytes(range(256)) * 40
 

@@ -12,10 +12,10 @@ import pytest
 from transformers import AutoTokenizer, CpmAntTokenizer
 
 from cook.config.corpus import DataConfig, SourceConfig
-from cook.data.load import load_rows
 from cook.data.loader import RowLoader
-from cook.vocab.jieba import SPECIAL, JiebaTokenizer
-from cook.vocab.sentencepiece import SentencePieceTokenizer, train_sentencepiece
+from cook.data.training_data import load_rows
+from cook.text.jieba import SPECIAL, JiebaTokenizer
+from cook.text.sentencepiece import SentencePieceTokenizer, train_sentencepiece
 from tests.data.real_text import enwik8, peoples_daily
 
 pytestmark = pytest.mark.real_text

@@ -189,8 +189,9 @@ def test_a_hub_dataset_is_streamed(tmp_path):
     for number in range(2):
         lines = [json.dumps({"body": f"h.{number:02d}.{n:03d}..."}) + "\n" for n in range(20)]
         (tmp_path / "hub" / f"train-{number}.jsonl").write_text("".join(lines))
-    section = DataConfig(type="hub", name=str(tmp_path / "hub"), text_field="body", held_out=0.0, max_length=14,
-                         streaming=True)  # fmt: skip
+    section = DataConfig(
+        type="hub", name=str(tmp_path / "hub"), text_field="body", held_out=0.0, max_length=14, streaming=True
+    )
     data = data_of(open_stream(section))
     wanted = read(loader_of(data), range(12))
     assert len({text for step in wanted[:5] for text in step}) == 40

@@ -7,11 +7,11 @@ from torch.nn import functional as F
 
 from cook.base.errors import UserError
 from cook.distill.distiller import Distiller, RowDistiller
-from cook.distill.losses import hidden_error
 from cook.distill.projections import Projections
 from cook.distill.taps import read_pair
+from cook.distill.teacher_loss import hidden_error
 from cook.distill.teachers import model_teacher
-from tests.distill.test_losses import numpy_divergence
+from tests.distill.test_teacher_loss import numpy_divergence
 from tests.models.cpm_ant_tiny import random_batch, tiny_model
 
 LAST = "encoder.layers.2"
@@ -36,20 +36,21 @@ def forward(model, batch):
     return model(**{name: value for name, value in batch.items() if name != "targets"}, output_hidden_states=True)
 
 
-@pytest.mark.parametrize(("pair", "state", "factor"), [
-    (f"[pre]{NORM}:[pre]{NORM}", None, 1.0),
-    (f"[post]{NORM}:[post]{NORM}", -1, 1.0),
-    (f"[pre]{LAST}:[post]encoder.layers.1", 2, 1.0),  # the same place by its two names
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("pair", "state", "factor"),
+    [
+        (f"[pre]{NORM}:[pre]{NORM}", None, 1.0),
+        (f"[post]{NORM}:[post]{NORM}", -1, 1.0),
+        (f"[pre]{LAST}:[post]encoder.layers.1", 2, 1.0),  # the same place by its two names
+    ],
+)
 def test_both_losses_with_their_weights(pair, state, factor):
     student, teacher, batch, distiller = setup(ce_scale=0.5, ce_temp=2.0, mse_hidn_scale=0.25, hidden_pairs=[pair])
     out = forward(student, batch)
     got = distiller(batch, out.logits)
     distiller.remove()
     wanted_out = forward(teacher, batch)
-    logits = numpy_divergence(
-        out.logits.detach().numpy(), wanted_out.logits.numpy(), batch["targets"].numpy(), 2.0
-    )
+    logits = numpy_divergence(out.logits.detach().numpy(), wanted_out.logits.numpy(), batch["targets"].numpy(), 2.0)
     seen = []
     if state is None:
         for model in (student, teacher):
@@ -113,9 +114,11 @@ def test_an_unknown_module_is_refused():
 
 def test_attention_pairs_have_a_weight_of_their_own():
     student, teacher, batch, distiller = setup(
-        mse_hidn_scale=0.5, hidden_pairs=[f"[post]{LAST}:[post]{LAST}"],
-        mse_att_scale=2.0, attention_pairs=[f"[post]{ATTENTION}:[post]{ATTENTION}"],
-    )  # fmt: skip
+        mse_hidn_scale=0.5,
+        hidden_pairs=[f"[post]{LAST}:[post]{LAST}"],
+        mse_att_scale=2.0,
+        attention_pairs=[f"[post]{ATTENTION}:[post]{ATTENTION}"],
+    )
     out = forward(student, batch)
     got = distiller(batch, out.logits)
     distiller.remove()
@@ -166,10 +169,13 @@ def test_a_projection_is_learned_where_widths_differ_and_only_there():
     assert not equal.weights and equal.gradient() is None
 
 
-@pytest.mark.parametrize(("place", "said"), [
-    ("[post]encoder.layers", "module does not run"),
-    ("[post]position_bias", "module gives a tensor of shape"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("[post]encoder.layers", "module does not run"),
+        ("[post]position_bias", "module gives a tensor of shape"),
+    ],
+)
 def test_what_is_no_state_of_positions_is_refused(place, said):
     student, _, batch, distiller = setup(mse_hidn_scale=1.0, hidden_pairs=[f"{place}:{place}"])
     with pytest.raises(UserError, match=f"the student's {said}(.|\\n)*the teacher's {said}"):

@@ -34,8 +34,11 @@ class Guest:
             module.register_forward_hook(self.count)
 
     def count(self, *_):
-        away = {parameter.data_ptr(): parameter.numel() for parameter, home in self.homes.items()
-                if parameter.data_ptr() != home}  # fmt: skip
+        away = {
+            parameter.data_ptr(): parameter.numel()
+            for parameter, home in self.homes.items()
+            if parameter.data_ptr() != home
+        }
         self.most = max(self.most, sum(away.values()))
 
 
@@ -50,10 +53,12 @@ def test_streamed_weights_are_away_only_while_their_module_runs(monkeypatch):
         guest = Guest(model)
         real = torch.Tensor.to
         monkeypatch.setattr(
-            torch.Tensor, "to",
-            lambda tensor, *args, real=real, **named: real(tensor, *args, **named).clone()
-            if named.get("non_blocking") else real(tensor, *args, **named),
-        )  # fmt: skip
+            torch.Tensor,
+            "to",
+            lambda tensor, *args, real=real, **named: (
+                real(tensor, *args, **named).clone() if named.get("non_blocking") else real(tensor, *args, **named)
+            ),
+        )
         stream_weights(model, torch.device("cpu"))
         with torch.no_grad():
             assert torch.equal(model(**batch).logits, wanted)

@@ -7,8 +7,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from cook.adapters.cpm_ant import ADAPTER
-from cook.surgery.export import write_model_folder
+from cook.families.cpm_ant import ADAPTER
+from cook.pruning.model_folder import write_model_folder
 from tests.models.cpm_ant_tiny import RAGGED, tiny_model
 from tests.tiny_pruning import config_of
 
@@ -38,9 +38,15 @@ def stock_folder(tmp_path):
     """A model of stock transformers."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=62, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3,
-    )  # fmt: skip
+        vocab_size=62,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+    )
     path = tmp_path / "stock"
     LlamaForCausalLM(config).save_pretrained(path)
     write_tokenizer(path, (*WORDS, "<s>"), bos_token="<s>")

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from cook.data.glue import GLUE_TASKS
+from cook.data.benchmarks.glue import GLUE_TASKS
 from cook.evaluation.glue_metrics import glue_metrics, main_metric
 
 RANDOM = np.random.default_rng(0)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cook.adapters.source import load_model
-from cook.surgery.prune import mask_model, prune_to_folder
+from cook.families.source import load_model
+from cook.pruning.prune import mask_model, prune_to_folder
 from tests.evaluation.conftest import WORDS, write_tokenizer
 from tests.tiny_families import tiny_source
 from tests.tiny_pruning import random_masks
@@ -116,8 +116,12 @@ def test_the_harness_sees_the_masked_models(tmp_path):
     environment = os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(HARNESS), *folders],
-        capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     for (wanted, accuracy, matches), got in zip(expected, found, strict=True):

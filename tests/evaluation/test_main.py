@@ -10,21 +10,32 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cook.adapters.source import load_model, open_model
 from cook.base.errors import UserError, run_entry
 from cook.evaluation.__main__ import main
-from cook.masks.mask_file import write_mask_file
-from cook.masks.mask_set import coarse_to_tensors, fine_to_tensors
+from cook.families.source import load_model, open_model
 from cook.models.cpm_ant import CpmAntForCausalLM
-from cook.surgery.export import write_model_folder
-from cook.surgery.prune import prune_to_folder
+from cook.pruning.mask_file import write_mask_file
+from cook.pruning.mask_set import coarse_to_tensors, fine_to_tensors
+from cook.pruning.model_folder import write_model_folder
+from cook.pruning.prune import prune_to_folder
 from tests.evaluation.conftest import IDS, TEXT, write_tokenizer
 from tests.models.cpm_ant_tiny import RAGGED, tiny_model
 from tests.tiny_families import tiny_source
 from tests.tiny_pruning import random_masks
 
-FIELDS = {"model", "loss", "perplexity", "bits_per_byte", "method", "tokens", "tokens_per_second", "peak_memory_bytes",
-          "parameters", "dtype", "device"}  # fmt: skip
+FIELDS = {
+    "model",
+    "loss",
+    "perplexity",
+    "bits_per_byte",
+    "method",
+    "tokens",
+    "tokens_per_second",
+    "peak_memory_bytes",
+    "parameters",
+    "dtype",
+    "device",
+}
 SPEED = {"prefill_tokens_per_second", "decode_tokens_per_second", "first_token_ms", "token_ms"}
 
 
@@ -66,8 +77,24 @@ def test_loss_of_the_windows(folder, text, capsys, window, limit, count):
 
 
 def test_a_stock_model_strided_and_with_bos(stock_folder, text, capsys):
-    got = evaluate(capsys, "--model", stock_folder, "--data", text, "--window", 16, "--stride", 5, "--bos",
-                   "--prompt-tokens", 8, "--new-tokens", 2, "--repeats", 1)  # fmt: skip
+    got = evaluate(
+        capsys,
+        "--model",
+        stock_folder,
+        "--data",
+        text,
+        "--window",
+        16,
+        "--stride",
+        5,
+        "--bos",
+        "--prompt-tokens",
+        8,
+        "--new-tokens",
+        2,
+        "--repeats",
+        1,
+    )
     model, losses = AutoModelForCausalLM.from_pretrained(stock_folder), []
     for place, token in enumerate(IDS):
         start = max(0, math.ceil((place + 1 - 15) / 5)) * 5

@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from cook.data.token_rows import TokenRows
+from cook.data.benchmarks.token_rows import TokenRows
 from cook.evaluation.predict import predict
 
 LENGTHS = (3, 1, 4, 1, 5, 2)
 ROWS = TokenRows(
-    [list(range(10 * n, 10 * n + length)) for n, length in enumerate(LENGTHS)], [[0] * n for n in LENGTHS],
-    np.arange(len(LENGTHS)), pad_id=0,
-)  # fmt: skip
+    [list(range(10 * n, 10 * n + length)) for n, length in enumerate(LENGTHS)],
+    [[0] * n for n in LENGTHS],
+    np.arange(len(LENGTHS)),
+    pad_id=0,
+)
 
 
 def forward(input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor) -> SimpleNamespace:

@@ -87,9 +87,15 @@ def test_more_context_is_what_the_overlap_is_for():
     assert len(spans(23, Windowing(size=5, limit=2))) == len(spans(23, Windowing(size=5, stride=1, limit=2))) == 2
 
 
-@pytest.mark.parametrize(("count", "windowing"), [
-    (4, Windowing(size=5)), (0, Windowing(size=2)), (1, Windowing(size=5, stride=2)), (0, Windowing(size=5, stride=1)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("count", "windowing"),
+    [
+        (4, Windowing(size=5)),
+        (0, Windowing(size=2)),
+        (1, Windowing(size=5, stride=2)),
+        (0, Windowing(size=5, stride=1)),
+    ],
+)
 def test_a_text_that_is_too_short(count, windowing):
     with pytest.raises(UserError, match=f"the text has {count} tokens"):
         spans(count, windowing)

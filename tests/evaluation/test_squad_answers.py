@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cook.data.squad import Question, Window
+from cook.data.benchmarks.squad import Question, Window
 from cook.evaluation.squad_answers import AnswerOptions, choose_answers
 
 CONTEXT = "zero one two three four five six seven"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cook.data.squad import Question
+from cook.data.benchmarks.squad import Question
 from cook.evaluation.squad_metrics import exact_match, f1, normalised, squad_v1_metrics, squad_v2_metrics
 
 
@@ -41,8 +41,10 @@ def test_f1_counts_words_as_often_as_they_occur():
     assert f1("x", "y", empty_counts=False) == 0.0
 
 
-@pytest.mark.parametrize(("given", "wanted", "v1", "v2"), [("", "", 0.0, 1.0), ("the", "a", 0.0, 1.0),
-                                                           ("", "x", 0.0, 0.0), ("x", "the", 0.0, 0.0)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "wanted", "v1", "v2"),
+    [("", "", 0.0, 1.0), ("the", "a", 0.0, 1.0), ("", "x", 0.0, 0.0), ("x", "the", 0.0, 0.0)],
+)
 def test_texts_without_words_agree_in_version_2_only(given, wanted, v1, v2):
     assert f1(given, wanted, empty_counts=False) == v1
     assert f1(given, wanted, empty_counts=True) == v2

@@ -9,9 +9,18 @@ import torch
 from cook.models.cpm_ant import CpmAntConfig, CpmAntForCausalLM
 
 SIZES = dict(
-    vocab_size=61, dim_model=24, dim_ff=20, num_layers=3, num_heads=4, dim_head=6, prompt_types=4, prompt_length=5,
-    segment_types=4, position_bias_num_buckets=16, position_bias_max_distance=12,
-)  # fmt: skip
+    vocab_size=61,
+    dim_model=24,
+    dim_ff=20,
+    num_layers=3,
+    num_heads=4,
+    dim_head=6,
+    prompt_types=4,
+    prompt_length=5,
+    segment_types=4,
+    position_bias_num_buckets=16,
+    position_bias_max_distance=12,
+)
 RAGGED = dict(
     mask_modules=[[True, False], [False, True], [False, False]],
     layer_heads=[[], [1, 3], [0, 2, 3]],

@@ -48,9 +48,12 @@ def test_plain_call_is_task_2_with_the_prompt_as_its_context(grad):
     with torch.set_grad_enabled(grad):
         plain = model(input_ids=text).logits
         full = model(
-            input=rows, length=torch.tensor([14, 14]), context=~is_text.expand(2, -1),
-            segment=(is_text * 2).expand(2, -1), span=torch.zeros_like(rows),
-        ).logits  # fmt: skip
+            input=rows,
+            length=torch.tensor([14, 14]),
+            context=~is_text.expand(2, -1),
+            segment=(is_text * 2).expand(2, -1),
+            span=torch.zeros_like(rows),
+        ).logits
     torch.testing.assert_close(plain, full[:, prompt:])
     row = dict(input=rows[0], length=14, context=~is_text, segment=is_text * 2, span=is_text * 0)
     row = {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in row.items()}
@@ -123,16 +126,22 @@ def test_removed_blocks_have_no_parameters_and_the_keys_are_cpm_lives():
     assert not any(key.startswith(("encoder.layers.0.self_att", "encoder.layers.1.ffn")) for key in keys)
     layer = "encoder.layers.2."
     expected = {
-        *(f"{layer}self_att.self_attention.{name}.weight" for name in
-          ("project_q", "project_k", "project_v", "attention_out")),
+        *(
+            f"{layer}self_att.self_attention.{name}.weight"
+            for name in ("project_q", "project_k", "project_v", "attention_out")
+        ),
         *(f"{layer}ffn.ffn.{name}.weight" for name in ("w_in.w_0", "w_in.w_1", "w_out")),
-        f"{layer}self_att.layernorm_before_attention.weight", f"{layer}ffn.layernorm_before_ffn.weight",
-    }  # fmt: skip
+        f"{layer}self_att.layernorm_before_attention.weight",
+        f"{layer}ffn.layernorm_before_ffn.weight",
+    }
     assert {key for key in keys if key.startswith(layer)} == expected
     assert {key for key in keys if ".layers." not in key} == {
-        "encoder.output_layernorm.weight", "prompt_embedding.weight", "segment_embedding.weight",
-        "input_embedding.weight", "position_bias.relative_attention_bias",
-    }  # fmt: skip
+        "encoder.output_layernorm.weight",
+        "prompt_embedding.weight",
+        "segment_embedding.weight",
+        "input_embedding.weight",
+        "position_bias.relative_attention_bias",
+    }
     plain = tiny_model(0, gated_ffn=False).state_dict()
     assert plain["encoder.layers.0.ffn.ffn.w_in.w.weight"].shape == (20, 24)
 
@@ -310,9 +319,7 @@ def test_blockwise_attention_against_autograd(rows, hides, length):
     hidden |= torch.ones(length, length).triu(2).bool()
     hidden[:, 3] = True  # a query that sees nothing must not spoil the others
     if hides:
-        record = Bias(
-            added_RHQK=bias.detach(), bias_RHQK=bias, hidden_BQK=hidden, blocks=score_blocks(hidden, heads)
-        )
+        record = Bias(added_RHQK=bias.detach(), bias_RHQK=bias, hidden_BQK=hidden, blocks=score_blocks(hidden, heads))
     else:
         added = bias.detach().masked_fill(hidden[:, None], -3e4)
         record = Bias(added_RHQK=added, bias_RHQK=bias, blocks=score_blocks(hidden, heads))
@@ -486,6 +493,10 @@ def test_loads_with_remote_code_where_cook_is_not(tmp_path):
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-I", "-c", textwrap.dedent(script)],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0 and "same" in done.stdout, done.stderr

@@ -81,9 +81,14 @@ def table(records: Sequence[tuple[bytes, bytes]], per_block: int = 4, compressio
 
 
 def write_checkpoint(
-    prefix: Path, tensors: Mapping[str, np.ndarray], *, shards: int = 1, header: bytes | None = None,
-    extra: Mapping[str, bytes] | None = None, compression: int = 0,
-) -> None:  # fmt: skip
+    prefix: Path,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    shards: int = 1,
+    header: bytes | None = None,
+    extra: Mapping[str, bytes] | None = None,
+    compression: int = 0,
+) -> None:
     """Writes PREFIX.index and PREFIX.data-…; `extra` adds fields to a tensor's entry."""
     prefix.parent.mkdir(parents=True, exist_ok=True)
     data = [b""] * shards

@@ -11,9 +11,15 @@ SPEEDS = ("prefill_tokens_per_second", "decode_tokens_per_second")
 
 def record(name, perplexity, parameters, prefill=None, decode=None, memory=None):
     return {
-        "name": name, "loss": 3.0, "perplexity": perplexity, "bits_per_byte": 1.25, "parameters": parameters,
-        "prefill_tokens_per_second": prefill, "decode_tokens_per_second": decode, "peak_memory_bytes": memory,
-    }  # fmt: skip
+        "name": name,
+        "loss": 3.0,
+        "perplexity": perplexity,
+        "bits_per_byte": 1.25,
+        "parameters": parameters,
+        "prefill_tokens_per_second": prefill,
+        "decode_tokens_per_second": decode,
+        "peak_memory_bytes": memory,
+    }
 
 
 RECORDS = [

@@ -78,9 +78,7 @@ def test_the_random_baseline_starts_with_its_stage_and_else_after_the_one_before
     baseline = [("finetune", stage(20, held_out=6.0)), ("more", stage(40))]
     plot_losses(logs, tmp_path / "a.png", baseline)
     plot_losses(logs, tmp_path / "b.png", [("random", stage(20))])
-    starts = [
-        [line.get_xdata()[0] for line in lines(figure.axes[0], drawing.VERMILLION, "--")] for figure in drawn
-    ]
+    starts = [[line.get_xdata()[0] for line in lines(figure.axes[0], drawing.VERMILLION, "--")] for figure in drawn]
     assert starts == [[9100, 11100], [6100]]
     assert drawn[0].axes[0].get_xlim() == (0, 15000)  # the baseline that runs longer is not cut
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from tests.stages.tiny_run import REPOSITORY, run
+from tests.recipe.tiny_run import REPOSITORY, run
 
 SCRIPT = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import torch
-from cook.adapters.source import unfilled_model
+from cook.families.source import unfilled_model
 from cook.config.types import TrainingConfig
 from cook.training.engine import Engine, initialise_processes
 from tests.tiny_families import tiny_source

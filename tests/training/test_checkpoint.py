@@ -97,10 +97,12 @@ def test_what_resume_asks_for(tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"fingerprint": "g"}, "other settings"),
-     ({"layout": {**FakeEngine.layout, "precision": "bf16"}}, "another precision"),
-     ({"layout": {**FakeEngine.layout, "optimizer": "Lion"}}, "another optimizer")],
-)  # fmt: skip
+    [
+        ({"fingerprint": "g"}, "other settings"),
+        ({"layout": {**FakeEngine.layout, "precision": "bf16"}}, "another precision"),
+        ({"layout": {**FakeEngine.layout, "optimizer": "Lion"}}, "another optimizer"),
+    ],
+)
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, changes, message):
     folder = save(tmp_path, 1)
     engine = FakeEngine(99)

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from cook.adapters.cpm_ant import ADAPTER
-from cook.adapters.source import ModelSource, load_model
 from cook.evaluation.equality import largest_difference
-from cook.surgery.prune import mask_model
-from cook.surgery.reshape import kept_units, reshaped
+from cook.families.cpm_ant import ADAPTER
+from cook.families.source import ModelSource, load_model
+from cook.pruning.prune import mask_model
+from cook.pruning.reshape import kept_units, reshaped
 from cook.training.checkpoint import stored_weights
-from tests.stages.tiny_run import run_on_ranks
+from tests.recipe.tiny_run import run_on_ranks
 from tests.training import tiny_training as tiny
 
 STAGES = {1: (0, 3), 2: (0, 1, 2, 3)}
@@ -54,8 +54,10 @@ def cases(ranks: int) -> dict[str, Any]:
             scheduler = {"type": "WarmupLR", "params": {"warmup_max_lr": 0.1}}
             frozen = {**own, "precision": precision, "train_weights": False}
             made[f"frozen {precision} {zero}"] = {
-                "zero": zero, "training": frozen, "deepspeed": {"scheduler": scheduler},
-            }  # fmt: skip
+                "zero": zero,
+                "training": frozen,
+                "deepspeed": {"scheduler": scheduler},
+            }
             bad = {"zero": zero, "training": {**own, "precision": precision}, "gated": False}
             last = ranks - 1
             made[f"nan_loss {precision} {zero}"] = bad | {"nan_loss": last, "gated": True}
@@ -74,8 +76,11 @@ def cases(ranks: int) -> dict[str, Any]:
             warming = {"type": "WarmupLR", "params": {"warmup_max_lr": 0.02, "warmup_type": "linear"}}
             warming["params"]["warmup_num_steps"] = 10
             made[f"scheduled {zero}"] = whole | {
-                "nan_loss": ranks - 1, "at": [3, 4], "gated": False, "deepspeed": {"scheduler": warming}
-            }  # fmt: skip
+                "nan_loss": ranks - 1,
+                "at": [3, 4],
+                "gated": False,
+                "deepspeed": {"scheduler": warming},
+            }
     for zero in (0, 3):
         masked = {"zero": zero, "masked": True, "gated": False, "training": {"micro_batch_size": share}}
         made[f"masked {zero}"], made[f"scrambled {zero}"] = masked, masked | {"scrambled": True}
@@ -213,9 +218,11 @@ def same_as_skipping(name: str, result: dict[str, Any], plain: dict[str, Any]) -
 
 
 BAD = {
-    "nan_loss": "the loss on rank {last} is not finite", "inf_gradient": "the gradient of the weights is not finite",
-    "gates' gradient": "the gradient of a gate is not finite", "loss skipped": "the loss {loss:.4g} is above 0.5",
-}  # fmt: skip
+    "nan_loss": "the loss on rank {last} is not finite",
+    "inf_gradient": "the gradient of the weights is not finite",
+    "gates' gradient": "the gradient of a gate is not finite",
+    "loss skipped": "the loss {loss:.4g} is above 0.5",
+}
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -14,9 +14,14 @@ from cook.training.guard import Guard
 from cook.training.step import NO_LIMITS, Limits, StepResult
 
 TRAINING = TrainingConfig(
-    steps=9, train_batch_size=1, micro_batch_size=1, learning_rate=1.0, spike_window=3, spike_factor=2.0,
+    steps=9,
+    train_batch_size=1,
+    micro_batch_size=1,
+    learning_rate=1.0,
+    spike_window=3,
+    spike_factor=2.0,
     max_bad_steps=2,
-)  # fmt: skip
+)
 
 
 def applied(loss: float) -> StepResult:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from cook.training.held_zeros import HeldZeros
-from tests.stages.tiny_run import run_on_ranks
+from tests.recipe.tiny_run import run_on_ranks
 from tests.training import tiny_held, tiny_training
 
 STAGES = {1: (0, 1, 2, 3), 2: (0, 1, 2, 3)}

@@ -92,10 +92,17 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(loop, "Saver", lambda *_, **__: Saver(saved))
         with EventLog(tmp_path, tensorboard=False) as log:
             work = loop.Run(
-                name="x", engine=Engine(), batches=batches, training=dataclasses.replace(training, **changes),
-                attached=None, gates=None, extra_loss=None, checkpoints=tmp_path, fingerprint="",
+                name="x",
+                engine=Engine(),
+                batches=batches,
+                training=dataclasses.replace(training, **changes),
+                attached=None,
+                gates=None,
+                extra_loss=None,
+                checkpoints=tmp_path,
+                fingerprint="",
                 on_save=lambda: saved.append("masks"),
-            )  # fmt: skip
+            )
             end = loop.train(work, Position(step=start, updates=start, tokens=100 * start, **(state or {})), log)
         return end, batches
 
@@ -188,9 +195,14 @@ def test_a_bad_step_is_named_and_left_out_and_the_schedules_wait_for_the_next(ru
 
 
 TRAINING_OF_9 = TrainingConfig(
-    steps=9, train_batch_size=1, micro_batch_size=1, learning_rate=1.0, warmup=0.0, schedule="linear",
+    steps=9,
+    train_batch_size=1,
+    micro_batch_size=1,
+    learning_rate=1.0,
+    warmup=0.0,
+    schedule="linear",
     min_learning_rate=0.0,
-)  # fmt: skip
+)
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run_and_name_the_last_checkpoint(run):

@@ -68,10 +68,17 @@ def test_a_crash_before_latest_is_made_good(tmp_path, latest):
     assert names(tmp_path) == ["latest", "step-1", "step-2"] and (tmp_path / "latest").read_text() == "step-2\n"
 
 
-@pytest.mark.parametrize("content", [
-    {}, [], {"files": []}, {"files": {"a": 1}}, {"step": 1, "files": {}},
-    {"files": {"../x": {"size": 1, "sha256": ""}}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        [],
+        {"files": []},
+        {"files": {"a": 1}},
+        {"step": 1, "files": {}},
+        {"files": {"../x": {"size": 1, "sha256": ""}}},
+    ],
+)
 def test_a_manifest_of_something_else_is_refused(tmp_path, content):
     folder = save(tmp_path, 1)
     if isinstance(content, dict) and content.get("files") and "../x" in content["files"]:

@@ -16,7 +16,7 @@ import torch
 from cook.base.tensor_files import load_pt
 from cook.training.manifest import verify
 from cook.training.shards import Shards
-from tests.stages.tiny_run import run
+from tests.recipe.tiny_run import run
 from tests.training import tiny_resume, tiny_training
 
 STAGES = ("fp32 0", "fp32 1", "fp32 2", "fp32 3", "bf16 2", "bf16 3")
@@ -55,11 +55,16 @@ def cases() -> list[tuple[int, dict[str, Any]]]:
             first[f"unmoved {name}"] = settings(name) | {"folder": f"unmoved {name}"}
         first[f"two {name}"] = settings(name) | {"folder": f"two {name}", "stop": 2}
         second[f"one {name}"] = settings(name, 1) | {
-            "folder": f"one {name}", "of": f"two {name}", "stop": 4, "copy": f"copy one {name}"
-        }  # fmt: skip
+            "folder": f"one {name}",
+            "of": f"two {name}",
+            "stop": 4,
+            "copy": f"copy one {name}",
+        }
         third[f"two again {name}"] = settings(name, 2) | {
-            "folder": f"two again {name}", "of": f"one {name}", "copy": f"copy two {name}"
-        }  # fmt: skip
+            "folder": f"two again {name}",
+            "of": f"one {name}",
+            "copy": f"copy two {name}",
+        }
     second["started on one"] = settings("fp32 2") | {"folder": "started on one", "stop": 3}
     third["from one to two"] = settings("fp32 2") | {"folder": "from one to two", "of": "started on one"}
     return [(2, first), (1, second), (2, third)]

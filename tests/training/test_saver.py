@@ -24,8 +24,13 @@ def test_the_manifest_and_the_state_say_what_they_must(tmp_path):
     assert sorted(manifest.pop("files")) == ["config.json", "engine/beside", "latest", "rng-0.pt", "state.json"]
     assert len(manifest.pop("digest")) == 64
     assert manifest == {
-        "stage": "s", "step": 3, "tokens": 300, "world_size": 1, "fingerprint": "f", "layout": FakeEngine.layout
-    }  # fmt: skip
+        "stage": "s",
+        "step": 3,
+        "tokens": 300,
+        "world_size": 1,
+        "fingerprint": "f",
+        "layout": FakeEngine.layout,
+    }
     ranks = [{"guard": {"in_a_row": 1}, "data": {"row": 7}}]
     assert read_json(folder / "state.json") == {"step": 3, "updates": 2, "tokens": 300, "ranks": ranks}
     assert (folder / "latest").read_text() == "engine\n", "DeepSpeed's own tools find its files by this"

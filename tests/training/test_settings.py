@@ -12,9 +12,15 @@ from cook.config.types import TrainingConfig
 from cook.training.settings import check_settings, filled_config, resolve_precision
 
 TRAINING = TrainingConfig(
-    steps=200, train_batch_size=48, micro_batch_size=4, learning_rate=0.03, warmup=0.1, weight_decay=0.2, clip=0.7,
+    steps=200,
+    train_batch_size=48,
+    micro_batch_size=4,
+    learning_rate=0.03,
+    warmup=0.1,
+    weight_decay=0.2,
+    clip=0.7,
     precision="bf16",
-)  # fmt: skip
+)
 
 
 def filled(config: dict[str, Any], world_size: int = 4, training: TrainingConfig = TRAINING) -> dict[str, Any]:
@@ -45,26 +51,36 @@ def test_every_auto_of_the_usual_template_gets_a_value():
         "bf16": {"enabled": "auto"},
         "fp16": {"enabled": "auto", "loss_scale": 0},
         "optimizer": {
-            "type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
+            "type": "AdamW",
+            "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
         },
         "scheduler": {
             "type": "WarmupDecayLR",
             "params": {
-                "total_num_steps": "auto", "warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto",
+                "total_num_steps": "auto",
+                "warmup_min_lr": "auto",
+                "warmup_max_lr": "auto",
+                "warmup_num_steps": "auto",
             },
         },
         "zero_optimization": {
-            "stage": 3, "overlap_comm": True, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto",
+            "stage": 3,
+            "overlap_comm": True,
+            "reduce_bucket_size": "auto",
+            "stage3_prefetch_bucket_size": "auto",
             "stage3_param_persistence_threshold": "auto",
         },
-    }  # fmt: skip
+    }
     before = copy.deepcopy(template)
     config = filled(template)
     assert template == before, "the user's config was changed"
     assert config["optimizer"]["params"] == {"lr": 0.03, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.2}
     assert config["scheduler"]["params"] == {
-        "total_num_steps": 200, "warmup_min_lr": 0.0, "warmup_max_lr": 0.03, "warmup_num_steps": 20,
-    }  # fmt: skip
+        "total_num_steps": 200,
+        "warmup_min_lr": 0.0,
+        "warmup_max_lr": 0.03,
+        "warmup_num_steps": 20,
+    }
     # DeepSpeed chooses these itself where they are absent.
     assert config["zero_optimization"] == {"stage": 3, "overlap_comm": True}
     assert config["fp16"] == {"enabled": False, "loss_scale": 0}
@@ -85,8 +101,9 @@ def test_an_optimizer_takes_from_training_what_it_does_not_say():
 def test_offloaded_states_get_deepspeeds_own_adam(device):
     config = filled({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": device}}})
     assert config["optimizer"] == {
-        "type": "AdamW", "params": {"lr": 0.03, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.2},
-    }  # fmt: skip
+        "type": "AdamW",
+        "params": {"lr": 0.03, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.2},
+    }
     config = filled({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}})
     assert "optimizer" not in config
 
@@ -98,9 +115,16 @@ def test_frozen_weights_have_no_scheduler():
 
 @pytest.mark.parametrize(
     ("asked", "world_size", "precision", "expected"),
-    [("auto", 1, "fp32", 0), (None, 1, "fp32", 0), ("auto", 2, "fp32", 2), (0, 1, "fp32", 0), (0, 4, "bf16", 1),
-     (1, 1, "bf16", 1), (3, 2, "bf16", 3)],
-)  # fmt: skip
+    [
+        ("auto", 1, "fp32", 0),
+        (None, 1, "fp32", 0),
+        ("auto", 2, "fp32", 2),
+        (0, 1, "fp32", 0),
+        (0, 4, "bf16", 1),
+        (1, 1, "bf16", 1),
+        (3, 2, "bf16", 3),
+    ],
+)
 def test_the_zero_stage(asked, world_size, precision, expected):
     config = {} if asked is None else {"zero_optimization": {"stage": asked}}
     assert filled(config, world_size, changed(precision=precision))["zero_optimization"]["stage"] == expected
@@ -108,10 +132,15 @@ def test_the_zero_stage(asked, world_size, precision, expected):
 
 @pytest.mark.parametrize(
     ("config", "place"),
-    [({"zero_optimization": {"offload_param": {"buffer_size": "auto"}}}, "zero_optimization.offload_param.buffer_size"),
-     ({"comms_logger": {"enabled": "auto"}}, "comms_logger.enabled"),
-     ({"optimizer": {"type": "SGD", "params": {"momentum": "auto"}}}, "optimizer.params.momentum")],
-)  # fmt: skip
+    [
+        (
+            {"zero_optimization": {"offload_param": {"buffer_size": "auto"}}},
+            "zero_optimization.offload_param.buffer_size",
+        ),
+        ({"comms_logger": {"enabled": "auto"}}, "comms_logger.enabled"),
+        ({"optimizer": {"type": "SGD", "params": {"momentum": "auto"}}}, "optimizer.params.momentum"),
+    ],
+)
 def test_an_auto_without_a_value_is_an_error_that_names_it(config, place):
     with pytest.raises(UserError, match=place.replace(".", r"\.")):
         filled(config)
@@ -119,20 +148,29 @@ def test_an_auto_without_a_value_is_an_error_that_names_it(config, place):
 
 @pytest.mark.parametrize(
     ("precision", "config", "expected"),
-    [("fp32", {}, "fp32"), ("bf16", {"bf16": {"enabled": "auto"}}, "bf16"),
-     ("auto", {"bf16": {"enabled": True}}, "bf16"), ("auto", {"fp16": {"enabled": True}}, "fp16"),
-     ("fp16", {"fp16": {"enabled": True}}, "fp16")],
-)  # fmt: skip
+    [
+        ("fp32", {}, "fp32"),
+        ("bf16", {"bf16": {"enabled": "auto"}}, "bf16"),
+        ("auto", {"bf16": {"enabled": True}}, "bf16"),
+        ("auto", {"fp16": {"enabled": True}}, "fp16"),
+        ("fp16", {"fp16": {"enabled": True}}, "fp16"),
+    ],
+)
 def test_the_precision(precision, config, expected):
     assert resolve_precision(changed(precision=precision), config) == expected
 
 
 @pytest.mark.parametrize(
     ("cuda", "cuda_bf16", "cpu", "expected"),
-    [(True, True, {}, "bf16"), (True, False, {"amx_bf16": True}, "fp32"), (False, False, {}, "fp32"),
-     (False, True, {"avx512_bf16": False, "amx_bf16": False}, "fp32"), (False, False, {"avx512_bf16": True}, "bf16"),
-     (False, False, {"amx_bf16": True}, "bf16")],
-)  # fmt: skip
+    [
+        (True, True, {}, "bf16"),
+        (True, False, {"amx_bf16": True}, "fp32"),
+        (False, False, {}, "fp32"),
+        (False, True, {"avx512_bf16": False, "amx_bf16": False}, "fp32"),
+        (False, False, {"avx512_bf16": True}, "bf16"),
+        (False, False, {"amx_bf16": True}, "bf16"),
+    ],
+)
 def test_an_automatic_precision_suits_the_device(monkeypatch, cuda, cuda_bf16, cpu, expected):
     monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: cuda_bf16)

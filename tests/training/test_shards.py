@@ -33,9 +33,10 @@ def address(monkeypatch: pytest.MonkeyPatch) -> type:
     fragment_address.__module__, fragment_address.__qualname__ = module.__name__, "fragment_address"
     module.fragment_address = fragment_address  # type: ignore[attr-defined]
     for name, stub in {
-        "deepspeed": types.ModuleType("deepspeed"), "deepspeed.utils": types.ModuleType("deepspeed.utils"),
+        "deepspeed": types.ModuleType("deepspeed"),
+        "deepspeed.utils": types.ModuleType("deepspeed.utils"),
         module.__name__: module,
-    }.items():  # fmt: skip
+    }.items():
         monkeypatch.setitem(sys.modules, name, stub)
     return fragment_address
 
@@ -50,9 +51,14 @@ def model_state(**others: Any) -> dict[str, Any]:
     shapes = [{name: torch.Size(shape) for name, shape in SHAPES.items()}]
     module = {name: tensor.bfloat16() for name, tensor in whole("fp32").items()} | {"buffer": torch.arange(3.0)}
     return {
-        "module": module, "buffer_names": ["buffer"], "param_shapes": shapes, "frozen_param_shapes": {},
-        "shared_params": {"tied": "a"}, "lr_scheduler": None, **others,
-    }  # fmt: skip
+        "module": module,
+        "buffer_names": ["buffer"],
+        "param_shapes": shapes,
+        "frozen_param_shapes": {},
+        "shared_params": {"tied": "a"},
+        "lr_scheduler": None,
+        **others,
+    }
 
 
 def write(folder: Path, name: str, content: Any) -> None:
@@ -78,9 +84,11 @@ def zero_2(folder: Path, ranks: int, address: type) -> None:
         mine = {key: flat[begin : begin + share].clone() for key, flat in padded.items()}
         state = {0: {"step": torch.tensor(7.0), "exp_avg": mine["exp_avg"], "exp_avg_sq": mine["exp_avg_sq"]}}
         optimizer = {
-            "single_partition_of_fp32_groups": [mine["fp32"][: end - begin]], "param_slice_mappings": [mapping],
-            "base_optimizer_state": {"state": state, "param_groups": [{"lr": 0.5}]}, "partition_count": [ranks],
-        }  # fmt: skip
+            "single_partition_of_fp32_groups": [mine["fp32"][: end - begin]],
+            "param_slice_mappings": [mapping],
+            "base_optimizer_state": {"state": state, "param_groups": [{"lr": 0.5}]},
+            "partition_count": [ranks],
+        }
         write(folder, f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt", {"optimizer_state_dict": optimizer})
 
 
@@ -97,9 +105,10 @@ def zero_3(folder: Path, ranks: int, _address: type) -> None:
             flats[key] = torch.cat(shares)
         state = {0: {"step": torch.tensor(7.0), "exp_avg": flats["exp_avg"], "exp_avg_sq": flats["exp_avg_sq"]}}
         optimizer = {
-            "fp32_flat_groups": [flats["fp32"]], "partition_count": ranks,
+            "fp32_flat_groups": [flats["fp32"]],
+            "partition_count": ranks,
             "optimizer_state_dict": {"state": state, "param_groups": [{"lr": 0.5}]},
-        }  # fmt: skip
+        }
         frozen = {"frozen_param_shapes": {"f": torch.Size([5])}} if ranks == 3 else {}
         pieces = {"frozen_param_fragments": {"f": torch.tensor([2.0 * rank, 2.0 * rank + 1])}}
         state = model_state(**frozen, **pieces) | {"module": {"buffer": torch.arange(3.0)}}

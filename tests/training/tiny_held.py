@@ -82,8 +82,10 @@ def held_run(case: dict[str, Any]) -> dict[str, Any]:
     result = {
         "weights": {name: tensor.clone() for name, tensor in engine.full_weights()},
         "working": {name: p.detach().float().clone() for name, p in engine.module.named_parameters() if p.numel()},
-        "moments": moments(engine, names), "gradients": first, "norms": norms,
-    }  # fmt: skip
+        "moments": moments(engine, names),
+        "gradients": first,
+        "norms": norms,
+    }
     engine.close()
     return result
 

@@ -25,10 +25,10 @@ import torch
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from cook.adapters.cpm_ant import ADAPTER
 from cook.base import distributed
 from cook.base.errors import Interrupted, RunFailed
 from cook.base.seeds import derived_seed, seed_everything
+from cook.families.cpm_ant import ADAPTER
 from cook.report.events import EventLog, read_log
 from cook.training import checkpoint, saver
 from cook.training.checkpoint import find_checkpoint, load_checkpoint
@@ -141,9 +141,17 @@ def run_whole(case: dict[str, Any]) -> dict[str, Any]:
     with EventLog(folder, tensorboard=False, enabled=rank == 0) as log:
         log.rewind(position.step if found else -1)
         run = Run(
-            name="x", engine=engine, batches=stream, training=training, attached=attached, gates=gates,
-            extra_loss=None, checkpoints=folder / "checkpoints", fingerprint="f", on_save=lambda: None,
-        )  # fmt: skip
+            name="x",
+            engine=engine,
+            batches=stream,
+            training=training,
+            attached=attached,
+            gates=gates,
+            extra_loss=None,
+            checkpoints=folder / "checkpoints",
+            fingerprint="f",
+            on_save=lambda: None,
+        )
         try:
             train(run, position, log)
         except (Interrupted, RunFailed) as end:

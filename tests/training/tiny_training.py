@@ -19,29 +19,46 @@ import torch.nn.functional as F
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from cook.adapters.cpm_ant import ADAPTER
 from cook.base import distributed
 from cook.base.errors import UserError
 from cook.base.signals import Request
 from cook.config.types import TrainingConfig
-from cook.masks.controller import Constraint
-from cook.masks.gates import Gates
-from cook.masks.relaxation import HardConcrete
-from cook.surgery.gates import AttachedGates
+from cook.families.cpm_ant import ADAPTER
+from cook.pruning.attach import AttachedGates
+from cook.pruning.controller import Constraint
+from cook.pruning.gates import Gates
+from cook.pruning.relaxation import HardConcrete
 from cook.training.engine import Engine, initialise_processes
 from cook.training.optim import learning_rate
 from cook.training.step import Limits, train_step
 
 CONFIG = dict(
-    vocab_size=50, dim_model=24, num_layers=2, num_heads=4, dim_head=6, dim_ff=20, position_bias_num_buckets=16,
-    position_bias_max_distance=32, prompt_types=3, prompt_length=3, segment_types=3, eps=1e-6,
-)  # fmt: skip
+    vocab_size=50,
+    dim_model=24,
+    num_layers=2,
+    num_heads=4,
+    dim_head=6,
+    dim_ff=20,
+    position_bias_num_buckets=16,
+    position_bias_max_distance=32,
+    prompt_types=3,
+    prompt_length=3,
+    segment_types=3,
+    eps=1e-6,
+)
 ROWS, LENGTH = 4, 14
 STEPS = 6
 TRAINING = TrainingConfig(
-    steps=STEPS, train_batch_size=ROWS, micro_batch_size=ROWS, learning_rate=0.02, warmup=0.25, precision="fp32",
-    weight_decay=0.1, clip=0.5, threads=1,
-)  # fmt: skip
+    steps=STEPS,
+    train_batch_size=ROWS,
+    micro_batch_size=ROWS,
+    learning_rate=0.02,
+    warmup=0.25,
+    precision="fp32",
+    weight_decay=0.1,
+    clip=0.5,
+    threads=1,
+)
 
 
 def build() -> torch.nn.Module:
@@ -78,9 +95,14 @@ class Batches:
         length = prompt + 2 + (3 * number * number + number) % (LENGTH - prompt - 1)
         targets = torch.where(is_text & (torch.arange(LENGTH) < length), ids.roll(-1), -100)
         return {
-            "input": ids, "length": torch.tensor(length), "context": ~is_text, "position": torch.arange(LENGTH),
-            "segment": is_text * 2, "span": torch.zeros(LENGTH, dtype=torch.long), "targets": targets,
-        }  # fmt: skip
+            "input": ids,
+            "length": torch.tensor(length),
+            "context": ~is_text,
+            "position": torch.arange(LENGTH),
+            "segment": is_text * 2,
+            "span": torch.zeros(LENGTH, dtype=torch.long),
+            "targets": targets,
+        }
 
     def rows(self, numbers: range) -> dict[str, torch.Tensor]:
         rows = [self.row(number) for number in numbers]
@@ -115,9 +137,13 @@ def make_gates() -> Gates:
     ]
     # Targets within reach at every step: else all gates would move at full speed, whatever the loss says.
     return Gates(
-        {g.name: g.size for g in groups}, constraints, steps=STEPS, seed=5, learning_rate=0.5,
+        {g.name: g.size for g in groups},
+        constraints,
+        steps=STEPS,
+        seed=5,
+        learning_rate=0.5,
         relaxation=HardConcrete(initial_log_alpha=0.5),
-    )  # fmt: skip
+    )
 
 
 def attach(model: torch.nn.Module, names: set[str], fixed: dict[str, torch.Tensor]) -> AttachedGates:
@@ -133,9 +159,13 @@ def fixed_masks() -> dict[str, torch.Tensor]:
 
 
 def plain_run(
-    training: TrainingConfig, *, gated: bool = True, masked: bool = False, skipped: tuple[int, ...] = (),
+    training: TrainingConfig,
+    *,
+    gated: bool = True,
+    masked: bool = False,
+    skipped: tuple[int, ...] = (),
     extra: Any = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """The same training in plain PyTorch, the whole batch at once, without the updates of the steps `skipped`.
 
     `extra(model)` gives an object that is called with batch, targets and logits for a loss summed over the targets, and
@@ -231,10 +261,15 @@ def engine_run(case: dict[str, Any], distil: Any = None) -> dict[str, Any]:
     attached.remove()
     engine.close()
     return {
-        "losses": losses, "norms": norms, "rates": rates, "start": start, "weights": final, "problems": problems,
+        "losses": losses,
+        "norms": norms,
+        "rates": rates,
+        "start": start,
+        "weights": final,
+        "problems": problems,
         "gates": gates.state_dict() if gates else None,
         "projections": projections.state_dict()["weights"] if projections else None,
-    }  # fmt: skip
+    }
 
 
 def _fault(case: dict[str, Any], step: int, rank: int) -> Any:

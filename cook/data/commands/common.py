@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from cook.base.errors import UserError
-from cook.data.live.meta import DEFAULT_BLOCK_SIZE, VERSIONS, FileInfo, LiveMeta, write_meta
-from cook.data.live.records import BadRecord, read_record
-from cook.data.live.scan import read_numbers
-from cook.data.live.writer import LiveWriter
+from cook.data.cpm_live.meta import DEFAULT_BLOCK_SIZE, VERSIONS, FileInfo, LiveMeta, write_meta
+from cook.data.cpm_live.records import BadRecord, read_record
+from cook.data.cpm_live.scan import read_numbers
+from cook.data.cpm_live.writer import LiveWriter
 from cook.data.progress import Progress
-from cook.vocab.load import TOKENIZERS, load_tokenizer
-from cook.vocab.protocol import Tokenizer
+from cook.text.open_tokenizer import TOKENIZERS, load_tokenizer
+from cook.text.tokenizer import Tokenizer
 
 FILE_BYTES = 1 << 30
 """A written data file ends at about this size, and the next one begins."""

@@ -15,8 +15,8 @@ import numpy as np
 from cook.base.errors import UserError
 from cook.data.commands import common
 from cook.data.corpus import JSONL_SUFFIXES, object_of
-from cook.data.live.meta import read_meta
-from cook.data.live.records import BadRecord, read_record
+from cook.data.cpm_live.meta import read_meta
+from cook.data.cpm_live.records import BadRecord, read_record
 from cook.data.progress import Progress
 
 

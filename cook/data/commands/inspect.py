@@ -14,10 +14,10 @@ import numpy as np
 from cook.base.errors import UserError
 from cook.base.pool import num_cores
 from cook.data.commands import common
-from cook.data.live import records as tasks
-from cook.data.live.dataset import LiveDataset, open_live
-from cook.data.live.meta import read_meta
-from cook.vocab.protocol import Tokenizer
+from cook.data.cpm_live import records as tasks
+from cook.data.cpm_live.dataset import LiveDataset, open_live
+from cook.data.cpm_live.meta import read_meta
+from cook.text.tokenizer import Tokenizer
 
 TASK_NAMES = {
     tasks.MASKED_LM: "masked LM",

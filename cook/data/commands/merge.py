@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cook.data.commands import common
-from cook.data.live.meta import VERSIONS, FileInfo, LiveMeta, read_meta, write_meta
+from cook.data.cpm_live.meta import VERSIONS, FileInfo, LiveMeta, read_meta, write_meta
 from cook.data.progress import Progress
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from cook.base.errors import UserError
 from cook.base.seeds import derived_seed
 from cook.data.corpus import JSONL_SUFFIXES, MIN_REST, PART_BYTES, grouped, matching_files, object_of, text_of
-from cook.data.live.records import (
+from cook.data.cpm_live.records import (
     LM,
     LM_PROMPT,
     MASKED_LM,
@@ -25,7 +25,7 @@ from cook.data.live.records import (
     Record,
     Segment,
 )
-from cook.vocab.protocol import Tokenizer
+from cook.text.tokenizer import Tokenizer
 
 COUNTS = ("documents", "tokens", "dropped", "unknown", "records")
 

@@ -20,10 +20,10 @@ from cook.data.cache import fingerprint_of
 from cook.data.commands import common
 from cook.data.commands.pieces import COUNTS, Part, Settings, format_of, input_files, parts_of, records_of
 from cook.data.corpus import MIN_REST
-from cook.data.live.meta import FileInfo, write_meta
-from cook.data.live.writer import LiveWriter
+from cook.data.cpm_live.meta import FileInfo, write_meta
+from cook.data.cpm_live.writer import LiveWriter
 from cook.data.progress import Progress
-from cook.vocab.protocol import Tokenizer
+from cook.text.tokenizer import Tokenizer
 
 FORMAT = 1
 """Raised whenever the same inputs would give other records."""
@@ -116,7 +116,7 @@ _tokenizer: Tokenizer | None = None  # of a worker process; loading it may take 
 
 def _load_tokenizer(type: str, path: str) -> None:
     global _tokenizer
-    from cook.vocab.load import load_tokenizer
+    from cook.text.open_tokenizer import load_tokenizer
 
     _tokenizer = load_tokenizer(type, path)
 

@@ -17,9 +17,9 @@ import numpy as np
 from cook.base.errors import UserError
 from cook.base.seeds import derived_seed
 from cook.data.commands import common
-from cook.data.live.meta import read_meta
+from cook.data.cpm_ant.draws import mix
+from cook.data.cpm_live.meta import read_meta
 from cook.data.progress import Progress
-from cook.data.tasks.draws import mix
 
 MAX_BUCKETS = 512
 """Files that are open at once."""

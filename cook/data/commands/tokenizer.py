@@ -10,7 +10,7 @@ from cook.base.errors import UserError
 from cook.data.commands import common
 from cook.data.commands.pieces import documents, format_of, input_files, parts_of
 from cook.data.progress import Progress
-from cook.vocab.sentencepiece import train_sentencepiece
+from cook.text.sentencepiece import train_sentencepiece
 
 _PART = 64 << 20
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from cook.data.__main__ import main
-from cook.vocab.sentencepiece import SentencePieceTokenizer, train_sentencepiece
-from tests.data.live import reference
+from cook.text.sentencepiece import SentencePieceTokenizer, train_sentencepiece
+from tests.data.cpm_live import reference
 
 WORDS = "the model reads a row of text and learns which heads and dims it can do without".split()
 BLOCK = 8192

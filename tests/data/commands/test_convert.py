@@ -9,7 +9,7 @@ import pytest
 import cook.data.commands.common as common
 from cook.base.errors import UserError
 from tests.data.commands.conftest import BLOCK
-from tests.data.live import reference
+from tests.data.cpm_live import reference
 
 
 def test_all_the_way_round(live, run, tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cook.base.errors import UserError
-from tests.data.live import reference
+from tests.data.cpm_live import reference
 
 
 def test_counts_lengths_and_samples(live, run):

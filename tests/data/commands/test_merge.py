@@ -7,7 +7,7 @@ import pytest
 
 from cook.base.errors import UserError
 from tests.data.commands.conftest import BLOCK
-from tests.data.live import reference
+from tests.data.cpm_live import reference
 
 
 @pytest.mark.parametrize("version", [1, 2])

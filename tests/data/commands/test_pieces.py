@@ -20,7 +20,7 @@ from cook.data.commands.pieces import (
     parts_of,
     records_of,
 )
-from tests.data.tasks.letters import Letters
+from tests.data.cpm_ant.letters import Letters
 
 
 def parts_in(path, part_size):
@@ -74,9 +74,15 @@ def test_text_that_is_none_is_named_with_its_offset(tmp_path, format):
 def test_unknown_tokens_are_left_out_before_the_text_is_cut(tmp_path):
     (tmp_path / "x.txt").write_text("ab" + "三" * 50 + "c" * 40 + "\n" + "三" * 90 + "\n")
     settings = Settings(
-        format="lines", text_field="text", max_length=40, prompt_length=4, masked_share=0.0, seed=0, version=1,
+        format="lines",
+        text_field="text",
+        max_length=40,
+        prompt_length=4,
+        masked_share=0.0,
+        seed=0,
+        version=1,
         block_size=4096,
-    )  # fmt: skip
+    )
     counts = dict.fromkeys(COUNTS, 0)
     (record,) = records_of(parts_in(tmp_path / "x.txt", 1000)[0], settings, Letters(), counts)
     assert record.tokens.tolist() == [6, ord("a"), ord("b"), *[ord("c")] * 32, 7]

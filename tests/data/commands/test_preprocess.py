@@ -15,7 +15,7 @@ import pytest
 
 from cook.base.errors import Interrupted, UserError
 from tests.data.commands.conftest import WORDS
-from tests.data.live import reference
+from tests.data.cpm_live import reference
 
 ROOT = Path(__file__).resolve().parents[3]
 BLOCK = 1 << 16
@@ -75,9 +75,18 @@ def test_json_lines_and_the_share_of_masked_pieces(tmp_path, texts, tokenizer, t
     for share, task in ((0, 2), (1, 1)):
         out = tmp_path / f"out{share}"
         run(
-            "preprocess", tmp_path / "x.jsonl", "--output", out, "--tokenizer", tokenizer_path, *OPTIONS,
-            "--text-field", "body", "--masked-share", share,
-        )  # fmt: skip
+            "preprocess",
+            tmp_path / "x.jsonl",
+            "--output",
+            out,
+            "--tokenizer",
+            tokenizer_path,
+            *OPTIONS,
+            "--text-field",
+            "body",
+            "--masked-share",
+            share,
+        )
         records = reference.read_folder(out, BLOCK)
         assert {record[0] for record in records} == {task}
         assert records[0][6 : 6 + 32] == next(ids for ids in map(tokenizer.encode, texts) if len(ids) >= 32)[:32]
@@ -109,8 +118,11 @@ def test_a_killed_run_goes_on(tmp_path, corpus, tokenizer_path, run):
     out = tmp_path / "killed"
     process = subprocess.Popen(
         [sys.executable, "-m", "cook.data", *command, "--workers", "2", "--output", str(out)],
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     while not list(out.glob(".unfinished/part-*.json")) and process.poll() is None:
         time.sleep(0.005)
     process.kill()

@@ -7,7 +7,7 @@ import pytest
 
 from cook.base.errors import UserError
 from tests.data.commands.conftest import BLOCK
-from tests.data.live import reference
+from tests.data.cpm_live import reference
 
 
 def test_the_same_records_in_an_order_of_the_seed(live, run, tmp_path):

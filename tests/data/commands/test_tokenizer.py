@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cook.base.errors import UserError
-from cook.vocab.sentencepiece import SentencePieceTokenizer
+from cook.text.sentencepiece import SentencePieceTokenizer
 from tests.data.commands.conftest import WORDS
 
 

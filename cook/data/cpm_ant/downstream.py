@@ -1,0 +1,95 @@
+"""Downstream data, in the way CPM-Ant tunes on it: `{"input", "target"}`, or a question with options.
+
+`{"input": text, "target": text}`: the input is context, the target is to be told, from left to right.
+`{"input": text, "options": [text, …], "target": number}`: every option makes a sample, `input option [是否正确]` ("is
+this right"), all of it context; its score is the logit of 是 ("yes") at its last token, and the loss is the cross
+entropy of the right option among the scores. What does not fit is cut off at the input's beginning.
+(CPM-Live, branch cpm-ant, examples/tune.py.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from cook.base.errors import UserError
+from cook.data.corpus import text_of
+from cook.data.cpm_live.records import (
+    CONTEXT,
+    DOWNSTREAM_PROMPT,
+    RIGHT_CHOICE,
+    TEXT_SEGMENT,
+    TOLD,
+    WRONG_CHOICE,
+    Record,
+    Segment,
+)
+from cook.text.tokenizer import Tokenizer
+
+QUESTION, YES = "[是否正确]", "是"
+
+
+def choice_token(tokenizer: Tokenizer) -> int:
+    """The id whose logit at an option's end is the option's score."""
+    return int(tokenizer.encode(YES)[0])
+
+
+def record_of(
+    value: Mapping[str, Any], where: str, tokenizer: Tokenizer, *, max_length: int, prompt_length: int
+) -> Record:
+    """The record of one object.
+
+    Args:
+        value: The object.
+        where: What errors begin with.
+        tokenizer: Of the model.
+        max_length: L, positions of a row; a record takes one at most, its prompts included.
+        prompt_length: P.
+
+    Raises:
+        UserError: It is no downstream object, or its target leaves no room.
+    """
+    text = text_of(value, "input", where, remedy=None)
+    ids = [tokenizer.bos_id, *tokenizer.encode(text)]
+    if "options" in value:
+        return _question(value, where, ids, tokenizer, max_length, prompt_length)
+    target = [*tokenizer.encode(text_of(value, "target", where, remedy=None)), tokenizer.eos_id]
+    room = max_length - prompt_length - len(target)
+    if room < 1:
+        raise UserError(
+            f"{where}: the target leaves no room for the input",
+            wanted=f"at most {max_length - prompt_length - 1} tokens",
+            got=len(target),
+            remedy="set data.max_length higher, or leave the object out",
+        )
+    ids = ids[-room:]
+    segments = (Segment(len(ids), TEXT_SEGMENT, CONTEXT), Segment(len(target), TEXT_SEGMENT, TOLD))
+    return Record(DOWNSTREAM_PROMPT, segments, np.array(ids + target, np.int64))
+
+
+def _question(
+    value: Mapping[str, Any], where: str, ids: list[int], tokenizer: Tokenizer, max_length: int, prompt_length: int
+) -> Record:
+    options, right = value["options"], value.get("target")
+    if not isinstance(options, list) or len(options) < 2 or not all(isinstance(option, str) for option in options):
+        raise UserError(f"{where}: 'options' is no list of texts", wanted="at least two strings")
+    if type(right) is not int or not 0 <= right < len(options):
+        wanted = f"the number of the right option, 0 to {len(options) - 1}"
+        raise UserError(f"{where}: 'target' is no number of an option", wanted=wanted, got=repr(right)[:80])
+    room = max_length // len(options) - prompt_length
+    if room < 1:
+        raise UserError(
+            f"{where}: {len(options)} options do not fit into a row",
+            wanted=f"rows of more than {len(options) * prompt_length} positions: each option has a prompt",
+            got=max_length,
+            remedy="set data.max_length higher, or leave the object out",
+        )
+    ends = tokenizer.encode(QUESTION)
+    texts = [(ids + tokenizer.encode(option) + ends)[-room:] for option in options]
+    segments = tuple(
+        Segment(len(text), TEXT_SEGMENT, RIGHT_CHOICE if number == right else WRONG_CHOICE)
+        for number, text in enumerate(texts)
+    )
+    return Record(DOWNSTREAM_PROMPT, segments, np.array([id for text in texts for id in text], np.int64))

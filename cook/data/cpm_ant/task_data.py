@@ -1,0 +1,198 @@
+"""Rows of CPM-Ant's tasks for a run: from CPM-Live's binary data, or from downstream JSON lines."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cook.base.errors import UserError
+from cook.data.cache import cached_folder, fingerprint_of
+from cook.data.corpus import Corpus, open_corpus
+from cook.data.cpm_ant.downstream import choice_token, record_of
+from cook.data.cpm_ant.draws import mix
+from cook.data.cpm_ant.task_rows import TaskRows, pack_records
+from cook.data.cpm_live.dataset import LiveDataset, open_live
+from cook.data.cpm_live.meta import DEFAULT_BLOCK_SIZE, write_meta
+from cook.data.cpm_live.records import WRONG_CHOICE, Record
+from cook.data.cpm_live.writer import LiveWriter
+from cook.text.tokenizer import Tokenizer
+
+FORMAT = 1
+"""Raised whenever the same inputs would give other rows."""
+
+HELD_OUT_RUN = 64
+"""Records that are held out together: the pieces of a document stand side by side."""
+
+
+class TaskData(NamedTuple):
+    """What a source of tasks gives."""
+
+    train: TaskRows
+    held_out: TaskRows
+    files: dict[str, tuple[int, str]]
+    """Size and hash of every file that it was made of."""
+
+
+def open_task_rows(
+    data: Any,
+    tokenizer: Tokenizer,
+    *,
+    prompt_length: int,
+    cache: Path,
+    seed: int,
+    build: bool = True,
+    limits: Mapping[str, int | None] | None = None,
+) -> TaskData:
+    """Opens the training and the held-out rows of a data section, and prepares them if that has not been done.
+
+    Args:
+        data: `type, paths, held_out, held_out_paths, max_length` of the configuration's data section.
+        tokenizer: Of the model; binary data must have been made with it.
+        prompt_length: P.
+        cache: Where prepared data is kept.
+        seed: Of the draws of what is hidden.
+        build: Prepare what is missing. Otherwise only read.
+        limits: The model's `prompt_types` and `segment_types`, where known.
+
+    Raises:
+        UserError: The data is unusable, or (`build=False`) has not been prepared.
+    """
+    opened = cached_folder if build else _only_read
+    files: dict[str, tuple[int, str]] = {}
+
+    def records(paths: Sequence[str]) -> LiveDataset:
+        if data.type == "downstream":
+            corpus = open_corpus("jsonl", paths)
+            files.update({file.name: (file.size, file.sha256) for file in corpus.files})
+            paths = [str(_downstream(corpus, tokenizer, data.max_length, prompt_length, cache, opened))]
+        found = open_live(live_folders(paths), cache, opened=opened)
+        if data.type != "downstream":
+            files.update({file.path: (file.size, file.digest) for file in found.files})
+        _check(found, tokenizer, limits or {})
+        return found
+
+    train = records(data.paths)
+    everything = np.arange(len(train))
+    if data.held_out_paths:
+        held_out = records(data.held_out_paths)
+        parts = {"train": (train, everything), "held_out": (held_out, np.arange(len(held_out)))}
+    else:
+        is_held_out = split_records(len(train), data.held_out)
+        parts = {"train": (train, everything[~is_held_out]), "held_out": (train, everything[is_held_out])}
+    sizes = {"max_length": data.max_length, "prompt_length": prompt_length}
+    key = fingerprint_of("tasks", FORMAT, [found.fingerprint for found, _ in parts.values()], data.held_out, sizes)
+
+    def pack(folder: Path) -> dict[str, Any]:
+        packed = {
+            part: pack_records(found, chosen, **sizes, folder=folder, part=part)
+            for part, (found, chosen) in parts.items()
+        }
+        return {**sizes, **packed}
+
+    folder = opened(cache, "tasks", key, pack)
+    asks = any(int(found.column["segment_task"].max(initial=0)) >= WRONG_CHOICE for found, _ in parts.values())
+    yes = choice_token(tokenizer) if asks else None
+    rows = [TaskRows(found, folder, part, seed=seed, choice_token=yes) for part, (found, _) in parts.items()]
+    return TaskData(rows[0], rows[1], files)
+
+
+def live_folders(paths: Sequence[str]) -> list[Path]:
+    """The folders of binary data that some paths and glob patterns name, in their order, none twice.
+
+    Raises:
+        UserError: There are none.
+    """
+    found: dict[Path, Path] = {}
+    for given in paths:
+        path = Path(given).expanduser()
+        matches = sorted(map(Path, glob.glob(str(path)))) if glob.has_magic(given) and not path.exists() else [path]
+        if not matches:
+            raise UserError(f"{given}: matches no folder", wanted="folders with meta.bin")
+        for match in matches:
+            found.setdefault(match.resolve(), match)
+    return list(found.values())
+
+
+def split_records(count: int, fraction: float) -> np.ndarray:
+    """Says which records are held out: runs of `HELD_OUT_RUN`, chosen by their number alone; bool (count,).
+
+    Of few records every one is a run of its own. At least one run is on either side.
+
+    Raises:
+        UserError: There are fewer than two records, or the fraction is not between 0 and 1.
+    """
+    if not 0.0 < fraction < 1.0:
+        raise UserError("data.held_out is not a fraction", wanted="between 0 and 1, both excluded", got=fraction)
+    if count < 2:
+        raise UserError("the data has too few records to hold one out", wanted="at least 2", got=count)
+    run = HELD_OUT_RUN if count >= 100 * HELD_OUT_RUN else 1
+    number = np.arange(-(-count // run), dtype=np.uint64)
+    place = mix(mix(number + np.uint64(1)) + np.uint64(1)).astype(np.float64) / 2.0**64
+    chosen = place < fraction
+    if not chosen.any():
+        chosen[place.argmin()] = True
+    elif chosen.all():
+        chosen[place.argmax()] = False
+    return np.repeat(chosen, run)[:count]
+
+
+def _check(data: LiveDataset, tokenizer: Tokenizer, limits: Mapping[str, int | None]) -> None:
+    if not len(data):
+        raise UserError(f"{data.files[0].path}: the data has no records", wanted="at least one")
+    if data.largest_token >= tokenizer.vocab_size:
+        raise UserError(
+            f"{data.place(data.largest_token_record)}: the record has a token outside of the vocabulary",
+            wanted=f"below {tokenizer.vocab_size}",
+            got=data.largest_token,
+            remedy="name the tokenizer with which the data was made",
+        )
+    for name, column, what in (("prompt_types", "task", "task"), ("segment_types", "segment_type", "segment type")):
+        limit = limits.get(name)
+        values = data.column[column]
+        if limit is not None and int(values.max()) >= limit:
+            found = int(values.argmax())
+            number = found if column == "task" else int(np.searchsorted(data.segment_begin, found, side="right")) - 1
+            raise UserError(
+                f"{data.place(number)}: the record has a {what} that the model does not know",
+                wanted=f"below {limit} (the model's {name})",
+                got=int(values[found]),
+            )
+
+
+def _only_read(cache: Path, kind: str, fingerprint: str, build: Callable[[Path], dict[str, Any]]) -> Path:
+    def refuse(folder: Path) -> dict[str, Any]:
+        raise UserError(f"{cache}: nothing is prepared for this configuration", remedy="prepare it on one rank first")
+
+    return cached_folder(cache, kind, fingerprint, refuse)
+
+
+def _downstream(
+    corpus: Corpus, tokenizer: Tokenizer, max_length: int, prompt_length: int, cache: Path, opened: Any
+) -> Path:
+    """A folder of binary data made of JSON lines, which `open_live` reads."""
+    key = fingerprint_of("downstream", FORMAT, corpus.fingerprint(), tokenizer.fingerprint, max_length, prompt_length)
+
+    def build(folder: Path) -> dict[str, Any]:
+        sizes = {"max_length": max_length, "prompt_length": prompt_length}
+        write_records((record_of(item.values, item.where, tokenizer, **sizes) for item in corpus.objects()), folder)
+        return {}
+
+    return opened(cache, "downstream", key, build)
+
+
+def write_records(records: Iterable[Record], folder: Path) -> None:
+    """Writes records as a folder of binary data.
+
+    Raises:
+        UserError: There are none.
+    """
+    with LiveWriter(folder / "data", version=2, block_size=DEFAULT_BLOCK_SIZE) as writer:
+        for record in records:
+            writer.write(record.numbers())
+    if not writer.nlines:
+        raise UserError("the downstream data is empty", wanted="at least one object")
+    write_meta(folder, 2, [writer.info()])

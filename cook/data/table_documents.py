@@ -1,0 +1,117 @@
+"""Documents in tables: parquet files, arrow folders, datasets of the Hub; Hugging Face's `datasets` reads them all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+
+from cook.base.errors import UserError
+from cook.base.files import sha256
+from cook.data.documents import Item, SourceFile
+
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException)
+"""What the library raises for a table that it cannot read."""
+
+
+def read_parquet(file: SourceFile) -> Iterator[Item]:
+    """Rows of a parquet file, read group by group.
+
+    Raises:
+        UserError: The file is no whole parquet file; the row that could not be read is named.
+    """
+    from datasets import load_dataset
+
+    row = 0
+    try:
+        # Streaming a local file reads it where it is; otherwise the library would first copy it into its cache.
+        for values in load_dataset("parquet", data_files=[str(file.path)], split="train", streaming=True):
+            yield Item(f"{file.name}:{row}", f"{file.path}, row {row}", values)
+            row += 1
+    except UNREADABLE as error:
+        raise UserError(f"{file.path}: cannot be read as parquet at row {row}: {_first_line(error)}") from error
+
+
+def list_arrow_folders(paths: Sequence[str], split: str, digest: Callable[[Path], str]) -> tuple[SourceFile, ...]:
+    """Folders that `save_to_disk` wrote, each as one file of the corpus.
+
+    Raises:
+        UserError: A folder is missing, or not such a folder, or has no such split.
+    """
+    found = []
+    for given in paths:
+        folder = _arrow_folder(Path(given).expanduser(), split)
+        files = sorted(path for path in folder.iterdir() if path.is_file())
+        content = "".join(f"{path.name} {digest(path)}\n" for path in files)
+        whole = hashlib.sha256(content.encode()).hexdigest()
+        found.append(SourceFile(folder, folder.name, sum(path.stat().st_size for path in files), whole))
+    if not found:
+        raise UserError("the corpus is empty", wanted="at least one folder in data.paths")
+    return tuple(found)
+
+
+def _arrow_folder(path: Path, split: str) -> Path:
+    if (path / "dataset_dict.json").is_file():
+        if not (path / split / "state.json").is_file():
+            raise UserError(f"{path}: there is no split {split!r}", remedy="name one of its folders in data.split")
+        return path / split
+    if not (path / "state.json").is_file():
+        raise UserError(f"{path}: not a folder that save_to_disk wrote", wanted="state.json and .arrow files")
+    return path
+
+
+def read_arrow_folder(file: SourceFile, *, split: str) -> Iterator[Item]:
+    """Rows of an arrow folder, mapped from the disk."""
+    from datasets import load_from_disk
+
+    row = 0
+    try:
+        for values in load_from_disk(str(file.path)):
+            yield Item(f"{file.name}:{row}", f"{file.path}, row {row}", values)
+            row += 1
+    except UNREADABLE as error:
+        raise UserError(f"{file.path}: cannot be read as arrow data at row {row}: {_first_line(error)}") from error
+
+
+def open_hub(
+    name: str, subset: str | None, split: str
+) -> tuple[tuple[SourceFile, ...], Callable[[SourceFile], Iterator[Item]]]:
+    """A dataset of the Hub, or of a folder laid out like one, downloaded into the library's cache.
+
+    Raises:
+        UserError: There is no such dataset, subset or split, or it cannot be reached.
+    """
+    dataset = load_hub(name, subset, split, streaming=False)
+    digest = hashlib.sha256()
+    for cached in dataset.cache_files:
+        digest.update(sha256(cached["filename"]).encode())
+    label = "/".join(part for part in (name, subset, split) if part)
+    file = SourceFile(Path(name), label, int(dataset.dataset_size or 0), digest.hexdigest())
+
+    def read(file: SourceFile) -> Iterator[Item]:
+        for row, values in enumerate(dataset):
+            yield Item(f"{file.name}:{row}", f"{file.name}, row {row}", values)
+
+    return (file,), read
+
+
+def load_hub(name: str, subset: str | None, split: str, *, streaming: bool) -> Any:
+    """`datasets.load_dataset` with messages that say what to do; code of a dataset is never run."""
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(os.path.expanduser(name), subset, split=split, streaming=streaming)
+    except (*UNREADABLE, RuntimeError) as error:  # ConnectionError is an OSError; a failed preparation a RuntimeError
+        raise UserError(
+            f"the dataset {name!r} cannot be opened: {_first_line(error)}",
+            wanted=f"a dataset with a split {split!r}" + (f" in {subset!r}" if subset else ""),
+            remedy="check data.name, data.subset and data.split; a machine without network needs local files",
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0][:300] or type(error).__name__

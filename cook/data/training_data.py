@@ -1,0 +1,248 @@
+"""The training data of a run: prepared by one process, then mapped by all."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cook.base.errors import UserError
+from cook.base.files import read_json, write_json
+from cook.config.check_data import TASK_TYPES, source_names
+from cook.config.corpus import DataConfig
+from cook.data.cache import fingerprint_of
+from cook.data.cpm_ant.task_data import TaskData, open_task_rows
+from cook.data.joined import JoinedRows
+from cook.data.packing import open_rows
+from cook.data.prepare import (
+    PARTS,
+    SplitCorpus,
+    open_split,
+    open_tokenizer,
+    prepare_rows,
+    prepare_tokenizer,
+    prepare_tokens,
+)
+from cook.data.rows import Rows
+from cook.data.streams import Stream, StreamedData, open_stream
+from cook.text.tokenizer import Tokenizer
+
+POINTER = "data.json"
+"""File in the output folder that tells where the prepared data is."""
+
+
+class TrainingData(NamedTuple):
+    """What a trainer reads."""
+
+    tokenizer: Tokenizer
+    train: Rows | StreamedData
+    held_out: Rows
+
+
+def load_rows(
+    data: DataConfig,
+    tokenizer_config: Any,
+    *,
+    prompt_length: int,
+    output_dir: str | Path,
+    seed: int = 0,
+    limits: Mapping[str, int | None] | None = None,
+    build: bool = True,
+) -> TrainingData:
+    """Opens the tokenizer and the packed rows of a run.
+
+    On several ranks: rank 0 calls it first, the others wait at a barrier and call it with `build=False`. They follow
+    the pointer that rank 0 has left in the output folder, and neither list nor hash the corpus. The output folder and
+    the cache must be visible to all ranks.
+
+    Args:
+        data: The configuration's data section.
+        tokenizer_config: The configuration's tokenizer section (`type, path, vocab_size`).
+        prompt_length: Prompt positions in front of every row.
+        output_dir: The run's output folder; also holds the cache if `data.cache_dir` is None.
+        seed: Of tasks that hide a random part of a sample.
+        limits: The model's `prompt_types` and `segment_types`, where known.
+        build: Prepare what is missing or out of date. Otherwise only read.
+
+    Raises:
+        UserError: The corpus or tokenizer is unusable, or (`build=False`) nothing has been prepared for this
+            configuration.
+    """
+    output = Path(output_dir)
+    opening = _Opening(data, tokenizer_config, prompt_length, seed, limits or {}, _cache(data, output))
+    if build:
+        opening.prepare(output / POINTER)
+    pointer = read_json(output / POINTER)
+    if pointer.get("request") != opening.request():
+        raise UserError(
+            f"{output / POINTER}: the data was prepared for another configuration",
+            remedy="prepare it again on one rank, with this configuration",
+        )
+    return opening.open(pointer)
+
+
+def read_files(output_dir: str | Path) -> dict[str, list[Any]]:
+    """Size and hash of every file of the corpus, as they were when the data was prepared."""
+    return read_json(Path(output_dir) / POINTER)["files"]
+
+
+def changed_files(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What has become of the files of a corpus, one phrase each; empty if nothing has."""
+    changes = [f"{name}: gone" for name in before.keys() - now.keys()]
+    changes += [f"{name}: new" for name in now.keys() - before.keys()]
+    for name in before.keys() & now.keys():
+        (size, digest), (new_size, new_digest) = before[name], now[name]
+        if digest != new_digest:
+            grown = f"{size} bytes then, {new_size} now" if size != new_size else "other content of the same size"
+            changes.append(f"{name}: {grown}")
+    return sorted(changes)
+
+
+def one_source_each(data: DataConfig) -> list[DataConfig]:
+    """The data section as seen by each source alone: `data` itself where no list of sources is given."""
+    if not data.sources:
+        return [data]
+    names = source_names(data)
+    return [
+        dataclasses.replace(
+            data,
+            sources=(),
+            mixing=None,
+            type=source.type,
+            paths=source.paths,
+            name=source.name or name,
+            subset=source.subset,
+            split=source.split,
+            text_field=source.text_field,
+            streaming=source.streaming,
+            held_out_paths=source.held_out_paths,
+        )
+        for name, source in zip(names, data.sources, strict=True)
+    ]
+
+
+class _Opening:
+    """One way of preparing and reading for one source or many, prepared or streamed, text or tasks."""
+
+    def __init__(
+        self,
+        data: DataConfig,
+        tokenizer: Any,
+        prompt_length: int,
+        seed: int,
+        limits: Mapping[str, int | None],
+        cache: Path,
+    ):
+        self.data, self.tokenizer, self.prompt_length, self.cache = data, tokenizer, prompt_length, cache
+        self.seed, self.limits = seed, limits
+        self.views = one_source_each(data)
+
+    def request(self) -> str:
+        """Hash of the settings that decide what is prepared."""
+        wanted = dataclasses.asdict(self.data)
+        for key in ("mixing", "workers", "ledger", "cache_dir"):  # they change no row
+            wanted.pop(key)
+        tokenizer = [self.tokenizer.type, self.tokenizer.path, self.tokenizer.vocab_size]
+        return fingerprint_of(wanted, tokenizer, self.prompt_length)
+
+    def prepare(self, pointer: Path) -> None:
+        """Builds what is missing, on one rank, and writes where it is."""
+        texts = {n: open_split(view) for n, view in enumerate(self.views) if not _is_apart(view)}
+        streams = {n: open_stream(view) for n, view in enumerate(self.views) if view.streaming}
+        path = self._prepare_tokenizer(texts, streams)
+        tokenizer = open_tokenizer(self.tokenizer, path)
+        places: list[str | None] = []
+        files = {
+            self._label(view, file.name): [file.size, file.sha256]
+            for number, view in enumerate(self.views)
+            if (found := texts.get(number) or streams.get(number))
+            for file in found.corpus.files
+        }
+        for number, view in enumerate(self.views):
+            place = None
+            if number in texts:
+                place = self._rows(prepare_tokens(texts[number], tokenizer, self.cache), tokenizer)
+            elif number in streams:
+                tokens = prepare_tokens(streams[number], tokenizer, self.cache)
+                place = self._rows(tokens, tokenizer, parts=("held_out",))
+            else:
+                own = self._open_tasks(view, tokenizer, build=True).files
+                files |= {self._label(view, name): list(seen) for name, seen in own.items()}
+            places.append(str(place.resolve()) if place else None)
+        write_json(
+            pointer, {"request": self.request(), "tokenizer": str(path.resolve()), "rows": places, "files": files}
+        )
+
+    def open(self, pointer: Mapping[str, Any]) -> TrainingData:
+        """Reads what `prepare` has left."""
+        tokenizer = open_tokenizer(self.tokenizer, Path(pointer["tokenizer"]))
+        train: list[Any] = []
+        held_out: list[Rows] = []
+        for view, place in zip(self.views, pointer["rows"], strict=True):
+            if place is None:
+                rows = self._open_tasks(view, tokenizer, build=False)
+                train.append(rows.train)
+                held_out.append(rows.held_out)
+                continue
+            train.append(open_stream(view) if view.streaming else open_rows(Path(place), "train", self.prompt_length))
+            held_out.append(open_rows(Path(place), "held_out", self.prompt_length))
+        names = [str(view.name) for view in self.views]
+        weights = [source.weight for source in self.data.sources]
+        given = [weight for weight in weights if weight is not None]
+        if isinstance(train[0], Stream):
+            streamed = StreamedData(
+                sources=tuple(train),
+                weights=tuple(given) or (1.0,),
+                tokenizer=tokenizer,
+                max_length=self.data.max_length,
+                prompt_length=self.prompt_length,
+            )
+            return TrainingData(tokenizer, streamed, _joined(names, held_out))
+        return TrainingData(tokenizer, _joined(names, train, given or None), _joined(names, held_out))
+
+    def _prepare_tokenizer(self, texts: dict[int, SplitCorpus], streams: dict[int, Stream]) -> Path:
+        known = [texts.get(n) or streams.get(n) for n in range(len(self.views))]
+        sources = [source for source in known if source is not None]
+        prints = [source.fingerprint for source in sources]
+        training = (text for source in sources for text in source.training_texts())
+        return prepare_tokenizer(
+            self.tokenizer, training, prints[0] if len(prints) == 1 else fingerprint_of(prints), self.cache
+        )
+
+    def _rows(self, tokens: Path, tokenizer: Tokenizer, parts: Sequence[str] = PARTS) -> Path:
+        return prepare_rows(
+            tokens,
+            tokenizer,
+            max_length=self.data.max_length,
+            prompt_length=self.prompt_length,
+            cache=self.cache,
+            parts=parts,
+        )
+
+    def _label(self, view: DataConfig, file: str) -> str:
+        return f"{view.name}/{file}" if self.data.sources else file
+
+    def _open_tasks(self, view: DataConfig, tokenizer: Tokenizer, *, build: bool) -> TaskData:
+        return open_task_rows(
+            view,
+            tokenizer,
+            prompt_length=self.prompt_length,
+            cache=self.cache,
+            seed=self.seed,
+            limits=self.limits,
+            build=build,
+        )
+
+
+def _is_apart(view: DataConfig) -> bool:
+    """Whether a source has no corpus of documents to prepare."""
+    return view.streaming or view.type in TASK_TYPES
+
+
+def _cache(data: DataConfig, output: Path) -> Path:
+    return Path(data.cache_dir) if data.cache_dir is not None else output / "data"
+
+
+def _joined(names: list[str], parts: list[Rows], weights: list[float] | None = None) -> Rows:
+    return parts[0] if len(parts) == 1 else JoinedRows(names, parts, weights)

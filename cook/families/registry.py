@@ -1,0 +1,74 @@
+"""The families that cook knows, and those that a program adds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cook.base.errors import UserError
+from cook.families import bert, cpm_ant, gemma, gpt2, gpt_neox, llama, opt, phi, qwen
+from cook.pruning.family import Adapter
+
+OWN: tuple[Adapter, ...] = (
+    cpm_ant.ADAPTER,
+    *llama.ADAPTERS,
+    *qwen.ADAPTERS,
+    *gemma.ADAPTERS,
+    *phi.ADAPTERS,
+    *gpt2.ADAPTERS,
+    *gpt_neox.ADAPTERS,
+    *opt.ADAPTERS,
+    *bert.ADAPTERS,
+)
+_added: list[Adapter] = []
+
+
+def adapters() -> tuple[Adapter, ...]:
+    """All families; those added last are asked first."""
+    return (*reversed(_added), *OWN)
+
+
+def register(adapter: Adapter) -> None:
+    """Adds a family from outside the package; it goes before one of the same `model_type` that cook has."""
+    _added.append(adapter)
+
+
+def unregister(adapter: Adapter) -> None:
+    """Takes a family out that `register` added."""
+    _added.remove(adapter)
+
+
+def stock_type(config: Mapping[str, Any]) -> Any:
+    """The type of model that a config.json describes; a ragged export names the stock one that it derives from."""
+    return config.get("stock_type", config.get("model_type"))
+
+
+def knows(config: Mapping[str, Any]) -> bool:
+    """Whether there is an adapter for a config.json."""
+    return _find(config) is not None
+
+
+def by_config(config: Mapping[str, Any]) -> Adapter:
+    """The adapter of a model's config.json.
+
+    Raises:
+        UserError: none; the message lists what is known and what an adapter needs.
+    """
+    found = _find(config)
+    if found is None:
+        known = ", ".join(sorted(t for a in adapters() for t in a.model_types if t))
+        raise UserError(
+            f"no adapter for models of type {stock_type(config)!r}",
+            wanted=known,
+            remedy="for another family of transformers, fill in a cook.families.layout.Family (the names of its layer "
+            "list, of the products of its attention and FFN blocks, of its norms, and of its config's sizes), and pass "
+            "stock_adapter(family) to cook.families.registry.register before cook starts; README: Other families",
+        )
+    return found
+
+
+def _find(config: Mapping[str, Any]) -> Adapter | None:
+    wanted = stock_type(config)
+    if wanted is not None and not isinstance(wanted, str):
+        return None
+    return next((adapter for adapter in adapters() if wanted in adapter.model_types), None)

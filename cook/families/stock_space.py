@@ -1,0 +1,185 @@
+"""The pruning space of a stock model, from its family's table and the shapes of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from cook.families.layout import Attention, Family, FeedForward
+from cook.families.stock_models import config_object, skeleton, weight_shapes
+from cook.pruning.family import HeadUnit, ModelConfig
+from cook.pruning.units import GatePoint, PruningSpace, Site, UnitGroup, WeightSlice
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heads:
+    """The heads of one attention block."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """By the names that `Attention.remembers` uses."""
+        return {
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "heads_per_kv": self.heads // self.kv_heads,
+            "width": self.heads * self.head_dim,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One part of a weight, whole or fused: where its units begin and how wide they are, along its output."""
+
+    path: str
+    offset: int
+    block: int
+
+
+def head_dim_of(family: Family, config: PreTrainedConfig) -> int:
+    """Features of a head."""
+    explicit = getattr(config, family.names.head_dim, None) if family.names.head_dim else None
+    return explicit or getattr(config, family.names.hidden) // getattr(config, family.names.heads)
+
+
+def heads_of(family: Family, head_dim: int, model: torch.nn.Module, layer: str) -> Heads | None:
+    """The heads of a layer's attention block; None where there is no such block."""
+    table = family.attention
+    try:
+        out, keys = model.get_submodule(f"{layer}.{table.out}"), model.get_submodule(f"{layer}.{table.k}")
+        inner = out.get_parameter("weight").shape[_in_dim(out)]
+    except AttributeError:
+        return None
+    width = keys.get_parameter("weight").shape[1 - _in_dim(keys)]
+    if table.q == table.k == table.v:
+        width = (width - inner) // 2
+    return Heads(heads=inner // head_dim, kv_heads=width // head_dim, head_dim=head_dim)
+
+
+def head_units(family: Family, config: ModelConfig) -> tuple[HeadUnit, ...]:
+    """Both kinds where key-value heads are shared; else a query head is a group of its own."""
+    made = config_object(config)
+    shared = family.names.kv_heads and getattr(made, family.names.kv_heads) < getattr(made, family.names.heads)
+    return ("kv_group", "query_head") if shared else ("kv_group",)
+
+
+def space(family: Family, config: ModelConfig, head_unit: HeadUnit) -> PruningSpace:
+    """All that can be pruned in a model of this config."""
+    model = skeleton(family, config)
+    shapes, made = weight_shapes(model), config_object(config)
+    num_layers = getattr(made, family.names.layers)
+    groups: list[UnitGroup] = []
+    for number in range(num_layers):
+        layer = f"{family.layers}.{number}"
+        groups += _attention(family, head_dim_of(family, made), head_unit, model, shapes, number, layer)
+        groups += _feed_forward(family, model, shapes, number, layer)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    logits = next((path for path, weight in model.named_parameters() if head and weight is head.weight), "")
+    return PruningSpace(num_layers=num_layers, shapes=shapes, groups=tuple(groups), logits_weight=logits)
+
+
+def _attention(family, head_dim, head_unit, model, shapes, number, layer) -> list[UnitGroup]:
+    table, found = family.attention, heads_of(family, head_dim, model, layer)
+    if found is None:
+        return []
+    queries = found.heads // found.kv_heads
+    whole = head_unit == "kv_group" or queries == 1
+    width = queries * head_dim if whole else head_dim
+    blocks = {"q": width, "k": head_dim, "v": head_dim} if whole else {"q": width}
+    parts = []
+    if table.interleaved:
+        parts = [Part(path=table.q, offset=0, block=3 * head_dim)]
+        assert whole, "query heads of shared keys cannot be told apart in an interleaved weight"
+    else:
+        spans = {"q": found.heads * head_dim, "k": found.kv_heads * head_dim, "v": found.kv_heads * head_dim}
+        paths = {"q": table.q, "k": table.k, "v": table.v}
+        offsets = _offsets(list(paths.values()), list(spans.values()))
+        parts = [
+            Part(path=paths[name], offset=offset, block=blocks[name])
+            for name, offset in zip(paths, offsets, strict=True)
+            if name in blocks
+        ]
+    units = {"size": found.kv_heads, "members": queries} if whole else {"size": found.heads, "sections": found.kv_heads}
+    slices = (*_in_slices(model, shapes, layer, parts), _out_slice(model, f"{layer}.{table.out}", width))
+    return _block_and_units(table, "att", shapes, number, layer, slices, width, units)
+
+
+def _feed_forward(family, model, shapes, number, layer) -> list[UnitGroup]:
+    table = family.ffn
+    path = f"{layer}.{table.out}.weight"
+    if path not in shapes:
+        return []
+    out = _out_slice(model, f"{layer}.{table.out}", 1)
+    size = shapes[path][out.dim]
+    offsets = _offsets(list(table.ins), [size] * len(table.ins))
+    parts = [Part(path=name, offset=offset, block=1) for name, offset in zip(table.ins, offsets, strict=True)]
+    slices = (*_in_slices(model, shapes, layer, parts), out)
+    return _block_and_units(table, "ffn", shapes, number, layer, slices, 1, {"size": size})
+
+
+def _offsets(paths: Sequence[str], spans: Sequence[int]) -> list[int]:
+    """Where each part begins in its weight: parts of one path lie one behind the other."""
+    ends: dict[str, int] = {}
+    begins = []
+    for path, span in zip(paths, spans, strict=True):
+        begins.append(ends.get(path, 0))
+        ends[path] = begins[-1] + span
+    return begins
+
+
+def _in_dim(module: torch.nn.Module) -> int:
+    return 0 if isinstance(module, Conv1D) else 1
+
+
+def _in_slices(
+    model: torch.nn.Module, shapes: Mapping[str, Any], layer: str, parts: Sequence[Part]
+) -> Iterator[WeightSlice]:
+    for part in parts:
+        path = f"{layer}.{part.path}"
+        dim = 1 - _in_dim(model.get_submodule(path))
+        yield WeightSlice(path=f"{path}.weight", dim=dim, block=part.block, offset=part.offset)
+        if f"{path}.bias" in shapes:
+            yield WeightSlice(path=f"{path}.bias", dim=0, block=part.block, offset=part.offset)
+
+
+def _out_slice(model: torch.nn.Module, path: str, width: int) -> WeightSlice:
+    return WeightSlice(path=f"{path}.weight", dim=_in_dim(model.get_submodule(path)), block=width)
+
+
+def _block_and_units(
+    table: Attention | FeedForward,
+    site: Site,
+    shapes,
+    number: int,
+    layer: str,
+    slices: tuple[WeightSlice, ...],
+    width: int,
+    units: Mapping[str, int],
+) -> list[UnitGroup]:
+    inside = tuple(f"{layer}.{name}." for name in (*table.modules, *table.norms_before, *table.norms_after))
+    after = [path for path in shapes if path.startswith(tuple(f"{layer}.{name}." for name in table.norms_after))]
+    out, last = f"{layer}.{table.out}", f"{layer}.{(table.out, *table.norms_after)[-1]}"
+    # A norm behind the block maps zero to its own bias, which then acts on as well.
+    acts_on = f"{out}.bias" in shapes or f"{last}.bias" in shapes
+    block = UnitGroup(
+        kind="layer",
+        site=site,
+        layer=number,
+        size=1,
+        slices=tuple(WeightSlice(path=p, dim=0, block=shapes[p][0]) for p in shapes if p.startswith(inside)),
+        # Behind the norm: in front of it a gate between 0 and 1 would be divided out again.
+        gate=GatePoint(module=last, at="output", repeat=0),
+        residue=tuple(path for path in (f"{out}.bias", *after) if path in shapes) if acts_on else (),
+    )
+    gate = GatePoint(module=out, at="input", repeat=width)
+    kind = "heads" if site == "att" else "dimff"
+    inner = UnitGroup(kind=kind, site=site, layer=number, slices=slices, gate=gate, **units)  # type: ignore[arg-type]
+    return [block, inner]

@@ -1,0 +1,184 @@
+"""Which gates close: the task loss ranks them, one multiplier a constraint holds the expected sparsity on its target.
+
+The problem is Wang, Wohlwend and Lei's ("Structured pruning of large language models", EMNLP 2020, sec. 3.2):
+
+    min over x, max over λ of   L_task(x) + Σ_c λ_c · (t_c − s_c(x)),      x: a value a gate (logα, or z itself),
+
+Gradient ascent on λ swings: Adam makes the gates' response bang-bang, so λ always arrives late. Here the inner
+maximum is taken exactly instead. A step of the gates is Adam's, the multiplier enters it as one more gradient,
+
+    x ← x − η · clip((m − λ·∂s/∂x) / (√v + ε) + urge, ±1),      m, v: moments of the task gradient alone,
+
+and λ_c, the price in loss of a unit of sparsity, is the one number for which the step ends on the target: s_c grows
+with λ_c, so a bracket finds it. The gates are thereby projected on the constraint in Adam's own metric: a gate falls
+when the price of its parameters exceeds what the task loses by it. Nothing needs tuning to the number of units, to
+the number of steps, or to the scale of the loss. What x is, how far it may go, what of it s counts and what urges it
+to become binary is the relaxation's business (`relaxation.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from cook.pruning.relaxation import Relaxation
+
+HALVINGS = 8
+"""Of the range of log|λ| at first, which spans many decades: 60 nats to a quarter of one."""
+MOST_SECANTS = 40
+NEAR_ENOUGH = 1e-13
+"""Of a sparsity to its target."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constraint:
+    """A target for the expected sparsity of some consecutive gates.
+
+    s = 1 − Σ_j cost_j · openness_j, the cost being each unit's share of the parameters (or of the units).
+    """
+
+    name: str
+    start: int
+    """The first gate's index in the flat vector of all gates."""
+    costs: tuple[float, ...]
+    """Each gate's share; they sum to 1."""
+    target: float
+    """The sparsity to end with, in [0, 1)."""
+
+
+class GateController:
+    """Adam for gates with an exact multiplier a constraint.
+
+    Every gate belongs to exactly one constraint. All in float64 on the CPU: a few thousand numbers.
+
+    Args:
+        constraints: They cover the flat vector of gates without gaps, in order.
+        relaxation: What a gate's value is.
+        learning_rate: The most that a gate moves in a step.
+        betas: Decay of the moments of the task gradient.
+    """
+
+    def __init__(
+        self,
+        constraints: Sequence[Constraint],
+        relaxation: Relaxation,
+        *,
+        learning_rate: float,
+        betas: tuple[float, float] = (0.9, 0.99),
+    ):
+        sizes = [len(c.costs) for c in constraints]
+        assert [c.start for c in constraints] == [sum(sizes[:i]) for i in range(len(sizes))], "gaps between constraints"
+        self.constraints, self.relaxation = tuple(constraints), relaxation
+        self.learning_rate, self.betas = learning_rate, betas
+        # A row a constraint, filled up to the longest: what stands there costs nothing.
+        self._real = torch.arange(max(sizes, default=0)) < torch.tensor(sizes)[:, None]
+        self._costs = self._rows(torch.tensor([cost for c in constraints for cost in c.costs], dtype=torch.float64))
+        self._sizes = torch.tensor(sizes, dtype=torch.float64)
+        self.moment = torch.zeros(sum(sizes), dtype=torch.float64)
+        self.second_moment = torch.zeros(sum(sizes), dtype=torch.float64)
+        self.steps = 0
+        self.multipliers = torch.zeros(len(sizes), dtype=torch.float64)
+
+    def _rows(self, flat: torch.Tensor) -> torch.Tensor:
+        """A flat vector as `[constraints, longest]`, zeros at the ends."""
+        return torch.zeros(self._real.shape, dtype=flat.dtype).masked_scatter_(self._real, flat)
+
+    def expected_sparsity(self, values: torch.Tensor) -> torch.Tensor:
+        """s of every constraint, float64 `[constraints]`."""
+        return self._sparsity(self._rows(values.double()))
+
+    def _sparsity(self, rows: torch.Tensor) -> torch.Tensor:
+        return 1 - (self._costs * self.relaxation.openness(rows)).sum(1)
+
+    @torch.no_grad()
+    def step(self, values: torch.Tensor, gradient: torch.Tensor, targets: torch.Tensor, *, hold: float = 0.0) -> None:
+        """Moves `values` in place by one step that ends on `targets` wherever the step's length allows it.
+
+        Args:
+            values: Flat gates, float32 `[gates]`.
+            gradient: ∂L_task/∂values, averaged over ranks and micro-batches, `[gates]`.
+            targets: The sparsity wanted now, `[constraints]`.
+            hold: The part that is over of the time in which the targets hold; the relaxation's urge grows with it.
+        """
+        self.steps += 1
+        gradient = gradient.double()
+        self.moment.lerp_(gradient, 1 - self.betas[0])
+        self.second_moment.lerp_(gradient**2, 1 - self.betas[1])
+        moment = self._rows(self.moment / (1 - self.betas[0] ** self.steps))
+        scale = self._rows((self.second_moment / (1 - self.betas[1] ** self.steps)).sqrt())
+        # A gate that the task has not touched yields at once, but not infinitely sooner than its neighbours.
+        scale = scale + 1e-2 * (scale.sum(1) / self._sizes)[:, None] + 1e-30
+
+        relaxation, start = self.relaxation, self._rows(values.double())
+        task = moment / scale + relaxation.urge(start, hold)
+        press = self._costs * relaxation.slope(start) / scale
+        low, high = relaxation.low, relaxation.high
+
+        def moved(multipliers: torch.Tensor) -> torch.Tensor:
+            pull = torch.addcmul(task, multipliers[:, None], press).clamp_(-1, 1)
+            return torch.sub(start, pull, alpha=self.learning_rate).clamp_(low, high)
+
+        # At this bound every gate of the constraint moves by the full learning rate.
+        reach = torch.where(self._real, (1 + task.abs()) / press, 0.0).amax(1)
+        self.multipliers = self._solve(moved, targets.double(), reach)
+        values.copy_(moved(self.multipliers)[self._real])
+
+    def _solve(
+        self, moved: Callable[[torch.Tensor], torch.Tensor], targets: torch.Tensor, reach: torch.Tensor
+    ) -> torch.Tensor:
+        """The λ that reaches `targets`; `reach`, the bound, where the step's length does not allow it.
+
+        Halves the bracket of log|λ|, then draws secants in λ, in which s is piecewise linear or nearly so; an end that
+        stays for twice counts half (the Illinois variant of regula falsi: Dowell and Jarratt, BIT 11, 1971).
+        """
+        open_more = self._sparsity(moved(torch.zeros_like(targets))) > targets
+        sign = torch.where(open_more, -1.0, 1.0).double()
+
+        def excess(sizes: torch.Tensor) -> torch.Tensor:
+            return (self._sparsity(moved(sign * sizes)) - targets) * sign
+
+        low, high = torch.log(reach) - 60.0, torch.log(reach)
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            short = excess(middle.exp()) < 0
+            low, high = torch.where(short, middle, low), torch.where(short, high, middle)
+        low, high = low.exp(), high.exp()
+        below, above = excess(low), excess(high)
+        best, least = torch.where(below.abs() < above.abs(), low, high), torch.minimum(below.abs(), above.abs())
+        last = torch.zeros_like(sign)
+        for _ in range(MOST_SECANTS):
+            if bool(((least <= NEAR_ENOUGH) | (above <= 0)).all()):
+                break
+            middle = torch.where(above > below, high - above * (high - low) / (above - below), high)
+            middle = torch.minimum(torch.maximum(middle, low), high)
+            found = excess(middle)
+            short, side = found < 0, torch.where(found < 0, -1.0, 1.0)
+            again = side == last
+            below, above = (
+                torch.where(short, found, torch.where(again, below / 2, below)),
+                torch.where(short, torch.where(again, above / 2, above), found),
+            )
+            low, high = torch.where(short, middle, low), torch.where(short, high, middle)
+            closer = found.abs() < least
+            best, least = torch.where(closer, middle, best), torch.where(closer, found.abs(), least)
+            last = side
+        return sign * best
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {
+            "moment": self.moment.clone(),
+            "second_moment": self.second_moment.clone(),
+            "multipliers": self.multipliers.clone(),
+            "steps": torch.tensor(self.steps),
+        }
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.moment, self.second_moment = state["moment"].clone(), state["second_moment"].clone()
+        self.multipliers, self.steps = state["multipliers"].clone(), int(state["steps"])
+
+
+def ramp(progress: float, fraction: float, start: float, target: float) -> float:
+    """The sparsity wanted at `progress` (0 to 1) of a stage: rises linearly in its first `fraction`, then holds."""
+    return start + (target - start) * (min(1.0, progress / fraction) if fraction > 0 else 1.0)

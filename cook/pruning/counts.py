@@ -1,0 +1,88 @@
+"""Parameters and FLOPs of a pruning space under masks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+
+from cook.pruning.units import PruningSpace, UnitGroup
+
+Kept = Mapping[str, int]
+"""How many units each group keeps, by group name; a group that is not named keeps all."""
+
+
+def unit_parameters(space: PruningSpace, group: UnitGroup) -> int:
+    """Parameters that vanish with one unit of `group`, all else kept."""
+    return sum(prod(space.shapes[s.path]) // space.shapes[s.path][s.dim] * s.block for s in group.slices)
+
+
+def unit_flops(space: PruningSpace, group: UnitGroup, *, context: int) -> int:
+    """FLOPs of one token's forward pass that vanish with one unit of heads or dims, all else kept.
+
+    2 a weight of its products, and for heads 4 a feature and key: its score, and its part of the weighted sum.
+
+    Args:
+        space: The pruning space.
+        group: The unit's group.
+        context: Mean number of keys that a query attends to.
+    """
+    products = [s for s in group.slices if len(space.shapes[s.path]) == 2]
+    flops = sum(2 * prod(space.shapes[s.path]) // space.shapes[s.path][s.dim] * s.block for s in products)
+    return flops + (4 * context * group.slices[-1].block if group.kind == "heads" else 0)
+
+
+def kept_shapes(space: PruningSpace, kept: Kept) -> dict[str, tuple[int, ...]]:
+    """The shape of every weight that remains; weights of removed blocks are left out.
+
+    Of a block whose heads or dims are all gone its residue remains, if it has one: it adds nothing else to the
+    residual stream.
+    """
+    shapes = {path: list(shape) for path, shape in space.shapes.items()}
+    gone: set[str] = set()
+    for group in space.groups:
+        left = kept.get(group.name, group.size)
+        gone |= weights_gone(space, group, left)
+        if group.kind != "layer":
+            for piece in group.slices:
+                shapes[piece.path][piece.dim] -= (group.size - left) * piece.block
+    return {path: tuple(shape) for path, shape in shapes.items() if path not in gone}
+
+
+def weights_gone(space: PruningSpace, group: UnitGroup, left: int) -> set[str]:
+    """The weights that vanish altogether once `group` keeps `left` units."""
+    if left:
+        return set()
+    if group.kind == "layer":
+        return {piece.path for piece in group.slices}
+    block = space.block(group)
+    return {piece.path for piece in block.slices} - set(block.residue)
+
+
+def parameters(space: PruningSpace, kept: Kept | None = None) -> int:
+    """Parameters of the whole model, embeddings included, once `kept` has been carried out."""
+    return sum(prod(shape) for shape in kept_shapes(space, kept or {}).values())
+
+
+def block_parameters(space: PruningSpace, kept: Kept | None = None) -> int:
+    """Parameters inside the blocks that may be pruned, the base of `target_sparsity`."""
+    inside = {piece.path for group in space.of("layer") for piece in group.slices}
+    return sum(prod(shape) for path, shape in kept_shapes(space, kept or {}).items() if path in inside)
+
+
+def forward_flops(space: PruningSpace, kept: Kept | None = None, *, context: int) -> float:
+    """FLOPs of one token's forward pass: 2 a weight of every product, and the attention over `context` keys.
+
+    Args:
+        space: The pruning space.
+        kept: Units kept a group.
+        context: Mean number of keys that a query attends to.
+    """
+    shapes = kept_shapes(space, kept or {})
+    groups = (*space.groups, *space.unprunable)
+    inside = {piece.path for group in groups for piece in group.slices}
+    products = sum(2 * prod(shape) for path, shape in shapes.items() if path in inside and len(shape) == 2)
+    # Scores and the weighted sum of values: each 2·context FLOPs a feature of the attention's inner width.
+    outs = [group.slices[-1] for group in groups if group.kind == "heads"]
+    attention = sum(4 * context * shapes[out.path][out.dim] for out in outs if out.path in shapes)
+    logits = 2 * prod(shapes[space.logits_weight]) if space.logits_weight else 0
+    return float(products + attention + logits)

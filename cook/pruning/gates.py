@@ -1,0 +1,138 @@
+"""The learned masks of one stage: their values, the target's rise, the final 0/1 decision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from cook.config.scheme import GatesStart
+from cook.pruning.controller import Constraint, GateController, ramp
+from cook.pruning.relaxation import Deterministic, Relaxation
+
+
+class Gates:
+    """Gates of a list of groups, the same on every rank.
+
+    They live beside the engine: replicated, in fp32 on the CPU, with their own optimizer. A step draws z with
+    `draw`, lets the forward use it (a plain tensor that requires grad), and hands ∂L/∂z to `update`.
+
+    Args:
+        sizes: Units of every group by name, in the order of the flat vector.
+        constraints: They cover the flat vector.
+        steps: Length of the stage.
+        seed: Of the noise, if there is any.
+        relaxation: What a gate's value is.
+        learning_rate: None for the relaxation's own.
+        ramp_fraction: The part of `steps` in which the targets rise. None for the relaxation's own.
+        start: `taylor` and `fisher` keep all gates open for `start_steps` updates, and then spread them by the rank,
+            within each constraint, of |Σ g| or Σ g² for a unit's gradient g = ∂L/∂z (Molchanov et al., "Importance
+            estimation for neural network pruning", CVPR 2019).
+        start_steps: At most a quarter of `steps`.
+    """
+
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        constraints: Sequence[Constraint],
+        *,
+        steps: int,
+        seed: int,
+        relaxation: Relaxation | None = None,
+        learning_rate: float | None = None,
+        ramp_fraction: float | None = None,
+        start: GatesStart = "open",
+        start_steps: int = 8,
+    ):
+        self.relaxation = relaxation = relaxation or Deterministic()
+        self.sizes, self.steps, self.seed = dict(sizes), steps, seed
+        self.ramp_fraction = relaxation.ramp if ramp_fraction is None else ramp_fraction
+        self.start: GatesStart = start
+        self.start_steps = 0 if start == "open" else min(start_steps, steps // 4)
+        self.values = relaxation.start(sum(self.sizes.values()), seed)
+        rate = relaxation.learning_rate(steps) if learning_rate is None else learning_rate
+        self.controller = GateController(constraints, relaxation, learning_rate=rate)
+        self.score, self.gathered = torch.zeros(len(self.values), dtype=torch.float64), 0
+        self.start_sparsity = self.expected_sparsity()
+        self._leaf: torch.Tensor | None = None
+        self._drawn: torch.Tensor | None = None
+
+    @property
+    def constraints(self) -> tuple[Constraint, ...]:
+        return self.controller.constraints
+
+    def draw(self, step: int) -> torch.Tensor:
+        """z of step `step`, float32 `[gates]`: the same on every rank, and the same again after a resume."""
+        self._leaf = self.values.clone().requires_grad_()
+        is_scoring = self.gathered < self.start_steps
+        self._drawn = torch.ones_like(self._leaf) if is_scoring else self.relaxation.draw(self._leaf, self.seed, step)
+        return self._drawn.detach()
+
+    def split(self, z: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A flat vector as one tensor a group, differentiably."""
+        return dict(zip(self.sizes, z.split(list(self.sizes.values())), strict=True))
+
+    def update(self, z_gradient: torch.Tensor, step: int) -> None:
+        """Moves the gates by ∂L/∂z of the z last drawn, averaged over ranks and micro-batches; `step` counts from 1."""
+        assert self._drawn is not None and self._leaf is not None, "update without draw"
+        if self.gathered < self.start_steps:
+            self._gather(z_gradient.double())
+        else:
+            self._drawn.backward(z_gradient.to(self._drawn))
+            assert self._leaf.grad is not None
+            hold = max(0.0, self._progress(step) - self.ramp_fraction) / max(1e-9, 1 - self.ramp_fraction)
+            self.controller.step(self.values, self._leaf.grad, self.targets(step), hold=hold)
+        self._drawn = self._leaf = None
+
+    def _progress(self, step: int) -> float:
+        """The part of the stage, after the gathering of scores, that is over after `step`."""
+        return max(0, step - self.start_steps) / (self.steps - self.start_steps)
+
+    def _gather(self, gradient: torch.Tensor) -> None:
+        """Adds to the score; after the last of the first steps, starts from it."""
+        self.score += gradient if self.start == "taylor" else gradient**2
+        self.gathered += 1
+        if self.gathered == self.start_steps:
+            rank = torch.empty_like(self.score)
+            for c in self.constraints:
+                part, costs = slice(c.start, c.start + len(c.costs)), torch.tensor(c.costs, dtype=torch.float64)
+                order = torch.argsort(torch.argsort(self.score[part].abs() / costs, stable=True))
+                rank[part] = order / max(1, len(costs) - 1)
+            self.values = self.relaxation.ranked(rank)
+            self.start_sparsity = self.expected_sparsity()
+
+    def targets(self, step: int) -> torch.Tensor:
+        """The sparsity wanted after step `step`, float64 `[constraints]`."""
+        pairs = zip(self.start_sparsity.tolist(), self.constraints, strict=True)
+        values = [ramp(self._progress(step), self.ramp_fraction, start, c.target) for start, c in pairs]
+        return torch.tensor(values, dtype=torch.float64)
+
+    def expected_sparsity(self) -> torch.Tensor:
+        """s of every constraint, float64 `[constraints]`."""
+        return self.controller.expected_sparsity(self.values)
+
+    def binary(self) -> dict[str, torch.Tensor]:
+        """The masks: the gates of least value go, as many a constraint as bring its removed share nearest the target.
+
+        A per-block constraint on heads or dims so ends with exactly its number; a constraint on blocks within half a
+        block's parameters.
+        """
+        kept = torch.ones_like(self.values)
+        for c in self.constraints:
+            costs = torch.tensor(c.costs, dtype=torch.float64)
+            order = torch.argsort(self.values[c.start : c.start + len(costs)], stable=True)
+            removed_share = torch.cat([torch.zeros(1, dtype=torch.float64), costs[order].cumsum(0)])
+            removed = int((removed_share - c.target).abs().argmin())
+            kept[c.start + order[:removed]] = 0.0
+        return self.split(kept)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        own = {"values": self.values, "score": self.score, "start_sparsity": self.start_sparsity}
+        own["gathered"] = torch.tensor(self.gathered)
+        return {name: value.clone() for name, value in own.items()} | self.controller.state_dict()
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        assert state["values"].shape == self.values.shape, "the state of other gates"
+        self.values, self.score = state["values"].clone(), state["score"].clone()
+        self.start_sparsity, self.gathered = state["start_sparsity"].clone(), int(state["gathered"])
+        self.controller.load_state_dict(state)

@@ -1,0 +1,86 @@
+"""Mask files: the guide's `.pt` dictionaries, a safetensors twin beside each, read back strictly."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+
+from cook.base.errors import UserError
+from cook.base.files import write_atomically
+from cook.base.tensor_files import load_pt
+from cook.pruning.mask_set import COARSE_KEYS, FINE_KEYS, coarse_from_tensors, fine_from_tensors
+from cook.pruning.units import PruningSpace
+
+
+def write_mask_file(path: str | Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Writes `tensors` to `path` (.pt) and to the same name with .safetensors, each atomically."""
+    path = Path(path)
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    write_atomically(path, buffer.getvalue())
+    write_atomically(path.with_suffix(".safetensors"), save(tensors))
+
+
+def read_mask_file(path: str | Path, *, required: tuple[str, ...], allowed: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """Reads a mask file and checks keys, types and values.
+
+    Raises:
+        UserError: naming the file, for a missing or strange key, a tensor that is not floating, or values not 0 or 1.
+    """
+    content = load_pt(Path(path))
+    missing, strange = [k for k in required if k not in content], [k for k in content if k not in allowed]
+    if missing or strange:
+        problem = f"lacks {missing[0]!r}" if missing else f"has the strange key {strange[0]!r}"
+        raise UserError(f"{path}: {problem}", wanted=f"the keys {', '.join(allowed)}", got=", ".join(map(str, content)))
+    for key, value in content.items():
+        if not _is_plain(value):
+            kind = f"{value.dtype}, {value.layout}" if isinstance(value, torch.Tensor) else type(value).__name__
+            raise UserError(f"{path}: {key} is not a plain floating-point tensor", got=kind)
+        odd = value[(value != 0) & (value != 1)]
+        if odd.numel():
+            raise UserError(f"{path}: {key} is not binary", wanted="0 and 1 only", got=f"{float(odd[0])}")
+    return {key: value.detach().float() for key, value in content.items()}
+
+
+def _is_plain(value: object) -> bool:
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.device.type != "cpu":
+        return False
+    # An expanded view of one number costs nothing in a file, and all memory once it is computed with.
+    whole = value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    return whole and value.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def read_masks(
+    space: PruningSpace, *, coarse: str | None = None, heads: str | None = None, dimff: str | None = None
+) -> dict[str, torch.Tensor]:
+    """All masks of a model from up to three files, by group name.
+
+    A fine file may hold both kinds; the other one counts too where it has no file of its own.
+
+    Raises:
+        UserError: a file that is not a mask, is another model's, or contradicts another one.
+    """
+    masks: dict[str, torch.Tensor] = {}
+    if coarse:
+        required = ("self_att_layer_z", "ffn_layer_z")
+        masks |= coarse_from_tensors(space, read_mask_file(coarse, required=required, allowed=COARSE_KEYS), coarse)
+    blocks = dict(masks)
+    files = {"heads": heads, "dimff": dimff}
+    contents = {
+        kind: read_mask_file(path, required=(FINE_KEYS[kind],), allowed=tuple(FINE_KEYS.values()))
+        for kind, path in files.items()
+        if path
+    }
+    for given, content in contents.items():
+        for kind, key in FINE_KEYS.items():
+            if key in content and (kind == given or kind not in contents):
+                masks |= fine_from_tensors(space, blocks, content, kind, str(files[given]))
+    if len(contents) == 2:
+        for key in FINE_KEYS.values():
+            both = [content[key] for content in contents.values() if key in content]
+            if len(both) == 2 and not torch.equal(*both):
+                raise UserError(f"{heads} and {dimff} hold different {key}", remedy="give masks of one run")
+    return masks

@@ -1,0 +1,56 @@
+"""`pruned_module`: which weights the user allows to be pruned, and so which groups remain in the space."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from cook.base.errors import UserError
+from cook.pruning.units import PruningSpace, UnitGroup
+
+
+def restrict(space: PruningSpace, allowed: Sequence[str], aliases: Mapping[str, tuple[str, ...]]) -> PruningSpace:
+    """The space whose groups are those that `allowed` names; the others become its `unprunable` ones.
+
+    Args:
+        space: All that the family can prune.
+        allowed: Suffixes of state-dict keys, whole path components (`w_out.weight` does not match `xw_out.weight`).
+        aliases: Other spellings, from the adapter.
+
+    Raises:
+        UserError: a suffix that matches no weight, or a group of which only a part is named.
+    """
+    suffixes = {suffix: (suffix, *aliases.get(suffix, ())) for suffix in allowed}
+
+    def named(path: str) -> bool:
+        return any(_ends(path, s) for spellings in suffixes.values() for s in spellings)
+
+    for suffix, spellings in suffixes.items():
+        if not any(_ends(path, s) for path in space.shapes for s in spellings):
+            raise UserError(f"pruned_module: {suffix!r} matches no weight of the model", got=_some_paths(space))
+
+    def is_allowed(group: UnitGroup) -> bool:
+        matrices = [s.path for s in group.slices if len(space.shapes[s.path]) == 2]
+        chosen = [path for path in matrices if named(path)]
+        if chosen and len(chosen) < len(matrices):
+            left_out = next(path for path in matrices if path not in chosen)
+            raise UserError(
+                f"pruned_module names {chosen[0]!r} but not {left_out!r}; their units are the same",
+                remedy="name all matrices of the block, or none",
+            )
+        return bool(chosen)
+
+    groups = tuple(group for group in space.groups if is_allowed(group))
+    if not groups:
+        raise UserError("pruned_module allows nothing to be pruned", got=list(allowed), wanted=_some_paths(space))
+    others = tuple(group for group in space.groups if group not in groups)
+    return dataclasses.replace(space, groups=groups, unprunable=(*space.unprunable, *others))
+
+
+def _ends(path: str, suffix: str) -> bool:
+    return path == suffix or path.endswith("." + suffix)
+
+
+def _some_paths(space: PruningSpace) -> str:
+    prunable = {s.path.split(".", 3)[-1] for g in space.groups for s in g.slices if len(space.shapes[s.path]) == 2}
+    return "suffixes of weights such as " + ", ".join(sorted(prunable))

@@ -1,0 +1,177 @@
+"""A task as the runner sees it: rows to train on, rows to evaluate on with their metrics, a head, a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cook.base.errors import UserError
+from cook.config.tasks import TaskConfig
+from cook.data.benchmarks.glue import glue_task, read_glue
+from cook.data.benchmarks.squad import read_squad, squad_windows
+from cook.data.benchmarks.token_rows import TokenRows, glue_rows
+from cook.evaluation.glue_metrics import glue_metrics, main_metric
+from cook.evaluation.squad_answers import AnswerOptions, choose_answers
+from cook.evaluation.squad_metrics import squad_v1_metrics, squad_v2_metrics
+from cook.families.encoder import Head
+from cook.training.task_loss import TaskLoss, class_loss, score_loss, span_loss
+
+Outputs = Sequence[tuple[np.ndarray, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What a model's outputs were worth."""
+
+    metrics: dict[str, float]
+    """In percent."""
+    files: Mapping[str, Any]
+    """JSON files to write beside the results, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examination:
+    """Rows to evaluate on."""
+
+    rows: TokenRows
+    judge: Callable[[Outputs], Judged]
+    """From the rows' outputs to metrics."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskInfo:
+    """What is known of a task before its data is read."""
+
+    name: str
+    """As in the benchmark."""
+    head: Head
+    """What the model predicts."""
+    labels: tuple[str, ...]
+    """Names of the classes, or of the score."""
+    loss: TaskLoss
+    """Summed over rows."""
+    outputs: tuple[str, ...]
+    """The model's outputs that are judged."""
+    main_metric: str
+    """The metric that stands for the task."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskData:
+    """A task's tokenised data."""
+
+    train: TokenRows
+    examinations: tuple[Examination, ...]
+    notes: tuple[str, ...]
+    """Sentences on rows that were left out."""
+
+
+def task_info(config: TaskConfig) -> TaskInfo:
+    """The task that a config names.
+
+    Raises:
+        UserError: no such task.
+    """
+    if config.is_squad:
+        metric = "f1"
+        return TaskInfo(
+            name=f"SQuAD{_squad_version(config)}",
+            head="span",
+            labels=(),
+            loss=span_loss,
+            outputs=("start_logits", "end_logits"),
+            main_metric=metric,
+        )
+    task = glue_task(config.task_name)
+    if config.distillation and task.labels is None:
+        raise UserError("--distillation compares distributions over classes", got=f"--task_name {task.name}")
+    return TaskInfo(
+        name=task.name,
+        head="classes" if task.labels else "score",
+        labels=task.labels or ("score",),
+        loss=class_loss if task.labels else score_loss,
+        outputs=("logits",),
+        main_metric=main_metric(task.name),
+    )
+
+
+def load_task(config: TaskConfig, tokenizer: Any) -> TaskData:
+    """Reads and tokenises a task's files.
+
+    Raises:
+        UserError: a file is missing or malformed; with file and line.
+    """
+    return _load_squad(config, tokenizer) if config.is_squad else _load_glue(config, tokenizer)
+
+
+def _squad_version(config: TaskConfig) -> str:
+    version = config.task_name.lower().removeprefix("squad").strip("-_ v")
+    if version not in ("1.1", "2.0"):
+        raise UserError(f"unknown task {config.task_name!r}", wanted="SQuAD1.1 or SQuAD2.0")
+    return version
+
+
+def _load_glue(config: TaskConfig, tokenizer: Any) -> TaskData:
+    task = glue_task(config.task_name)
+    folder = Path(config.data_dir) / task.folder
+    files = {"train": folder / "train.tsv"}
+    suffixes = task.evaluated or {"": "dev.tsv"}
+    files |= {suffix: folder / name for suffix, name in suffixes.items()}
+    read = {key: read_glue(task, path) for key, path in files.items()}
+    rows = {key: glue_rows(task, found.rows, tokenizer, config.max_length) for key, found in read.items()}
+    notes = [f"{files[key]}: {found.left_out} rows left out" for key, found in read.items() if found.left_out]
+    examinations = tuple(
+        Examination(rows=rows[suffix], judge=partial(_judge_glue, task.name, suffix, rows[suffix].targets_R))
+        for suffix in suffixes
+    )
+    return TaskData(train=rows["train"], examinations=examinations, notes=tuple(notes))
+
+
+def _judge_glue(task: str, suffix: str, targets: np.ndarray, outputs: Outputs) -> Judged:
+    logits = np.stack([values[0] for values in outputs])
+    predictions = logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1)
+    metrics = {f"{name}{suffix}": 100.0 * value for name, value in glue_metrics(task, predictions, targets).items()}
+    return Judged(metrics=metrics, files={})
+
+
+def _load_squad(config: TaskConfig, tokenizer: Any) -> TaskData:
+    version, folder = _squad_version(config), Path(config.data_dir)
+    windows_of = partial(
+        squad_windows,
+        tokenizer=tokenizer,
+        max_length=config.max_length,
+        doc_stride=config.doc_stride,
+        max_query_length=config.max_query_length,
+    )
+    files = [folder / f"{split}-v{version}.json" for split in ("train", "dev")]
+    for path in files:
+        if not path.is_file():
+            remedy = "fetch the data with `bash scripts/download_squad_data.sh`, or name its folder with --data_dir"
+            raise UserError(f"{path}: there is no such file", remedy=remedy)
+    train, _ = windows_of(read_squad(files[0]))
+    questions = read_squad(files[1])
+    rows, windows = windows_of(questions)
+    options = AnswerOptions(
+        n_best=config.n_best,
+        max_answer_length=config.max_answer_length,
+        allows_no_answer=version == "2.0",
+        null_threshold=config.null_threshold,
+    )
+
+    def judge(outputs: Outputs) -> Judged:
+        starts, ends = [values[0] for values in outputs], [values[1] for values in outputs]
+        answers = choose_answers(questions, windows, starts, ends, options)
+        files: dict[str, Any] = {"predictions.json": answers.predictions, "nbest_predictions.json": answers.n_best}
+        if version == "1.1":
+            return Judged(metrics=squad_v1_metrics(questions, answers.predictions), files=files)
+        files["null_odds.json"] = answers.null_odds
+        threshold = options.null_threshold
+        metrics = squad_v2_metrics(questions, answers.best_texts, answers.null_odds, threshold)
+        return Judged(metrics=metrics, files=files)
+
+    return TaskData(train=train, examinations=(Examination(rows=rows, judge=judge),), notes=())

@@ -1,0 +1,118 @@
+"""The compact model of the last finished pruning stage: written, compared with the masked one, evaluated and timed."""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from cook.base.distributed import say
+from cook.base.errors import UserError
+from cook.base.files import write_json
+from cook.base.watchdog import At
+from cook.config.tasks import TaskConfig
+from cook.evaluation.predict import predict
+from cook.evaluation.speed import forward_seconds, median_seconds
+from cook.families.encoder import load_encoder
+from cook.recipe.benchmarks import task_plan as plan
+from cook.recipe.benchmarks.session import DONE, Session, write_results
+from cook.recipe.benchmarks.task_runner import MASKS, open_session, pruned_matrices
+from cook.report.human import human_count
+from cook.sparsity.matrices import PrunedMatrix
+from cook.sparsity.pattern_file import read_pattern_masks
+from cook.sparsity.sparse_export import export_sparse
+
+TIMED_ROWS = 32
+
+
+def run_export(config: TaskConfig, at: At) -> None:
+    """Exports the last stage that has finished, of those that the config lists.
+
+    Raises:
+        UserError: none has finished, or the model is of a kind that cannot be exported.
+    """
+    spec = plan.pattern_spec(config)
+    done = [stage for stage in plan.prune_stages(config) if (stage.folder / DONE).is_file()]
+    if not done:
+        raise UserError(
+            f"{plan.prune_folder(config)}: no stage has finished", remedy="run the mode prune first, with these options"
+        )
+    stage, output = done[-1], plan.prune_folder(config) / "export"
+    masked = stage.folder / "model"
+    session = open_session(config, str(masked), at)
+    matrices: tuple[PrunedMatrix, ...] = pruned_matrices(session.encoder)
+    masks, _ = read_pattern_masks(stage.folder / MASKS, matrices)
+    block = spec.block if spec.name == "block_wise" else None
+    result = export_sparse(masked, output, masks, block=block)
+    for name in ("masks.safetensors", "eval_results.txt"):
+        shutil.copyfile(stage.folder / name, output / name)
+    models = {"masked": load_encoder(masked, session.info.head), "compact": load_encoder(output, session.info.head)}
+    judged, difference = _compare(session, models)
+    rows = session.data.examinations[0].rows
+    batch = rows.batch(np.argsort(rows.lengths, kind="stable")[-TIMED_ROWS:])
+    seconds = forward_seconds(models, [batch], torch.device("cpu"))
+    speed_ups = _matrix_speed_ups(models["compact"])
+    before, after = result.parameters
+    metric, ratio = session.info.main_metric, seconds["masked"] / seconds["compact"]
+    found = {
+        "task": session.info.name,
+        "pattern": spec.name,
+        "asked_sparsity": stage.sparsity,
+        "kind": result.kind,
+        "parameters": {"before": before, "after": after},
+        "metrics": judged,
+        "largest_relative_difference": difference,
+        "speed_up_on_this_cpu": ratio,
+        "speed_up_by_matrix": speed_ups,
+        "notes": list(result.notes),
+    }
+    write_json(output / "export.json", found)
+    write_results(output / "eval_results.txt", {f"{session.info.name}, {name}": judged[name] for name in models})
+    for note in result.notes:
+        say(f"note: {note}")
+    say(
+        f"{output}: a {result.kind} model, {human_count(before)} → {human_count(after)} parameters; "
+        f"{metric} {judged['masked'][metric]:.2f} → {judged['compact'][metric]:.2f}; largest relative difference "
+        f"of its outputs {difference:.1e}; {ratio:.2f}× as fast as the masked one on this CPU"
+    )
+
+
+@torch.inference_mode()
+def _matrix_speed_ups(compact: torch.nn.Module) -> dict[str, float]:
+    """Each tiled layer's speed against a dense product of its size, for 128 rows."""
+    found = {}
+    for name, layer in compact.named_modules():
+        if hasattr(layer, "dense_weight") and layer.in_features and layer.out_features:
+            dense, x = layer.dense_weight(), torch.randn(128, layer.in_features)
+            columns = x.T.contiguous()
+            actions = {"dense": partial(F.linear, x, dense), "tiled": partial(layer.columns, columns)}
+            seconds = median_seconds(actions, torch.device("cpu"), repeats=9)
+            found[name] = round(seconds["dense"] / seconds["tiled"], 3)
+    return found
+
+
+def _compare(session: Session, models: dict[str, torch.nn.Module]) -> tuple[dict[str, dict[str, float]], float]:
+    """The metrics of both models in fp32, and the largest difference of their outputs against the largest output."""
+    judged: dict[str, dict[str, float]] = {name: {} for name in models}
+    difference = 0.0
+    for examination in session.data.examinations:
+        outputs = {
+            name: predict(
+                model,
+                examination.rows,
+                names=session.info.outputs,
+                batch_size=session.config.eval_batch_size,
+                device=torch.device("cpu"),
+            )
+            for name, model in models.items()
+        }
+        for name, values in outputs.items():
+            judged[name] |= {key: round(value, 4) for key, value in examination.judge(values).metrics.items()}
+        for one, other in zip(outputs["masked"], outputs["compact"], strict=True):
+            scale = max(float(np.abs(array).max()) for array in one)
+            gap = max(float(np.abs(a - b).max()) for a, b in zip(one, other, strict=True))
+            difference = max(difference, gap / scale)
+    return judged, difference

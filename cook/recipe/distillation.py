@@ -1,0 +1,182 @@
+"""A stage's teacher: which model it is, and which places of it and of the student are compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cook.base.batches import Batch
+from cook.base.distributed import say
+from cook.base.errors import UserError
+from cook.base.seeds import derived_seed
+from cook.config.check_distillation import own_teacher_moves, unfit_for_itself
+from cook.config.distillation import OWN_TEACHER, DistillationConfig
+from cook.data.token_loss import model_inputs
+from cook.distill.distiller import Distiller
+from cook.distill.projections import Projections
+from cook.distill.taps import Pair, Place, check_pairs, raise_pairs, read_pair
+from cook.distill.teachers import Teacher, model_teacher, stream_weights
+from cook.families.origin import own_path
+from cook.families.source import ModelSource, load_model, open_model, placed
+from cook.pruning.attach import AttachedGates
+from cook.pruning.family import Adapter, ModelConfig
+from cook.recipe.inputs import Inputs
+from cook.recipe.plan import Stage
+from cook.training.engine import Engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """What a stage distils, checked against both models."""
+
+    options: DistillationConfig
+    source: ModelSource | None
+    """The teacher on disk; None if the student is its own."""
+    hidden: tuple[Pair, ...]
+    """Places by both models' own names."""
+    attention: tuple[Pair, ...]
+
+
+def open_lesson(stage: Stage, inputs: Inputs, *, must_exist: bool = True) -> Lesson | None:
+    """Finds the teacher and the places that are compared; no weights are read. None if the stage has no teacher.
+
+    Args:
+        stage: The plan.
+        inputs: What it starts from.
+        must_exist: False for a plan printed ahead: a teacher that an earlier stage will write may be missing.
+
+    Raises:
+        UserError: the teacher does not fit the student, or has not the places that are compared.
+    """
+    options = stage.config.distillation
+    if options is None:
+        return None
+    source = None
+    if options.teacher == OWN_TEACHER:
+        if why := unfit_for_itself(stage.name, stage.config.training):
+            raise own_teacher_moves(f"{stage.name} ({why})")
+    elif not must_exist and not Path(options.teacher).exists():
+        return None
+    else:
+        source = open_model(options.teacher)
+        _check_teacher(options.teacher, source, inputs)
+    teacher = source or inputs
+    config = source.config if source else inputs.model_config
+    written = {"mse_hidn_module": options.mse_hidn_module, "mse_att_module": options.mse_att_module}
+    pairs = {key: tuple(map(read_pair, some)) for key, some in written.items()}
+    pairs = _own_names(pairs, inputs.model_config, config)
+    check_pairs(pairs, _skeleton(inputs.adapter, inputs.model_config), _skeleton(teacher.adapter, config))
+    pairs = {key: _without_masked(some, inputs) for key, some in pairs.items()}
+    return Lesson(options=options, source=source, hidden=pairs["mse_hidn_module"], attention=pairs["mse_att_module"])
+
+
+def make_distiller(lesson: Lesson | None, stage: Stage, engine: Engine, attached: AttachedGates) -> Distiller | None:
+    """The extra loss of the stage's steps; the gates are attached already, so that taps see what they let through."""
+    if lesson is None:
+        return None
+    options = lesson.options
+    projections = None
+    if options.mse_hidn_proj:
+        projections = Projections(seed=derived_seed(stage.config.seed, stage.name), device=engine.device)
+    return Distiller(
+        engine.module,
+        _teacher(lesson, stage, engine, attached),
+        ce_scale=options.ce_scale,
+        ce_temp=options.ce_temp,
+        mse_hidn_scale=options.mse_hidn_scale,
+        hidden_pairs=lesson.hidden,
+        projections=projections,
+        mse_att_scale=options.mse_att_scale,
+        attention_pairs=lesson.attention,
+    )
+
+
+def own_teacher(engine: Engine, attached: AttachedGates, *, fixed: bool) -> Teacher:
+    """The model in training as its own teacher: the dense model, while its weights stand still.
+
+    Args:
+        engine: The model.
+        attached: Its gates, which are open while it teaches.
+        fixed: Whether the fixed masks are open too.
+    """
+
+    def forward(batch: Batch) -> Any:
+        with attached.opened(fixed=fixed):
+            return engine.ask(**model_inputs(batch))
+
+    return Teacher(module=engine.module, forward=forward)
+
+
+def _teacher(lesson: Lesson, stage: Stage, engine: Engine, attached: AttachedGates) -> Teacher:
+    if lesson.source is None:
+        # Where weights have been trained under the fixed masks, what these remove was left behind by the rest, and the
+        # dense model is nobody any more: the teacher is then the model as the stage found it.
+        masks = "under the masks that its weights were trained under" if stage.adapted else "all masks open"
+        say(f"{stage.name}: the model is its own teacher, {masks}")
+        return own_teacher(engine, attached, fixed=not stage.adapted)
+    model = load_model(lesson.source)
+    if lesson.options.teacher_device == "cpu":
+        stream_weights(placed(model, "cpu", engine.dtype), engine.device)
+    else:
+        placed(model, engine.device, engine.dtype)
+    return model_teacher(model, lesson.source.adapter.inputs)
+
+
+def _check_teacher(name: str, teacher: ModelSource, inputs: Inputs) -> None:
+    if not teacher.adapter.is_causal:
+        raise UserError(f"distillation.teacher: {name} does not predict the next token")
+    for key in ("vocab_size", "prompt_length"):
+        if teacher.config.get(key) != inputs.model_config.get(key):
+            raise UserError(
+                f"distillation.teacher: {name} has another {key} than the student",
+                wanted=inputs.model_config.get(key),
+                got=teacher.config.get(key),
+            )
+
+
+def _skeleton(adapter: Adapter, config: ModelConfig) -> torch.nn.Module:
+    with torch.device("meta"):
+        return adapter.build(config)
+
+
+def _own_names(
+    pairs: dict[str, tuple[Pair, ...]], student: ModelConfig, teacher: ModelConfig
+) -> dict[str, tuple[Pair, ...]]:
+    """Pairs by the models' own names; in the config layers count as before any was removed."""
+    problems: list[str] = []
+
+    def own(key: str, pair: Pair, who: str, config: ModelConfig, place: Place) -> Place:
+        path = own_path(config, place.path)
+        if path is None:
+            problems.append(f"{key}: {pair}: the layer of the {who}'s place has been removed")
+        return Place(place.when, path or place.path)
+
+    found = {
+        key: tuple(
+            Pair(own(key, p, "student", student, p.student), own(key, p, "teacher", teacher, p.teacher)) for p in some
+        )
+        for key, some in pairs.items()
+    }
+    if problems:
+        raise_pairs(problems, "pairs of modules that are in both models", "take the pairs of removed blocks out")
+    return found
+
+
+def _without_masked(pairs: tuple[Pair, ...], inputs: Inputs) -> tuple[Pair, ...]:
+    """Without the pairs inside blocks that a fixed mask removes: they would train weights that do nothing any more."""
+    dead = [g for g in inputs.space.of("layer") if g.name in inputs.fixed and not inputs.fixed[g.name].any()]
+
+    def inside(path: str) -> bool:
+        return any(
+            not group.gate.module.startswith(f"{path}.")  # else what leaves the module has passed the gate
+            and any(piece.path.startswith(f"{path}.") for piece in group.slices)
+            for group in dead
+        )
+
+    left_out = [pair for pair in pairs if inside(pair.student.path)]
+    if left_out:
+        say(f"not compared, since a mask removes the student's block: {', '.join(map(str, left_out))}")
+    return tuple(pair for pair in pairs if pair not in left_out)

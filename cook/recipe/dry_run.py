@@ -1,0 +1,102 @@
+"""`--dry-run`: everything is checked and the plan is printed; nothing is built or written, no GPU is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from cook.config.corpus import DataConfig, SourceConfig
+from cook.config.types import RunConfig
+from cook.pruning.counts import parameters
+from cook.pruning.mask_set import kept_counts
+from cook.pruning.units import PruningSpace
+from cook.recipe.distillation import open_lesson
+from cook.recipe.inputs import Inputs, final_masks, make_gates, open_inputs
+from cook.recipe.plan import Stage
+from cook.report.console import print_plan as print_table_of_stages
+from cook.report.human import human_count
+from cook.training.settings import check_settings
+
+MASKS_OF = {"layer": "layers", "heads": "heads", "dimff": "dims"}
+
+
+def _described(source: DataConfig | SourceConfig) -> str:
+    where = ", ".join(source.paths) or source.name
+    return f"{source.type}" + (f" ({where})" if where else "") + (", streamed" if source.streaming else "")
+
+
+def print_plan(config: RunConfig, stages: Sequence[Stage], *, world_size: int) -> None:
+    """Prints what would run: stages, parameters before and after, tokens, memory of a rank."""
+    facts = {
+        "config": config.source.bmcook,
+        "output": config.output_dir,
+        "data": "; ".join(_described(source) for source in config.data.sources or (config.data,)),
+        "ranks": world_size,
+    }
+    rows = []
+    kept: dict[str, int] = {}
+    for stage in stages:
+        inputs = open_inputs(stage, must_exist=False)
+        open_lesson(stage, inputs, must_exist=False)
+        begins_anew = stage.name == "pretrain" or stage.writes.layer
+        kept = {} if begins_anew else kept | kept_counts(inputs.fixed)
+        before = parameters(inputs.space, kept)
+        kept = kept | _expected_kept(stage, inputs)
+        training = stage.config.training
+        rows.append(
+            {
+                "stage": stage.name,
+                "weights from": inputs.origin,
+                "learns": _learned(stage),
+                "steps": training.steps,
+                "tokens": "≤ " + human_count(training.steps * training.train_batch_size * config.data.max_length),
+                "parameters before": human_count(before),
+                "after": human_count(parameters(inputs.space, kept)),
+                "memory a rank": _gigabytes(_state_bytes(stage, inputs.space, world_size)),
+            }
+        )
+    print_table_of_stages(facts, rows)
+    print(
+        "Tokens: every place of every row. Memory: weights, gradients and optimizer states; "
+        "activations come on top. A layer mask's outcome is estimated by its target, "
+        "that of uneven blocks as if they were even."
+    )
+
+
+def _learned(stage: Stage) -> str:
+    kinds = ", ".join(MASKS_OF[kind] for kind in stage.learns) or "–"
+    return f"{kinds} (uneven)" if stage.uneven & set(stage.learns) else kinds
+
+
+def _expected_kept(stage: Stage, inputs: Inputs) -> dict[str, int]:
+    """Units that the stage will leave: of blocks the lowest, of heads and dims the same share in every block."""
+    gates = make_gates(stage, inputs)
+    if gates is None:
+        return {}
+    blocks = len([group for group in inputs.learned if group.kind == "layer"])
+    within = [torch.arange(group.size) / group.size for group in inputs.learned[blocks:]]
+    gates.values = -torch.cat([torch.arange(float(blocks)), *within])
+    return kept_counts(final_masks(stage, inputs, gates))
+
+
+def _state_bytes(stage: Stage, space: PruningSpace, world_size: int) -> float:
+    """Bytes of model state a rank (Rajbhandari et al. 2020, ZeRO, sec. 3.1), for Adam.
+
+    Half precision keeps 2 bytes of weights, 2 of gradients and 12 of masters and moments a parameter; fp32 needs
+    4, 4 and 8 (and ZeRO's own master copy, 4 more). ZeRO 1 shares out the last, 2 the gradients too, 3 the weights too.
+    """
+    count = parameters(space)
+    settings = check_settings(stage.config.training, stage.config.deepspeed, world_size=world_size)
+    zero = settings["zero_optimization"]["stage"]
+    half = settings["bf16"]["enabled"] or settings["fp16"]["enabled"]
+    weights, gradients, states = (2, 2, 12) if half else (4, 4, 8 + (4 if zero else 0))
+    if not stage.config.training.train_weights:
+        gradients = states = 0
+    shared = [states if zero >= 1 else 0, gradients if zero >= 2 else 0, weights if zero >= 3 else 0]
+    own = weights + gradients + states - sum(shared)
+    return count * (own + sum(shared) / world_size)
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"

@@ -1,0 +1,180 @@
+"""What a stage starts from: its model, its masks, its constraints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cook.base.errors import UserError
+from cook.base.seeds import derived_seed, generator
+from cook.families.registry import by_config
+from cook.families.source import open_model
+from cook.pruning.family import Adapter, HeadUnit
+from cook.pruning.gates import Gates
+from cook.pruning.mask_file import read_masks
+from cook.pruning.mask_set import kept_groups, without_empty_blocks
+from cook.pruning.random_masks import random_masks_like
+from cook.pruning.relaxation import Deterministic, HardConcrete, Relaxation
+from cook.pruning.restrict import restrict
+from cook.pruning.units import PruningSpace, UnitGroup
+from cook.recipe.constraints import constraints
+from cook.recipe.head_units import check_sizes, choose_head_unit
+from cook.recipe.plan import LEARNS, MaskPaths, Stage, mask_paths
+from cook.sparsity.matrices import matrices_of, restricted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """A stage's model on disk and its masks."""
+
+    adapter: Adapter
+    model_config: dict[str, Any]
+    weights: Mapping[str, torch.Tensor] | None
+    """None: freshly initialised."""
+    origin: str
+    """Where the weights come from, for the plan and the model card."""
+    folder: Path | None
+    """The Hugging Face folder with the weights, if they come from one."""
+    head_unit: HeadUnit
+    """What a unit of attention is."""
+    space: PruningSpace
+    """The whole family's space: files and counts speak of it, whatever `pruned_module` allows to be learned."""
+    fixed: dict[str, torch.Tensor]
+    """Masks that hold through the stage."""
+    learned: tuple[UnitGroup, ...]
+    """Groups whose masks are trained, among those that `pruned_module` allows."""
+
+
+def open_inputs(stage: Stage, *, must_exist: bool = True) -> Inputs:
+    """Finds weights and masks of a stage.
+
+    Args:
+        stage: The plan.
+        must_exist: False for a plan printed ahead: files that earlier stages will write may be missing.
+
+    Raises:
+        UserError: naming what is missing or does not fit.
+    """
+    adapter, config, weights, origin = _model(stage, must_exist)
+    if not adapter.is_causal:
+        raise UserError(
+            f"{origin}: {adapter.family} does not predict the next token, which this job trains",
+            remedy="prune it on a task of its own",
+        )
+    head_unit: HeadUnit = "kv_group"  # in which all matrices of attention have units, as a pattern needs
+    if stage.name != "pattern":
+        head_unit = choose_head_unit(adapter, config, stage.config.fine, uneven="heads" in stage.uneven)
+    space = adapter.space(config, head_unit)
+    allowed = space
+    if stage.name == "pattern":
+        restricted(matrices_of(space), stage.config.pruning.pruned_module, adapter.aliases)  # tells mistakes early
+    elif stage.config.pruning.pruned_module and stage.name != "pretrain":
+        allowed = restrict(space, stage.config.pruning.pruned_module, adapter.aliases)
+    check_sizes(adapter, config, allowed, stage.config.fine if _units_are_pruned(stage) else None, stage.uneven)
+    paths = stage.fixed if must_exist else _existing(stage.fixed)
+    fixed = read_masks(allowed, coarse=paths.layer, heads=paths.heads, dimff=paths.dimff)
+    if stage.is_random_baseline and must_exist:
+        fixed = _random_baseline(stage, allowed)
+    learned: tuple[UnitGroup, ...] = ()
+    for kind in stage.learns:
+        groups = allowed.of("layer") if kind == "layer" else tuple(kept_groups(allowed, fixed, kind))
+        if not groups:
+            raise UserError(f"{stage.name}: pruned_module leaves no units of kind {kind!r} to learn a mask for")
+        learned += groups
+    # A file of the other kind of fine mask may hold this kind too, of an earlier training.
+    fixed = {name: mask for name, mask in fixed.items() if name not in {group.name for group in learned}}
+    return Inputs(
+        adapter=adapter,
+        model_config=config,
+        weights=weights,
+        origin=origin,
+        folder=Path(origin) if weights is not None and Path(origin).is_dir() else None,
+        head_unit=head_unit,
+        space=space,
+        fixed=fixed,
+        learned=learned,
+    )
+
+
+def _model(stage: Stage, must_exist: bool) -> tuple[Adapter, dict[str, Any], Mapping[str, torch.Tensor] | None, str]:
+    model = stage.config.model
+    before = Path(stage.config.output_dir) / stage.after if stage.after else None
+    if before and (before / "done.json").exists():
+        source = open_model(before / "model")
+        return source.adapter, source.config, source.tensors, str(before / "model")
+    if before and must_exist:
+        raise UserError(
+            f"{stage.name} starts from the weights of {stage.after}, which has not finished",
+            wanted=f"{before / 'done.json'}",
+            remedy=f'run --stage {stage.after} first (or --stage all), or take it out of "stages" and set model.path',
+        )
+    if model.path and (must_exist or Path(model.path).exists()):
+        source = open_model(model.path, config=model.config)
+        return source.adapter, source.config, source.tensors, model.path
+    assert model.config is not None, "the loader wants model.config or model.path"
+    adapter = by_config(model.config)
+    native, _ = adapter.read(model.config, {})
+    if stage.name != "pretrain" and must_exist:
+        raise UserError(
+            f"{stage.name} has no weights to start from",
+            remedy="set model.path to a pretrained model, or put a pretrain stage before it",
+        )
+    origin = f"the end of {stage.after}" if stage.after else "fresh weights"
+    return adapter, native, None, origin
+
+
+def _existing(paths: MaskPaths) -> MaskPaths:
+    def there(path: str | None) -> str | None:
+        return path if path and Path(path).exists() else None
+
+    return MaskPaths(layer=there(paths.layer), heads=there(paths.heads), dimff=there(paths.dimff))
+
+
+def _units_are_pruned(stage: Stage) -> bool:
+    """Whether this stage or a later one of the recipe masks heads or dims: what is wrong there is told at once."""
+    names = {stage.name, *(entry.name for entry in stage.config.stages)}
+    return stage.name != "pretrain" and any(name.startswith(("att", "ffn", "joint")) for name in names)
+
+
+def _random_baseline(stage: Stage, space: PruningSpace) -> dict[str, torch.Tensor]:
+    for entry in stage.config.stages:
+        if entry.name in LEARNS and not (Path(stage.config.output_dir) / entry.name / "done.json").exists():
+            raise UserError(f"random_baseline copies the shape of all masks, and {entry.name} has not finished")
+    paths = _existing(mask_paths(stage.config))
+    if paths == MaskPaths():
+        raise UserError("random_baseline copies the shape of learned masks, and there are none yet")
+    learned = read_masks(space, coarse=paths.layer, heads=paths.heads, dimff=paths.dimff)
+    return random_masks_like(space, learned, generator(stage.config.seed, "random baseline"))
+
+
+def make_gates(stage: Stage, inputs: Inputs) -> Gates | None:
+    """The gates that the stage learns, with their constraints; None if it learns no mask."""
+    if not inputs.learned:
+        return None
+    options = stage.config.gates
+    # Measured: with a few dozen gates, each of which changes the loss a lot, noise tries combinations.
+    by_kind = "hard_concrete" if stage.learns == ("layer",) else "deterministic"
+    relaxation: Relaxation = Deterministic(concavity=options.concavity)
+    if (by_kind if options.relaxation == "auto" else options.relaxation) == "hard_concrete":
+        relaxation = HardConcrete(initial_log_alpha=options.initial_log_alpha)
+    return Gates(
+        {group.name: group.size for group in inputs.learned},
+        constraints(stage, inputs.space, inputs.learned),
+        steps=stage.config.training.steps,
+        seed=derived_seed(stage.config.seed, stage.name),
+        relaxation=relaxation,
+        learning_rate=options.learning_rate,
+        ramp_fraction=options.ramp,
+        start=options.start,
+        start_steps=options.start_steps,
+    )
+
+
+def final_masks(stage: Stage, inputs: Inputs, gates: Gates | None) -> dict[str, torch.Tensor]:
+    """The masks at the end of a stage: the fixed ones and those it has learned, now 0/1."""
+    masks = inputs.fixed | (gates.binary() if gates else {})
+    return without_empty_blocks(inputs.space, masks) if stage.writes.layer else masks

@@ -1,0 +1,49 @@
+"""The kept structure of a model as plain data, for `done.json`, tables and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from cook.pruning.mask_set import Masks
+from cook.pruning.units import PruningSpace
+
+
+def describe_structure(space: PruningSpace, masks: Masks) -> dict[str, Any]:
+    """For each layer its heads (`att`) and dims (`ffn`) as a text of 0 and 1; None for a block that is not there."""
+    layers: list[dict[str, str | None]] = [{"att": None, "ffn": None} for _ in range(space.num_layers)]
+    for group in space.groups:
+        block = masks.get(space.block(group).name)
+        if group.kind != "layer" and (block is None or bool(block.all())):
+            mask = masks.get(group.name, torch.ones(group.size))
+            units = "".join(str(int(z)) * group.members for z in mask.tolist())
+            layers[group.layer][group.site] = units if "1" in units else None
+    return {"layers": layers}
+
+
+def masks_of_structure(space: PruningSpace, structure: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The masks that `describe_structure` described."""
+    masks = {}
+    for group in space.groups:
+        units = structure["layers"][group.layer][group.site]
+        if group.kind == "layer":
+            masks[group.name] = torch.tensor([float(units is not None)])
+        elif units is not None:
+            masks[group.name] = torch.tensor([float(unit) for unit in units[:: group.members]])
+    return masks
+
+
+def as_lists(structure: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with lists of 0 and 1 in place of texts."""
+
+    def units(text: str | None) -> list[int] | None:
+        return None if text is None else [int(unit) for unit in text]
+
+    return {"layers": [{site: units(text) for site, text in layer.items()} for layer in structure["layers"]]}
+
+
+def sizes(structure: Mapping[str, Any], site: str) -> list[int]:
+    """Units kept in each block that is still there, from the bottom up."""
+    return [layer[site].count("1") for layer in structure["layers"] if layer[site] is not None]

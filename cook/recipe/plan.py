@@ -1,0 +1,244 @@
+"""The recipe as data: what each stage learns, what it keeps fixed, which weights and masks it reads and writes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cook.base.errors import UserError
+from cook.config.types import RunConfig, StageName, for_stage, training_for
+
+LearnedKind = Literal["layer", "heads", "dimff"]
+LEARNS: dict[str, tuple[LearnedKind, ...]] = {
+    "layer_mask": ("layer",),
+    "att_mask": ("heads",),
+    "ffn_mask": ("dimff",),
+    "joint_mask": ("layer", "heads", "dimff"),
+}
+"""The masks that a stage decides on, and writes."""
+DONE = "done.json"
+"""The file that a finished stage leaves: what it read, what it made."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskPaths:
+    """Mask files by kind; None where that kind is not masked."""
+
+    layer: str | None = None
+    heads: str | None = None
+    dimff: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One training run of the recipe."""
+
+    name: StageName
+    config: RunConfig
+    """The run's configuration with this stage's switches and training overrides."""
+    learns: tuple[LearnedKind, ...]
+    """The kinds of units whose gates are trained together with the weights."""
+    fixed: MaskPaths
+    """Masks read from files and held."""
+    writes: MaskPaths
+    """The mask files that the stage ends with, if it learns any."""
+    after: StageName | None
+    """The stage whose weights this one starts from; None for `model.path` or fresh weights."""
+    adapted: bool = False
+    """Whether an earlier stage of the recipe trains weights under masks, which then need these masks."""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir) / self.name
+
+    @property
+    def done(self) -> Path:
+        """The file that the stage leaves when it has finished."""
+        return self.folder / DONE
+
+    @property
+    def done_before(self) -> Path | None:
+        """The same file of the stage that this one starts from."""
+        return Path(self.config.output_dir) / self.after / DONE if self.after else None
+
+    @property
+    def pattern_mask(self) -> str | None:
+        """The mask file of single weights that the stage reads or makes; None in other stages."""
+        return self.config.pruning.pruning_mask_path if self.name == "pattern" else None
+
+    @property
+    def is_random_baseline(self) -> bool:
+        return self.name == "random_baseline"
+
+    @property
+    def uneven(self) -> set[str]:
+        """The kinds of units that this run shares out among its blocks by one budget."""
+        units = {name.partition("_")[0] for name in (self.name, *(entry.name for entry in self.config.stages))}
+        fine, joint = self.config.fine, self.config.joint
+        kinds = {"heads": "att", "dimff": "ffn"}
+        if joint and joint.scope == "global" and "joint" in units:
+            return set(kinds)
+        return {kind for kind, unit in kinds.items() if fine and fine.scope == "global" and unit in units}
+
+    def _targets(self) -> list[Any]:
+        """The targets that shape the stage's outcome; a baseline copies the shape that all of them lead to."""
+        coarse, fine, joint = self.config.coarse, self.config.fine, self.config.joint
+        heads: Any = fine.target_num_heads if fine else None
+        if fine and (fine.head_unit != "auto" or fine.allow_remote_code):
+            heads = [heads, fine.head_unit, fine.allow_remote_code]
+        dims: Any = fine.target_dimff if fine else None
+        at_once = [asdict(joint) | {"train_mask": None}, heads, dims] if joint else []
+        if fine and fine.scope != "block":
+            heads, dims = [heads, fine.scope], [dims, fine.scope]
+        targets: list[Any] = [coarse.target_sparsity if coarse else None, heads, dims]
+        if self.is_random_baseline:
+            return targets + (at_once if any(entry.name == "joint_mask" for entry in self.config.stages) else [])
+        if self.name == "joint_mask":
+            return at_once
+        return [targets[("layer", "heads", "dimff").index(kind)] for kind in self.learns]
+
+    def pattern_settings(self) -> dict[str, Any]:
+        """What decides the mask of single weights; empty in other stages."""
+        if self.name != "pattern":
+            return {}
+        pattern = asdict(self.config.pattern) if self.config.pattern else {}
+        pattern.pop("previous_mask", None)  # it counts by its content
+        return {"method": self.config.pruning.mask_method, "pattern": pattern}
+
+    def fingerprint(self) -> str:
+        """Hash of the settings that decide the stage's outcome; where to write and how often to log do not.
+
+        The masks that it holds are no settings: they are part of the run's identity by their content.
+        """
+        config = self.config
+        training, data = asdict(config.training), asdict(config.data)
+        for key in (
+            "log_every",
+            "save_every",
+            "keep_checkpoints",
+            "threads",
+            "micro_batch_size",
+            "eval_rows",
+            "rank_timeout",
+            "max_bad_steps",
+            "spike",
+            "spike_measure",
+            "spike_factor",
+            "spike_window",
+        ):
+            training.pop(key)
+        for key in ("cache_dir", "workers", "ledger"):
+            data.pop(key)
+        teacher = asdict(config.distillation) if config.distillation else {}
+        for key in ("teacher_device", "stages"):
+            teacher.pop(key, None)
+        described = {
+            "stage": self.name,
+            "seed": config.seed,
+            "model": asdict(config.model),
+            "tokenizer": asdict(config.tokenizer),
+            "data": data,
+            "training": training,
+            "deepspeed": {key: config.deepspeed[key] for key in ("optimizer", "scheduler") if key in config.deepspeed},
+            "distillation": teacher or None,
+            "pruned_module": config.pruning.pruned_module if self.name != "pretrain" else None,
+            "targets": self._targets(),
+            **self.pattern_settings(),
+            "gates": asdict(config.gates) if self.learns or self.is_random_baseline else None,
+        }
+        return hashlib.sha256(json.dumps(described, sort_keys=True, default=list).encode()).hexdigest()
+
+
+def recipe(config: RunConfig) -> list[Stage]:
+    """All stages that `config.stages` lists, in its order."""
+    return [plan_stage(config, entry.name) for entry in config.stages]
+
+
+def plan_stage(config: RunConfig, name: StageName) -> Stage:
+    """The plan of one stage, in or outside the recipe.
+
+    The order of the recipe says which masks are already there. What it says nothing about is held if it is there: the
+    layer mask wherever it is named, the other fine mask where its file exists ("head first" and "dims first" both
+    work).
+
+    Raises:
+        UserError: the scheme lacks the stage's section, or the file of a mask that it writes.
+    """
+    _check_sections(config, name)
+    order = [entry.name for entry in config.stages]
+    before = order[: order.index(name)] if name in order else []
+    return Stage(
+        name=name,
+        config=for_stage(config, name),
+        learns=_learns(config, name),
+        fixed=_fixed(config, name, order, before),
+        writes=_writes(config, name),
+        after=_predecessor(name, before),
+        adapted=any(training_for(config, early).train_weights for early in before if early != "pretrain"),
+    )
+
+
+def _check_sections(config: RunConfig, name: str) -> None:
+    """The loader has seen to the stages that the files name; a stage may also be asked for by hand."""
+    sections = {"coarse-grained": config.coarse, "fine-grained": config.fine, "joint": config.joint}
+    needed = {"layer": ("coarse-grained",), "joint": ("joint", "fine-grained")}
+    needed |= dict.fromkeys(("att", "ffn"), ("fine-grained",))
+    for key in needed.get(name.partition("_")[0], ()):
+        if sections[key] is None:
+            raise UserError(f"{name} needs the section {key!r}", remedy="add it to l0_pruning.json")
+
+
+def _learns(config: RunConfig, name: str) -> tuple[LearnedKind, ...]:
+    """In a joint stage blocks have gates of their own only where they have a target of their own."""
+    kinds = LEARNS.get(name, ())
+    if name == "joint_mask" and (config.joint is None or config.joint.target_sparsity is None):
+        return tuple(kind for kind in kinds if kind != "layer")
+    return kinds
+
+
+def _writes(config: RunConfig, name: str) -> MaskPaths:
+    paths = mask_paths(config)
+    for kind in LEARNS.get(name, ()):
+        if getattr(paths, kind) is None:
+            key = {"layer": "coarse_mask", "heads": "heads_mask", "dimff": "dimff_mask"}[kind]
+            raise UserError(f"{name} needs {key}, where its mask is written to", remedy=f"set {key} in l0_pruning.json")
+    return MaskPaths(**{kind: getattr(paths, kind) for kind in LEARNS.get(name, ())})
+
+
+def mask_paths(config: RunConfig) -> MaskPaths:
+    """The mask files that the scheme names, written or not."""
+    coarse, fine = config.coarse, config.fine
+    layer = (fine.coarse_mask if fine else None) or (coarse.coarse_mask if coarse else None)
+    return MaskPaths(layer=layer, heads=fine.heads_mask if fine else None, dimff=fine.dimff_mask if fine else None)
+
+
+def _fixed(config: RunConfig, name: str, order: list[StageName], before: list[StageName]) -> MaskPaths:
+    paths = mask_paths(config)
+    if name in ("pretrain", "layer_mask", "joint_mask", "pattern", "random_baseline"):
+        return MaskPaths()
+    if name == "joint_finetune":
+        return paths
+    if name == "layer_finetune":
+        return MaskPaths(layer=config.coarse.coarse_mask if config.coarse else None)
+    layer = config.fine.coarse_mask if config.fine else None
+    own, other = ("heads", "dimff") if name.startswith("att") else ("dimff", "heads")
+    other_stage = "att_mask" if other == "heads" else "ffn_mask"
+    other_path = getattr(paths, other)
+    if name in order and other_stage in order:
+        other_path = other_path if other_stage in before else None
+    elif other_path and not Path(other_path).exists():
+        other_path = None
+    fixed = {"layer": layer, other: other_path}
+    if name.endswith("_finetune"):
+        fixed[own] = getattr(paths, own)
+    return MaskPaths(**fixed)
+
+
+def _predecessor(name: str, before: list[StageName]) -> StageName | None:
+    if name == "random_baseline":
+        return "pretrain" if "pretrain" in before else None
+    earlier = [stage for stage in before if stage != "random_baseline"]
+    return earlier[-1] if earlier else None

@@ -1,0 +1,111 @@
+"""The end of a run: a ladder of all its models, their speeds measured side by side, and the figures."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from cook.base.batches import Batch
+from cook.base.errors import UserError
+from cook.config.types import RunConfig
+from cook.evaluation.speed import LARGEST_TIMED, forward_seconds
+from cook.families.source import ModelSource, load_model, open_model
+from cook.pruning.counts import parameters
+from cook.pruning.mask_set import kept_counts
+from cook.pruning.prune import reshaped_source
+from cook.recipe.kept_structure import as_lists, masks_of_structure
+from cook.recipe.plan import Stage
+from cook.recipe.summary import done_record, finished_stages, ladder_row, sample_batches
+from cook.report.events import LOG_NAME, read_log
+from cook.report.figures import plot_losses, plot_sparsity
+from cook.report.report import Figure, write_report
+from cook.report.structure import plot_structure
+from cook.report.tables import ladder_table
+
+
+def report_run(config: RunConfig, folder: Path) -> None:
+    """Writes `folder/report.md` with its figures and prints the ladder.
+
+    Raises:
+        UserError: nothing has finished yet.
+    """
+    stages = finished_stages(config, baseline=True)
+    if not stages:
+        raise UserError(f"no stage has finished under {config.output_dir}", remedy="train first")
+    # A mask stage's model goes on straight into its finetuning: the ladder shows what a user would take home.
+    shown = [s for s in stages if not s.learns] or stages
+    speeds = _speeds(config, shown)
+    rows = [ladder_row(stage, speeds.get(stage.name)) for stage in shown]
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = _figures(stages, folder)
+    notes = _notes(config, stages)
+    path = write_report(folder, rows, figures, title=f"Report of {config.output_dir}", notes=notes)
+    print("\n" + ladder_table(rows) + "\n")
+    for note in notes:
+        print(note)
+    print(f"report: {path}")
+
+
+def _speeds(config: RunConfig, stages: list[Stage]) -> dict[str, float]:
+    """Forward tokens/s of each stage's model, reshaped, in turns."""
+    if max(done_record(stage)["parameters"] for stage in stages) > LARGEST_TIMED:
+        return {}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    models: dict[str, torch.nn.Module] = {}
+    batches: list[Batch] = []
+    for stage in stages:
+        source = open_model(stage.folder / "model")
+        batches = batches or sample_batches(config, source, rows=8)[0]
+        models[stage.name] = _small_model(stage, source).to(device)
+    tokens = sum(batch["targets"].numel() for batch in batches)
+    return {name: tokens / seconds for name, seconds in forward_seconds(models, batches, device).items()}
+
+
+def _small_model(stage: Stage, source: ModelSource) -> torch.nn.Module:
+    space = source.adapter.space(source.config, done_record(stage)["head_unit"])
+    masks = masks_of_structure(space, done_record(stage)["structure"])
+    model = load_model(reshaped_source(source, space, masks))
+    assert sum(p.numel() for p in model.parameters()) == parameters(space, kept_counts(masks))
+    return model
+
+
+def _figures(stages: list[Stage], folder: Path) -> list[Figure]:
+    logs = {stage.name: read_log(stage.folder / LOG_NAME) for stage in stages}
+    main = [(stage.name, logs[stage.name]) for stage in stages if not stage.is_random_baseline]
+    side = [(stage.name, logs[stage.name]) for stage in stages if stage.is_random_baseline]
+    figures = [
+        Figure(
+            caption="Loss over all stages; numbers are held-out losses at the end of each.",
+            path=plot_losses(main, folder / "losses.png", side),
+        )
+    ]
+    learned = [(stage.name, logs[stage.name]) for stage in stages if stage.learns]
+    if learned:
+        caption = "Expected sparsity against its target, and the multipliers λ (loss a unit of sparsity)."
+        figures.append(Figure(caption=caption, path=plot_sparsity(learned, folder / "sparsity.png")))
+    last = [stage for stage in stages if not stage.is_random_baseline][-1:]
+    for stage in last:
+        structure = as_lists(done_record(stage)["structure"])
+        caption = "The kept structure: heads and dims of each layer's blocks."
+        figures.append(Figure(caption=caption, path=plot_structure(structure, folder / "structure.png")))
+    return figures
+
+
+def _notes(config: RunConfig, stages: list[Stage]) -> list[str]:
+    records = {stage.name: done_record(stage) for stage in stages}
+    seconds = sum(record["seconds"] for record in records.values())
+    notes = [
+        f"{len(stages)} stages, {seconds / 60:.1f} minutes of training; speeds are forward passes of the reshaped "
+        f"models, measured in turns on {os.cpu_count()} cores" + (" and a GPU." if torch.cuda.is_available() else ".")
+    ]
+    baseline = records.get("random_baseline")
+    after = [stage for stage in stages if stage.name not in ("pretrain", "random_baseline")]
+    if baseline and after:
+        steps = sum(records[stage.name]["steps"] for stage in after)
+        notes.append(
+            f"Random masks: as many blocks, heads and dims, drawn at random; {baseline['steps']} steps of finetuning "
+            f"from the dense model. The learned masks took {steps} steps in all, mask training included."
+        )
+    return notes

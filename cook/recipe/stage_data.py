@@ -1,0 +1,137 @@
+"""The loader of a stage, where it reads on, and sources whose weights follow their losses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cook.base import distributed
+from cook.base.distributed import say
+from cook.base.errors import UserError
+from cook.base.files import read_json, write_json
+from cook.base.watchdog import At
+from cook.config.check_data import source_names
+from cook.data.joined import JoinedRows
+from cook.data.loader import RowLoader, held_out_batches
+from cook.data.mixing import updated_weights
+from cook.data.stream_loader import StreamLoader
+from cook.data.streams import StreamedData
+from cook.data.training_data import TrainingData, changed_files, read_files
+from cook.evaluation.perplexity import held_out_loss
+from cook.recipe.plan import Stage
+from cook.report.events import EventLog
+from cook.training.engine import Engine
+
+Loader = RowLoader | StreamLoader
+
+
+def rows_before(stage: Stage) -> int:
+    """Rows that the finished stages before this one have read: the stage reads on, and repeats none in an epoch."""
+    before = stage.done_before
+    return int(read_json(before)["rows"]) if before and before.exists() else 0
+
+
+def open_loader(stage: Stage, data: TrainingData, *, ledger: bool = True) -> Loader:
+    """The loader of a stage, at the row after the last one that the stage before has read.
+
+    Args:
+        stage: The plan.
+        data: Its rows.
+        ledger: False: what is read is not noted, even if the config wants a ledger.
+    """
+    config = stage.config
+    options: dict[str, Any] = {
+        "train_batch_size": config.training.train_batch_size,
+        "seed": config.seed,
+        "first": rows_before(stage),
+        "ledger": stage.folder if config.data.ledger and ledger else None,
+    }
+    if isinstance(data.train, StreamedData):
+        options |= {"rank": distributed.rank(), "world_size": distributed.world_size()}
+        loader: Loader = StreamLoader(data.train, **options)
+    else:
+        loader = RowLoader(data.train, workers=config.data.workers, **options)
+    before = stage.done_before
+    state = read_json(before).get("data") if before and before.exists() else None
+    if state and state["data"] == data.train.fingerprint:  # else the stage before had other data
+        loader.load_state_dict(state)
+    return loader
+
+
+def check_corpus(stage: Stage, *, resumed: bool) -> None:
+    """Notes the files of the corpus when a stage begins, and compares them when it goes on.
+
+    Raises:
+        UserError: A file has changed since, and the rows are not those that the stage began with.
+    """
+    now, noted = read_files(stage.config.output_dir), stage.folder / "corpus.json"
+    if not (resumed and noted.exists()):
+        write_json(noted, now)
+    elif changes := changed_files(read_json(noted), now):
+        listed = "".join(f"\n    {change}" for change in changes[:20]) + ("\n    …" if len(changes) > 20 else "")
+        raise UserError(
+            f"{stage.name}: the corpus has changed since the stage began:{listed}",
+            remedy="restore the files, choose another output_dir, or start over with --resume never",
+        )
+
+
+class Feeding:
+    """What is done about the sources after a step: their weights follow their losses, and new epochs are reported.
+
+    Args:
+        stage: The plan.
+        loader: Its loader.
+        data: Its rows.
+        engine: The model, to be evaluated as the step left it.
+        log: Where losses and weights are noted.
+        at: Told of every evaluation.
+    """
+
+    def __init__(self, stage: Stage, loader: Loader, data: TrainingData, engine: Engine, log: EventLog, at: At):
+        self._stage, self._loader, self._engine, self._log, self._at = stage, loader, engine, log, at
+        self._mixing = stage.config.data.mixing
+        self._names = source_names(stage.config.data)
+        self._held_out = data.held_out
+        self._epochs: list[int] | None = None
+
+    def after_step(self, step: int) -> None:
+        """Called after every step, on every rank."""
+        training = self._stage.config.training
+        if self._loader.weights is None or len(self._names) < 2:
+            return
+        if step % training.log_every == 0:
+            self._report_epochs(step)
+        if self._mixing and step % self._mixing.every == 0 and step < training.steps:
+            self._mix(step)
+
+    def _report_epochs(self, step: int) -> None:
+        epochs = [int(epoch) for epoch in self._loader.epochs(step)]
+        for name, epoch, known in zip(self._names, epochs, self._epochs or epochs, strict=True):
+            if epoch > known:
+                say(f"{self._stage.name}: step {step}: the source {name} is read for the {epoch + 1}. time")
+        self._epochs = epochs
+
+    def _mix(self, step: int) -> None:
+        assert self._mixing is not None and isinstance(self._held_out, JoinedRows)
+        assert self._loader.weights is not None
+        self._at(step, "finishing")
+        losses = [self._loss(part) for part in self._held_out.parts]
+        references = [self._mixing.reference[name] for name in self._names]
+        weights = updated_weights(self._loader.weights, losses, references)
+        self._loader.reweigh(weights, step)
+        self._log.write(
+            {
+                "step": step,
+                "source_loss": dict(zip(self._names, losses, strict=True)),
+                "source_weight": dict(zip(self._names, weights, strict=True)),
+            }
+        )
+
+    def _loss(self, rows: Any) -> float:
+        assert self._mixing is not None
+        engine, size = self._engine, self._stage.config.training.micro_batch_size
+        ranks = distributed.rank(), distributed.world_size()
+        engine.module.eval()
+        try:
+            return held_out_loss(engine, held_out_batches(rows, size, self._mixing.rows, *ranks), engine.device)
+        finally:
+            engine.module.train()

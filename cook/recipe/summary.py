@@ -1,0 +1,124 @@
+"""What the finished stages of a run tell together: the ladder, the figures, batches to compare models on."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cook.base.batches import Batch
+from cook.base.errors import UserError
+from cook.base.files import read_json, sha256
+from cook.config.types import RunConfig, described_stage
+from cook.data.loader import held_out_batches
+from cook.data.token_loss import LABELS, model_inputs
+from cook.data.training_data import load_rows
+from cook.families.source import ModelSource
+from cook.recipe.kept_structure import sizes
+from cook.recipe.plan import MaskPaths, Stage, plan_stage, recipe
+from cook.report.tables import LadderRow, range_text
+
+TITLES = {
+    "pretrain": "dense",
+    "layer_mask": "layers masked",
+    "layer_finetune": "layers, finetuned",
+    "att_mask": "heads masked",
+    "att_finetune": "heads, finetuned",
+    "ffn_mask": "dims masked",
+    "ffn_finetune": "dims, finetuned",
+    "joint_mask": "all masked at once",
+    "joint_finetune": "all, finetuned",
+    "pattern": "pattern, finetuned",
+    "random_baseline": "random masks",
+}
+
+
+def finished_stages(config: RunConfig, *, baseline: bool = False) -> list[Stage]:
+    """The recipe's stages that have finished, in order (without a recipe: the described one).
+
+    Args:
+        config: The run.
+        baseline: Whether to include the random baseline, which is a side branch.
+    """
+    stages = recipe(config) or [plan_stage(config, described_stage(config))]
+    return [s for s in stages if s.done.exists() and (baseline or not s.is_random_baseline)]
+
+
+def masks_after(stage: Stage) -> MaskPaths:
+    """The mask files that describe a stage's model: those it held and those it learned."""
+    return dataclasses.replace(stage.fixed, **{kind: path for kind, path in vars(stage.writes).items() if path})
+
+
+def check_masks(stage: Stage) -> None:
+    """Refuses masks that another run has written over since the stage finished.
+
+    Raises:
+        UserError: a mask file is not the one that the stage's model was trained with.
+    """
+    for path, digest in done_record(stage)["masks"].items():
+        if not Path(path).is_file() or sha256(path) != digest:
+            raise UserError(
+                f"{path}: not the mask that {stage.name} was trained with",
+                wanted=f"sha256 {digest}",
+                remedy="another run has written there: give each run mask paths of its own, and redo the stage",
+            )
+
+
+def done_record(stage: Stage) -> dict[str, Any]:
+    """The stage's `done.json`."""
+    return read_json(stage.done)
+
+
+def ladder_row(stage: Stage, tokens_per_second: float | None = None) -> LadderRow:
+    """A finished stage as a row of the ladder."""
+    done = done_record(stage)
+    heads, dims = sizes(done["structure"], "att"), sizes(done["structure"], "ffn")
+    return LadderRow(
+        model=TITLES[stage.name],
+        att_layers=len(heads),
+        ffn_layers=len(dims),
+        heads=range_text(heads),
+        dim_ff=range_text(dims),
+        parameters=done["parameters"],
+        held_out_loss=done["held_out_loss"],
+        tokens_per_second=tokens_per_second,
+    )
+
+
+def sample_batches(
+    config: RunConfig | None, source: ModelSource, *, rows: int = 16, batch_size: int = 8
+) -> tuple[list[Batch], str]:
+    """Batches to compare models on, and what they are: held-out text of the run, else random ids."""
+    prompt = source.config.get("prompt_length", 0)
+    if config is not None:
+        try:
+            data = load_rows(
+                config.data, config.tokenizer, prompt_length=prompt, output_dir=config.output_dir, build=False
+            )
+        except UserError:
+            pass  # nothing prepared for this config: random ids serve as well to compare two models
+        else:
+            batches = [called(source, batch) for batch in held_out_batches(data.held_out, batch_size, rows)]
+            return batches, f"{sum(len(b['targets']) for b in batches)} rows of held-out text"
+    random = torch.Generator().manual_seed(0)
+    length = prompt + 128
+    ids = torch.randint(0, source.config["vocab_size"], (batch_size, length), generator=random)
+    ids[:, :prompt] = torch.arange(prompt) + 2 * prompt
+    text = torch.arange(length) >= prompt
+    batch: Batch = {
+        "input": ids,
+        "length": torch.full((batch_size,), length),
+        "context": (~text).expand(batch_size, -1),
+        "position": torch.arange(length).expand(batch_size, -1),
+        "segment": (text * 2).expand(batch_size, -1),
+        "span": torch.zeros(batch_size, length, dtype=torch.long),
+        "targets": ids,
+    }
+    return [called(source, batch)], f"{batch_size} rows of random ids"
+
+
+def called(source: ModelSource, batch: Batch) -> Batch:
+    """A batch in the form in which the model is called, with its labels."""
+    return source.adapter.inputs(model_inputs(batch)) | {key: batch[key] for key in LABELS if key in batch}

@@ -1,0 +1,165 @@
+"""Which matrices a pattern prunes, and what each is to its layer: data read off a pruning space or off weight names."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from cook.base.errors import UserError
+from cook.pruning.units import PruningSpace, UnitGroup
+
+Role = Literal["query", "key", "value", "attention_output", "intermediate", "output"]
+ROLES: tuple[Role, ...] = ("query", "key", "value", "attention_output", "intermediate", "output")
+"""In the order in which the matrices of a layer stand."""
+INPUTS: tuple[Role, ...] = ("query", "key", "value")
+
+ENCODER_ROLES: Mapping[str, Role] = {
+    "attention.self.query.weight": "query",
+    "attention.self.key.weight": "key",
+    "attention.self.value.weight": "value",
+    "attention.output.dense.weight": "attention_output",
+    "intermediate.dense.weight": "intermediate",
+    "output.dense.weight": "output",
+}
+"""The ends of the names that stock encoders share; the longest one that fits counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrunedMatrix:
+    """One matrix that a pattern prunes."""
+
+    path: str
+    """Key in the model's state dict."""
+    role: Role
+    layer: int
+    shape: tuple[int, int]
+    """Of the tensor in the state dict."""
+    head_size: int
+    """Dims of a head, or of all queries that share a key's head; only the four matrices of attention need it."""
+    input_dim: int = 1
+    """The dimension of the tensor along which the inputs (the rows K of W) lie: 1 as torch.nn.Linear has it, else 0."""
+    parts: tuple[PrunedMatrix, ...] = ()
+    """What a fused weight consists of along its outputs, in order: all queries, then all keys, then all values."""
+
+    @property
+    def inputs(self) -> int:
+        """K."""
+        return self.shape[self.input_dim]
+
+    @property
+    def outputs(self) -> int:
+        """N."""
+        return self.shape[1 - self.input_dim]
+
+
+def encoder_matrices(
+    shapes: Mapping[str, Sequence[int]], *, head_size: int, roles: Mapping[str, Role] = ENCODER_ROLES
+) -> tuple[PrunedMatrix, ...]:
+    """The pruned matrices of a stock encoder, told by the ends of their names, in the order of layers and roles.
+
+    Args:
+        shapes: The shape of every weight in the state dict.
+        head_size: Dims of a head.
+        roles: Ends of names.
+
+    Raises:
+        UserError: no such weight is there.
+    """
+    found = []
+    for path, shape in shapes.items():
+        ends = [end for end in roles if path == end or path.endswith("." + end)]
+        layer = re.search(r"(?:^|\.)(\d+)\.", path)
+        if ends and layer and len(shape) == 2:
+            role = roles[max(ends, key=len)]
+            found.append(_matrix(path, role, int(layer[1]), shape, head_size, 1))
+    if not found:
+        raise UserError("no weights of an encoder's layers", wanted=f"names that end in {', '.join(roles)}")
+    return _ordered(found)
+
+
+def matrices_of(space: PruningSpace) -> tuple[PrunedMatrix, ...]:
+    """The matrices that a family's pruning space describes, in the order of layers and roles.
+
+    Where units lie along a tensor's inputs, the matrix closes its block (attention output, output); along its outputs,
+    it opens the block. Gated FFNs have several `intermediate` a layer. A fused weight is one matrix, `query` if it
+    makes queries, keys and values: where these stand in a row, patterns of heads see its parts, the others the whole.
+    """
+    found = []
+    for group in space.groups:
+        if group.kind == "layer":
+            continue
+        pieces = list({s.path: s for s in group.slices if len(space.shapes[s.path]) == 2}.values())
+        closing = _closing(group)
+        opening = iter(INPUTS)
+        for piece in pieces:
+            role: Role
+            if piece.path == closing:
+                role = "attention_output" if group.site == "att" else "output"
+            else:
+                role = next(opening, "value") if group.site == "att" else "intermediate"
+            input_dim = piece.dim if piece.path == closing else 1 - piece.dim
+            matrix = _matrix(piece.path, role, group.layer, space.shapes[piece.path], piece.block, input_dim)
+            found.append(replace(matrix, parts=_parts(matrix, group)) if group.site == "att" else matrix)
+    return _ordered(found)
+
+
+def _parts(matrix: PrunedMatrix, group: UnitGroup) -> tuple[PrunedMatrix, ...]:
+    """The queries, keys and values of a fused weight; none if it has only one of them, or mixes them."""
+    slices = [s for s in group.slices if s.path == matrix.path]
+    if len(slices) < 2:
+        return ()
+    made = []
+    for role, piece in zip(INPUTS, sorted(slices, key=lambda s: s.offset), strict=True):
+        size = group.size * piece.block
+        shape = [size, size]
+        shape[matrix.input_dim] = matrix.inputs
+        name = f"{matrix.path}[{piece.offset}:{piece.offset + size}]"
+        made.append(_matrix(name, role, matrix.layer, shape, piece.block, matrix.input_dim))
+    return tuple(made)
+
+
+def _closing(group: UnitGroup) -> str | None:
+    """The path of the matrix through which the units leave the block: the one at whose input they are gated."""
+    inside = [s.path for s in group.slices if s.path.startswith(f"{group.gate.module}.")]
+    return inside[0] if inside else None
+
+
+def restricted(
+    matrices: Iterable[PrunedMatrix], suffixes: Sequence[str], aliases: Mapping[str, tuple[str, ...]] | None = None
+) -> tuple[PrunedMatrix, ...]:
+    """The matrices whose paths end in one of `suffixes` (`pruned_module`), or in another spelling of it (`aliases`).
+
+    Raises:
+        UserError: a suffix that fits no matrix.
+    """
+    matrices = tuple(matrices)
+
+    def fits(path: str, suffix: str) -> bool:
+        spellings = (suffix, *(aliases or {}).get(suffix, ()))
+        return any(path == end or path.endswith("." + end) for end in spellings)
+
+    for suffix in suffixes:
+        if not any(fits(m.path, suffix) for m in matrices):
+            known = sorted({re.sub(r"^.*?\.\d+\.", "", m.path) for m in matrices})
+            raise UserError(f"pruned_module: {suffix!r} fits no matrix of the model", wanted=", ".join(known))
+    return tuple(m for m in matrices if any(fits(m.path, suffix) for suffix in suffixes))
+
+
+def layers_of(matrices: Iterable[PrunedMatrix]) -> dict[int, dict[str, list[PrunedMatrix]]]:
+    """Matrices by layer and role."""
+    layers: dict[int, dict[str, list[PrunedMatrix]]] = defaultdict(lambda: defaultdict(list))
+    for matrix in matrices:
+        layers[matrix.layer][matrix.role].append(matrix)
+    return {layer: dict(roles) for layer, roles in layers.items()}
+
+
+def _matrix(path: str, role: Role, layer: int, shape: Sequence[int], head_size: int, input_dim: int) -> PrunedMatrix:
+    sides = (int(shape[0]), int(shape[1]))
+    return PrunedMatrix(path=path, role=role, layer=layer, shape=sides, head_size=head_size, input_dim=input_dim)
+
+
+def _ordered(found: list[PrunedMatrix]) -> tuple[PrunedMatrix, ...]:
+    return tuple(sorted(found, key=lambda m: (m.layer, ROLES.index(m.role))))

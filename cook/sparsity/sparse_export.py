@@ -1,0 +1,249 @@
+"""A masked encoder folder as a folder that runs faster: a smaller stock model, or one with tile-wise layers."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.activations import ACT2FN
+
+from cook.base.errors import UserError
+from cook.base.files import write_json
+from cook.base.tensor_files import ShardWriter, open_safetensors_folder, read_model_config
+from cook.sparsity.compact import CompactLayer, MaskedMatrix, compact_layer
+from cook.sparsity.kernels import (
+    sparse_bert,
+    sparse_build,
+    sparse_layers,
+    sparse_memory,
+    sparse_native,
+    sparse_plan,
+    sparse_source,
+    sparse_triton,
+    sparse_ways,
+)
+from cook.sparsity.matrices import ENCODER_ROLES
+from cook.sparsity.tiles import Tiles
+
+NORMS = {"attention.output.LayerNorm": "attention_norm", "output.LayerNorm": "output_norm"}
+MODULE = "modeling_cook_sparse"
+CARRIED = (
+    sparse_build,
+    sparse_layers,
+    sparse_memory,
+    sparse_native,
+    sparse_plan,
+    sparse_source,
+    sparse_triton,
+    sparse_ways,
+)
+"""What the modeling file needs, and an export carries along."""
+NOT_TOKENIZER = ("model", "pytorch_model", "config.json", "optimizer", "training_args", "README", ".")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseExport:
+    """What was written."""
+
+    folder: Path
+    kind: str
+    """`stock`: loads as it is; `sparse`: loads with `trust_remote_code=True`."""
+    parameters: tuple[int, int]
+    """Of the model before and after, index tensors not counted."""
+    notes: tuple[str, ...]
+    """What a reader should know, a sentence each."""
+
+
+def export_sparse(
+    source: Path | str,
+    output: Path | str,
+    masks: Mapping[str, torch.Tensor],
+    *,
+    block: int | None = None,
+    stock: bool | None = None,
+) -> SparseExport:
+    """Writes a masked encoder without its pruned weights.
+
+    Args:
+        source: A BERT folder with any of the heads of `sparse_bert.CLASSES`.
+        output: The folder to write; an earlier export there is replaced.
+        masks: By path, true what stays.
+        block: B, where the pattern consists of B × B blocks.
+        stock: True: a stock model, whatever zeros remain in it. None: where nothing but zeros would be lost.
+
+    Raises:
+        UserError: a model or masks that this cannot be done with.
+    """
+    source, output = Path(source), Path(output)
+    config, tensors = read_model_config(source), open_safetensors_folder(source)
+    name = (config.get("architectures") or ["BertModel"])[0]
+    if config.get("model_type") != "bert" or name not in sparse_bert.CLASSES:
+        raise UserError(
+            f"{source}: not a model that can be exported with sparse layers",
+            wanted=f"BERT as {', '.join(sparse_bert.CLASSES)}",
+            got=f"{config.get('model_type')}, {name}",
+        )
+    if output.resolve() in (source.resolve(), *source.resolve().parents):
+        raise UserError(f"{output}: would overwrite the model it is made from", remedy="choose another folder")
+    if output.exists() and any(output.iterdir()) and not (output / "config.json").exists():
+        raise UserError(f"{output}: holds something other than a model", remedy="choose another folder")
+    prefix = sparse_bert.CLASSES[name][2]
+    layers = [_compact(tensors, masks, config, prefix, i, block) for i in range(config["num_hidden_layers"])]
+    head_size = config["hidden_size"] // config["num_attention_heads"]
+    all_heads = all(len(layer.matrices["attention_output"].mask) == config["hidden_size"] for layer in layers)
+    if stock is None:
+        stock = all_heads and all(layer.is_dense for layer in layers)
+    aside = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    write = _write_stock if stock else _write_sparse
+    try:
+        count = write(aside, tensors, masks, config, layers, prefix)
+        _copy_tokenizer(source, aside)
+        shutil.rmtree(output, ignore_errors=True)
+        aside.rename(output)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    before = sum(tensor.numel() for key, tensor in tensors.items() if tensor.is_floating_point())
+    return SparseExport(
+        folder=output,
+        kind="stock" if stock else "sparse",
+        parameters=(before, count),
+        notes=tuple(_notes(layers, config, head_size, stock)),
+    )
+
+
+def _compact(
+    tensors: Mapping[str, torch.Tensor],
+    masks: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any],
+    prefix: str,
+    layer: int,
+    block: int | None,
+) -> CompactLayer:
+    matrices: dict[str, MaskedMatrix] = {}
+    for end, role in ENCODER_ROLES.items():
+        path = f"{prefix}encoder.layer.{layer}.{end}"
+        weight = tensors[path]
+        mask = masks.get(path, torch.ones_like(weight, dtype=torch.bool))
+        if mask.shape != weight.shape:
+            raise UserError(f"a mask that does not fit {path}", wanted=tuple(weight.shape), got=tuple(mask.shape))
+        bias = tensors[path.removesuffix("weight") + "bias"]
+        matrices[role] = MaskedMatrix(weight=(weight * mask).T, mask=mask.bool().T, bias=bias)
+    activation = ACT2FN[config.get("hidden_act", "gelu")]
+    head_size = config["hidden_size"] // config["num_attention_heads"]
+    return compact_layer(matrices, head_size=head_size, activation=activation, block=block)
+
+
+def _write_sparse(
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    masks: Mapping[str, torch.Tensor],
+    config: dict[str, Any],
+    layers: list[CompactLayer],
+    prefix: str,
+) -> int:
+    count = 0
+    with ShardWriter(folder) as writer:
+        for name, tensor in _sparse_tensors(tensors, layers, prefix):
+            count += tensor.numel() * tensor.is_floating_point()
+            writer.add(name, tensor)
+    auto, own, _ = sparse_bert.CLASSES[(config.get("architectures") or ["BertModel"])[0]]
+    written = {**config, "model_type": sparse_bert.SparseBertConfig.model_type, "architectures": [own]}
+    written["sparse_layers"] = [layer.described() for layer in layers]
+    written["auto_map"] = {"AutoConfig": f"{MODULE}.SparseBertConfig", auto: f"{MODULE}.{own}"}
+    if auto != "AutoModel":
+        written["auto_map"]["AutoModel"] = f"{MODULE}.SparseBertModel"
+    write_json(folder / "config.json", written)
+    shutil.copyfile(str(sparse_bert.__file__), folder / f"{MODULE}.py")
+    for helper in CARRIED:
+        shutil.copyfile(str(helper.__file__), folder / f"{helper.__name__.rpartition('.')[2]}.py")
+    return count
+
+
+def _sparse_tensors(
+    tensors: Mapping[str, torch.Tensor], layers: list[CompactLayer], prefix: str
+) -> Iterator[tuple[str, torch.Tensor]]:
+    stem = f"{prefix}encoder.layer."
+    yield from ((name, tensor) for name, tensor in tensors.items() if not name.startswith(stem))
+    for number, layer in enumerate(layers):
+        target = f"{prefix}encoder.layers.{number}."
+        yield from ((target + name, tensor) for name, tensor in layer.tensors().items())
+        for old, new in NORMS.items():
+            for key in ("weight", "bias"):
+                yield f"{target}{new}.{key}", tensors[f"{stem}{number}.{old}.{key}"]
+
+
+def _write_stock(
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    masks: Mapping[str, torch.Tensor],
+    config: dict[str, Any],
+    layers: list[CompactLayer],
+    prefix: str,
+) -> int:
+    """The FFN shrinks to the widest layer's, the others being filled with zeros; heads stay, at worst as zeros."""
+    width = max(1, *(len(layer.matrices["output"].weight) for layer in layers))
+    count = 0
+    with ShardWriter(folder) as writer:
+        for name, tensor in tensors.items():
+            inside = name.startswith(f"{prefix}encoder.layer.")
+            own = _shrunk(name.removeprefix(f"{prefix}encoder.layer."), layers, width) if inside else None
+            if own is not None:
+                tensor = own.to(tensor.dtype)
+            elif name in masks:
+                tensor = tensor * masks[name]
+            count += tensor.numel() * tensor.is_floating_point()
+            writer.add(name, tensor)
+    write_json(folder / "config.json", {**config, "intermediate_size": width})
+    return count
+
+
+def _shrunk(name: str, layers: list[CompactLayer], width: int) -> torch.Tensor | None:
+    """A tensor of the FFN, or a bias into which constants were carried; None for others."""
+    number, _, end = name.partition(".")
+    matrices = layers[int(number)].matrices
+    missing = width - len(matrices["output"].weight)
+    first, second = matrices["intermediate"], matrices["output"]
+    return {
+        "intermediate.dense.weight": lambda: torch.nn.functional.pad(first.weight.T, (0, 0, 0, missing)),
+        "intermediate.dense.bias": lambda: torch.nn.functional.pad(first.bias, (0, missing)),
+        "output.dense.weight": lambda: torch.nn.functional.pad(second.weight.T, (0, missing)),
+        "output.dense.bias": lambda: second.bias,
+    }.get(end, lambda: None)()
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    for path in sorted(source.iterdir()):
+        if path.is_file() and not path.name.startswith(NOT_TOKENIZER) and path.suffix in (".json", ".txt", ".model"):
+            shutil.copyfile(path, folder / path.name)
+
+
+def _notes(layers: list[CompactLayer], config: Mapping[str, Any], head_size: int, stock: bool) -> Iterator[str]:
+    heads = sum(layer.heads for layer in layers)
+    total = len(layers) * config["num_attention_heads"]
+    if heads < total:
+        yield f"{total - heads} of {total} heads " + (
+            "do nothing, but a stock BERT has hidden_size / head size heads: they stay as zeros"
+            if stock
+            else "are gone; a stock BERT cannot have fewer than hidden_size / head size"
+        )
+    widths = sorted({len(layer.matrices["output"].weight) for layer in layers})
+    if stock and len(widths) > 1:
+        yield f"FFNs keep {widths[0]} to {widths[-1]} dims; a stock BERT has one size, so zeros fill up the others"
+    dense = [
+        name for layer in layers for name, tiles in layer.tiles.items() if _lies_dense(tiles, layer.matrices[name])
+    ]
+    if dense and not stock:
+        yield (
+            f"{len(dense)} of {4 * len(layers)} matrices have no tiles: weight by weight on a CPU in fp32 where that "
+            "is faster (it needs a C compiler), else dense, zeros and all"
+        )
+
+
+def _lies_dense(tiles: Tiles, matrix: MaskedMatrix) -> bool:
+    return len(tiles.members) == 1 and not matrix.mask[tiles.members[0][0]][:, tiles.members[0][1]].all()

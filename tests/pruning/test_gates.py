@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cook.pruning.controller import Constraint
+from cook.pruning.gates import Gates
+from cook.pruning.hard_concrete import sample
+from cook.pruning.relaxation import Deterministic, HardConcrete
+
+RELAXATIONS = [Deterministic(), HardConcrete()]
+
+
+def make(sizes=(5, 3), targets=(0.4, 1 / 3), steps=200, seed=4, **options) -> Gates:
+    constraints = [
+        Constraint(name=f"g{i}", start=sum(sizes[:i]), costs=(1 / size,) * size, target=target)
+        for i, (size, target) in enumerate(zip(sizes, targets, strict=True))
+    ]
+    return Gates(
+        {c.name: len(c.costs) for c in constraints},
+        constraints,
+        steps=steps,
+        seed=seed,
+        **{"relaxation": HardConcrete(), **options},
+    )
+
+
+def advance(gates: Gates, first: int, last: int) -> torch.Tensor:
+    """Steps whose gradients depend on the drawn z, so that different noise shows."""
+    for step in range(first, last + 1):
+        z = gates.draw(step)
+        weight = torch.linspace(-1, 1, len(z)) * (1 + step % 3)
+        gates.update(weight * (z + 0.5), step)
+    return gates.values
+
+
+@pytest.mark.parametrize("at", [5, 25])
+@pytest.mark.parametrize("start", ["open", "taylor", "fisher"])
+@pytest.mark.parametrize("relaxation", RELAXATIONS)
+def test_a_resumed_run_is_bit_identical(relaxation, start, at):
+    whole, first, second = (make(relaxation=relaxation, start=start) for _ in range(3))
+    advance(whole, 1, 60)
+    advance(first, 1, at)
+    state = {k: v.clone() for k, v in first.state_dict().items()}
+    advance(first, at + 1, at + 5)  # must not reach into what was saved
+    second.load_state_dict(state)
+    advance(second, at + 1, 60)
+    assert torch.equal(whole.values, second.values)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    "at, left_out",
+    [(25, name) for name in ("values", "moment", "second_moment", "steps", "start_sparsity", "gathered")]
+    + [(5, "gathered")],
+)
+def test_leaving_a_part_of_the_state_out_shows(left_out, at):
+    whole, second = make(start="taylor"), make(start="taylor")
+    advance(whole, 1, at)
+    fresh = make(relaxation=HardConcrete(initial_log_alpha=1.0), start="taylor").state_dict()
+    second.load_state_dict(whole.state_dict() | {left_out: fresh[left_out]})
+    assert not torch.equal(advance(whole, at + 1, 30), advance(second, at + 1, 30))
+
+
+def test_the_state_of_other_gates_is_refused():
+    with pytest.raises(AssertionError, match="other gates"):
+        make().load_state_dict(make(sizes=(5, 4)).state_dict())
+
+
+def test_a_draw_depends_on_seed_and_step_alone():
+    first, again, other = make(), make(), make(seed=5)
+    draws = [first.draw(step) for step in (1, 2, 1)]
+    again.draw(7)
+    torch.rand(3)  # the global generator plays no part
+    assert torch.equal(draws[0], draws[2]) and torch.equal(draws[1], again.draw(2))
+    assert not torch.equal(draws[0], draws[1])
+    other.values = first.values.clone()
+    first.values, other.values = torch.zeros(8), torch.zeros(8)
+    assert not torch.equal(first.draw(1), other.draw(1))
+    assert not first.draw(1).requires_grad
+
+
+def test_noise_is_new_in_every_step():
+    gates = make()
+    gates.values = torch.zeros(8)
+    draws = [gates.draw(step) for step in range(1, 30)]
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(draws, 2))
+
+
+def test_update_carries_the_gradient_of_z_to_log_alpha(monkeypatch):
+    gates = make()
+    gates.values = torch.linspace(-2, 2, 8)
+    z = gates.draw(3)
+    seen = []
+    monkeypatch.setattr(gates.controller, "step", lambda a, gradient, targets, hold: seen.append((gradient, targets)))
+    weight = torch.arange(8.0) - 3
+    gates.update(weight, 3)
+    # The slope of z in logα by the inverse of the formula: s = (z + 0.1) / 1.2, dz/dα = 1.2 s (1 − s) / β.
+    s = (z.double() + 0.1) / 1.2
+    slope = torch.where((z > 0) & (z < 1), 1.2 * s * (1 - s) / (2 / 3), torch.zeros(8, dtype=torch.float64))
+    assert slope.count_nonzero() > 2
+    torch.testing.assert_close(seen[0][0].double(), weight * slope, rtol=1e-4, atol=1e-5)
+    assert torch.equal(seen[0][1], gates.targets(3))
+    with pytest.raises(AssertionError, match="without draw"):
+        gates.update(weight, 4)
+
+
+def test_split_is_differentiable_and_in_order():
+    gates = make()
+    z = torch.arange(8.0, requires_grad=True)
+    parts = gates.split(z)
+    assert list(parts) == ["g0", "g1"] and parts["g1"].tolist() == [5, 6, 7]
+    parts["g1"].sum().backward()
+    assert z.grad is not None and z.grad.tolist() == [0] * 5 + [1] * 3
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 700), min_size=1, max_size=4), st.data())
+def test_a_fine_constraint_ends_with_exactly_its_number(sizes, data):
+    kept = [data.draw(st.integers(0, size)) for size in sizes]
+    targets = tuple(1.0 - k * (1 / size) for k, size in zip(kept, sizes, strict=True))
+    gates = make(tuple(sizes), targets, seed=data.draw(st.integers(0, 99)))
+    ties = data.draw(st.booleans())
+    gates.values = torch.zeros_like(gates.values) if ties else torch.randn_like(gates.values)
+    masks = gates.binary()
+    for (name, mask), number, values in zip(masks.items(), kept, gates.split(gates.values).values(), strict=True):
+        assert int(mask.sum()) == number and set(mask.tolist()) <= {0.0, 1.0}, name
+        if 0 < number < len(mask):  # those of largest logα stay
+            assert values[mask == 1].min() >= values[mask == 0].max()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 10**9), min_size=1, max_size=60), st.floats(0, 0.99), st.integers(0, 99))
+def test_a_coarse_constraint_ends_within_half_a_block(sizes, target, seed):
+    total = sum(sizes)
+    constraint = Constraint(name="blocks", start=0, costs=tuple(s / total for s in sizes), target=target)
+    gates = Gates({f"b{i}": 1 for i in range(len(sizes))}, [constraint], steps=100, seed=seed)
+    gates.values = torch.tensor(np.random.default_rng(seed).normal(0, 3, len(sizes)), dtype=torch.float32)
+    removed = sum(size for size, mask in zip(sizes, gates.binary().values(), strict=True) if not mask.item())
+    assert abs(removed / total - target) <= max(sizes) / total / 2 + 1e-9
+
+
+def test_a_score_is_gathered_over_a_resume():
+    whole, second = make(start="fisher", start_steps=2), make(start="fisher", start_steps=2)
+    strong, weak = torch.arange(8.0), torch.linspace(0.1, 0.0, 8)
+    whole.draw(1)
+    whole.update(strong, 1)
+    second.load_state_dict(whole.state_dict())
+    second.draw(2)
+    second.update(weak, 2)
+    assert torch.equal(torch.argsort(second.values[:5]), torch.arange(5))
+
+
+@pytest.mark.parametrize("relaxation", RELAXATIONS)
+@pytest.mark.parametrize("start", ["taylor", "fisher"])
+def test_a_scored_start_ranks_the_units_of_each_constraint(start, relaxation):
+    gates, rng = make(relaxation=relaxation, start=start, start_steps=4), np.random.default_rng(1)
+    gradients = rng.normal(0, 1, (4, 8))
+    for step, gradient in enumerate(gradients, start=1):
+        assert torch.equal(gates.draw(step), torch.ones(8))  # open while the score is gathered
+        assert float(gates.expected_sparsity().max()) < 0.02
+        gates.update(torch.tensor(gradient), step)
+    score = np.abs(gradients.sum(0)) if start == "taylor" else (gradients**2).sum(0)
+    for part in (slice(0, 5), slice(5, 8)):
+        assert np.array_equal(np.argsort(gates.values[part].numpy()), np.argsort(score[part]))
+    assert float(gates.expected_sparsity().max()) < 0.2
+    torch.testing.assert_close(gates.targets(4), gates.expected_sparsity())
+    advance(gates, 5, 200)
+    wanted = torch.tensor([0.4, 1 / 3], dtype=torch.float64)
+    torch.testing.assert_close(gates.expected_sparsity(), wanted, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("curvature", [1.0, 10.0])
+def test_deterministic_gates_draw_themselves_and_end_binary(curvature):
+    gates = make(sizes=(50, 30), targets=(0.4, 1 / 3), relaxation=Deterministic(), steps=60)
+    weight = torch.tensor(np.random.default_rng(0).normal(0, 1, 80)).float()
+    for step in range(1, 61):
+        z = gates.draw(step)
+        assert torch.equal(z, gates.values) and not z.requires_grad
+        assert float(z.min()) >= 0 and float(z.max()) <= 1
+        # A convex loss: its relaxed optimum is fractional. The steeper, the longer it holds gates in between.
+        gates.update(-weight.abs() * (1 + curvature * (0.7 - z)), step)
+    for name, mask in gates.binary().items():
+        assert (gates.split(gates.values)[name] - mask).abs().mean() < 0.002 * curvature, name
+
+
+def test_without_concavity_deterministic_gates_stay_fractional():
+    gates = make(sizes=(50,), targets=(0.4,), relaxation=Deterministic(concavity=0.0), steps=60)
+    weight = torch.tensor(np.random.default_rng(0).normal(0, 1, 50)).float()
+    for step in range(1, 61):
+        gates.update(-weight.abs() * (1.5 - gates.draw(step)), step)
+    assert float(((gates.values > 0.02) & (gates.values < 0.98)).float().mean()) > 0.3
+
+
+def test_gates_start_open_and_apart():
+    gates = make(sizes=(700,), targets=(0.5,), relaxation=HardConcrete(initial_log_alpha=3.0))
+    assert len(set(gates.values.tolist())) > 690 and (gates.values - 3).abs().max() < 0.1
+    assert float(gates.expected_sparsity()) < 0.02
+    torch.testing.assert_close(gates.targets(0), gates.expected_sparsity())
+    assert torch.equal(gates.targets(200), torch.tensor([0.5], dtype=torch.float64))
+    assert torch.equal(sample(gates.values, torch.full((700,), 0.5)), torch.ones(700))

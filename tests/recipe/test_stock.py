@@ -1,0 +1,145 @@
+"""The whole path on a Hugging Face folder: masks learned, finetuned, carried out; a stock folder at the end."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cook.base.errors import UserError
+from cook.config.load import load_config
+from cook.pruning.mask_file import read_mask_file
+from cook.pruning.prune import prune_to_folder
+from cook.recipe.inputs import make_gates, open_inputs
+from cook.recipe.plan import plan_stage
+from tests.recipe.tiny_run import do_prune, read_log, train, write_run
+from tests.text.test_hf import gpt2_like
+from tests.tiny_families import tiny_source
+
+SITES = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+STAGES = ("att_mask", "ffn_mask", "ffn_finetune")
+
+
+def write_stock_run(folder, stages=STAGES, *, name="llama", masks=None, **changes):
+    """A tiny model of the family in `folder/model`, masks carried out, and both config files for it."""
+    source = tiny_source(name, vocab_size=304)
+    prune_to_folder(source, source.adapter.space(source.config), masks or {}, folder / "model")
+    gpt2_like(folder / "model")
+    defaults = {
+        "model": {"type": "hf", "path": "model"},
+        "tokenizer": {"type": "hf", "path": "model", "vocab_size": 301},
+        "pruning__pruned_module": [f"{site}.weight" for site in SITES],
+        "fine__coarse_mask": None,
+        "fine__num_heads": 8,
+        "fine__dim_ff": 20,
+        "fine__target_num_heads": 4,
+        "fine__target_dimff": 10,
+        "training__learning_rate": 0.002,
+    }
+    write_run(folder, stages, **(defaults | changes))
+
+
+def test_a_llama_is_pruned_to_a_smaller_llama(tmp_path):
+    write_stock_run(tmp_path, fine__head_unit="query_head")
+    (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": 2}')
+    done = train(tmp_path, "--stage", "all")
+    assert done.code == 0, done
+    rows = read_mask_file(tmp_path / "out/masks/heads.pt", required=("heads_z",), allowed=("heads_z",))["heads_z"]
+    assert rows.shape == (3, 8) and rows.view(3, 4, 2).sum(2).eq(1).all()
+    pruned = do_prune(tmp_path, "--config", "bmcook.json", "--verify")
+    assert pruned.code == 0 and "equal to rounding" in pruned.out, pruned
+    assert "trust_remote_code" not in pruned.out
+    small = tmp_path / "out" / "pruned"
+    config = json.loads((small / "config.json").read_text())
+    sizes = {"num_key_value_heads": 4, "num_attention_heads": 4, "head_dim": 6, "intermediate_size": 10}
+    assert sizes.items() <= config.items()
+    model, report = AutoModelForCausalLM.from_pretrained(small, output_loading_info=True)
+    assert not any(report.values())
+    ids = AutoTokenizer.from_pretrained(small)("import os", return_tensors="pt")["input_ids"]
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] == ids.shape[1] + 3
+    assert json.loads((small / "generation_config.json").read_text())["eos_token_id"] == 2
+    assert "trust_remote_code" not in (small / "README.md").read_text()
+
+
+def test_a_ragged_model_frozen_under_zero_3_on_two_ranks(tmp_path):
+    losses = []
+    for stage, ranks in ((3, 2), (0, 0)):
+        folder = tmp_path / str(stage)
+        write_stock_run(
+            folder,
+            ("att_mask",),
+            name="llama, tied",
+            masks={"layers.1.att": torch.zeros(1)},
+            deepspeed={"zero_optimization": {"stage": stage}},
+            training__train_weights=False,
+            training__steps=2,
+        )
+        assert "auto_map" in json.loads((folder / "model/config.json").read_text())
+        done = train(folder, "--stage", "all", ranks=ranks)
+        assert done.code == 0, done
+        before, after = (load_file(folder / f"{at}/model.safetensors") for at in ("model", "out/att_mask/model"))
+        assert before.keys() == after.keys() and all(torch.equal(after[name], w) for name, w in before.items())
+        assert json.loads((folder / "out/att_mask/done.json").read_text())["structure"]["layers"][1]["att"] is None
+        losses.append([record["loss"] for record in read_log(folder, "att_mask") if "loss" in record])
+    # Sums in another order, in fp32: the same model on the same rows.
+    assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"fine__target_num_heads": 3}, ["target_num_heads", "2, 4, 8 (whole key-value groups)", "4, 8 (as many"]),
+        ({"fine__target_num_heads": 6}, ["target_num_heads", "allow_remote_code"]),
+        ({"fine__target_num_heads": 2, "fine__head_unit": "query_head"}, ["wanted: 4, 8"]),
+        ({"fine__num_heads": 4}, ["fine-grained.num_heads", "8"]),
+        ({"model": {"type": "hf"}}, ["model.path"]),
+        ({"model": {"type": "hf", "path": "x.pt"}}, ["model.path"]),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_written(tmp_path, monkeypatch, changes, words):
+    monkeypatch.chdir(tmp_path)
+    write_stock_run(tmp_path, **changes)
+    with pytest.raises(UserError) as caught:
+        open_inputs(plan_stage(load_config("bmcook.json"), "att_mask"))
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "choice", "remote", "unit"),
+    [
+        (4, "auto", False, "kv_group"),
+        (4, "query_head", False, "query_head"),
+        (2, "auto", False, "kv_group"),
+        (6, "auto", True, "kv_group"),
+    ],
+)
+def test_the_unit_follows_from_the_target(tmp_path, monkeypatch, target, choice, remote, unit):
+    monkeypatch.chdir(tmp_path)
+    write_stock_run(tmp_path, fine__target_num_heads=target, fine__head_unit=choice, fine__allow_remote_code=remote)
+    stage = plan_stage(load_config("bmcook.json"), "att_mask")
+    inputs = open_inputs(stage)
+    gates = make_gates(stage, inputs)
+    assert inputs.head_unit == unit and sum(gates.sizes.values()) == (12 if unit == "kv_group" else 24)
+    masks = gates.binary()
+    for group in inputs.learned:
+        kept = masks[group.name].view(group.sections, -1).sum(1)
+        assert (kept * group.members).sum() == target and len(set(kept.tolist())) == 1
+
+
+def test_an_encoder_is_no_model_for_this_job(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_stock_run(tmp_path, name="bert", fine__num_heads=4)
+    with pytest.raises(UserError, match="BERT does not predict the next token"):
+        open_inputs(plan_stage(load_config("bmcook.json"), "att_mask"))
