@@ -21,8 +21,9 @@ from cook.config.load import load_config
 from cook.config.types import RunConfig
 from cook.evaluation.equality import largest_difference
 from cook.evaluation.speed import LARGEST_TIMED, forward_seconds
-from cook.families.source import ModelSource, load_model, open_model
+from cook.families.source import load_model, open_model
 from cook.pruning.counts import forward_flops, parameters
+from cook.pruning.family import ModelSource
 from cook.pruning.mask_set import Masks, kept_counts
 from cook.pruning.model_folder import copy_tokenizer
 from cook.pruning.pad import padded

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cook.families.registry import by_config
-from cook.families.source import ModelSource
+from cook.pruning.family import ModelSource
 
 SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "max_position_embeddings": 64}
 GROUPED = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 6, "intermediate_size": 20}

@@ -8,8 +8,8 @@ import torch
 from hypothesis import strategies as st
 
 from cook.families.cpm_ant import ADAPTER
-from cook.families.source import ModelSource
 from cook.models.cpm_ant import CpmAntForCausalLM
+from cook.pruning.family import ModelSource
 from cook.pruning.units import PruningSpace
 from tests.models.cpm_ant_tiny import SIZES, tiny_model
 

@@ -12,7 +12,7 @@ import torch
 
 from cook.base.batches import Batch
 from cook.base.errors import UserError
-from cook.data.cpm_ant.batches import NO_CHOICE
+from cook.data.cpm_tasks.batches import NO_CHOICE
 from cook.data.joined import JoinedRows
 from cook.data.order import Draws, EpochOrder
 from cook.data.packing import NO_TARGET

@@ -12,7 +12,7 @@ from cook.base.files import read_json, write_json
 from cook.config.check_data import TASK_TYPES, source_names
 from cook.config.corpus import DataConfig
 from cook.data.cache import fingerprint_of
-from cook.data.cpm_ant.task_data import TaskData, open_task_rows
+from cook.data.cpm_tasks.task_data import TaskData, open_task_rows
 from cook.data.joined import JoinedRows
 from cook.data.packing import open_rows
 from cook.data.prepare import (

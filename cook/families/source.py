@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,9 @@ from cook.base.errors import UserError
 from cook.base.files import read_json
 from cook.base.tensor_files import open_pt, open_safetensors_folder, read_model_config
 from cook.families.registry import by_config
-from cook.pruning.family import Adapter
+from cook.pruning.family import Adapter, ModelSource
 
 ReadCheckpoint = Callable[[Path], Mapping[str, torch.Tensor]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSource:
-    """A model on disk: its config and, read one at a time, its weights, both in the family's native form."""
-
-    adapter: Adapter
-    config: dict[str, Any]
-    tensors: Mapping[str, torch.Tensor]
-    path: Path
-    """The folder or file that was given."""
 
 
 def open_model(

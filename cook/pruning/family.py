@@ -92,3 +92,14 @@ class Adapter:
     live_config: Callable[[ModelConfig], dict[str, Any] | str] | None = None
     """The config in the family's own distribution format, or a sentence why that format cannot hold the model; None
     for a family that has no such format beside Hugging Face's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """A model on disk: its config and, read one at a time, its weights, both in the family's native form."""
+
+    adapter: Adapter
+    config: dict[str, Any]
+    tensors: Mapping[str, torch.Tensor]
+    path: Path
+    """The folder or file that was given."""

@@ -14,7 +14,7 @@ import torch
 
 from cook.base.errors import UserError
 from cook.base.tensor_files import LazyTensors
-from cook.families.source import ModelSource
+from cook.pruning.family import ModelSource
 from cook.pruning.mask_set import Masks, kept_counts
 from cook.pruning.reshape import kept_units
 from cook.pruning.units import PruningSpace, UnitGroup, WeightSlice

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from cook.base.errors import UserError
-from cook.families.source import ModelSource
 from cook.pruning.attach import AttachedGates
+from cook.pruning.family import ModelSource
 from cook.pruning.mask_file import read_masks, write_mask_file
 from cook.pruning.mask_set import Masks, coarse_to_tensors, fine_to_tensors
 from cook.pruning.model_folder import write_live_format, write_model_folder

@@ -20,9 +20,9 @@ from cook.distill.projections import Projections
 from cook.distill.taps import Pair, Place, check_pairs, raise_pairs, read_pair
 from cook.distill.teachers import Teacher, model_teacher, stream_weights
 from cook.families.origin import own_path
-from cook.families.source import ModelSource, load_model, open_model, placed
+from cook.families.source import load_model, open_model, placed
 from cook.pruning.attach import AttachedGates
-from cook.pruning.family import Adapter, ModelConfig
+from cook.pruning.family import Adapter, ModelConfig, ModelSource
 from cook.recipe.inputs import Inputs
 from cook.recipe.plan import Stage
 from cook.training.engine import Engine

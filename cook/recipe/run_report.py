@@ -11,8 +11,9 @@ from cook.base.batches import Batch
 from cook.base.errors import UserError
 from cook.config.types import RunConfig
 from cook.evaluation.speed import LARGEST_TIMED, forward_seconds
-from cook.families.source import ModelSource, load_model, open_model
+from cook.families.source import load_model, open_model
 from cook.pruning.counts import parameters
+from cook.pruning.family import ModelSource
 from cook.pruning.mask_set import kept_counts
 from cook.pruning.prune import reshaped_source
 from cook.recipe.kept_structure import as_lists, masks_of_structure

@@ -15,7 +15,7 @@ from cook.config.types import RunConfig, described_stage
 from cook.data.loader import held_out_batches
 from cook.data.token_loss import LABELS, model_inputs
 from cook.data.training_data import load_rows
-from cook.families.source import ModelSource
+from cook.pruning.family import ModelSource
 from cook.recipe.kept_structure import sizes
 from cook.recipe.plan import MaskPaths, Stage, plan_stage, recipe
 from cook.report.tables import LadderRow, range_text

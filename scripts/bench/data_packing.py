@@ -135,8 +135,8 @@ def pack_table(folder: Path, max_length: int, batch_size: int) -> tuple[float, f
 def pack_cook(folder: Path, max_length: int, batch_size: int) -> tuple[float, float]:
     """Seconds of the first epoch (index, packing, batches) and of a later one (batches, drawn anew)."""
     from cook.base.files import write_json
-    from cook.data.cpm_ant.task_rows import TaskRows, pack_records
     from cook.data.cpm_live.dataset import open_live
+    from cook.data.cpm_tasks.task_rows import TaskRows, pack_records
 
     def epoch(rows: TaskRows, number: int) -> None:
         order = np.random.default_rng(number).permutation(len(rows))

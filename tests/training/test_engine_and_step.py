@@ -10,7 +10,8 @@ import torch
 
 from cook.evaluation.equality import largest_difference
 from cook.families.cpm_ant import ADAPTER
-from cook.families.source import ModelSource, load_model
+from cook.families.source import load_model
+from cook.pruning.family import ModelSource
 from cook.pruning.prune import mask_model
 from cook.pruning.reshape import kept_units, reshaped
 from cook.training.checkpoint import stored_weights

@@ -17,8 +17,8 @@ import numpy as np
 from cook.base.errors import UserError
 from cook.base.seeds import derived_seed
 from cook.data.commands import common
-from cook.data.cpm_ant.draws import mix
 from cook.data.cpm_live.meta import read_meta
+from cook.data.cpm_tasks.draws import mix
 from cook.data.progress import Progress
 
 MAX_BUCKETS = 512

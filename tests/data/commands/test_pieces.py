@@ -20,7 +20,7 @@ from cook.data.commands.pieces import (
     parts_of,
     records_of,
 )
-from tests.data.cpm_ant.letters import Letters
+from tests.data.cpm_tasks.letters import Letters
 
 
 def parts_in(path, part_size):

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from cook.data.__main__ import main
-from cook.data.cpm_ant.task_data import open_task_rows
 from cook.data.cpm_live.dataset import open_live
+from cook.data.cpm_tasks.task_data import open_task_rows
 from cook.data.token_loss import num_told
 from cook.text.sentencepiece import SentencePieceTokenizer
 from tests.data import real_text
-from tests.data.cpm_ant.test_task_data import section
 from tests.data.cpm_live import reference
+from tests.data.cpm_tasks.test_task_data import section
 
 pytestmark = pytest.mark.real_text
 BLOCK = 1 << 20

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from cook.base.files import write_json
-from cook.data.cpm_ant.task_rows import TaskRows, pack_records
 from cook.data.cpm_live.dataset import open_live
+from cook.data.cpm_tasks.task_rows import TaskRows, pack_records
 from tests.data.cpm_live import reference
 
 

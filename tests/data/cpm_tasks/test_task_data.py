@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import cook.data.cpm_ant.task_data as load
+import cook.data.cpm_tasks.task_data as load
 from cook.base.errors import UserError
-from cook.data.cpm_ant.task_data import open_task_rows, split_records
+from cook.data.cpm_tasks.task_data import open_task_rows, split_records
 from cook.data.token_loss import num_told
-from tests.data.cpm_ant.letters import Letters
 from tests.data.cpm_live import reference
+from tests.data.cpm_tasks.letters import Letters
 
 
 def section(**values):

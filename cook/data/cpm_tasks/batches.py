@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cook.data.cpm_ant.draws import hidden_subsets, num_hidden, segment_bits
 from cook.data.cpm_live.dataset import LiveDataset
 from cook.data.cpm_live.records import GENERATE, LM, MASKED_LM, RIGHT_CHOICE, TOLD, TOLD_WITH_TYPE, WRONG_CHOICE
+from cook.data.cpm_tasks.draws import hidden_subsets, num_hidden, segment_bits
 from cook.data.packing import NO_TARGET, PADDING_SPAN
 
 NO_CHOICE = -1

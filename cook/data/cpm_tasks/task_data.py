@@ -12,13 +12,13 @@ import numpy as np
 from cook.base.errors import UserError
 from cook.data.cache import cached_folder, fingerprint_of
 from cook.data.corpus import Corpus, open_corpus
-from cook.data.cpm_ant.downstream import choice_token, record_of
-from cook.data.cpm_ant.draws import mix
-from cook.data.cpm_ant.task_rows import TaskRows, pack_records
 from cook.data.cpm_live.dataset import LiveDataset, open_live
 from cook.data.cpm_live.meta import DEFAULT_BLOCK_SIZE, write_meta
 from cook.data.cpm_live.records import WRONG_CHOICE, Record
 from cook.data.cpm_live.writer import LiveWriter
+from cook.data.cpm_tasks.downstream import choice_token, record_of
+from cook.data.cpm_tasks.draws import mix
+from cook.data.cpm_tasks.task_rows import TaskRows, pack_records
 from cook.text.tokenizer import Tokenizer
 
 FORMAT = 1

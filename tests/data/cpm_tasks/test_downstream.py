@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from cook.base.errors import UserError
-from cook.data.cpm_ant.downstream import choice_token, record_of
 from cook.data.cpm_live.records import read_record
-from tests.data.cpm_ant.letters import Letters
+from cook.data.cpm_tasks.downstream import choice_token, record_of
+from tests.data.cpm_tasks.letters import Letters
 
 PROMPT, ENDS = 4, [1 if ord(c) > 399 else ord(c) for c in "[是否正确]"]
 ENDS[1] = 5

@@ -10,9 +10,9 @@ import torch
 
 from cook.base.errors import UserError
 from cook.data.cache import read_manifest
-from cook.data.cpm_ant.batches import build_batch, ordinals, segments_of, targets_by_segment
-from cook.data.cpm_ant.draws import MAX_SEGMENT, epoch_key
 from cook.data.cpm_live.dataset import LiveDataset
+from cook.data.cpm_tasks.batches import build_batch, ordinals, segments_of, targets_by_segment
+from cook.data.cpm_tasks.draws import MAX_SEGMENT, epoch_key
 from cook.data.packing import first_fit
 
 MODEL_KEYS = ("input", "length", "context", "position", "segment", "span", "targets")

@@ -1,4 +1,4 @@
-"""A file imports only from lower floors; rooms on one floor do not know each other."""
+"""A module imports only from lower layers; packages on one layer do not import each other."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FLOORS: tuple[tuple[str, ...], ...] = (
+LAYERS: tuple[tuple[str, ...], ...] = (
     ("base",),
-    ("config", "space", "vocab"),
-    ("masks", "models", "data", "report"),
-    ("adapters",),
-    ("surgery", "patterns", "distill"),
+    ("config", "text", "models"),
+    ("pruning", "data", "report"),
+    ("families",),
+    ("sparsity", "distill"),
     ("training", "evaluation"),
-    ("stages",),
+    ("recipe",),
 )
-FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-TOP = len(FLOORS)
+LAYER_OF = {package: layer for layer, packages in enumerate(LAYERS) for package in packages}
+TOP = len(LAYERS)
 FAMILY_NAMES = ("cpm_ant", "cpmant", "CpmAnt", "llama", "Llama", "qwen", "gemma", "phi3", "gpt2", "neox", "roberta")
-FAMILY_ROOMS = ("adapters", "models")
+FAMILY_PACKAGES = ("families", "models")
 ENGINE = "cook/training/engine.py"
 FILES = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "cook").rglob("*.py"))
 
@@ -39,12 +39,12 @@ def imports(path: str, source: str) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
 
 
-def offences(path: str, source: str) -> list[str]:
-    """What in a file of the house breaks the floors' law, one sentence an import."""
+def violations(path: str, source: str) -> list[str]:
+    """What in a file violates the layers, one sentence per import."""
     parts = path.split("/")
-    room = parts[1] if len(parts) > 2 else ""
-    floor = FLOOR_OF.get(room, TOP)
-    found = [] if not room or room in FLOOR_OF else [f"{path}: the room {room!r} is on no floor"]
+    package = parts[1] if len(parts) > 2 else ""
+    layer = LAYER_OF.get(package, TOP)
+    found = [] if not package or package in LAYER_OF else [f"{path}: the package {package!r} is on no layer"]
     for line, name in imports(path, source):
         words = name.split(".")
         if words[0] == "deepspeed" and path != ENGINE:
@@ -52,10 +52,10 @@ def offences(path: str, source: str) -> list[str]:
         if words[0] != "cook":
             continue
         other = words[1] if len(words) > 1 else ""
-        if other == room and room:
+        if other == package and package:
             continue
-        if FLOOR_OF.get(other, TOP) >= floor and not (floor == TOP and other in FLOOR_OF):
-            found.append(f"{path}:{line} imports {name} from floor {FLOOR_OF.get(other, TOP)} while on floor {floor}")
+        if LAYER_OF.get(other, TOP) >= layer and not (layer == TOP and other in LAYER_OF):
+            found.append(f"{path}:{line} imports {name} from layer {LAYER_OF.get(other, TOP)} while on layer {layer}")
     return found
 
 
@@ -83,13 +83,13 @@ def family_words(source: str) -> list[str]:
     return [word for word in words if any(family in word for family in FAMILY_NAMES)]
 
 
-def test_the_house_is_found():
+def test_the_files_are_found():
     assert len(FILES) > 50 and ENGINE in FILES
 
 
 @pytest.mark.parametrize("path", FILES)
 def test_imports_go_down(path):
-    assert offences(path, (ROOT / path).read_text()) == []
+    assert violations(path, (ROOT / path).read_text()) == []
 
 
 @pytest.mark.parametrize("path", [f for f in FILES if f.endswith("__init__.py") and f != "cook/__init__.py"])
@@ -97,29 +97,29 @@ def test_init_files_are_empty(path):
     assert (ROOT / path).read_text().strip() == ""
 
 
-@pytest.mark.parametrize("path", [f for f in FILES if f.split("/")[1] not in FAMILY_ROOMS])
-def test_only_adapters_and_models_know_families(path):
+@pytest.mark.parametrize("path", [f for f in FILES if f.split("/")[1] not in FAMILY_PACKAGES])
+def test_only_families_and_models_know_families(path):
     # The tokenizer names the transformers class that reads what it saves; the config lists the families.
-    if path not in ("cook/config/types.py", "cook/vocab/jieba.py"):
+    if path not in ("cook/config/types.py", "cook/text/jieba.py"):
         assert family_words((ROOT / path).read_text()) == []
 
 
 @pytest.mark.parametrize(
     ("path", "source", "word"),
     [
-        ("cook/base/x.py", "import cook.masks.gates", "cook.masks.gates"),
-        ("cook/masks/x.py", "from cook.models.cpm_ant import CpmAntConfig", "cook.models"),
-        ("cook/masks/x.py", "from cook import surgery", "cook.surgery"),
-        ("cook/masks/x.py", "from ..surgery import gates", "cook.surgery.gates"),
-        ("cook/distill/x.py", "from cook.surgery.gates import AttachedGates", "cook.surgery"),
-        ("cook/adapters/x.py", "from cook.surgery import reshape", "cook.surgery.reshape"),
+        ("cook/base/x.py", "import cook.pruning.gates", "cook.pruning.gates"),
+        ("cook/models/x.py", "from cook.pruning.gates import Gates", "cook.pruning"),
+        ("cook/pruning/x.py", "from cook import families", "cook.families"),
+        ("cook/pruning/x.py", "from ..sparsity import tiles", "cook.sparsity.tiles"),
+        ("cook/distill/x.py", "from cook.sparsity.tiles import Tiles", "cook.sparsity"),
+        ("cook/families/x.py", "from cook.sparsity import tiles", "cook.sparsity.tiles"),
         ("cook/training/x.py", "def f():\n    import deepspeed.comm", "deepspeed"),
-        ("cook/stages/x.py", "from cook.train import main", "cook.train"),
+        ("cook/recipe/x.py", "from cook.train import main", "cook.train"),
         ("cook/new/x.py", "", "new"),
     ],
 )
 def test_an_offending_import_is_named(path, source, word):
-    found = offences(path, source)
+    found = violations(path, source)
     assert found and word in found[0]
 
 

@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cook.base.errors import UserError
-from cook.data.cpm_ant import draws
-from cook.data.cpm_ant.batches import build_batch
-from cook.data.cpm_ant.draws import epoch_key
-from tests.data.cpm_ant import reference
+from cook.data.cpm_tasks import draws
+from cook.data.cpm_tasks.batches import build_batch
+from cook.data.cpm_tasks.draws import epoch_key
+from tests.data.cpm_tasks import reference
 from tests.models.cpm_ant_tiny import tiny_model
 
 PROMPT = 4
