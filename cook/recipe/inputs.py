@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -13,6 +13,7 @@ from cook.base.errors import UserError
 from cook.base.seeds import derived_seed, generator
 from cook.families.registry import by_config
 from cook.families.source import open_model
+from cook.pruning.budgets import Targets, constraints
 from cook.pruning.family import Adapter, HeadUnit
 from cook.pruning.gates import Gates
 from cook.pruning.mask_file import read_masks
@@ -21,7 +22,6 @@ from cook.pruning.random_masks import random_masks_like
 from cook.pruning.relaxation import Deterministic, HardConcrete, Relaxation
 from cook.pruning.restrict import restrict
 from cook.pruning.units import PruningSpace, UnitGroup
-from cook.recipe.constraints import constraints
 from cook.recipe.head_units import check_sizes, choose_head_unit
 from cook.recipe.plan import LEARNS, MaskPaths, Stage, mask_paths
 from cook.sparsity.matrices import matrices_of, restricted
@@ -163,7 +163,7 @@ def make_gates(stage: Stage, inputs: Inputs) -> Gates | None:
         relaxation = HardConcrete(initial_log_alpha=options.initial_log_alpha)
     return Gates(
         {group.name: group.size for group in inputs.learned},
-        constraints(stage, inputs.space, inputs.learned),
+        constraints(inputs.space, inputs.learned, stage_targets(stage)),
         steps=stage.config.training.steps,
         seed=derived_seed(stage.config.seed, stage.name),
         relaxation=relaxation,
@@ -171,6 +171,25 @@ def make_gates(stage: Stage, inputs: Inputs) -> Gates | None:
         ramp_fraction=options.ramp,
         start=options.start,
         start_steps=options.start_steps,
+    )
+
+
+def stage_targets(stage: Stage) -> Targets:
+    """What the gates of a mask stage are held to."""
+    fine, joint = stage.config.fine, stage.config.joint if stage.name == "joint_mask" else None
+    coarse = joint or stage.config.coarse
+    sparsity = coarse.target_sparsity if coarse else None
+    share = (joint.target_flops or joint.target_params) if joint else None
+    cost: Literal["units", "parameters", "flops"] = "units"
+    if joint:
+        cost = "flops" if joint.target_flops is not None else "parameters"
+    return Targets(
+        blocks=None if sparsity is None else 1.0 - sparsity,
+        kept={"heads": fine.target_num_heads, "dimff": fine.target_dimff} if fine else {},
+        scope=joint.scope if joint else fine.scope if fine else "block",
+        cost=cost,
+        share=share,
+        context=(joint.flops_length if joint else None) or stage.config.data.max_length,
     )
 
 

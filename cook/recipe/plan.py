@@ -6,13 +6,13 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from cook.base.errors import UserError
 from cook.config.types import RunConfig, StageName, for_stage, training_for
+from cook.pruning.units import Kind
 
-LearnedKind = Literal["layer", "heads", "dimff"]
-LEARNS: dict[str, tuple[LearnedKind, ...]] = {
+LEARNS: dict[str, tuple[Kind, ...]] = {
     "layer_mask": ("layer",),
     "att_mask": ("heads",),
     "ffn_mask": ("dimff",),
@@ -39,7 +39,7 @@ class Stage:
     name: StageName
     config: RunConfig
     """The run's configuration with this stage's switches and training overrides."""
-    learns: tuple[LearnedKind, ...]
+    learns: tuple[Kind, ...]
     """The kinds of units whose gates are trained together with the weights."""
     fixed: MaskPaths
     """Masks read from files and held."""
@@ -191,7 +191,7 @@ def _check_sections(config: RunConfig, name: str) -> None:
             raise UserError(f"{name} needs the section {key!r}", remedy="add it to l0_pruning.json")
 
 
-def _learns(config: RunConfig, name: str) -> tuple[LearnedKind, ...]:
+def _learns(config: RunConfig, name: str) -> tuple[Kind, ...]:
     """In a joint stage blocks have gates of their own only where they have a target of their own."""
     kinds = LEARNS.get(name, ())
     if name == "joint_mask" and (config.joint is None or config.joint.target_sparsity is None):

@@ -13,12 +13,12 @@ from cook.base.errors import UserError
 from cook.config.load import load_config
 from cook.config.scheme import GatesConfig
 from cook.families.cpm_ant import ADAPTER
+from cook.pruning.budgets import constraints
 from cook.pruning.counts import forward_flops, parameters
 from cook.pruning.gates import Gates
 from cook.pruning.mask_set import fine_from_tensors, fine_to_tensors, kept_counts
 from cook.pruning.relaxation import Deterministic, HardConcrete
-from cook.recipe.constraints import constraints
-from cook.recipe.inputs import Inputs, final_masks, make_gates, open_inputs
+from cook.recipe.inputs import Inputs, final_masks, make_gates, open_inputs, stage_targets
 from cook.recipe.plan import Stage, plan_stage
 from tests.recipe.test_stock import write_stock_run
 from tests.recipe.tiny_run import MODEL, write_run
@@ -205,11 +205,9 @@ def test_a_joint_stage_wants_units_of_both_kinds(opened):
 
 
 def test_sections_of_a_block_keep_their_budgets(opened):
-    _, inputs, gates = opened(
+    stage, inputs, gates = opened(
         "joint_mask", stock=True, joint={"train_mask": True}, fine__head_unit="query_head", fine__target_num_heads=4
     )
     names = [c.name for c in gates.constraints]
     assert names[:4] == [f"layers.0.heads.{n}" for n in range(4)] and len(names) == 3 * 4 + 3
-    assert names == [
-        c.name for c in constraints(plan_stage(load_config("bmcook.json"), "joint_mask"), inputs.space, inputs.learned)
-    ]
+    assert names == [c.name for c in constraints(inputs.space, inputs.learned, stage_targets(stage))]

@@ -1,0 +1,93 @@
+"""Budgets: what the expected sparsity of consecutive gates is held to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cook.config.scheme import Scope
+from cook.pruning.controller import Constraint
+from cook.pruning.counts import unit_flops, unit_parameters
+from cook.pruning.units import Kind, PruningSpace, UnitGroup
+
+KINDS: tuple[Kind, ...] = ("layer", "heads", "dimff")
+"""The order of groups in the flat vector of gates."""
+Budget = tuple[str, Sequence[float], float]
+"""Name, cost of each unit, and the share of the total cost to remove."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """What a pruned model keeps."""
+
+    blocks: float | None = None
+    """Share of the blocks' parameters; needed where blocks have gates."""
+    kept: dict[Kind, int | float] = field(default_factory=dict)
+    """Heads and dims that each block keeps, where all blocks keep equally many: a number (int) or a share (float)."""
+    scope: Scope = "block"
+    """`block`: each block has a budget of its own; `global`: one budget for the heads and dims of all blocks."""
+    cost: Literal["units", "parameters", "flops"] = "units"
+    """What the global budget counts."""
+    share: float | None = None
+    """Share of the global budget's costs to keep; None: what `kept` amounts to."""
+    context: int = 0
+    """Mean number of keys to which a query attends; read for FLOPs."""
+
+    def kept_share(self, group: UnitGroup) -> float:
+        """Share of its units that `group` keeps where all blocks keep equally many."""
+        kept = self.kept[group.kind]
+        return kept / (group.size * group.members) if isinstance(kept, int) else kept
+
+
+def constraints(space: PruningSpace, learned: Sequence[UnitGroup], targets: Targets) -> list[Constraint]:
+    """One constraint over all blocks, by their parameters, and the constraints of heads and dims.
+
+    With scope `block`, each block has one constraint per kind (one per section where a block has sections), by the
+    number of units. With scope `global`, heads and dims of all blocks share one.
+
+    Args:
+        space: The model's space.
+        learned: Groups with gates, in the order of the flat vector of gates: blocks, then heads, then dims.
+        targets: What the model keeps.
+    """
+    groups = {kind: [group for group in learned if group.kind == kind] for kind in KINDS}
+    budgets: list[Budget] = []
+    if groups["layer"]:
+        assert targets.blocks is not None, "blocks have gates and no target"
+        sizes = [float(unit_parameters(space, group)) for group in groups["layer"]]
+        budgets.append(("blocks", sizes, 1.0 - targets.blocks))
+    inner = groups["heads"] + groups["dimff"]
+    if inner and targets.scope == "global":
+        budgets.append(_shared(space, inner, targets))
+    else:
+        budgets += [budget for group in inner for budget in _of_block(group, targets.kept_share(group))]
+    made, start = [], 0
+    for name, costs, target in budgets:
+        total = sum(costs)
+        made.append(Constraint(name=name, start=start, costs=tuple(cost / total for cost in costs), target=target))
+        start += len(costs)
+    return made
+
+
+def _of_block(group: UnitGroup, kept: float) -> list[Budget]:
+    names = [group.name] if group.sections == 1 else [f"{group.name}.{n}" for n in range(group.sections)]
+    return [(name, [1.0] * group.section_size, 1.0 - kept) for name in names]
+
+
+def unit_cost(space: PruningSpace, group: UnitGroup, targets: Targets) -> float:
+    """What one unit of `group` counts in a global budget."""
+    if targets.cost == "flops":
+        return float(unit_flops(space, group, context=targets.context))
+    return float(unit_parameters(space, group) if targets.cost == "parameters" else group.members)
+
+
+def _shared(space: PruningSpace, groups: Sequence[UnitGroup], targets: Targets) -> Budget:
+    each = [unit_cost(space, group, targets) for group in groups]
+    costs = [cost for group, cost in zip(groups, each, strict=True) for _ in range(group.size)]
+    share = targets.share
+    if share is None:
+        even = sum(targets.kept_share(group) * group.size * cost for group, cost in zip(groups, each, strict=True))
+        share = even / sum(costs)
+    kinds = {group.kind for group in groups}
+    return "heads and dims" if len(kinds) > 1 else groups[0].kind, costs, 1.0 - share
