@@ -11,6 +11,12 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "plan": "cook.api",
+    "learn_masks": "cook.api",
+    "reshape": "cook.api",
+    "verify": "cook.api",
+    "attach": "cook.api",
+    "PruningCallback": "cook.trainer",
     "load_config": "cook.config.load",
     "open_model": "cook.families.source",
     "read_masks": "cook.pruning.mask_file",

@@ -1,0 +1,396 @@
+"""The Python API: plan, learn and apply masks of a transformers model in the caller's own process.
+
+No launcher, no files and no DeepSpeed are needed. The command line calls the same gates, budgets and reshaping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from cook.base.errors import UserError
+from cook.base.seeds import derived_seed, generator
+from cook.distill.teacher_loss import token_divergence
+from cook.evaluation.equality import largest_difference
+from cook.families.registry import by_config
+from cook.families.source import load_model, placed
+from cook.pruning.budgets import KINDS, Targets, constraints, unit_cost
+from cook.pruning.counts import forward_flops, parameters, unit_flops
+from cook.pruning.family import Adapter, HeadUnit, ModelSource
+from cook.pruning.gates import Gates
+from cook.pruning.live import LiveGates
+from cook.pruning.mask_set import Masks
+from cook.pruning.prune import mask_model, reshaped_source
+from cook.pruning.relaxation import Deterministic, HardConcrete, Relaxation
+from cook.pruning.units import Kind, PruningSpace, UnitGroup
+from cook.recipe.head_units import reachable_heads
+from cook.report.human import human_count
+from cook.report.tables import markdown_table
+
+Batch = Mapping[str, torch.Tensor]
+Keep = Mapping[str, float]
+KEYS = ("params", "flops", "blocks", "heads", "dims")
+TEACHER_WEIGHT, TEACHER_TEMPERATURE = 2.0, 2.0
+"""Of the divergence from the teacher, beside the language-modelling loss; measured in `results/bench/quality.json`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a model will keep, before anything is trained."""
+
+    family: str
+    """The model's family."""
+    head_unit: HeadUnit
+    """What is removed as one unit of attention: a key-value group with its query heads, or one query head."""
+    units: dict[str, tuple[int, int]]
+    """For blocks, heads and dims that are pruned: how many there are, and how many are kept (expected, if they share a
+    budget with other kinds)."""
+    parameters: tuple[int, int]
+    """Of the whole model, before and after."""
+    flops: tuple[float, float]
+    """Of one token's forward pass, before and after."""
+
+    def __str__(self) -> str:
+        rows = [
+            ["parameters", *map(human_count, self.parameters)],
+            ["FLOPs per token", *map(human_count, self.flops)],
+            *([name, str(total), str(kept)] for name, (total, kept) in self.units.items()),
+        ]
+        return markdown_table([self.family, "before", "after"], rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """A live model, what may go from it, and how much."""
+
+    adapter: Adapter
+    config: dict[str, Any]
+    head_unit: HeadUnit
+    space: PruningSpace
+    learned: tuple[UnitGroup, ...]
+    targets: Targets
+
+
+def plan(model: torch.nn.Module, keep: Keep, *, context: int = 512) -> Plan:
+    """Predicts the sizes of a pruned model. Nothing is trained and the model is not changed.
+
+    Args:
+        model: A transformers model of a known family.
+        keep: What to keep, one of
+            `{"params": 0.7}`: the share of the whole model's parameters, taken out of heads and FFN dimensions by one
+            budget for all blocks;
+            `{"flops": 0.7}`: the same for the FLOPs of a forward pass;
+            or any of `"blocks"` (share of the parameters in attention and FFN blocks), `"heads"` and `"dims"` (share,
+            or number as an int, that each block keeps).
+        context: Mean number of keys to which a query attends, for FLOPs.
+
+    Raises:
+        UserError: unknown family or key, or a size that cannot be reached.
+    """
+    job = _job(model, keep, context)
+    even: dict[str, float] = {}
+    for c in constraints(job.space, job.learned, job.targets):
+        groups = {g.name: g for g in job.learned}
+        names = [n for n in groups if c.name == n or c.name.startswith(f"{n}.")] or _names_of(c.name, job.learned)
+        for name in names:
+            even[name] = 1.0 - c.target
+    kept = {g.name: round(even[g.name] * g.size) for g in job.learned if g.kind != "layer"}
+    units: dict[str, tuple[int, int]] = {}
+    for kind, label in (("layer", "blocks"), ("heads", "heads"), ("dimff", "FFN dimensions")):
+        groups_of_kind = [g for g in job.learned if g.kind == kind]
+        if groups_of_kind:
+            total = sum(g.size * g.members for g in groups_of_kind)
+            units[label] = total, round(sum(even[g.name] * g.size * g.members for g in groups_of_kind))
+    before, flops = parameters(job.space), forward_flops(job.space, context=context)
+    after, flops_after = parameters(job.space, kept), forward_flops(job.space, kept, context=context)
+    if job.targets.blocks is not None:
+        in_blocks = sum(_all(job.space, g, "parameters") for g in job.learned if g.kind == "layer")
+        after -= round((1 - job.targets.blocks) * in_blocks)
+        inner = [g for g in job.space.groups if g.kind != "layer"]
+        flops_after -= (1 - job.targets.blocks) * sum(unit_flops(job.space, g, context=context) * g.size for g in inner)
+    return Plan(
+        family=job.adapter.family,
+        head_unit=job.head_unit,
+        units=units,
+        parameters=(before, after),
+        flops=(flops, flops_after),
+    )
+
+
+def attach(model: torch.nn.Module, keep: Keep, *, steps: int, seed: int = 0, context: int = 512) -> LiveGates:
+    """Attaches learned gates to a model, for a training loop of your own.
+
+    Args:
+        model: A transformers model of a known family, on its device.
+        keep: As for `plan`.
+        steps: Optimizer steps in which the masks are learned.
+        seed: Of the gates' noise, where they have any.
+        context: As for `plan`.
+
+    Raises:
+        UserError: as for `plan`.
+    """
+    job = _job(model, keep, context)
+    relaxation: Relaxation = Deterministic()
+    if all(group.kind == "layer" for group in job.learned):
+        relaxation = HardConcrete()
+    gates = Gates(
+        {group.name: group.size for group in job.learned},
+        constraints(job.space, job.learned, job.targets),
+        steps=steps,
+        seed=derived_seed(seed, "gates"),
+        relaxation=relaxation,
+    )
+    return LiveGates(model, job.space, job.learned, gates)
+
+
+def learn_masks(
+    model: torch.nn.Module,
+    batches: Iterable[Batch],
+    keep: Keep,
+    *,
+    steps: int = 100,
+    teacher: Literal["self"] | torch.nn.Module | None = None,
+    seed: int = 0,
+    context: int = 512,
+    on_step: Callable[[int, float, dict[str, float]], None] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Learns which units to keep, with the weights frozen.
+
+    Args:
+        model: A causal transformers model of a known family. It is left as it was.
+        batches: What the model is called with: `input_ids` `[batch, length]` and whatever else; without `labels`, all
+            tokens that `attention_mask` covers are predicted. Read again from the start when they run out.
+        keep: As for `plan`.
+        steps: Batches to learn from.
+        teacher: `"self"`: the model with all gates open; another model with the same vocabulary; None: no teacher.
+        seed: As for `attach`.
+        context: As for `plan`.
+        on_step: Called after each step with its number, the loss in nats per token, and the expected sparsity of each
+            budget.
+
+    Returns:
+        Masks of 0 and 1, float32 `[units]`, by group name.
+
+    Raises:
+        UserError: as for `plan`; also if `batches` is empty.
+    """
+    frozen = {name: p.requires_grad for name, p in model.named_parameters()}
+    live = attach(model, keep, steps=steps, seed=seed, context=context)
+    try:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        device = next(model.parameters()).device
+        stream = _repeated(batches)
+        while live.step < steps:
+            batch = _with_labels({key: value.to(device) for key, value in next(stream).items()})
+            live.before_forward()
+            output = model(**batch)
+            total = loss = output.loss
+            if teacher is not None:
+                total = loss + TEACHER_WEIGHT * _divergence(live, model, teacher, batch, output.logits)
+            total.backward()
+            if not live.after_backward():
+                raise UserError(f"step {live.step + 1}: the gradient of the gates is not finite")
+            if on_step is not None:
+                on_step(live.step, float(loss.detach()), live.sparsity)
+        return live.masks()
+    finally:
+        live.remove()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(frozen[name])
+
+
+def reshape(model: torch.nn.Module, masks: Masks) -> torch.nn.Module:
+    """The small dense model that computes what `model` computes under `masks`.
+
+    Args:
+        model: A transformers model of a known family; it is left as it was.
+        masks: 0 and 1 by group name.
+
+    Returns:
+        A model of the stock transformers class where that can hold the result, in eval mode, on the same device and in
+        the same dtype. Save it with `save_pretrained`.
+
+    Raises:
+        UserError: the masks are of another model.
+    """
+    source, space = _source(model, masks)
+    small = load_model(reshaped_source(source, space, {name: mask.cpu() for name, mask in masks.items()}), None)
+    first = next(model.parameters())
+    return placed(small, first.device, None)
+
+
+def verify(
+    model: torch.nn.Module, masks: Masks, small: torch.nn.Module, batches: Iterable[Batch] | None = None
+) -> float:
+    """The largest difference of the logits of `model` under `masks` and of `small`, relative to the largest logit.
+
+    Args:
+        model: The model before pruning.
+        masks: 0 and 1 by group name.
+        small: What `reshape` returned.
+        batches: Inputs of both; None: two rows of random ids.
+
+    Raises:
+        UserError: the masks are of another model.
+    """
+    _, space = _source(model, masks)
+    device = next(model.parameters()).device
+    attached = mask_model(model, space, {name: mask.to(device) for name, mask in masks.items()})
+    was_training, small_was = model.training, small.training
+    try:
+        return largest_difference(
+            model.eval(), small.eval(), [dict(batch) for batch in batches or _random_batches(model)]
+        )
+    finally:
+        attached.remove()
+        model.train(was_training)
+        small.train(small_was)
+
+
+def _family(model: torch.nn.Module) -> tuple[Adapter, dict[str, Any]]:
+    config = _config(model)
+    adapter = by_config(config)
+    native, _ = adapter.read(config, {})
+    return adapter, native
+
+
+def _config(model: torch.nn.Module) -> dict[str, Any]:
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_dict"):
+        raise UserError(f"{type(model).__name__}: not a transformers model", wanted="a model with a config")
+    return config.to_dict()
+
+
+def _source(model: torch.nn.Module, masks: Masks) -> tuple[ModelSource, PruningSpace]:
+    """The live model as a source, and the space that has the units of these masks."""
+    adapter, _ = _family(model)
+    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    config, native = adapter.read(_config(model), tensors)
+    source = ModelSource(adapter=adapter, config=config, tensors=native, path=Path("the model in memory"))
+    for unit in adapter.head_units(config):
+        space = adapter.space(config, unit)
+        sizes = {group.name: group.size for group in space.groups}
+        if all(sizes.get(name) == len(mask) for name, mask in masks.items()):
+            return source, space
+    raise UserError("the masks are of another model", remedy="give the model for which they were learned")
+
+
+def _job(model: torch.nn.Module, keep: Keep, context: int) -> _Job:
+    unknown = sorted(set(keep) - set(KEYS))
+    if unknown or not keep:
+        raise UserError(f"keep: {'unknown ' + unknown[0] if unknown else 'is empty'}", wanted=", ".join(KEYS))
+    total = [key for key in ("params", "flops") if key in keep]
+    if total and len(keep) > 1:
+        raise UserError(f"keep: {total[0]} is a budget for all units", remedy="give it alone")
+    for key, value in keep.items():
+        is_number = isinstance(value, int) and key in ("heads", "dims")
+        if not (value >= 1 if is_number else 0 < value <= 1):
+            raise UserError(
+                f"keep: {key}={value}", wanted="a share above 0 and up to 1.0, or a number of heads or dims"
+            )
+    adapter, config = _family(model)
+    head_unit = adapter.head_units(config)[0]
+    kinds: tuple[Kind, ...] = ("heads", "dimff")
+    kept: dict[Kind, int | float] = {}
+    if not total:
+        kinds = tuple(kind for kind, key in zip(KINDS, ("blocks", "heads", "dims"), strict=True) if key in keep)
+        if "heads" in keep:
+            head_unit, kept["heads"] = _reachable(adapter, config, keep["heads"])
+        if "dims" in keep:
+            kept["dimff"] = keep["dims"]
+    space = adapter.space(config, head_unit)
+    learned = tuple(group for kind in KINDS if kind in kinds for group in space.of(kind))
+    targets = Targets(blocks=keep.get("blocks"), kept=kept)
+    if total:
+        targets = _whole_budget(space, learned, total[0], keep[total[0]], context)
+    return _Job(adapter=adapter, config=config, head_unit=head_unit, space=space, learned=learned, targets=targets)
+
+
+def _reachable(adapter: Adapter, config: Mapping[str, Any], wanted: float) -> tuple[HeadUnit, int]:
+    """The unit and the number of heads nearest to what is wanted, among the sizes that a stock class holds."""
+    choices: list[tuple[int, HeadUnit]] = []
+    for unit in adapter.head_units(config):
+        reachable = reachable_heads(adapter, config, unit, False) or reachable_heads(adapter, config, unit, True)
+        choices += [(number, unit) for number in reachable]
+    most = max(number for number, _ in choices)
+    number = wanted if isinstance(wanted, int) else wanted * most
+    nearest, unit = min(choices, key=lambda choice: abs(choice[0] - number))
+    if isinstance(wanted, int) and nearest != wanted:
+        raise UserError(
+            f"keep: heads={wanted} cannot be reached",
+            wanted=", ".join(str(number) for number in sorted({number for number, _ in choices})),
+        )
+    return unit, nearest
+
+
+def _whole_budget(space: PruningSpace, learned: tuple[UnitGroup, ...], key: str, share: float, context: int) -> Targets:
+    """One budget over all heads and dims, such that the whole model keeps `share` of its parameters or FLOPs."""
+    cost: Literal["parameters", "flops"] = "parameters" if key == "params" else "flops"
+    targets = Targets(scope="global", cost=cost, context=context, share=1.0)
+    whole = parameters(space) if key == "params" else forward_flops(space, context=context)
+    prunable = sum(unit_cost(space, group, targets) * group.size for group in learned)
+    removed = (1 - share) * whole
+    if removed >= prunable:
+        raise UserError(
+            f"keep: {key}={share:g} cannot be reached with heads and FFN dimensions alone",
+            wanted=f"more than {1 - prunable / whole:.2f}",
+        )
+    return Targets(scope="global", cost=cost, context=context, share=1.0 - removed / prunable)
+
+
+def _names_of(constraint: str, learned: Iterable[UnitGroup]) -> list[str]:
+    if constraint == "blocks":
+        return [group.name for group in learned if group.kind == "layer"]
+    return [group.name for group in learned if group.kind != "layer"]
+
+
+def _all(space: PruningSpace, group: UnitGroup, cost: Literal["parameters", "flops"]) -> float:
+    return unit_cost(space, group, Targets(cost=cost)) * group.size
+
+
+def _repeated(batches: Iterable[Batch]) -> Iterator[Batch]:
+    while True:
+        seen = False
+        for batch in batches:
+            seen = True
+            yield batch
+        if not seen:
+            raise UserError("batches ran out", wanted="an iterable that can be read again, or one batch per step")
+
+
+def _with_labels(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    if "labels" not in batch:
+        labels = batch["input_ids"].clone()
+        if "attention_mask" in batch:
+            labels[batch["attention_mask"] == 0] = -100
+        batch["labels"] = labels
+    return batch
+
+
+def _divergence(
+    live: LiveGates, model: torch.nn.Module, teacher: torch.nn.Module | str, batch: Batch, logits: torch.Tensor
+) -> torch.Tensor:
+    """Mean divergence from the teacher, per predicted token."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    with torch.no_grad():
+        if isinstance(teacher, str):
+            with live.attached.opened(fixed=True):
+                wanted = model(**inputs).logits
+        else:
+            wanted = teacher(**inputs).logits
+    targets = batch["labels"][:, 1:]
+    summed = token_divergence(logits[:, :-1], wanted[:, :-1], targets, TEACHER_TEMPERATURE)
+    return summed / (targets != -100).sum().clamp(min=1)
+
+
+def _random_batches(model: torch.nn.Module) -> list[Batch]:
+    config: Any = model.config
+    length = min(64, getattr(config, "max_position_embeddings", None) or 64)
+    ids = torch.randint(config.vocab_size, (2, length), generator=generator(0, "verify"))
+    return [{"input_ids": ids.to(next(model.parameters()).device)}]

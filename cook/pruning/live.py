@@ -1,0 +1,108 @@
+"""Learned gates in any training loop: two calls around the forward and backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from cook.base import distributed
+from cook.pruning.attach import AttachedGates
+from cook.pruning.gates import Gates
+from cook.pruning.units import PruningSpace, UnitGroup
+
+
+class LiveGates:
+    """Gates that are learned on a live model.
+
+    ```python
+    for batch in batches:
+        gates.before_forward()
+        model(**batch).loss.backward()
+        gates.after_backward()
+        optimizer.step()
+    ```
+
+    With gradient accumulation, call `before_forward` before each micro-batch and `after_backward` once per optimizer
+    step. In a process group, gradients of the gates are averaged over the ranks; every rank must make the same calls.
+
+    Args:
+        model: The model; its modules are named as in `space`.
+        space: What can be pruned.
+        groups: The groups that have gates.
+        gates: Their values and budgets.
+        fixed: Masks that hold from the start, by group name.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        space: PruningSpace,
+        groups: Sequence[UnitGroup],
+        gates: Gates,
+        fixed: Mapping[str, torch.Tensor] | None = None,
+    ):
+        self.model, self.space, self.gates, self.step = model, space, gates, 0
+        self._fixed = dict(fixed or {})
+        masked = [group for group in space.groups if group.name in self._fixed and group not in groups]
+        device = next(model.parameters()).device
+        self.attached = AttachedGates(
+            model, [*groups, *masked], {name: mask.to(device) for name, mask in self._fixed.items()}
+        )
+        self._z: torch.Tensor | None = None
+
+    def before_forward(self) -> None:
+        """Sets the gates of this step; the gradient of the loss will reach them."""
+        if self._z is None:
+            device = next(self.model.parameters()).device
+            self._z = self.gates.draw(self.step + 1).to(device).requires_grad_()
+        self.attached.set(self.gates.split(self._z))
+
+    def after_backward(self, *, loss_scale: float = 1.0) -> bool:
+        """Moves the gates by the gradients accumulated since the last call.
+
+        Args:
+            loss_scale: What the loss was multiplied by before the backward pass, as with fp16.
+
+        Returns:
+            False if a gradient is not finite on some rank: the gates did not move and the step is not counted.
+        """
+        assert self._z is not None, "after_backward without before_forward"
+        assert self._z.grad is not None, "the loss does not depend on the gates"
+        gradient = self._z.grad.float() / (loss_scale * distributed.world_size())
+        gradient = distributed.all_reduce_sum(gradient).cpu()
+        self._z = None
+        if not bool(torch.isfinite(gradient).all()):
+            return False
+        self.step += 1
+        self.gates.update(gradient, self.step)
+        return True
+
+    @property
+    def sparsity(self) -> dict[str, float]:
+        """The expected sparsity of each budget, by name."""
+        values = self.gates.expected_sparsity().tolist()
+        return {c.name: value for c, value in zip(self.gates.constraints, values, strict=True)}
+
+    def masks(self) -> dict[str, torch.Tensor]:
+        """The masks as 0 and 1, float32 `[units]` by group name."""
+        return self._fixed | self.gates.binary()
+
+    def hold(self) -> None:
+        """Applies `masks()` from now on, for evaluating or finetuning the masked model."""
+        device = next(self.model.parameters()).device
+        self.attached.set({name: mask.to(device) for name, mask in self.gates.binary().items()})
+
+    def remove(self) -> None:
+        """Removes the gates from the model, which computes again what it did before they were attached."""
+        self.attached.remove()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What a resumed run needs."""
+        return self.gates.state_dict() | {"live_step": torch.tensor(self.step)}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Continues from `state_dict` of gates with the same budgets."""
+        state = dict(state)
+        self.step = int(state.pop("live_step"))
+        self.gates.load_state_dict(state)
