@@ -14,20 +14,21 @@ PY
 if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && satisfied python; then
   PYTHON=$(command -v python)
 else
-  wanted=$(cksum requirements.txt)
+  wanted=$(cat requirements.txt pyproject.toml | cksum)
   if [ ! -x .venv/bin/python ] || [ "$(cat .venv/.requirements 2>/dev/null)" != "$wanted" ]; then
-    if [ -x .venv/bin/python ] && satisfied .venv/bin/python; then
-      echo "$wanted" > .venv/.requirements
-    else
+    if ! [ -x .venv/bin/python ]; then
       if ! "${PYTHON_BASE:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
         echo "error: cook needs Python 3.11 or newer; name one: PYTHON_BASE=python3.11 bash $0" >&2
         exit 2
       fi
       echo "setting up .venv from requirements.txt (a few minutes the first time)"
       "${PYTHON_BASE:-python3}" -m venv .venv
-      .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-      echo "$wanted" > .venv/.requirements
     fi
+    satisfied .venv/bin/python ||
+      .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+    # The `cook` command, for this checkout.
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+    echo "$wanted" > .venv/.requirements
   fi
   PYTHON=$PWD/.venv/bin/python
   export VIRTUAL_ENV=$PWD/.venv PATH=$PWD/.venv/bin:$PATH

@@ -1,14 +1,36 @@
 #!/usr/bin/env bash
-# Sets up what is missing, then lints, type-checks and runs all tests. Options go to pytest.
+# Sets up what is missing, then checks style and types and runs the tests.
+#
+#   bash scripts/test.sh [--quick] [options of pytest]
+#
+# --quick leaves out the slow tests: under two minutes, for the inner loop. WORKERS sets the number of test processes
+# (default: one per core, each with one thread).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=scripts/setup.sh
 . scripts/setup.sh
+if ! "$PYTHON" - <<'PY' 2>/dev/null; then
+import importlib.metadata as m, sys, tomllib
+pins = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dev"]
+sys.exit(any(m.version(pin.split("==")[0]) != pin.split("==")[1] for pin in pins))
+PY
+  echo "installing what the tests need"
+  "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[dev]'
+fi
 if [ "$PYTHON" = "$PWD/.venv/bin/python" ] && ! "$PYTHON" -c 'import triton' 2>/dev/null; then
   # torch brings it along only with CUDA; with it the GPU kernel is tested here too, in the interpreter.
   "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --retries 1 --timeout 15 triton==3.9.0 ||
     echo "Triton cannot be installed here: the test of the GPU kernel will be skipped"
 fi
+quick=()
+if [ "${1:-}" = --quick ]; then
+  shift
+  quick=(-m "not real_text and not slow")
+fi
 "$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check --quiet .
+"$PYTHON" -m codespell_lib
 "$PYTHON" -m mypy
-exec "$PYTHON" -m pytest "$@"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+exec "$PYTHON" -m pytest --numprocesses "${WORKERS:-$(nproc)}" --dist worksteal --durations 25 \
+  ${quick[@]+"${quick[@]}"} "$@"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cook.report import drawing
-from cook.report.drawing import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, VERMILLION
+from cook.report.drawing import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, VERMILION
 from cook.report.human import human_count
 from cook.report.tables import MISSING, markdown_table
 
@@ -58,7 +58,7 @@ OTHERS = (
         better="higher",
         ratio=True,
     ),
-    _Metric(key="peak_memory_bytes", title="peak memory", text=_bytes, colour=VERMILLION, better="lower", ratio=True),
+    _Metric(key="peak_memory_bytes", title="peak memory", text=_bytes, colour=VERMILION, better="lower", ratio=True),
 )
 
 

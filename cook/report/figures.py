@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cook.report import drawing
-from cook.report.drawing import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, VERMILLION
+from cook.report.drawing import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, VERMILION
 from cook.report.events import by_part
 from cook.report.human import human_count
 
@@ -68,7 +68,7 @@ def plot_losses(stages: StageLogs, path: str | Path, baseline: StageLogs = ()) -
         _draw_loss(axes, span, BLUE, "-", "")
     others = _placed_baseline(baseline, spans)
     for span in others:
-        _draw_loss(axes, span, VERMILLION, "--", "random masks: ")
+        _draw_loss(axes, span, VERMILION, "--", "random masks: ")
     end = max(span.end for span in (*spans, *others)) or 1.0
     _scale_tokens(axes, spans, end)
     _limit_losses(axes, spans, others)
@@ -189,7 +189,7 @@ def plot_sparsity(stage_logs: StageLogs, path: str | Path) -> Path:
     for (above, below), (name, records) in zip(grid.T, columns, strict=True):
         count = len(records[-1]["expected_sparsity"])
         _draw_constraints(above, records, "expected_sparsity", {"expected": BLUE}, "-")
-        _draw_constraints(above, records, "target_sparsity", {"target": VERMILLION}, "--")
+        _draw_constraints(above, records, "target_sparsity", {"target": VERMILION}, "--")
         _draw_constraints(below, records, "lambda", {"lambda": GREEN, "lambda1": GREEN, "lambda2": PURPLE}, "-")
         above.set_title(f"{name}: {count} constraint{'s' if count != 1 else ''}", fontsize=11)
         above.set_ylim(-0.02, 1.02)

@@ -12,7 +12,7 @@ Curve = Sequence[tuple[float, float]]
 
 COLOURS = (
     drawing.BLUE,
-    drawing.VERMILLION,
+    drawing.VERMILION,
     drawing.GREEN,
     drawing.ORANGE,
     drawing.PURPLE,

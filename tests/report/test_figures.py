@@ -78,7 +78,7 @@ def test_the_random_baseline_starts_with_its_stage_and_else_after_the_one_before
     baseline = [("finetune", stage(20, held_out=6.0)), ("more", stage(40))]
     plot_losses(logs, tmp_path / "a.png", baseline)
     plot_losses(logs, tmp_path / "b.png", [("random", stage(20))])
-    starts = [[line.get_xdata()[0] for line in lines(figure.axes[0], drawing.VERMILLION, "--")] for figure in drawn]
+    starts = [[line.get_xdata()[0] for line in lines(figure.axes[0], drawing.VERMILION, "--")] for figure in drawn]
     assert starts == [[9100, 11100], [6100]]
     assert drawn[0].axes[0].get_xlim() == (0, 15000)  # the baseline that runs longer is not cut
 
@@ -135,7 +135,7 @@ def test_sparsity_has_a_column_a_mask_stage(tmp_path, drawn):
     assert len(lines(above_many, drawing.BLUE, "-")) == 48 + 1
     mean = lines(above_many, drawing.BLUE, "-")[-1]
     assert mean.get_linewidth() == 2 and list(mean.get_ydata()) == pytest.approx([0.55] * 20)
-    (target,) = lines(above_many, drawing.VERMILLION, "--")
+    (target,) = lines(above_many, drawing.VERMILION, "--")
     assert list(target.get_ydata()) == [0.75] * 20
     assert [text.get_text() for text in below_one.get_legend().get_texts()] == ["λ1", "λ2"]
     assert lines(below_many, drawing.PURPLE, "-")[-1].get_ydata()[0] == pytest.approx(23.5)
