@@ -1,0 +1,250 @@
+"""The Python API on stock models, against stock transformers and the product's own training step."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
+
+import cook
+from cook.base.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=61,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=6,
+        intermediate_size=20,
+        max_position_embeddings=64,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=61, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0, attn_pdrop=0.0
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+def batches(count: int = 4) -> list[dict[str, torch.Tensor]]:
+    made = torch.Generator().manual_seed(1)
+    return [{"input_ids": torch.randint(61, (2, 16), generator=made)} for _ in range(count)]
+
+
+def zeroed(model: LlamaForCausalLM, masks: dict[str, torch.Tensor]) -> LlamaForCausalLM:
+    """The stock model with the masked dims' weights set to 0 by hand: what the masks mean, without cook."""
+    model = copy.deepcopy(model)
+    for number, layer in enumerate(model.model.layers):
+        gone = masks[f"layers.{number}.dimff"] == 0
+        with torch.no_grad():
+            layer.mlp.down_proj.weight[:, gone] = 0.0
+    return model
+
+
+def test_a_reshaped_model_computes_what_the_stock_model_does_with_zeroed_weights(tmp_path):
+    model = llama()
+    masks = cook.learn_masks(model, batches(), {"dims": 0.5}, steps=12)
+    small = cook.reshape(model, masks)
+    assert isinstance(small, LlamaForCausalLM) and small.config.intermediate_size == 10
+    small.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        wanted = zeroed(model, masks)(**batches()[0]).logits
+        for other in (small, loaded):
+            # fp32: the sums of the products are in another order.
+            torch.testing.assert_close(other(**batches()[0]).logits, wanted, rtol=1e-5, atol=1e-5)
+    assert cook.verify(model, masks, small) < 1e-5
+
+
+def test_verify_sees_another_mask():
+    model = llama()
+    masks = cook.learn_masks(model, batches(), {"dims": 0.5}, steps=6)
+    small = cook.reshape(model, masks)
+    assert cook.verify(model, masks | {"layers.1.dimff": 1 - masks["layers.1.dimff"]}, small) > 1e-2
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize(
+    "keep", [{"params": 0.8}, {"flops": 0.7}, {"blocks": 0.7}, {"heads": 0.5}, {"heads": 2, "dims": 8}]
+)
+def test_every_budget_is_met_and_exact(make, keep):
+    model = make()
+    before = sum(p.numel() for p in model.parameters())
+    plan = cook.plan(model, keep)
+    masks = cook.learn_masks(model, batches(), keep, steps=12)
+    small = cook.reshape(model, masks)
+    after = sum(p.numel() for p in small.parameters())
+    assert plan.parameters[0] == before
+    # Blocks go whole, and a unit of attention is some hundred parameters of these tiny models.
+    assert abs(after - plan.parameters[1]) < (0.2 if "blocks" in keep else 0.05) * before
+    if "params" in keep:
+        assert abs(after - keep["params"] * before) < 0.05 * before
+    assert cook.verify(model, masks, small) < 1e-5
+
+
+def test_the_model_is_left_as_it_was():
+    model = llama().train()
+    next(model.parameters()).requires_grad_(False)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    grads = {name: p.requires_grad for name, p in model.named_parameters()}
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    cook.learn_masks(model, batches(), {"dims": 0.5}, steps=4, teacher="self")
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == grads and model.training
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == hooks
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_useless_dimensions_are_those_that_go():
+    model = llama()
+    useless = {0: [1, 5, 7], 1: [0, 2, 19], 2: [4, 8, 11]}
+    with torch.no_grad():
+        for number, dims in useless.items():
+            down = model.model.layers[number].mlp.down_proj.weight
+            down *= 20.0
+            down[:, dims] = 0.0
+        # The model's own predictions, which it is sure of, as labels: every other dimension is worth something.
+        model.lm_head.weight *= 20.0
+        data = batches(8)
+        for batch in data:
+            predicted = model(**batch).logits.argmax(-1)
+            batch["labels"] = torch.cat([batch["input_ids"][:, :1], predicted[:, :-1]], 1)
+    masks = cook.learn_masks(model, data, {"dims": 17}, steps=80, teacher="self")
+    for number, dims in useless.items():
+        assert (masks[f"layers.{number}.dimff"] == 0).nonzero().flatten().tolist() == dims
+
+
+def test_a_teacher_that_is_another_model_gives_the_masks_of_itself_as_teacher():
+    model = llama()
+    own = cook.learn_masks(model, batches(), {"dims": 0.5}, steps=8, teacher="self")
+    other = cook.learn_masks(model, batches(), {"dims": 0.5}, steps=8, teacher=copy.deepcopy(model))
+    assert all(torch.equal(own[name], other[name]) for name in own)
+
+
+def test_accumulated_micro_batches_give_the_masks_of_the_whole_batch():
+    whole, parts = llama(), llama()
+    rows = torch.cat([batch["input_ids"] for batch in batches(2)])
+    one = cook.attach(whole, {"dims": 0.5}, steps=10)
+    two = cook.attach(parts, {"dims": 0.5}, steps=10)
+    for _ in range(10):
+        one.before_forward()
+        whole(input_ids=rows, labels=rows).loss.backward()
+        one.after_backward()
+        for half in rows.chunk(2):
+            two.before_forward()
+            (parts(input_ids=half, labels=half).loss / 2).backward()
+        two.after_backward()
+    # fp32 gradients in another order move the gates by less than this.
+    torch.testing.assert_close(one.gates.values, two.gates.values, rtol=0, atol=1e-3)
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing():
+    model = llama()
+    gates = cook.attach(model, {"dims": 0.5}, steps=10)
+    values = gates.gates.values.clone()
+    gates.before_forward()
+    (model(input_ids=batches()[0]["input_ids"]).logits.sum() * float("nan")).backward()
+    assert not gates.after_backward() and gates.step == 0
+    assert torch.equal(gates.gates.values, values)
+
+
+@pytest.mark.parametrize(
+    ("keep", "words"),
+    [
+        ({}, "is empty"),
+        ({"parameters": 0.5}, "unknown parameters"),
+        ({"params": 0.5, "dims": 0.5}, "give it alone"),
+        ({"params": 0.01}, "cannot be reached"),
+        ({"dims": 0.0}, "a share above 0"),
+        ({"dims": 1.5}, "a share above 0"),
+        ({"heads": 3}, "heads=3 cannot be reached"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused(keep, words):
+    with pytest.raises(UserError, match=words):
+        cook.plan(llama(), keep)
+
+
+def test_masks_of_another_model_are_refused():
+    masks = cook.learn_masks(llama(), batches(), {"dims": 0.5}, steps=2)
+    with pytest.raises(UserError, match="of another model"):
+        cook.reshape(gpt2(), masks)
+    with pytest.raises(UserError, match="not a transformers model"):
+        cook.plan(torch.nn.Linear(2, 2), {"dims": 0.5})
+    with pytest.raises(UserError, match="ran out"):
+        cook.learn_masks(llama(), iter(batches(2)), {"dims": 0.5}, steps=3)
+
+
+def trainer(model: torch.nn.Module, folder: Path, callback: Any, **options: Any) -> Trainer:
+    rows = [{"input_ids": row, "labels": row} for batch in batches(6) for row in batch["input_ids"]]
+    arguments = TrainingArguments(
+        str(folder), per_device_train_batch_size=2, report_to=[], use_cpu=True, disable_tqdm=True, seed=3, **options
+    )
+    return Trainer(model, arguments, train_dataset=rows, callbacks=[callback])
+
+
+def order(model: torch.nn.Module, folder: Path, **options: Any) -> list[dict[str, torch.Tensor]]:
+    """The batches that a trainer with these options reads."""
+    made = trainer(model, folder, cook.PruningCallback({"dims": 0.5}), **options)
+    return [dict(batch) for batch in made.get_train_dataloader()]
+
+
+def test_a_trainer_with_the_callback_learns_the_masks_of_our_own_loop(tmp_path):
+    """With a learning rate of 0 the trainer's weights stay as they are, as in `learn_masks`."""
+    model, callback = llama(), cook.PruningCallback({"dims": 0.5}, seed=3)
+    trainer(model, tmp_path, callback, max_steps=6, learning_rate=0.0, save_strategy="no").train()
+    own = cook.attach(other := llama(), {"dims": 0.5}, steps=6, seed=3)
+    torch.manual_seed(3)
+    for batch in order(other, tmp_path, max_steps=6, save_strategy="no"):
+        own.before_forward()
+        other(**batch).loss.backward()
+        own.after_backward()
+    assert callback.gates is not None
+    # The same sums in the same order; the trainer's loss divides by the number of targets in another place.
+    torch.testing.assert_close(callback.gates.gates.values, own.gates.values, rtol=0, atol=1e-4)
+    assert all(torch.equal(mask, own.masks()[name]) for name, mask in callback.masks.items())
+
+
+def test_a_resumed_trainer_ends_with_the_gates_of_the_uninterrupted_one(tmp_path):
+    whole = cook.PruningCallback({"dims": 0.5})
+    trainer(llama(), tmp_path / "whole", whole, max_steps=6, learning_rate=1e-3, save_steps=3).train()
+    resumed = cook.PruningCallback({"dims": 0.5})
+    checkpoint = str(tmp_path / "whole" / "checkpoint-3")
+    trainer(llama(), tmp_path / "whole", resumed, max_steps=6, learning_rate=1e-3, save_steps=3).train(checkpoint)
+    assert whole.gates is not None and resumed.gates is not None
+    assert torch.equal(whole.gates.gates.values, resumed.gates.gates.values)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_the_examples_run(path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=240, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.strip().splitlines()[-1].rsplit(" ", 1)[1]) < 1e-5
