@@ -23,8 +23,8 @@ STEP = """
 import json, sys, time, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 torch.manual_seed(0)
-config = LlamaConfig(vocab_size=4096, hidden_size=256, num_hidden_layers=8, num_attention_heads=16, intermediate_size=700)
-model = LlamaForCausalLM(config)
+sizes = {"hidden_size": 256, "num_hidden_layers": 8, "num_attention_heads": 16, "intermediate_size": 700}
+model = LlamaForCausalLM(LlamaConfig(vocab_size=4096, **sizes))
 optimizer = torch.optim.AdamW(model.parameters())
 rows = torch.randint(4096, (8, 256))
 def step():

@@ -1,0 +1,47 @@
+"""Marks the modules that start several processes, build C or train for long: `scripts/test.sh --quick` leaves them out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent
+SLOW = {
+    "test_api.py",
+    "test_faults_script.py",
+    "test_package.py",
+    "test_scripts.py",
+    "test_task_scripts.py",
+    "test_train.py",
+    "test_two_hosts.py",
+    "base/test_watchdog.py",
+    "evaluation/test_lm_eval.py",
+    "evaluation/test_main.py",
+    "families/test_families.py",
+    "pruning/test_pad.py",
+    "pruning/test_planted.py",
+    "pruning/test_prune.py",
+    "pruning/test_reshape.py",
+    "recipe/benchmarks/test_task_runner.py",
+    "recipe/test_distillation.py",
+    "recipe/test_distilled_runs.py",
+    "recipe/test_joint.py",
+    "recipe/test_pattern.py",
+    "recipe/test_recipe.py",
+    "recipe/test_resume.py",
+    "recipe/test_stage_data.py",
+    "recipe/test_stock.py",
+    "recipe/test_task_data.py",
+    "sparsity/kernels/test_sparse_native.py",
+    "training/test_buffers.py",
+    "training/test_engine_and_step.py",
+    "training/test_held_zeros.py",
+    "training/test_resume_exactly.py",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.relative_to(ROOT).as_posix() in SLOW:
+            item.add_marker(pytest.mark.slow)
