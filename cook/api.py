@@ -19,7 +19,7 @@ from cook.distill.teacher_loss import token_divergence
 from cook.evaluation.equality import largest_difference
 from cook.families.registry import by_config
 from cook.families.source import load_model, placed
-from cook.pruning.budgets import KINDS, Targets, constraints, unit_cost
+from cook.pruning.budgets import KINDS, Cost, Keep, Targets, check_keep, constraints, unit_cost, whole_budget
 from cook.pruning.counts import forward_flops, parameters, unit_flops
 from cook.pruning.family import Adapter, HeadUnit, ModelSource
 from cook.pruning.gates import Gates
@@ -28,13 +28,11 @@ from cook.pruning.mask_set import Masks
 from cook.pruning.prune import mask_model, reshaped_source
 from cook.pruning.relaxation import Deterministic, HardConcrete, Relaxation
 from cook.pruning.units import Kind, PruningSpace, UnitGroup
-from cook.recipe.head_units import reachable_heads
+from cook.recipe.head_units import nearest_heads
 from cook.report.human import human_count
 from cook.report.tables import markdown_table
 
 Batch = Mapping[str, torch.Tensor]
-Keep = Mapping[str, float]
-KEYS = ("params", "flops", "blocks", "heads", "dims")
 GATES_FILE = "cook_gates.pt"
 """In the checkpoints of a transformers `Trainer`."""
 TEACHER_WEIGHT, TEACHER_TEMPERATURE = 2.0, 2.0
@@ -362,18 +360,8 @@ def _source(model: torch.nn.Module, masks: Masks) -> tuple[ModelSource, PruningS
 
 
 def _job(model: torch.nn.Module, keep: Keep, context: int) -> _Job:
-    unknown = sorted(set(keep) - set(KEYS))
-    if unknown or not keep:
-        raise UserError(f"keep: {'unknown ' + unknown[0] if unknown else 'is empty'}", wanted=", ".join(KEYS))
+    check_keep(keep)
     total = [key for key in ("params", "flops") if key in keep]
-    if total and len(keep) > 1:
-        raise UserError(f"keep: {total[0]} is a budget for all units", remedy="give it alone")
-    for key, value in keep.items():
-        is_number = isinstance(value, int) and key in ("heads", "dims")
-        if not (value >= 1 if is_number else 0 < value <= 1):
-            raise UserError(
-                f"keep: {key}={value}", wanted="a share above 0 and up to 1.0, or a number of heads or dims"
-            )
     adapter, config = _family(model)
     head_unit = adapter.head_units(config)[0]
     kinds: tuple[Kind, ...] = ("heads", "dimff")
@@ -381,44 +369,16 @@ def _job(model: torch.nn.Module, keep: Keep, context: int) -> _Job:
     if not total:
         kinds = tuple(kind for kind, key in zip(KINDS, ("blocks", "heads", "dims"), strict=True) if key in keep)
         if "heads" in keep:
-            head_unit, kept["heads"] = _reachable(adapter, config, keep["heads"])
+            head_unit, kept["heads"] = nearest_heads(adapter, config, keep["heads"])
         if "dims" in keep:
             kept["dimff"] = keep["dims"]
     space = adapter.space(config, head_unit)
     learned = tuple(group for kind in KINDS if kind in kinds for group in space.of(kind))
     targets = Targets(blocks=keep.get("blocks"), kept=kept)
     if total:
-        targets = _whole_budget(space, learned, total[0], keep[total[0]], context)
+        cost: Cost = "parameters" if total == ["params"] else "flops"
+        targets = whole_budget(space, learned, cost, keep[total[0]], context)
     return _Job(adapter=adapter, config=config, head_unit=head_unit, space=space, learned=learned, targets=targets)
-
-
-def _reachable(adapter: Adapter, config: Mapping[str, Any], wanted: float) -> tuple[HeadUnit, int]:
-    """The unit and number of heads nearest to what is wanted; of equally near ones, those that a stock class holds."""
-    choices: list[tuple[bool, int, HeadUnit]] = []
-    for unit in adapter.head_units(config):
-        stock = reachable_heads(adapter, config, unit, False)
-        choices += [(number not in stock, number, unit) for number in reachable_heads(adapter, config, unit, True)]
-    numbers = sorted({number for _, number, _ in choices})
-    goal = wanted if isinstance(wanted, int) else wanted * numbers[-1]
-    _, nearest, unit = min(choices, key=lambda choice: (abs(choice[1] - goal), choice[0]))
-    if isinstance(wanted, int) and nearest != wanted:
-        raise UserError(f"keep: heads={wanted} cannot be reached", wanted=", ".join(map(str, numbers)))
-    return unit, nearest
-
-
-def _whole_budget(space: PruningSpace, learned: tuple[UnitGroup, ...], key: str, share: float, context: int) -> Targets:
-    """One budget over all heads and dims, such that the whole model keeps `share` of its parameters or FLOPs."""
-    cost: Literal["parameters", "flops"] = "parameters" if key == "params" else "flops"
-    targets = Targets(scope="global", cost=cost, context=context, share=1.0)
-    whole = parameters(space) if key == "params" else forward_flops(space, context=context)
-    prunable = sum(unit_cost(space, group, targets) * group.size for group in learned)
-    removed = (1 - share) * whole
-    if removed >= prunable:
-        raise UserError(
-            f"keep: {key}={share:g} cannot be reached with heads and FFN dimensions alone",
-            wanted=f"more than {1 - prunable / whole:.2f}",
-        )
-    return Targets(scope="global", cost=cost, context=context, share=1.0 - removed / prunable)
 
 
 def _names_of(constraint: str, learned: Iterable[UnitGroup]) -> list[str]:

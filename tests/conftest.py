@@ -1,4 +1,4 @@
-"""Marks the modules that start several processes, build C or train for long: `scripts/test.sh --quick` leaves them out."""
+"""Marks the modules that start processes, build C or train for long; `scripts/test.sh --quick` leaves them out."""
 
 from __future__ import annotations
 

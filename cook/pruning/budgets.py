@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from cook.base.errors import UserError
 from cook.config.scheme import Scope
 from cook.pruning.controller import Constraint
-from cook.pruning.counts import unit_flops, unit_parameters
+from cook.pruning.counts import forward_flops, parameters, unit_flops, unit_parameters
 from cook.pruning.units import Kind, PruningSpace, UnitGroup
 
 KINDS: tuple[Kind, ...] = ("layer", "heads", "dimff")
 """The order of groups in the flat vector of gates."""
+Cost = Literal["units", "parameters", "flops"]
+"""What a budget counts."""
+Keep = Mapping[str, float]
+"""What a user asks to keep: shares, or numbers of heads and dims, by a name of `KEEP_KEYS`."""
+KEEP_KEYS = ("params", "flops", "blocks", "heads", "dims")
 Budget = tuple[str, Sequence[float], float]
 """Name, cost of each unit, and the share of the total cost to remove."""
 
@@ -27,7 +33,7 @@ class Targets:
     """Heads and dims that each block keeps, where all blocks keep equally many: a number (int) or a share (float)."""
     scope: Scope = "block"
     """`block`: each block has a budget of its own; `global`: one budget for the heads and dims of all blocks."""
-    cost: Literal["units", "parameters", "flops"] = "units"
+    cost: Cost = "units"
     """What the global budget counts."""
     share: float | None = None
     """Share of the global budget's costs to keep; None: what `kept` amounts to."""
@@ -91,3 +97,42 @@ def _shared(space: PruningSpace, groups: Sequence[UnitGroup], targets: Targets) 
         share = even / sum(costs)
     kinds = {group.kind for group in groups}
     return "heads and dims" if len(kinds) > 1 else groups[0].kind, costs, 1.0 - share
+
+
+def whole_budget(space: PruningSpace, learned: Sequence[UnitGroup], cost: Cost, share: float, context: int) -> Targets:
+    """One budget over all heads and dims, with which the whole model keeps `share` of its parameters or FLOPs.
+
+    Raises:
+        UserError: heads and dims alone do not make up the rest.
+    """
+    targets = Targets(scope="global", cost=cost, context=context)
+    whole = parameters(space) if cost == "parameters" else forward_flops(space, context=context)
+    prunable = sum(unit_cost(space, group, targets) * group.size for group in learned)
+    removed = (1 - share) * whole
+    if removed >= prunable:
+        key = "params" if cost == "parameters" else "flops"
+        raise UserError(
+            f"keep: {key}={share:g} cannot be reached with heads and FFN dimensions alone",
+            wanted=f"more than {1 - prunable / whole:.2f}",
+        )
+    return replace(targets, share=1.0 - removed / prunable)
+
+
+def check_keep(keep: Keep) -> None:
+    """Refuses what cannot be meant.
+
+    Raises:
+        UserError: an unknown name, a value out of its range, or a budget beside other targets.
+    """
+    unknown = sorted(set(keep) - set(KEEP_KEYS))
+    if unknown or not keep:
+        raise UserError(f"keep: {'unknown ' + unknown[0] if unknown else 'is empty'}", wanted=", ".join(KEEP_KEYS))
+    for key in ("params", "flops"):
+        if key in keep and len(keep) > 1:
+            raise UserError(f"keep: {key} is a budget for all units", remedy="give it alone")
+    for key, value in keep.items():
+        is_number = isinstance(value, int) and key in ("heads", "dims")
+        if not (value >= 1 if is_number else 0 < value <= 1):
+            raise UserError(
+                f"keep: {key}={value}", wanted="a share above 0 and up to 1.0, or a number of heads or dims"
+            )

@@ -117,3 +117,26 @@ def _check_heads(adapter: Adapter, config: Mapping[str, Any], group: UnitGroup, 
         got=fine.target_num_heads,
         remedy=remedy,
     )
+
+
+def nearest_heads(adapter: Adapter, config: Mapping[str, Any], wanted: float) -> tuple[HeadUnit, int]:
+    """The unit and number of heads nearest to what is wanted; of equally near ones, those that a stock class holds.
+
+    Args:
+        adapter: The family.
+        config: The model's config.
+        wanted: A share (float) or a number (int) of query heads per block.
+
+    Raises:
+        UserError: no units add up to the number.
+    """
+    choices: list[tuple[bool, int, HeadUnit]] = []
+    for unit in adapter.head_units(config):
+        stock = reachable_heads(adapter, config, unit, False)
+        choices += [(number not in stock, number, unit) for number in reachable_heads(adapter, config, unit, True)]
+    numbers = sorted({number for _, number, _ in choices})
+    goal = wanted if isinstance(wanted, int) else wanted * numbers[-1]
+    _, nearest, unit = min(choices, key=lambda choice: (abs(choice[1] - goal), choice[0]))
+    if isinstance(wanted, int) and nearest != wanted:
+        raise UserError(f"keep: heads={wanted} cannot be reached", wanted=", ".join(map(str, numbers)))
+    return unit, nearest

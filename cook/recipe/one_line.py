@@ -1,0 +1,241 @@
+"""`cook prune`: the two configuration files that a one-line job stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cook.base.errors import UserError
+from cook.base.files import write_json
+from cook.families.source import open_model
+from cook.pruning.budgets import KEEP_KEYS, Cost, Keep, check_keep, whole_budget
+from cook.pruning.family import ModelSource
+from cook.recipe.head_units import nearest_heads, reachable_heads
+
+DATA_TYPES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
+COMPRESSED = {".gz", ".bz2", ".zst"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneLineJob:
+    """What the command line of `cook prune` says."""
+
+    model: str
+    """A model folder, or a name on the Hugging Face Hub."""
+
+    data: tuple[str, ...]
+    """Files or folders of text, JSON lines or parquet."""
+
+    keep: Keep
+    """What to keep, such as `{"params": 0.7}`."""
+
+    output: str
+    """Folder for everything the job writes: `recipe/`, `run/`, `model/` (the small model), `report/`."""
+
+    steps: int = 100
+    """Steps in which the masks are learned, with the weights frozen."""
+
+    finetune_steps: int = 0
+    """Steps of finetuning with the masks fixed, afterwards."""
+
+    teacher: str | None = None
+    """`self` (the model with nothing removed), a model folder, or None."""
+
+    max_length: int = 512
+    """Tokens per row."""
+
+    batch_size: int = 2
+    """Rows per step."""
+
+    learning_rate: float = 3e-5
+    """Of the weights, in finetuning."""
+
+    text_field: str = "text"
+    """Key or column that holds the text of JSON lines and tables."""
+
+    seed: int = 0
+    """Of everything random."""
+
+
+def parse_keep(values: list[str]) -> dict[str, float]:
+    """`["dims=0.7", "heads=6"]` as shares (with a decimal point) and numbers (without one).
+
+    Raises:
+        UserError: not of the form KEY=VALUE, or twice the same key.
+    """
+    keep: dict[str, float] = {}
+    for value in values:
+        key, equals, number = value.partition("=")
+        try:
+            keep[key] = float(number) if "." in number or key not in ("heads", "dims") else int(number)
+        except ValueError:
+            equals = ""
+        if not equals or sum(other.startswith(f"{key}=") for other in values) > 1:
+            raise UserError(f"--keep {value}", wanted=f"KEY=VALUE once per key, with KEY one of {', '.join(KEEP_KEYS)}")
+    check_keep(keep)
+    return keep
+
+
+def local_model(name: str) -> Path:
+    """The folder of a model: the one that is named, or a snapshot of the Hub model of that name.
+
+    Raises:
+        UserError: neither a folder nor a Hub name that can be fetched.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"{name}: there is no such model folder", remedy="check the path, or give a Hub name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+    except Exception as error:  # every network and Hub failure has a class of its own
+        raise UserError(
+            f"{name}: no such folder, and it cannot be fetched from the Hub",
+            got=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            remedy="check the name and the network, or give a model folder",
+        ) from None
+
+
+def write_recipe(job: OneLineJob) -> Path:
+    """Writes `recipe/bmcook.json` and `recipe/l0_pruning.json` below the output folder; returns the first one's path.
+
+    Raises:
+        UserError: unknown model or data, or a size that cannot be reached; nothing is written then.
+    """
+    source = open_model(local_model(job.model))
+    scheme, stages = _scheme(job, source)
+    folder = Path(job.output) / "recipe"
+    bmcook = {
+        "output_dir": str(Path(job.output) / "run"),
+        "seed": job.seed,
+        "model": {"type": "hf", "path": str(source.path)},
+        "tokenizer": {"type": "hf", "path": str(source.path), "vocab_size": source.config["vocab_size"]},
+        "data": {
+            "type": _data_type(job.data),
+            "paths": list(job.data),
+            "text_field": job.text_field,
+            "held_out": 0.03,
+            "max_length": job.max_length,
+        },
+        "training": {
+            "steps": job.steps,
+            "train_batch_size": job.batch_size,
+            "micro_batch_size": job.batch_size,
+            "learning_rate": job.learning_rate,
+            "warmup": 0.1,
+            "weight_decay": 0.0,
+            "clip": 1.0,
+            "precision": "auto",
+            "log_every": 5,
+            "save_every": 50,
+            "keep_checkpoints": 1,
+            "eval_rows": 16,
+        },
+        "deepspeed": {"zero_optimization": {"stage": 2}},
+        "distillation": _distillation(job, stages[0]),
+        "logging": {"tensorboard": True},
+        "pruning": {
+            "is_pruning": True,
+            "pruning_mask_path": None,
+            "pruned_module": _matrices(source),
+            "mask_method": {"layer": "coarse-grained", "joint": "joint"}.get(stages[0].split("_")[0], "fine-grained"),
+            "l0_pruning": "l0_pruning.json",
+        },
+        "stages": [
+            {"name": stages[0], "training": {"steps": job.steps, "train_weights": False}},
+            *({"name": name, "training": {"steps": job.finetune_steps}} for name in stages[1:] if job.finetune_steps),
+        ],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "l0_pruning.json", scheme)
+    write_json(folder / "bmcook.json", bmcook)
+    return folder / "bmcook.json"
+
+
+def _scheme(job: OneLineJob, source: ModelSource) -> tuple[dict[str, Any], tuple[str, str]]:
+    """The pruning scheme, and the names of the mask stage and of the finetuning after it."""
+    adapter, config, keep = source.adapter, source.config, job.keep
+    masks = Path(job.output) / "run" / "masks"
+    space = adapter.space(config)
+    heads = next((g.size * g.members for g in space.groups if g.kind == "heads"), 1)
+    dims = next((g.size * g.members for g in space.groups if g.kind == "dimff"), 1)
+    unit, kept_heads = nearest_heads(adapter, config, keep.get("heads", heads))
+    kept_dims = keep.get("dims", dims)
+    kept_dims = kept_dims if isinstance(kept_dims, int) else max(1, round(kept_dims * dims))
+    is_global = "params" in keep or "flops" in keep
+    coarse = {
+        "train_mask": True,
+        "coarse_mask": str(masks / "layer_mask.pt"),
+        "target_sparsity": round(1.0 - keep.get("blocks", 0.8), 6),
+    }
+    fine: dict[str, Any] = {
+        "train_mask": True,
+        "coarse_mask": str(masks / "layer_mask.pt") if is_global or len(keep) > 1 else None,
+        "num_heads": heads,
+        "dim_ff": dims,
+        "target_num_heads": kept_heads,
+        "target_dimff": kept_dims,
+        "head_unit": unit if kept_heads != heads else "auto",
+        "allow_remote_code": is_global or kept_heads not in reachable_heads(adapter, config, unit, False),
+        "heads_mask": str(masks / "heads_mask.pt"),
+        "dimff_mask": str(masks / "dimff_mask.pt"),
+        "prune_mode": "att" if "heads" in keep else "ffn",
+    }
+    scheme: dict[str, Any] = {"coarse-grained": coarse, "fine-grained": fine}
+    if is_global:
+        key = "params" if "params" in keep else "flops"
+        cost: Cost = "parameters" if key == "params" else "flops"
+        groups = [group for group in space.groups if group.kind != "layer"]
+        share = whole_budget(space, groups, cost, keep[key], job.max_length).share
+        return scheme | {"joint": {"train_mask": True, "scope": "global", f"target_{key}": share}}, _JOINT
+    if len(keep) > 1:
+        joint: dict[str, Any] = {"train_mask": True, "scope": "block"}
+        if "blocks" in keep:
+            joint["target_sparsity"] = coarse["target_sparsity"]
+        return scheme | {"joint": joint}, _JOINT
+    if "blocks" in keep:
+        return {"coarse-grained": coarse}, ("layer_mask", "layer_finetune")
+    return scheme, ("att_mask", "att_finetune") if "heads" in keep else ("ffn_mask", "ffn_finetune")
+
+
+_JOINT = ("joint_mask", "joint_finetune")
+
+
+def _distillation(job: OneLineJob, stage: str) -> Mapping[str, Any] | None:
+    if job.teacher is None:
+        return None
+    return {"teacher": job.teacher, "stages": [stage], "ce_scale": 2.0, "ce_temp": 2.0}
+
+
+def _matrices(source: ModelSource) -> list[str]:
+    """The names of all prunable matrices inside a layer."""
+    space = source.adapter.space(source.config)
+    pieces = [(group.layer, piece.path) for group in space.groups for piece in group.slices]
+    return sorted({path.split(f".{layer}.", 1)[1] for layer, path in pieces if len(space.shapes[path]) == 2})
+
+
+def _data_type(paths: tuple[str, ...]) -> str:
+    """The `data.type` of files and folders, by their endings.
+
+    Raises:
+        UserError: something does not exist, or the formats differ.
+    """
+    found: set[str] = set()
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UserError(f"--data {path}: there is no such file or folder", remedy="check the path")
+        files = [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
+        found |= {DATA_TYPES.get(_ending(file), "text") for file in files if not file.name.startswith(".")}
+    if len(found) != 1:
+        raise UserError("--data: one format at a time", wanted="text, JSON lines or parquet", got=sorted(found))
+    return found.pop()
+
+
+def _ending(file: Path) -> str:
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    return suffixes[-2] if len(suffixes) > 1 and suffixes[-1] in COMPRESSED else suffixes[-1] if suffixes else ""
