@@ -1,0 +1,8 @@
+"""`python -m cook`: the `cook` command."""
+
+from __future__ import annotations
+
+from cook.cli import run
+
+if __name__ == "__main__":
+    run()

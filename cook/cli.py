@@ -1,0 +1,206 @@
+"""The `cook` command. Each command is a typed function: its docstring is its help."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import cook
+from cook.base.errors import UserError, run_entry
+from cook.base.threads import spin_briefly
+
+app = typer.Typer(
+    name="cook",
+    help="Make large transformer language models small while they are still in pretraining.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+recipes = typer.Typer(no_args_is_help=True, help="List and copy the recipes that come with cook.")
+app.add_typer(recipes, name="recipes")
+
+Config = Annotated[str, typer.Option("--config", help="What to do: the path of a `bmcook.json`.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, such as `training.steps=200`; may be repeated."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+DEFAULT_CONFIG = "config/bmcook.json"
+
+
+def run() -> None:
+    """The entry point: runs the command and turns its outcome into the documented exit code."""
+    spin_briefly()
+    run_entry(app)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(cook.__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def plan(config: Config = DEFAULT_CONFIG, set: Overrides = None) -> None:
+    """Check a recipe and print what it would do; nothing is written and no GPU is needed."""
+    from cook.train import start
+
+    start(config, set or [], stage="all", dry_run=True)
+
+
+@app.command()
+def prune(
+    model: Annotated[str, typer.Argument(help="A model folder, or a name on the Hugging Face Hub.")],
+    data: Annotated[list[str], typer.Option(help="A file or folder of text, JSON lines or parquet; may be repeated.")],
+    keep: Annotated[
+        list[str],
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="What to keep: `params=0.7` or `flops=0.7` of the whole model, or any of `blocks=0.8`, `heads=0.5`, "
+            "`dims=0.7` (shares, or numbers of heads and dims per block).",
+        ),
+    ],
+    output: Annotated[
+        str, typer.Option(help="Folder for everything: `recipe/`, `run/`, `model/` (the small model), `report/`.")
+    ],
+    steps: Annotated[
+        int, typer.Option(min=1, help="Steps in which the masks are learned, with the weights frozen.")
+    ] = 100,
+    finetune_steps: Annotated[int, typer.Option(min=0, help="Steps of finetuning afterwards.")] = 0,
+    teacher: Annotated[
+        str | None, typer.Option(help="`self` (the model with nothing removed), or the folder of another model.")
+    ] = None,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 2,
+    learning_rate: Annotated[float, typer.Option(help="Of the weights, in finetuning.")] = 3e-5,
+    text_field: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
+    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write the recipe, print the plan and stop.")] = False,
+) -> None:
+    """Prune a model with one command: plan, learn masks, reshape, verify, report.
+
+    Writes the two configuration files that it stands for, to be edited and run again with `cook train`. Stopped at any
+    time, the same command resumes.
+    """
+    from cook.recipe.one_line import OneLineJob, parse_keep, write_recipe
+    from cook.train import start
+
+    job = OneLineJob(
+        model=model,
+        data=tuple(data),
+        keep=parse_keep(keep),
+        output=output,
+        steps=steps,
+        finetune_steps=finetune_steps,
+        teacher=teacher,
+        max_length=max_length,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        text_field=text_field,
+        seed=seed,
+    )
+    config = str(write_recipe(job))
+    start(config, [], stage="all", dry_run=True)
+    if dry_run:
+        return
+    start(config, [], stage="all")
+    code = reshape(config=config, output=str(Path(output) / "model"), verify=True)
+    report(config=config, output=str(Path(output) / "report"))
+    raise typer.Exit(code or 0)
+
+
+@app.command()
+def report(
+    config: Config = DEFAULT_CONFIG,
+    set: Overrides = None,
+    output: Annotated[
+        str | None, typer.Option(help="Folder for report.md and its figures. Default: `OUTPUT_DIR/report`.")
+    ] = None,
+) -> None:
+    """Write the report of a run: its table, figures and report.md."""
+    from cook.config.load import load_config
+    from cook.recipe.run_report import report_run
+
+    settings = load_config(config, set or [])
+    report_run(settings, Path(output or f"{settings.output_dir}/report"))
+
+
+@app.command()
+def families() -> None:
+    """Print the table of model families and what works with them."""
+    from cook.families.overview import families_table
+
+    print(families_table())
+
+
+@recipes.command("list")
+def list_recipes(as_json: AsJson = False) -> None:
+    """List the recipes that come with cook."""
+    found = {name: _title(folder) for name, folder in _recipes().items()}
+    if as_json:
+        print(json.dumps(found))
+        return
+    for name, title in found.items():
+        print(f"{name:24} {title}")
+
+
+@recipes.command("copy")
+def copy_recipe(
+    name: Annotated[str, typer.Argument(help="A name that `cook recipes list` prints.")],
+    folder: Annotated[Path, typer.Argument(help="A new folder.")],
+) -> None:
+    """Copy a recipe to a new folder, with its paths made to fit."""
+    known = _recipes()
+    if name not in known:
+        raise UserError(f"there is no recipe {name!r}", wanted=", ".join(known))
+    if folder.exists():
+        raise UserError(f"{folder}: exists", remedy="name a new folder")
+    source = known[name]
+    folder.mkdir(parents=True)
+    for file in sorted(source.glob("*")):
+        if file.is_file() and file.suffix in (".json", ".md"):
+            shutil.copyfile(file, folder / file.name)
+    bmcook = json.loads((folder / "bmcook.json").read_text())
+    if isinstance(bmcook.get("deepspeed"), str):
+        engine = next(path for path in (source, *source.parents) if (path / Path(bmcook["deepspeed"]).name).is_file())
+        shutil.copyfile(engine / Path(bmcook["deepspeed"]).name, folder / Path(bmcook["deepspeed"]).name)
+        bmcook["deepspeed"] = str(folder / Path(bmcook["deepspeed"]).name)
+    text = json.dumps(bmcook, indent=2)
+    old, new = bmcook["output_dir"], f"results/{folder.name}"
+    (folder / "bmcook.json").write_text(text.replace(old, new) + "\n")
+    scheme = folder / "l0_pruning.json"
+    scheme.write_text(scheme.read_text().replace(old, new))
+    print(f"{folder / 'bmcook.json'}: edit it, then run `cook plan --config {folder / 'bmcook.json'}`")
+
+
+def _recipes() -> dict[str, Path]:
+    """Folders of recipes by name: those of the installed package, or of the checkout."""
+    here = Path(cook.__file__).parent
+    root = here / "recipes" if (here / "recipes" / "bmcook.json").is_file() else here.parent / "config"
+    found = {"default": root}
+    return found | {
+        file.parent.relative_to(root).as_posix(): file.parent
+        for file in sorted(root.rglob("bmcook.json"))
+        if file.parent != root
+    }
+
+
+def _title(folder: Path) -> str:
+    for page in (folder / "README.md", folder.parent / "README.md"):
+        if page.is_file():
+            return page.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+    model: dict[str, Any] = json.loads((folder / "bmcook.json").read_text())["model"]
+    return f"{model['type']} from fresh weights" if not model.get("path") else f"{model['path']}"
