@@ -9,19 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from cook.base.batches import Batch
-from cook.space.units import PruningSpace
+from cook.space.units import HeadUnit, PruningSpace
 
 ModelConfig = Mapping[str, Any]
 """A model's `config.json` as a dictionary."""
 KeptUnits = Mapping[str, tuple[int, ...]]
 """For each masked group's name the indices of the units that stay, ascending."""
-HeadUnit = Literal["kv_group", "query_head"]
-"""What a unit of attention is: a key-value head with all its query heads, or a query head alone."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -106,9 +106,8 @@ def _sizes(
     att, ffn = groups.get("heads"), groups.get("dimff")
     heads = None
     if att is not None:
-        units, dim = counts.get(att.name, att.size), head_dim_of(family, config_object(config))
-        kv_heads = units if att.sections == 1 else att.sections
-        heads = Heads(heads=units * att.members, kv_heads=kv_heads, head_dim=dim)
+        queries, keys = att.heads(counts.get(att.name, att.size))
+        heads = Heads(heads=queries, kv_heads=keys, head_dim=head_dim_of(family, config_object(config)))
     return heads, counts.get(ffn.name, ffn.size) if ffn else None
 
 

@@ -10,10 +10,10 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from cook.adapters.protocol import HeadUnit, ModelConfig
+from cook.adapters.protocol import ModelConfig
 from cook.adapters.stock_models import config_object, skeleton, weight_shapes
 from cook.adapters.tables import Attention, Family, FeedForward
-from cook.space.units import GatePoint, PruningSpace, Site, UnitGroup, WeightSlice
+from cook.space.units import GatePoint, HeadUnit, PruningSpace, Site, UnitGroup, WeightSlice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,10 @@ def _attention(family, head_dim, head_unit, model, shapes, number, layer) -> lis
             for name, offset in zip(paths, offsets, strict=True)
             if name in blocks
         ]
-    units = {"size": found.kv_heads, "members": queries} if whole else {"size": found.heads, "sections": found.kv_heads}
+    if whole:
+        units = {"size": found.kv_heads, "members": queries, "head_unit": "kv_group"}
+    else:
+        units = {"size": found.heads, "sections": found.kv_heads, "head_unit": "query_head"}
     slices = (*_in_slices(model, shapes, layer, parts), _out_slice(model, f"{layer}.{table.out}", width))
     return _block_and_units(table, "att", shapes, number, layer, slices, width, units)
 
@@ -156,7 +159,7 @@ def _out_slice(model: torch.nn.Module, path: str, width: int) -> WeightSlice:
 
 def _block_and_units(
     table: Attention | FeedForward, site: Site, shapes, number: int, layer: str,
-    slices: tuple[WeightSlice, ...], width: int, units: Mapping[str, int],
+    slices: tuple[WeightSlice, ...], width: int, units: Mapping[str, Any],
 ) -> list[UnitGroup]:  # fmt: skip
     inside = tuple(f"{layer}.{name}." for name in (*table.modules, *table.norms_before, *table.norms_after))
     after = [path for path in shapes if path.startswith(tuple(f"{layer}.{name}." for name in table.norms_after))]

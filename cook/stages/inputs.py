@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cook.adapters.protocol import Adapter, HeadUnit
+from cook.adapters.protocol import Adapter
 from cook.adapters.registry import by_config
 from cook.adapters.source import open_model
 from cook.base.errors import UserError
@@ -20,7 +20,7 @@ from cook.masks.mask_set import kept_groups, without_empty_blocks
 from cook.masks.random_masks import random_masks_like
 from cook.masks.relaxation import Deterministic, HardConcrete, Relaxation
 from cook.patterns.matrices import matrices_of, restricted
-from cook.space.units import PruningSpace, UnitGroup
+from cook.space.units import HeadUnit, PruningSpace, UnitGroup
 from cook.stages.constraints import constraints
 from cook.stages.head_units import check_sizes, choose_head_unit
 from cook.stages.plan import LEARNS, MaskPaths, Stage, mask_paths
