@@ -51,6 +51,8 @@ class Abilities:
     """Whether query heads may share keys and values, so that there are two kinds of units of attention."""
     stock_heads: bool
     """Whether a stock class holds blocks with fewer heads."""
+    stock_heads_except: str = ""
+    """Models of which it does not, in a word."""
     stock_layers: bool
     """Whether a stock class holds the model without some of its layers."""
     is_stock: bool = True
