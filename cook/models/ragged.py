@@ -116,13 +116,11 @@ def model_class(config: PreTrainedConfig, factory: type[RaggedModel] | None = No
         factory: The class that `auto_map` names for it; None: the one for `config.stock_class`.
     """
     factory = factory or RaggedModel
-    return _model_class(type(config), config.stock_type, factory.auto_class or config.stock_class, factory)
+    return _model_class(config.stock_type, factory.auto_class or config.stock_class, factory.__name__)
 
 
 @functools.cache
-def _model_class(
-    made_config: type[PreTrainedConfig], stock_type: str, auto_class: str, factory: type[RaggedModel]
-) -> type[PreTrainedModel]:
+def _model_class(stock_type: str, auto_class: str, name: str) -> type[PreTrainedModel]:
     stock = getattr(transformers, auto_class)._model_mapping[CONFIG_MAPPING[stock_type]]
 
     def __init__(self: PreTrainedModel, config: PreTrainedConfig, *inputs: Any, **named: Any) -> None:
@@ -141,13 +139,14 @@ def _model_class(
         return stock.init_continuous_batching(self, *inputs, **named)
 
     def __reduce__(self: PreTrainedModel) -> tuple[Any, ...]:
-        return _new_model, (self.config, factory), self.__dict__
+        return _new_model, (stock_type, auto_class, name), self.__dict__
 
     # The name and module are those that `auto_map` gives: a model that is saved again finds its way back.
-    body = {"__init__": __init__, "__reduce__": __reduce__, "config_class": made_config, "__module__": __name__}
+    body = {"config_class": config_class(stock_type), "__module__": __name__}
+    body |= {"__init__": __init__, "__reduce__": __reduce__}
     if hasattr(stock, "init_continuous_batching"):
         body["init_continuous_batching"] = init_continuous_batching
-    made: Any = type(factory.__name__, (stock,), body)
+    made: Any = type(name, (stock,), body)
     made.register_for_auto_class(auto_class)
     return made
 
@@ -170,8 +169,8 @@ def _new_config(stock_type: str) -> PreTrainedConfig:
     return made.__new__(made)
 
 
-def _new_model(config: PreTrainedConfig, factory: type[RaggedModel]) -> PreTrainedModel:
-    made = model_class(config, factory)
+def _new_model(stock_type: str, auto_class: str, name: str) -> PreTrainedModel:
+    made = _model_class(stock_type, auto_class, name)
     return made.__new__(made)
 
 

@@ -119,7 +119,9 @@ def test_another_process_reads_the_pickle(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("unit, masks", [("query_head", QUERIES), ("kv_group", DIMS | {"layers.0.att": torch.zeros(1)})])
+@pytest.mark.parametrize(
+    "unit, masks", [("query_head", QUERIES), ("kv_group", DIMS | {"layers.0.att": torch.zeros(1)})]
+)
 def test_continuous_batching_is_exact(tmp_path, unit, masks):
     zeroed, small = export(tmp_path, "qwen3", unit, masks)
     model = AutoModelForCausalLM.from_pretrained(small, trust_remote_code=True)
@@ -132,7 +134,8 @@ def test_continuous_batching_is_exact(tmp_path, unit, masks):
     options.eos_token_id = -1
     found = model.generate_batch(prompts, generation_config=options)
     tokens = {tuple(output.prompt_ids): output.generated_tokens for output in found.values()}
-    assert [tokens[tuple(ids)] for ids in prompts] == [e[0, len(i) :].tolist() for e, i in zip(expected, prompts)]
+    wanted = [output[0, len(ids) :].tolist() for output, ids in zip(expected, prompts, strict=True)]
+    assert [tokens[tuple(ids)] for ids in prompts] == wanted
 
 
 def test_continuous_batching_is_refused_where_caches_differ(tmp_path):
