@@ -77,8 +77,9 @@ MISREADINGS = (
         was_run=False,
     ),
 )
-"""CTranslate2 reads `head_dim` of Mistral, Qwen3, Gemma 2 and Gemma 3; vLLM and llama.cpp read it of all families that
-are not named here. ONNX Runtime runs graphs that torch exports from the model itself, so nothing can be misread."""
+"""CTranslate2 reads `head_dim` of Mistral, Qwen3, Gemma 2 and Gemma 3, and does not read Phi-3 and GPT-NeoX as
+transformers 5 loads them. Of vLLM and llama.cpp no other misreading is known; not every family's source was read.
+ONNX Runtime runs graphs that torch exports from the model itself, so nothing can be misread."""
 RAGGED = (
     "only transformers with trust_remote_code=True reads it: CTranslate2, vLLM and llama.cpp have no model of this type"
 )
