@@ -21,6 +21,7 @@ from cook.config.load import load_config
 from cook.config.types import RunConfig
 from cook.evaluation.equality import largest_difference
 from cook.evaluation.speed import LARGEST_TIMED, forward_seconds
+from cook.families.consumers import misread_by
 from cook.families.source import load_model, open_model
 from cook.pruning.counts import forward_flops, parameters
 from cook.pruning.family import ModelSource
@@ -141,6 +142,7 @@ def main() -> int | None:
         commands=[*training_commands(job), " ".join(["python", *sys.argv])],
         masks=[MaskFile(name=Path(path).name, sha256=sha256(path)) for path in files],
         trust_remote_code=pruned.needs_remote_code,
+        misread_by=misread_by(pruned.config),
         max_difference=difference,
         difference_note=note,
         versions=[(name, importlib.metadata.version(name)) for name in ("torch", "transformers")],
@@ -202,6 +204,8 @@ def announce(pruned: Pruned, difference: float | None, note: str, has_tokenizer:
         print(f"CPM-Live format: {pruned.folder}/cpm_live.pt and cpm_live.json")
     if not has_tokenizer:
         print("the model has no tokenizer files beside it; add yours to the folder")
+    for sentence in misread_by(pruned.config):
+        print(f"warning: {sentence}")
     option = ", trust_remote_code=True" if pruned.needs_remote_code else ""
     print(f"written: {pruned.folder}  (AutoModelForCausalLM.from_pretrained(…{option}))")
 

@@ -87,6 +87,8 @@ class Family:
     names: ConfigNames = field(default_factory=ConfigNames)
     auto_class: str = "AutoModelForCausalLM"
     """The class of transformers that makes the model from its config."""
+    stock_heads_except: str = ""
+    """What a config must not have for its class to hold fewer heads, in a word."""
     unused: tuple[str, ...] = ()
     """Patterns of keys in files of the family that the model may do without: heads of other tasks."""
     empty_layer_is_identity: bool = True

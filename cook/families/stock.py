@@ -44,6 +44,7 @@ def stock_adapter(
         abilities=Abilities(
             shares_keys=family.names.kv_heads is not None,
             stock_heads=family.names.head_dim is not None,
+            stock_heads_except=family.stock_heads_except,
             stock_layers=family.empty_layer_is_identity,
         ),
         is_causal=is_causal,

@@ -101,5 +101,9 @@ def modeling(config: ModelConfig) -> Modeling | None:
     """The code beside a ragged model."""
     if not is_ragged(config):
         return None
-    auto_map = {"AutoConfig": f"{MODULE}.RaggedConfig", config["stock_class"]: f"{MODULE}.RaggedModel"}
+    auto_map = {"AutoConfig": f"{MODULE}.{ragged.RaggedConfig.__name__}"}
+    for factory in ragged.FACTORIES:
+        name = factory.auto_class or config["stock_class"]
+        if CONFIG_MAPPING[config["stock_type"]] in getattr(transformers, name)._model_mapping:
+            auto_map.setdefault(name, f"{MODULE}.{factory.__name__}")
     return Modeling(file=Path(ragged.__file__), auto_map=auto_map)

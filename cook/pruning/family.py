@@ -9,19 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from cook.base.batches import Batch
-from cook.pruning.units import PruningSpace
+from cook.pruning.units import HeadUnit, PruningSpace
 
 ModelConfig = Mapping[str, Any]
 """A model's `config.json` as a dictionary."""
 KeptUnits = Mapping[str, tuple[int, ...]]
 """For each masked group's name the indices of the units that stay, ascending."""
-HeadUnit = Literal["kv_group", "query_head"]
-"""What a unit of attention is: a key-value head with all its query heads, or a query head alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +51,8 @@ class Abilities:
     """Whether query heads may share keys and values, so that there are two kinds of units of attention."""
     stock_heads: bool
     """Whether a stock class holds blocks with fewer heads."""
+    stock_heads_except: str = ""
+    """Models of which it does not, in a word."""
     stock_layers: bool
     """Whether a stock class holds the model without some of its layers."""
     is_stock: bool = True

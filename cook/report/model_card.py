@@ -49,6 +49,8 @@ class ModelCard:
     """The masks that were applied."""
     trust_remote_code: bool
     """Whether transformers needs the modeling file in the folder to load it."""
+    misread_by: Sequence[str] = ()
+    """A sentence for every other program that would misread the folder."""
     max_difference: float | None = None
     """Largest relative difference between the logits of the masked and of the reshaped model; None: not measured."""
     difference_note: str = ""
@@ -114,7 +116,8 @@ def _loading(card: ModelCard) -> str:
         if card.trust_remote_code
         else "Stock transformers loads it; no code of the folder is run."
     )
-    return f"{_fenced(code, 'python')}\n\n{why}"
+    warnings = [f"- Warning: {sentence}." for sentence in card.misread_by]
+    return "\n\n".join([_fenced(code, "python"), why, *(["\n".join(warnings)] if warnings else [])])
 
 
 def _verification(card: ModelCard) -> str:

@@ -89,3 +89,9 @@ def test_values_cannot_break_the_card():
     text = model_card(dataclasses.replace(CARD, license="x: y\n---\n#", commands=("echo ```",)))
     assert front_matter(text)["license"] == "x: y\n---\n#"
     assert "````bash\necho ```\n````" in text
+
+
+def test_the_card_warns_of_programs_that_misread_the_folder():
+    text = model_card(dataclasses.replace(CARD, misread_by=("one assumes a, which does not hold here: b", "two")))
+    assert "- Warning: one assumes a, which does not hold here: b.\n- Warning: two.\n\n## Verification" in text
+    assert "Warning" not in model_card(CARD)
