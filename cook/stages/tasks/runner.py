@@ -58,12 +58,12 @@ def open_session(config: TaskConfig, source: str, at: At = lambda _step, _phase:
             wanted=f"a multiple of {world} devices × {training.rows_at_once(world)} rows",
             got=f"--train_batch_size {config.train_batch_size}",
         )  # fmt: skip
-    encoder = open_encoder(source, info.head, info.labels, derived_seed(config.seed, "head"))
+    encoder = open_encoder(source, info.head, info.labels, derived_seed(config.seed, "head"), words=info.words)
     limit = getattr(encoder.config, "max_position_embeddings", config.max_length)
     if config.max_length > limit:
         raise UserError("--max_length is more than the model reads", wanted=f"at most {limit}", got=config.max_length)
     data = load_task(config, encoder.tokenizer)
-    for note in data.notes:
+    for note in (*encoder.notes, *data.notes):
         say(note)
     at(0, "starting")
     return Session(config=config, info=info, data=data, encoder=encoder, at=at)
@@ -105,7 +105,8 @@ def run_prune(config: TaskConfig, at: At) -> None:
     session = open_session(config, source, at)
     if session.encoder.fresh:
         raise UserError(
-            f"{source}: the model has no trained head for {session.info.name}", got=session.encoder.fresh[0],
+            f"{source}: the model has no trained head for {session.info.name}",
+            got="; ".join(session.encoder.notes) or f"no {session.encoder.fresh[0]}",
             remedy="fine-tune it first (mode pretrain), or name a fine-tuned one with --finetuned",
         )  # fmt: skip
     matrices = pruned_matrices(session.encoder)

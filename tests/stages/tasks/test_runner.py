@@ -50,6 +50,7 @@ CASES: dict[str, tuple[str, dict[str, str]]] = {
     "scores of pairs": ("pretrain", {"task_name": "STS-B", "output_dir": "sts", "model": "model", "epochs": "6"}),
     "two evaluations": ("pretrain", {"task_name": "MNLI", "output_dir": "mnli", "model": "model",
                                      "tensorboard": "true"}),
+    "other classes": ("prune", TILES | {"finetuned": "mnli/pretrain/model", "output_dir": "other"}),
     "squad": ("pretrain", SQUAD | {"model": "model"}),
     "squad prune": ("prune", SQUAD | {"pruning_type": "5"}),
 }  # fmt: skip
@@ -86,6 +87,7 @@ def masks(*path: str | Path) -> dict[str, torch.Tensor]:
         ("nothing to export", "no stage has finished"),
         ("pretrain otherwise", "finished with other settings"),
         ("no trained head", "no trained head for SST-2"),
+        ("other classes", "contradiction, entailment, neutral, not 0, 1 (negative, positive)"),
         ("granularity", "24"),
         ("falling", "must rise"),
         ("quirk", "unknown name 'rev'"),
