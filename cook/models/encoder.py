@@ -83,7 +83,8 @@ def open_encoder(
             model = _auto_class(head).from_config(config)
         except (ValueError, TypeError) as error:
             raise UserError(f"{source}: not an encoder that can carry this task's head", got=error) from None
-    found = open_google_weights(folder) if google else _hub_weights(source, head, config)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    found = open_google_weights(folder, shapes) if google else _hub_weights(source, head, config)
     outputs = _output_weights(model, config) if head == "classes" else ()
     weights, fresh = {}, []
     for name, parameter in model.named_parameters():
@@ -98,7 +99,10 @@ def open_encoder(
     had_head = any(name in found for name in outputs)
     body = [name for name in fresh if name.startswith(model.base_model_prefix) and "pooler" not in name]
     if body:
-        raise UserError(f"{source}: the weights lack {body[0]}", remedy="give a folder with the whole encoder")
+        raise UserError(
+            f"{source}: the weights lack {body[0]}, or it has another size than the config says",
+            remedy="give a folder with the whole encoder",
+        )
     config.architectures = [type(model).__name__]
     return Encoder(
         config=config, head=head, weights=weights, fresh=tuple(fresh),
