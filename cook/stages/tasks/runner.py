@@ -59,14 +59,35 @@ def open_session(config: TaskConfig, source: str, at: At = lambda _step, _phase:
             got=f"--train_batch_size {config.train_batch_size}",
         )  # fmt: skip
     encoder = open_encoder(source, info.head, info.labels, derived_seed(config.seed, "head"), words=info.words)
-    limit = getattr(encoder.config, "max_position_embeddings", config.max_length)
+    limit = _longest_row(encoder, config.max_length)
     if config.max_length > limit:
         raise UserError("--max_length is more than the model reads", wanted=f"at most {limit}", got=config.max_length)
     data = load_task(config, encoder.tokenizer)
+    for rows in (data.train, *(examination.rows for examination in data.examinations)):
+        for what, largest, size in (
+            ("token ids", rows.largest_id, encoder.config.vocab_size),
+            ("token types", rows.largest_segment, getattr(encoder.config, "type_vocab_size", 0)),
+        ):  # fmt: skip
+            if size and largest >= size:
+                raise UserError(
+                    f"{source}: its tokenizer gives {what} that the model does not have",
+                    wanted=f"at most {size - 1}", got=largest, remedy="use the tokenizer that the model was trained with",
+                )  # fmt: skip
     for note in (*encoder.notes, *data.notes):
         say(note)
     at(0, "starting")
     return Session(config=config, info=info, data=data, encoder=encoder, at=at)
+
+
+def _longest_row(encoder: Encoder, wanted: int) -> int:
+    """Tokens that the model reads at most: a table of positions with a padding index counts on from behind it."""
+    limit = getattr(encoder.config, "max_position_embeddings", 0) or wanted  # relative positions may have no limit
+    with torch.device("meta"):
+        parts = encoder.build().named_modules()
+    for name, part in parts:
+        if name.endswith("position_embeddings") and isinstance(part, torch.nn.Embedding):
+            limit = part.num_embeddings - (0 if part.padding_idx is None else part.padding_idx + 1)
+    return limit
 
 
 def run_pretrain(config: TaskConfig, at: At) -> None:
