@@ -59,9 +59,11 @@ def open_session(config: TaskConfig, source: str, at: At = lambda _step, _phase:
             got=f"--train_batch_size {config.train_batch_size}",
         )  # fmt: skip
     encoder = open_encoder(source, info.head, info.labels, derived_seed(config.seed, "head"), words=info.words)
-    limit = _longest_row(encoder, config.max_length)
+    limit = longest_row(encoder, config.max_length)
     if config.max_length > limit:
         raise UserError("--max_length is more than the model reads", wanted=f"at most {limit}", got=config.max_length)
+    if encoder.tokenizer.pad_token_id is None:
+        raise UserError(f"{source}: its tokenizer has no token that fills a batch", wanted="a pad_token")
     data = load_task(config, encoder.tokenizer)
     for rows in (data.train, *(examination.rows for examination in data.examinations)):
         for what, largest, size in (
@@ -71,7 +73,8 @@ def open_session(config: TaskConfig, source: str, at: At = lambda _step, _phase:
             if size and largest >= size:
                 raise UserError(
                     f"{source}: its tokenizer gives {what} that the model does not have",
-                    wanted=f"at most {size - 1}", got=largest, remedy="use the tokenizer that the model was trained with",
+                    wanted=f"at most {size - 1}", got=largest,
+                    remedy="use the tokenizer that the model was trained with",
                 )  # fmt: skip
     for note in (*encoder.notes, *data.notes):
         say(note)
@@ -79,7 +82,7 @@ def open_session(config: TaskConfig, source: str, at: At = lambda _step, _phase:
     return Session(config=config, info=info, data=data, encoder=encoder, at=at)
 
 
-def _longest_row(encoder: Encoder, wanted: int) -> int:
+def longest_row(encoder: Encoder, wanted: int) -> int:
     """Tokens that the model reads at most: a table of positions with a padding index counts on from behind it."""
     limit = getattr(encoder.config, "max_position_embeddings", 0) or wanted  # relative positions may have no limit
     with torch.device("meta"):
