@@ -22,7 +22,7 @@ LISTED = subprocess.run(
 FILES = sorted(path for path in LISTED if not path.startswith("tests/") and (ROOT / path).is_file())
 
 RESTRICTED_READERS = ("cook/data/live/symbols.py", "cook/base/tensor_files.py")
-"""The files that may list a pickle's opcodes, which runs nothing: CPM-Live's index, and what a `.pt` file is made of."""
+"""The files that may list a pickle's opcodes, which runs nothing: of CPM-Live's index, and of a `.pt` file."""
 PUBLIC_FACE = "cook/__init__.py"
 """Imports lazily what the package's own table of names says."""
 OWN_EXPORTS = ("cook/models/encoder.py", "scripts/bench/patterns.py")

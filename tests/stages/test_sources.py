@@ -112,3 +112,18 @@ def test_large_files_are_known_by_blocks_from_end_to_end(tmp_path, monkeypatch):
             file.write(bytes([byte ^ 1]))
         files._content_hash.cache_clear()
         assert files.content_hash(path) != before, place
+
+
+def test_a_mask_that_was_replaced_after_its_own_stage_is_not_held_by_the_next(tmp_path, monkeypatch):
+    write_run(tmp_path, ("pretrain", "layer_mask", "layer_finetune"))
+    monkeypatch.chdir(tmp_path)
+    stage = plan_stage(load_config("bmcook.json"), "layer_finetune")
+    mask, done = Path(stage.fixed.layer), Path("out/layer_mask/done.json")
+    mask.parent.mkdir(parents=True)
+    torch.save({"x": torch.ones(3)}, mask)
+    done.parent.mkdir(parents=True)
+    done.write_text(json.dumps({"masks": {str(mask): hashlib.sha256(mask.read_bytes()).hexdigest()}}))
+    check_sources(stage, "auto")
+    flip(mask)
+    with pytest.raises(UserError, match=f"{mask.name}: not the mask that layer_mask finished with"):
+        check_sources(stage, "auto")
