@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickletools
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from cook.base.errors import UserError
-from cook.base.files import fsync_folder, read_json, write_json
+from cook.base.files import fsync_folder, read_json, regular_file, write_json
 
 
 class LazyTensors(Mapping[str, torch.Tensor]):
@@ -84,6 +85,7 @@ def load_pt(path: Path, *, mmap: bool = False) -> dict:
     Raises:
         UserError: not a zip archive written by `torch.save`, a compressed or oversized member, or a refused global.
     """
+    path = regular_file(path)
     try:
         with zipfile.ZipFile(path) as archive:
             # Members that overlap would unfold to more than the file holds.
@@ -93,9 +95,11 @@ def load_pt(path: Path, *, mmap: bool = False) -> dict:
                 # torch.save stores its members; a compressed one can only be a bomb or another program's file.
                 if member.compress_type != zipfile.ZIP_STORED or ".." in Path(member.filename).parts:
                     raise UserError(f"{path}: the archive's member {member.filename!r} is not as torch.save writes it")
+                if member.filename.endswith("data.pkl"):
+                    if member.file_size > MAX_PICKLE_BYTES:
+                        raise UserError(f"{path}: {member.filename} is too large for the names of tensors")
+                    _check_tuples(path, archive.read(member))
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file", remedy="check the path") from None
     except UserError:
         raise
     except Exception as error:
@@ -104,6 +108,37 @@ def load_pt(path: Path, *, mmap: bool = False) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}", wanted="a dictionary of tensors")
     return content
+
+
+MAX_PICKLE_BYTES = 32 << 20
+"""Of names and shapes, not of values: hundreds of bytes per tensor."""
+MAX_TUPLE = 100_000
+"""Values in a tuple, those in its inner tuples included: torch.save writes a few."""
+
+
+def _check_tuples(path: Path, pickled: bytes) -> None:
+    """Refuses tuples made of one and the same tuple over and over: as a dictionary's key they take years to hash."""
+    mark = 0
+    stack, memo = [1], dict[object, int]()  # how many values each object counts for
+    for op, arg, _ in pickletools.genops(pickled):
+        if op.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if op.name == "MEMOIZE" else arg] = stack[-1]
+        elif op.name == "MARK":
+            stack.append(mark)
+        elif op.name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo.get(arg, 1))
+        else:
+            count, taken = 1, list(op.stack_before)
+            if pickletools.markobject in taken:
+                while stack and (top := stack.pop()) != mark:
+                    count += top
+                taken = taken[: taken.index(pickletools.markobject)]
+            for _ in taken:
+                count += stack.pop() if stack else 0
+            is_tuple = op.name.startswith("TUPLE")
+            if is_tuple and count > MAX_TUPLE:
+                raise UserError(f"{path}: holds a tuple of more than {MAX_TUPLE} values", wanted="tensors by name")
+            stack += [count if is_tuple else 1 for _ in op.stack_after]
 
 
 def open_pt(path: Path) -> Mapping[str, torch.Tensor]:

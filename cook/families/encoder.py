@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,8 @@ class Encoder:
     """Every parameter by name; those of a new head freshly drawn."""
     fresh: tuple[str, ...]
     """Names of the parameters that the source did not hold."""
+    notes: tuple[str, ...]
+    """Sentences on the classes of the source's head, where they do not simply agree with the task's."""
     tokenizer: Any
     """A fast tokenizer."""
 
@@ -46,45 +50,111 @@ class Encoder:
         return _auto_class(self.head).from_config(self.config)
 
 
-def open_encoder(source: str, head: Head, labels: Sequence[str], seed: int) -> Encoder:
+def open_encoder(
+    source: str, head: Head, labels: Sequence[str], seed: int, *, words: Sequence[str] | None = None
+) -> Encoder:
     """Opens an encoder and gives it a head for a task, a fresh one where it has none that fits.
+
+    The classes of a trained head are matched by name: a head in another order is reordered, and one whose classes are
+    not the task's does not fit.
 
     Args:
         source: A Hugging Face folder or Hub name, or a folder as Google distributed BERT.
         head: The kind of head.
         labels: Names of the classes, in the order of their ids; one name for a score; unused for spans.
         seed: Of a fresh head's weights.
+        words: Other names of the same classes, in the same order.
 
     Raises:
         UserError: nothing there that can be read as an encoder.
     """
     folder = Path(source)
     google = is_google_folder(folder)
-    config = BertConfig(**read_google_config(folder)) if google else _hub(AutoConfig, source)
+    config: Any = BertConfig(**read_google_config(folder)) if google else _hub(AutoConfig, source)
+    matched = _Classes(names=tuple(labels), order=tuple(range(len(labels))))
+    if head == "classes":
+        matched = _matched_classes([str(config.id2label[key]) for key in sorted(config.id2label)], labels, words)
     if head != "span":
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: number for number, label in enumerate(labels)}
+        config.id2label = dict(enumerate(matched.names))
+        config.label2id = {label: number for number, label in enumerate(matched.names)}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
             model = _auto_class(head).from_config(config)
         except (ValueError, TypeError) as error:
             raise UserError(f"{source}: not an encoder that can carry this task's head", got=error) from None
-    found = open_google_weights(folder) if google else _hub_weights(source, head, config)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    found = open_google_weights(folder, shapes) if google else _hub_weights(source, head, config)
+    outputs = _output_weights(model, config) if head == "classes" else ()
     weights, fresh = {}, []
     for name, parameter in model.named_parameters():
         tensor = found[name] if name in found else None
-        if tensor is None or (tensor.shape != parameter.shape and not name.startswith(model.base_model_prefix)):
+        misfit = tensor is not None and tensor.shape != parameter.shape and not name.startswith(model.base_model_prefix)
+        if tensor is None or misfit or (name in outputs and not matched.order):
             fresh.append(name)
             tensor = parameter.detach()
+        elif name in outputs:
+            tensor = tensor[list(matched.order)]
         weights[name] = tensor.detach().float().clone()
+    had_head = any(name in found for name in outputs)
     body = [name for name in fresh if name.startswith(model.base_model_prefix) and "pooler" not in name]
     if body:
-        raise UserError(f"{source}: the weights lack {body[0]}", remedy="give a folder with the whole encoder")
+        raise UserError(
+            f"{source}: the weights lack {body[0]}, or it has another size than the config says",
+            remedy="give a folder with the whole encoder",
+        )
     config.architectures = [type(model).__name__]
     return Encoder(
-        config=config, head=head, weights=weights, fresh=tuple(fresh), tokenizer=_open_tokenizer(source, google)
+        config=config,
+        head=head,
+        weights=weights,
+        fresh=tuple(fresh),
+        notes=(f"{source}: {matched.note}",) if matched.note and (had_head or not matched.order) else (),
+        tokenizer=_open_tokenizer(source, google),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Classes:
+    """How the classes of a source's head serve a task."""
+
+    names: tuple[str, ...]
+    """What the classes are called, in the order of the task's ids."""
+    order: tuple[int, ...]
+    """For every id of the task, the head's row; empty if the head's classes are others."""
+    note: str = ""
+    """What to say of it."""
+
+
+def _matched_classes(own: Sequence[str], labels: Sequence[str], words: Sequence[str] | None) -> _Classes:
+    """Matches the classes that a source names, in the order of its rows, with a task's."""
+    rows, listed = tuple(range(len(labels))), f"{', '.join(own[:8])}{', …' if len(own) > 8 else ''}"
+    if all(name == f"LABEL_{number}" for number, name in enumerate(own)):  # transformers' names where none are given
+        note = f"the head's classes have no names ({listed}): they are taken to be {', '.join(labels)}, in this order"
+        return _Classes(names=tuple(labels), order=rows, note=note)
+    row_of = {_plain(name): row for row, name in enumerate(own)}
+    for wanted in (labels, words or ()):
+        keys = [_plain(name) for name in wanted]
+        if len(own) == len(labels) == len(row_of) and sorted(keys) == sorted(row_of):
+            order = tuple(row_of[key] for key in keys)
+            note = f"the head's classes are in another order ({listed}): its rows are reordered"
+            return _Classes(names=tuple(own[row] for row in order), order=order, note=note if order != rows else "")
+    wanted_names = ", ".join(labels) + (f" ({', '.join(words)})" if words else "")
+    note = f"the head's classes are {listed}, not {wanted_names}; if they are the same, rename them in config.json"
+    return _Classes(names=tuple(labels), order=(), note=note)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\W_]", "", name).lower()
+
+
+def _output_weights(model: torch.nn.Module, config: Any) -> tuple[str, ...]:
+    """Names of the parameters that have one row per class, in any family: they grow with the number of classes."""
+    larger = copy.deepcopy(config)
+    larger.num_labels = config.num_labels + 1
+    with torch.device("meta"):
+        other = dict(AutoModelForSequenceClassification.from_config(larger).named_parameters())
+    return tuple(name for name, parameter in model.named_parameters() if parameter.shape != other[name].shape)
 
 
 def load_encoder(folder: Path, head: Head) -> torch.nn.Module:

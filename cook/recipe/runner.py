@@ -28,11 +28,12 @@ from cook.pruning.gates import Gates
 from cook.pruning.mask_file import write_mask_file
 from cook.pruning.mask_set import FINE_KEYS, coarse_to_tensors, fine_to_tensors, kept_counts
 from cook.pruning.model_folder import copy_generation_config, write_model_folder, write_tokenizer
-from cook.recipe.distillation import make_distiller, open_lesson
+from cook.recipe.distillation import check_teacher_tokenizer, make_distiller, open_lesson
 from cook.recipe.inputs import Inputs, final_masks, make_gates, open_inputs
 from cook.recipe.kept_structure import describe_structure
 from cook.recipe.pattern import masked_weights, pattern_identity, pattern_masks, pattern_spec
 from cook.recipe.plan import Stage
+from cook.recipe.sources import changed, changed_sources, check_sources, note_sources
 from cook.recipe.stage_data import Feeding, check_corpus, open_loader, rows_before
 from cook.report.events import EventLog
 from cook.training.checkpoint import find_checkpoint, load_checkpoint
@@ -64,7 +65,11 @@ def run_stage(stage: Stage, *, resume: str, at: At) -> None:
     if resume == "never" and distributed.rank() == 0:
         shutil.rmtree(stage.folder, ignore_errors=True)
     distributed.barrier()
+    _on_first_rank(lambda: check_sources(stage, resume))
     data = _data(stage, inputs)
+    if lesson and lesson.source and not stage.config.tokenizer.path:  # one of the run's own making
+        check_teacher_tokenizer(lesson.source.path, data.tokenizer)
+    _on_first_rank(lambda: note_sources(stage))
     build = _builder(inputs, stage)
     at(0, "starting")
     seed_everything(derived_seed(stage.config.seed, stage.name, distributed.rank()))
@@ -158,6 +163,8 @@ def is_finished(stage: Stage, resume: str) -> bool:
             f"{path}: {stage.name} finished with other settings",
             remedy=f"choose another output_dir, restore the settings, or {redo}",
         )
+    if changes := changed_sources(stage):
+        raise changed(f"{path}: {stage.name} finished with other files", changes)
     if done["follows"] != _earlier(stage):
         raise UserError(f"{path}: {stage.after} has been redone since {stage.name} finished", remedy=redo)
     return True

@@ -58,6 +58,11 @@ class HuggingFaceTokenizer:
             raise UserError(f"tokenizer.path: {folder} cannot be read: {error}") from error
         return cls(backend, str(folder))
 
+    def ordinary_tokens(self) -> dict[str, int]:
+        """Ids by token, without the special and other tokens that were added to the vocabulary."""
+        added = self._backend.added_tokens_encoder
+        return {token: number for token, number in self._backend.get_vocab().items() if token not in added}
+
     def encode(self, text: str) -> list[int]:
         return list(self._ids([text])[0])
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from cook.base import files
 from cook.base.errors import UserError
-from cook.base.files import read_json, sha256, write_atomically, write_json
+from cook.base.files import read_json, regular_file, sha256, write_atomically, write_json
 
 JSON = st.recursive(
     st.none()
@@ -69,6 +70,27 @@ def test_missing_files_and_folders_are_user_errors(tmp_path):
         read_json(tmp_path / "absent.json")
     with pytest.raises(UserError, match="cannot be read"):
         read_json(tmp_path)
+
+
+def test_what_is_no_ordinary_file_is_refused_without_reading(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+    (tmp_path / "link").symlink_to("pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    for path, word in (
+        (tmp_path / "pipe", "a pipe"),
+        (tmp_path / "link", "a pipe"),
+        (tmp_path / "socket", "a socket"),
+        (tmp_path, "a folder"),
+        ("/dev/zero", "a device"),
+        (tmp_path / "loop", "symbolic links"),
+        ("a\0b", "null"),
+    ):
+        with pytest.raises(UserError, match=word):
+            read_json(path)
+        with pytest.raises(UserError, match=word):
+            regular_file(path, "mask file")
 
 
 def test_nan_is_not_written(tmp_path):

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from cook.base.errors import UserError
 from cook.families.encoder import open_encoder, write_encoder
-from tests.recipe.benchmarks.tiny_task import SPECIAL, WORDS, write_model
+from tests.recipe.benchmarks.tiny_task import CONFIG, SPECIAL, WORDS, write_model
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +54,83 @@ def test_a_vocabulary_alone_is_a_tokenizer(folder, tmp_path):
     found = open_encoder(str(copy), "classes", ("a", "b"), seed=0).tokenizer
     good, film = (len(SPECIAL) + WORDS.index(word) for word in ("good", "film"))
     assert found("GOOD film")["input_ids"] == [2, good, film, 3]
+
+
+MNLI = ("contradiction", "entailment", "neutral")
+FAMILIES = {
+    "bert": (BertConfig, BertForSequenceClassification),
+    "roberta": (RobertaConfig, RobertaForSequenceClassification),
+}
+
+
+def fine_tuned(folder, names, family="bert"):
+    """A stock classifier that calls its classes by these names."""
+    config, model = FAMILIES[family]
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: row for row, name in enumerate(names)}}
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        made = model(config(**CONFIG, **labels)).eval()
+        for parameter in made.parameters():
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
+    made.save_pretrained(folder)
+    write_model(folder / "words")
+    for path in (folder / "words").glob("*token*"):
+        path.rename(folder / path.name)
+    return made
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("names", "labels", "words"),
+    [
+        (("CONTRADICTION", "NEUTRAL", "ENTAILMENT"), MNLI, None),  # roberta-large-mnli
+        (("entailment", "neutral", "contradiction"), MNLI, None),
+        (MNLI, MNLI, None),
+        (("Not Entailment", "Entailment"), ("entailment", "not_entailment"), None),
+        (("POSITIVE", "NEGATIVE"), ("0", "1"), ("negative", "positive")),
+        (("1", "0"), ("0", "1"), ("negative", "positive")),
+    ],
+)
+def test_a_trained_head_keeps_the_meaning_of_its_classes(tmp_path, family, names, labels, words):
+    stock = fine_tuned(tmp_path / "m", names, family)
+    found = open_encoder(str(tmp_path / "m"), "classes", labels, seed=0, words=words)
+    assert found.fresh == ()
+    write_encoder(tmp_path / "out", found.config, found.weights.items(), found.tokenizer)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    ids = torch.randint(5, 20, (32, 8), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        theirs, ours = stock(ids).logits, again(ids).logits
+    assert not torch.equal(theirs[:, 0], theirs[:, 1])
+
+    def spoken(name: str) -> str:
+        return "".join(filter(str.isalnum, name)).lower()
+
+    ids_of = {spoken(name): number for options in (labels, words or ()) for number, name in enumerate(options)}
+    wanted = [ids_of[spoken(name)] for name in names]
+    for row, name in stock.config.id2label.items():
+        assert again.config.id2label[wanted[row]] == name, "the export calls its classes what the source called them"
+        assert torch.equal(ours[:, wanted[row]], theirs[:, row]), "and a class's id is the task's"
+    assert bool(found.notes) == (wanted != sorted(wanted))
+
+
+def test_a_head_whose_classes_have_no_names_is_taken_as_it_is_and_said_so(tmp_path):
+    stock = fine_tuned(tmp_path / "m", ("LABEL_0", "LABEL_1"))
+    found = open_encoder(str(tmp_path / "m"), "classes", ("entailment", "not_entailment"), seed=0)
+    assert torch.equal(found.weights["classifier.weight"], stock.classifier.weight) and not found.fresh
+    assert "no names (LABEL_0, LABEL_1)" in found.notes[0] and "entailment, not_entailment" in found.notes[0]
+
+
+@pytest.mark.parametrize("names", [("toxic", "fine"), ("entailment", "entailment"), ("0", "1"), ("a", "b", "c")])
+def test_the_head_of_another_task_does_not_fit(tmp_path, names):
+    fine_tuned(tmp_path / "m", names)
+    found = open_encoder(str(tmp_path / "m"), "classes", ("entailment", "not_entailment"), seed=0)
+    assert found.fresh == ("classifier.weight", "classifier.bias")
+    assert f"classes are {', '.join(names)}, not entailment" in found.notes[0]
+    assert found.config.id2label == {0: "entailment", 1: "not_entailment"}
+
+
+def test_an_encoder_without_a_head_has_nothing_to_say_of_classes(folder):
+    assert open_encoder(str(folder), "classes", MNLI, seed=0).notes == ()
 
 
 @pytest.mark.parametrize("source", ["nothing/here", ""])

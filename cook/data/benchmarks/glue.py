@@ -29,6 +29,9 @@ class GlueTask:
     labels: tuple[str, ...] | None
     """The labels in the order of their ids; None for regression."""
 
+    words: tuple[str, ...] | None = None
+    """What published models call the labels, in the same order, where the files have numbers."""
+
     texts: tuple[str, ...]
     """Columns of the first and, for pairs, the second text."""
 
@@ -57,17 +60,33 @@ GLUE_TASKS: dict[str, GlueTask] = {
             name="CoLA",
             folder="CoLA",
             labels=("0", "1"),
+            words=("unacceptable", "acceptable"),
             texts=("sentence",),
             label="label",
             columns=("source", "label", "star", "sentence"),
         ),
-        GlueTask(name="SST-2", folder="SST-2", labels=("0", "1"), texts=("sentence",), label="label"),
-        GlueTask(name="MRPC", folder="MRPC", labels=("0", "1"), texts=("#1 String", "#2 String"), label="Quality"),
+        GlueTask(
+            name="SST-2",
+            folder="SST-2",
+            labels=("0", "1"),
+            words=("negative", "positive"),
+            texts=("sentence",),
+            label="label",
+        ),
+        GlueTask(
+            name="MRPC",
+            folder="MRPC",
+            labels=("0", "1"),
+            words=("not_equivalent", "equivalent"),
+            texts=("#1 String", "#2 String"),
+            label="Quality",
+        ),
         GlueTask(name="STS-B", folder="STS-B", labels=None, texts=("sentence1", "sentence2"), label="score"),
         GlueTask(
             name="QQP",
             folder="QQP",
             labels=("0", "1"),
+            words=("not_duplicate", "duplicate"),
             texts=("question1", "question2"),
             label="is_duplicate",
             leaves_out_short_rows=True,
@@ -82,7 +101,14 @@ GLUE_TASKS: dict[str, GlueTask] = {
         ),
         GlueTask(name="QNLI", folder="QNLI", labels=_ENTAILED, texts=("question", "sentence"), label="label"),
         GlueTask(name="RTE", folder="RTE", labels=_ENTAILED, texts=("sentence1", "sentence2"), label="label"),
-        GlueTask(name="WNLI", folder="WNLI", labels=("0", "1"), texts=("sentence1", "sentence2"), label="label"),
+        GlueTask(
+            name="WNLI",
+            folder="WNLI",
+            labels=("0", "1"),
+            words=("not_entailment", "entailment"),
+            texts=("sentence1", "sentence2"),
+            label="label",
+        ),
     )
 }
 NO_GOLD_LABEL = "-"

@@ -53,6 +53,16 @@ class TokenRows:
         return int(self.lengths.max(initial=1))
 
     @property
+    def largest_id(self) -> int:
+        """The largest token id, that which fills a batch included."""
+        return int(self._ids.max(initial=self._pad_id))
+
+    @property
+    def largest_segment(self) -> int:
+        """The largest token type."""
+        return int(self._segments.max(initial=0))
+
+    @property
     def is_redrawn(self) -> bool:
         """No: every epoch asks the same."""
         return False

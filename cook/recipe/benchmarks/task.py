@@ -53,6 +53,8 @@ class TaskInfo:
     """What the model predicts."""
     labels: tuple[str, ...]
     """Names of the classes, or of the score."""
+    words: tuple[str, ...] | None = None
+    """Other names of the classes."""
     loss: TaskLoss
     """Summed over rows."""
     outputs: tuple[str, ...]
@@ -94,6 +96,7 @@ def task_info(config: TaskConfig) -> TaskInfo:
         name=task.name,
         head="classes" if task.labels else "score",
         labels=task.labels or ("score",),
+        words=task.words,
         loss=class_loss if task.labels else score_loss,
         outputs=("logits",),
         main_metric=main_metric(task.name),

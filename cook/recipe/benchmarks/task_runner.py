@@ -58,15 +58,40 @@ def open_session(config: TaskConfig, source: str, at: At = lambda _step, _phase:
             wanted=f"a multiple of {world} devices × {training.rows_at_once(world)} rows",
             got=f"--train_batch_size {config.train_batch_size}",
         )
-    encoder = open_encoder(source, info.head, info.labels, derived_seed(config.seed, "head"))
-    limit = getattr(encoder.config, "max_position_embeddings", config.max_length)
+    encoder = open_encoder(source, info.head, info.labels, derived_seed(config.seed, "head"), words=info.words)
+    limit = longest_row(encoder, config.max_length)
     if config.max_length > limit:
         raise UserError("--max_length is more than the model reads", wanted=f"at most {limit}", got=config.max_length)
+    if encoder.tokenizer.pad_token_id is None:
+        raise UserError(f"{source}: its tokenizer has no token that fills a batch", wanted="a pad_token")
     data = load_task(config, encoder.tokenizer)
-    for note in data.notes:
+    for rows in (data.train, *(examination.rows for examination in data.examinations)):
+        for what, largest, size in (
+            ("token ids", rows.largest_id, encoder.config.vocab_size),
+            ("token types", rows.largest_segment, getattr(encoder.config, "type_vocab_size", 0)),
+        ):
+            if size and largest >= size:
+                raise UserError(
+                    f"{source}: its tokenizer gives {what} that the model does not have",
+                    wanted=f"at most {size - 1}",
+                    got=largest,
+                    remedy="use the tokenizer that the model was trained with",
+                )
+    for note in (*encoder.notes, *data.notes):
         say(note)
     at(0, "starting")
     return Session(config=config, info=info, data=data, encoder=encoder, at=at)
+
+
+def longest_row(encoder: Encoder, wanted: int) -> int:
+    """Tokens that the model reads at most: a table of positions with a padding index counts on from behind it."""
+    limit = getattr(encoder.config, "max_position_embeddings", 0) or wanted  # relative positions may have no limit
+    with torch.device("meta"):
+        parts = encoder.build().named_modules()
+    for name, part in parts:
+        if name.endswith("position_embeddings") and isinstance(part, torch.nn.Embedding):
+            limit = part.num_embeddings - (0 if part.padding_idx is None else part.padding_idx + 1)
+    return limit
 
 
 def run_pretrain(config: TaskConfig, at: At) -> None:
@@ -114,7 +139,7 @@ def run_prune(config: TaskConfig, at: At) -> None:
     if session.encoder.fresh:
         raise UserError(
             f"{source}: the model has no trained head for {session.info.name}",
-            got=session.encoder.fresh[0],
+            got="; ".join(session.encoder.notes) or f"no {session.encoder.fresh[0]}",
             remedy="fine-tune it first (mode pretrain), or name a fine-tuned one with --finetuned",
         )
     matrices = pruned_matrices(session.encoder)
