@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 from cook.base.errors import UserError
 from cook.base.files import write_atomically
@@ -16,11 +16,15 @@ from cook.space.units import PruningSpace
 
 
 def write_mask_file(path: str | Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Writes `tensors` to `path` (.pt) and to the same name with .safetensors, each atomically."""
+    """Writes `tensors` to `path` (.pt) and to the same name with .safetensors, each atomically.
+
+    Where `path` itself ends in .safetensors, there is that file alone.
+    """
     path = Path(path)
-    buffer = io.BytesIO()
-    torch.save(tensors, buffer)
-    write_atomically(path, buffer.getvalue())
+    if path.suffix != ".safetensors":
+        buffer = io.BytesIO()
+        torch.save(tensors, buffer)
+        write_atomically(path, buffer.getvalue())
     write_atomically(path.with_suffix(".safetensors"), save(tensors))
 
 
@@ -30,7 +34,8 @@ def read_mask_file(path: str | Path, *, required: tuple[str, ...], allowed: tupl
     Raises:
         UserError: naming the file, for a missing or strange key, a tensor that is not floating, or values not 0 or 1.
     """
-    content = load_pt(Path(path))
+    path = Path(path)
+    content = _read_twin(path) if path.suffix == ".safetensors" else load_pt(path)
     missing, strange = [k for k in required if k not in content], [k for k in content if k not in allowed]
     if missing or strange:
         problem = f"lacks {missing[0]!r}" if missing else f"has the strange key {strange[0]!r}"
@@ -43,6 +48,15 @@ def read_mask_file(path: str | Path, *, required: tuple[str, ...], allowed: tupl
         if odd.numel():
             raise UserError(f"{path}: {key} is not binary", wanted="0 and 1 only", got=f"{float(odd[0])}")
     return {key: value.detach().float() for key, value in content.items()}
+
+
+def _read_twin(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file", remedy="check the path")
+    try:
+        return load_file(path)
+    except Exception as error:  # safetensors raises its own error type, and OSError for a short file
+        raise UserError(f"{path}: not a safetensors file", got=error) from None
 
 
 def _is_plain(value: object) -> bool:

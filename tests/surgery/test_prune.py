@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from cook.adapters.source import load_model, open_model
-from cook.base.errors import UserError
+from cook.base.errors import RunFailed, UserError
 from cook.evaluation.equality import largest_difference
 from cook.masks.mask_file import read_masks
 from cook.masks.mask_set import without_empty_blocks
@@ -146,7 +146,7 @@ def test_a_failure_leaves_the_old_export_and_no_rubbish(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(prune, "write_live_format", full)
-    with pytest.raises(OSError):
+    with pytest.raises(RunFailed, match="No space left"):
         pruned(tmp_path, {"layers.0.att": torch.zeros(1)})
     assert sorted((p.name, p.stat().st_mtime_ns) for p in result.folder.rglob("*")) == before
     assert [p.name for p in tmp_path.iterdir()] == ["small"]
