@@ -195,7 +195,7 @@ PEAK = """
     import dataclasses, sys
     import torch
     from pathlib import Path
-    from cook.adapters.source import open_model
+    from cook.adapters.source import Stored, open_model
     from cook.surgery.prune import prune_to_folder
 
     def run(path, output, *, eager=False, **kept):
@@ -203,7 +203,8 @@ PEAK = """
         space = source.adapter.space(source.config)
         masks = {g.name: (torch.arange(g.size) < kept[g.kind]).float() for g in space.groups if g.kind in kept}
         if eager:
-            source = dataclasses.replace(source, tensors={n: t.clone() for n, t in source.tensors.items()})
+            tensors = {n: t.clone() for n, t in source.tensors.items()}
+            source = dataclasses.replace(source, tensors=tensors, stored=Stored({}))
         prune_to_folder(source, space, masks, Path(output))
 
     def peak():
