@@ -6,29 +6,36 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.metadata
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from cook.base.batches import Batch
-from cook.base.errors import UserError, run_entry
+from cook.base.errors import RunFailed, UserError, run_entry
 from cook.base.files import read_json, sha256, write_atomically
 from cook.base.versions import check_versions
 from cook.config.load import load_config
 from cook.config.types import RunConfig
-from cook.evaluation.equality import largest_difference
-from cook.evaluation.speed import LARGEST_TIMED, forward_seconds
+from cook.evaluation.equality import answers, difference
+from cook.evaluation.speed import LARGEST_TIMED, pass_seconds
+from cook.evaluation.witness import masked_model, written_model
+from cook.export.check import AUTO_CLASSES
+from cook.export.companions import Companions, copy_companions, name_tokenizer_class
+from cook.export.pruned_folder import Pruned, open_masks, write_pruned
+from cook.export.publish import published
 from cook.families.consumers import misread_by
+from cook.families.registry import stock_type
 from cook.families.source import load_model, open_model
 from cook.pruning.counts import forward_flops, parameters
 from cook.pruning.family import ModelSource
 from cook.pruning.mask_set import Masks, kept_counts
-from cook.pruning.model_folder import copy_tokenizer
 from cook.pruning.pad import padded
-from cook.pruning.prune import Pruned, mask_model, open_masks, prune_to_folder
 from cook.pruning.units import PruningSpace
 from cook.recipe.plan import MaskPaths, Stage
 from cook.recipe.summary import check_masks, finished_stages, ladder_row, masks_after, sample_batches
@@ -39,6 +46,8 @@ from cook.training.checkpoint import stored_weights
 
 TOLERANCE = 1e-5
 """Largest allowed relative difference of the logits: rounding of products whose sums are in another order."""
+COMPARED_LOGITS = 1 << 27
+"""Logits to compare at most, where rows are of 512 tokens."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -65,7 +74,12 @@ def parse_arguments() -> argparse.Namespace:
         help="pad every block with zero units to the size of the largest, so that a stock class holds "
         "the result without remote code",
     )
-    parser.add_argument("--verify", action="store_true", help="compare the logits of masked and reshaped model")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare the answers of the masked and the reshaped model before the result is published",
+    )
+    parser.add_argument("--time", action="store_true", help="measure the speed of both models, some seconds each")
     return parser.parse_args()
 
 
@@ -111,7 +125,7 @@ def find_job(arguments: argparse.Namespace) -> Job:
 
 
 def main() -> int | None:
-    """Finds model and masks, reshapes, verifies, reports."""
+    """Finds model and masks; then reshapes, checks, and publishes the result."""
     arguments = parse_arguments()
     check_versions()
     job = find_job(arguments)
@@ -126,30 +140,37 @@ def main() -> int | None:
     files = [path for path in (job.masks.layer, job.masks.heads, job.masks.dimff) if path]
     print(f"model  {source.path}\nmasks  {', '.join(files)}")
     even = padded(source, space, masks) if arguments.uniform else (source, masks)
-    pruned = prune_to_folder(even[0], space, even[1], Path(job.output), record=masks)
-    has_tokenizer = copy_tokenizer(source.path, pruned.folder)
-
-    small = open_model(pruned.folder)
-    batches, what = sample_batches(job.config, source)
-    difference, note = verify(source, small, space, masks, batches, what) if arguments.verify else (None, "")
-    print(comparison(source, small, space, even[1], batches))
-    card = ModelCard(
-        name=pruned.folder.resolve().name,
-        rows=[ladder_row(stage) for stage in job.stages[:1] + job.stages[-1:]],
-        base_model=(job.config.model.path if job.config else None) or str(source.path),
-        license="other",
-        license_note="The weights carry the licence of the model and the text they were trained on.",
-        commands=[*training_commands(job), " ".join(["python", *sys.argv])],
-        masks=[MaskFile(name=Path(path).name, sha256=sha256(path)) for path in files],
-        trust_remote_code=pruned.needs_remote_code,
-        misread_by=misread_by(pruned.config),
-        max_difference=difference,
-        difference_note=note,
-        versions=[(name, importlib.metadata.version(name)) for name in ("torch", "transformers")],
-    )
-    write_atomically(pruned.folder / "README.md", model_card(card))
-    announce(pruned, difference, note, has_tokenizer)
-    return 1 if difference is not None and difference > TOLERANCE else None
+    batches, what = sample_batches(job.config, source, rows=compared_rows(source))
+    output = Path(job.output)
+    with published(output, source=source.path) as folder:
+        pruned = write_pruned(even[0], space, even[1], folder, record=masks)
+        companions = copy_companions(source.folder, folder)
+        if pruned.needs_remote_code:
+            name_tokenizer_class(folder, str(stock_type(source.config)))
+        told = Told(pruned=pruned, companions=companions)
+        if arguments.verify:
+            told = verify(told, source, space, masks, batches, what)
+        speeds = measured_speeds(source, folder, space, batches[0]) if arguments.time else {}
+        print(comparison(space, even[1], batches, speeds))
+        card = ModelCard(
+            name=output.resolve().name,
+            rows=[ladder_row(stage) for stage in job.stages[:1] + job.stages[-1:]],
+            base_model=(job.config.model.path if job.config else None) or str(source.path),
+            license="other",
+            license_note="The weights carry the licence of the model and the text they were trained on.",
+            commands=[*training_commands(job), " ".join(["python", *sys.argv])],
+            masks=[MaskFile(name=Path(path).name, sha256=sha256(path)) for path in files],
+            auto_class=pruned.auto_class,
+            pipeline=AUTO_CLASSES.get(pruned.auto_class, "text-generation"),
+            trust_remote_code=pruned.needs_remote_code,
+            misread_by=misread_by(pruned.config),
+            max_difference=told.difference,
+            difference_note=told.note,
+            versions=[(name, importlib.metadata.version(name)) for name in ("torch", "transformers")],
+        )
+        write_atomically(folder / "README.md", model_card(card))
+    announce(told, output)
+    return None
 
 
 def training_commands(job: Job) -> list[str]:
@@ -159,55 +180,108 @@ def training_commands(job: Job) -> list[str]:
     return [f"deepspeed cook/train.py --config {job.config.source.bmcook} --stage {stage.name}" for stage in job.stages]
 
 
-def verify(
-    source: ModelSource, small: ModelSource, space: PruningSpace, masks: Masks, batches: list[Batch], what: str
-) -> tuple[float, str]:
-    """The largest relative difference between the logits of the masked and of the reshaped model, and how it was got.
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """What there is to say of a reshaped model."""
+
+    pruned: Pruned
+    companions: Companions
+    difference: float | None = None
+    """Largest relative difference of the answers; None: not compared."""
+    note: str = ""
+    """What was compared, and on what."""
+
+
+def compared_rows(source: ModelSource) -> int:
+    """Rows to compare on, so few that their logits stay small beside a model."""
+    return max(1, min(16, COMPARED_LOGITS // (512 * source.config["vocab_size"])))
+
+
+def verify(told: Told, source: ModelSource, space: PruningSpace, masks: Masks, batches: list[Batch], what: str) -> Told:
+    """Compares the answers of the masked model with those of the reshaped one; one of the two is in memory at a time.
 
     In fp32. Deep models make more of rounding than one product does: where fp32 does not suffice to call them equal,
     fp64 decides, in which rounding is all but gone and a mistake is not.
+
+    Raises:
+        RunFailed: they are not equal.
     """
     for dtype, name in ((torch.float32, "fp32"), (torch.float64, "fp64")):
-        masked = load_model(source, dtype)
-        mask_model(masked, space, masks)
-        difference = largest_difference(masked, load_model(small, dtype), batches)
-        if difference <= TOLERANCE or parameters(space) > LARGEST_TIMED:
+        model, witness = masked_model(source, space, masks, dtype)
+        wanted = answers(model, batches)
+        del model
+        gc.collect()  # a model's modules refer to each other in circles
+        apart = difference(wanted, answers(written_model(told.pruned.folder, dtype), batches))
+        gc.collect()
+        if apart <= TOLERANCE or parameters(space) > LARGEST_TIMED:
             break
-        print(f"in {name} the largest relative difference is {difference:.1e}, above {TOLERANCE:.0e}")
-    return difference, f"{name}, {what}"
+        print(f"in {name} the largest relative difference is {apart:.1e}, above {TOLERANCE:.0e}")
+    note = f"{name}, {what}, {witness}"
+    if apart > TOLERANCE:
+        raise RunFailed(
+            f"masked against reshaped model, {note}: largest relative difference {apart:.1e}, NOT EQUAL\n"
+            "  Nothing was written."
+        )
+    return replace(told, difference=apart, note=note)
 
 
-def comparison(source: ModelSource, small: ModelSource, space: PruningSpace, masks: Masks, batches: list[Batch]) -> str:
-    """Parameters, FLOPs a token and measured tokens/s before and after, as a table."""
-    length, tokens = batches[0]["targets"].shape[1], sum(batch["targets"].numel() for batch in batches)
+def measured_speeds(source: ModelSource, folder: Path, space: PruningSpace, batch: Batch) -> dict[str, float]:
+    """Forward tokens/s before and after, measured for some seconds each; one model is in memory at a time."""
+    if parameters(space) > LARGEST_TIMED:
+        return {}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    seconds = {}
-    if parameters(space) <= LARGEST_TIMED:
-        models = {name: load_model(s).to(device) for name, s in (("before", source), ("after", small))}
-        seconds = forward_seconds(models, batches, device)
+    tokens, speeds = batch["targets"].numel(), {}
+    for name, build in (("before", partial(load_model, source)), ("after", partial(written_model, folder))):
+        speeds[name] = tokens / pass_seconds(build(dtype=torch.float32).to(device), batch, device)
+        gc.collect()
+    return speeds
+
+
+def comparison(space: PruningSpace, masks: Masks, batches: list[Batch], speeds: dict[str, float]) -> str:
+    """Parameters and FLOPs per token before and after, as a table; measured tokens/s where there are any."""
+    length = batches[0]["targets"].shape[1]
     rows = []
     for name, kept in (("before", {}), ("after", kept_counts(masks))):
         flops = forward_flops(space, kept, context=length)
-        speed = human_count(tokens / seconds[name]) if seconds else "not timed"
-        rows.append([name, human_count(parameters(space, kept)), human_count(flops), speed])
-    return "\n" + markdown_table(["", "parameters", "FLOPs a token", "tokens/s forward"], rows) + "\n"
+        rows.append([name, human_count(parameters(space, kept)), human_count(flops)])
+        rows[-1] += [human_count(speeds[name])] if speeds else []
+    columns = ["", "parameters", "FLOPs per token", *(["tokens/s forward"] if speeds else [])]
+    return "\n" + markdown_table(columns, rows) + "\n"
 
 
-def announce(pruned: Pruned, difference: float | None, note: str, has_tokenizer: bool) -> None:
+def announce(told: Told, output: Path) -> None:
     """Says what was written and whether it was verified."""
-    if difference is not None:
-        verdict = "equal to rounding" if difference <= TOLERANCE else "NOT EQUAL"
-        print(f"masked against reshaped logits, {note}: largest relative difference {difference:.1e}, {verdict}")
+    pruned, companions = told.pruned, told.companions
+    if told.difference is not None:
+        print(
+            f"masked against reshaped model, {told.note}: largest relative difference {told.difference:.1e}, "
+            "equal to rounding"
+        )
     if pruned.live_obstacle:
         print(f"no CPM-Live .pt was written: {pruned.live_obstacle}")
     elif pruned.live_obstacle is None:
-        print(f"CPM-Live format: {pruned.folder}/cpm_live.pt and cpm_live.json")
-    if not has_tokenizer:
+        print(f"CPM-Live format: {output}/cpm_live.pt and cpm_live.json")
+    if pruned.account.carried:
+        print(
+            f"carried along unchanged, since {pruned.config['architectures'][0]} does not use them: "
+            + listed(pruned.account.carried)
+        )
+    if companions.copied:
+        print(f"copied: {listed(companions.copied)}")
+    if companions.left:
+        print(f"not copied: {listed([f'{name} ({reason})' for name, reason in companions.left])}")
+    if not companions.has_tokenizer:
         print("the model has no tokenizer files beside it; add yours to the folder")
     for sentence in misread_by(pruned.config):
         print(f"warning: {sentence}")
     option = ", trust_remote_code=True" if pruned.needs_remote_code else ""
-    print(f"written: {pruned.folder}  (AutoModelForCausalLM.from_pretrained(…{option}))")
+    print(f"written: {output}  ({pruned.auto_class}.from_pretrained(…{option}))")
+
+
+def listed(names: Sequence[str], most: int = 12) -> str:
+    """The first names, and how many more there are."""
+    more = f", and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 if __name__ == "__main__":

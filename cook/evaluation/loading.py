@@ -11,10 +11,10 @@ import torch
 
 from cook.base.errors import UserError
 from cook.base.tensor_files import read_model_config
+from cook.export.pruned_folder import mask_model, open_masks
 from cook.families.registry import knows, stock_type
 from cook.families.source import load_model, open_model, placed
 from cook.pruning.family import ModelSource
-from cook.pruning.prune import mask_model, open_masks
 
 MASKS = ("coarse", "heads", "dimff")
 

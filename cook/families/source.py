@@ -14,7 +14,7 @@ from cook.base.errors import UserError
 from cook.base.files import read_json
 from cook.base.tensor_files import open_pt, open_safetensors_folder, read_model_config
 from cook.families.registry import by_config
-from cook.pruning.family import Adapter, ModelSource
+from cook.pruning.family import Adapter, ModelSource, Stored
 
 ReadCheckpoint = Callable[[Path], Mapping[str, torch.Tensor]]
 
@@ -52,8 +52,9 @@ def open_model(
     else:
         raise UserError(f"{path}: there is no such model", remedy="check the path")
     adapter = by_config(found)
-    native, tensors = adapter.read(found, tensors)
-    return ModelSource(adapter=adapter, config=native, tensors=tensors, path=path)
+    stored = Stored(tensors)
+    native, tensors = adapter.read(found, stored)
+    return ModelSource(adapter=adapter, config=native, tensors=tensors, path=path, stored=stored)
 
 
 def unfilled_model(adapter: Adapter, config: Mapping[str, Any]) -> torch.nn.Module:

@@ -6,7 +6,7 @@ own writes the functions itself. Either way it is one file, and one line in `reg
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,26 @@ class Adapter:
     for a family that has no such format beside Hugging Face's."""
 
 
+class Stored(Mapping[str, torch.Tensor]):
+    """The tensors of a model's files, which notes the names that are read."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]):
+        self._tensors, self.read = tensors, set[str]()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        self.read.add(name)
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors  # Mapping's own would read the tensor
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
     """A model on disk: its config and, read one at a time, its weights, both in the family's native form."""
@@ -103,3 +123,18 @@ class ModelSource:
     tensors: Mapping[str, torch.Tensor]
     path: Path
     """The folder or file that was given."""
+    stored: Stored = field(default_factory=lambda: Stored({}))
+    """The same weights under the names that the files have, and all else in the files; empty for a model in memory."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder whose tokenizer and other files belong to the model."""
+        return self.path.parent if self.path.is_file() and (self.path.parent / "config.json").is_file() else self.path
+
+    def stored_for(self, names: Iterable[str]) -> set[str]:
+        """The names in the files of the tensors that `names`, those of the native form, are made of."""
+        self.stored.read.clear()
+        for name in names:
+            if name in self.tensors:
+                self.tensors[name]  # mapped from the file, not read whole
+        return set(self.stored.read)

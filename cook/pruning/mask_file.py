@@ -23,11 +23,15 @@ MAX_BYTES = 1 << 30
 
 
 def write_mask_file(path: str | Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Writes `tensors` to `path` (.pt) and to the same name with .safetensors, each atomically."""
+    """Writes `tensors` to `path` (.pt) and to the same name with .safetensors, each atomically.
+
+    Where `path` itself ends in .safetensors, there is that file alone.
+    """
     path = Path(path)
-    buffer = io.BytesIO()
-    torch.save(tensors, buffer)
-    write_atomically(path, buffer.getvalue())
+    if path.suffix != ".safetensors":
+        buffer = io.BytesIO()
+        torch.save(tensors, buffer)
+        write_atomically(path, buffer.getvalue())
     write_atomically(path.with_suffix(".safetensors"), save(tensors))
 
 

@@ -21,13 +21,13 @@ from cook.base.watchdog import At
 from cook.data.loader import held_out_batches
 from cook.data.training_data import TrainingData, load_rows
 from cook.evaluation.perplexity import held_out_loss
+from cook.export.model_folder import copy_generation_config, write_model_folder, write_tokenizer
 from cook.families.source import unfilled_model
 from cook.pruning.attach import AttachedGates
 from cook.pruning.counts import parameters
 from cook.pruning.gates import Gates
 from cook.pruning.mask_file import write_mask_file
 from cook.pruning.mask_set import FINE_KEYS, coarse_to_tensors, fine_to_tensors, kept_counts
-from cook.pruning.model_folder import copy_generation_config, write_model_folder, write_tokenizer
 from cook.recipe.distillation import check_teacher_tokenizer, make_distiller, open_lesson
 from cook.recipe.inputs import Inputs, final_masks, make_gates, open_inputs
 from cook.recipe.kept_structure import describe_structure

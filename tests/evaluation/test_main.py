@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM
 
 from cook.base.errors import UserError, run_entry
 from cook.evaluation.__main__ import main
+from cook.export.model_folder import write_model_folder
+from cook.export.pruned_folder import prune_to_folder
 from cook.families.source import load_model, open_model
 from cook.models.cpm_ant import CpmAntForCausalLM
 from cook.pruning.mask_file import write_mask_file
 from cook.pruning.mask_set import coarse_to_tensors, fine_to_tensors
-from cook.pruning.model_folder import write_model_folder
-from cook.pruning.prune import prune_to_folder
 from tests.evaluation.conftest import IDS, TEXT, write_tokenizer
 from tests.models.cpm_ant_tiny import RAGGED, tiny_model
 from tests.tiny_families import tiny_source

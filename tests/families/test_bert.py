@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from cook.base.errors import UserError
 from cook.base.tensor_files import ShardWriter
+from cook.export.pruned_folder import mask_model, prune_to_folder, reshaped_source
 from cook.families.registry import by_config
 from cook.families.source import load_model, open_model
 from cook.pruning.attach import AttachedGates
 from cook.pruning.counts import forward_flops, parameters
-from cook.pruning.prune import mask_model, prune_to_folder, reshaped_source
 from tests.tiny_families import tiny_config, tiny_source
 from tests.tiny_pruning import masks_of, random_masks
 

@@ -8,9 +8,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from cook.export.pruned_folder import prune_to_folder, reshaped_source
 from cook.families.consumers import MISREADINGS, RAGGED, misread_by
 from cook.families.source import load_model
-from cook.pruning.prune import prune_to_folder, reshaped_source
 from tests.tiny_families import tiny_source
 
 IDS = [5, 7, 11, 13, 2, 9, 8, 30]

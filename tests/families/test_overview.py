@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from cook.export.pruned_folder import mask_model, reshaped_source
 from cook.families.overview import families_table
 from cook.families.registry import adapters, by_config
 from cook.families.source import load_model
-from cook.pruning.prune import mask_model, reshaped_source
 from tests.tiny_families import FAMILIES, tiny_source
 
 README = Path(__file__).resolve().parents[2] / "README.md"

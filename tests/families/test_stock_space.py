@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from cook.export.pruned_folder import open_masks, prune_to_folder
 from cook.families.source import open_model
 from cook.pruning.pad import padded
-from cook.pruning.prune import open_masks, prune_to_folder
 from tests.tiny_families import tiny_config
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")

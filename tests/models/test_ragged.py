@@ -18,8 +18,8 @@ from transformers import (
     GenerationConfig,
 )
 
+from cook.export.pruned_folder import prune_to_folder
 from cook.families.source import open_model
-from cook.pruning.prune import prune_to_folder
 from tests.families.test_stock_space import stock_model
 
 IDS = torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -83,6 +83,23 @@ def test_a_file_with_both_kinds_speaks_for_both(files):
     assert set(both) == set(three) and all(torch.equal(both[name], three[name]) for name in both)
 
 
+def test_the_twin_serves_as_the_mask_itself(files, tmp_path):
+    twins = {name: str(Path(path).with_suffix(".safetensors")) for name, path in files.items()}
+    masks, same = read_masks(SPACE, **files), read_masks(SPACE, **twins)
+    assert masks.keys() == same.keys() and all(torch.equal(masks[name], same[name]) for name in masks)
+    write_mask_file(tmp_path / "own.safetensors", DIMS)  # a run that is told to write its mask there
+    assert torch.equal(load_file(tmp_path / "own.safetensors")["dimff_z"], DIMS["dimff_z"])
+    assert torch.equal(
+        read_mask_file(tmp_path / "own.safetensors", required=(), allowed=("dimff_z",))["dimff_z"], DIMS["dimff_z"]
+    )
+    for name, content in (("broken", b"{}"), ("a_pt", Path(files["heads"]).read_bytes())):
+        (tmp_path / f"{name}.safetensors").write_bytes(content)
+        with pytest.raises(UserError, match="not a safetensors file"):
+            read_mask_file(tmp_path / f"{name}.safetensors", required=(), allowed=())
+    with pytest.raises(UserError, match="no such file"):
+        read_mask_file(tmp_path / "absent.safetensors", required=(), allowed=())
+
+
 def test_files_that_contradict_each_other_are_refused(files, tmp_path):
     other = saved(tmp_path / "other.pt", {"heads_z": 1 - HEADS["heads_z"], **DIMS})
     with pytest.raises(UserError, match="hold different heads_z"):

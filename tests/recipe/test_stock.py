@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cook.base.errors import UserError
 from cook.config.load import load_config
+from cook.export.pruned_folder import prune_to_folder
 from cook.pruning.mask_file import read_mask_file
-from cook.pruning.prune import prune_to_folder
 from cook.recipe.inputs import make_gates, open_inputs
 from cook.recipe.plan import plan_stage
 from tests.recipe.tiny_run import do_prune, read_log, train, write_run
