@@ -60,7 +60,7 @@ def read_json(path: str | Path) -> Any:
         return float(digits) if math.isfinite(float(digits)) else no_constant(digits)  # 1e999 is infinity to Python
 
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         return json.loads(text, object_pairs_hook=unique, parse_constant=no_constant, parse_float=finite)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file", remedy="check the path") from None

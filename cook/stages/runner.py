@@ -15,7 +15,7 @@ import torch
 from cook.adapters.source import unfilled_model
 from cook.base import distributed
 from cook.base.distributed import say
-from cook.base.errors import UserError
+from cook.base.errors import RunFailed, UserError
 from cook.base.files import read_json, sha256, write_json
 from cook.base.seeds import derived_seed, seed_everything
 from cook.base.watchdog import At
@@ -95,6 +95,7 @@ def run_stage(stage: Stage, *, resume: str, at: At) -> None:
     started = time.perf_counter()
     with EventLog(stage.folder, stage.config.logging.tensorboard, enabled=distributed.rank() == 0) as log:
         log.rewind(position.step if found else -1)
+        log.write({"step": position.step, "data": list(data.notes)})
         run = Run(
             name=stage.name,
             engine=engine,
@@ -125,15 +126,15 @@ def run_stage(stage: Stage, *, resume: str, at: At) -> None:
 
 
 def _on_first_rank(action: Callable[[], Any]) -> Any:
-    """What `action` gives on the first rank, on every rank; its `UserError` is raised on every rank too."""
+    """What `action` gives on the first rank, on every rank; an error of a known kind is raised on every rank too."""
     found: Any = None
     if distributed.rank() == 0:
         try:
             found = action()
-        except UserError as error:
+        except (UserError, RunFailed) as error:
             found = error
     found = distributed.broadcast(found)
-    if isinstance(found, UserError):
+    if isinstance(found, (UserError, RunFailed)):
         raise found
     return found
 
@@ -188,6 +189,8 @@ def _data(stage: Stage, inputs: Inputs) -> TrainingData:
     # The first rank prepares, the others read what it left.
     _on_first_rank(lambda: load_rows(config.data, config.tokenizer, **options) and None)
     data = load_rows(config.data, config.tokenizer, build=False, **options)
+    for note in data.notes:
+        say(note)
     if data.tokenizer.vocab_size > inputs.model_config["vocab_size"]:
         raise UserError(
             "the tokenizer has more ids than the model",

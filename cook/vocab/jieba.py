@@ -69,7 +69,7 @@ class JiebaTokenizer:
         """
         try:
             # Universal line ends, as transformers reads it: the ids are the numbers of the lines.
-            with open(path, encoding="utf-8") as file:
+            with open(path, encoding="utf-8-sig") as file:
                 lines = [line.rstrip("\n") for line in file]
         except OSError as error:
             raise UserError(f"tokenizer.path: {path} cannot be read: {error.strerror}", wanted="a vocab.txt") from None

@@ -9,6 +9,7 @@ from pathlib import Path
 from cook.base.errors import UserError
 from cook.data.commands import common
 from cook.data.commands.pieces import documents, format_of, input_files, parts_of
+from cook.data.left_out import LeftOut
 from cook.data.progress import Progress
 from cook.vocab.sentencepiece import train_sentencepiece
 
@@ -29,7 +30,8 @@ def run(arguments: argparse.Namespace) -> None:
     if target.exists():
         raise UserError(f"--output: {target} is there already", wanted="a new file")
     format = arguments.format or format_of(arguments.inputs)
-    parts = parts_of(input_files(arguments.inputs, format), _PART)
+    left_out = LeftOut()
+    parts = parts_of(input_files(arguments.inputs, format, left_out), _PART)
     with Progress("reading", sum(part.end - part.begin for part in parts), unit="MB", scale=1e6) as progress:
 
         def texts() -> Iterator[str]:
@@ -39,3 +41,5 @@ def run(arguments: argparse.Namespace) -> None:
 
         train_sentencepiece(texts(), target, vocab_size=arguments.vocab_size, seed=arguments.seed)
     print(f"{target}: {arguments.vocab_size} ids")
+    for sentence in left_out.sentences("the input"):
+        print(sentence)
