@@ -23,7 +23,7 @@ from cook.base.errors import UserError
 from cook.base.files import sha256
 from cook.data.documents import Document, Item, SourceFile
 from cook.data.left_out import LeftOut
-from cook.data.source_files import lines_of, list_files, opened
+from cook.data.source_files import MAX_LINE_BYTES, lines_of, list_files, opened
 
 BOM = "\ufeff"
 """Byte order mark: no part of the text that it stands in front of."""
@@ -233,7 +233,7 @@ def _read_text(file: SourceFile) -> Iterator[Document]:
     offset = part = 0
     with opened(file.path) as stream:
         while block := stream.read(PART_BYTES):
-            block += stream.readline(PART_BYTES) if not block.endswith(b"\n") else b""
+            block += stream.readline(MAX_LINE_BYTES) if not block.endswith(b"\n") else b""
             text = _decoded(decoder, block, offset, file)
             yield Document(f"{file.name}#{part}" if part else file.name, text if part else text.removeprefix(BOM))
             offset, part = offset + len(block), part + 1
@@ -304,8 +304,13 @@ def whole_text(text: str, what: str) -> str:
     """The text itself.
 
     Raises:
-        UserError: It cannot be written as UTF-8, and no tokenizer takes it; `what` begins the message.
+        UserError: It is too long, or cannot be written as UTF-8: no tokenizer takes it. `what` begins the message.
     """
+    if len(text) > MAX_LINE_BYTES:
+        raise UserError(
+            f"{what} is too long", wanted=f"at most {MAX_LINE_BYTES:,} characters", got=f"{len(text):,}",
+            remedy="cut the document into several",
+        )  # fmt: skip
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -18,7 +18,7 @@ def reference_samples(documents: list[list[int]], row_size: int) -> list[list[in
         rest, is_first = document, True
         while rest:
             piece, rest = rest[:room], rest[room:]
-            shortest = room if len(piece) == room else 8 if is_first else 32
+            shortest = room if len(piece) == room else 1 if is_first else 32
             if len(piece) >= shortest:
                 samples.append([2, *piece, 3])
             is_first = False
@@ -102,12 +102,14 @@ def test_nothing_is_lost_but_what_the_rules_drop(make_rows, documents, shape):
     prompt_length, row_size = shape
     rows, statistics = make_rows(documents, max_length=prompt_length + row_size, prompt_length=prompt_length)
     kept = set() if rows is None else set(rows.tokens_RT[rows.tokens_RT >= 10].tolist())
-    assert statistics["dropped_tokens"] == sum(map(len, documents)) - len(kept)
+    left_out = {reason.partition(" ")[0]: told["count"] for reason, told in statistics["left_out"].items()}
+    assert left_out.get("tokens", 0) == sum(map(len, documents)) - len(kept)
+    assert left_out.get("empty", 0) == sum(not document for document in documents)
     for document in documents:
         lost = [token for token in document if token not in kept]
-        # What is lost is the end of the document, and short.
+        # What is lost is the end of a document that has more, and short.
         assert lost == document[len(document) - len(lost) :]
-        assert len(lost) < (8 if len(lost) == len(document) else 32)
+        assert len(lost) < 32 and (len(lost) < len(document) or not document)
     if rows is not None:
         assert (rows.tokens_RT >= 10).sum() == len(kept)  # and nothing is there twice
         assert statistics["targets"] == rows.targets_R.sum()
@@ -147,7 +149,7 @@ def test_borders_of_what_is_dropped():
         return packing.cut(np.cumsum([0, *lengths]), room).size_N.tolist()
 
     assert sizes(131) == [100] and sizes(132) == [100, 32]  # the end of a longer document
-    assert sizes(7) == [] and sizes(8) == [8]  # a whole document
+    assert sizes(1) == [1] and sizes(7, 0, 8) == [7, 8]  # a whole document
     assert sizes(100, 0, 31, 200) == [100, 31, 100, 100]
 
 

@@ -107,7 +107,7 @@ def test_a_run_goes_on_at_the_very_next_row_with_any_number_of_ranks(source):
         loader.load_state_dict(state)
         assert loader.next_step == 13
     got += [sum(step, []) for step in zip(*[read(pair[r], range(13, 21), r, 2) for r in (0, 1)], strict=True)]
-    states = [{key: reader.state() for key, reader in loader._readers.items()} for loader in pair]
+    states = [{key: (reader.state(), reader.left_out) for key, reader in loader._readers.items()} for loader in pair]
     for loader in pair:
         loader._gather = lambda own: states
     assert pair[0].state_dict() == pair[1].state_dict()

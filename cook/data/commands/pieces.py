@@ -33,7 +33,7 @@ COUNTS = ("documents", "tokens", "records")
 SHORT = f"documents shorter than {MIN_REST} tokens"
 RESTS = f"tokens in rests and documents shorter than {MIN_REST} tokens"
 UNKNOWN = "tokens that the tokenizer does not know"
-EMPTY = "empty documents"
+EMPTY = "documents without a known token"
 
 
 @dataclass(frozen=True, kw_only=True)

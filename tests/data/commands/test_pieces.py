@@ -12,6 +12,9 @@ from cook.base.errors import UserError
 from cook.data.commands import pieces
 from cook.data.commands.pieces import (
     COUNTS,
+    EMPTY,
+    RESTS,
+    UNKNOWN,
     Settings,
     documents,
     format_of,
@@ -20,6 +23,7 @@ from cook.data.commands.pieces import (
     parts_of,
     records_of,
 )
+from cook.data.left_out import LeftOut
 from tests.data.tasks.letters import Letters
 
 
@@ -53,9 +57,9 @@ def test_the_format_follows_from_the_names(tmp_path):
     assert format_of(["a.jsonl", "b.json"]) == "jsonl" and format_of(["a.jsonl", "b.txt"]) == "lines"
     for name in ("b.txt", "a.txt", "c.jsonl"):
         (tmp_path / name).write_text("x")
-    named = input_files([str(tmp_path / "b.txt"), str(tmp_path)], "lines")
+    named = input_files([str(tmp_path / "b.txt"), str(tmp_path)], "lines", LeftOut())
     assert [name for _, name in named] == ["b.txt", "a.txt", "c.jsonl"]
-    assert [name for _, name in input_files([str(tmp_path)], "jsonl")] == ["c.jsonl"]
+    assert [name for _, name in input_files([str(tmp_path)], "jsonl", LeftOut())] == ["c.jsonl"]
 
 
 @pytest.mark.parametrize("format", ["lines", "text", "jsonl"])
@@ -77,8 +81,9 @@ def test_unknown_tokens_are_left_out_before_the_text_is_cut(tmp_path):
         format="lines", text_field="text", max_length=40, prompt_length=4, masked_share=0.0, seed=0, version=1,
         block_size=4096,
     )  # fmt: skip
-    counts = dict.fromkeys(COUNTS, 0)
-    (record,) = records_of(parts_in(tmp_path / "x.txt", 1000)[0], settings, Letters(), counts)
+    counts, left_out = dict.fromkeys(COUNTS, 0), LeftOut()
+    (record,) = records_of(parts_in(tmp_path / "x.txt", 1000)[0], settings, Letters(), counts, left_out)
     assert record.tokens.tolist() == [6, ord("a"), ord("b"), *[ord("c")] * 32, 7]
     assert record.task == 2 and record.segments == ((36, 2, 1),)
-    assert counts == {"documents": 2, "tokens": 34, "dropped": 8, "unknown": 140, "records": 0}
+    assert counts == {"documents": 2, "tokens": 34, "records": 0}
+    assert {reason: told["count"] for reason, told in left_out.record().items()} == {UNKNOWN: 140, EMPTY: 1, RESTS: 8}

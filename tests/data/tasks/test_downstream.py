@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from cook.base.errors import UserError
+from cook.data.left_out import LeftOut
 from cook.data.live.records import read_record
 from cook.data.tasks.downstream import choice_token, record_of
 from tests.data.tasks.letters import Letters
@@ -26,8 +27,9 @@ def tuned_on(value, max_length):
     return whole, context, targets
 
 
-def numbers(value, max_length=64):
-    return record_of(value, "f, line 3", Letters(), max_length=max_length, prompt_length=PROMPT).numbers()
+def numbers(value, max_length=64, left_out=None):
+    sizes = {"max_length": max_length, "prompt_length": PROMPT}
+    return record_of(value, "f, line 3", Letters(), **sizes, left_out=left_out or LeftOut()).numbers()
 
 
 @pytest.mark.parametrize("max_length", [64, 30, 14])
