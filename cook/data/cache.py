@@ -6,7 +6,6 @@ time in a cache; a killed builder leaves a folder aside that the next one remove
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -16,11 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cook.base.errors import RunFailed, UserError
+from cook.base.errors import UserError
 from cook.base.files import fsync_folder, read_json, write_json
 
 MANIFEST = "manifest.json"
-DISK_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def fingerprint_of(*parts: Any) -> str:
@@ -49,7 +47,6 @@ def cached_folder(cache: Path, kind: str, fingerprint: str, build: Callable[[Pat
 
     Raises:
         UserError: The cache cannot be written.
-        RunFailed: The disk is full or broken.
     """
     folder = cache / f"{kind}-{fingerprint[:16]}"
     if _is_current(folder, fingerprint):
@@ -62,14 +59,9 @@ def cached_folder(cache: Path, kind: str, fingerprint: str, build: Callable[[Pat
             if not _is_current(folder, fingerprint):
                 _build(folder, fingerprint, build)
     except OSError as error:
-        if error.errno in DISK_FAILURES:
-            raise RunFailed(
-                f"{cache}: the cache of prepared data cannot be written: {error.strerror}; what was prepared before is "
-                "intact: free some space, or name another folder in data.cache_dir, and start again to resume"
-            ) from error
         raise UserError(
             f"{cache}: the cache of prepared data cannot be written: {error.strerror}",
-            remedy="name another folder in data.cache_dir",
+            remedy="free some space, or name another folder in data.cache_dir",
         ) from error
     return folder
 

@@ -143,7 +143,8 @@ class _Opening:
         path = self._prepare_tokenizer(texts, streams)
         tokenizer = open_tokenizer(self.tokenizer, path)
         places: list[str | None] = []
-        notes: list[str] = []
+        trained = read_manifest(path.parent) if self.tokenizer.path is None else None
+        notes = LeftOut(trained["left_out"]).sentences("tokenizer") if trained else []
         files = {self._label(view, file.name): [file.size, file.sha256]
                  for number, view in enumerate(self.views) if (found := texts.get(number) or streams.get(number))
                  for file in found.corpus.files}  # fmt: skip

@@ -29,7 +29,9 @@ FORMAT = 2
 """Raised whenever the same inputs would give other files."""
 
 UNKNOWN = "pieces of text that the tokenizer does not know (an unknown token stands for each)"
+NOT_SAMPLED = "characters beyond the sample of text that a tokenizer is trained on"
 TOKENIZER_SEED = 0
+MODEL = "sentencepiece.model"
 PARTS = ("train", "held_out")
 
 
@@ -114,16 +116,13 @@ def prepare_tokenizer(tokenizer_config: Any, texts: Iterable[str], fingerprint: 
         raise UserError("tokenizer.path is missing", wanted="its file or folder", remedy=remedy)
 
     def build(folder: Path) -> dict[str, Any]:
-        train_sentencepiece(
-            texts,
-            folder / "sentencepiece.model",
-            vocab_size=tokenizer_config.vocab_size,
-            seed=TOKENIZER_SEED,
-        )
-        return {"vocab_size": tokenizer_config.vocab_size}
+        left_out, size = LeftOut(), tokenizer_config.vocab_size
+        unseen = train_sentencepiece(texts, folder / MODEL, vocab_size=size, seed=TOKENIZER_SEED)
+        left_out.add(NOT_SAMPLED, unseen)
+        return {"vocab_size": size, "left_out": left_out.record()}
 
     key = fingerprint_of("tokenizer", fingerprint, tokenizer_config.vocab_size, TOKENIZER_SEED)
-    return cached_folder(cache, "tokenizer", key, build) / "sentencepiece.model"
+    return cached_folder(cache, "tokenizer", key, build) / MODEL
 
 
 def open_tokenizer(tokenizer_config: Any, path: Path) -> Tokenizer:

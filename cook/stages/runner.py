@@ -15,7 +15,7 @@ import torch
 from cook.adapters.source import unfilled_model
 from cook.base import distributed
 from cook.base.distributed import say
-from cook.base.errors import RunFailed, UserError
+from cook.base.errors import UserError
 from cook.base.files import read_json, sha256, write_json
 from cook.base.seeds import derived_seed, seed_everything
 from cook.base.watchdog import At
@@ -95,7 +95,6 @@ def run_stage(stage: Stage, *, resume: str, at: At) -> None:
     started = time.perf_counter()
     with EventLog(stage.folder, stage.config.logging.tensorboard, enabled=distributed.rank() == 0) as log:
         log.rewind(position.step if found else -1)
-        log.write({"step": position.step, "data": list(data.notes)})
         run = Run(
             name=stage.name,
             engine=engine,
@@ -111,6 +110,8 @@ def run_stage(stage: Stage, *, resume: str, at: At) -> None:
             at=at,
             after_step=Feeding(stage, loader, data, engine, log, at).after_step,
         )
+        if not found and data.notes:
+            log.write({"step": 0, "data": list(data.notes)})
         try:
             position = train(run, position, log)
         finally:
@@ -126,15 +127,15 @@ def run_stage(stage: Stage, *, resume: str, at: At) -> None:
 
 
 def _on_first_rank(action: Callable[[], Any]) -> Any:
-    """What `action` gives on the first rank, on every rank; an error of a known kind is raised on every rank too."""
+    """What `action` gives on the first rank, on every rank; its `UserError` is raised on every rank too."""
     found: Any = None
     if distributed.rank() == 0:
         try:
             found = action()
-        except (UserError, RunFailed) as error:
+        except UserError as error:
             found = error
     found = distributed.broadcast(found)
-    if isinstance(found, (UserError, RunFailed)):
+    if isinstance(found, UserError):
         raise found
     return found
 
@@ -189,14 +190,14 @@ def _data(stage: Stage, inputs: Inputs) -> TrainingData:
     # The first rank prepares, the others read what it left.
     _on_first_rank(lambda: load_rows(config.data, config.tokenizer, **options) and None)
     data = load_rows(config.data, config.tokenizer, build=False, **options)
-    for note in data.notes:
-        say(note)
     if data.tokenizer.vocab_size > inputs.model_config["vocab_size"]:
         raise UserError(
             "the tokenizer has more ids than the model",
             wanted=f"at most {inputs.model_config['vocab_size']}",
             got=data.tokenizer.vocab_size,
         )
+    for note in data.notes:
+        say(note)
     return data
 
 

@@ -67,6 +67,8 @@ class JiebaTokenizer:
             UserError: The file cannot be read, is not UTF-8 or no CPM-Ant vocabulary, or neither rjieba nor jieba is
                 installed.
         """
+        if Path(path).exists() and not Path(path).is_file():
+            raise UserError(f"tokenizer.path: {path} is not a regular file", wanted="a vocab.txt")
         try:
             # Universal line ends, as transformers reads it: the ids are the numbers of the lines.
             with open(path, encoding="utf-8-sig") as file:

@@ -91,6 +91,13 @@ def test_text_is_kept_to_the_byte(tmp_path):
     assert [d.text for d in open_corpus("text", [str(tmp_path)]).documents()] == [content]
 
 
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    line = json.dumps({"text": "a"})
+    write(tmp_path, f_dot_txt="\ufeffa\n", f_dot_jsonl=f"\ufeff{line}\n{line}\n")
+    assert [d.text for d in open_corpus("text", [str(tmp_path / "f.txt")]).documents()] == ["a\n"]
+    assert [d.text for d in open_corpus("jsonl", [str(tmp_path / "f.jsonl")]).documents()] == ["a", "a"]
+
+
 @given(st.lists(st.integers(1, 40), max_size=30))
 def test_a_large_file_becomes_parts_cut_after_line_ends(tmp_path_factory, line_lengths):
     folder = tmp_path_factory.mktemp("large")

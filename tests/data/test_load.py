@@ -205,3 +205,21 @@ def test_what_has_changed_since_is_named(data, tmp_path):
     [change] = changed_files(before, read_files(out))
     assert change.startswith("corpus.jsonl: ") and "bytes" in change
     assert changed_files({"a": [1, "x"]}, {"b": [1, "x"]}) == ["a: gone", "b: new"]
+
+
+def test_what_the_rows_hold_and_what_was_left_out_is_told_on_every_start(data, tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    texts = ["ok yes"] * 30 + [""]
+    (folder / "a.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
+    (folder / "long.jsonl").write_text(json.dumps({"body": Path(shutil.__file__).read_text()}))
+    (folder / "b.csv").write_text("x")
+    given = replace(data, paths=(str(folder),), held_out_paths=data.paths)
+    for build in (True, True, False):  # made, found, read by another rank
+        loaded = load_rows(given, TokenizerSection(), prompt_length=4, output_dir=tmp_path / "out", build=build)
+        told = "\n".join(loaded.notes)
+        assert "data: left out: files with another ending than .jsonl, .json, .ndjson: 1 (b.csv)" in told
+        assert "data, train: left out: empty documents: 1" in told
+        assert "data, train: 32 documents, " in told and "30 documents are shorter than a row and share rows" in told
+    text = loaded.train.tokens_RT[loaded.train.spans_RT >= 0]
+    assert (text == loaded.tokenizer.bos_id).sum() >= 31  # no short document is lost

@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -178,3 +182,39 @@ def test_a_row_without_room_is_refused():
 def test_a_missing_or_cut_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match="missing or damaged"):
         packing.open_rows(tmp_path, "train", 32)
+
+
+def test_the_space_of_an_array_is_taken_before_it_is_written(tmp_path):
+    array = packing.new_array(tmp_path / "x.npy", np.int32, (1000, 1000))
+    assert (tmp_path / "x.npy").stat().st_blocks * 512 >= array.nbytes  # a file with holes has less
+    array[:] = 7
+    array.flush()
+    assert (np.load(tmp_path / "x.npy") == 7).all()
+
+
+FULL = """
+import subprocess, sys
+from pathlib import Path
+import numpy as np
+from cook.data.packing import pack_to_folder
+place = Path(sys.argv[1])
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], check=True)
+tokens = np.arange(200_000, dtype=np.uint16)
+def pack():
+    borders = np.array([0, len(tokens)])
+    return pack_to_folder(tokens, borders, row_size=64, bos_id=2, eos_id=3, folder=place, part="train")
+try:
+    pack()
+except OSError as error:
+    print(error.strerror)
+subprocess.run(["mount", "-o", "remount,size=9m", place], check=True)
+print(pack()["samples"])
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+def test_a_full_disk_is_an_error_and_kills_nothing(tmp_path):
+    done = subprocess.run(
+        ["unshare", "--mount", sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0 and done.stdout == "No space left on device\n3226\n", done

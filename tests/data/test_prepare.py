@@ -136,6 +136,7 @@ def test_a_tokenizer_is_trained_once_on_training_documents_alone(corpus_folder, 
     def train(texts, path, *, vocab_size, seed):
         seen.append(list(texts))
         path.write_bytes(b"model")
+        return 77
 
     monkeypatch.setattr(prepare, "train_sentencepiece", train)
     config = SimpleNamespace(type="sentencepiece", path=None, vocab_size=500)
@@ -146,6 +147,7 @@ def test_a_tokenizer_is_trained_once_on_training_documents_alone(corpus_folder, 
 
     path = prepared()
     assert path.read_bytes() == b"model" and prepared() == path
+    assert read_manifest(path.parent)["left_out"] == {prepare.NOT_SAMPLED: {"count": 77, "named": []}}
     [texts] = seen
     held_out = {document.text for document, is_held_out in corpus.documents() if is_held_out}
     assert held_out and not held_out & set(texts) and len(texts) + len(held_out) == 12

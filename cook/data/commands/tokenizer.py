@@ -10,6 +10,7 @@ from cook.base.errors import UserError
 from cook.data.commands import common
 from cook.data.commands.pieces import documents, format_of, input_files, parts_of
 from cook.data.left_out import LeftOut
+from cook.data.prepare import NOT_SAMPLED
 from cook.data.progress import Progress
 from cook.vocab.sentencepiece import train_sentencepiece
 
@@ -39,7 +40,8 @@ def run(arguments: argparse.Namespace) -> None:
                 yield from documents(part, format, arguments.text_field)
                 progress.advance(part.end - part.begin)
 
-        train_sentencepiece(texts(), target, vocab_size=arguments.vocab_size, seed=arguments.seed)
+        unseen = train_sentencepiece(texts(), target, vocab_size=arguments.vocab_size, seed=arguments.seed)
+        left_out.add(NOT_SAMPLED, unseen)
     print(f"{target}: {arguments.vocab_size} ids")
     for sentence in left_out.sentences("the input"):
         print(sentence)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 
 import pytest
@@ -87,3 +88,13 @@ def test_unknown_tokens_are_left_out_before_the_text_is_cut(tmp_path):
     assert record.task == 2 and record.segments == ((36, 2, 1),)
     assert counts == {"documents": 2, "tokens": 34, "records": 0}
     assert {reason: told["count"] for reason, told in left_out.record().items()} == {UNKNOWN: 140, EMPTY: 1, RESTS: 8}
+
+
+def test_a_compressed_file_is_one_part_with_the_lines_of_the_plain_one(tmp_path):
+    content = "\ufeff" + "".join(f"line {n}\n" for n in range(50))
+    (tmp_path / "a.txt").write_text(content, encoding="utf-8")
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(content.encode()))
+    for format in ("lines", "text"):
+        plain = [text for part in parts_in(tmp_path / "a.txt", 1 << 20) for text in documents(part, format, "text")]
+        (part,) = parts_in(tmp_path / "a.txt.gz", 20)
+        assert list(documents(part, format, "text")) == plain and plain[0].startswith("line 0")
