@@ -206,10 +206,14 @@ def squad_windows(
             targets.append((span[0] + shift, span[1] + shift) if span and inside else NO_ANSWER)
             flags = most[begin : begin + len(piece)] == order
             windows.append(Window(number, len(head), offsets[begin : begin + len(piece)], flags))
+    if not rows:
+        raise UserError("no question is left to train on", got=f"left out: {left_out}")
     return TokenRows(rows, segments, np.array(targets, np.int64), pad_id=tokenizer.pad_token_id), windows
 
 
 def _tokenised(texts: Sequence[str], tokenizer: Any) -> list[tuple[list[int], np.ndarray]]:
+    if not texts:
+        return []  # the library does not take none
     unique = list(dict.fromkeys(texts))  # a paragraph has several questions
     # Longer than the model reads is no mistake here: windows are cut from it.
     made = tokenizer(unique, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

@@ -214,3 +214,10 @@ def test_a_byte_order_mark_is_no_part_of_the_file(tmp_path):
     path = squad(tmp_path, ("the town", [("town", 4)]))
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert len(read_squad(path, for_training=True).questions) == 1
+
+
+def test_a_file_of_which_nothing_is_left_is_refused(tmp_path, tokenizer):
+    found = read_squad(squad(tmp_path, ("town and town", [], [])), for_training=True)
+    sizes = {"max_length": 12, "doc_stride": 2, "max_query_length": 2}
+    with pytest.raises(UserError, match="no question is left(.|\n)*neither an answer nor is_impossible: 2"):
+        squad_windows(found.questions, tokenizer, **sizes, left_out=found.left_out)
