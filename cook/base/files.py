@@ -61,8 +61,10 @@ def read_json(path: str | Path) -> Any:
     def finite(digits: str) -> float:
         return float(digits) if math.isfinite(float(digits)) else no_constant(digits)  # 1e999 is infinity to Python
 
+    if path.exists() and not path.is_file():  # a pipe would wait for a writer, and a device may have no end
+        raise UserError(f"{path}: cannot be read: not a regular file")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         return json.loads(text, object_pairs_hook=unique, parse_constant=no_constant, parse_float=finite)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not valid JSON, line {error.lineno} column {error.colno}: {error.msg}") from None

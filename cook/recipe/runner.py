@@ -115,6 +115,8 @@ def run_stage(stage: Stage, *, resume: str, at: At) -> None:
             at=at,
             after_step=Feeding(stage, loader, data, engine, log, at).after_step,
         )
+        if not found and data.notes:
+            log.write({"step": 0, "data": list(data.notes)})
         try:
             position = train(run, position, log)
         finally:
@@ -201,6 +203,8 @@ def _data(stage: Stage, inputs: Inputs) -> TrainingData:
             wanted=f"at most {inputs.model_config['vocab_size']}",
             got=data.tokenizer.vocab_size,
         )
+    for note in data.notes:
+        say(note)
     return data
 
 

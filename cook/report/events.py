@@ -6,7 +6,8 @@ waiting for data, and in stages that learn masks also `expected_sparsity`, `targ
 `lambda`: each maps a constraint's name to a float (`lambda` also to named floats, as `{"lambda1": …, "lambda2": …}`).
 A step that was not applied, or was a spike, also has `problem` and `samples`, what each rank read in it.
 An evaluation record is `{"step", "held_out_loss"}`, a change of the sources' weights `{"step", "source_loss",
-"source_weight"}`.
+"source_weight"}`. The first one of a stage may be `{"step", "data"}`:
+sentences on what the rows hold and what was left out of them.
 """
 
 from __future__ import annotations

@@ -47,7 +47,6 @@ def test_json_comes_back(tmp_path_factory, value):
         ("", "not valid JSON"),
         ("[" * 100_000, "too deeply"),
         (b'{"a": "\xff"}', "not UTF-8 at byte 7"),
-        (b'\xef\xbb\xbf{"a": 1}', "not valid JSON"),
     ],
 )
 def test_bad_json_is_refused_by_name(tmp_path, text, word):
@@ -131,3 +130,12 @@ def test_sha256(tmp_path):
     content = os.urandom(3 << 20)
     (tmp_path / "a").write_bytes(content)
     assert sha256(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+def test_a_byte_order_mark_is_no_part_of_json_and_a_pipe_is_refused_at_once(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_json(tmp_path / "a.json") == {"a": 1}
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(UserError, match="not a regular file"):
+            read_json(path)
