@@ -116,7 +116,7 @@ def main() -> int | None:
     print(f"model  {source.path}\nmasks  {', '.join(files)}")
     even = padded(source, space, masks) if arguments.uniform else (source, masks)
     pruned = prune_to_folder(even[0], space, even[1], Path(job.output), record=masks)
-    has_tokenizer = copy_tokenizer(source.path, pruned.folder)
+    has_tokenizer = copy_tokenizer(source.folder, pruned.folder)
 
     small = open_model(pruned.folder)
     batches, what = sample_batches(job.config, source)

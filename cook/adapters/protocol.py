@@ -85,6 +85,10 @@ class Adapter:
     """The model's call for a batch of `cook.data.packing`, `targets` excepted; samples of one row must not mix."""
     abilities: Abilities
     """What its results can be."""
+    carried: Callable[[ModelConfig, Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]] = lambda *_: {}
+    """Tensors of a file that are none of the model's and go along with the result as they are: heads of other tasks."""
+    file_names: Callable[[ModelConfig], Mapping[str, str]] = lambda _config: {}
+    """The keys under which files of the family hold weights, where they are not the model's own."""
     is_causal: bool = True
     """Whether the model predicts the next token."""
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

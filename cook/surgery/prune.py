@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def prune_to_folder(
     shrunk = source.adapter.shrink(source.config, space, kept_units(space, masks))
     tensors = ((shrunk.renamed.get(name, name), tensor) for name, tensor in reshaped(source.tensors, space, masks))
     try:
-        write_model_folder(aside, source.adapter, shrunk.config, tensors)
+        write_model_folder(aside, source.adapter, shrunk.config, chain(tensors, source.carried.items()))
         obstacle = write_live_format(aside, source.adapter, shrunk.config, "cpm_live")
         record = masks if record is None else record
         write_mask_file(aside / "masks" / "coarse.pt", coarse_to_tensors(space, record))
