@@ -8,6 +8,7 @@ from typing import Any
 from cook.adapters import bert, cpm_ant, gemma, gpt2, gpt_neox, llama, opt, phi, qwen
 from cook.adapters.protocol import Adapter
 from cook.base.errors import UserError
+from cook.models import ragged
 
 OWN: tuple[Adapter, ...] = (
     cpm_ant.ADAPTER,
@@ -40,7 +41,7 @@ def unregister(adapter: Adapter) -> None:
 
 def stock_type(config: Mapping[str, Any]) -> Any:
     """The type of model that a config.json describes; a ragged export names the stock one that it derives from."""
-    return config.get("stock_type", config.get("model_type"))
+    return config.get("stock_type" if config.get("model_type") == ragged.MODEL_TYPE else "model_type")
 
 
 def knows(config: Mapping[str, Any]) -> bool:

@@ -23,25 +23,17 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from cook.adapters.origin import check_remembered
 from cook.adapters.protocol import ModelConfig, Modeling
 from cook.adapters.tables import Family
 from cook.base.errors import UserError, library_errors
 from cook.base.tensor_files import LazyTensors, known_shape
+from cook.config.stock import PASSING, stock_config
 from cook.models import ragged
 
 MODULE = "modeling_cook_ragged"
-PASSING = (
-    "transformers_version", "_name_or_path", "auto_map", "dtype", "torch_dtype",
-    # How and where a model runs. An attention implementation may be the name of a kernel to download and run.
-    "attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation",
-    "_experts_implementation", "_experts_implementation_internal", "fusion_config", "distributed_config", "use_kernels",
-    "return_dict", "torchscript", "output_attentions", "output_hidden_states",
-)  # fmt: skip
-"""Fields of a config.json that say nothing about the model's weights."""
 TABLES = (r"(^|\.)rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.masked_bias$")
 """Keys in files of older versions: tables that the model computes itself."""
-LARGEST = {"layers": 10_000, "num_labels": 1_000_000}
-"""Numbers in a config above which not even a model without weights is built: each layer is a Python object."""
 
 
 def is_ragged(config: ModelConfig) -> bool:
@@ -61,16 +53,8 @@ def config_object(config: ModelConfig) -> PreTrainedConfig:
     Raises:
         UserError: a value that the family's config class refuses.
     """
-    fields = {name: value for name, value in config.items() if name not in ("model_type", *PASSING)}
-    for limit, names in (("layers", ("num_hidden_layers", "n_layer", "num_layers")), ("num_labels", ("num_labels",))):
-        for name in names:
-            if isinstance(fields.get(name), int) and fields[name] > LARGEST[limit]:
-                wanted = f"at most {LARGEST[limit]:,}"
-                raise UserError(f"the model's config: {name} is too large", wanted=wanted, got=fields[name])
-    with library_errors("the model's config is refused by transformers"):
-        if is_ragged(config):
-            return ragged.config_class(config["stock_type"])(**fields)
-        return CONFIG_MAPPING[config["model_type"]](**fields)
+    kind: Any = ragged.config_class(config["stock_type"]) if is_ragged(config) else CONFIG_MAPPING[config["model_type"]]
+    return stock_config(kind, config)
 
 
 def check_sizes(family: Family, made: PreTrainedConfig) -> None:
@@ -82,12 +66,18 @@ def check_sizes(family: Family, made: PreTrainedConfig) -> None:
     names = family.names
     always = (names.layers, names.heads, names.hidden, "vocab_size")
     sizes: dict[str, Any] = {name: getattr(made, name, None) for name in always}
-    for name in (names.kv_heads, names.head_dim, names.ffn):  # None: follows from the others
+    # None: follows from the others, or there is none.
+    for name in (names.kv_heads, names.head_dim, names.ffn, "sliding_window"):
         if name and getattr(made, name, None) is not None:
             sizes[name] = getattr(made, name)
     for name, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"the model's config: {name} is no size", wanted="a whole number above 0", got=repr(value))
+    if "sliding_attention" in (getattr(made, "layer_types", None) or ()) and "sliding_window" not in sizes:
+        raise UserError("the model's config contradicts itself: layers with a sliding window, and no sliding_window")
+    padding = getattr(made, "pad_token_id", None)
+    if padding is not None and (not isinstance(padding, int) or padding < 0):
+        raise UserError("the model's config: pad_token_id is no id", wanted="an id or null", got=repr(padding))
     heads, kv_heads = sizes[names.heads], sizes.get(names.kv_heads or "", 1)
     if heads % kv_heads:
         raise UserError(
@@ -152,6 +142,7 @@ def read(
     if not tensors:
         return native, tensors
     model: Any = skeleton(family, native)
+    check_remembered(native, native[family.names.layers])
     keys = _keys(family, config, model, tensors)
     groups = [names for names, _ in _stored(model)]
     given = {names[0]: [keys[name] for name in names if name in keys] for names in groups}

@@ -59,8 +59,8 @@ def open_session(config: TaskConfig, source: str, at: At = lambda _step, _phase:
             got=f"--train_batch_size {config.train_batch_size}",
         )  # fmt: skip
     encoder = open_encoder(source, info.head, info.labels, derived_seed(config.seed, "head"))
-    limit = getattr(encoder.config, "max_position_embeddings", config.max_length)
-    if config.max_length > limit:
+    limit = encoder.max_length
+    if limit is not None and config.max_length > limit:
         raise UserError("--max_length is more than the model reads", wanted=f"at most {limit}", got=config.max_length)
     data = load_task(config, encoder.tokenizer)
     for note in data.notes:
