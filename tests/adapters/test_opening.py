@@ -11,13 +11,16 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from cook.adapters.registry import OWN
+from cook.adapters.registry import OWN, register, unregister
 from cook.adapters.source import load_model, open_model
+from cook.adapters.stock import stock_adapter
 from cook.adapters.stock_models import config_object
+from cook.adapters.tables import Attention, Family, FeedForward
 from cook.base.errors import UserError
 from cook.masks.mask_set import Masks
+from cook.space.counts import unit_parameters
 from cook.space.units import PruningSpace
-from cook.surgery.prune import prune_to_folder
+from cook.surgery.prune import mask_model, prune_to_folder
 from tests.tiny_families import CAUSAL, FAMILIES, tiny_config
 
 IDS = torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -324,6 +327,48 @@ def test_weights_as_torch_saved_them(tmp_path):
     (folder / "pytorch_model.bin").rename(folder / "pytorch_model-00001-of-00001.bin")
     with pytest.raises(UserError, match="remedy: save the model as safetensors"):
         open_model(folder)
+
+
+APERTUS = Family(
+    family="Apertus",
+    model_types=frozenset({"apertus"}),
+    attention=Attention(norms_before=("attention_layernorm",)),
+    ffn=FeedForward(ins=("mlp.up_proj",), norms_before=("feedforward_layernorm",)),
+)
+
+
+def test_persistent_buffers_are_weights(tmp_path):
+    """Those of Apertus' activation, of which its files hold other values than the class begins with."""
+    config = transformers.ApertusConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=20, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.ApertusForCausalLM(config)
+    betas = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("beta")]
+    assert len(betas) == 3 and all(name in model.state_dict() for name, _ in betas)
+    for number, (_, buffer) in enumerate(betas):
+        buffer.fill_(0.25 + number)
+    model.save_pretrained(tmp_path / "m")
+    adapter = stock_adapter(APERTUS)
+    register(adapter)
+    try:
+        assert_opened_as_stock_does(tmp_path / "m", "llama", tmp_path / "out")
+        before, after = stored(tmp_path / "m"), stored(tmp_path / "out")
+        assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
+        source = open_model(tmp_path / "m")
+        space = source.adapter.space(source.config)
+        masks = {"layers.0.ffn": torch.zeros(1), "layers.2.dimff": (torch.arange(20) % 2).float()}
+        assert unit_parameters(space, space.of("layer")[1]) == sum(
+            t.numel() for name, t in model.model.layers[0].state_dict().items() if name.startswith(("mlp", "feedf"))
+        )
+        prune_to_folder(source, space, masks, tmp_path / "small")
+        small = load_model(open_model(tmp_path / "small"))
+        assert float(small.model.layers[2].mlp.act_fn.beta) == 2.25
+        mask_model(model, space, masks)
+        expected = logits(model.eval())
+        assert (logits(small) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    finally:
+        unregister(adapter)
 
 
 @pytest.mark.parametrize("change", [{"dtype": "bfloat16"}, {"torch_dtype": "float16"}, {}])

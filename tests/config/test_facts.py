@@ -68,8 +68,10 @@ def test_an_unreadable_folder(elsewhere, content, fits):
 
 def test_a_ragged_export_tells_no_sizes_that_its_layers_do_not_share(elsewhere):
     fields = {"vocab_size": 61, "num_attention_heads": 8, "intermediate_size": 20}
-    (elsewhere / "config.json").write_text(json.dumps({**fields, "stock_type": "llama"}))
-    assert model_facts(ModelConfig(type="hf", path=str(elsewhere))) == ModelFacts(vocab_size=61)
+    (elsewhere / "config.json").write_text(json.dumps({**fields, "model_type": "cook_ragged", "stock_type": "llama"}))
+    assert model_facts(ModelConfig(type="hf", path=str(elsewhere))) == ModelFacts(
+        vocab_size=61, max_positions=2048
+    )
     (elsewhere / "config.json").write_text(json.dumps(fields))
     facts = model_facts(ModelConfig(type="hf", path=str(elsewhere)))
     assert (facts.num_heads, facts.dim_ff, facts.layers_removed) == (8, 20, None)

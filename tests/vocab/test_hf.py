@@ -1,4 +1,5 @@
 import json
+import resource
 
 import numpy as np
 import pytest
