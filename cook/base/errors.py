@@ -7,8 +7,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -58,6 +59,30 @@ class RankLost(RunFailed):
 
 class Interrupted(Exception):
     """A signal asked the run to stop; everything needed to go on has been saved."""
+
+
+@contextlib.contextmanager
+def library_errors(what: str, **more: Any) -> Iterator[None]:
+    """Turns whatever a library raises while it reads a user's file into a `UserError` that says `what`.
+
+    Anything: libraries raise plain `Exception`, and a panic in Rust code derives from `BaseException` alone.
+
+    Args:
+        what: What could not be read.
+        more: `wanted` and `remedy` of the error.
+    """
+    try:
+        yield
+    except (UserError, RunFailed, Interrupted, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise UserError(what, got=_reason(error), **more) from None
+
+
+def _reason(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    # Messages of several lines end with the reason itself.
+    return f"{type(error).__name__}: {lines[-1].strip()[:300]}" if lines[-1].strip() else type(error).__name__
 
 
 def run_entry(main: Callable[[], int | None]) -> None:

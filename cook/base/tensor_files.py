@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickletools
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,16 +15,22 @@ from safetensors.torch import save_file
 from cook.base.errors import UserError
 from cook.base.files import fsync_folder, read_json, regular_file, write_json
 
+Shape = tuple[int, ...]
+INDEX = "model.safetensors.index.json"
+LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""First bytes of a file that torch.save wrote before it wrote zip archives."""
+
 
 class LazyTensors(Mapping[str, torch.Tensor]):
     """A mapping whose tensors are read when asked for.
 
     Args:
         readers: For every name, a function that reads its tensor.
+        shapes: By name, where the shape is known without reading the tensor.
     """
 
-    def __init__(self, readers: Mapping[str, Callable[[], torch.Tensor]]):
-        self._readers = dict(readers)
+    def __init__(self, readers: Mapping[str, Callable[[], torch.Tensor]], shapes: Mapping[str, Shape] | None = None):
+        self._readers, self.shapes = dict(readers), dict(shapes or {})
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._readers[name]()
@@ -39,25 +45,53 @@ class LazyTensors(Mapping[str, torch.Tensor]):
         return name in self._readers  # Mapping's own would read the tensor
 
 
+def known_shape(tensors: Mapping[str, torch.Tensor], name: str) -> Shape | None:
+    """The shape of a tensor; None where only reading it would tell."""
+    return tensors.shapes.get(name) if isinstance(tensors, LazyTensors) else tuple(tensors[name].shape)
+
+
 def open_safetensors_folder(folder: Path) -> LazyTensors:
-    """The tensors of a Hugging Face folder: `model.safetensors`, or shards with an index."""
-    index = folder / "model.safetensors.index.json"
-    listed = _weight_map(index) if index.exists() else {}
-    files = sorted({folder / name for name in listed.values()}) or [folder / "model.safetensors"]
+    """The tensors of a Hugging Face folder: `model.safetensors`, else shards with an index, as transformers reads it.
+
+    Raises:
+        UserError: no such files, or an index that does not fit its shards.
+    """
+    whole, index = folder / "model.safetensors", folder / INDEX
+    if whole.is_file() or not index.is_file():
+        return open_safetensors([whole])
+    listed = _weight_map(index)
+    tensors = open_safetensors([folder / name for name in sorted(set(listed.values()))])
+    absent = [name for name in listed if name not in tensors]
+    if absent:
+        raise UserError(
+            f"{index}: lists {absent[0]!r}, which is in none of the shards",
+            remedy="download or save the folder again: shards and index are not of one model",
+        )
+    return tensors
+
+
+def open_safetensors(files: Sequence[Path]) -> LazyTensors:
+    """The tensors of some safetensors files.
+
+    Raises:
+        UserError: a file is missing or damaged, or two files hold a tensor of the same name.
+    """
     readers: dict[str, Callable[[], torch.Tensor]] = {}
+    shapes: dict[str, Shape] = {}
     for file in files:
         if not file.is_file():
             raise UserError(f"{file}: there is no such file", wanted="a folder with model.safetensors or its shards")
         try:
             with safe_open(file, framework="pt") as opened:
-                names = list(opened.keys())
+                found = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
         except Exception as error:  # safetensors raises its own error type, and OSError for a short file
             raise UserError(f"{file}: not a safetensors file", got=error) from None
-        readers |= {name: _safetensors_reader(file, name) for name in names}
-    absent = [name for name in listed if name not in readers]
-    if absent:
-        raise UserError(f"{index}: lists {absent[0]!r}, which is in none of the shards")
-    return LazyTensors(readers)
+        twice = readers.keys() & found.keys()
+        if twice:
+            raise UserError(f"{file}: {min(twice)!r} is in another shard as well", remedy="save the folder again")
+        readers |= {name: _safetensors_reader(file, name) for name in found}
+        shapes |= found
+    return LazyTensors(readers, shapes)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -102,6 +136,8 @@ def load_pt(path: Path, *, mmap: bool = False) -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except UserError:
         raise
+    except zipfile.BadZipFile:
+        raise _not_an_archive(path) from None
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: not a readable .pt file of tensors", got=reason) from None
@@ -139,6 +175,18 @@ def _check_tuples(path: Path, pickled: bytes) -> None:
             if is_tuple and count > MAX_TUPLE:
                 raise UserError(f"{path}: holds a tuple of more than {MAX_TUPLE} values", wanted="tensors by name")
             stack += [count if is_tuple else 1 for _ in op.stack_after]
+
+
+def _not_an_archive(path: Path) -> UserError:
+    with path.open("rb") as opened:
+        is_legacy = opened.read(len(LEGACY_MAGIC)) == LEGACY_MAGIC
+    if not is_legacy:
+        return UserError(f"{path}: not a readable .pt file of tensors", got="no archive as torch.save writes it")
+    return UserError(
+        f"{path}: in the format that torch.save wrote before PyTorch 1.6",
+        wanted="the zip archive that torch.save writes today",
+        remedy="load it with torch.load(path, weights_only=True) and save it again with torch.save",
+    )
 
 
 def open_pt(path: Path) -> Mapping[str, torch.Tensor]:
@@ -190,7 +238,7 @@ class ShardWriter:
             return
         self._flush()
         # What an earlier model left here would be read in place of this one, or beside it.
-        for stale in (*self.folder.glob("model*.safetensors"), *self.folder.glob("model.safetensors.index.json")):
+        for stale in (*self.folder.glob("model*.safetensors"), *self.folder.glob(INDEX)):
             stale.unlink()
         count = len(self.files)
         finals = (
@@ -204,7 +252,7 @@ class ShardWriter:
         if count > 1:
             weight_map = {name: final for names, final in zip(self.names, finals, strict=True) for name in names}
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-            write_json(self.folder / "model.safetensors.index.json", index)
+            write_json(self.folder / INDEX, index)
         fsync_folder(self.folder)
 
 

@@ -39,11 +39,11 @@ def write_model_folder(
     The result loads with transformers' Auto classes, cook or no cook.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = None
+    dtype, file_names = None, adapter.file_names(config)
     with ShardWriter(folder, shard_bytes) as writer:
         for name, tensor in tensors:
             dtype = dtype or str(tensor.dtype).removeprefix("torch.")
-            writer.add(name, tensor)
+            writer.add(file_names.get(name, name), tensor)
     plain = dict(config) | {"dtype": dtype}
     modeling = adapter.modeling(config)
     if modeling:

@@ -89,8 +89,9 @@ class Family:
     """The class of transformers that makes the model from its config."""
     stock_heads_except: str = ""
     """What a config must not have for its class to hold fewer heads, in a word."""
-    unused: tuple[str, ...] = ()
-    """Patterns of keys in files of the family that the model may do without: heads of other tasks."""
+    carried: tuple[str, ...] = ()
+    """Patterns of keys in files of the family that the model's class may lack: heads of other tasks, which go along
+    with the result as they are."""
     empty_layer_is_identity: bool = True
     """Whether a layer without its two blocks hands on its input unchanged, and so can be left out. Not so where norms
     lie on the residual stream itself."""

@@ -177,7 +177,7 @@ def _block_and_units(
         site=site,
         layer=number,
         size=1,
-        slices=tuple(WeightSlice(path=p, dim=0, block=shapes[p][0]) for p in shapes if p.startswith(inside)),
+        slices=tuple(WeightSlice(path=p, dim=0, block=(shapes[p] or (1,))[0]) for p in shapes if p.startswith(inside)),
         # Behind the norm: in front of it a gate between 0 and 1 would be divided out again.
         gate=GatePoint(module=last, at="output", repeat=0),
         residue=tuple(path for path in (f"{out}.bias", *after) if path in shapes) if acts_on else (),

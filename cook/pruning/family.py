@@ -85,6 +85,8 @@ class Adapter:
     """The model's call for a batch of `cook.data.packing`, `targets` excepted; samples of one row must not mix."""
     abilities: Abilities
     """What its results can be."""
+    file_names: Callable[[ModelConfig], Mapping[str, str]] = lambda _config: {}
+    """The keys under which files of the family hold weights, where they are not the model's own."""
     is_causal: bool = True
     """Whether the model predicts the next token."""
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

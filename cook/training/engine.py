@@ -255,6 +255,8 @@ class Engine:
                 yield name, self._frozen[name]  # the engine's own copy may have been rounded to half precision
                 continue
             yield name, self._partitions.whole(parameter)
+        stored = self.module.state_dict().keys()
+        yield from ((name, buffer.cpu()) for name, buffer in self.module.named_buffers() if name in stored)
 
     def full_gradients(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Gradients of whole parameters before clipping: of the whole batch, unscaled, averaged over ranks, in fp32.

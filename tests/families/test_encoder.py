@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import resource
+import shutil
+
 import pytest
 import torch
 from transformers import (
@@ -14,7 +18,7 @@ from transformers import (
 )
 
 from cook.base.errors import UserError
-from cook.families.encoder import open_encoder, write_encoder
+from cook.families.encoder import _longest_row, open_encoder, write_encoder
 from tests.recipe.benchmarks.tiny_task import CONFIG, SPECIAL, WORDS, write_model
 
 
@@ -139,3 +143,88 @@ def test_no_model(tmp_path, monkeypatch, source):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="no model to open"):
         open_encoder(source or str(tmp_path), "classes", ("a", "b"), seed=0)
+
+
+HUGE = 10**9
+ODD = [
+    {"hidden_size": HUGE},
+    {"vocab_size": HUGE},
+    {"intermediate_size": HUGE},
+    {"num_hidden_layers": HUGE},
+    {"num_attention_heads": HUGE},
+    {"num_attention_heads": 0},
+    {"num_attention_heads": -2},
+    {"num_attention_heads": 7},
+    {"hidden_size": 0},
+    {"hidden_size": -4},
+    {"hidden_size": "x"},
+    {"hidden_size": None},
+    {"hidden_size": [1]},
+    {"vocab_size": 0},
+    {"vocab_size": -1},
+    {"vocab_size": "9"},
+    {"num_hidden_layers": "2"},
+    {"num_hidden_layers": 9},
+    {"intermediate_size": -1},
+    {"intermediate_size": None},
+    {"hidden_act": "none"},
+    {"hidden_act": 3},
+    {"max_position_embeddings": HUGE},
+    {"max_position_embeddings": -1},
+    {"type_vocab_size": HUGE},
+    {"layer_norm_eps": "x"},
+    {"hidden_dropout_prob": 3.0},
+    {"pad_token_id": HUGE},
+    {"num_labels": HUGE},
+    {"num_labels": -1},
+    {"id2label": 7},
+    {"model_type": "none"},
+    {"model_type": [1]},
+    {"quantization_config": {"quant_method": "gptq"}},
+    {"quantization_config": 7},
+    {"auto_map": {"AutoConfig": "a.B"}},
+    {"model_type": "gpt2"},
+    {"attn_implementation": "kernels-community/flash-attn"},
+    {"_attn_implementation": "kernels-community/flash-attn"},
+    {"dtype": "none"},
+    {"chunk_size_feed_forward": "x"},
+]
+
+
+@pytest.mark.parametrize("change", ODD, ids=str)
+def test_an_odd_config_is_refused_or_harmless(folder, tmp_path, monkeypatch, change):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    downloads = []
+    for name in ("load_and_register_attn_kernel", "get_kernel"):
+        monkeypatch.setattr(f"transformers.integrations.hub_kernels.{name}", lambda *a, **_: downloads.append(a))
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "config.json").read_text()) | change
+    (copy / "config.json").write_text(json.dumps(config))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        made = open_encoder(str(copy), "classes", ("a", "b"), seed=0)
+    except UserError as error:
+        assert str(copy) in str(error) or "the model's config" in str(error)
+    else:
+        made.build()
+    assert not downloads
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
+
+
+def test_positions_of_roberta_begin_behind_the_padding(tmp_path):
+    config = RobertaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        max_position_embeddings=34,
+        pad_token_id=1,
+    )
+    model = RobertaForSequenceClassification(config).eval()
+    assert _longest_row(model, config) == 32
+    ids = torch.full((1, 33), 5)
+    model(ids[:, :32])
+    with pytest.raises((IndexError, RuntimeError)):
+        model(ids)

@@ -59,8 +59,8 @@ def open_session(config: TaskConfig, source: str, at: At = lambda _step, _phase:
             got=f"--train_batch_size {config.train_batch_size}",
         )
     encoder = open_encoder(source, info.head, info.labels, derived_seed(config.seed, "head"), words=info.words)
-    limit = longest_row(encoder, config.max_length)
-    if config.max_length > limit:
+    limit = encoder.max_length
+    if limit is not None and config.max_length > limit:
         raise UserError("--max_length is more than the model reads", wanted=f"at most {limit}", got=config.max_length)
     if encoder.tokenizer.pad_token_id is None:
         raise UserError(f"{source}: its tokenizer has no token that fills a batch", wanted="a pad_token")
@@ -81,17 +81,6 @@ def open_session(config: TaskConfig, source: str, at: At = lambda _step, _phase:
         say(note)
     at(0, "starting")
     return Session(config=config, info=info, data=data, encoder=encoder, at=at)
-
-
-def longest_row(encoder: Encoder, wanted: int) -> int:
-    """Tokens that the model reads at most: a table of positions with a padding index counts on from behind it."""
-    limit = getattr(encoder.config, "max_position_embeddings", 0) or wanted  # relative positions may have no limit
-    with torch.device("meta"):
-        parts = encoder.build().named_modules()
-    for name, part in parts:
-        if name.endswith("position_embeddings") and isinstance(part, torch.nn.Embedding):
-            limit = part.num_embeddings - (0 if part.padding_idx is None else part.padding_idx + 1)
-    return limit
 
 
 def run_pretrain(config: TaskConfig, at: At) -> None:

@@ -13,7 +13,6 @@ import transformers
 from safetensors.torch import load_file
 
 from cook.families.encoder import Encoder
-from cook.recipe.benchmarks.task_runner import longest_row
 from cook.sparsity.matrices import encoder_matrices
 from cook.sparsity.pattern_file import read_pattern_masks
 from tests.recipe.benchmarks.tiny_task import (
@@ -128,7 +127,7 @@ def test_the_longest_row_is_what_the_stock_model_reads(family):
     config = getattr(transformers, f"{family}Config")(**CONFIG)
     model = getattr(transformers, f"{family}ForSequenceClassification")(config)
     encoder = Encoder(config=config, head="classes", weights={}, fresh=(), notes=(), tokenizer=None)
-    longest = longest_row(encoder, 512)
+    longest = encoder.max_length
     assert longest > 40
     model(torch.full((1, longest), 7))
     with pytest.raises((IndexError, RuntimeError)):
