@@ -229,7 +229,8 @@ class Watchdog:
             lost = f"{who} has been silent for {unreachable:.0f} s"
         elif told["ended"] != "well" and told["phase"] != "preparing" and silent > patience:
             lost = f"{self._name(next_rank)} has been silent for {silent:.0f} s, {told['ended'] or _last_seen(told)}"
-        elif now - self._moved > self.timeout * PATIENCE[self._place["phase"]]:
+        # A little later than silence, which says more.
+        elif now - self._moved > self.timeout * PATIENCE[self._place["phase"]] + 3 * self.interval:
             return self._nobody_moves(now - self._moved)
         return lost and f"{lost}; {self._own_place()}"
 
