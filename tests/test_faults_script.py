@@ -15,7 +15,8 @@ NAMES = [
     "kill -9 in mid-save", "kill -9 at each named point", "kill -9 in mid-step", "kill -9 while deleting",
     "file truncated", "bit flipped", "file deleted, exchanged, added", "latest wrong", "newest corrupt, one kept",
     "all corrupt", "disk full", "RLIMIT_FSIZE", "folder read-only", "fsync fails", "SIGTERM, SIGINT", "SIGUSR1",
-    "SIGTERM to the launcher", "SIGKILL of a rank", "SIGSTOP of a rank", "rank 1 sees another newest",
+    "SIGTERM to the launcher", "launcher gone while ranks start", "SIGKILL of a rank, its launcher stops the other",
+    "SIGKILL of a rank", "SIGSTOP of a rank", "rank 1 sees another newest",
     "second run, stale lock", "other number of ranks", "NaN loss, Inf gradient on a rank", "gradient × 1e6",
     "part of the state left out", "malicious mask or checkpoint",
 ]  # fmt: skip

@@ -11,6 +11,8 @@ from typing import Any, Literal
 PROC = Path("/proc")
 LAUNCHED = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")
 """Variables that torchrun's and DeepSpeed's ranks find set."""
+ADOPTERS = ("systemd", "init", "tini", "dumb-init", "docker-init")
+"""Who takes on the processes that a launcher leaves behind, beside process 1."""
 SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "fish", "csh", "tcsh")
 
 
@@ -84,6 +86,8 @@ def launchers() -> list[Process] | None:
         # `deepspeed` on one machine does not pass SIGTERM on to the process that starts the ranks: it just ends. On
         # several, what starts the ranks is the shell of an ssh connection, and outlives it.
         above = ancestors[ancestors.index(found) + 1 :]
+        if os.environ.get("CROSS_SIZE") == "1" and above and (above[0] == 1 or _name(above[0]) in ADOPTERS):
+            return None
         while above and above[0] > 1 and ("deepspeed" in _command(above[0]) or _name(above[0]).startswith("sshd")):
             watched.append(above.pop(0))
     return [_process(pid) for pid in watched]
