@@ -1,4 +1,4 @@
-"""The real `deepspeed` and `torchrun`, on this machine: told to stop, killed while the ranks start, robbed of a rank."""
+"""The real `deepspeed` and `torchrun` on this machine: told to stop, killed while ranks start, robbed of a rank."""
 
 from __future__ import annotations
 

@@ -28,6 +28,7 @@ os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS
 import arithmetic  # noqa: E402
 import files  # noqa: E402
 import hostile  # noqa: E402
+import hosts  # noqa: E402
 import launched  # noqa: E402
 import lost  # noqa: E402
 import saves  # noqa: E402
@@ -61,6 +62,7 @@ FAULTS: dict[str, tuple[Fault, float]] = {
     "SIGKILL of a rank, its launcher stops the other": (launched.robbed, 0.08),
     "SIGKILL of a rank": (lost.killed_ranks, 0.08),
     "SIGSTOP of a rank": (lost.frozen_ranks, 0.08),
+    "two hosts, one lost": (hosts.lost, 0.14),
     "rank 1 sees another newest": (lost.other_view, 0.02),
     "second run, stale lock": (lost.taken_folder, 0.04),
     "other number of ranks": (worlds.changed, 0.06),
