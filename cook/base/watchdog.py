@@ -118,16 +118,17 @@ class Watchdog:
     ) -> None:
         if not self._on:
             return
+        # A launcher that has seen a rank die stops the others. Looked for before the first rank, which may keep the
+        # store, hears that this one has ended.
+        found = self._look({}) if isinstance(error, Interrupted) else None
+        reason: RankLost | Interrupted | None = found if isinstance(found, RankLost) else None
         self._place = {**self._place, "ended": f"{kind.__name__}: {error}".splitlines()[0] if kind else "well"}
         self._moved = time.monotonic()
         self._news.set()
         self._farewell.wait(FAREWELL)
-        reason = None
         # A lost connection is all that a collective, or a save that needs one, can say of a rank that has gone.
         if isinstance(error, RuntimeError | RunFailed) and LOST_PEER.search(str(error)):
             reason = self._culprit()
-        elif isinstance(error, Interrupted):  # a launcher that has seen a rank die stops the others
-            reason = self._look({})
         if isinstance(reason, RankLost):
             self._pass_on(str(reason))
             self._lose()
