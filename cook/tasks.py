@@ -10,13 +10,14 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from cook.base.errors import run_entry  # noqa: E402
-from cook.base.signals import ending_quietly  # noqa: E402
+from cook.base.signals import ending_quietly, heed_launcher  # noqa: E402
 from cook.config.tasks import TaskConfig, parse_task_options  # noqa: E402
 from cook.recipe.benchmarks.task_plan import pattern_spec, prune_stages  # noqa: E402
 
 
 def main() -> None:
     """Parses, builds, runs."""
+    heed_launcher()
     config = parse_task_options()
     if config.mode != "pretrain":
         pattern_spec(config)
@@ -32,6 +33,7 @@ def run(config: TaskConfig) -> None:
     import transformers
 
     from cook.base.lock import run_lock
+    from cook.base.rendezvous import meet
     from cook.base.versions import check_versions
     from cook.base.watchdog import Watchdog
     from cook.recipe.benchmarks.task_export import run_export
@@ -42,13 +44,15 @@ def run(config: TaskConfig) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     check_versions()
-    initialise_processes(config.threads or None)
     run_mode = {"pretrain": run_pretrain, "prune": run_prune, "export": run_export}[config.mode]
-    try:
-        with run_lock(config.folder), Watchdog(config.rank_timeout) as watchdog:
-            run_mode(config, watchdog.at)
-    finally:
-        leave_processes()
+    meeting = meet()
+    with Watchdog(config.rank_timeout, meeting) as watchdog:
+        initialise_processes(config.threads or None, meeting)
+        try:
+            with run_lock(config.folder) as watchdog.at_loss:
+                run_mode(config, watchdog.at)
+        finally:
+            leave_processes()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ if not __package__:
 
 from cook.base.distributed import launched_rank, launched_world_size  # noqa: E402
 from cook.base.errors import UserError, run_entry  # noqa: E402
-from cook.base.signals import ending_quietly  # noqa: E402
+from cook.base.signals import ending_quietly, heed_launcher  # noqa: E402
 from cook.config.load import load_config  # noqa: E402
 from cook.config.types import STAGE_NAMES, RunConfig, described_stage  # noqa: E402
 from cook.recipe.plan import Stage, plan_stage, recipe  # noqa: E402
@@ -51,6 +51,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int | None:
     """Parses, builds, runs."""
+    heed_launcher()
     arguments = parse_arguments()
     if arguments.stage == "all" and arguments.resume not in ("auto", "never"):
         raise UserError("--resume PATH belongs to one stage", got="--stage all", remedy="name the stage: --stage NAME")
@@ -79,6 +80,7 @@ def run(config: RunConfig, stages: list[Stage], *, resume: str) -> None:
     """Runs stages one after the other, as the only run in their folder."""
     # Only now: torch, deepspeed and a process group, none of which a mistake in the config should wait for.
     from cook.base.lock import run_lock
+    from cook.base.rendezvous import meet
     from cook.base.versions import check_versions
     from cook.base.watchdog import Watchdog
     from cook.recipe.runner import is_finished, run_stage, say_finished
@@ -89,13 +91,15 @@ def run(config: RunConfig, stages: list[Stage], *, resume: str) -> None:
             say_finished(stage)
         return
     check_versions()
-    initialise_processes(config.training.threads)
-    try:
-        with run_lock(config.output_dir), Watchdog(config.training.rank_timeout) as watchdog:
-            for stage in stages:
-                run_stage(stage, resume=resume, at=watchdog.at)
-    finally:
-        leave_processes()
+    meeting = meet()
+    with Watchdog(config.training.rank_timeout, meeting) as watchdog:
+        initialise_processes(config.training.threads, meeting)
+        try:
+            with run_lock(config.output_dir) as watchdog.at_loss:
+                for stage in stages:
+                    run_stage(stage, resume=resume, at=watchdog.at)
+        finally:
+            leave_processes()
 
 
 if __name__ == "__main__":

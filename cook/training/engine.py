@@ -18,6 +18,7 @@ import torch
 from cook.base import distributed
 from cook.base.batches import CallForm, as_it_is
 from cook.base.errors import UserError
+from cook.base.rendezvous import Meeting, join, meet
 from cook.base.tensor_files import LazyTensors
 from cook.config.types import TrainingConfig
 from cook.training.held_zeros import HeldZeros
@@ -29,8 +30,13 @@ from cook.training.shards import TAG, Shards, ShardWriter
 from cook.training.watch import NormWatch, reserve_state
 
 
-def initialise_processes(threads: int | None) -> None:
-    """Joins the process group of the launcher (or makes one of a single rank) and sets the CPU threads of this rank."""
+def initialise_processes(threads: int | None, meeting: Meeting | None = None) -> None:
+    """Makes the process group (of a single rank without a launcher) and sets the CPU threads of this rank.
+
+    Args:
+        threads: CPU threads; None shares the cores among the ranks of this machine.
+        meeting: Of all ranks, where they have met already.
+    """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", "0")
@@ -47,16 +53,7 @@ def initialise_processes(threads: int | None) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # The others wait in a collective while the first rank tokenises a corpus or hashes a checkpoint.
     backend, patience = "nccl" if torch.cuda.is_available() else "gloo", timedelta(hours=3)
-    alone = "RANK" not in os.environ
-    if alone:
-        os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(distributed.free_port()))
-    if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost") and distributed.loopback():
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", distributed.loopback())  # else the address of the machine's name
-    if alone:
-        # The usual store listens on all interfaces, and a single rank has nobody to meet there.
-        torch.distributed.init_process_group(
-            backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=patience
-        )
+    join(backend, meeting or meet(), patience)
     deepspeed.init_distributed(dist_backend=backend, timeout=patience, verbose=False)
 
 

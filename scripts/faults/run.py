@@ -28,6 +28,8 @@ os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS
 import arithmetic  # noqa: E402
 import files  # noqa: E402
 import hostile  # noqa: E402
+import hosts  # noqa: E402
+import launched  # noqa: E402
 import lost  # noqa: E402
 import saves  # noqa: E402
 import worlds  # noqa: E402
@@ -55,9 +57,12 @@ FAULTS: dict[str, tuple[Fault, float]] = {
     "fsync fails": (files.failing_fsync, 0.08),
     "SIGTERM, SIGINT": (lost.signals, 0.12),
     "SIGUSR1": (lost.save_and_go_on, 0.04),
-    "SIGTERM to the launcher": (lost.launchers, 0.04),
+    "SIGTERM to the launcher": (launched.told_to_stop, 0.04),
+    "launcher gone while ranks start": (launched.gone_while_starting, 0.2),
+    "SIGKILL of a rank, its launcher stops the other": (launched.robbed, 0.08),
     "SIGKILL of a rank": (lost.killed_ranks, 0.08),
     "SIGSTOP of a rank": (lost.frozen_ranks, 0.08),
+    "two hosts, one lost": (hosts.lost, 0.14),
     "rank 1 sees another newest": (lost.other_view, 0.02),
     "second run, stale lock": (lost.taken_folder, 0.04),
     "other number of ranks": (worlds.changed, 0.06),
