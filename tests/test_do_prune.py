@@ -14,10 +14,11 @@ import transformers
 from safetensors.torch import load_file
 from transformers import BertConfig, GPT2Config, LlamaConfig, RobertaConfig
 
-import do_prune
 from cook.base.errors import RunFailed, UserError
-from cook.families.source import Stored
+from cook.pruning.family import Stored
 from cook.pruning.mask_file import write_mask_file
+from cook.recipe import reshape_run
+from do_prune import main
 
 SIZES = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=20, vocab_size=300)
 EVEN, UNEVEN = [[1.0] * 7 + [0] * 13] * 3, [[1.0] * (5 + n) + [0] * (15 - n) for n in range(3)]
@@ -37,7 +38,7 @@ def prune(monkeypatch, model, *options, dims=EVEN, output=None):
     monkeypatch.setattr(
         "sys.argv", ["do_prune.py", "--model", str(model), "--dimff-mask", str(mask), "--output", str(output), *options]
     )
-    return do_prune.main()
+    return main()
 
 
 def beside(path):
@@ -90,7 +91,7 @@ def test_every_kind_of_model_is_verified_and_named_right(
 @pytest.mark.parametrize("dims", [EVEN, UNEVEN], ids=["even", "uneven"])
 def test_what_is_not_equal_is_not_published(tmp_path, monkeypatch, dims):
     model = saved(tmp_path / "model")
-    real = do_prune.write_pruned
+    real = reshape_run.write_pruned
 
     def wrong(source, *arguments, **options):
         tensors = {
@@ -98,11 +99,11 @@ def test_what_is_not_equal_is_not_published(tmp_path, monkeypatch, dims):
         }
         return real(dataclasses.replace(source, tensors=tensors, stored=Stored({})), *arguments, **options)
 
-    monkeypatch.setattr(do_prune, "write_pruned", wrong)
+    monkeypatch.setattr(reshape_run, "write_pruned", wrong)
     with pytest.raises(RunFailed, match=r"NOT EQUAL(.|\n)*Nothing was written"):
         prune(monkeypatch, model, "--verify", dims=dims)
     assert beside(tmp_path) == []
-    monkeypatch.setattr(do_prune, "write_pruned", real)
+    monkeypatch.setattr(reshape_run, "write_pruned", real)
     assert prune(monkeypatch, model, "--verify", dims=dims) is None
 
 
@@ -110,7 +111,7 @@ def test_an_earlier_export_survives_a_failure(tmp_path, monkeypatch):
     model = saved(tmp_path / "model")
     prune(monkeypatch, model)
     before = {path.name: path.read_bytes() for path in (tmp_path / "small").iterdir() if path.is_file()}
-    monkeypatch.setattr(do_prune, "model_card", lambda card: (_ for _ in ()).throw(UserError("no")))
+    monkeypatch.setattr(reshape_run, "model_card", lambda card: (_ for _ in ()).throw(UserError("no")))
     with pytest.raises(UserError):
         prune(monkeypatch, model, dims=UNEVEN)
     assert {path.name: path.read_bytes() for path in (tmp_path / "small").iterdir() if path.is_file()} == before
@@ -139,11 +140,11 @@ def test_a_file_that_cannot_grow_is_one_message_and_no_half_result(tmp_path, mon
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
         with pytest.raises(RunFailed, match=r"small: the model cannot be written: (.|\n)*run the same command again"):
-            do_prune.main()
+            reshape_run.main()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert beside(tmp_path) == []
-    assert do_prune.main() is None and load_file(tmp_path / "small" / "model.safetensors")
+    assert reshape_run.main() is None and load_file(tmp_path / "small" / "model.safetensors")
 
 
 def test_a_link_as_output(tmp_path, monkeypatch, capsys):
@@ -186,11 +187,11 @@ def test_speed_is_measured_when_asked_for_with_one_model_in_memory(tmp_path, mon
 
         return make
 
-    monkeypatch.setattr(do_prune, "load_model", watched(do_prune.load_model))
-    monkeypatch.setattr(do_prune, "written_model", watched(do_prune.written_model))
-    real = do_prune.masked_model
+    monkeypatch.setattr(reshape_run, "load_model", watched(reshape_run.load_model))
+    monkeypatch.setattr(reshape_run, "written_model", watched(reshape_run.written_model))
+    real = reshape_run.masked_model
     monkeypatch.setattr(
-        do_prune, "masked_model", lambda *arguments: (watched(lambda: real(*arguments)[0])(), "the witness")
+        reshape_run, "masked_model", lambda *arguments: (watched(lambda: real(*arguments)[0])(), "the witness")
     )
     prune(monkeypatch, model, "--verify", "--time")
     assert "tokens/s forward" in capsys.readouterr().out and len(alive) == 4
