@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from cook.base.distributed import say
 from cook.base.errors import UserError
 from cook.base.files import read_json, sha256, write_json
 from cook.base.seeds import derived_seed, seed_everything
+from cook.base.together import on_all_ranks, on_first_rank
 from cook.base.watchdog import At
 from cook.data.load import TrainingData, load_rows
 from cook.data.loader import held_out_batches
@@ -36,7 +37,7 @@ from cook.stages.structure import describe_structure
 from cook.surgery.export import copy_generation_config, write_model_folder, write_tokenizer
 from cook.surgery.gates import AttachedGates
 from cook.training.checkpoint import find_checkpoint, load_checkpoint
-from cook.training.engine import Engine
+from cook.training.engine import Engine, write_gathered
 from cook.training.loop import Run, train
 from cook.training.saver import Position
 from cook.training.settings import check_settings
@@ -54,13 +55,13 @@ def run_stage(stage: Stage, *, resume: str, at: At) -> None:
         UserError: inputs are missing or do not fit, or the folder holds a run with other settings.
         Interrupted: stopped by a signal, after saving.
     """
-    if _on_first_rank(lambda: is_finished(stage, resume)):
+    if on_first_rank(lambda: is_finished(stage, resume)):
         say_finished(stage)
         return
     at(0, "preparing")
     check_settings(stage.config.training, stage.config.deepspeed, world_size=distributed.world_size())
-    inputs = open_inputs(stage)
-    lesson = open_lesson(stage, inputs)
+    inputs = on_all_ranks(lambda: open_inputs(stage))
+    lesson = on_all_ranks(lambda: open_lesson(stage, inputs))
     if resume == "never" and distributed.rank() == 0:
         shutil.rmtree(stage.folder, ignore_errors=True)
     distributed.barrier()
@@ -85,7 +86,7 @@ def run_stage(stage: Stage, *, resume: str, at: At) -> None:
 
     loader = open_loader(stage, data)
     found = find_checkpoint(stage.folder / "checkpoints", resume)
-    _on_first_rank(lambda: check_corpus(stage, resumed=found is not None))
+    on_first_rank(lambda: check_corpus(stage, resumed=found is not None))
     position = Position(step=0, tokens=0)
     if found:
         position = load_checkpoint(*found, engine, gates, fingerprint=identity, projections=projections)
@@ -94,7 +95,7 @@ def run_stage(stage: Stage, *, resume: str, at: At) -> None:
         say(f"{stage.name}: going on from step {position.step}{others}")
     started = time.perf_counter()
     with EventLog(stage.folder, stage.config.logging.tensorboard, enabled=distributed.rank() == 0) as log:
-        log.rewind(position.step if found else -1)
+        on_first_rank(lambda: log.rewind(position.step if found else -1, position.log))
         run = Run(
             name=stage.name,
             engine=engine,
@@ -117,25 +118,15 @@ def run_stage(stage: Stage, *, resume: str, at: At) -> None:
         at(position.step, "finishing")
         if distiller:
             distiller.remove()
-        loss = _finish(stage, inputs, engine, attached, gates, data, log, position)
-    _write_done(stage, inputs, gates, identity, position, loader.state_dict(), loss, time.perf_counter() - started)
+        loss = _evaluate(stage, engine, attached, gates, data, log, position)
+        _write_model(stage, inputs, engine, data)
+        state, seconds = loader.state_dict(), time.perf_counter() - started  # the state is a collective of some loaders
+        on_first_rank(lambda: _write_masks(stage, inputs, gates))
+        on_first_rank(log.settle)
+        on_first_rank(lambda: _write_done(stage, inputs, gates, identity, position, state, loss, seconds))
     attached.remove()
     engine.close()
     distributed.barrier()
-
-
-def _on_first_rank(action: Callable[[], Any]) -> Any:
-    """What `action` gives on the first rank, on every rank; its `UserError` is raised on every rank too."""
-    found: Any = None
-    if distributed.rank() == 0:
-        try:
-            found = action()
-        except UserError as error:
-            found = error
-    found = distributed.broadcast(found)
-    if isinstance(found, UserError):
-        raise found
-    return found
 
 
 def say_finished(stage: Stage) -> None:
@@ -186,8 +177,8 @@ def _data(stage: Stage, inputs: Inputs) -> TrainingData:
         "limits": {key: inputs.model_config.get(key) for key in ("prompt_types", "segment_types")},
     }
     # The first rank prepares, the others read what it left.
-    _on_first_rank(lambda: load_rows(config.data, config.tokenizer, **options) and None)
-    data = load_rows(config.data, config.tokenizer, build=False, **options)
+    on_first_rank(lambda: load_rows(config.data, config.tokenizer, **options) and None)
+    data = on_all_ranks(lambda: load_rows(config.data, config.tokenizer, build=False, **options))
     if data.tokenizer.vocab_size > inputs.model_config["vocab_size"]:
         raise UserError(
             "the tokenizer has more ids than the model",
@@ -242,11 +233,11 @@ def _write_masks(stage: Stage, inputs: Inputs, gates: Gates | None) -> None:
         write_mask_file(path, {key: tensor for key, tensor in tensors.items() if key not in elsewhere})
 
 
-def _finish(
-    stage: Stage, inputs: Inputs, engine: Engine, attached: AttachedGates, gates: Gates | None,
-    data: TrainingData, log: EventLog, position: Position,
+def _evaluate(
+    stage: Stage, engine: Engine, attached: AttachedGates, gates: Gates | None, data: TrainingData, log: EventLog,
+    position: Position,
 ) -> float | None:  # fmt: skip
-    """Evaluates with binary masks and writes the weights; returns the held-out loss."""
+    """The held-out loss with binary masks, which stay attached."""
     attached.set({name: mask.to(engine.device) for name, mask in (gates.binary() if gates else {}).items()})
     loss = None
     training = stage.config.training
@@ -258,27 +249,29 @@ def _finish(
         loss = held_out_loss(engine, batches, engine.device)
         log.write({"step": position.step, "held_out_loss": loss})
         say(f"{stage.name}: held-out loss {loss:.4f}")
-    folder = stage.folder / "model"
-    weights = engine.full_weights()
-    if distributed.rank() == 0:
-        write_model_folder(folder, inputs.adapter, inputs.model_config, weights)
-        write_tokenizer(folder, data.tokenizer)
-        if inputs.folder is not None:
-            copy_generation_config(inputs.folder, folder)
-    else:
-        for _ in weights:  # every rank takes part in gathering each tensor
-            pass
-    distributed.barrier()
     return loss
+
+
+def _write_model(stage: Stage, inputs: Inputs, engine: Engine, data: TrainingData) -> None:
+    folder = stage.folder / "model"
+
+    def write(weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        try:
+            write_model_folder(folder, inputs.adapter, inputs.model_config, weights)
+            write_tokenizer(folder, data.tokenizer)
+            if inputs.folder is not None:
+                copy_generation_config(inputs.folder, folder)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)  # a part of a model would pass for one
+            raise
+
+    write_gathered(engine, write)
 
 
 def _write_done(
     stage: Stage, inputs: Inputs, gates: Gates | None, identity: str, position: Position, data: dict[str, Any],
     loss: float | None, seconds: float,
 ) -> None:  # fmt: skip
-    _write_masks(stage, inputs, gates)
-    if distributed.rank() != 0:
-        return
     masks = final_masks(stage, inputs, gates)
     files = (*vars(stage.fixed).values(), *vars(stage.writes).values(), stage.pattern_mask)
     write_json(
