@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import pickletools
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from cook.base.errors import UserError
-from cook.base.files import fsync_folder, read_json, regular_file, write_json
+from cook.base.files import fsync_folder, naming, read_json, regular_file, write_json
 
 Shape = tuple[int, ...]
 INDEX = "model.safetensors.index.json"
@@ -189,6 +192,21 @@ def _not_an_archive(path: Path) -> UserError:
     )
 
 
+def save_pt(content: Any, path: Path) -> None:
+    """Writes what `load_pt` reads; a failure is an `OSError` that names the file.
+
+    By Python's own file: PyTorch's does not say why it could not write.
+    """
+    with naming(path), open(path, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            # What closes the archive fails in turn, at a place where it did not expect to be.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
 def open_pt(path: Path) -> Mapping[str, torch.Tensor]:
     """The tensors of a `.pt` state dict, mapped from the file rather than read into memory."""
     content = load_pt(path, mmap=True)
@@ -226,17 +244,26 @@ class ShardWriter:
 
     def _flush(self) -> None:
         file = self.folder / f"shard-{len(self.files):05d}.safetensors"
-        save_file(self._pending, file, metadata={"format": "pt"})
         self.files.append(file)
+        try:
+            save_file(self._pending, file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            found = re.search(r"\(os error (\d+)\)", str(error))
+            if found is None:
+                raise
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(file)) from None
         self.names.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
-            for file in self.files:
-                file.unlink(missing_ok=True)
+            self._clear()
             return
-        self._flush()
+        try:
+            self._flush()
+        except BaseException:
+            self._clear()
+            raise
         # What an earlier model left here would be read in place of this one, or beside it.
         for stale in (*self.folder.glob("model*.safetensors"), *self.folder.glob(INDEX)):
             stale.unlink()
@@ -254,6 +281,10 @@ class ShardWriter:
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
             write_json(self.folder / INDEX, index)
         fsync_folder(self.folder)
+
+    def _clear(self) -> None:
+        for file in self.files:
+            file.unlink(missing_ok=True)
 
 
 def read_model_config(folder: Path) -> dict:

@@ -17,9 +17,10 @@ import torch
 
 from cook.base import distributed
 from cook.base.batches import CallForm, as_it_is
-from cook.base.errors import UserError
+from cook.base.errors import RunFailed, UserError
 from cook.base.rendezvous import Meeting, join, meet
 from cook.base.tensor_files import LazyTensors
+from cook.base.together import in_words, on_first_rank
 from cook.config.types import TrainingConfig
 from cook.training.held_zeros import HeldZeros
 from cook.training.optim import MakeOptimizer, pretraining_adamw
@@ -286,12 +287,13 @@ class Engine:
 
         Returns: the files that this rank has written.
 
-        Raises: whatever this rank's writing met with, only after all ranks have come through.
+        Raises:
+            RunFailed: this rank could not write; only after all ranks have come through.
         """
         self._writer.begin()
         self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
         if self._writer.failure:
-            raise self._writer.failure
+            raise RunFailed(in_words(self._writer.failure)) from self._writer.failure
         return list(self._writer.written)
 
     def load(self, folder: Path) -> None:
@@ -334,6 +336,29 @@ class Engine:
     def close(self) -> None:
         """Frees the engine's hooks and buffers, for another stage in the same process."""
         self._engine.destroy()
+
+
+def write_gathered(engine: Engine, write: Callable[[Iterator[tuple[str, torch.Tensor]]], None]) -> None:
+    """Lets the first rank write the full weights; all ranks call it.
+
+    Raises:
+        RunFailed: on every rank, if `write` could not.
+    """
+    weights = engine.full_weights()
+    failure: Exception | None = None
+    if distributed.rank() == 0:
+        try:
+            write(weights)
+        except Exception as error:  # told to all below, by on_first_rank
+            failure = error
+    for _ in weights:  # every rank takes part in gathering each tensor, also one that cannot write them
+        pass
+
+    def tell() -> None:
+        if failure is not None:
+            raise failure
+
+    on_first_rank(tell)
 
 
 def _stored_classes() -> tuple[Any, ...]:

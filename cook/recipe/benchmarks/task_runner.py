@@ -17,6 +17,7 @@ from cook.base.errors import UserError
 from cook.base.files import read_json, sha256, write_json
 from cook.base.seeds import derived_seed
 from cook.base.tensor_files import open_safetensors_folder
+from cook.base.together import on_first_rank
 from cook.base.watchdog import At
 from cook.config.tasks import TaskConfig, settings_fingerprint
 from cook.families.encoder import Encoder, open_encoder
@@ -105,19 +106,16 @@ def run_pretrain(config: TaskConfig, at: At) -> None:
     session.save(engine, folder / "model")
     engine.close()
     say(f"pretrain: {_shown(metrics)}")
-    if distributed.rank() == 0:
-        write_results(folder / "eval_results.txt", {f"{session.info.name}, dense": metrics})
-        _finish(
-            folder,
-            {
-                "identity": identity,
-                "task": session.info.name,
-                "metrics": metrics,
-                "steps": training.steps,
-                "seconds": round(time.perf_counter() - started, 1),
-            },
-        )
-    distributed.barrier()
+    record = {
+        "identity": identity,
+        "task": session.info.name,
+        "metrics": metrics,
+        "steps": training.steps,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    results = {f"{session.info.name}, dense": metrics}
+    on_first_rank(lambda: write_results(folder / "eval_results.txt", results))
+    on_first_rank(lambda: _finish(folder, record))
 
 
 def run_prune(config: TaskConfig, at: At) -> None:
@@ -155,9 +153,7 @@ def run_prune(config: TaskConfig, at: At) -> None:
             _start_over(stage.folder, config)
             weights, masks = _prune_stage(session, spec, matrices, stage, weights, masks, identity, known)
         follows, known = identity, read_json(stage.folder / DONE)["metrics"][RECOVERED]
-        if distributed.rank() == 0:
-            write_prune_report(config, session.info, spec, source)
-        distributed.barrier()
+        on_first_rank(lambda: write_prune_report(config, session.info, spec, source))
 
 
 def dense_folder(config: TaskConfig) -> str:
@@ -201,11 +197,9 @@ def _prune_stage(
     if record.get("identity") != identity:
         before, masks = _score(session, spec, matrices, stage, weights, previous, name, known)
         record = {"identity": identity, "metrics": before}
-        if distributed.rank() == 0:
-            pattern = {"pattern": spec.name, "sparsity": stage.sparsity, "spec": dataclasses.asdict(spec)}
-            write_pattern_masks(stage.folder / MASKS, masks, pattern)
-            write_json(scored, record)
-        distributed.barrier()
+        pattern = {"pattern": spec.name, "sparsity": stage.sparsity, "spec": dataclasses.asdict(spec)}
+        on_first_rank(lambda: write_pattern_masks(stage.folder / MASKS, masks, pattern))
+        on_first_rank(lambda: write_json(scored, record))
     masks, _ = read_pattern_masks(stage.folder / MASKS, matrices)
     table = sparsity_table(matrices, masks, previous, quirks=spec.quirks)
     metrics = {BEFORE: record["metrics"]}
@@ -234,9 +228,8 @@ def _prune_stage(
     recovered = session.save(engine, stage.folder / "model")
     engine.close()
     say(f"{name}: after recovery {_shown(metrics[RECOVERED])}")
-    if distributed.rank() == 0:
-        _write_stage(session, spec, stage, identity, metrics, table, time.perf_counter() - started)
-    distributed.barrier()
+    seconds = time.perf_counter() - started
+    on_first_rank(lambda: _write_stage(session, spec, stage, identity, metrics, table, seconds))
     return recovered, masks
 
 
