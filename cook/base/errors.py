@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -60,8 +61,17 @@ class Interrupted(Exception):
     """A signal asked the run to stop; everything needed to go on has been saved."""
 
 
+def with_home(argument: str) -> str:
+    """A command-line argument with `~` and `~name` resolved where a path starts: at its beginning, after `=` or `,`.
+
+    Shells resolve only the first of these. A file whose name begins with `~` is written `./~file`.
+    """
+    return re.sub(r"(?<![^=,])~[^/,=]*", lambda found: os.path.expanduser(found[0]), argument)
+
+
 def run_entry(main: Callable[[], int | None]) -> None:
     """Runs a command's `main` and turns its outcome into the documented exit code, without a traceback for users."""
+    sys.argv[1:] = map(with_home, sys.argv[1:])
     try:
         code = main() or EXIT_OK
     except UserError as error:

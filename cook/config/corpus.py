@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+UserPath = Annotated[str, "path"]
+"""A path as the user wrote it, but with `~` resolved; relative paths start at the current working directory."""
 
 DataType = Literal["python_stdlib", "text", "jsonl", "parquet", "arrow", "hub", "cpm_live", "downstream"]
 
@@ -15,10 +18,10 @@ class SourceConfig:
     type: DataType
     """Format of the source."""
 
-    paths: tuple[str, ...] = ()
+    paths: tuple[UserPath, ...] = ()
     """Files, folders or glob patterns."""
 
-    name: str | None = None
+    name: UserPath | None = None
     """What logs call the source, and for `hub` the dataset's name. None: its type and place in the list."""
 
     subset: str | None = None
@@ -30,7 +33,7 @@ class SourceConfig:
     text_field: str = "text"
     """Key or column that holds the text."""
 
-    held_out_paths: tuple[str, ...] = ()
+    held_out_paths: tuple[UserPath, ...] = ()
     """A separate evaluation corpus of the same type for this source."""
 
     weight: float | None = None
@@ -64,10 +67,10 @@ class DataConfig:
     `parquet`: tables; `arrow`: folders of `save_to_disk`; `hub`: a dataset's name; `cpm_live`: folders of CPM-Live's
     binary data; `downstream`: JSON lines with an input and a target. None: `sources` says it."""
 
-    paths: tuple[str, ...] = ()
+    paths: tuple[UserPath, ...] = ()
     """Files, folders or glob patterns of the corpus; empty for `python_stdlib` and `hub`."""
 
-    name: str | None = None
+    name: UserPath | None = None
     """Name of a Hub dataset, or a folder that looks like one."""
 
     subset: str | None = None
@@ -91,13 +94,13 @@ class DataConfig:
     held_out: float = 0.03
     """Fraction of the documents kept for evaluation, split by file or document; unused if `held_out_paths` is given."""
 
-    held_out_paths: tuple[str, ...] = ()
+    held_out_paths: tuple[UserPath, ...] = ()
     """Files, folders or glob patterns of a separate evaluation corpus."""
 
     max_length: int
     """Tokens in a row, the prompt included."""
 
-    cache_dir: str | None = None
+    cache_dir: UserPath | None = None
     """Folder for the tokenised corpus. None: inside the output folder."""
 
     workers: int = 0

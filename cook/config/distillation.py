@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from cook.config.corpus import UserPath
+
 TeacherDevice = Literal["auto", "cpu"]
 
 OWN_TEACHER = "self"
@@ -15,7 +17,7 @@ OWN_TEACHER = "self"
 class DistillationConfig:
     """A dense teacher whose outputs the pruned model imitates."""
 
-    teacher: str
+    teacher: UserPath
     """Folder of the teacher model; or `self`: the model in training with all its gates open, without a second copy, in
     mask stages whose weights are frozen. (A folder of that name is `./self`.)"""
 

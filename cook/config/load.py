@@ -7,8 +7,8 @@ their own checks, but none of its keys is to blame any more.
 from __future__ import annotations
 
 import os
+import pathlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from cook.base.errors import UserError, UserErrors
@@ -59,7 +59,7 @@ def load_config(
         UserErrors: All mistakes of both files and of the overrides, numbered.
     """
     assert world_size is None or world_size > 0, world_size
-    path = os.fspath(path)
+    path = os.path.expanduser(path)
     reader = _Reader(path)
     settings = reader.parse(overrides)
     bmcook = reader.read(path)
@@ -147,7 +147,7 @@ def _read_companion(reader: _Reader, bmcook: dict[str, Any], keys: tuple[str, ..
     path = node.get(keys[-1]) if isinstance(node, dict) else None
     if not isinstance(path, str) or not path:
         return
-    content = reader.read(path)
+    content = reader.read(os.path.expanduser(path))
     if isinstance(content, dict):
         node[keys[-1]] = content
     else:
@@ -163,7 +163,8 @@ def _scheme_path(path: str, bmcook: Any) -> str | None:
     pruning = bmcook["pruning"] if isinstance(bmcook.get("pruning"), dict) else {}
     stages = bmcook["stages"] if isinstance(bmcook.get("stages"), list) else []
     named = pruning.get("l0_pruning")
-    scheme = str(Path(path).parent / (named if isinstance(named, str) else DEFAULT_SCHEME))
+    file = os.path.expanduser(named) if isinstance(named, str) else DEFAULT_SCHEME
+    scheme = str(pathlib.Path(path).parent / file)
     has_scheme = pruning.get("is_pruning") is True and pruning.get("mask_method") not in PATTERN_METHODS
     needed = isinstance(named, str) or has_scheme
     needed |= any(isinstance(stage, dict) and stage.get("name") not in ("pretrain", "pattern") for stage in stages)
@@ -208,6 +209,8 @@ def _build(key: str, section: Any, value: Any) -> Any:
     if key == "stages":
         entries = [dict(entry, training=_typed(TrainingConfig, entry.get("training", {}))) for entry in value]
         return tuple(StageEntry(**entry) for entry in entries)
+    if key in ("output_dir", "deepspeed"):
+        return _with_home(value)
     if section is None or value is None:
         return value
     fields = _typed(section, value)
@@ -223,13 +226,24 @@ def _build(key: str, section: Any, value: Any) -> Any:
 
 def _typed(section: type, value: dict[str, Any]) -> dict[str, Any]:
     """JSON's values as the types of the section's fields: whole numbers to floats, lists to tuples."""
-    hints = get_type_hints(section)
+    hints = get_type_hints(section, include_extras=True)
     return {key: _converted(hints.get(key), entry) for key, entry in value.items()}
 
 
 def _converted(hint: Any, value: Any) -> Any:
+    if "'path'" in str(hint):
+        value = _with_home(value)
     if isinstance(value, list):
         return tuple(value)
     if isinstance(value, int) and not isinstance(value, bool) and float in (get_args(hint) or (hint,)):
         return float(value)
     return value
+
+
+def _with_home(value: Any) -> Any:
+    """A path, or a tree of values that may hold some, with `~` resolved; a file so named is written `./~file`."""
+    if isinstance(value, dict):
+        return {key: _with_home(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_with_home(entry) for entry in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value

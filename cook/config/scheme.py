@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from cook.config.corpus import UserPath
+
 MaskMethod = Literal["coarse-grained", "fine-grained", "joint", "pattern", "m4n2_1d", "m4n2_2d"]
 """`coarse-grained` prunes whole attention and FFN blocks, `fine-grained` prunes heads or FFN dims inside them, `joint`
 all at once; `pattern` prunes single weights in a pattern, `m4n2_1d` and `m4n2_2d` two of four weights."""
@@ -40,7 +42,7 @@ class CoarseConfig:
     train_mask: bool
     """True: the mask is learned together with the weights. False: it is read, made binary and fixed (finetuning)."""
 
-    coarse_mask: str
+    coarse_mask: UserPath
     """Mask file (`.pt`): written when learned, read when fixed."""
 
     target_sparsity: float
@@ -54,7 +56,7 @@ class FineConfig:
     train_mask: bool
     """True: the mask is learned together with the weights. False: it is read, made binary and fixed (finetuning)."""
 
-    coarse_mask: str | None = None
+    coarse_mask: UserPath | None = None
     """Layer mask that says which blocks are kept. None: the model's layers are already physically removed."""
 
     num_heads: int
@@ -77,10 +79,10 @@ class FineConfig:
     """True: the targets may be such that the family's stock class cannot hold the result, which is then exported with
     a modeling file of its own."""
 
-    heads_mask: str | None = None
+    heads_mask: UserPath | None = None
     """Head mask file (`.pt`): written by att mask training, read by everything after it."""
 
-    dimff_mask: str | None = None
+    dimff_mask: UserPath | None = None
     """FFN mask file (`.pt`): written by ffn mask training, read by everything after it."""
 
     scope: Scope = "block"
@@ -177,7 +179,7 @@ class PatternConfig:
     scoring_steps: int = 100
     """Batches whose gradients are gathered with the weights frozen; `magnitude` needs none."""
 
-    previous_mask: str | None = None
+    previous_mask: UserPath | None = None
     """Mask file of an earlier stage: what it prunes stays pruned."""
 
     quirks: tuple[str, ...] = ()

@@ -11,7 +11,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from cook.config.corpus import DataConfig
+from cook.config.corpus import DataConfig, UserPath
 from cook.config.distillation import DistillationConfig
 from cook.config.scheme import (
     PATTERN_METHODS,
@@ -60,7 +60,7 @@ class ModelConfig:
     """CPM-Live's configuration keys. A path to a JSON file in `bmcook.json` has been replaced by the file's content.
     None for `hf`, whose folder has a config.json."""
 
-    path: str | None = None
+    path: UserPath | None = None
     """Pretrained weights: a Hugging Face folder, or a CPM-Live `.pt` file that `config` describes. None: random."""
 
 
@@ -72,7 +72,7 @@ class TokenizerConfig:
     """`sentencepiece`: a `.model` file; `hf`: a folder that Hugging Face's AutoTokenizer reads; `jieba`: CPM-Ant's own,
     a `vocab.txt`."""
 
-    path: str | None = None
+    path: UserPath | None = None
     """The tokenizer's file or folder. None (sentencepiece only): the run trains one on the corpus."""
 
     vocab_size: int
@@ -173,7 +173,7 @@ class PruningConfig:
     is_pruning: bool
     """False: plain pretraining."""
 
-    pruning_mask_path: str | None = None
+    pruning_mask_path: UserPath | None = None
     """Mask file (`.safetensors`) of a pattern: read and held if it is there, else made; None for other methods."""
 
     pruned_module: tuple[str, ...]
@@ -209,7 +209,7 @@ class ConfigSource:
 class RunConfig:
     """Everything a run is told, checked as a whole. Made by `cook.config.load.load_config`."""
 
-    output_dir: str
+    output_dir: UserPath
     """Folder for all that the run writes, the mask files apart, which have paths of their own."""
 
     seed: int = 0

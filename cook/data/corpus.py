@@ -315,7 +315,7 @@ def list_files(
 
 
 def matching_files(given: str, suffixes: tuple[str, ...] | None) -> list[tuple[Path, str]]:
-    path = Path(given).expanduser()
+    path = Path(given)
     if path.is_file():
         return [(path, path.name)]
     if path.is_dir():
