@@ -1,9 +1,8 @@
-"""The only file that imports DeepSpeed: builds an engine, reads and writes its weights and checkpoints."""
+"""The only file that runs DeepSpeed: builds an engine, reads and writes its weights and checkpoints."""
 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import warnings
@@ -20,6 +19,7 @@ from cook.base.batches import CallForm, as_it_is
 from cook.base.errors import UserError
 from cook.base.tensor_files import LazyTensors
 from cook.config.types import TrainingConfig
+from cook.training.deepspeed_checks import import_deepspeed, refusals
 from cook.training.held_zeros import HeldZeros
 from cook.training.optim import MakeOptimizer, pretraining_adamw
 from cook.training.partitions import Partitions
@@ -31,12 +31,10 @@ from cook.training.watch import NormWatch, reserve_state
 
 def initialise_processes(threads: int | None) -> None:
     """Joins the process group of the launcher (or makes one of a single rank) and sets the CPU threads of this rank."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", "0")
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_ranks))
-    deepspeed = _import_deepspeed()
+    deepspeed = import_deepspeed()
     # DeepSpeed calls what torch has renamed, thousands of times.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
     if torch.cuda.is_available():
@@ -66,15 +64,6 @@ def leave_processes() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _import_deepspeed():
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    import deepspeed
-
-    # It sets its own logger up at import, and prints a page of settings at every start.
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    return deepspeed
-
-
 class Engine:
     """A model under DeepSpeed, with just the calls that the step, the loop and the checkpoints make.
 
@@ -96,7 +85,7 @@ class Engine:
         make_optimizer: MakeOptimizer = pretraining_adamw,
         call_form: CallForm = as_it_is,
     ):
-        deepspeed = _import_deepspeed()
+        deepspeed = import_deepspeed()
         self._deepspeed, self._call_form = deepspeed, call_form
         self.precision = resolve_precision(training, deepspeed_config)
         world = distributed.world_size()
@@ -129,12 +118,13 @@ class Engine:
         names = {parameter: name for name, parameter in model.named_parameters()}
         groups = [trained] if optimizer is None else [group["params"] for group in optimizer.param_groups]
         self._optimized = [names[parameter] for group in groups for parameter in group]
-        self._engine, self._optimizer, *_ = deepspeed.initialize(
-            model=model,
-            model_parameters=trained,
-            optimizer=optimizer,
-            config=self.config,
-        )
+        with refusals(deepspeed_config):
+            self._engine, self._optimizer, *_ = deepspeed.initialize(
+                model=model,
+                model_parameters=trained,
+                optimizer=optimizer,
+                config=self.config,
+            )
         for name, buffer in buffers.items():
             owner, _, leaf = name.rpartition(".")
             setattr(self.module.get_submodule(owner), leaf, buffer.to(self.device))
