@@ -15,7 +15,7 @@ from cook.base.distributed import launched_rank, launched_world_size  # noqa: E4
 from cook.base.errors import UserError, run_entry  # noqa: E402
 from cook.base.signals import ending_quietly  # noqa: E402
 from cook.config.load import load_config  # noqa: E402
-from cook.config.types import STAGE_NAMES, RunConfig, described_stage  # noqa: E402
+from cook.config.types import STAGE_NAMES, RunConfig  # noqa: E402
 from cook.stages.plan import Stage, plan_stage, recipe  # noqa: E402
 
 
@@ -51,7 +51,7 @@ def main() -> int | None:
         if not stages:
             raise UserError(f"{arguments.config}: there are no stages to run", remedy='list them under "stages"')
     else:
-        stages = [plan_stage(config, arguments.stage or described_stage(config))]
+        stages = [plan_stage(config, arguments.stage or config.stage)]
     if arguments.dry_run:
         from cook.stages.dry_run import print_plan
 

@@ -6,9 +6,10 @@ their own checks, but none of its keys is to blame any more.
 
 from __future__ import annotations
 
+import dataclasses
 import os
-import pathlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from cook.base.errors import UserError, UserErrors
@@ -16,26 +17,21 @@ from cook.base.files import read_json
 from cook.config.check import Sections, cross_check
 from cook.config.corpus import DataConfig, MixingConfig, SourceConfig
 from cook.config.overrides import Override, apply_override, parse_override
-from cook.config.schema import Keys, schema_findings
+from cook.config.schema import Keys, load_schema, schema_findings, with_home
 from cook.config.scheme import PATTERN_METHODS
 from cook.config.types import (
-    CoarseConfig,
+    DERIVED,
+    SCHEME_SECTIONS,
     ConfigSource,
-    DistillationConfig,
-    FineConfig,
     GatesConfig,
-    JointConfig,
-    LoggingConfig,
-    ModelConfig,
-    PatternConfig,
     PruningConfig,
     RunConfig,
     StageEntry,
-    TokenizerConfig,
     TrainingConfig,
+    stage_of,
 )
 
-DEFAULT_SCHEME = "l0_pruning.json"
+DEFAULT_SCHEME = PruningConfig.l0_pruning
 COMPANIONS: tuple[tuple[str, ...], ...] = (("model", "config"), ("deepspeed",))
 """Objects of `bmcook.json` that may instead be the path of a JSON file."""
 UNREADABLE = object()
@@ -65,17 +61,22 @@ def load_config(
     bmcook = reader.read(path)
     if isinstance(bmcook, dict):
         _inline(reader, bmcook, [s for s in settings if not s.is_scheme])
+        bmcook = with_home(bmcook, load_schema("bmcook"))
     scheme_path = _scheme_path(path, bmcook)
     scheme = reader.read(scheme_path) if scheme_path else {}
     if isinstance(scheme, dict):
         reader.apply([s for s in settings if s.is_scheme], scheme)
+        scheme = with_home(scheme, load_schema("l0_pruning"))
 
     reader.check_schemas(bmcook, scheme, scheme_path)
     sections = _sections(bmcook, scheme, reader.invalid)
     reader.errors += cross_check(sections, world_size=world_size)
     if reader.errors:
         raise UserErrors(f"{path}: the configuration cannot be used", reader.errors)
-    return RunConfig(**sections.values, source=ConfigSource(bmcook=path, l0_pruning=scheme_path))
+    values = sections.values
+    stage = stage_of(values["pruning"], *(values.get(name) for name in ("coarse", "fine", "joint")))
+    assert stage is not None, "the checks let no stage pass without its section"
+    return RunConfig(**values, stage=stage, source=ConfigSource(bmcook=path, l0_pruning=scheme_path))
 
 
 class _Reader:
@@ -163,36 +164,23 @@ def _scheme_path(path: str, bmcook: Any) -> str | None:
     pruning = bmcook["pruning"] if isinstance(bmcook.get("pruning"), dict) else {}
     stages = bmcook["stages"] if isinstance(bmcook.get("stages"), list) else []
     named = pruning.get("l0_pruning")
-    file = os.path.expanduser(named) if isinstance(named, str) else DEFAULT_SCHEME
-    scheme = str(pathlib.Path(path).parent / file)
+    scheme = str(Path(path).parent / (named if isinstance(named, str) else DEFAULT_SCHEME))
     has_scheme = pruning.get("is_pruning") is True and pruning.get("mask_method") not in PATTERN_METHODS
     needed = isinstance(named, str) or has_scheme
     needed |= any(isinstance(stage, dict) and stage.get("name") not in ("pretrain", "pattern") for stage in stages)
     return scheme if needed or os.path.exists(scheme) else None
 
 
-_BMCOOK: dict[str, Any] = {
-    "output_dir": None,
-    "seed": None,
-    "model": ModelConfig,
-    "tokenizer": TokenizerConfig,
-    "data": DataConfig,
-    "training": TrainingConfig,
-    "deepspeed": None,
-    "distillation": DistillationConfig,
-    "logging": LoggingConfig,
-    "pruning": PruningConfig,
-    "pattern": PatternConfig,
-    "stages": None,
-}
-_SCHEME: dict[str, Any] = {
-    "coarse-grained": CoarseConfig,
-    "fine-grained": FineConfig,
-    "joint": JointConfig,
-    "gates": GatesConfig,
-}
-_FIELDS = {"coarse-grained": "coarse", "fine-grained": "fine"}
-"""Sections whose name in the file is no Python name."""
+def _section(field: dataclasses.Field[Any]) -> Any:
+    """The dataclass of a field of RunConfig; None for a plain value."""
+    hint = _HINTS[field.name]
+    return next((each for each in (hint, *get_args(hint)) if dataclasses.is_dataclass(each)), None)
+
+
+_HINTS = get_type_hints(RunConfig)
+_ALL = {field.name: _section(field) for field in dataclasses.fields(RunConfig) if field.name not in DERIVED}
+_SCHEME = {key: _ALL[name] for key, name in SCHEME_SECTIONS.items()}
+_BMCOOK = {name: section for name, section in _ALL.items() if name not in SCHEME_SECTIONS.values()}
 
 
 def _sections(bmcook: Any, scheme: Any, invalid: set[str]) -> Sections:
@@ -201,20 +189,17 @@ def _sections(bmcook: Any, scheme: Any, invalid: set[str]) -> Sections:
     for content, known in ((bmcook, _BMCOOK), (scheme, _SCHEME)):
         for key in known.keys() - invalid:
             if key in content:
-                values[_FIELDS.get(key, key)] = _build(key, known[key], content[key])
-    return Sections(values=values, invalid=frozenset(_FIELDS.get(key, key) for key in invalid))
+                values[SCHEME_SECTIONS.get(key, key)] = _build(key, known[key], content[key])
+    return Sections(values=values, invalid=frozenset(SCHEME_SECTIONS.get(key, key) for key in invalid))
 
 
 def _build(key: str, section: Any, value: Any) -> Any:
     if key == "stages":
         entries = [dict(entry, training=_typed(TrainingConfig, entry.get("training", {}))) for entry in value]
         return tuple(StageEntry(**entry) for entry in entries)
-    if key in ("output_dir", "deepspeed"):
-        return _with_home(value)
     if section is None or value is None:
         return value
     fields = _typed(section, value)
-    fields.pop("l0_pruning", None)
     if section is DataConfig:
         fields["sources"] = tuple(SourceConfig(**_typed(SourceConfig, entry)) for entry in fields.get("sources", ()))
         if fields.get("mixing") is not None:
@@ -226,24 +211,13 @@ def _build(key: str, section: Any, value: Any) -> Any:
 
 def _typed(section: type, value: dict[str, Any]) -> dict[str, Any]:
     """JSON's values as the types of the section's fields: whole numbers to floats, lists to tuples."""
-    hints = get_type_hints(section, include_extras=True)
+    hints = get_type_hints(section)
     return {key: _converted(hints.get(key), entry) for key, entry in value.items()}
 
 
 def _converted(hint: Any, value: Any) -> Any:
-    if "'path'" in str(hint):
-        value = _with_home(value)
     if isinstance(value, list):
         return tuple(value)
     if isinstance(value, int) and not isinstance(value, bool) and float in (get_args(hint) or (hint,)):
         return float(value)
     return value
-
-
-def _with_home(value: Any) -> Any:
-    """A path, or a tree of values that may hold some, with `~` resolved; a file so named is written `./~file`."""
-    if isinstance(value, dict):
-        return {key: _with_home(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_with_home(entry) for entry in value]
-    return os.path.expanduser(value) if isinstance(value, str) else value

@@ -114,7 +114,7 @@ def check_settings(training: TrainingConfig, deepspeed_config: Mapping[str, Any]
 
 def _misshapen(config: Mapping[str, Any]) -> Iterator[UserError]:
     """Values that cook itself could not read."""
-    sections = {}
+    sections: dict[str, Any] = {}
     for name, keys in SECTIONS.items():
         section = config.get(name, {})
         inner = section if isinstance(section, dict) else {}
