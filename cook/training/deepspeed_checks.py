@@ -112,13 +112,15 @@ def _old_keys(zero: Any) -> Iterator[UserError]:
 def _precision(config: Mapping[str, Any]) -> Iterator[UserError]:
     from deepspeed.accelerator import get_accelerator
 
-    if config["fp16"]["enabled"] and not get_accelerator().is_fp16_supported():
-        yield UserError(
-            "deepspeed.fp16.enabled, training.precision: this device cannot train in fp16",
-            wanted="bf16, fp32 or auto",
-            got="fp16",
-            remedy="choose another precision; for a run on GPUs, check the config on a machine that has one",
-        )
+    supported = {"fp16": get_accelerator().is_fp16_supported, "bf16": get_accelerator().is_bf16_supported}
+    for name, is_supported in supported.items():
+        if config[name]["enabled"] and not is_supported():
+            yield UserError(
+                f"deepspeed.{name}.enabled, training.precision: this device cannot train in {name}",
+                wanted=f"fp32, auto or {'bf16' if name == 'fp16' else 'fp16'}",
+                got=name,
+                remedy="choose another precision; for a run on other devices, check the config on one of them",
+            )
     dtype = "fp16" if config["fp16"]["enabled"] else "bf16" if config["bf16"]["enabled"] else "fp32"
     types = config.get("data_types", {})
     stage = config["zero_optimization"]["stage"]
@@ -302,6 +304,7 @@ def optimizer_ops(config: Mapping[str, Any]) -> list[str]:
 def _unbuildable(op: str, name: str) -> Iterator[UserError]:
     from deepspeed.accelerator import get_accelerator
     from deepspeed.git_version_info import installed_ops
+    from torch.utils import cpp_extension
 
     remedy = 'leave "optimizer" and "offload_optimizer" out: cook then uses AdamW of torch'
     builder = get_accelerator().create_op_builder(op)
@@ -309,9 +312,11 @@ def _unbuildable(op: str, name: str) -> Iterator[UserError]:
         yield UserError(f"deepspeed.optimizer.type: DeepSpeed has no {name} for this device", got=name, remedy=remedy)
     elif not installed_ops.get(builder.name) and not _is_built(builder.name):
         missing = [tool for tool in (os.environ.get("CXX", "c++"), "ninja") if shutil.which(tool) is None]
+        if torch.cuda.is_available() and cpp_extension.CUDA_HOME is None:
+            missing.append("CUDA's toolkit (nvcc)")
         if missing:
             what = f"deepspeed.optimizer.type: {name} is C++ that has to be built first, and {missing[0]} is missing"
-            yield UserError(what, wanted="a C++ compiler and ninja", remedy=remedy)
+            yield UserError(what, wanted="a C++ compiler and ninja, for GPUs also nvcc", remedy=remedy)
 
 
 def _announced(jit_load: Callable[..., Any]) -> Callable[..., Any]:
@@ -326,7 +331,7 @@ def _announced(jit_load: Callable[..., Any]) -> Callable[..., Any]:
             _say(f"building DeepSpeed's {builder.name} (C++): once for this machine, usually one to three minutes")
         try:
             made = jit_load(builder, verbose=False)
-        except RuntimeError as error:
+        except Exception as error:  # a compiler, a linker, a file system: torch and DeepSpeed have a class for each
             raise UserError(
                 f"deepspeed.optimizer: DeepSpeed's {builder.name} could not be built: {_first_line(error)}",
                 remedy=f"see {library.parent}, or leave \"optimizer\" out: cook then uses AdamW of torch",
