@@ -42,8 +42,8 @@ def main(command: str | None = None) -> None:
         command: The command that `sys.argv` has the options of; None: the first argument names it.
     """
     spin_briefly()
-    arguments = [command, *sys.argv[1:]] if command else sys.argv[1:]
-    run_entry(lambda: app(arguments, prog_name="cook", standalone_mode=True))
+    # Only inside: `run_entry` resolves `~` in the arguments.
+    run_entry(lambda: app([*([command] if command else []), *sys.argv[1:]], prog_name="cook"))
 
 
 def invoke(command: str, arguments: list[str] | None = None) -> Any:
