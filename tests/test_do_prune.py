@@ -16,7 +16,7 @@ from transformers import BertConfig, GPT2Config, LlamaConfig, RobertaConfig
 
 import do_prune
 from cook.base.errors import RunFailed, UserError
-from cook.families.source import Stored
+from cook.pruning.family import Stored
 from cook.pruning.mask_file import write_mask_file
 
 SIZES = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=20, vocab_size=300)
