@@ -78,4 +78,4 @@ else
   in_group ${LAUNCHER:-$here} cook/train.py --config "$config" --stage all "$@"
 fi
 "$PYTHON" do_prune.py --config "$config" --verify ${settings[@]+"${settings[@]}"}
-"$PYTHON" -m cook.recipe --config "$config" ${settings[@]+"${settings[@]}"}
+"$PYTHON" -m cook report --config "$config" ${settings[@]+"${settings[@]}"}
