@@ -119,7 +119,9 @@ def run_entry(main: Callable[[], int | None]) -> None:
     """Runs a command's `main` and turns its outcome into the documented exit code, without a traceback for users."""
     sys.argv[1:] = map(with_home, sys.argv[1:])
     try:
-        code = main() or EXIT_OK
+        code: int | str | None = main() or EXIT_OK
+    except SystemExit as end:  # the parser of the command line ends so, also after success
+        code = end.code
     except UserError as error:
         code = _told(f"error: {error}", EXIT_USER_ERROR)
     except RunFailed as failure:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import pickle
 import subprocess
 import sys
@@ -52,6 +53,24 @@ def test_exit_codes(body, code, words):
     assert done.returncode == code and all(word in done.stderr for word in words)
     assert ("Traceback" in done.stderr) == (words[:1] == ["Traceback"])
     assert (EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_FAILED) == (2, 75, 1)  # documented
+
+
+@pytest.mark.parametrize(
+    ("body", "code"), [("return None", 0), ("sys.exit()", 0), ("sys.exit(0)", 0), ("sys.exit(2)", 2)]
+)
+def test_an_output_on_a_full_disk_does_not_change_the_exit_code(body, code):
+    source = f"""
+        import sys
+        from cook.base.errors import run_entry
+        def main():
+            print("kept in a buffer")
+            {body}
+        run_entry(main)
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", textwrap.dedent(source)], stdout=full, env=environment)
+    assert done.returncode == code
 
 
 def test_a_tilde_is_resolved_wherever_a_path_starts_in_an_argument(monkeypatch):
