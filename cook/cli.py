@@ -46,7 +46,7 @@ def main(command: str | None = None) -> None:
     run_entry(lambda: app([*([command] if command else []), *sys.argv[1:]], prog_name="cook"))
 
 
-def invoke(command: str, arguments: list[str] | None = None) -> Any:
+def invoke(command: str, arguments: list[str] | None = None) -> None:
     """Runs a command in a program of your own, which has registered a model family perhaps.
 
     Args:
@@ -55,8 +55,14 @@ def invoke(command: str, arguments: list[str] | None = None) -> Any:
 
     Raises:
         UserError, RunFailed, Interrupted: for the caller, or for `cook.base.errors.run_entry`.
+        SystemExit: mistaken options (2), or Ctrl-C (130).
     """
-    return app([command, *(sys.argv[1:] if arguments is None else arguments)], prog_name="cook", standalone_mode=False)
+    try:
+        app([command, *(sys.argv[1:] if arguments is None else arguments)], prog_name="cook")
+    except SystemExit as end:
+        # Only a failure ends the caller's program.
+        if end.code:
+            raise
 
 
 def _version(asked: bool) -> None:

@@ -89,6 +89,7 @@ def test_a_mask_of_another_model_stops_all_ranks(own):
 
 MISTAKES = {
     "no such file": (["--config", "gone.json"], "gone.json: there is no such file"),
+    "unknown option": (["--nope"], "No such option: --nope"),
     "unknown key": (["--set", "training.stpes=3"], "did you mean 'steps'"),
     "wrong type": (["--set", "training.steps=many"], "training.steps"),
     "batch": (["--set", "training.train_batch_size=7"], "a multiple of micro_batch_size 2"),
@@ -137,6 +138,21 @@ def refused_here(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, opt
         run_entry(main)
     assert ended.value.code == 2 and message in capsys.readouterr().err
     assert contents(folder) == before
+
+
+def test_a_program_of_ones_own_goes_on_after_a_command_and_ends_with_130_at_ctrl_c(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["own.py", "--help"])
+    main()
+    assert "--resume" in capsys.readouterr().out
+
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["own.py"])
+    monkeypatch.setattr("cook.recipe.start.start", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(own):

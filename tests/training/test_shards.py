@@ -200,7 +200,7 @@ def test_a_failing_write_is_remembered_until_all_ranks_have_come_through(tmp_pat
     writer.makedirs(str(tmp_path / "engine"))
     for name in ("gone/a.pt", "engine/b.pt"):
         writer.save({"x": torch.ones(1)}, str(tmp_path / name))
-    assert isinstance(writer.failure, RuntimeError) and "gone" in str(writer.failure)
+    assert isinstance(writer.failure, FileNotFoundError) and "gone" in str(writer.failure)
     assert [path.name for path in writer.written] == ["a.pt", "b.pt"]
     writer.begin()
     assert writer.failure is None and writer.written == []
