@@ -9,7 +9,7 @@ import torch
 
 from cook.base import distributed
 from cook.base.batches import Batch, on_device
-from cook.data.token_loss import model_inputs, num_told, summed_cross_entropy
+from cook.data.token_loss import count_targets, model_inputs, summed_cross_entropy
 
 
 @torch.no_grad()
@@ -25,7 +25,7 @@ def held_out_loss(forward: Callable[..., Any], batches: Iterable[Batch], device:
     for batch in batches:
         batch = on_device(batch, device)
         loss = summed_cross_entropy(forward(**model_inputs(batch)).logits, batch)
-        total += torch.stack([loss.double(), num_told(batch).double()]).cpu()
+        total += torch.stack([loss.double(), count_targets(batch).double()]).cpu()
     if distributed.world_size() > 1:
         total = distributed.all_reduce_sum(total.to(device)).cpu()
     assert total[1] > 0, "no held-out tokens"
