@@ -42,7 +42,7 @@ SAMPLES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lesson:
+class DistillationPlan:
     """What a stage distils, checked against both models."""
 
     options: DistillationConfig
@@ -53,7 +53,7 @@ class Lesson:
     attention: tuple[Pair, ...]
 
 
-def open_lesson(stage: Stage, inputs: Inputs, *, must_exist: bool = True) -> Lesson | None:
+def open_distillation(stage: Stage, inputs: Inputs, *, must_exist: bool = True) -> DistillationPlan | None:
     """Finds the teacher and the places that are compared; no weights are read. None if the stage has no teacher.
 
     Args:
@@ -86,7 +86,9 @@ def open_lesson(stage: Stage, inputs: Inputs, *, must_exist: bool = True) -> Les
     pairs = _own_names(pairs, inputs.model_config, config)
     check_pairs(pairs, _skeleton(inputs.adapter, inputs.model_config), _skeleton(teacher.adapter, config))
     pairs = {key: _without_masked(some, inputs) for key, some in pairs.items()}
-    return Lesson(options=options, source=source, hidden=pairs["mse_hidn_module"], attention=pairs["mse_att_module"])
+    return DistillationPlan(
+        options=options, source=source, hidden=pairs["mse_hidn_module"], attention=pairs["mse_att_module"]
+    )
 
 
 def check_teacher_tokenizer(folder: Path, own: Tokenizer) -> None:
@@ -121,24 +123,26 @@ def check_teacher_tokenizer(folder: Path, own: Tokenizer) -> None:
         )
 
 
-def make_distiller(lesson: Lesson | None, stage: Stage, engine: Engine, attached: AttachedGates) -> Distiller | None:
+def make_distiller(
+    plan: DistillationPlan | None, stage: Stage, engine: Engine, attached: AttachedGates
+) -> Distiller | None:
     """The extra loss of the stage's steps; the gates are attached already, so that taps see what they let through."""
-    if lesson is None:
+    if plan is None:
         return None
-    options = lesson.options
+    options = plan.options
     projections = None
     if options.mse_hidn_proj:
         projections = Projections(seed=derived_seed(stage.config.seed, stage.name), device=engine.device)
     return Distiller(
         engine.module,
-        _teacher(lesson, stage, engine, attached),
+        _teacher(plan, stage, engine, attached),
         ce_scale=options.ce_scale,
         ce_temp=options.ce_temp,
         mse_hidn_scale=options.mse_hidn_scale,
-        hidden_pairs=lesson.hidden,
+        hidden_pairs=plan.hidden,
         projections=projections,
         mse_att_scale=options.mse_att_scale,
-        attention_pairs=lesson.attention,
+        attention_pairs=plan.attention,
     )
 
 
@@ -158,19 +162,19 @@ def own_teacher(engine: Engine, attached: AttachedGates, *, fixed: bool) -> Teac
     return Teacher(module=engine.module, forward=forward)
 
 
-def _teacher(lesson: Lesson, stage: Stage, engine: Engine, attached: AttachedGates) -> Teacher:
-    if lesson.source is None:
+def _teacher(plan: DistillationPlan, stage: Stage, engine: Engine, attached: AttachedGates) -> Teacher:
+    if plan.source is None:
         # Where weights have been trained under the fixed masks, what these remove was left behind by the rest, and the
         # dense model is nobody any more: the teacher is then the model as the stage found it.
         masks = "under the masks that its weights were trained under" if stage.adapted else "all masks open"
         say(f"{stage.name}: the model is its own teacher, {masks}")
         return own_teacher(engine, attached, fixed=not stage.adapted)
-    model = load_model(lesson.source)
-    if lesson.options.teacher_device == "cpu":
+    model = load_model(plan.source)
+    if plan.options.teacher_device == "cpu":
         stream_weights(placed(model, "cpu", engine.dtype), engine.device)
     else:
         placed(model, engine.device, engine.dtype)
-    return model_teacher(model, lesson.source.adapter.inputs)
+    return model_teacher(model, plan.source.adapter.inputs)
 
 
 def _check_teacher(name: str, teacher: ModelSource, inputs: Inputs) -> None:

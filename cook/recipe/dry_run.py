@@ -11,7 +11,7 @@ from cook.config.types import RunConfig
 from cook.pruning.counts import parameters
 from cook.pruning.mask_set import kept_counts
 from cook.pruning.units import PruningSpace
-from cook.recipe.distillation import open_lesson
+from cook.recipe.distillation import open_distillation
 from cook.recipe.inputs import Inputs, final_masks, make_gates, open_inputs
 from cook.recipe.plan import Stage
 from cook.report.console import print_plan as print_table_of_stages
@@ -40,7 +40,7 @@ def print_plan(config: RunConfig, stages: Sequence[Stage], *, world_size: int) -
     kept: dict[str, int] = {}
     for stage in stages:
         inputs = open_inputs(stage, must_exist=False)
-        open_lesson(stage, inputs, must_exist=False)
+        open_distillation(stage, inputs, must_exist=False)
         begins_anew = stage.name == "pretrain" or stage.writes.layer
         kept = {} if begins_anew else kept | kept_counts(inputs.fixed)
         before = parameters(inputs.space, kept)

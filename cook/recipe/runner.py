@@ -29,7 +29,7 @@ from cook.pruning.counts import parameters
 from cook.pruning.gates import Gates
 from cook.pruning.mask_file import write_mask_file
 from cook.pruning.mask_set import FINE_KEYS, coarse_to_tensors, fine_to_tensors, kept_counts
-from cook.recipe.distillation import check_teacher_tokenizer, make_distiller, open_lesson
+from cook.recipe.distillation import check_teacher_tokenizer, make_distiller, open_distillation
 from cook.recipe.inputs import Inputs, final_masks, make_gates, open_inputs
 from cook.recipe.kept_structure import describe_structure
 from cook.recipe.pattern import masked_weights, pattern_identity, pattern_masks, pattern_spec
@@ -62,14 +62,14 @@ def run_stage(stage: Stage, *, resume: str, at: At) -> None:
     at(0, "preparing")
     check_settings(stage.config.training, stage.config.deepspeed, world_size=distributed.world_size())
     inputs = on_all_ranks(lambda: open_inputs(stage))
-    lesson = on_all_ranks(lambda: open_lesson(stage, inputs))
+    distillation = on_all_ranks(lambda: open_distillation(stage, inputs))
     if resume == "never" and distributed.rank() == 0:
         shutil.rmtree(stage.folder, ignore_errors=True)
     distributed.barrier()
     on_first_rank(lambda: check_sources(stage, resume))
     data = _data(stage, inputs)
-    if lesson and lesson.source and not stage.config.tokenizer.path:  # one of the run's own making
-        check_teacher_tokenizer(lesson.source.path, data.tokenizer)
+    if distillation and distillation.source and not stage.config.tokenizer.path:  # one of the run's own making
+        check_teacher_tokenizer(distillation.source.path, data.tokenizer)
     on_first_rank(lambda: note_sources(stage))
     build = _builder(inputs, stage)
     at(0, "starting")
@@ -85,7 +85,7 @@ def run_stage(stage: Stage, *, resume: str, at: At) -> None:
     if zeros:
         engine.hold_zeros(zeros, gradients_only=pattern_spec(stage).quirks.drifting_weights)
     gates, attached = make_gates(stage, inputs), _attach(engine, inputs)
-    distiller = make_distiller(lesson, stage, engine, attached)
+    distiller = make_distiller(distillation, stage, engine, attached)
     projections = distiller.projections if distiller else None
     say(_opening(stage, inputs, engine))
 
