@@ -25,7 +25,7 @@ from cook.data.loader import RowLoader
 from cook.distill.distiller import RowDistiller
 from cook.evaluation.predict import predict
 from cook.families.encoder import Encoder, write_encoder
-from cook.recipe.benchmarks.task import Judged, TaskData, TaskInfo
+from cook.recipe.benchmarks.task import Scores, TaskData, TaskInfo
 from cook.report.events import EventLog
 from cook.training.checkpoint import find_checkpoint, load_checkpoint
 from cook.training.engine import Engine
@@ -153,18 +153,18 @@ class Session:
         """
         engine.module.eval()
         metrics: dict[str, float] = {}
-        for examination in self.data.examinations:
+        for evaluation in self.data.evaluations:
             outputs = predict(
                 engine,
-                examination.rows,
+                evaluation.rows,
                 names=self.info.outputs,
                 batch_size=self.config.eval_batch_size,
                 device=engine.device,
             )
-            judged: Judged = examination.judge(outputs)
-            metrics |= judged.metrics
+            scores: Scores = evaluation.score(outputs)
+            metrics |= scores.metrics
             if folder is not None:
-                for name, content in judged.files.items():
+                for name, content in scores.files.items():
                     on_first_rank(partial(write_json, folder / name, content))
         engine.module.train()
         return {name: round(value, 4) for name, value in metrics.items()}

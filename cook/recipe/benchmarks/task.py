@@ -25,7 +25,7 @@ Outputs = Sequence[tuple[np.ndarray, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
+class Scores:
     """What a model's outputs were worth."""
 
     metrics: dict[str, float]
@@ -35,11 +35,11 @@ class Judged:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Examination:
+class Evaluation:
     """Rows to evaluate on."""
 
     rows: TokenRows
-    judge: Callable[[Outputs], Judged]
+    score: Callable[[Outputs], Scores]
     """From the rows' outputs to metrics."""
 
 
@@ -58,7 +58,7 @@ class TaskInfo:
     loss: TaskLoss
     """Summed over rows."""
     outputs: tuple[str, ...]
-    """The model's outputs that are judged."""
+    """The model's outputs that are scored."""
     main_metric: str
     """The metric that stands for the task."""
 
@@ -68,7 +68,7 @@ class TaskData:
     """A task's tokenised data."""
 
     train: TokenRows
-    examinations: tuple[Examination, ...]
+    evaluations: tuple[Evaluation, ...]
     notes: tuple[str, ...]
     """Sentences on rows that were left out."""
 
@@ -130,18 +130,18 @@ def _load_glue(config: TaskConfig, tokenizer: Any) -> TaskData:
         key: glue_rows(task, found.rows, tokenizer, config.max_length, found.left_out) for key, found in read.items()
     }
     notes = [note for key, found in read.items() for note in found.left_out.sentences(str(files[key]))]
-    examinations = tuple(
-        Examination(rows=rows[suffix], judge=partial(_judge_glue, task.name, suffix, rows[suffix].targets_R))
+    evaluations = tuple(
+        Evaluation(rows=rows[suffix], score=partial(_score_glue, task.name, suffix, rows[suffix].targets_R))
         for suffix in suffixes
     )
-    return TaskData(train=rows["train"], examinations=examinations, notes=tuple(notes))
+    return TaskData(train=rows["train"], evaluations=evaluations, notes=tuple(notes))
 
 
-def _judge_glue(task: str, suffix: str, targets: np.ndarray, outputs: Outputs) -> Judged:
+def _score_glue(task: str, suffix: str, targets: np.ndarray, outputs: Outputs) -> Scores:
     logits = np.stack([values[0] for values in outputs])
     predictions = logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1)
     metrics = {f"{name}{suffix}": 100.0 * value for name, value in glue_metrics(task, predictions, targets).items()}
-    return Judged(metrics=metrics, files={})
+    return Scores(metrics=metrics, files={})
 
 
 def _load_squad(config: TaskConfig, tokenizer: Any) -> TaskData:
@@ -172,15 +172,15 @@ def _load_squad(config: TaskConfig, tokenizer: Any) -> TaskData:
         null_threshold=config.null_threshold,
     )
 
-    def judge(outputs: Outputs) -> Judged:
+    def score(outputs: Outputs) -> Scores:
         starts, ends = [values[0] for values in outputs], [values[1] for values in outputs]
         answers = choose_answers(questions, windows, starts, ends, options)
         files: dict[str, Any] = {"predictions.json": answers.predictions, "nbest_predictions.json": answers.n_best}
         if version == "1.1":
-            return Judged(metrics=squad_v1_metrics(questions, answers.predictions), files=files)
+            return Scores(metrics=squad_v1_metrics(questions, answers.predictions), files=files)
         files["null_odds.json"] = answers.null_odds
         threshold = options.null_threshold
         metrics = squad_v2_metrics(questions, answers.best_texts, answers.null_odds, threshold)
-        return Judged(metrics=metrics, files=files)
+        return Scores(metrics=metrics, files=files)
 
-    return TaskData(train=train, examinations=(Examination(rows=rows, judge=judge),), notes=tuple(notes))
+    return TaskData(train=train, evaluations=(Evaluation(rows=rows, score=score),), notes=tuple(notes))

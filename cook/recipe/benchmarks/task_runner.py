@@ -66,7 +66,7 @@ def open_session(config: TaskConfig, source: str, at: At = lambda _step, _phase:
     if encoder.tokenizer.pad_token_id is None:
         raise UserError(f"{source}: its tokenizer has no token that fills a batch", wanted="a pad_token")
     data = load_task(config, encoder.tokenizer)
-    for rows in (data.train, *(examination.rows for examination in data.examinations)):
+    for rows in (data.train, *(evaluation.rows for evaluation in data.evaluations)):
         for what, largest, size in (
             ("token ids", rows.largest_id, encoder.config.vocab_size),
             ("token types", rows.largest_segment, getattr(encoder.config, "type_vocab_size", 0)),
