@@ -35,7 +35,7 @@ from cook.recipe.kept_structure import describe_structure
 from cook.recipe.pattern import masked_weights, pattern_identity, pattern_masks, pattern_spec
 from cook.recipe.plan import Stage
 from cook.recipe.sources import changed, changed_sources, check_sources, note_sources
-from cook.recipe.stage_data import Feeding, check_corpus, open_loader, rows_before
+from cook.recipe.stage_data import SourceMixer, check_corpus, open_loader, rows_before
 from cook.report.events import EventLog
 from cook.training.checkpoint import find_checkpoint, load_checkpoint
 from cook.training.engine import Engine, write_gathered
@@ -114,7 +114,7 @@ def run_stage(stage: Stage, *, resume: str, at: At) -> None:
             fingerprint=identity,
             on_save=lambda: _write_masks(stage, inputs, gates),
             at=at,
-            after_step=Feeding(stage, loader, data, engine, log, at).after_step,
+            after_step=SourceMixer(stage, loader, data, engine, log, at).after_step,
         )
         if not found and data.notes:
             log.write({"step": 0, "data": list(data.notes)})

@@ -70,7 +70,7 @@ def check_corpus(stage: Stage, *, resumed: bool) -> None:
         raise changed(f"{stage.name}: the corpus has changed since the stage began", changes)
 
 
-class Feeding:
+class SourceMixer:
     """What is done about the sources after a step: their weights follow their losses, and new epochs are reported.
 
     Args:
