@@ -36,7 +36,7 @@ def token_divergence(
         temperature: T, divides both logits.
     """
     return _Divergence.apply(
-        student_logits.flatten(0, -2), teacher_logits.detach().flatten(0, -2), _told(targets), temperature
+        student_logits.flatten(0, -2), teacher_logits.detach().flatten(0, -2), _target_positions(targets), temperature
     )
 
 
@@ -54,12 +54,14 @@ def hidden_error(
         targets: `(batch, len)`, −100 where there is nothing to predict.
         project: Maps the student's states `(positions, dim)` to the teacher's dim.
     """
-    told = _told(targets)
-    mine, wanted = (states.flatten(0, -2).index_select(0, told).float() for states in (student, teacher.detach()))
+    with_target = _target_positions(targets)
+    mine, wanted = (
+        states.flatten(0, -2).index_select(0, with_target).float() for states in (student, teacher.detach())
+    )
     return (project(mine) - wanted).pow(2).mean(-1).sum()
 
 
-def _told(targets: torch.Tensor) -> torch.Tensor:
+def _target_positions(targets: torch.Tensor) -> torch.Tensor:
     return (targets.flatten() != NO_TARGET).nonzero().flatten()
 
 
@@ -68,16 +70,16 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student_NV: torch.Tensor, teacher_NV: torch.Tensor, told: torch.Tensor, temperature: float
+        ctx: Any, student_NV: torch.Tensor, teacher_NV: torch.Tensor, with_target: torch.Tensor, temperature: float
     ) -> torch.Tensor:
         count, vocab = student_NV.shape
         gradient_NV = None
         if ctx.needs_input_grad[0]:
             dtype = torch.float32 if student_NV.dtype == torch.float16 else student_NV.dtype
-            make = torch.empty if len(told) == count else torch.zeros
+            make = torch.empty if len(with_target) == count else torch.zeros
             gradient_NV = make((count, vocab), dtype=dtype, device=student_NV.device)
         total = student_NV.new_zeros((), dtype=torch.float32)
-        for positions in told.split(max(1, CHUNK.get(student_NV.device.type, CHUNK["cuda"]) // vocab)):
+        for positions in with_target.split(max(1, CHUNK.get(student_NV.device.type, CHUNK["cuda"]) // vocab)):
             student_CV, teacher_CV = (
                 F.log_softmax(x.index_select(0, positions).float().div_(temperature), dim=-1)
                 for x in (student_NV, teacher_NV)

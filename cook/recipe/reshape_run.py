@@ -138,9 +138,9 @@ def reshape_run(options: ReshapeOptions) -> None:
         companions = copy_companions(source.folder, folder)
         if pruned.needs_remote_code:
             name_tokenizer_class(folder, str(stock_type(source.config)))
-        told = Told(pruned=pruned, companions=companions)
+        checked = Checked(pruned=pruned, companions=companions)
         if options.verify:
-            told = verify(told, source, space, masks, batches, what)
+            checked = verify(checked, source, space, masks, batches, what)
         speeds = measured_speeds(source, folder, space, batches[0]) if options.time else {}
         print(comparison(space, even[1], batches, speeds))
         card = ModelCard(
@@ -155,12 +155,12 @@ def reshape_run(options: ReshapeOptions) -> None:
             pipeline=AUTO_CLASSES.get(pruned.auto_class, "text-generation"),
             trust_remote_code=pruned.needs_remote_code,
             misread_by=misread_by(pruned.config),
-            max_difference=told.difference,
-            difference_note=told.note,
+            max_difference=checked.difference,
+            difference_note=checked.note,
             versions=[(name, importlib.metadata.version(name)) for name in ("torch", "transformers")],
         )
         write_atomically(folder / "README.md", model_card(card))
-    announce(told, output)
+    announce(checked, output)
 
 
 def training_commands(job: Job) -> list[str]:
@@ -171,7 +171,7 @@ def training_commands(job: Job) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
+class Checked:
     """What there is to say of a reshaped model."""
 
     pruned: Pruned
@@ -187,7 +187,9 @@ def compared_rows(source: ModelSource) -> int:
     return max(1, min(16, COMPARED_LOGITS // (512 * source.config["vocab_size"])))
 
 
-def verify(told: Told, source: ModelSource, space: PruningSpace, masks: Masks, batches: list[Batch], what: str) -> Told:
+def verify(
+    checked: Checked, source: ModelSource, space: PruningSpace, masks: Masks, batches: list[Batch], what: str
+) -> Checked:
     """Compares the answers of the masked model with those of the reshaped one; one of the two is in memory at a time.
 
     In fp32. Deep models make more of rounding than one product does: where fp32 does not suffice to call them equal,
@@ -201,7 +203,7 @@ def verify(told: Told, source: ModelSource, space: PruningSpace, masks: Masks, b
         wanted = answers(model, batches)
         del model
         gc.collect()  # a model's modules refer to each other in circles
-        apart = difference(wanted, answers(written_model(told.pruned.folder, dtype), batches))
+        apart = difference(wanted, answers(written_model(checked.pruned.folder, dtype), batches))
         gc.collect()
         if apart <= TOLERANCE or parameters(space) > LARGEST_TIMED:
             break
@@ -212,7 +214,7 @@ def verify(told: Told, source: ModelSource, space: PruningSpace, masks: Masks, b
             f"masked against reshaped model, {note}: largest relative difference {apart:.1e}, NOT EQUAL\n"
             "  Nothing was written."
         )
-    return replace(told, difference=apart, note=note)
+    return replace(checked, difference=apart, note=note)
 
 
 def measured_speeds(source: ModelSource, folder: Path, space: PruningSpace, batch: Batch) -> dict[str, float]:
@@ -239,12 +241,12 @@ def comparison(space: PruningSpace, masks: Masks, batches: list[Batch], speeds: 
     return "\n" + markdown_table(columns, rows) + "\n"
 
 
-def announce(told: Told, output: Path) -> None:
+def announce(checked: Checked, output: Path) -> None:
     """Says what was written and whether it was verified."""
-    pruned, companions = told.pruned, told.companions
-    if told.difference is not None:
+    pruned, companions = checked.pruned, checked.companions
+    if checked.difference is not None:
         print(
-            f"masked against reshaped model, {told.note}: largest relative difference {told.difference:.1e}, "
+            f"masked against reshaped model, {checked.note}: largest relative difference {checked.difference:.1e}, "
             "equal to rounding"
         )
     if pruned.live_obstacle:

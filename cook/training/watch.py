@@ -29,10 +29,10 @@ class NormWatch:
         self._limit, self._scale = math.inf, 1.0
         if zero_stage in (1, 2):
             norm_of = optimizer.scaled_global_norm
-            optimizer.scaled_global_norm = lambda *args, **options: self._judged([norm_of(*args, **options)])[0]
+            optimizer.scaled_global_norm = lambda *args, **options: self._filtered([norm_of(*args, **options)])[0]
         elif zero_stage == 3:
             norms_of = optimizer._get_norm_groups
-            optimizer._get_norm_groups = lambda: self._judged(norms_of())
+            optimizer._get_norm_groups = lambda: self._filtered(norms_of())
         if hasattr(getattr(optimizer, "loss_scaler", None), "raise_error_at_min_scale"):
             optimizer.loss_scaler.raise_error_at_min_scale = False  # the loop counts and names the steps that failed
 
@@ -46,7 +46,7 @@ class NormWatch:
         self.norm = norm / self._scale if math.isfinite(norm) and norm >= 0 else math.inf
         return math.isfinite(self.norm) and self.norm <= self._limit
 
-    def _judged(self, norms: Sequence[Any]) -> list[Any]:
+    def _filtered(self, norms: Sequence[Any]) -> list[Any]:
         tensors = [torch.as_tensor(norm, dtype=torch.float32) for norm in norms]
         # A group whose gradient is not finite has the norm -1.
         sound = all(bool(norm >= 0) for norm in tensors)
