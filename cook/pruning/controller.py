@@ -7,13 +7,13 @@ The problem is Wang, Wohlwend and Lei's ("Structured pruning of large language m
 Gradient ascent on λ swings: Adam makes the gates' response bang-bang, so λ always arrives late. Here the inner
 maximum is taken exactly instead. A step of the gates is Adam's, the multiplier enters it as one more gradient,
 
-    x ← x − η · clip((m − λ·∂s/∂x) / (√v + ε) + urge, ±1),      m, v: moments of the task gradient alone,
+    x ← x − η · clip((m − λ·∂s/∂x) / (√v + ε) + b, ±1),      m, v: moments of the task gradient alone,
 
 and λ_c, the price in loss of a unit of sparsity, is the one number for which the step ends on the target: s_c grows
 with λ_c, so a bracket finds it. The gates are thereby projected on the constraint in Adam's own metric: a gate falls
 when the price of its parameters exceeds what the task loses by it. Nothing needs tuning to the number of units, to
-the number of steps, or to the scale of the loss. What x is, how far it may go, what of it s counts and what urges it
-to become binary is the relaxation's business (`relaxation.py`).
+the number of steps, or to the scale of the loss. What x is, how far it may go, what of it s counts and the gradient b that makes
+it binary are given by the relaxation (`relaxation.py`).
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class GateController:
             values: Flat gates, float32 `[gates]`.
             gradient: ∂L_task/∂values, averaged over ranks and micro-batches, `[gates]`.
             targets: The sparsity wanted now, `[constraints]`.
-            hold: The part that is over of the time in which the targets hold; the relaxation's urge grows with it.
+            hold: The part that is over of the time in which the targets hold; the binarization gradient grows with it.
         """
         self.steps += 1
         gradient = gradient.double()
@@ -112,7 +112,7 @@ class GateController:
         scale = scale + 1e-2 * (scale.sum(1) / self._sizes)[:, None] + 1e-30
 
         relaxation, start = self.relaxation, self._rows(values.double())
-        task = moment / scale + relaxation.urge(start, hold)
+        task = moment / scale + relaxation.binarization_gradient(start, hold)
         press = self._costs * relaxation.slope(start) / scale
         low, high = relaxation.low, relaxation.high
 

@@ -53,7 +53,7 @@ class Relaxation(Protocol):
     def slope(self, values: torch.Tensor) -> torch.Tensor:
         """∂openness / ∂values."""
 
-    def urge(self, values: torch.Tensor, hold: float) -> torch.Tensor:
+    def binarization_gradient(self, values: torch.Tensor, hold: float) -> torch.Tensor:
         """What pushes the gates apart, beside the task: a gradient in units of the task's own root mean square.
 
         Args:
@@ -105,7 +105,7 @@ class Deterministic:
     def slope(self, values: torch.Tensor) -> torch.Tensor:
         return torch.ones_like(values)
 
-    def urge(self, values: torch.Tensor, hold: float) -> torch.Tensor:
+    def binarization_gradient(self, values: torch.Tensor, hold: float) -> torch.Tensor:
         growth = 1 / min(1.0, max(0.02, (1 - hold) / self.last))
         between = (4 * values * (1 - values)).sum(-1, keepdim=True) / values.sum(-1, keepdim=True).clamp(min=1e-9)
         c = self.concavity * hold * growth ** (between / self.fractional).clamp(max=1.0)
@@ -143,5 +143,5 @@ class HardConcrete:
         p = probability_open(values)
         return p * (1 - p)
 
-    def urge(self, values: torch.Tensor, hold: float) -> torch.Tensor:  # noqa: ARG002
+    def binarization_gradient(self, values: torch.Tensor, hold: float) -> torch.Tensor:  # noqa: ARG002
         return torch.zeros_like(values)
