@@ -97,7 +97,7 @@ def run_stage(stage: Stage, *, resume: str, at: At) -> None:
         position = load_checkpoint(*found, engine, gates, fingerprint=identity, projections=projections)
         saved_by = found[1]["world_size"]
         others = f", saved by {saved_by} rank(s)" if saved_by != distributed.world_size() else ""
-        say(f"{stage.name}: going on from step {position.step}{others}")
+        say(f"{stage.name}: resuming from step {position.step}{others}")
     started = time.perf_counter()
     with EventLog(stage.folder, stage.config.logging.tensorboard, enabled=distributed.rank() == 0) as log:
         on_first_rank(lambda: log.rewind(position.step if found else -1, position.log))

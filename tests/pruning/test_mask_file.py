@@ -96,7 +96,7 @@ def test_the_twin_serves_as_the_mask_itself(files, tmp_path):
         (tmp_path / f"{name}.safetensors").write_bytes(content)
         with pytest.raises(UserError, match="not a safetensors file"):
             read_mask_file(tmp_path / f"{name}.safetensors", required=(), allowed=())
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="no such mask file"):
         read_mask_file(tmp_path / "absent.safetensors", required=(), allowed=())
 
 

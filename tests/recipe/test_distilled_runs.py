@@ -103,7 +103,7 @@ def test_a_projection_goes_on_where_it_stopped(tmp_path):
     shutil.rmtree(stage / "checkpoints/step-4")
     (stage / "checkpoints/latest").write_text("step-2\n")
     done = train(stopped, "--stage", "layer_mask")
-    assert done.code == 0 and "going on from step 2" in done.out, done
+    assert done.code == 0 and "resuming from step 2" in done.out, done
     maps = [
         torch.load(folder / "out/layer_mask/checkpoints/step-4/projections.pt", weights_only=True)
         for folder in (whole, stopped)

@@ -71,7 +71,7 @@ def test_it_is_resumed_with_the_mask_that_it_made(finished):
     before = (folder / MASK).read_bytes()
     (folder / "out" / "pattern" / "done.json").unlink()
     result = train(folder, "--stage", "pattern")
-    assert result.code == 0 and "going on from step 4" in result.out and "scores" not in result.out, result
+    assert result.code == 0 and "resuming from step 4" in result.out and "scores" not in result.out, result
     assert (folder / MASK).read_bytes() == before
 
 

@@ -92,7 +92,7 @@ class Session:
         found = find_checkpoint(checkpoints, self.config.resume) if keeps else None
         if found:
             position = load_checkpoint(*found, engine, None, fingerprint=identity)
-            say(f"{name}: going on from step {position.step}")
+            say(f"{name}: resuming from step {position.step}")
         distiller = None
         if imitates and self.config.distillation:
             logits_RC = self._dense_logits(engine)
