@@ -81,7 +81,7 @@ def test_what_must_not_be_replaced(tmp_path):
     before = sorted(os.listdir(tmp_path))
     for name, reason in (
         ("file", "is a file"),
-        ("circle", "leads nowhere"),
+        ("circle", "broken link"),
         ("thesis", "something other than a model"),
         ("source", "would overwrite"),
         ("other", "would overwrite"),
