@@ -1,4 +1,4 @@
-"""`python -m cook.recipe --config FILE`: the report of a run, its table, figures and report.md."""
+"""`python -m cook.recipe --config FILE`: writes the report of a run: table, figures and report.md."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cook.recipe.run_report import report_run
 
 
 def main() -> None:
-    """Parses and reports."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(prog="python -m cook.recipe", description=__doc__)
     parser.add_argument("--config", default="config/bmcook.json", help="the run's config (default: %(default)s)")
     parser.add_argument(

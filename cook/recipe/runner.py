@@ -1,4 +1,4 @@
-"""Runs one stage from its plan to its `done.json`."""
+"""The runner of one stage, from its plan to its `done.json`."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ from cook.training.settings import check_settings
 
 
 def run_stage(stage: Stage, *, resume: str, at: At) -> None:
-    """Trains a stage, or goes on with it, or finds it finished.
+    """Runs or resumes a stage, unless it has already finished.
 
     Args:
         stage: The plan.
         resume: `auto`, `never`, or a checkpoint's folder.
-        at: Told of the step and the phase that begins, for a watchdog.
+        at: Called with the step and phase that begin, for a watchdog.
 
     Raises:
         UserError: inputs are missing or do not fit, or the folder holds a run with other settings.
@@ -68,14 +68,16 @@ def run_stage(stage: Stage, *, resume: str, at: At) -> None:
     distributed.barrier()
     on_first_rank(lambda: check_sources(stage, resume))
     data = _data(stage, inputs)
-    if distillation and distillation.source and not stage.config.tokenizer.path:  # one of the run's own making
+    if (
+        distillation and distillation.source and not stage.config.tokenizer.path
+    ):  # a tokenizer that the run trains itself
         check_teacher_tokenizer(distillation.source.path, data.tokenizer)
     on_first_rank(lambda: note_sources(stage))
     build = _builder(inputs, stage)
     at(0, "starting")
     seed_everything(derived_seed(stage.config.seed, stage.name, distributed.rank()))
     if zeros := pattern_masks(stage, inputs, data, build, at, anew=resume == "never"):
-        # Scoring has drawn random numbers, which a run that finds its masks made has not.
+        # Scoring draws random numbers; a run that reads existing masks does not.
         seed_everything(derived_seed(stage.config.seed, stage.name, distributed.rank()))
         assert inputs.weights is not None
         inputs = replace(inputs, weights=masked_weights(inputs.weights, zeros))
@@ -127,7 +129,10 @@ def run_stage(stage: Stage, *, resume: str, at: At) -> None:
             distiller.remove()
         loss = _evaluate(stage, engine, attached, gates, data, log, position)
         _write_model(stage, inputs, engine, data)
-        state, seconds = loader.state_dict(), time.perf_counter() - started  # the state is a collective of some loaders
+        state, seconds = (
+            loader.state_dict(),
+            time.perf_counter() - started,
+        )  # for some loaders state_dict is a collective
         on_first_rank(lambda: _write_masks(stage, inputs, gates))
         on_first_rank(log.settle)
         on_first_rank(lambda: _write_done(stage, inputs, gates, identity, position, state, loss, seconds))
@@ -137,40 +142,40 @@ def run_stage(stage: Stage, *, resume: str, at: At) -> None:
 
 
 def say_finished(stage: Stage) -> None:
-    """Tells the user that there is nothing to do."""
+    """Prints that the stage has already finished."""
     say(f"{stage.name}: already finished, see {stage.done}")
 
 
 def is_finished(stage: Stage, resume: str) -> bool:
-    """Whether the stage's outcome is there and stays.
+    """Whether the stage has finished and is not to be redone.
 
     Raises:
-        UserError: it is there, but of other settings, or of an earlier stage that has been redone since.
+        UserError: it finished with other settings, or an earlier stage has been redone since.
     """
     path = stage.done
     if resume != "auto" or not path.exists():
         return False
-    done, redo = read_json(path), f"redo it: --stage {stage.name} --resume never"
+    done, redo = read_json(path), f"redo the stage: --stage {stage.name} --resume never"
     if done["fingerprint"] != stage.fingerprint():
         raise UserError(
             f"{path}: {stage.name} finished with other settings",
             remedy=f"choose another output_dir, restore the settings, or {redo}",
         )
     if changes := changed_sources(stage):
-        raise changed(f"{path}: {stage.name} finished with other files", changes)
+        raise changed(f"{path}: files have changed since {stage.name} finished", changes)
     if done["follows"] != _earlier(stage):
         raise UserError(f"{path}: {stage.after} has been redone since {stage.name} finished", remedy=redo)
     return True
 
 
 def _earlier(stage: Stage) -> str | None:
-    """The identity of the finished stage that this one starts from."""
+    """The identity of the finished stage that this stage starts from."""
     before = stage.done_before
     return read_json(before)["identity"] if before and before.exists() else None
 
 
 def _identity(stage: Stage, inputs: Inputs, data: TrainingData) -> str:
-    """Hash of the settings, the data and what earlier stages made: a checkpoint of other ones is not gone on from."""
+    """Hash of the settings, the data and the results of earlier stages; a checkpoint is resumed only if it is equal."""
     masks = [[name, mask.tolist()] for name, mask in sorted(inputs.fixed.items())]
     described = [stage.fingerprint(), data.train.fingerprint, _earlier(stage) or inputs.origin, masks]
     described += pattern_identity(stage)
@@ -185,7 +190,7 @@ def _data(stage: Stage, inputs: Inputs) -> TrainingData:
         "seed": config.seed,
         "limits": {key: inputs.model_config.get(key) for key in ("prompt_types", "segment_types")},
     }
-    # The first rank prepares, the others read what it left.
+    # The first rank prepares the data, the others read its result.
     on_first_rank(lambda: load_rows(config.data, config.tokenizer, **options) and None)
     data = on_all_ranks(lambda: load_rows(config.data, config.tokenizer, build=False, **options))
     if data.tokenizer.vocab_size > inputs.model_config["vocab_size"]:
@@ -203,7 +208,7 @@ def _builder(inputs: Inputs, stage: Stage):
     def build() -> torch.nn.Module:
         if inputs.weights is not None:
             return unfilled_model(inputs.adapter, inputs.model_config)
-        # The same fresh weights on every rank and for every number of ranks.
+        # The same fresh weights on every rank and for every world size.
         with torch.random.fork_rng():
             torch.manual_seed(derived_seed(stage.config.seed, "weights"))
             return inputs.adapter.build(inputs.model_config)
@@ -222,8 +227,8 @@ def _opening(stage: Stage, inputs: Inputs, engine: Engine) -> str:
     training = stage.config.training
     held = [kind for kind in ("layer", "heads", "dimff") if getattr(stage.fixed, kind)]
     does = [f"learns {' and '.join(stage.learns)} masks"] if stage.learns else []
-    does += ["holds a pattern"] if stage.pattern_mask else []
-    does += [f"holds {' and '.join(held)} masks"] if held else ["random masks"] if stage.is_random_baseline else []
+    does += ["applies a pattern"] if stage.pattern_mask else []
+    does += [f"applies {' and '.join(held)} masks"] if held else ["random masks"] if stage.is_random_baseline else []
     return (
         f"\n{stage.name}: {training.steps} steps × {training.train_batch_size} rows, "
         f"{', '.join(does) or 'no masks'}, from {inputs.origin}; "
@@ -253,7 +258,7 @@ def _evaluate(
     log: EventLog,
     position: Position,
 ) -> float | None:
-    """The held-out loss with binary masks, which stay attached."""
+    """Computes the held-out loss with binary masks, which stay attached."""
     attached.set({name: mask.to(engine.device) for name, mask in (gates.binary() if gates else {}).items()})
     loss = None
     training = stage.config.training
@@ -278,7 +283,7 @@ def _write_model(stage: Stage, inputs: Inputs, engine: Engine, data: TrainingDat
             if inputs.folder is not None:
                 copy_generation_config(inputs.folder, folder)
         except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)  # a part of a model would pass for one
+            shutil.rmtree(folder, ignore_errors=True)  # an incomplete model could be taken for a complete one
             raise
 
     write_gathered(engine, write)

@@ -140,7 +140,7 @@ def test_a_pair_means_the_same_block_in_a_model_whose_layers_are_numbered_anew(t
     named = f"distillation.mse_att_module={json.dumps(pairs)}"
     with pytest.raises(UserError) as caught:
         opened(tmp_path, "att_mask", monkeypatch, named)
-    assert f"mse_att_module: {pairs[1]}: the layer of the student's place has been removed" in str(caught.value)
+    assert f"mse_att_module: {pairs[1]}: the student's layer has been removed" in str(caught.value)
     assert pairs[0] not in str(caught.value) and pairs[2] not in str(caught.value)
 
 

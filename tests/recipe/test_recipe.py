@@ -255,8 +255,8 @@ def test_fewer_masks_remove_less(own_run, monkeypatch):
     [
         (("--model", "gone", *FINE, "--output", "small"), "no such model"),
         (("--model", "docs", *FINE, "--output", "small"), "no model in this folder"),
-        (("--model", "out/ffn_finetune/model", "--output", "small"), "no mask to carry out"),
-        (("--model", "out/ffn_finetune/model", *FINE), "where to write"),
+        (("--model", "out/ffn_finetune/model", "--output", "small"), "no masks to apply"),
+        (("--model", "out/ffn_finetune/model", *FINE), "no output folder"),
         (("--model", "out/ffn_finetune/model", *FINE, "--output", "docs"), "something other than a model"),
         (("--model", "out/ffn_finetune/model", *FINE, "--output", "out/ffn_finetune/model"), "overwrite the model"),
         (("--model", "out/ffn_finetune/model", "--coarse-mask", f"{MASKS}/heads.pt", "--output", "small"), "lacks"),

@@ -44,7 +44,7 @@ def finished(request, tmp_path_factory) -> Path:
     write_sources(folder, streaming=request.param == "streamed")
     result = train(folder, "--stage", "pretrain")
     assert result.code == 0, result
-    assert "the source small is read for the 2. time" in result.out
+    assert "epoch 2 of the source small begins" in result.out
     return folder
 
 

@@ -1,4 +1,4 @@
-"""A task as the runner sees it: rows to train on, rows to evaluate on with their metrics, a head, a loss."""
+"""A benchmark task: training rows, evaluation rows with their metrics, the head and the loss."""
 
 from __future__ import annotations
 
@@ -26,41 +26,41 @@ Outputs = Sequence[tuple[np.ndarray, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What a model's outputs were worth."""
+    """The scores of a model's outputs."""
 
     metrics: dict[str, float]
     """In percent."""
     files: Mapping[str, Any]
-    """JSON files to write beside the results, by name."""
+    """JSON files to write with the results, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Rows to evaluate on."""
+    """Rows to evaluate on, and how to score the outputs."""
 
     rows: TokenRows
     score: Callable[[Outputs], Scores]
-    """From the rows' outputs to metrics."""
+    """Computes metrics from the rows' outputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskInfo:
-    """What is known of a task before its data is read."""
+    """The properties of a task that are known before its data is read."""
 
     name: str
-    """As in the benchmark."""
+    """The name in the benchmark."""
     head: Head
     """What the model predicts."""
     labels: tuple[str, ...]
-    """Names of the classes, or of the score."""
+    """Names of the classes or of the score."""
     words: tuple[str, ...] | None = None
-    """Other names of the classes."""
+    """Alternative names of the classes."""
     loss: TaskLoss
-    """Summed over rows."""
+    """The loss, summed over rows."""
     outputs: tuple[str, ...]
     """The model's outputs that are scored."""
     main_metric: str
-    """The metric that stands for the task."""
+    """The main metric of the task."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class TaskData:
     train: TokenRows
     evaluations: tuple[Evaluation, ...]
     notes: tuple[str, ...]
-    """Sentences on rows that were left out."""
+    """Messages about rows that were left out."""
 
 
 def task_info(config: TaskConfig) -> TaskInfo:
@@ -91,7 +91,7 @@ def task_info(config: TaskConfig) -> TaskInfo:
         )
     task = glue_task(config.task_name)
     if config.distillation and task.labels is None:
-        raise UserError("--distillation compares distributions over classes", got=f"--task_name {task.name}")
+        raise UserError("--distillation needs a task with classes", got=f"--task_name {task.name}")
     return TaskInfo(
         name=task.name,
         head="classes" if task.labels else "score",
@@ -107,7 +107,7 @@ def load_task(config: TaskConfig, tokenizer: Any) -> TaskData:
     """Reads and tokenises a task's files.
 
     Raises:
-        UserError: a file is missing or malformed; with file and line.
+        UserError: a file is missing or malformed; names file and line.
     """
     return _load_squad(config, tokenizer) if config.is_squad else _load_glue(config, tokenizer)
 
@@ -156,13 +156,13 @@ def _load_squad(config: TaskConfig, tokenizer: Any) -> TaskData:
     files = [folder / f"{split}-v{version}.json" for split in ("train", "dev")]
     for path in files:
         if not path.is_file():
-            remedy = "fetch the data with `bash scripts/download_squad_data.sh`, or name its folder with --data_dir"
+            remedy = "download the data with `bash scripts/download_squad_data.sh`, or set its folder with --data_dir"
             raise UserError(f"{path}: there is no such file", remedy=remedy)
     taught = read_squad(files[0], for_training=True)
     train, _ = windows_of(taught.questions, left_out=taught.left_out)
     notes = taught.left_out.sentences(str(files[0]))
     if taught.num_found:
-        notes += [f"{files[0]}: {taught.num_found:,} answers do not stand at their answer_start; found by their words"]
+        notes += [f"{files[0]}: {taught.num_found:,} answers are not at their answer_start; found by their text"]
     questions = read_squad(files[1], for_training=False).questions
     rows, windows = windows_of(questions)
     options = AnswerOptions(

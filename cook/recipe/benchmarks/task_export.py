@@ -1,4 +1,4 @@
-"""The compact model of the last finished pruning stage: written, compared with the masked one, evaluated and timed."""
+"""Export of the compact model of the last finished pruning stage: writing, comparison, evaluation and timing."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ TIMED_ROWS = 32
 
 
 def run_export(config: TaskConfig, at: At) -> None:
-    """Exports the last stage that has finished, of those that the config lists.
+    """Exports the last finished stage of those in the config.
 
     Raises:
-        UserError: none has finished, or the model is of a kind that cannot be exported.
+        UserError: no stage has finished, or this kind of model cannot be exported.
     """
     spec = plan.pattern_spec(config)
     done = [stage for stage in plan.prune_stages(config) if (stage.folder / DONE).is_file()]
@@ -82,7 +82,7 @@ def run_export(config: TaskConfig, at: At) -> None:
 
 @torch.inference_mode()
 def _matrix_speed_ups(compact: torch.nn.Module) -> dict[str, float]:
-    """Each tiled layer's speed against a dense product of its size, for 128 rows."""
+    """Each tiled layer's speed relative to a dense product of its size, for 128 rows."""
     found = {}
     for name, layer in compact.named_modules():
         if hasattr(layer, "dense_weight") and layer.in_features and layer.out_features:
@@ -95,7 +95,7 @@ def _matrix_speed_ups(compact: torch.nn.Module) -> dict[str, float]:
 
 
 def _compare(session: Session, models: dict[str, torch.nn.Module]) -> tuple[dict[str, dict[str, float]], float]:
-    """The metrics of both models in fp32, and the largest difference of their outputs against the largest output."""
+    """The metrics of both models in fp32, and the largest relative difference of their outputs."""
     scores: dict[str, dict[str, float]] = {name: {} for name in models}
     difference = 0.0
     for evaluation in session.data.evaluations:

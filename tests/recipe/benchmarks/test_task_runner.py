@@ -114,7 +114,7 @@ def masks(*path: str | Path) -> dict[str, torch.Tensor]:
         ("granularity", "24"),
         ("falling", "must rise"),
         ("quirk", "unknown name 'rev'"),
-        ("too long", "more than the model reads"),
+        ("too long", "larger than the model"),
         ("historical", "nothing is left of it"),  # type 8 empties matrices of this size
     ],
 )
@@ -135,7 +135,7 @@ def test_the_longest_row_is_what_the_stock_model_reads(family):
 
 
 def test_the_dense_model_learns_and_is_not_trained_twice(told, folder):
-    assert told["pretrain"]["error"] == "" and "a fresh one is trained" in told["pretrain"]["out"]
+    assert told["pretrain"]["error"] == "" and "a new one is trained" in told["pretrain"]["out"]
     assert record(folder, "out/pretrain/done.json")["metrics"]["acc"] > 90.0
     assert "acc = " in (folder / "out/pretrain/eval_results.txt").read_text()
     assert "already finished" in told["pretrain again"]["out"]
@@ -248,7 +248,7 @@ def test_a_killed_stage_is_gone_on_from(again, folder):
 
 
 def test_masks_that_were_written_over_are_noticed(again):
-    assert "not the masks that the stage finished with" in again["told"]["other masks"]["error"]
+    assert "not the masks that the stage wrote" in again["told"]["other masks"]["error"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
