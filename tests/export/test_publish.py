@@ -82,7 +82,7 @@ def test_what_must_not_be_replaced(tmp_path):
     for name, reason in (
         ("file", "is a file"),
         ("circle", "broken link"),
-        ("thesis", "something other than a model"),
+        ("thesis", "does not contain a model"),
         ("source", "would overwrite"),
         ("other", "would overwrite"),
     ):

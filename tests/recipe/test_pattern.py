@@ -132,7 +132,7 @@ def test_two_of_four_needs_no_section(finished, monkeypatch, method):
 
 def test_what_fits_no_matrix_is_told_before_anything_else(finished, monkeypatch):
     monkeypatch.chdir(finished[0])
-    with pytest.raises(UserError, match="fits no matrix"):
+    with pytest.raises(UserError, match="matches no matrix"):
         masks_of(finished[0], 'pruning.pruned_module=["norm.weight"]')
 
 

@@ -112,10 +112,10 @@ def masks(*path: str | Path) -> dict[str, torch.Tensor]:
         ("other classes", "contradiction, entailment, neutral, not 0, 1 (negative, positive)"),
         ("ids beyond", "token ids that the model does not have"),
         ("granularity", "24"),
-        ("falling", "must rise"),
+        ("falling", "must increase"),
         ("quirk", "unknown name 'rev'"),
         ("too long", "larger than the model"),
-        ("historical", "nothing is left of it"),  # type 8 empties matrices of this size
+        ("historical", "all its weights are pruned"),  # type 8 empties matrices of this size
     ],
 )
 def test_what_is_refused(told, case, error):
