@@ -159,7 +159,7 @@ def test_mistakes(folder, text, options, words):
     "options", [["--window", "65"], ["--window", "8", "--prompt-tokens", "60", "--new-tokens", "5"]]
 )
 def test_more_positions_than_the_model_has(stock_folder, text, options):
-    with pytest.raises(UserError, match="the model has 64 positions"):
+    with pytest.raises(UserError, match="the model has only 64 positions"):
         main(["--model", str(stock_folder), "--data", text, *options])
 
 
