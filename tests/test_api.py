@@ -178,7 +178,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
     [
         ({}, "is empty"),
         ({"parameters": 0.5}, "unknown parameters"),
-        ({"params": 0.5, "dims": 0.5}, "give it alone"),
+        ({"params": 0.5, "dims": 0.5}, "use it without other keys"),
         ({"params": 0.01}, "cannot be reached"),
         ({"dims": 0.0}, "a share above 0"),
         ({"dims": 1.5}, "a share above 0"),

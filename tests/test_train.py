@@ -94,7 +94,7 @@ MISTAKES = {
     "wrong type": (["--set", "training.steps=many"], "training.steps"),
     "batch": (["--set", "training.train_batch_size=7"], "a multiple of micro_batch_size 2"),
     "all without a recipe": (["--stage", "all"], "no stages to run"),
-    "all from one checkpoint": (["--stage", "all", "--resume", "x"], "--resume PATH belongs to one stage"),
+    "all from one checkpoint": (["--stage", "all", "--resume", "x"], "--resume PATH applies to a single stage"),
     "missing predecessor": (["--stage", "att_mask"], "att_mask has no weights to start from"),
     "missing mask": (
         ["--set", "model.path=out/pretrain/model", "--set", "coarse-grained.train_mask=false"],

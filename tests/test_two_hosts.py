@@ -67,7 +67,7 @@ def test_whatever_is_lost_is_named_and_the_same_command_goes_on(tmp_path):
         programs = start(hosts, run)
         codes = [program.ended(90) for program in programs]
         assert codes == [0, 0], [p.printed()[-3000:] for p in programs]
-        assert re.search(r"going on from step \d+", programs[0].printed())
+        assert re.search(r"resuming from step \d+", programs[0].printed())
     assert [r["step"] for r in read_log(run, "pretrain") if "loss" in r] == list(range(1, STEPS + 1))
     assert (run / "out" / "pretrain" / "done.json").exists() and not (run / "out" / "run.lock").exists()
 

@@ -32,7 +32,7 @@ def summed_cross_entropy(logits: torch.Tensor, batch: Mapping[str, torch.Tensor]
     return loss + _questions(logits, batch) if "choices" in batch else loss
 
 
-def num_told(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def count_targets(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """How many targets `summed_cross_entropy` sums over: int64 ()."""
     count = (batch["targets"] != NO_TARGET).sum()
     if "choices" in batch:

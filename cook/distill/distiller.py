@@ -1,4 +1,4 @@
-"""Distillation: the student imitates a frozen teacher's token distribution, hidden states and attention blocks."""
+"""Distillation losses from a frozen teacher: token distribution, hidden states and attention blocks."""
 
 from __future__ import annotations
 
@@ -16,39 +16,39 @@ from cook.distill.teachers import Teacher
 
 
 class RowDistiller:
-    """The extra loss of a step where the teacher has read all rows beforehand: it need not read them in every epoch.
+    """The extra loss of a step with teacher logits that were computed once for all rows.
 
     Args:
-        logits_RC: The teacher's, for every row, on the student's device.
+        logits_RC: The teacher's logits for every row, on the student's device.
         scale: Weight of `token_divergence`.
-        temperature: Its temperature.
+        temperature: The temperature of `token_divergence`.
     """
 
     def __init__(self, logits_RC: torch.Tensor, *, scale: float, temperature: float):
         self._logits_RC, self._scale, self._temperature = logits_RC, scale, temperature
 
     def __call__(self, batch: Batch, student_logits: torch.Tensor) -> torch.Tensor:
-        """The weighted divergence summed over the batch's rows; `rows` holds their numbers."""
+        """The weighted divergence summed over the batch's rows; `batch["rows"]` holds their indices."""
         teacher_logits = self._logits_RC[batch["rows"]]
         return self._scale * token_divergence(student_logits, teacher_logits, batch["targets"], self._temperature)
 
 
 class Distiller:
-    """The extra loss of a step, from a batch and the student's logits.
+    """The extra loss of a step, computed from a batch and the student's logits.
 
     Args:
-        student: The model in training; hooks read the states that the pairs name, in its passes with gradients.
+        student: The model in training; hooks read the states that the pairs name, in forward passes with gradients.
         teacher: The model to imitate.
         ce_scale: Weight of `token_divergence`.
-        ce_temp: Its temperature.
+        ce_temp: The temperature of `token_divergence`.
         mse_hidn_scale: Weight of `hidden_error`, summed over the hidden pairs.
-        hidden_pairs: Places whose states `(rows, positions, width)` are compared.
-        projections: Maps between hidden states of different widths; None where none are allowed.
+        hidden_pairs: Pairs of places whose states `(rows, positions, width)` are compared.
+        projections: Linear maps between hidden states of different widths; None if none are allowed.
         mse_att_scale: Weight of `hidden_error`, summed over the attention pairs.
         attention_pairs: The same for the outputs of attention blocks.
 
     Raises:
-        UserError: a module that a pair names is not there.
+        UserError: a module that a pair names does not exist.
     """
 
     def __init__(
@@ -72,8 +72,8 @@ class Distiller:
         self._pairs += [(pair, mse_att_scale, None) for pair in attention_pairs]
         self._student_taps = [Tap(student, pair.student) for pair, *_ in self._pairs]
         self._teacher_taps = [Tap(teacher.module, pair.teacher) for pair, *_ in self._pairs]
-        # In front of the model's whole pass, through which the backward pass and the model as its own teacher do not
-        # come again.
+        # Hooks the whole model: neither the backward pass nor the model as its own teacher calls it
+        # again.
         self._handle = student.register_forward_pre_hook(self._begin)
 
     def _begin(self, *_: Any) -> None:
@@ -84,7 +84,7 @@ class Distiller:
         """The weighted sum of all losses over the batch's target tokens.
 
         Raises:
-            UserError: states that cannot be compared, on every rank alike.
+            UserError: on every rank, if states cannot be compared.
         """
         targets = batch["targets"]
         mine = [tap.take() for tap in self._student_taps]
@@ -120,12 +120,12 @@ class Distiller:
         if problems:
             raise_pairs(
                 problems,
-                "tensors of (rows, positions, width), of one width",
-                "name other modules; for hidden states of different widths set mse_hidn_proj to true",
+                "tensors of (rows, positions, width) with equal widths",
+                "name other modules; if hidden sizes differ, set mse_hidn_proj to true",
             )
 
     def remove(self) -> None:
-        """Takes the hooks off both models."""
+        """Removes the hooks from both models."""
         self._handle.remove()
         for tap in (*self._student_taps, *self._teacher_taps):
             tap.remove()
@@ -133,9 +133,9 @@ class Distiller:
 
 def _fault(states: Any, targets: torch.Tensor) -> str | None:
     if states is None:
-        return "module does not run in a pass of the model"
+        return "module is not called in the model's forward pass"
     if not torch.is_tensor(states):
-        return f"module gives a {type(states).__name__}"
+        return f"module returns a {type(states).__name__}"
     if states.shape[:-1] != targets.shape:
-        return f"module gives a tensor of shape {tuple(states.shape)}"
+        return f"module returns a tensor of shape {tuple(states.shape)}"
     return None

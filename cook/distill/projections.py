@@ -1,4 +1,4 @@
-"""Learned linear maps from the student's hidden states to the width of the teacher's."""
+"""Learned linear maps from the student's hidden size to the teacher's."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch.nn.functional as F
 from cook.base.seeds import generator
 
 LEARNING_RATE = 1e-3
-"""Adam's usual one: the maps start at random and have no schedule."""
+"""Adam's default; the maps start at random and have no schedule."""
 
 
 class Projections:
-    """The maps of all pairs whose widths differ, the same on every rank.
+    """The linear maps of all pairs whose hidden sizes differ, the same on every rank.
 
-    Like the gates they live beside the engine: replicated, in fp32, with an optimizer of their own, outside its
-    clipping and its half precision. They are made when the widths are first seen. The student is mapped, not the
-    teacher: a map of the teacher could shrink the error by mapping all of it to nothing.
+    Like the gates they are not part of the engine: replicated, in fp32, with their own optimizer, without the engine's
+    clipping and half precision. They are created when the sizes are first known. The student is mapped and not the
+    teacher, because a map of the teacher could reduce the error by mapping everything to zero.
 
     Args:
-        seed: Of the first weights, together with a pair's name.
-        device: Where the states are.
+        seed: The seed of the initial weights, combined with a pair's name.
+        device: The device of the states.
     """
 
     def __init__(self, *, seed: int, device: torch.device | str = "cpu"):
@@ -32,7 +32,7 @@ class Projections:
         self._optimizer: torch.optim.Adam | None = None
 
     def apply(self, name: str, states: torch.Tensor, width: int) -> torch.Tensor:
-        """States `(..., student's width)` in fp32 as `(..., width)`; the map is made if there is none of this name."""
+        """Maps fp32 states `(..., student's width)` to `(..., width)`; creates the map if `name` has none."""
         if name not in self.weights:
             assert self._optimizer is None, "a map that appears after the first update"
             own = states.shape[-1]
@@ -40,7 +40,7 @@ class Projections:
         return F.linear(states, self.weights[name])
 
     def gradient(self) -> torch.Tensor | None:
-        """∂L/∂weights of all maps as one fp32 vector, as the backward passes have added it up; it is then cleared."""
+        """Returns the accumulated ∂L/∂weights of all maps as one fp32 vector, and clears it."""
         if not self.weights:
             return None
         parts = []
@@ -50,7 +50,7 @@ class Projections:
         return torch.cat(parts)
 
     def update(self, gradient: torch.Tensor) -> None:
-        """Moves the maps by `gradient` in the form of `self.gradient`, averaged over ranks and micro-batches."""
+        """Updates the maps by `gradient`, in the form of `self.gradient`, averaged over ranks and micro-batches."""
         optimizer = self._optimizer = self._optimizer or self._made_optimizer()
         parts = gradient.split([weight.numel() for weight in self.weights.values()])
         for weight, part in zip(self.weights.values(), parts, strict=True):

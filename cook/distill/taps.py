@@ -1,4 +1,4 @@
-"""Taps: hooks that keep the input or the output of a module in one pass, without holding it longer than needed."""
+"""Taps: hooks that keep the input or output of a module during one forward pass."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Place(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Two places, the student's and the teacher's, whose states are compared."""
+    """A place in the student and one in the teacher, whose states are compared."""
 
     student: Place
     teacher: Place
@@ -32,30 +32,30 @@ class Pair(NamedTuple):
 
 
 def read_pair(text: str) -> Pair:
-    """`[post]student.module:[pre]teacher.module`; the schema has seen to its form."""
+    """Parses `[post]student.module:[pre]teacher.module`; the schema has checked its form."""
     student, teacher = (Place(place[1 : place.index("]")], place[place.index("]") + 1 :]) for place in text.split(":"))
     return Pair(student, teacher)
 
 
 def lacking(model: torch.nn.Module, path: str) -> str | None:
-    """Why a module cannot be tapped, in words; None if it can."""
+    """The reason why a module cannot be tapped; None if it can."""
     try:
         module = model.get_submodule(path)
     except AttributeError:
         return f"has no module {path!r}"
-    return f"has no block left at {path!r}" if isinstance(module, Absent) else None
+    return f"no longer has the block {path!r}" if isinstance(module, Absent) else None
 
 
 def check_pairs(pairs: Mapping[str, Sequence[Pair]], student: torch.nn.Module, teacher: torch.nn.Module) -> None:
-    """Every place must be there.
+    """Checks that every place exists.
 
     Args:
-        pairs: By the config's key.
-        student: The model, or a skeleton without weights.
-        teacher: The same.
+        pairs: The pairs by the config's key.
+        student: The student, or a skeleton without weights.
+        teacher: The teacher, or a skeleton.
 
     Raises:
-        UserError: listing all that are not.
+        UserError: lists all places that do not exist.
     """
     problems = [
         f"{key}: {pair}: the {who} {why}"
@@ -65,20 +65,20 @@ def check_pairs(pairs: Mapping[str, Sequence[Pair]], student: torch.nn.Module, t
         if (why := lacking(model, place.path))
     ]
     if problems:
-        raise_pairs(problems, "pairs of modules that are in both models", "take the pairs of removed blocks out")
+        raise_pairs(problems, "modules that exist in both models", "delete the pairs of removed blocks")
 
 
 def raise_pairs(problems: Sequence[str], wanted: str, remedy: str) -> None:
-    """One error for all pairs that cannot be compared."""
+    """Raises one error for all pairs that cannot be compared."""
     listed = "".join(f"\n    {problem}" for problem in problems)
     raise UserError(f"distillation: {len(problems)} place(s) cannot be compared:{listed}", wanted=wanted, remedy=remedy)
 
 
 class Tap:
-    """Keeps what passes a place in an armed pass, until it is taken.
+    """Keeps the state at a place in an armed forward pass, until it is taken.
 
-    A pass is armed from outside: activation checkpointing calls the modules again in the backward pass, and where
-    a model is its own teacher both sides' taps hang on the same modules.
+    A pass must be armed explicitly: activation checkpointing calls the modules again in the backward pass, and if
+    a model is its own teacher, the taps of both sides are on the same modules.
     """
 
     def __init__(self, model: torch.nn.Module, place: Place):
@@ -92,23 +92,25 @@ class Tap:
             self._handle = module.register_forward_hook(self._keep_output)
 
     def arm(self) -> None:
-        """From now on what passes is kept, the last of it."""
+        """From now on the last state at the place is kept."""
         self._armed, self._value = True, None
 
     def take(self) -> Any:
-        """What was kept, a tensor if all is well; nothing is kept any more."""
+        """Returns the kept state, normally a tensor, and clears it."""
         value, self._value, self._armed = self._value, None, False
         return value
 
     def remove(self) -> None:
-        """Takes the hook off."""
+        """Removes the hook."""
         self._handle.remove()
 
     def _keep_input(self, _module: torch.nn.Module, inputs: tuple, named: dict) -> None:
         if self._armed:
-            self._value = inputs[0] if inputs else named["hidden_states"]  # as transformers calls a layer's blocks
+            self._value = (
+                inputs[0] if inputs else named["hidden_states"]
+            )  # transformers passes it by keyword to a layer's blocks
 
     def _keep_output(self, _module: torch.nn.Module, _inputs: tuple, output: Any) -> None:
         if self._armed:
-            # An attention block of transformers gives its output and its probabilities, if it keeps any.
+            # An attention block of transformers returns its output and its probabilities or None.
             self._value = output[0] if isinstance(output, tuple) else output

@@ -1,4 +1,4 @@
-"""What a student loses to its teacher: in its distribution over tokens, and in its hidden states.
+"""Losses between student and teacher: divergence of token distributions, and error of hidden states.
 
 Source of the softened distributions and their factor T²: Hinton, Vinyals and Dean, "Distilling the knowledge in a
 neural network" (2015).
@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from cook.data.packing import NO_TARGET
 
 CHUNK = {"cpu": 1 << 20, "cuda": 1 << 26}
-"""Logits of which an fp32 copy is made at a time: what stays in a core's cache; enough to keep a card busy."""
+"""Logits per chunk that is copied to fp32: fits in a core's cache on CPUs, large enough to keep a GPU busy."""
 
 
 def token_divergence(
@@ -26,17 +26,17 @@ def token_divergence(
 ) -> torch.Tensor:
     """T² · KL(teacher ‖ student) at temperature T, summed over the positions that have a target.
 
-    Made chunk by chunk: the one thing as large as the logits that it keeps is their gradient, in their own type (fp32
+    Computed in chunks: it keeps only one tensor as large as the logits, their gradient, in the type of the logits (fp32
     for fp16, whose smallest numbers are too large before the loss is scaled).
 
     Args:
         student_logits: `(batch, len, vocab)`, or `(batch, classes)` with targets `(batch,)`.
-        teacher_logits: The same shape; carries no gradient.
-        targets: `(batch, len)`, −100 where there is nothing to predict.
-        temperature: T, divides both logits.
+        teacher_logits: The same shape; no gradient.
+        targets: `(batch, len)`, −100 at positions without a target.
+        temperature: T, by which both logits are divided.
     """
     return _Divergence.apply(
-        student_logits.flatten(0, -2), teacher_logits.detach().flatten(0, -2), _told(targets), temperature
+        student_logits.flatten(0, -2), teacher_logits.detach().flatten(0, -2), _target_positions(targets), temperature
     )
 
 
@@ -46,38 +46,40 @@ def hidden_error(
     targets: torch.Tensor,
     project: Callable[[torch.Tensor], torch.Tensor] = lambda states: states,
 ) -> torch.Tensor:
-    """Mean squared error a feature, in fp32, summed over the positions that have a target.
+    """Mean squared error per feature, in fp32, summed over the positions that have a target.
 
     Args:
         student: `(batch, len, dim)`.
-        teacher: The same; of another dim only with a projection.
-        targets: `(batch, len)`, −100 where there is nothing to predict.
+        teacher: The same shape; another dim only with a projection.
+        targets: `(batch, len)`, −100 at positions without a target.
         project: Maps the student's states `(positions, dim)` to the teacher's dim.
     """
-    told = _told(targets)
-    mine, wanted = (states.flatten(0, -2).index_select(0, told).float() for states in (student, teacher.detach()))
+    with_target = _target_positions(targets)
+    mine, wanted = (
+        states.flatten(0, -2).index_select(0, with_target).float() for states in (student, teacher.detach())
+    )
     return (project(mine) - wanted).pow(2).mean(-1).sum()
 
 
-def _told(targets: torch.Tensor) -> torch.Tensor:
+def _target_positions(targets: torch.Tensor) -> torch.Tensor:
     return (targets.flatten() != NO_TARGET).nonzero().flatten()
 
 
 class _Divergence(torch.autograd.Function):
-    """The gradient of T²·KL is T·(softmax(s/T) − softmax(t/T)): it is ready when the value is."""
+    """The gradient of T²·KL is T·(softmax(s/T) − softmax(t/T)), which is computed together with the value."""
 
     @staticmethod
     def forward(
-        ctx: Any, student_NV: torch.Tensor, teacher_NV: torch.Tensor, told: torch.Tensor, temperature: float
+        ctx: Any, student_NV: torch.Tensor, teacher_NV: torch.Tensor, with_target: torch.Tensor, temperature: float
     ) -> torch.Tensor:
         count, vocab = student_NV.shape
         gradient_NV = None
         if ctx.needs_input_grad[0]:
             dtype = torch.float32 if student_NV.dtype == torch.float16 else student_NV.dtype
-            make = torch.empty if len(told) == count else torch.zeros
+            make = torch.empty if len(with_target) == count else torch.zeros
             gradient_NV = make((count, vocab), dtype=dtype, device=student_NV.device)
         total = student_NV.new_zeros((), dtype=torch.float32)
-        for positions in told.split(max(1, CHUNK.get(student_NV.device.type, CHUNK["cuda"]) // vocab)):
+        for positions in with_target.split(max(1, CHUNK.get(student_NV.device.type, CHUNK["cuda"]) // vocab)):
             student_CV, teacher_CV = (
                 F.log_softmax(x.index_select(0, positions).float().div_(temperature), dim=-1)
                 for x in (student_NV, teacher_NV)

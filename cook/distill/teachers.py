@@ -1,4 +1,4 @@
-"""Teachers: models that are asked and never trained."""
+"""Teachers: frozen models that are distilled from."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from cook.data.token_loss import model_inputs
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """A model to imitate; it may be the student itself."""
+    """A model to distil from; it may be the student itself."""
 
     module: torch.nn.Module
-    """Where its hidden states are read."""
+    """The module whose hidden states are read."""
     forward: Callable[[Batch], Any]
-    """Its output with `.logits` for a batch of which the labels are taken out; without gradients or dropout."""
+    """Computes its output with `.logits` for a batch without labels; without gradients or dropout."""
 
 
 def model_teacher(model: torch.nn.Module, call_form: CallForm = as_it_is) -> Teacher:
-    """A model of its own, put into eval mode and frozen; it lies where the batches are, or streams itself there."""
+    """A separate model, frozen and in eval mode, on the device of the batches or streamed to it."""
     model.eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -34,11 +34,11 @@ def model_teacher(model: torch.nn.Module, call_form: CallForm = as_it_is) -> Tea
 
 
 def stream_weights(model: torch.nn.Module, device: torch.device) -> None:
-    """Keeps a model's weights where they are and lets each visit `device` only while its own module runs.
+    """Keeps a model's weights where they are, and copies each to `device` only while its module runs.
 
-    For a frozen teacher that does not fit beside the student: at any time the device holds the weights of one module.
-    Buffers, which are small, move for good. A module may use none but its own weights outside their owner's `forward`,
-    as under ZeRO-3. A weight that several modules share visits for each of them.
+    For a frozen teacher that does not fit beside the student: the device holds the weights of one module at a time.
+    Buffers, which are small, are moved permanently. A module may use only its own weights in its `forward`,
+    as under ZeRO-3. A weight that several modules share is copied for each of them.
     """
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -51,13 +51,13 @@ def stream_weights(model: torch.nn.Module, device: torch.device) -> None:
 
 
 class _Visits:
-    """The weights of one module, at home and away."""
+    """The weights of one module, which are copied to the device and back."""
 
     def __init__(self, parameters: list[torch.nn.Parameter], device: torch.device):
         self._parameters, self._device = parameters, device
         for parameter in parameters:
             if device.type == "cuda" and not parameter.is_pinned():
-                parameter.data = parameter.data.pin_memory()  # else a copy waits for the CPU
+                parameter.data = parameter.data.pin_memory()  # without pinning, the copy would wait for the CPU
         self._homes = [parameter.data for parameter in parameters]
 
     def begin(self, *_: Any) -> None:

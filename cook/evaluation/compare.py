@@ -1,4 +1,4 @@
-"""Several models on one text: each scored, all timed by turns, then a table, JSON and a figure."""
+"""Comparison of several models on one text: scores, speeds, a table, JSON and a figure."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ RATIOS = ("parameters", "prefill_tokens_per_second", "decode_tokens_per_second",
 def compare(entries: Sequence[Entry], text: str, settings: Settings, *, files: Sequence[str]) -> dict[str, Any]:
     """Measures the models.
 
-    All are in memory together when they are timed, so that they can take turns; without timing one is let go before
-    the next is loaded.
+    With timing, all models are in memory together, so that they can take turns. Without timing, each model is freed
+    before the next is loaded.
 
     Args:
-        entries: The models, the one to compare with first.
-        text: What to score.
-        settings: How to measure.
-        files: Where the text comes from, for the record.
+        entries: The models; the first one is the reference.
+        text: The text to score.
+        settings: The settings of the measurement.
+        files: The files that the text comes from, for the record.
 
     Returns:
         `{"data", "settings", "same_tokens", "models": [record of a model with its name and ratios to the first]}`.
 
     Raises:
-        UserError: two models of one name, or one that cannot be measured.
+        UserError: two models have the same name, or a model cannot be measured.
     """
     names = [entry.name for entry in entries]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise UserError(f"two models are called {twice[0]!r}", remedy="name them: NAME=DIR")
+        raise UserError(f"two models are called {twice[0]!r}", remedy="give each a name: NAME=DIR")
     records: list[dict[str, Any]] = []
     models: list[Loaded] = []
     first_ids, same_tokens = torch.empty(0), True
@@ -76,7 +76,7 @@ def write_comparison(comparison: dict[str, Any], folder: Path) -> None:
     title += f"tokens{steps}"
     print(comparison_table(records, same_tokens=same_tokens))
     if not same_tokens:
-        print("The models cut the text into different tokens: their losses and perplexities cannot be compared.")
+        print("The models' tokenizers differ, so their losses and perplexities per token cannot be compared.")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "comparison.json", comparison)
     plot_comparison(records, folder / "comparison.png", same_tokens=same_tokens, title=title)

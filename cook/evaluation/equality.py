@@ -1,4 +1,4 @@
-"""How far two models' answers are apart on the same batches."""
+"""The difference between two models' outputs on the same batches."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from cook.base.batches import Batch
 from cook.data.token_loss import model_inputs
 
 Answers = dict[str, torch.Tensor]
-"""What a model returns for one batch, by name: logits, the logits of a span's ends, hidden states of a bare encoder."""
+"""A model's outputs for one batch, by name: logits, span logits, or the hidden states of an encoder without a head."""
 
 
 @torch.no_grad()
 def answers(model: torch.nn.Module, batches: Iterable[Batch]) -> list[Answers]:
-    """A model's answers to all batches, in fp32; positions beyond a row's `length` are left out."""
+    """A model's outputs for all batches, in fp32; positions beyond a row's `length` are left out."""
     found: list[Answers] = []
     for batch in batches:
         out = model(**_call(model, model_inputs(batch)))
@@ -31,9 +31,9 @@ def answers(model: torch.nn.Module, batches: Iterable[Batch]) -> list[Answers]:
 
 
 def difference(first: Sequence[Answers], second: Sequence[Answers]) -> float:
-    """max |a − b| / max |a| over all batches, of the answer for which it is largest.
+    """max |a − b| / max |a| over all batches, for the output for which it is largest.
 
-    Infinity where a number is not finite, or where all of the first model's are zero and the second's are not.
+    Infinity if a number is not finite, or if all numbers of the first model are zero and those of the second are not.
     """
     assert any(value.numel() for answer in first for value in answer.values()), "nothing to compare the models on"
     names = {name for answer in (*first, *second) for name in answer}
@@ -50,7 +50,7 @@ def _difference(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
     apart = scale = 0.0
     for a, b in pairs:
         if not (a.isfinite().all() and b.isfinite().all()):
-            return math.inf  # max() would pass over a NaN
+            return math.inf  # max() would ignore a NaN
         if a.numel():
             apart, scale = max(apart, float((a - b).abs().max())), max(scale, float(a.abs().max()))
     return apart / scale if scale else math.inf if apart else 0.0
@@ -63,5 +63,5 @@ def _is_answer(value: object) -> bool:
 def _call(model: torch.nn.Module, inputs: Batch) -> Batch:
     if not any(made.__name__.endswith("ForMultipleChoice") for made in type(model).__mro__):
         return inputs
-    # Its rows are the choices of one question, and its masks have no room for pairs of positions.
+    # Its rows are the choices of one question, and it does not accept 2D attention masks.
     return {name: inputs[name][None] for name in ("input_ids", "position_ids") if name in inputs}

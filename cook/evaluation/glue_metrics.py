@@ -13,19 +13,19 @@ Metrics = dict[str, float]
 def glue_metrics(task: str, predictions: np.ndarray, targets: np.ndarray) -> Metrics:
     """All metrics of a task, as fractions.
 
-    A correlation that is not defined, because all predictions are one value, is 0: nothing was predicted.
+    A correlation that is undefined because all predictions are equal counts as 0.
 
     Args:
         task: The task's name in `cook.data.benchmarks.glue.GLUE_TASKS`.
-        predictions: `[rows]`, the predicted class ids, or scores for a regression.
-        targets: `[rows]`, the right ones.
+        predictions: `[rows]`, predicted class ids, or scores for a regression.
+        targets: `[rows]`, the correct ones.
     """
     assert len(predictions) == len(targets) > 0
     return _METRICS.get(task, _accuracy)(predictions, targets)
 
 
 def main_metric(task: str) -> str:
-    """The name of the one number that stands for a task, as in the benchmark's average."""
+    """The name of a task's main metric, as in the benchmark's average."""
     return {"CoLA": "mcc", "STS-B": "corr", "MRPC": "acc_and_f1", "QQP": "acc_and_f1"}.get(task, "acc")
 
 
@@ -51,7 +51,7 @@ def _correlations(predictions: np.ndarray, targets: np.ndarray) -> Metrics:
     from scipy.stats import pearsonr, spearmanr
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a constant input: its NaN is dealt with below
+        warnings.simplefilter("ignore")  # a constant input gives NaN, which is handled below
         pearson = float(np.nan_to_num(pearsonr(predictions, targets)[0])) if len(targets) > 1 else 0.0
         spearman = float(np.nan_to_num(spearmanr(predictions, targets)[0])) if len(targets) > 1 else 0.0
     return {"pearson": pearson, "spearmanr": spearman, "corr": (pearson + spearman) / 2}

@@ -1,4 +1,4 @@
-"""Any causal language model as something to evaluate: cook's folders, stock ones, a dense model with its masks."""
+"""Loading of causal language models for evaluation: cook's folders, stock folders, dense models with masks."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ MASKS = ("coarse", "heads", "dimff")
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A model to evaluate, as the user named it."""
+    """A model to evaluate, as named by the user."""
 
     name: str
     folder: str
     coarse: str | None = None
-    """Its layer mask, if it has one that has not been carried out."""
+    """The layer mask to apply to it, if any."""
     heads: str | None = None
     dimff: str | None = None
 
     @property
     def masks(self) -> dict[str, str]:
-        """The mask files that were given, by kind."""
+        """The given mask files, by kind."""
         return {kind: path for kind in MASKS if (path := getattr(self, kind))}
 
 
 def parse_entry(text: str) -> Entry:
-    """`[NAME=]DIR[,coarse=FILE][,heads=FILE][,dimff=FILE]`; without a name, that of the folder.
+    """`[NAME=]DIR[,coarse=FILE][,heads=FILE][,dimff=FILE]`; the default name is the folder's.
 
     Raises:
-        UserError: no folder, or a kind of mask given twice.
+        UserError: the folder is missing, or a kind of mask is given twice.
     """
     first, *others = re.split(rf",(?=(?:{'|'.join(MASKS)})=)", text)
     name, equals, folder = first.partition("=")
-    if not equals or "/" in name:  # a folder may hold the sign as well
+    if not equals or "/" in name:  # the folder's path may contain "=" too
         name, folder = "", first
     masks = [other.split("=", 1) for other in others]
     if not folder or not all(path for _, path in masks) or len({kind for kind, _ in masks}) < len(masks):
@@ -55,7 +55,7 @@ def parse_entry(text: str) -> Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A model ready to be run."""
+    """A loaded model."""
 
     entry: Entry
     model: torch.nn.Module
@@ -63,25 +63,25 @@ class Loaded:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device of the model."""
         return next(self.model.parameters()).device
 
 
 def load(entry: Entry, *, trust_remote_code: bool, dtype: str = "auto", device: str = "cpu") -> Loaded:
-    """Loads a model and its tokenizer; a family that cook knows needs no remote code here.
+    """Loads a model and its tokenizer; families that cook knows need no remote code.
 
     Args:
-        entry: What the user named.
+        entry: The model that the user named.
         trust_remote_code: Whether a modeling file in the folder may run.
         dtype: `auto` (as stored; bfloat16 on a GPU) or the name of a floating type.
-        device: Where to compute.
+        device: The device to load it to.
 
     Raises:
-        UserError: the folder holds no model or no tokenizer that can be loaded, or the masks are another model's.
+        UserError: the model or the tokenizer cannot be loaded, or the masks belong to another model.
     """
     folder = Path(entry.folder)
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: no model folder", wanted="config.json, safetensors and tokenizer files")
+        raise UserError(f"{folder}: not a model folder", wanted="config.json, safetensors and tokenizer files")
     try:
         tokenizer = load_tokenizer(folder, trust_remote_code)
         source = known_source(folder)
@@ -91,13 +91,13 @@ def load(entry: Entry, *, trust_remote_code: bool, dtype: str = "auto", device: 
             from transformers import AutoConfig, AutoModelForCausalLM
 
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-            config._attn_implementation = None  # it may be the name of a kernel to download
+            config._attn_implementation = None  # the value may name a kernel to download
             model = AutoModelForCausalLM.from_pretrained(folder, config=config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, RuntimeError) as error:  # the last: weights that do not fit the config
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: weights that do not fit the config
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{folder}: cannot be loaded", got=reason) from None
     if entry.masks and source is None:
-        raise UserError(f"{folder}: masks need a family that cook knows")
+        raise UserError(f"{folder}: masks can be applied only to a family that cook knows")
     chosen = {"auto": torch.bfloat16 if device.startswith("cuda") else None}.get(dtype) or getattr(torch, dtype, None)
     model = placed(model.eval(), device, chosen)
     if entry.masks and source is not None:
@@ -114,11 +114,11 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
         return open_backend(str(folder), trust_remote_code=trust_remote_code)
     check_tokenizer_file(folder)
     with library_errors(f"{folder}: its tokenizer cannot be read"):
-        # AutoTokenizer would ask about the modeling file, of which a tokenizer.json has no need.
+        # AutoTokenizer would ask for trust in the modeling file, which a tokenizer.json does not need.
         return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def known_source(folder: Path) -> ModelSource | None:
-    """The model of a folder if its family is known here."""
+    """The model of a folder, if cook knows its family."""
     config = read_model_config(folder)
     return open_model(folder) if stock_type(config) is not None and knows(config) else None

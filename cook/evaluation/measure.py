@@ -1,4 +1,4 @@
-"""What `python -m cook.evaluation` measures of a model, as one flat record."""
+"""The measurements of `python -m cook.evaluation`, as one flat record per model."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from cook.evaluation.speed import generation_speed
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How to measure."""
+    """Settings of the measurement."""
 
     window: int = 512
-    """Tokens that the model sees at once."""
+    """Tokens per window."""
     stride: int | None = None
     """See `cook.evaluation.scoring.Windowing`."""
     bos: bool = False
     """Whether each window begins with the tokenizer's beginning-of-sequence token."""
     max_windows: int | None = None
     batch_size: int = 8
-    """Windows a pass."""
+    """Windows per forward pass."""
     dtype: str = "auto"
     device: str = "cpu"
     trust_remote_code: bool = False
     speed: bool = True
     """Whether to time prefill and decoding."""
     prompts: int = 1
-    """Prompts at once when these are timed."""
+    """Prompts per batch when timing."""
     prompt_tokens: int = 128
     new_tokens: int = 32
     repeats: int = 5
@@ -45,21 +45,21 @@ def measure_loss(entry: Entry, text: str, settings: Settings) -> tuple[Loaded, d
     """Loads a model and scores `text` with it.
 
     Raises:
-        UserError: the model cannot be loaded, the text is too short, or the window longer than the model's positions.
+        UserError: the model cannot be loaded, the text is too short, or the window is longer than the model's context.
     """
     with PeakMemory(torch.device(settings.device)) as memory:
         loaded = load(entry, trust_remote_code=settings.trust_remote_code, dtype=settings.dtype, device=settings.device)
         windowing = _windowing(loaded, settings)
         ids = text_ids(loaded, text)
         if len(ids) > 1 and not predicts_blindly(loaded.model, ids):
-            raise UserError(f"{entry.folder}: is no causal language model", got=type(loaded.model).__name__)
+            raise UserError(f"{entry.folder}: not a causal language model", got=type(loaded.model).__name__)
         got = score(loaded.model, ids, windowing, batch_size=settings.batch_size)
     record = {
         "model": entry.folder,
         **({"masks": entry.masks} if entry.masks else {}),
         "loss": _finite(got.loss),
         "perplexity": _finite(got.perplexity),
-        # Tokens of other tokenizers are other lengths; a byte is a byte.
+        # Per byte, because tokens of different tokenizers have different lengths.
         "bits_per_byte": _finite(got.loss / math.log(2) * len(ids) / len(text.encode())),
         "method": windowing.method,
         "tokens": got.tokens,
@@ -73,10 +73,10 @@ def measure_loss(entry: Entry, text: str, settings: Settings) -> tuple[Loaded, d
 
 
 def measure_speed(models: Sequence[Loaded], text: str, settings: Settings) -> list[dict[str, float]]:
-    """Prefill and decode speed of each model, by turns, on prompts from the beginning of `text`.
+    """Measures prefill and decode speed of each model, in turns, on prompts from the beginning of `text`.
 
     Raises:
-        UserError: the prompt and what follows it are longer than a model's positions.
+        UserError: prompt and new tokens are longer than a model's context.
     """
     prompts = {}
     for number, loaded in enumerate(models):
@@ -91,13 +91,13 @@ def measure_speed(models: Sequence[Loaded], text: str, settings: Settings) -> li
 
 
 def text_ids(loaded: Loaded, text: str) -> torch.Tensor:
-    """The whole text's tokens, `(count,)`, without the special ones."""
-    # verbose: a text longer than the model's positions is what windows are for.
+    """The token ids of the whole text, `(count,)`, without special tokens."""
+    # verbose=False: the text may be longer than the context, since it is cut into windows.
     ids = loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     known, largest = _known_ids(loaded.model), max(ids, default=0)
     if known is not None and largest >= known:
         raise UserError(
-            f"{loaded.entry.folder}: the text has the id {largest}, and the model knows {known} ids",
+            f"{loaded.entry.folder}: the tokenizer gives the id {largest}, but the model has {known} ids",
             remedy="evaluate with the tokenizer that the model was trained with, or enlarge the model's embedding "
             "(transformers: model.resize_token_embeddings)",
         )
@@ -105,14 +105,14 @@ def text_ids(loaded: Loaded, text: str) -> torch.Tensor:
 
 
 def _known_ids(model: torch.nn.Module) -> int | None:
-    """Rows of the model's table of tokens."""
+    """The number of rows of the token embedding."""
     find = getattr(model, "get_input_embeddings", None)
     weight = getattr(find() if find else None, "weight", None)
     return None if weight is None else len(weight)
 
 
 def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None  # JSON has no word for the others
+    return value if math.isfinite(value) else None  # JSON cannot store NaN or infinity
 
 
 def _windowing(loaded: Loaded, settings: Settings) -> Windowing:
@@ -129,5 +129,5 @@ def _check_positions(loaded: Loaded, wanted: int, option: str) -> None:
     limit = getattr(getattr(loaded.model, "config", None), "max_position_embeddings", None)
     if isinstance(limit, int) and wanted > limit:
         raise UserError(
-            f"{loaded.entry.folder}: the model has {limit} positions", got=wanted, remedy=f"set {option} lower"
+            f"{loaded.entry.folder}: the model has only {limit} positions", got=wanted, remedy=f"set {option} lower"
         )

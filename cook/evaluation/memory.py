@@ -10,18 +10,18 @@ import torch
 
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
-RESET_PEAK = "5"  # proc(5): the peak resident set becomes the present one
+RESET_PEAK = "5"  # proc(5): resets the peak resident set size to the current one
 
 
 class PeakMemory:
-    """A context that measures the most memory held inside it beyond what was held at its start.
+    """A context that measures the peak memory inside it, minus the memory at its start.
 
-    On a GPU: the bytes of tensors, as PyTorch's allocator counts them. Elsewhere: the process's resident memory, as
-    Linux counts it.
+    On a GPU: bytes of tensors, from PyTorch's allocator. On a CPU: the process's resident memory, from
+    Linux.
     """
 
     bytes: int | None = None
-    """Set when the context ends; None where the system does not tell."""
+    """Bytes; set when the context ends; None if the system does not report it."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -49,18 +49,18 @@ class PeakMemory:
 
 def _start_of_resident() -> int | None:
     try:
-        # What earlier work freed and the C library kept would hide as much of what comes now.
+        # Memory that was freed before and kept by the C library would hide as much of the new memory.
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):
-        pass  # another C library: the figure may then be too low after earlier work in the same process
+        pass  # another C library: the result may be too low after earlier work in the same process
     try:
         CLEAR.write_text(RESET_PEAK)
         return _status("VmRSS")
     except (OSError, StopIteration):
-        return None  # not Linux, or a sandbox without it
+        return None  # not Linux, or a sandbox without /proc
 
 
 def _status(field: str) -> int:
-    """A size out of this process's status, in bytes."""
+    """A size from this process's status, in bytes."""
     lines = STATUS.read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))

@@ -1,4 +1,4 @@
-"""The command lines of `python -m cook.evaluation` and of its `compare`."""
+"""The command lines of `python -m cook.evaluation` and its `compare`."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def evaluate_parser() -> argparse.ArgumentParser:
         epilog="python -m cook.evaluation compare --help: several models side by side.",
     )
     parser.add_argument("--model", required=True, help="Hugging Face model folder, with its tokenizer")
-    parser.add_argument("--coarse-mask", help="layer mask (.pt) to hold while evaluating")
+    parser.add_argument("--coarse-mask", help="layer mask (.pt) to apply")
     parser.add_argument("--heads-mask", help="head mask (.pt)")
-    parser.add_argument("--dimff-mask", help="dim_ff mask (.pt)")
+    parser.add_argument("--dimff-mask", help="FFN mask (.pt)")
     return _with_settings(parser)
 
 
@@ -41,19 +41,19 @@ def compare_parser() -> argparse.ArgumentParser:
     """Several models."""
     parser = argparse.ArgumentParser(
         prog="python -m cook.evaluation compare",
-        description="Several models side by side on one text: a table, JSON and a figure. Ratios are to the first one.",
+        description="Compare several models on one text: a table, JSON and a figure. Ratios are to the first model.",
     )
     parser.add_argument(
         "models",
         nargs="+",
         metavar="[NAME=]DIR[,coarse=FILE][,heads=FILE][,dimff=FILE]",
-        help="a model folder, with masks for the masked one",
+        help="a model folder, optionally with masks to apply",
     )
     parser.add_argument(
         "--output",
         default="results/comparison",
         metavar="DIR",
-        help="where comparison.json and comparison.png go (default: %(default)s)",
+        help="folder for comparison.json and comparison.png (default: %(default)s)",
     )
     return _with_settings(parser)
 
@@ -61,16 +61,18 @@ def compare_parser() -> argparse.ArgumentParser:
 def _with_settings(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     own = Settings()
     parser.add_argument("--data", required=True, nargs="+", help="UTF-8 text files to score")
-    parser.add_argument("--window", type=int, default=own.window, help="tokens a window (default: %(default)s)")
+    parser.add_argument("--window", type=int, default=own.window, help="tokens per window (default: %(default)s)")
     parser.add_argument(
         "--stride",
         type=int,
-        help="tokens from one window to the next, whose overlap is context only "
-        "(default: disjoint windows, their first token and a rest not counted)",
+        help="tokens from the start of one window to the next; the overlap is context only "
+        "(default: disjoint windows; the first token of each and an incomplete last window do not count)",
     )
     parser.add_argument("--bos", action="store_true", help="begin every window with the tokenizer's BOS (Gemma)")
-    parser.add_argument("--max-windows", type=int, help="score only so many windows")
-    parser.add_argument("--batch-size", type=int, default=own.batch_size, help="windows a pass (default: %(default)s)")
+    parser.add_argument("--max-windows", type=int, help="score at most this many windows")
+    parser.add_argument(
+        "--batch-size", type=int, default=own.batch_size, help="windows per pass (default: %(default)s)"
+    )
     parser.add_argument(
         "--dtype",
         default="auto",
@@ -79,11 +81,13 @@ def _with_settings(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
     parser.add_argument("--no-speed", dest="speed", action="store_false", help="do not time prefill and decoding")
-    parser.add_argument("--prompts", type=int, default=own.prompts, help="prompts at once (default: %(default)s)")
+    parser.add_argument("--prompts", type=int, default=own.prompts, help="prompts per batch (default: %(default)s)")
     parser.add_argument("--prompt-tokens", type=int, default=own.prompt_tokens, help="default: %(default)s")
-    parser.add_argument("--new-tokens", type=int, default=own.new_tokens, help="decoded a prompt; default: %(default)s")
+    parser.add_argument(
+        "--new-tokens", type=int, default=own.new_tokens, help="new tokens per prompt (default: %(default)s)"
+    )
     parser.add_argument("--repeats", type=int, default=own.repeats, help="rounds of timing (default: %(default)s)")
-    parser.add_argument("--trust-remote-code", action="store_true", help="let a folder's own modeling file run")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run a folder's own modeling file")
     return parser
 
 
@@ -91,7 +95,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
     """The settings of a parsed command line.
 
     Raises:
-        UserErrors: values out of their range, all at once.
+        UserErrors: all values that are out of range.
     """
     errors = [
         UserError(f"--{name.replace('_', '-')} is too small", wanted=f"at least {least}", got=value)
@@ -100,7 +104,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
     ]
     longest = options.window - options.bos
     if options.stride is not None and options.stride > longest:
-        what = "--stride would leave tokens out between the windows"
+        what = "--stride would skip tokens between the windows"
         errors.append(UserError(what, wanted=f"at most {longest}", got=options.stride))
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -114,14 +118,14 @@ def settings_of(options: argparse.Namespace) -> Settings:
 
 
 def read_texts(paths: Sequence[str]) -> str:
-    """Text files' contents, a line break between them.
+    """The contents of text files, joined with line breaks.
 
     Raises:
-        UserError: one is missing, not UTF-8, or all are empty.
+        UserError: a file is missing or not UTF-8, or all are empty.
     """
     text = "\n".join(map(_read_text, paths))
     if not text.strip():
-        raise UserError("there is nothing to score", got=", ".join(paths))
+        raise UserError("the text files are empty", got=", ".join(paths))
     return text
 
 

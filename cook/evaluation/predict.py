@@ -1,4 +1,4 @@
-"""A model's outputs for a set of rows, shared out over the ranks."""
+"""A model's outputs for a set of rows, computed on all ranks."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def predict(
 
     Args:
         forward: The model, in eval mode.
-        rows: What to read.
-        names: The outputs to keep, such as `("logits",)`; each is `[B, …]`.
-        batch_size: Rows of a batch on one rank.
-        device: Where the model is.
+        rows: The rows.
+        names: Names of the outputs to keep, such as `("logits",)`; each is `[B, …]`.
+        batch_size: Rows per batch and rank.
+        device: The device of the model.
     """
     found: dict[int, tuple[np.ndarray, ...]] = {}
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The loss of a causal language model on a text, by disjoint or by overlapping windows."""
+"""The loss of a causal language model on a text, in disjoint or overlapping windows."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from cook.base.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Windowing:
-    """How a text that is longer than the model's context is cut up."""
+    """How a text that is longer than the model's context is cut into windows."""
 
     size: int
-    """Tokens that the model sees at once."""
+    """Tokens per window."""
     stride: int | None = None
-    """None: disjoint windows, each alone (Frantar et al. 2022, GPTQ, and the pruning literature after it); the first
-    token of a window is not predicted, and a rest shorter than a window is left out. A number: each window begins that
-    many tokens after the one before, and only the tokens that the earlier windows have not predicted count (Baevski
+    """None: disjoint windows (Frantar et al. 2022, GPTQ, and later pruning papers); the first
+    token of a window is not predicted, and an incomplete last window is left out. A number: each window begins that
+    many tokens after the previous one, and only tokens that earlier windows did not predict count (Baevski
     and Auli 2019; "sliding window" in Press et al. 2021; the documentation of transformers): every token of the text
     but the first is predicted exactly once, from the second window on with at least `size - stride` before it."""
     bos: int | None = None
-    """An id put in front of every window, which then predicts its first token too; it takes one place of `size`."""
+    """An id put in front of every window, so that its first token is predicted too; it counts in `size`."""
     limit: int | None = None
-    """Score only so many windows."""
+    """Score at most this many windows."""
 
     @property
     def method(self) -> str:
@@ -49,20 +49,20 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """What a text costs a model."""
+    """The score of a model on a text."""
 
     loss: float
-    """Mean cross entropy a predicted token, in nats."""
+    """Mean cross entropy in nats per predicted token."""
     tokens: int
     """Predicted tokens."""
     seen: int
-    """Tokens that went through the model, those that windows share once for each."""
+    """Tokens that the model processed; tokens in several windows count once per window."""
     seconds: float
-    """Time in the model and its loss."""
+    """Seconds in the model and the loss."""
 
     @property
     def perplexity(self) -> float:
-        """exp(loss) (Jelinek et al. 1977); infinity beyond what a float holds."""
+        """exp(loss) (Jelinek et al. 1977); infinity on overflow."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
@@ -70,30 +70,30 @@ def spans(count: int, windowing: Windowing) -> list[Span]:
     """The windows over a text of `count` tokens, in order.
 
     Raises:
-        UserError: the text is too short to fill a window (disjoint windows) or to predict anything (strided).
+        UserError: the text is shorter than one window (disjoint windows), or too short to predict anything (strided).
     """
     size = windowing.size - (windowing.bos is not None)
-    assert windowing.stride is None or 1 <= windowing.stride <= size, "windows would leave tokens out between them"
-    free = int(windowing.bos is None)  # tokens at the start of a text that nothing predicts
+    assert windowing.stride is None or 1 <= windowing.stride <= size, "the stride would skip tokens between windows"
+    free = int(windowing.bos is None)  # tokens at the start of a text that are not predicted
     if windowing.stride is None:
         found = [Span(start=s, stop=s + size, scored=s + free) for s in range(0, count - size + 1, size)]
     else:
         found, done = [], free
         for start in range(0, count, windowing.stride):
             stop = min(start + size, count)
-            # With a stride as long as the window nothing in it predicts its first token.
+            # If the stride equals the window, the first token of a window is not predicted.
             first = max(done, start + free)
             if first < stop:
                 found.append(Span(start=start, stop=stop, scored=first))
             done = stop
     if not found:
         least = size if windowing.stride is None else 1 + free
-        raise UserError(f"the text has {count} tokens, less than a window of {least}", remedy="set --window lower")
+        raise UserError(f"the text has {count} tokens, fewer than a window of {least}", remedy="set --window lower")
     return found[: windowing.limit]
 
 
 def batches(found: Sequence[Span], batch_size: int) -> Iterator[list[Span]]:
-    """Windows of one length together, at most `batch_size` of them: no padding, which some models count as text."""
+    """Groups windows of equal length, at most `batch_size` each: without padding, which some models count as text."""
     for _, equal in itertools.groupby(found, key=lambda span: span.stop - span.start):
         alike = list(equal)
         yield from (alike[first : first + batch_size] for first in range(0, len(alike), batch_size))
@@ -101,12 +101,12 @@ def batches(found: Sequence[Span], batch_size: int) -> Iterator[list[Span]]:
 
 @torch.no_grad()
 def predicts_blindly(model: Callable[..., Any], ids: torch.Tensor) -> bool:
-    """Whether no position sees the token it is to predict: the logits before a token that changes stay as they are.
+    """Whether the model is causal: changing a token does not change the logits before it.
 
-    An encoder reads on both sides; what it would be scored on is copying.
+    An encoder sees the tokens that it would have to predict, so its score would be meaningless.
 
     Args:
-        model: As for `score`; one that gives no `.logits` for every token does not predict any.
+        model: As for `score`; a model without `.logits` for every token counts as not causal.
         ids: At least two tokens, `(count,)`.
     """
     row = ids[None, :16]
@@ -116,7 +116,7 @@ def predicts_blindly(model: Callable[..., Any], ids: torch.Tensor) -> bool:
     if any(logits.shape[:2] != row.shape for logits in found):
         return False
     before, after = (logits[:, :-1].float() for logits in found)
-    # Equal but for the noise of a device that sums in another order.
+    # Equal up to rounding, since a device may sum in another order.
     return not (before - after).abs().max() > 1e-3 * before.abs().max()
 
 
@@ -128,8 +128,8 @@ def score(model: Callable[..., Any], ids: torch.Tensor, windowing: Windowing, *,
         model: Takes `input_ids` (batch, window) and `use_cache`, and returns an object with `.logits` (batch, window,
             vocabulary).
         ids: The text's tokens, `(count,)`, on the model's device.
-        windowing: How it is cut up.
-        batch_size: Windows a pass.
+        windowing: How the text is cut into windows.
+        batch_size: Windows per forward pass.
     """
     total, predicted, seen, seconds = 0.0, 0, 0, 0.0
     front = [] if windowing.bos is None else [windowing.bos]

@@ -1,4 +1,4 @@
-"""Speed of models, for comparisons within one run: forward passes, prefill and decoding."""
+"""Speed measurements for comparisons within one run: forward passes, prefill and decoding."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from cook.base.errors import UserError
 from cook.data.token_loss import model_inputs
 
 LARGEST_TIMED = 2_000_000_000
-"""Parameters beyond which whole models are not built just to be timed."""
+"""Models with more parameters than this are not built only to be timed."""
 
 
 def median_seconds(
     actions: Mapping[str, Callable[[], object]], device: torch.device, *, repeats: int = 5
 ) -> dict[str, float]:
-    """Median seconds of each action.
+    """Measures the median seconds of each action.
 
-    They take turns, so that a machine whose speed drifts treats them alike; one warm-up round is not counted.
+    The actions take turns, so that changes of the machine's speed affect all alike; one warm-up round is not counted.
     """
     times: dict[str, list[float]] = {name: [] for name in actions}
     for number in range(repeats + 1):
@@ -58,9 +58,9 @@ def forward_seconds(
 
 @torch.no_grad()
 def pass_seconds(model: torch.nn.Module, batch: Batch, device: torch.device, *, budget: float = 5.0) -> float:
-    """Median seconds of a forward pass of one model, which is repeated for `budget` seconds and at most 10 times.
+    """Median seconds of a forward pass of one model, repeated for up to `budget` seconds and 10 times.
 
-    The first pass warms up, and counts only where it takes all the time.
+    The first pass is a warm-up and counts only if it uses the whole budget.
     """
     inputs = on_device(model_inputs(batch), device)
     times: list[float] = []
@@ -75,21 +75,21 @@ def pass_seconds(model: torch.nn.Module, batch: Batch, device: torch.device, *, 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationSpeed:
-    """How fast a model answers a batch of equally long prompts, greedily and with a cache."""
+    """Speed of greedy generation with a cache, for a batch of equally long prompts."""
 
     rows: int
-    """Prompts at once."""
+    """Prompts per batch."""
     prompt: int
-    """Tokens a prompt."""
+    """Tokens per prompt."""
     new_tokens: int
-    """Tokens decoded a row after the first one, which the prefill gives."""
+    """Tokens decoded per row after the first one, which the prefill computes."""
     prefill: float
-    """Seconds from the prompts to the logits of the first new token."""
+    """Seconds of the prefill, up to the logits of the first new token."""
     decode: float
     """Seconds of all `new_tokens` steps."""
 
     def as_record(self) -> dict[str, float]:
-        """Throughput over all rows, in tokens a second, and the latency that each row sees, in milliseconds."""
+        """Throughput over all rows in tokens per second, and latency per row in milliseconds."""
         return {
             "prefill_tokens_per_second": self.rows * self.prompt / self.prefill,
             "decode_tokens_per_second": self.rows * self.new_tokens / self.decode,
@@ -107,18 +107,18 @@ def generation_speed(
     Args:
         models: Causal language models that can keep a cache.
         prompts: For each model its token ids, (rows, prompt), on its device.
-        new_tokens: Tokens to decode a row after the first.
-        repeats: Rounds to take the median of.
+        new_tokens: Tokens to decode per row after the first.
+        repeats: Number of rounds; the median is reported.
 
     Raises:
-        UserError: a model that keeps no cache.
+        UserError: a model has no cache.
     """
     prefills: dict[str, list[float]] = {name: [] for name in models}
     decodes: dict[str, list[float]] = {name: [] for name in models}
     for number in range(repeats + 1):
         for name, model in models.items():
             ids, device = prompts[name], prompts[name].device
-            # Generation needs the last position's logits only, where a model can leave the others out.
+            # Generation needs only the last position's logits, if the model can skip the others.
             last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
             _wait(device)
             start = time.perf_counter()
@@ -126,7 +126,7 @@ def generation_speed(
             _wait(device)
             middle = time.perf_counter()
             if out.past_key_values is None:
-                raise UserError(f"{name}: the model keeps no cache", remedy="leave the speed out: --no-speed")
+                raise UserError(f"{name}: the model has no cache for decoding", remedy="skip the speed with --no-speed")
             for _ in range(new_tokens):
                 following = out.logits[:, -1:].argmax(-1)
                 out = model(input_ids=following, past_key_values=out.past_key_values, use_cache=True)

@@ -1,4 +1,4 @@
-"""From a model's start and end scores to answers: n-best lists over a question's windows, and the null threshold.
+"""SQuAD answers from a model's start and end logits: n-best lists over a question's windows, null threshold.
 
 Source: Devlin et al. (2019), run_squad.py, write_predictions.
 """
@@ -19,26 +19,26 @@ class AnswerOptions:
     """How answers are chosen."""
 
     n_best: int = 20
-    """Candidates that are kept of starts, of ends, and of answers."""
+    """Number of start, end and answer candidates to keep."""
 
     max_answer_length: int = 30
-    """Tokens of an answer at most."""
+    """Largest number of tokens of an answer."""
 
     allows_no_answer: bool
     """True for SQuAD 2.0."""
 
     null_threshold: float = 0.0
-    """No answer is given where its score exceeds that of the best answer by more than this."""
+    """The answer is empty if the null score exceeds the best answer's score by more than this."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """What the original writes as predictions.json, nbest_predictions.json and null_odds.json."""
+    """The contents of the original's predictions.json, nbest_predictions.json and null_odds.json."""
 
     predictions: dict[str, str]
-    """The answer to each question; the empty text where none is given."""
+    """The answer to each question; empty if there is none."""
     best_texts: dict[str, str]
-    """The best answer to each question, whatever the null threshold says."""
+    """The best answer to each question, ignoring the null threshold."""
     n_best: dict[str, list[dict[str, str | float]]]
     null_odds: dict[str, float]
 
@@ -56,12 +56,12 @@ def choose_answers(
     end_logits: Sequence[np.ndarray],
     options: AnswerOptions,
 ) -> Answers:
-    """The answers to all questions.
+    """Chooses the answers to all questions.
 
     Args:
         questions: The questions.
         windows: All their windows, in any order.
-        start_logits: For each window `[tokens of its row]`, padding left out or not.
+        start_logits: For each window `[tokens of its row]`, with or without padding.
         end_logits: The same for ends.
         options: How to choose.
     """
@@ -84,7 +84,7 @@ def choose_answers(
 def _candidates(
     question: Question, window: Window, start: np.ndarray, end: np.ndarray, options: AnswerOptions
 ) -> list[_Candidate]:
-    """The best spans of a window: both ends within the document's piece, and the start with its most context."""
+    """The best spans of a window: both ends in the document, and the start in the window with its most context."""
     count = len(window.offsets)
     inside = slice(window.first, window.first + count)
     start, end = start[inside], end[inside]

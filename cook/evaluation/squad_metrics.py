@@ -1,7 +1,7 @@
 """Exact match and F1 of SQuAD, with the official scripts' normalisation (Rajpurkar et al. 2016, 2018).
 
-Version 1.1 takes the best of all reference answers and knows no unanswerable questions. Version 2.0 compares an
-unanswerable question's prediction with the empty text, leaves out references that normalise to nothing, and reports the
+Version 1.1 takes the best of all reference answers and has no unanswerable questions. Version 2.0 compares an
+unanswerable question's prediction with the empty text, ignores references that normalise to nothing, and reports the
 threshold on the null odds that would have been best.
 """
 
@@ -19,7 +19,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalised(text: str) -> str:
-    """Lower case, without punctuation, articles and superfluous white space, in the official order."""
+    """Converts to lower case and removes punctuation, articles and extra white space, in the official order."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
@@ -33,7 +33,7 @@ def f1(prediction: str, answer: str, *, empty_counts: bool) -> float:
     Args:
         prediction: The answer given.
         answer: The reference.
-        empty_counts: True for version 2.0, where two texts without words agree; in 1.1 they share no word.
+        empty_counts: True for version 2.0, where two texts without words agree; in 1.1 they score 0.
     """
     given, wanted = normalised(prediction).split(), normalised(answer).split()
     if empty_counts and not (given and wanted):
@@ -68,7 +68,7 @@ def squad_v2_metrics(
     Args:
         questions: The reference.
         predictions: Texts by question; the empty text says that there is no answer.
-        null_odds: How much more likely no answer is than the best one, by question.
+        null_odds: Score of no answer minus score of the best answer, by question.
         threshold: Null odds above it turn a prediction into no answer, as the script's `--na-prob-thresh` does.
     """
     asked = [question for question in questions if question.id in predictions]
@@ -111,7 +111,7 @@ def _best(
     odds: Mapping[str, float],
     answerable: Mapping[str, bool],
 ) -> tuple[float, float]:
-    """The best score over all thresholds, in percent, and its threshold: begin with no answers, let in one by one."""
+    """The best score over all thresholds, in percent, and its threshold: starts without answers, adds one by one."""
     current = best = float(sum(not has for has in answerable.values()))
     threshold = 0.0
     for key in sorted(scores, key=lambda key: odds.get(key, 0.0)):

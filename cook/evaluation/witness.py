@@ -1,4 +1,4 @@
-"""Models to compare a reshaped one with: those that transformers loads, rather than cook's own reading of the files."""
+"""Reference models for the comparison with a reshaped model, loaded by transformers instead of cook if possible."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from cook.pruning.units import PruningSpace
 def masked_model(
     source: ModelSource, space: PruningSpace, masks: Masks, dtype: torch.dtype
 ) -> tuple[torch.nn.Module, str]:
-    """The whole model with its masked units at zero, and a word on who loaded it.
+    """Returns the whole model with its masked units set to zero, and a description of how it was loaded.
 
-    Transformers loads it from the folder with its own class, and the weights of the masked units are set to zero. Only
-    a family that transformers does not hold, or weights outside of a folder, are read and masked by cook.
+    transformers loads the folder with its own class, and the weights of the masked units are set to zero. cook reads
+    and masks only families that transformers does not have, and weights that are not in a folder.
     """
     found = transformers_class(source.config) if (source.path / "config.json").is_file() else None
     if found is None:
         model = load_model(source, dtype)
         mask_model(model, space, masks)
-        return model, "the model as cook reads and masks it"
+        return model, "the model as read and masked by cook"
     model = _loaded(source.path, found[0], dtype)
     zero_units(model, space, masks)
-    return model, f"transformers' {found[0].__name__} with the masked units set to zero"
+    return model, f"{found[0].__name__} of transformers with the masked units set to zero"
 
 
 def written_model(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
-    """A reshaped model as its users load it."""
+    """Loads a reshaped model as its users do."""
     found = transformers_class(read_model_config(folder))
     return load_model(open_model(folder), dtype) if found is None else _loaded(folder, found[0], dtype)
 
 
 def _loaded(folder: Path, made: type, dtype: torch.dtype) -> torch.nn.Module:
     with quiet():
-        # A config may name another way of attention, which would be fetched from a hub.
+        # A config may name another attention implementation, which would be downloaded.
         model: torch.nn.Module = made.from_pretrained(  # type: ignore[attr-defined]
             folder,
             dtype=dtype,
@@ -52,7 +52,7 @@ def _loaded(folder: Path, made: type, dtype: torch.dtype) -> torch.nn.Module:
 
 @torch.no_grad()
 def zero_units(model: torch.nn.Module, space: PruningSpace, masks: Masks) -> None:
-    """Sets the weights that take masked units to the residual stream to zero; of a masked block its biases too."""
+    """Sets the output weights of masked units to zero; for a masked block the biases too."""
     weights = dict(model.named_parameters())
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
 

@@ -1,4 +1,4 @@
-"""Whether nothing was lost between a model's files and those of the reshaped model, by names and shapes alone."""
+"""Checks, by names and shapes, that a reshaped model lost no weight of the original files."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ AUTO_CLASSES = {
     "AutoModelForPreTraining": "fill-mask",
     "AutoModel": "feature-extraction",
 }
-"""Classes that load a model, in the order in which they are tried, and the task that a hub lists its models under."""
+"""Classes that load a model, in the order in which they are tried, and the task name of their models on a hub."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Account:
-    """What becomes of every tensor in a model's files."""
+    """How every tensor in a model's files is handled."""
 
     carried: tuple[str, ...]
-    """Names of tensors that the model does not use, such as heads of other tasks: they go along as they are."""
+    """Names of tensors that the model does not use, such as heads of other tasks; they are copied unchanged."""
     duplicates: tuple[str, ...]
-    """Second copies of tied weights, which the result does without."""
+    """Second copies of tied weights, which are left out."""
     recomputed: tuple[str, ...]
     """Tables that the model computes itself."""
 
 
 def account(source: ModelSource, space: PruningSpace) -> Account:
-    """Finds a place in the result for every tensor of the model's files.
+    """Assigns every tensor of the model's files to its place in the result.
 
     Raises:
-        UserError: a tensor that has none.
+        UserError: a tensor has no place.
     """
     files = _files(source)
     used = source.stored_for(space.shapes) if source.stored else set(space.shapes)
@@ -72,8 +72,8 @@ def account(source: ModelSource, space: PruningSpace) -> Account:
         if own in tied:
             if not torch.equal(files[name], source.tensors[tied[own]]):
                 raise UserError(
-                    f"{source.path}: {name!r} differs from {tied[own]!r}, to which the model's config ties it",
-                    remedy="set tie_word_embeddings to false in its config.json, or take the tensor out of the file",
+                    f"{source.path}: {name!r} differs from {tied[own]!r}, but the config ties the two",
+                    remedy="set tie_word_embeddings to false in its config.json, or remove the tensor from the file",
                 )
             duplicates.append(name)
         elif own in tables or any(re.search(pattern, name) for pattern in patterns):
@@ -92,7 +92,7 @@ def _files(source: ModelSource) -> Mapping[str, torch.Tensor]:
 
 
 def _tied(model: torch.nn.Module) -> dict[str, str]:
-    """Names of tied weights, and the first name of the same weight."""
+    """The names of tied weights, each with the first name of the same weight."""
     first: dict[torch.Tensor, str] = {}
     names = [(name, first.setdefault(weight, name)) for name, weight in model.named_parameters(remove_duplicate=False)]
     return {name: kept for name, kept in names if name != kept}
@@ -106,18 +106,18 @@ def check_folder(
     renamed: Mapping[str, str],
     found: Account,
 ) -> None:
-    """Checks that a written folder holds every weight that should be left, and that transformers takes each of them.
+    """Checks that a written folder holds every weight that should remain, and that transformers loads each of them.
 
     Args:
         folder: The reshaped model.
         source: The model before.
-        space: Its space.
-        kept: Units that each masked group keeps.
+        space: The model's space.
+        kept: The units that each masked group keeps.
         renamed: New names of weights whose layer was renumbered.
-        found: What becomes of the tensors outside of the space.
+        found: How the tensors outside the space are handled.
 
     Raises:
-        UserError: a weight that is missing, left over or of another shape.
+        UserError: a weight is missing, unexpected or has another shape.
     """
     config, files = read_model_config(folder), open_safetensors_folder(folder)
     problems = _loading_problems(config, files, source, found)
@@ -130,10 +130,10 @@ def check_folder(
             problems = _differences(written, kept_shapes(space, kept), renamed, found)
     if problems:
         raise UserError(
-            f"{source.path}: pruned with these masks, the model is not what {_class_name(config)} loads",
-            wanted="every weight of the model, kept, cut, or removed by the masks",
+            f"{source.path}: {_class_name(config)} would not load the model pruned with these masks",
+            wanted="every weight of the model kept, cut, or removed by the masks",
             got="; ".join(problems[:3]) + (f"; {len(problems) - 3} more" if len(problems) > 3 else ""),
-            remedy="nothing was written; the model's head or family cannot be pruned in this way"
+            remedy="nothing was written; this model's head or family cannot be pruned in this way"
             + ("" if config.get("model_type") != ragged.MODEL_TYPE else ": try --uniform"),
         )
 
@@ -175,7 +175,7 @@ def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def transformers_class(config: ModelConfig) -> tuple[type[PreTrainedModel], PreTrainedConfig] | None:
-    """The class that transformers loads a model with, and its config; None for a family that it does not hold.
+    """The transformers class that loads a model, and its config; None for a family that transformers does not have.
 
     Ragged models are loaded by their modeling file's class.
     """
@@ -189,9 +189,9 @@ def transformers_class(config: ModelConfig) -> tuple[type[PreTrainedModel], PreT
 
 
 def loading_report(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
-    """What transformers says on loading weights of these names and shapes; None for a family that it does not hold.
+    """The loading report of transformers for weights of these names and shapes; None for a family that it lacks.
 
-    Its keys are `missing_keys`, `unexpected_keys` and `mismatched_keys`. No weights are read or held.
+    Its keys are `missing_keys`, `unexpected_keys` and `mismatched_keys`. No weights are read.
     """
     found = transformers_class(config)
     if found is None:
@@ -221,7 +221,7 @@ def auto_class(config: ModelConfig) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps transformers' reports and progress bars off the screen: what they say is said by cook."""
+    """Silences transformers' reports and progress bars; cook prints its own."""
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -1,6 +1,6 @@
-"""The files that go along with a model: tokenizer, templates, generation config, sentence-transformers' modules.
+"""Copying of the files beside the weights: tokenizer, templates, generation config, sentence-transformers' modules.
 
-Everything goes that is not on a list of exclusions, so that no file is lost for having a name that nobody foresaw.
+All files that are not excluded are copied, so that no file with an unknown name is lost.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ REPLACED = (
     "masks",
     "cpm_live.*",
 )
-"""Files that the new model has of its own."""
+"""Files that the new model writes itself."""
 WEIGHTS = (
     "*.safetensors",
     "*.bin",
@@ -56,7 +56,7 @@ WEIGHTS = (
     "*.tgz",
     "*.pdparams",
 )
-"""Weights in other files or formats: they are those of the model before."""
+"""Weights in other files or formats, which belong to the original model."""
 TRAINING = (
     "optimizer*",
     "scheduler*",
@@ -81,21 +81,21 @@ CACHES = (".*", "__pycache__", "*.pyc", "blobs", "refs")
 EXCLUDED = {
     "training state": TRAINING,
     "an adapter's file": ADAPTERS,
-    "weights of the model before": WEIGHTS,
+    "weights of the original model": WEIGHTS,
 }
-"""Patterns of names by the reason to tell."""
+"""Patterns of names, by the reason shown to the user."""
 LARGEST = 256 << 20
-"""Bytes of a file above which it is left: no tokenizer has such a file."""
+"""Larger files, in bytes, are not copied: no tokenizer has such a file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Companions:
-    """What was done with the files of a model folder that are not its weights."""
+    """The files of a model folder other than its weights: copied or not."""
 
     copied: tuple[str, ...]
-    """Paths in the folder."""
+    """Paths of the copied files, relative to the folder."""
     left: tuple[tuple[str, str], ...]
-    """Paths that did not go along, and the reason of each. What the new model has of its own is not listed."""
+    """Paths that were not copied, each with the reason. Files that the new model writes itself are not listed."""
 
     @property
     def has_tokenizer(self) -> bool:
@@ -105,7 +105,7 @@ class Companions:
 
 
 def copy_companions(source: Path, folder: Path) -> Companions:
-    """Copies into `folder` what belongs to the model at `source` and is not its weights; nothing there is replaced."""
+    """Copies the files of the model at `source`, except its weights, into `folder`; existing files are not replaced."""
     copied, left = [], []
     for path, reason in _companions(source) if source.is_dir() else ():
         name = path.relative_to(source).as_posix()
@@ -119,7 +119,7 @@ def copy_companions(source: Path, folder: Path) -> Companions:
 
 
 def _companions(source: Path) -> Iterator[tuple[Path, str]]:
-    """Every file beside the weights, and why it stays behind; "" if it goes along."""
+    """Every file beside the weights, and the reason why it is not copied; "" if it is copied."""
     modules = _module_folders(source)
     for path in sorted(source.iterdir()):
         if _matches(path.name, (*REPLACED, *CACHES)):
@@ -131,7 +131,7 @@ def _companions(source: Path) -> Iterator[tuple[Path, str]]:
         elif path.is_dir() and not path.is_symlink():
             files = list(_files(path))
             if any(_matches(file.name, (*WEIGHTS, "config.json")) for file in files):
-                yield path, "another model, or weights of the model before"
+                yield path, "another model, or weights of the original model"
             else:
                 yield from ((file, _obstacle(file, source)) for file in files)
         else:
@@ -149,7 +149,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _module_folders(source: Path) -> set[str]:
-    """The folders of sentence-transformers' modules behind the model, whose weights are no part of it."""
+    """The folders of sentence-transformers' modules after the model, whose weights are not part of it."""
     try:
         listed = read_json(source / "modules.json")
     except UserError:
@@ -160,18 +160,18 @@ def _module_folders(source: Path) -> set[str]:
 
 def _obstacle(path: Path, source: Path) -> str:
     if path.is_symlink():
-        # A hub's cache keeps its files in `blobs`, and links to them from the folder of a revision.
+        # The cache of a hub stores files in `blobs` and links to them from the folder of a revision.
         homes = [source.resolve()]
         if source.resolve().parent.name == "snapshots":
             homes.append(source.resolve().parent.parent / "blobs")
         try:
             target = path.resolve(strict=True)
         except (OSError, RuntimeError):
-            return "a link that leads nowhere"
+            return "a broken link"
         if not any(target.is_relative_to(home) for home in homes):
-            return "a link that leads out of the folder"
+            return "a link to a file outside the folder"
     if not path.is_file():
-        return "no plain file"
+        return "not a regular file"
     return f"larger than {LARGEST >> 20} MiB" if path.stat().st_size > LARGEST else ""
 
 
@@ -180,11 +180,11 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def name_tokenizer_class(folder: Path, stock_type: str) -> None:
-    """Writes down the tokenizer's class where AutoTokenizer would have found it by the type of the model.
+    """Writes the tokenizer's class into its config if AutoTokenizer would have derived it from the model type.
 
     Args:
-        folder: A model folder whose type of model transformers does not know.
-        stock_type: The type of the model before.
+        folder: A model folder with a model type that transformers does not know.
+        stock_type: The original model type.
     """
     file = folder / "tokenizer_config.json"
     settings: Any = read_json(file) if file.is_file() else {}
@@ -192,6 +192,6 @@ def name_tokenizer_class(folder: Path, stock_type: str) -> None:
     files = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"))
     if not files or registered is None or not isinstance(settings, dict) or "auto_map" in settings:
         return
-    # transformers overrides what published folders of some types say.
+    # transformers overrides the class in published folders of some types.
     if stock_type in MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS or "tokenizer_class" not in settings:
         write_json(file, settings | {"tokenizer_class": registered})

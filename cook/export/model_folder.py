@@ -1,4 +1,4 @@
-"""Model folders that load anywhere: weights, config, tokenizer, the modeling file where stock code would not do."""
+"""Writing of model folders: weights, config, tokenizer, and a modeling file if stock code cannot load the model."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def write_model_folder(
     *,
     shard_bytes: int = 2 << 30,
 ) -> None:
-    """Writes weights (as they come, shard by shard), `config.json`, and the modeling file if the family needs one.
+    """Writes weights (as they arrive, shard by shard), `config.json`, and the modeling file if the family needs one.
 
-    The result loads with transformers' Auto classes, cook or no cook.
+    The result loads with transformers' Auto classes, without cook.
     """
     folder.mkdir(parents=True, exist_ok=True)
     dtype, file_names = None, adapter.file_names(config)
@@ -54,29 +54,29 @@ def write_model_folder(
 
 
 def write_tokenizer(folder: Path, tokenizer: SavesTokenizer) -> None:
-    """Adds the tokenizer's files and a generation config that knows its special ids."""
+    """Adds the tokenizer's files and a generation config with its special ids."""
     tokenizer.save(folder)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     write_json(folder / "generation_config.json", ids)
 
 
 def copy_generation_config(source: Path, folder: Path) -> None:
-    """Takes over how another model folder generates, if it says so."""
+    """Copies the generation config of another model folder, if it has one."""
     if (source / "generation_config.json").is_file():
         shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
 
 
 def write_live_format(folder: Path, adapter: Adapter, config: Mapping[str, Any], stem: str) -> str | None:
-    """Adds the family's own `.pt` + JSON to a model folder, where that format can hold the model.
+    """Adds the family's own `.pt` and JSON files to a model folder, if that format can store the model.
 
     Returns:
-        None when written, else a sentence why the format cannot hold this model, or "" if the family has none.
+        None if written, else a sentence why the format cannot store this model, or "" if the family has no format.
     """
     live = adapter.live_config(config) if adapter.live_config else ""
     if isinstance(live, str):
         return live
     tensors = open_safetensors_folder(folder)
-    # Through a file object: a full disk is an OSError then, and not an assertion of PyTorch's archive writer.
+    # Through a file object, so that a full disk is an OSError and not an assertion of PyTorch's archive writer.
     with open(folder / f"{stem}.pt", "wb") as file:
         torch.save(dict(tensors.items()), file)  # mapped from the safetensors files, not read whole
     write_json(folder / f"{stem}.json", live)

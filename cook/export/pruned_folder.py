@@ -1,4 +1,4 @@
-"""Masks carried out on disk: a model folder in, a small dense model folder out."""
+"""Reshaping on disk: reads a model folder and masks, writes a small dense model folder."""
 
 from __future__ import annotations
 
@@ -31,32 +31,32 @@ class Pruned:
     folder: Path
     config: dict[str, Any]
     auto_class: str
-    """The class of transformers that loads it, such as `AutoModelForCausalLM`."""
+    """The transformers class that loads it, such as `AutoModelForCausalLM`."""
     needs_remote_code: bool
-    """False: a stock class loads it."""
+    """Whether loading needs `trust_remote_code=True`; False if a stock class loads it."""
     live_obstacle: str | None
-    """Why the family's own format cannot hold it; None if that was written too, "" if it has no such format."""
+    """Why the family's own format cannot store it; None if it was written, "" if there is no such format."""
     account: Account
-    """What became of the tensors of the model's files that the family does not prune."""
+    """How the tensors that the family does not prune were handled."""
 
 
 def prune_to_folder(
     source: ModelSource, space: PruningSpace, masks: Masks, output: Path, *, record: Masks | None = None
 ) -> Pruned:
-    """Reshapes a model tensor by tensor into `output`, which appears only when it is complete and checked.
+    """Reshapes a model tensor by tensor into `output`, which appears only once it is complete and checked.
 
     Peak memory is one source tensor and one output shard.
 
     Args:
         source: The masked model.
-        space: Its space.
+        space: The model's space.
         masks: 0/1 per unit, by group name.
         output: The folder to write; an earlier export there is replaced.
-        record: Masks to keep in the folder in place of `masks`.
+        record: Masks to store in the folder instead of `masks`.
 
     Raises:
-        UserError: a weight that has no place in the result, or an `output` that must not be replaced.
-        RunFailed: a file that cannot be written or read.
+        UserError: a weight has no place in the result, or `output` must not be replaced.
+        RunFailed: a file cannot be written or read.
     """
     with published(output, source=source.path) as folder:
         pruned = write_pruned(source, space, masks, folder, record=record)
@@ -96,7 +96,7 @@ def write_pruned(
 
 
 def _with_architecture(config: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
-    # A head that only goes along with the model keeps its class: the file holds all that the class needs.
+    # A head that is copied unchanged keeps its class, since the file has everything that the class needs.
     named = before.get("architectures") or []
     if config["model_type"] == before["model_type"] and transformers_class(before) is not None:
         return config | {"architectures": list(named)}
@@ -104,7 +104,7 @@ def _with_architecture(config: dict[str, Any], before: Mapping[str, Any]) -> dic
 
 
 def reshaped_source(source: ModelSource, space: PruningSpace, masks: Masks) -> ModelSource:
-    """The same in memory: the small model's config and weights."""
+    """Reshapes in memory: the small model's config and weights."""
     shrunk = source.adapter.shrink(source.config, space, kept_units(space, masks))
     tensors = {shrunk.renamed.get(name, name): tensor for name, tensor in reshaped(source.tensors, space, masks)}
     return replace(source, config=shrunk.config, tensors=tensors, stored=Stored({}))
@@ -113,10 +113,10 @@ def reshaped_source(source: ModelSource, space: PruningSpace, masks: Masks) -> M
 def open_masks(
     source: ModelSource, *, coarse: str | None = None, heads: str | None = None, dimff: str | None = None
 ) -> tuple[PruningSpace, dict[str, torch.Tensor]]:
-    """The masks in some files, and the model's space with the units of attention that they speak of.
+    """Reads the masks in some files; returns them with the model's space in their attention units.
 
     Raises:
-        UserError: a file that is not a mask, is another model's, or contradicts another one.
+        UserError: a file is not a mask file, belongs to another model, or contradicts another file.
     """
     spaces = [source.adapter.space(source.config, unit) for unit in source.adapter.head_units(source.config)]
     problem: UserError | None = None
@@ -130,7 +130,7 @@ def open_masks(
 
 
 def _fine_if_even(space: PruningSpace, masks: Masks) -> dict[str, torch.Tensor]:
-    # The masks in the folder are a record; a model that was ragged before has no file layout to be recorded in.
+    # The masks in the folder are only a record; mask files cannot store those of a model that was already ragged.
     try:
         return fine_to_tensors(space, masks)
     except UserError:

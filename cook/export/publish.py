@@ -1,4 +1,4 @@
-"""Model folders that appear whole or not at all: written beside their place, checked there, then renamed."""
+"""Atomic writing of model folders: written to a temporary folder, checked, then renamed."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from cook.base.files import fsync_folder
 
 @contextmanager
 def published(output: Path, *, source: Path) -> Iterator[Path]:
-    """A folder to write a model into, which takes the place of `output` when the block ends without an error.
+    """A context with a folder to write a model into; it replaces `output` if the block ends without an error.
 
-    After an error nothing of it is left, and an earlier export at `output` is as it was.
+    After an error the folder is removed, and an earlier export at `output` is unchanged.
 
     Args:
-        output: Where the model goes. Of a link to a folder, the folder is replaced and the link stays.
+        output: The folder of the model. If it is a link to a folder, the folder is replaced and the link stays.
         source: The model that is read, which must not be replaced.
 
     Raises:
-        UserError: something at `output` that is no earlier export.
+        UserError: `output` exists and is not an earlier export.
         RunFailed: a file cannot be written or read, inside the block too.
     """
     target = _target(output, source)
@@ -47,8 +47,8 @@ def published(output: Path, *, source: Path) -> Iterator[Path]:
             old.rename(target)
         raise RunFailed(
             f"{output}: the model cannot be written: {_reason(error)}\n"
-            f"  Nothing of it is left. {source}, the masks and any earlier export are as they were.\n"
-            "  remedy: make room or mend the disk, then run the same command again"
+            f"  The incomplete result was removed. {source}, the masks and any earlier export are unchanged.\n"
+            "  remedy: free space or repair the disk, then run the same command again"
         ) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -59,21 +59,21 @@ def _target(output: Path, source: Path) -> Path:
     try:
         target = output.resolve()
         beneath = (source.resolve(), *source.resolve().parents)
-    except (OSError, RuntimeError):  # links in a circle
-        raise UserError(f"{output}: a link that leads nowhere", remedy="choose another --output") from None
+    except (OSError, RuntimeError):  # circular links
+        raise UserError(f"{output}: a broken link", remedy="choose another --output") from None
     if target in beneath:
-        raise UserError(f"{output}: would overwrite the model it is made from", remedy="choose another --output")
+        raise UserError(f"{output}: would overwrite the original model", remedy="choose another --output")
     if target.exists() and not target.is_dir():
         raise UserError(f"{output}: is a file", remedy="choose another --output")
     if target.is_mount():
         raise UserError(f"{output}: is a mount point, which cannot be replaced", remedy=f"--output {output}/model")
     if target.exists() and not (target / "config.json").exists() and any(target.iterdir()):
-        raise UserError(f"{output}: holds something other than a model", remedy="choose another --output")
+        raise UserError(f"{output}: the folder exists and does not contain a model", remedy="choose another --output")
     return target
 
 
 def _flush(folder: Path) -> None:
-    """Brings every file to the disk: some systems report a full disk or a quota only then."""
+    """Flushes every file to the disk; some systems report a full disk or a quota only then."""
     for parent, _, names in os.walk(folder):
         for name in names:
             with open(Path(parent, name), "rb") as file:

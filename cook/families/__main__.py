@@ -1,4 +1,4 @@
-"""`python -m cook.families`: the table of families."""
+"""`python -m cook.families`: prints the table of families."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""BERT and RoBERTa: encoders whose norms lie on the residual stream, under any head of transformers."""
+"""BERT and RoBERTa: encoders with norms on the residual stream, with any head of transformers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FAMILY = Family(
     model_types=frozenset({"bert"}),
     layers="bert.encoder.layer",
     attention=Attention(
-        # The residual is added behind the dense product, inside the module that also holds the norm.
+        # The residual is added after the dense product, inside the module that also contains the norm.
         modules={"attention.self": "pair", "attention.output.dense": "value"},
         q="attention.self.query",
         k="attention.self.key",
@@ -47,21 +47,21 @@ HEADS = {
     "BertModel": "AutoModel",
     "RobertaModel": "AutoModel",
 }
-"""Endings of a config's `architectures`, and the class of transformers that builds the model."""
+"""Suffixes of a config's `architectures`, and the transformers class that builds the model."""
 
 
 def _variant(family: Family, config: ModelConfig) -> Family:
     named = architecture(config)
     auto_class = config.get("stock_class") or next((c for end, c in HEADS.items() if named.endswith(end)), None)
     if named and auto_class is None:
-        raise UserError(f"no head of {family.family} that can be pruned: {named}", wanted=", ".join(HEADS))
+        raise UserError(f"{family.family} cannot be pruned with this head: {named}", wanted=", ".join(HEADS))
     # The bare encoder's weights lack the prefix.
     layers = family.layers.partition(".")[2] if auto_class == "AutoModel" else family.layers
     return replace(family, layers=layers, auto_class=auto_class or family.auto_class)
 
 
 def _roberta_inputs(batch: Batch) -> dict[str, Any]:
-    # Its positions begin behind the padding's id, which is 1 in every RoBERTa.
+    # Its positions begin after the padding id, which is 1 in every RoBERTa.
     return masked_inputs(batch, causal=False) | {"position_ids": batch["position"] + 2}
 
 

@@ -1,7 +1,7 @@
-"""Programs other than transformers that read model folders, and what they misread in pruned ones.
+"""Programs other than transformers that read model folders, and what they get wrong in pruned models.
 
-A stock folder holds all that its class needs, but some programs compute a size that the config states. This table is
-the one place that says so: exports warn by it, and documentation can be made from it.
+A stock folder contains everything that its class needs, but some programs compute a size that the config states. This
+table lists them: exports use it for warnings, and documentation can be generated from it.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from cook.pruning.family import ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Misreading:
-    """Something that a program assumes and that a pruned model of these families can break."""
+    """An assumption of a program that a pruned model of these families can violate."""
 
     consumer: str
-    """The program and the version that was run or read."""
+    """The program, with the version that was run or read."""
     model_types: frozenset[str]
     """Families, by the `model_type` of config.json."""
     applies: Callable[[ModelConfig], bool]
-    """Whether a model with this config breaks the assumption."""
+    """Whether a model with this config violates the assumption."""
     assumes: str
     """The assumption."""
     effect: str
-    """What happens then."""
+    """The consequence."""
     was_run: bool
     """True: a test runs the program. False: its source was read."""
 
 
 def _has_own_head_size(config: ModelConfig) -> bool:
-    """Whether the size of a head is not the hidden size divided by the heads, as after fewer heads."""
+    """Whether the head size differs from hidden size / heads, as after removing heads."""
     return config["hidden_size"] != config["head_dim"] * config["num_attention_heads"]
 
 
 def _has_own_layer_types(config: ModelConfig) -> bool:
-    """Whether windowed and full layers come in another order than the family's own, as after fewer layers."""
+    """Whether windowed and full layers are in another order than the family's, as after removing layers."""
     rest = {name: value for name, value in config.items() if name != "layer_types"}
     return config["layer_types"] != config_object(rest).layer_types
 
@@ -80,13 +80,11 @@ MISREADINGS = (
 """CTranslate2 reads `head_dim` of Mistral, Qwen3, Gemma 2 and Gemma 3, and does not read Phi-3 and GPT-NeoX as
 transformers 5 loads them. Of vLLM and llama.cpp no other misreading is known; not every family's source was read.
 ONNX Runtime runs graphs that torch exports from the model itself, so nothing can be misread."""
-RAGGED = (
-    "only transformers with trust_remote_code=True reads it: CTranslate2, vLLM and llama.cpp have no model of this type"
-)
+RAGGED = "only transformers with trust_remote_code=True loads it; CTranslate2, vLLM and llama.cpp lack this model type"
 
 
 def misread_by(config: ModelConfig) -> list[str]:
-    """A sentence for every program that would misread a model with this config, for messages and model cards."""
+    """One sentence per program that would misread a model with this config, for messages and model cards."""
     if is_ragged(config):
         return [RAGGED]
     return [

@@ -1,4 +1,4 @@
-"""CPM-Ant: `PruningSpace`, configs, formats."""
+"""CPM-Ant: pruning space, configs and formats."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _block_and_units(layer, site, block, last_module, slices, size, width, shape
 
 
 def _space(config: ModelConfig, head_unit: str = "kv_group") -> PruningSpace:
-    # Every head has keys and values of its own: there is one kind of unit.
+    # Every head has its own keys and values, so there is one kind of unit.
     native = _config(config)
     with torch.device("meta"):
         shapes = {path: tuple(t.shape) for path, t in cpm_ant.CpmAntForCausalLM(native).state_dict().items()}
@@ -100,7 +100,7 @@ def _shrink(config: ModelConfig, _space: PruningSpace, kept: KeptUnits) -> Shrun
         new_dims.append(0 if gone_ffn else kept_dims)
     out = dict(config) | {"mask_modules": new_removed if any(any(pair) for pair in new_removed) else None}
     sizes = {size for size in new_dims if size}
-    # One size for all keeps the plain field true to the weights.
+    # If all sizes are equal, the plain field describes the weights.
     out |= {"dim_ff": sizes.pop(), "layer_dim_ff": None} if len(sizes) == 1 else {"layer_dim_ff": new_dims}
     all_heads = list(range(native.num_heads))
     out["layer_heads"] = None if all(h in ([], all_heads) for h in new_heads) else new_heads
@@ -115,8 +115,8 @@ def _live_config(config: ModelConfig) -> dict[str, Any] | str:
         return f"its FFN blocks differ in size ({', '.join(map(str, sorted(sizes)))})"
     if any(len(native.heads_of(i)) < native.num_heads for i in layers if native.has_attention(i)):
         return (
-            "its attention blocks keep heads of their own, while that format has one position-bias table that all "
-            "blocks read by head number"
+            "its attention blocks keep different heads, but that format has one position-bias table that all "
+            "blocks index by head number"
         )
     fields = {name: getattr(native, name) for name in cpm_ant_formats.NATIVE_FIELDS}
     return fields | {"dim_ff": sizes.pop() if sizes else native.dim_ff}
@@ -130,7 +130,7 @@ def _read(
         return {"model_type": MODEL_TYPE} | fields, tensors
     if "model_type" not in config:
         fields = {"model_type": MODEL_TYPE} | cpm_ant_formats.native_config(dict(config))
-        # That JSON cannot tell the older FFN from the gated one; the weights can.
+        # That JSON does not distinguish the older FFN from the gated one; the weights do.
         return fields | ({"gated_ffn": False} if any(map(OLDER_FFN.fullmatch, tensors)) else {}), tensors
     return dict(config), tensors
 
@@ -150,7 +150,7 @@ ADAPTER = Adapter(
     build=lambda config: cpm_ant.CpmAntForCausalLM(_config(config)),
     read=_read,
     shrink=_shrink,
-    stock_holds=lambda config, heads, kv_heads: True,  # its modeling file goes along in any case
+    stock_holds=lambda config, heads, kv_heads: True,  # its export always contains the modeling file
     modeling=lambda config: MODELING,
     inputs=lambda batch: batch,
     abilities=Abilities(shares_keys=False, stock_heads=False, stock_layers=False, is_stock=False),

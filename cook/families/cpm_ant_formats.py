@@ -1,7 +1,7 @@
 """CPM-Ant's other formats: CPM-Live's JSON, and the folders of the stock Hugging Face class `CpmAntForCausalLM`.
 
-Both are pure mappings of names and numbers. CPM-Live's tensors need none: our model carries its names. The stock class
-folds the run-time divisions into the weights: W / sqrt(dim_in), embeddings / sqrt(dim_model), and keeps prompts behind
+Both are conversions of names and values. CPM-Live's tensors need none: cook's model uses its names. The stock class
+folds the run-time divisions into the weights: W / sqrt(dim_in), embeddings / sqrt(dim_model), and stores prompts after
 the tokens in one table.
 """
 
@@ -50,7 +50,7 @@ UNCHANGED = re.compile(
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Tensors by name, each computed when it is asked for, so that a conversion never holds two models."""
+    """Tensors by name, computed on access, so that a conversion never holds two models in memory."""
 
     def __init__(self, makers: Mapping[str, Callable[[], Tensor]]):
         self._makers = makers
@@ -83,27 +83,27 @@ def native_config(fields: Mapping[str, Any]) -> dict[str, Any]:
     unknown = sorted(set(fields) - set(NATIVE_FIELDS))
     if unknown:
         raise UserError(
-            "the model's JSON has fields that CPM-Live's configuration does not know",
+            "the model's JSON has fields that CPM-Live's configuration does not have",
             wanted=", ".join(NATIVE_FIELDS),
             got=", ".join(unknown),
-            remedy="remove them, or pass a Hugging Face folder if this is its config.json",
+            remedy="remove them, or name the folder if this is the config.json of a Hugging Face folder",
         )
     config = _checked(dict(fields))
     return {name: getattr(config, name) for name in NATIVE_FIELDS}
 
 
 def to_native_config(config: CpmAntConfig) -> dict[str, Any]:
-    """CPM-Live's JSON of a model, every field written out.
+    """CPM-Live's JSON of a model, with every field.
 
     Raises:
-        UserError: The layers differ in heads or dims, or the heads are no longer all there: that format cannot say so.
+        UserError: The layers differ in heads or dims, or heads were removed, which that format cannot express.
     """
     _refuse_ragged(config, "CPM-Live's configuration")
     return {name: getattr(config, name) for name in NATIVE_FIELDS}
 
 
 def from_stock(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
-    """Converts a stock Hugging Face CpmAnt model into ours.
+    """Converts a stock Hugging Face CpmAnt model to cook's model.
 
     Args:
         config: The folder's config.json.
@@ -113,7 +113,7 @@ def from_stock(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tupl
         Fields for `CpmAntConfig`, and tensors under CPM-Live's names, computed on access.
 
     Raises:
-        UserError: Another model's config, or tensors that are missing, left over, or of another shape.
+        UserError: Another model's config, or tensors that are missing, unexpected, or have another shape.
     """
     if config.get("model_type") != "cpmant":
         raise UserError("not a stock CpmAnt model", wanted="model_type cpmant", got=config.get("model_type"))
@@ -128,33 +128,33 @@ def from_stock(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tupl
         raise UserError(
             "the tensors do not fit the config of a stock CpmAnt model",
             wanted=f"{len(wanted)} tensors, missing: {_some(missing)}",
-            got=f"{len(tensors)} tensors, left over: {_some(extra)}",
+            got=f"{len(tensors)} tensors, unexpected: {_some(extra)}",
         )
     return fields, LazyTensors(makers)
 
 
 def to_stock(config: CpmAntConfig, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
-    """Converts our model into the stock Hugging Face class's config and tensors.
+    """Converts cook's model to the config and tensors of the stock Hugging Face class.
 
     Args:
-        config: Our model's.
-        tensors: Our tensors by name; they are read one at a time.
+        config: The config of cook's model.
+        tensors: Its tensors by name; they are read one at a time.
 
     Returns:
-        The fields of a stock config.json, and the stock class's tensors, computed on access. The output projection,
-        a copy of the token rows there, is among them.
+        The fields of a stock config.json, and the stock class's tensors, computed on access. They include the output
+        projection, which is a copy of the token embedding.
 
     Raises:
-        UserError: The model is ragged, lacks blocks, or has the older FFN: the stock class has no place for that.
+        UserError: The model is ragged, lacks blocks, or has the older FFN, which the stock class does not support.
     """
     _refuse_ragged(config, "the stock CpmAnt class")
     removed = sum(not config.has_attention(i) + (not config.has_ffn(i)) for i in range(config.num_layers))
     if removed or not config.gated_ffn:
         raise UserError(
-            "the stock CpmAnt class cannot hold this model",
+            "the stock CpmAnt class cannot load this model",
             wanted="every block present, gated FFNs",
             got=f"{removed} blocks removed, {'gated' if config.gated_ffn else 'ungated'} FFNs",
-            remedy="export it as a folder with its own modeling file",
+            remedy="export it as a folder with a modeling file",
         )
     fields = {STOCK_NAMES.get(name, name): getattr(config, name) for name in SHARED_FIELDS}
     fields |= {name: getattr(config, name) for name in TOKEN_IDS if getattr(config, name) is not None}
@@ -181,15 +181,15 @@ def _refuse_ragged(config: CpmAntConfig, target: str) -> None:
     dims = any(config.has_ffn(i) and config.dim_ff_of(i) != config.dim_ff for i in layers)
     if heads or dims:
         raise UserError(
-            f"{target} cannot hold this model: one number of heads and dims, and one table of all heads, is all it has",
+            f"{target} cannot load this model: it needs equal numbers of heads and dims in all blocks",
             wanted=f"{config.num_heads} heads and {config.dim_ff} dims in every block",
-            got=" and ".join(["layers with their own heads"] * heads + ["layers with their own dims"] * dims),
-            remedy="export it as a folder with its own modeling file",
+            got=" and ".join(["layers with different heads"] * heads + ["layers with different dims"] * dims),
+            remedy="export it as a folder with a modeling file",
         )
 
 
 def _native_names(config: CpmAntConfig) -> list[str]:
-    """Names of all tensors of a model with every block."""
+    """Names of all tensors of a model without removed blocks."""
     attention = ("project_q", "project_k", "project_v", "attention_out")
     layer = [
         *(f"self_att.self_attention.{name}.weight" for name in attention),
@@ -228,7 +228,7 @@ def _stock_maker(name: str, root: float, native: Mapping[str, Tensor]) -> Callab
 
 
 def _tokens(config: CpmAntConfig, stock: Mapping[str, Tensor]) -> Tensor:
-    """The token rows of the stock table, which must be its output projection as well."""
+    """The token rows of the stock embedding, which must equal its output projection."""
     table = stock[STOCK_PREFIX + "input_embedding.weight"]
     rows = config.vocab_size + config.prompt_types * config.prompt_length
     if len(table) != rows:
@@ -238,7 +238,7 @@ def _tokens(config: CpmAntConfig, stock: Mapping[str, Tensor]) -> Tensor:
         distance = (stock["lm_head.weight"].float() - tokens.float()).abs().max()
         if distance > 1e-3 * tokens.float().abs().max():
             raise UserError(
-                "the output projection is not the token embedding, which CPM-Ant's is",
+                "the output projection differs from the token embedding, to which CPM-Ant ties it",
                 wanted="lm_head.weight equal to the first vocab_size rows of cpmant.input_embedding.weight",
                 got=f"a difference of {distance:.3g}",
             )
@@ -246,7 +246,7 @@ def _tokens(config: CpmAntConfig, stock: Mapping[str, Tensor]) -> Tensor:
 
 
 def _scaled(tensor: Tensor, factor: float) -> Tensor:
-    """Multiplied in fp32, so that half precision is rounded once."""
+    """Multiplies in fp32, so that half precision is rounded once."""
     return (tensor.float() * factor).to(tensor.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Encoders with a task's head, from wherever they lie: a Hugging Face folder or name, or Google's original folder."""
+"""Encoders with a task head, from a Hugging Face folder or name, or from Google's original folder."""
 
 from __future__ import annotations
 
@@ -26,50 +26,50 @@ from cook.families.google_bert import is_google_folder, open_google_weights, rea
 from cook.text.hf import open_backend
 
 Head = Literal["classes", "score", "span"]
-"""What a model predicts: a row's class, a row's score, or the first and last token of an answer."""
+"""The kind of prediction: a row's class, a row's score, or the first and last token of an answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """An encoder with a head, on disk or half new: its config, and its weights in fp32."""
+    """An encoder with a head that is read or new: its config, and its weights in fp32."""
 
     config: Any
     """Hugging Face's config object."""
     head: Head
-    """Which head it has."""
+    """The kind of head."""
     weights: dict[str, torch.Tensor]
-    """Every parameter by name; those of a new head freshly drawn."""
+    """Every parameter by name; those of a new head are randomly initialised."""
     fresh: tuple[str, ...]
-    """Names of the parameters that the source did not hold."""
+    """Names of the parameters that the source does not contain."""
     notes: tuple[str, ...]
-    """Sentences on the classes of the source's head, where they do not simply agree with the task's."""
+    """Messages about the classes of the source's head, if they differ from the task's."""
     tokenizer: Any
     """A fast tokenizer."""
     max_length: int | None
-    """Tokens of the longest row that the model has positions for; None where nothing limits them."""
+    """The model's maximum number of tokens per row; None if it is not limited."""
 
     def build(self) -> torch.nn.Module:
-        """A model of this config; its weights are still to be loaded."""
+        """Builds a model of this config; its weights are not loaded yet."""
         return _auto_class(self.head).from_config(self.config)
 
 
 def open_encoder(
     source: str, head: Head, labels: Sequence[str], seed: int, *, words: Sequence[str] | None = None
 ) -> Encoder:
-    """Opens an encoder and gives it a head for a task, a fresh one where it has none that fits.
+    """Opens an encoder with a head for a task; the head is new if the source has no matching one.
 
-    The classes of a trained head are matched by name: a head in another order is reordered, and one whose classes are
-    not the task's does not fit.
+    The classes of a trained head are matched by name. A head with another order is reordered; a head with other classes
+    is not used.
 
     Args:
         source: A Hugging Face folder or Hub name, or a folder as Google distributed BERT.
         head: The kind of head.
         labels: Names of the classes, in the order of their ids; one name for a score; unused for spans.
-        seed: Of a fresh head's weights.
-        words: Other names of the same classes, in the same order.
+        seed: The seed of a new head's weights.
+        words: Alternative names of the same classes, in the same order.
 
     Raises:
-        UserError: nothing there that can be read as an encoder.
+        UserError: the source cannot be read as an encoder.
     """
     folder = Path(source)
     google = is_google_folder(folder)
@@ -79,16 +79,18 @@ def open_encoder(
         if (folder / "config.json").is_file():
             check_counts(read_model_config(folder))
         config = _hub(AutoConfig, source)
-        config._attn_implementation = None  # it may be the name of a kernel to download
+        config._attn_implementation = None  # the value may name a kernel to download
         if getattr(config, "quantization_config", None):
-            raise UserError(f"{source}: the model is quantized", remedy="dequantize it first, or take the one before")
+            raise UserError(
+                f"{source}: the model is quantized", remedy="dequantize it first, or use the original model"
+            )
     matched = _Classes(names=tuple(labels), order=tuple(range(len(labels))))
     if head == "classes":
         matched = _matched_classes([str(config.id2label[key]) for key in sorted(config.id2label)], labels, words)
     if head != "span":
         config.id2label = dict(enumerate(matched.names))
         config.label2id = {label: number for number, label in enumerate(matched.names)}
-    wrong = f"{source}: not an encoder that can carry this task's head"
+    wrong = f"{source}: this model cannot be used with the head of this task"
     with library_errors(wrong), torch.device("meta"):
         _check_size(source, _auto_class(head).from_config(config))
     with library_errors(wrong), torch.random.fork_rng():
@@ -111,8 +113,8 @@ def open_encoder(
     body = [name for name in fresh if name.startswith(model.base_model_prefix) and "pooler" not in name]
     if body:
         raise UserError(
-            f"{source}: the weights lack {body[0]}, or it has another size than the config says",
-            remedy="give a folder with the whole encoder",
+            f"{source}: the weights lack {body[0]}, or it has another size than in the config",
+            remedy="use a folder with the whole encoder",
         )
     config.architectures = [type(model).__name__]
     return Encoder(
@@ -128,21 +130,21 @@ def open_encoder(
 
 @dataclass(frozen=True, kw_only=True)
 class _Classes:
-    """How the classes of a source's head serve a task."""
+    """The classes of a source's head, matched with a task's classes."""
 
     names: tuple[str, ...]
-    """What the classes are called, in the order of the task's ids."""
+    """The names of the classes, in the order of the task's ids."""
     order: tuple[int, ...]
-    """For every id of the task, the head's row; empty if the head's classes are others."""
+    """The head's row for every id of the task; empty if the head has other classes."""
     note: str = ""
-    """What to say of it."""
+    """A message about the match."""
 
 
 def _matched_classes(own: Sequence[str], labels: Sequence[str], words: Sequence[str] | None) -> _Classes:
-    """Matches the classes that a source names, in the order of its rows, with a task's."""
+    """Matches the classes of a source, in the order of its rows, with a task's classes."""
     rows, listed = tuple(range(len(labels))), f"{', '.join(own[:8])}{', …' if len(own) > 8 else ''}"
-    if all(name == f"LABEL_{number}" for number, name in enumerate(own)):  # transformers' names where none are given
-        note = f"the head's classes have no names ({listed}): they are taken to be {', '.join(labels)}, in this order"
+    if all(name == f"LABEL_{number}" for number, name in enumerate(own)):  # transformers' default names
+        note = f"the head's classes have no names ({listed}): they are assumed to be {', '.join(labels)}, in this order"
         return _Classes(names=tuple(labels), order=rows, note=note)
     row_of = {_plain(name): row for row, name in enumerate(own)}
     for wanted in (labels, words or ()):
@@ -161,7 +163,7 @@ def _plain(name: str) -> str:
 
 
 def _output_weights(model: torch.nn.Module, config: Any) -> tuple[str, ...]:
-    """Names of the parameters that have one row per class, in any family: they grow with the number of classes."""
+    """Names of the parameters with one row per class, found by changing the number of classes."""
     larger = copy.deepcopy(config)
     larger.num_labels = config.num_labels + 1
     with torch.device("meta"):
@@ -170,20 +172,20 @@ def _output_weights(model: torch.nn.Module, config: Any) -> tuple[str, ...]:
 
 
 def load_encoder(folder: Path, head: Head) -> torch.nn.Module:
-    """A whole model in fp32 and eval mode, from a folder that this project wrote: its own modeling file may run."""
+    """Loads a model in fp32 and eval mode from a folder that cook wrote, whose modeling file may run."""
     return _hub(_auto_class(head), str(folder), dtype=torch.float32, trust_remote_code=True).eval()
 
 
 def write_encoder(
     folder: Path, config: Any, weights: Iterable[tuple[str, torch.Tensor]], tokenizer: Any | None
 ) -> None:
-    """Writes a Hugging Face folder: weights as they come, config, tokenizer.
+    """Writes a Hugging Face folder: weights as they arrive, config, tokenizer.
 
     Args:
-        folder: Made when missing.
+        folder: The folder; created if it does not exist.
         config: Hugging Face's config object.
         weights: Names and tensors.
-        tokenizer: Saved too, if given.
+        tokenizer: The tokenizer, also saved if given.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with ShardWriter(folder, 2 << 30) as writer:
@@ -200,21 +202,21 @@ def _auto_class(head: Head) -> Any:
 
 def _hub(kind: Any, source: str, **options: Any) -> Any:
     with library_errors(
-        f"{source}: no model to open",
+        f"{source}: there is no model",
         wanted="a Hugging Face folder or Hub name, or a folder with bert_config.json, vocab.txt, bert_model.ckpt.*",
-        remedy="check the path; without a network, name a folder",
+        remedy="check the path; without a network, use a folder",
     ):
         return kind.from_pretrained(source, **{"trust_remote_code": False, **options})
 
 
 def _check_size(source: str, model: torch.nn.Module) -> None:
-    """Refuses a config whose model is larger than the files of its folder before memory is taken for it."""
+    """Checks, before allocating memory, that the config's model is not larger than the files of its folder."""
     files = [path for path in Path(source).iterdir() if path.is_file()] if Path(source).is_dir() else []
     held, described = sum(path.stat().st_size for path in files), sum(p.numel() for p in model.parameters())
     if files and described > held:
         raise UserError(
             f"{source}: the weights do not fit the model's config",
-            wanted=f"{described:,} parameters, by the config",
+            wanted=f"{described:,} parameters, from the config",
             got=f"files of {held:,} bytes in all",
         )
 
@@ -222,14 +224,14 @@ def _check_size(source: str, model: torch.nn.Module) -> None:
 def _longest_row(model: torch.nn.Module, config: Any) -> int | None:
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
-            # Positions of RoBERTa begin behind the padding's id.
+            # Positions of RoBERTa begin after the padding id.
             return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
     limit = getattr(config, "max_position_embeddings", None)
     return limit if isinstance(limit, int) else None
 
 
 def _hub_weights(source: str, head: Head, config: Any) -> Mapping[str, torch.Tensor]:
-    # transformers itself knows where a Hub name's files lie and how old checkpoints call their tensors.
+    # transformers finds the files of a Hub name and renames the tensors of old checkpoints.
     model, notes = _hub(
         _auto_class(head),
         source,
@@ -249,7 +251,7 @@ def _open_tokenizer(source: str, google: bool) -> Any:
         return open_backend(source, use_fast=True)
     if not vocabulary.is_file():
         raise UserError(f"{vocabulary}: there is no such file", wanted="the vocabulary beside the weights")
-    # Google's folders do not say whether they are cased; their vocabularies do.
+    # Google's folders do not state whether they are cased; their vocabularies show it.
     with library_errors(f"{source}: its tokenizer cannot be read"):
         words = vocabulary.read_text(encoding="utf-8").split("\n")
         cased = any(word != word.lower() for word in words if not word.startswith("["))

@@ -1,4 +1,4 @@
-"""Gemma 2 and the text models of Gemma 3: norms before and behind every block, windows in some layers."""
+"""Gemma 2 and the text models of Gemma 3: norms before and after every block, sliding windows in some layers."""
 
 from __future__ import annotations
 

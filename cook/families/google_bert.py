@@ -57,19 +57,21 @@ def read_google_config(folder: Path) -> dict[str, Any]:
 
 
 def open_google_weights(folder: Path, shapes: Mapping[str, torch.Size]) -> Mapping[str, torch.Tensor]:
-    """The weights by Hugging Face's names, read one at a time; the pretraining heads and optimizer states are left out.
+    """The weights by Hugging Face's names, read one at a time; pretraining heads and optimizer states are left out.
 
     Args:
-        folder: Google's.
-        shapes: Of the model's parameters. Weights that are not among them, or have another shape, are left out.
+        folder: Google's folder.
+        shapes: Shapes of the model's parameters. Weights not among them, or with another shape, are left out.
 
     Raises:
-        UserError: no checkpoint, more than one, or a damaged one.
+        UserError: there is no checkpoint, more than one, or a damaged one.
     """
     found = sorted(folder.glob("*.index"))
     if len(found) != 1:
         names = ", ".join(path.name for path in found)
-        raise UserError(f"{folder}: no single TensorFlow checkpoint", wanted="one *.ckpt.index", got=names or "none")
+        raise UserError(
+            f"{folder}: there must be exactly one TensorFlow checkpoint", wanted="one *.ckpt.index", got=names or "none"
+        )
     tensors = open_tf_checkpoint(found[0].with_suffix(""))
     renamed, known = {}, False
     for name, tensor in tensors.items():
@@ -78,11 +80,11 @@ def open_google_weights(folder: Path, shapes: Mapping[str, torch.Size]) -> Mappi
                 known = True
                 stem, _, leaf = match.expand(replacement).rpartition(".")
                 mine, kernel = f"{stem}.{_LEAVES.get(leaf, leaf)}", leaf == "kernel"
-                # What does not fit is never read: its size is whatever the file says.
+                # Tensors that do not fit are not read: the file could declare any size.
                 if shapes.get(mine) == (tensor.shape[::-1] if kernel else tensor.shape):
                     renamed[mine] = partial(_read, tensor, kernel)
     if not known:
-        raise UserError(f"{found[0]}: holds no weights of a BERT", got=", ".join(list(tensors)[:3]))
+        raise UserError(f"{found[0]}: contains no weights of a BERT", got=", ".join(list(tensors)[:3]))
     return LazyTensors(renamed)
 
 

@@ -27,7 +27,7 @@ FAMILY = Family(
 
 
 def _variant(family: Family, config: ModelConfig) -> Family:
-    # Scores may be divided by the number of the layer, which must then stay what it was.
+    # Scores may be divided by the layer number, which must then stay the same.
     return replace(family, empty_layer_is_identity=not config.get("scale_attn_by_inverse_layer_idx"))
 
 

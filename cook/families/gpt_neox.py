@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia: queries, keys and values fused head by head; the blocks side by side, or in a row."""
+"""GPT-NeoX and Pythia: queries, keys and values fused per head; the blocks in parallel or in sequence."""
 
 from __future__ import annotations
 

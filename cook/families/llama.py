@@ -1,4 +1,4 @@
-"""Llama, and what has its layers: SmolLM2, Mistral."""
+"""Llama, and models with the same layers: SmolLM2, Mistral."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OPT: learned positions, biases; norms before the blocks or, in the 350M model, on the residual stream behind them."""
+"""OPT: learned positions, biases; norms before the blocks or, in the 350M model, after them on the residual stream."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Which layer of the model before pruning each layer of a reshaped one was.
+"""The original layer number of each layer of a reshaped model.
 
-A stock class holds no layer without blocks: when a model is reshaped such layers go, and the others are numbered anew
-(`stock_shrink`). The config then remembers their first numbers under `FIELD`, over any number of reshapings.
+A stock class has no layers without blocks. So reshaping removes such layers and renumbers the others
+(`stock_shrink`). The config stores the original numbers under `FIELD`, across any number of reshapings.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from cook.base.errors import UserError
 from cook.pruning.family import ModelConfig
 
 FIELD = "origin_layers"
-"""`config.json`: for each layer its number in the model that still had all of them; absent if it is the same."""
+"""Key in `config.json`: the original number of each layer; absent if no number changed."""
 
 
 def check_remembered(config: ModelConfig, num_layers: int) -> None:
-    """Refuses a field that is not one number for each layer.
+    """Checks that the field has one number per layer.
 
     Raises:
-        UserError: saying so.
+        UserError: the field is malformed.
     """
     origin = config.get(FIELD)
     if origin is None:
         return
     if not isinstance(origin, list) or not all(type(n) is int for n in origin) or len(set(origin)) != num_layers:
         raise UserError(
-            f"the model's config: {FIELD} does not say which layer each layer was",
+            f"the model's config: {FIELD} does not give the original number of each layer",
             wanted=f"{num_layers} different numbers",
             got=repr(origin)[:80],
         )
@@ -38,9 +38,9 @@ def remembered(config: ModelConfig, num_layers: int, kept: Sequence[int]) -> dic
     """The field for the config of a reshaped model; empty if its layers keep their numbers.
 
     Args:
-        config: Of the model before.
-        num_layers: Its layers.
-        kept: Those that stay, by their numbers in it.
+        config: The config before reshaping.
+        num_layers: Its number of layers.
+        kept: The layers that stay, by their numbers in that model.
     """
     before = config.get(FIELD) or list(range(num_layers))
     origin = [before[layer] for layer in kept]
@@ -48,9 +48,9 @@ def remembered(config: ModelConfig, num_layers: int, kept: Sequence[int]) -> dic
 
 
 def own_path(config: ModelConfig, path: str) -> str | None:
-    """A module's path in a model, from its path before any layer was removed; None if its layer is gone.
+    """Converts a module's path from before any layer was removed to its current path; None if its layer was removed.
 
-    The first number in a path is its layer's.
+    The first number in a path is that of the layer.
     """
     origin = config.get(FIELD)
     found = re.search(r"(?<![^.])\d+(?![^.])", path)

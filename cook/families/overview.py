@@ -1,4 +1,4 @@
-"""The families and what works with them, as the table that the README shows."""
+"""The table of families and what works with them."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from cook.report.tables import markdown_table
 HEADERS = (
     "family",
     "`model_type`",
-    "units of attention",
+    "attention units",
     "fewer heads",
     "fewer dims",
     "fewer layers",
-    "a block missing",
+    "missing blocks",
     "main job",
 )
 
 
 def families_table() -> str:
-    """One row a family, in Markdown: which results are stock models, and whether the main job trains it."""
+    """One row per family, in Markdown: which results are stock models, and whether the main command trains it."""
     return markdown_table(HEADERS, [_row(adapter) for adapter in adapters()])
 
 

@@ -16,7 +16,7 @@ ATTENTION = Attention(
     },
 )
 FFN = FeedForward(ins=("mlp.gate_up_proj", "mlp.gate_up_proj"))
-# Phi3Config wants as many factors of longrope as follow from the hidden size divided by the heads.
+# Phi3Config requires a number of longrope factors that follows from hidden size / heads.
 ADAPTERS = (
     stock_adapter(
         Family(

@@ -1,4 +1,4 @@
-"""The families that cook knows, and those that a program adds."""
+"""The families that cook knows, and registration of further ones."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ _added: list[Adapter] = []
 
 
 def adapters() -> tuple[Adapter, ...]:
-    """All families; those added last are asked first."""
+    """All families; those registered last come first."""
     return (*reversed(_added), *OWN)
 
 
 def register(adapter: Adapter) -> None:
-    """Adds a family from outside the package; it goes before one of the same `model_type` that cook has."""
+    """Registers a family; it takes precedence over a built-in one with the same `model_type`."""
     _added.append(adapter)
 
 
 def unregister(adapter: Adapter) -> None:
-    """Takes a family out that `register` added."""
+    """Removes a family that `register` added."""
     _added.remove(adapter)
 
 
 def stock_type(config: Mapping[str, Any]) -> Any:
-    """The type of model that a config.json describes; a ragged export names the stock one that it derives from."""
+    """The stock model type of a config.json; a ragged export names the stock type that it derives from."""
     return config.get("stock_type" if config.get("model_type") == ragged.MODEL_TYPE else "model_type")
 
 
@@ -53,7 +53,7 @@ def by_config(config: Mapping[str, Any]) -> Adapter:
     """The adapter of a model's config.json.
 
     Raises:
-        UserError: none; the message lists what is known and what an adapter needs.
+        UserError: there is none; the message lists the known families and what an adapter needs.
     """
     found = _find(config)
     if found is None:

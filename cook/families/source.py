@@ -1,4 +1,4 @@
-"""A model wherever it lies: a Hugging Face folder, a `.pt` state dict with its JSON, or a training checkpoint."""
+"""Opening of models: a Hugging Face folder, a `.pt` state dict with its JSON, or a training checkpoint."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ ReadCheckpoint = Callable[[Path], Mapping[str, torch.Tensor]]
 def open_model(
     path: str | Path, *, config: Mapping[str, Any] | None = None, read_checkpoint: ReadCheckpoint | None = None
 ) -> ModelSource:
-    """Opens a model without reading its weights yet.
+    """Opens a model without reading its weights.
 
     Args:
         path: A Hugging Face folder, a `.pt` file, or a checkpoint's folder.
-        config: The model's config where none lies beside the weights.
-        read_checkpoint: Reads the weights of a training checkpoint, which only the training room can.
+        config: The model's config, if there is none beside the weights.
+        read_checkpoint: Reads the weights of a training checkpoint; provided by `cook.training`.
 
     Raises:
-        UserError: nothing there that can be read as a model, or an unknown family.
+        UserError: the path cannot be read as a model, or the family is unknown.
     """
     path = Path(path)
     if path.is_file():
@@ -60,28 +60,28 @@ def open_model(
 
 
 def _refuse_what_else_is_loaded(folder: Path, config: Mapping[str, Any]) -> None:
-    """Files beside the weights that change what transformers loads, and that would be lost here."""
+    """Refuses folders with files that change what transformers loads and that would be ignored here."""
     names = sorted(path.name for path in folder.iterdir())
     adapter = next((name for name in names if name.startswith(("adapter_config.json", "adapter_model."))), None)
     if adapter:
         raise UserError(
-            f"{folder}: an adapter lies beside the weights, and would not be part of the result",
+            f"{folder}: contains an adapter, which would not be part of the result",
             got=adapter,
-            remedy="merge it into the weights first (peft: model.merge_and_unload(), then save_pretrained), or take "
-            "its files out of the folder to prune the weights without it",
+            remedy="merge it into the weights first (peft: model.merge_and_unload(), then save_pretrained), or remove "
+            "its files from the folder to prune the weights without it",
         )
     part = next((name for name in names if re.match(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors$", name)), None)
     if part:
         raise UserError(
-            f"{folder}: a distributed checkpoint lies beside model.safetensors, and transformers loads that one",
+            f"{folder}: contains model.safetensors and a distributed checkpoint, which transformers would load",
             got=part,
-            remedy="move one of them to a folder of its own",
+            remedy="move one of them to another folder",
         )
     if config.get("transformers_weights"):
         raise UserError(
-            f"{folder}: config.json names a file of weights of its own",
+            f"{folder}: config.json names its own file of weights",
             got=config["transformers_weights"],
-            remedy="name it model.safetensors, and take transformers_weights out of config.json",
+            remedy="rename it to model.safetensors, and remove transformers_weights from config.json",
         )
 
 
@@ -93,11 +93,11 @@ def _no_model_in(folder: Path) -> UserError:
     elif any(name.endswith((".bin", ".bin.index.json")) for name in names):
         remedy = f"save the model as safetensors: {CONVERT}"
     elif any(name.startswith("adapter_") for name in names):
-        remedy = "an adapter is not a model: merge it into the weights that it was trained on, and name the result"
+        remedy = "an adapter is not a model: merge it into the weights that it was trained on, and use the result"
     elif any(name.endswith(".safetensors") for name in names):
-        remedy = f"transformers reads model.safetensors, or the shards that {INDEX} lists: name the files so"
+        remedy = f"transformers reads model.safetensors, or the shards that {INDEX} lists; rename the files"
     return UserError(
-        f"{folder}: no model in this folder",
+        f"{folder}: there is no model in this folder",
         wanted="model.safetensors (or its shards) with config.json, or a training checkpoint with `latest`",
         got=", ".join(names[:8]) or "an empty folder",
         remedy=remedy,
@@ -105,19 +105,19 @@ def _no_model_in(folder: Path) -> UserError:
 
 
 def unfilled_model(adapter: Adapter, config: Mapping[str, Any]) -> torch.nn.Module:
-    """A model whose weights are anything: they take no memory until they are written. Its buffers are right."""
+    """A model with uninitialised weights, which take no memory until they are written, and correct buffers."""
     with no_init_weights():
         model = adapter.build(config)
-    model.tie_weights()  # type: ignore[operator]  # a part of the initialisation
+    model.tie_weights()  # type: ignore[operator]  # part of the initialisation
     return model
 
 
 def load_model(source: ModelSource, dtype: torch.dtype | None = torch.float32) -> torch.nn.Module:
-    """The whole model in memory, in eval mode.
+    """Loads the whole model into memory, in eval mode.
 
     Args:
         source: The model.
-        dtype: Of its weights; None leaves each as it is stored.
+        dtype: The type of its weights; None keeps the stored types.
 
     Raises:
         UserError: the weights do not fit the config.
@@ -137,16 +137,16 @@ def load_model(source: ModelSource, dtype: torch.dtype | None = torch.float32) -
     if lacking or strange:
         problem = f"{lacking[0]!r} is missing" if lacking else f"{strange[0]!r} has no place in the model"
         raise UserError(f"{source.path}: the weights do not fit the model's config: {problem}")
-    if tied:  # the tables are other tensors now
+    if tied:  # the embeddings are new tensors
         model.tie_weights()  # type: ignore[operator]
     return model.eval()
 
 
 def placed(model: torch.nn.Module, device: torch.device | str, dtype: torch.dtype | None) -> torch.nn.Module:
-    """The model on a device with its weights in `dtype`; its buffers keep theirs.
+    """Moves the model to a device and its weights to `dtype`; its buffers keep their types.
 
-    `Module.to` would round the frequencies of rotary positions with the weights, by which distant tokens end up at
-    wrong angles.
+    `Module.to` would also round the frequencies of rotary positions, which gives wrong angles for
+    distant tokens.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(device, dtype or parameter.dtype)
@@ -158,7 +158,7 @@ def _last_line(error: Exception) -> str:
 
 
 def _inner_checkpoint(path: Path) -> Path:
-    # The folder of all checkpoints of a stage points to its newest one, which points to its engine's files.
+    # `latest` in a stage's checkpoint folder names the newest one, whose `latest` names the engine's folder.
     name = (path / "latest").read_text(errors="replace").strip()
     return path / name if re.fullmatch(r"step-\d+", name) and (path / name / "latest").is_file() else path
 
@@ -173,5 +173,5 @@ def _config_beside(file: Path) -> Mapping[str, Any]:
     raise UserError(
         f"{file}: no model config beside it",
         wanted=f"{file.with_suffix('.json').name} or config.json",
-        remedy="name it: --model-config FILE.json (do_prune.py) or model.config (bmcook.json)",
+        remedy="set it with --model-config FILE.json (do_prune.py) or model.config (bmcook.json)",
     )

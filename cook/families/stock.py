@@ -1,4 +1,4 @@
-"""Adapters of families that stock transformers has, made from their tables.
+"""Adapters of stock transformers families, made from their tables.
 
 All sizes are read from a model built on the meta device.
 """
@@ -20,13 +20,13 @@ def stock_adapter(
     inputs: Callable[[Batch], dict[str, Any]] | None = None,
     is_causal: bool = True,
 ) -> Adapter:
-    """The adapter of a family.
+    """Makes the adapter of a family.
 
     Args:
-        family: Its table.
-        variant: The table for one config, where a field of the config moves names or norms.
-        inputs: The model's call for a batch, where `packed_inputs` would mix samples.
-        is_causal: Whether it predicts the next token.
+        family: The family's table.
+        variant: Adapts the table to a config, if config fields change names or norms.
+        inputs: The model's arguments for a batch, if `packed_inputs` would mix samples.
+        is_causal: Whether the model predicts the next token.
     """
     return Adapter(
         family=family.family,
@@ -53,15 +53,15 @@ def stock_adapter(
 
 
 def packed_inputs(batch: Batch) -> Batch:
-    """A causal model's call: positions begin again with every sample, by which transformers keeps samples apart.
+    """A causal model's arguments: positions restart with every sample, by which transformers separates samples.
 
-    It does so only where there is neither an attention mask nor a cache. Padding counts as samples of one token.
+    It does so only without an attention mask and without a cache. Padding counts as samples of one token.
     """
     return {"input_ids": batch["input"], "position_ids": batch["position"], "use_cache": False}
 
 
 def masked_inputs(batch: Batch, *, causal: bool) -> dict[str, Any]:
-    """The call of a class that does not read samples off the positions: a mask keeps them apart."""
+    """The arguments of a class that does not separate samples by positions: a mask separates them."""
     sample_BL = (batch["position"] == 0).cumsum(1)
     mask_BQK = sample_BL[:, :, None] == sample_BL[:, None, :]
     mask_BQK = mask_BQK.tril() if causal else mask_BQK

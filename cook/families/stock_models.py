@@ -1,6 +1,6 @@
-"""Stock models from a config: built, read from folders, described by the shapes of their weights.
+"""Stock models: building from a config, reading from folders, and the shapes of their weights.
 
-What a folder holds is taken as transformers' `from_pretrained` takes it, by its own tables of renamed keys, or refused.
+A folder is read as transformers' `from_pretrained` reads it, with its tables of renamed keys, or refused.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from cook.pruning.family import ModelConfig, Modeling
 
 MODULE = "modeling_cook_ragged"
 TABLES = (r"(^|\.)rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.masked_bias$")
-"""Keys in files of older versions: tables that the model computes itself."""
+"""Keys in files of older versions: buffers that the model computes itself."""
 
 
 def is_ragged(config: ModelConfig) -> bool:
@@ -42,42 +42,46 @@ def is_ragged(config: ModelConfig) -> bool:
 
 
 def architecture(config: ModelConfig) -> str:
-    """The class that a config names; empty where it names none."""
+    """The class that a config names; empty if it names none."""
     named = config.get("architectures")
     return named[0] if isinstance(named, list | tuple) and named and isinstance(named[0], str) else ""
 
 
 def config_object(config: ModelConfig) -> PreTrainedConfig:
-    """The config as transformers has it.
+    """The config as an object of transformers.
 
     Raises:
-        UserError: a value that the family's config class refuses.
+        UserError: the family's config class refuses a value.
     """
     kind: Any = ragged.config_class(config["stock_type"]) if is_ragged(config) else CONFIG_MAPPING[config["model_type"]]
     return stock_config(kind, config)
 
 
 def check_sizes(family: Family, made: PreTrainedConfig) -> None:
-    """Refuses sizes of which no model can be built, before anything is built.
+    """Checks the sizes before a model is built.
 
     Raises:
-        UserError: a size that is not a whole number above zero, or heads that do not share keys evenly.
+        UserError: a size is not an integer above 0, or the heads do not share keys evenly.
     """
     names = family.names
     always = (names.layers, names.heads, names.hidden, "vocab_size")
     sizes: dict[str, Any] = {name: getattr(made, name, None) for name in always}
-    # None: follows from the others, or there is none.
+    # None: derived from the others, or not present.
     for name in (names.kv_heads, names.head_dim, names.ffn, "sliding_window"):
         if name and getattr(made, name, None) is not None:
             sizes[name] = getattr(made, name)
     for name, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"the model's config: {name} is no size", wanted="a whole number above 0", got=repr(value))
+            raise UserError(
+                f"the model's config: {name} is not a valid size", wanted="an integer above 0", got=repr(value)
+            )
     if "sliding_attention" in (getattr(made, "layer_types", None) or ()) and "sliding_window" not in sizes:
-        raise UserError("the model's config contradicts itself: layers with a sliding window, and no sliding_window")
+        raise UserError(
+            "the model's config contradicts itself: it has layers with a sliding window but no sliding_window"
+        )
     padding = getattr(made, "pad_token_id", None)
     if padding is not None and (not isinstance(padding, int) or padding < 0):
-        raise UserError("the model's config: pad_token_id is no id", wanted="an id or null", got=repr(padding))
+        raise UserError("the model's config: pad_token_id is not a valid id", wanted="an id or null", got=repr(padding))
     heads, kv_heads = sizes[names.heads], sizes.get(names.kv_heads or "", 1)
     if heads % kv_heads:
         raise UserError(
@@ -108,17 +112,17 @@ def skeleton(family: Family, config: ModelConfig) -> torch.nn.Module:
     Raises:
         UserError: transformers cannot build a model of this config.
     """
-    with torch.device("meta"), library_errors("transformers builds no model of this config"):
+    with torch.device("meta"), library_errors("transformers cannot build a model of this config"):
         return build(family, config)
 
 
 def weight_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes of the weights by key, persistent buffers among them; of tied weights the first alone."""
+    """Shapes of the weights by key, including persistent buffers; tied weights appear once."""
     return {names[0]: tuple(tensor.shape) for names, tensor in _stored(model)}
 
 
 def _stored(model: torch.nn.Module) -> list[tuple[list[str], torch.Tensor]]:
-    """All that a file of the model holds: each tensor with its keys, several where weights are tied."""
+    """All tensors in a file of the model, each with its keys; tied weights have several."""
     found: dict[int, tuple[list[str], torch.Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         found.setdefault(id(tensor), ([], tensor))[0].append(name)
@@ -128,12 +132,12 @@ def _stored(model: torch.nn.Module) -> list[tuple[list[str], torch.Tensor]]:
 def read(
     family: Family, config: ModelConfig, tensors: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, Any], Mapping[str, torch.Tensor]]:
-    """A folder's config, every field given, and its tensors under the keys of the model class.
+    """A folder's config with every field, and its tensors under the keys of the model class.
 
-    Tied weights that a file holds twice are one where they are equal; else the model is untied, as transformers does.
+    If a file stores tied weights twice, equal copies are merged; else the model is untied, as transformers does.
 
     Raises:
-        UserError: the tensors are not those of the config's model, or are quantized.
+        UserError: the tensors do not match the config's model, or are quantized.
     """
     refuse_quantized(config, tensors)
     layers = config.get(family.names.layers)
@@ -163,16 +167,16 @@ def read(
                 "the weights do not fit the model's config",
                 wanted=f"{own!r} of shape {shape}",
                 got=f"shape {found}",
-                remedy="take config.json and weights of one model",
+                remedy="use config.json and weights of the same model",
             )
     return native, LazyTensors({own: partial(tensors.__getitem__, chosen[own]) for own in shapes}, shapes)
 
 
 def refuse_quantized(config: ModelConfig, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Quantized weights cannot be cut, and their scales belong to no unit.
+    """Refuses quantized weights, which cannot be cut and whose scales belong to no unit.
 
     Raises:
-        UserError: the config or the tensors' names say that the weights are quantized.
+        UserError: the config or the tensors' names show that the weights are quantized.
     """
     said = config.get("quantization_config") or config.get("compression_config")
     method = said.get("quant_method", "unknown method") if isinstance(said, Mapping) else said
@@ -183,7 +187,7 @@ def refuse_quantized(config: ModelConfig, tensors: Mapping[str, torch.Tensor]) -
             "the model is quantized" + (f" ({method})" if said else ""),
             wanted="plain weights of a floating-point type",
             got="quantization_config in config.json" if said else f"the tensor {odd!r}",
-            remedy="dequantize it first (transformers: model.dequantize(), then save_pretrained), or take the model "
+            remedy="dequantize it first (transformers: model.dequantize(), then save_pretrained), or use the model "
             "that it was quantized from",
         )
 
@@ -193,7 +197,7 @@ def _is_carried(family: Family, name: str) -> bool:
 
 
 def file_names(family: Family, config: ModelConfig) -> dict[str, str]:
-    """The keys under which files of the family hold weights, as `save_pretrained` writes them, where they differ."""
+    """The keys of weights in the family's files, as `save_pretrained` writes them, if they differ."""
     model: Any = skeleton(family, config)
     conversions = get_model_conversion_mapping(model, add_legacy=False)
     if any(isinstance(entry, WeightConverter) for entry in conversions):
@@ -203,7 +207,7 @@ def file_names(family: Family, config: ModelConfig) -> dict[str, str]:
 
 
 def _keys(family: Family, config: ModelConfig, model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """For the model's keys the file's; tables and carried weights are passed over, all else that is strange refused."""
+    """The file's key of each model key; buffers and unused heads are skipped, other unknown keys refused."""
     state = model.state_dict()
     ignored = (*TABLES, *(model._keys_to_ignore_on_load_unexpected or ()))
     own_key = _key_rule(model, state)
@@ -212,7 +216,7 @@ def _keys(family: Family, config: ModelConfig, model: Any, tensors: Mapping[str,
         own = own_key(name)
         if own in state:
             if own in keys:
-                raise UserError(f"the weights hold {own!r} twice", got=f"{keys[own]!r} and {name!r}")
+                raise UserError(f"the weights contain {own!r} twice", got=f"{keys[own]!r} and {name!r}")
             keys[own] = name
         elif not any(re.search(pattern, own) for pattern in ignored) and not _is_carried(family, name):
             raise _misfit(config, model, f"{name!r} has no place in the model")
@@ -220,7 +224,7 @@ def _keys(family: Family, config: ModelConfig, model: Any, tensors: Mapping[str,
 
 
 def _key_rule(model: Any, state: dict[str, torch.Tensor]) -> Callable[[str], str]:
-    """Gives the model's key for a tensor of a file, by transformers' rules."""
+    """Returns a function from a file's key to the model's key, by transformers' rules."""
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
@@ -246,9 +250,9 @@ def _misfit(config: ModelConfig, model: Any, problem: str) -> UserError:
     is_other = named not in ("", own, ragged.RaggedModel.__name__) and hasattr(transformers, named)
     return UserError(
         f"the weights do not fit the model's config: {problem}",
-        wanted=f"all weights of {own} and no others",
+        wanted=f"exactly the weights of {own}",
         got=f"a {named}, by config.json" if is_other else None,
-        remedy="load the folder with transformers as the class that is to be pruned, and save it with save_pretrained"
+        remedy="load the folder with transformers as the class to be pruned, and save it with save_pretrained"
         if is_other
         else None,
     )
@@ -260,13 +264,13 @@ def _all_equal(tensors: list[torch.Tensor]) -> bool:
 
 
 def plain(config: PreTrainedConfig) -> dict[str, Any]:
-    """A config as the dictionary that its config.json holds, without what passes."""
+    """A config as the dictionary of its config.json, without temporary fields."""
     fields = {name: value for name, value in config.to_diff_dict().items() if name not in PASSING}
     return fields | {"model_type": type(config).model_type}
 
 
 def modeling(config: ModelConfig) -> Modeling | None:
-    """The code beside a ragged model."""
+    """The modeling file of a ragged model."""
     if not is_ragged(config):
         return None
     auto_map = {"AutoConfig": f"{MODULE}.{ragged.RaggedConfig.__name__}"}

@@ -1,4 +1,4 @@
-"""The config of a reshaped stock model: a stock one where that gives the same weights, else a ragged one."""
+"""The config of a reshaped stock model: a stock config if it gives the same weights, else a ragged one."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptUnits) -> Shrunk:
-    """What a model becomes. Layers of which nothing is left are left out, and the others renumbered."""
+    """The config of the reshaped model; layers without blocks are removed, and the others renumbered."""
     counts = {name: len(units) for name, units in kept.items()}
     left = kept_shapes(space, counts)
     layers = [n for n in range(space.num_layers) if any(path.startswith(f"{family.layers}.{n}.") for path in left)]
     if not family.empty_layer_is_identity:
         layers = list(range(space.num_layers))
-    layers = layers or [space.num_layers - 1]  # no class of transformers has been tried without any layer
+    layers = layers or [space.num_layers - 1]  # transformers classes are not tested without any layer
     renamed = _renamed(family, left, layers)
     shapes = {renamed.get(path, path): shape for path, shape in left.items()}
     base = _with_layers(family, config, layers) | remembered(config, space.num_layers, layers)
@@ -85,7 +85,7 @@ def _renamed(family: Family, paths: Shapes, layers: list[int]) -> dict[str, str]
 
 
 def _with_layers(family: Family, config: ModelConfig, layers: list[int]) -> dict[str, Any]:
-    """The stock config with these layers alone, all other sizes as they were."""
+    """The stock config with only these layers, all other sizes unchanged."""
     base = {name: value for name, value in config.items() if name not in ragged.OWN_FIELDS}
     base["model_type"] = config["stock_type"] if is_ragged(config) else config["model_type"]
     base[family.names.layers] = len(layers)
@@ -101,7 +101,7 @@ def _with_layers(family: Family, config: ModelConfig, layers: list[int]) -> dict
 def _sizes(
     family: Family, config: ModelConfig, space: PruningSpace, counts: Mapping[str, int], layer: int
 ) -> tuple[Heads | None, int | None]:
-    """Heads and inner size that the layer keeps; None for a block without units."""
+    """Heads and FFN dimensions that the layer keeps; None for a block without units."""
     groups = {g.kind: g for g in space.groups if g.layer == layer and _left(space, counts, g)}
     att, ffn = groups.get("heads"), groups.get("dimff")
     heads = None
@@ -116,7 +116,7 @@ def _left(space: PruningSpace, counts: Mapping[str, int], group: UnitGroup) -> i
 
 
 def _structure(family: Family, base: ModelConfig, shapes: Shapes, heads: list[Heads | None]) -> dict[str, Any]:
-    """What `cook.models.ragged` has to change in the stock model of `base` to get weights of these shapes."""
+    """The changes by `cook.models.ragged` to the stock model of `base` that give weights of these shapes."""
     model = skeleton(family, base)
     stock = weight_shapes(model)
     structure: dict[str, Any] = {"attributes": {}, "absent": {}, "constant": {}, "identity": [], "uneven_keys": False}

@@ -26,7 +26,7 @@ class Heads:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """By the names that `Attention.remembers` uses."""
+        """The numbers by the names in `Attention.remembers`."""
         return {
             "heads": self.heads,
             "kv_heads": self.kv_heads,
@@ -37,7 +37,7 @@ class Heads:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One part of a weight, whole or fused: where its units begin and how wide they are, along its output."""
+    """A part of a weight: the offset and width of its units along the output."""
 
     path: str
     offset: int
@@ -45,13 +45,13 @@ class Part:
 
 
 def head_dim_of(family: Family, config: PreTrainedConfig) -> int:
-    """Features of a head."""
+    """Features per head."""
     explicit = getattr(config, family.names.head_dim, None) if family.names.head_dim else None
     return explicit or getattr(config, family.names.hidden) // getattr(config, family.names.heads)
 
 
 def heads_of(family: Family, head_dim: int, model: torch.nn.Module, layer: str) -> Heads | None:
-    """The heads of a layer's attention block; None where there is no such block."""
+    """The heads of a layer's attention block; None if there is no such block."""
     table = family.attention
     try:
         out, keys = model.get_submodule(f"{layer}.{table.out}"), model.get_submodule(f"{layer}.{table.k}")
@@ -65,14 +65,14 @@ def heads_of(family: Family, head_dim: int, model: torch.nn.Module, layer: str) 
 
 
 def head_units(family: Family, config: ModelConfig) -> tuple[HeadUnit, ...]:
-    """Both kinds where key-value heads are shared; else a query head is a group of its own."""
+    """Both kinds if key-value heads are shared; else every query head is its own group."""
     made = config_object(config)
     shared = family.names.kv_heads and getattr(made, family.names.kv_heads) < getattr(made, family.names.heads)
     return ("kv_group", "query_head") if shared else ("kv_group",)
 
 
 def space(family: Family, config: ModelConfig, head_unit: HeadUnit) -> PruningSpace:
-    """All that can be pruned in a model of this config."""
+    """Everything that can be pruned in a model of this config."""
     model = skeleton(family, config)
     shapes, made = weight_shapes(model), config_object(config)
     num_layers = getattr(made, family.names.layers)
@@ -97,7 +97,7 @@ def _attention(family, head_dim, head_unit, model, shapes, number, layer) -> lis
     parts = []
     if table.interleaved:
         parts = [Part(path=table.q, offset=0, block=3 * head_dim)]
-        assert whole, "query heads of shared keys cannot be told apart in an interleaved weight"
+        assert whole, "query heads with shared keys cannot be separated in an interleaved weight"
     else:
         spans = {"q": found.heads * head_dim, "k": found.kv_heads * head_dim, "v": found.kv_heads * head_dim}
         paths = {"q": table.q, "k": table.k, "v": table.v}
@@ -129,7 +129,7 @@ def _feed_forward(family, model, shapes, number, layer) -> list[UnitGroup]:
 
 
 def _offsets(paths: Sequence[str], spans: Sequence[int]) -> list[int]:
-    """Where each part begins in its weight: parts of one path lie one behind the other."""
+    """The offset of each part in its weight; parts of one path are consecutive."""
     ends: dict[str, int] = {}
     begins = []
     for path, span in zip(paths, spans, strict=True):
@@ -170,7 +170,7 @@ def _block_and_units(
     inside = tuple(f"{layer}.{name}." for name in (*table.modules, *table.norms_before, *table.norms_after))
     after = [path for path in shapes if path.startswith(tuple(f"{layer}.{name}." for name in table.norms_after))]
     out, last = f"{layer}.{table.out}", f"{layer}.{(table.out, *table.norms_after)[-1]}"
-    # A norm behind the block maps zero to its own bias, which then acts on as well.
+    # A norm after the block maps zero to its bias, which then still acts.
     acts_on = f"{out}.bias" in shapes or f"{last}.bias" in shapes
     block = UnitGroup(
         kind="layer",
@@ -178,7 +178,7 @@ def _block_and_units(
         layer=number,
         size=1,
         slices=tuple(WeightSlice(path=p, dim=0, block=(shapes[p] or (1,))[0]) for p in shapes if p.startswith(inside)),
-        # Behind the norm: in front of it a gate between 0 and 1 would be divided out again.
+        # After the norm: before it, a gate between 0 and 1 would be normalised away.
         gate=GatePoint(module=last, at="output", repeat=0),
         residue=tuple(path for path in (f"{out}.bias", *after) if path in shapes) if acts_on else (),
     )

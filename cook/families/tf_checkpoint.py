@@ -27,24 +27,24 @@ TRAILER_BYTES = 5
 """After every block: one byte for the compression, four for the masked checksum."""
 CHECKSUM_MASK = 0xA282EAD8
 
-# Bounds far beyond any BERT, within which a hostile index costs a second and some megabytes.
+# Limits far above any BERT; within them a malicious index costs about a second and a few megabytes.
 MAX_INDEX_BYTES = 16 << 20
 MAX_TENSORS = 100_000
 MAX_NAME_BYTES = 1024
 MAX_DIMS = 16
 
-# The kinds of tensor that a model's weights can be (tensorflow/core/framework/types.proto).
+# The types that a model's weights can have (tensorflow/core/framework/types.proto).
 DTYPES = {1: np.float32, 2: np.float64, 3: np.int32, 9: np.int64, 19: np.float16}
 BFLOAT16 = 14
 
 
 class Damaged(Exception):
-    """The bytes are not what the format says."""
+    """The bytes do not follow the format."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TfTensor:
-    """A tensor of a checkpoint, not read yet."""
+    """A tensor of a checkpoint that is not read yet."""
 
     name: str
     shape: tuple[int, ...]
@@ -59,21 +59,21 @@ class TfTensor:
     """Whether it is stored in slices."""
 
     def read(self) -> torch.Tensor:
-        """The values; their checksum is compared.
+        """Reads the values and verifies their checksum.
 
         Raises:
-            UserError: the file is missing or damaged, or the tensor is of a kind that this reader does not know.
+            UserError: the file is missing or damaged, or the tensor's type is not supported.
         """
         if self.is_partitioned or (self.dtype not in DTYPES and self.dtype != BFLOAT16):
             kind = "a partitioned variable" if self.is_partitioned else f"TensorFlow's type number {self.dtype}"
             raise UserError(
-                f"{self.name}: this reader does not know {kind}",
+                f"{self.name}: {kind} is not supported",
                 wanted="a whole tensor of numbers",
                 remedy="save the checkpoint again without partitions" if self.is_partitioned else None,
             )
         numpy_type = np.dtype(np.uint16 if self.dtype == BFLOAT16 else DTYPES[self.dtype]).newbyteorder("<")
         if math.prod(self.shape) * numpy_type.itemsize != self.size:
-            raise UserError(f"{self.name}: {self.size} bytes do not hold the shape {self.shape}")
+            raise UserError(f"{self.name}: {self.size} bytes do not match the shape {self.shape}")
         if self.offset + self.size > regular_file(self.file).stat().st_size:
             raise UserError(f"{self.file}: ends before {self.name}", wanted=f"{self.offset + self.size} bytes")
         try:
@@ -83,7 +83,9 @@ class TfTensor:
         except OSError as error:
             raise UserError(f"{self.file}: cannot be read: {error.strerror}") from None
         if self.checksum is not None and masked_checksum(raw) != self.checksum:
-            raise UserError(f"{self.file}: the checksum of {self.name} is wrong", remedy="fetch the checkpoint again")
+            raise UserError(
+                f"{self.file}: the checksum of {self.name} is wrong", remedy="download the checkpoint again"
+            )
         values = torch.from_numpy(np.frombuffer(raw, dtype=numpy_type).reshape(self.shape).copy())
         return values.view(torch.bfloat16) if self.dtype == BFLOAT16 else values
 
@@ -95,7 +97,7 @@ def open_tf_checkpoint(prefix: Path) -> dict[str, TfTensor]:
         prefix: Path without `.index`, such as `uncased_L-12_H-768_A-12/bert_model.ckpt`.
 
     Raises:
-        UserError: a file is missing, damaged, or holds what this reader does not know.
+        UserError: a file is missing, damaged, or not supported.
     """
     index = regular_file(prefix.with_name(prefix.name + ".index"), "file, one of the three of a TensorFlow checkpoint")
     if index.stat().st_size > MAX_INDEX_BYTES:
@@ -105,10 +107,10 @@ def open_tf_checkpoint(prefix: Path) -> dict[str, TfTensor]:
             records = _table(opened.read(MAX_INDEX_BYTES))
         shards = _num_shards(records)
         # Names that begin with a NUL are the slices of partitioned variables, which also have an entry for the whole.
-        # A scalar such as the step may be of any kind: it is an error only if someone asks for it.
+        # A scalar such as the step may have any type: it is an error only if it is read.
         tensors = [_tensor(prefix, shards, key.decode(), value) for key, value in records if key and key[0]]
     except (Damaged, IndexError, struct.error, UnicodeDecodeError) as error:
-        raise UserError(f"{index}: not a sound index of a TensorFlow checkpoint", got=error) from None
+        raise UserError(f"{index}: not a valid index of a TensorFlow checkpoint", got=error) from None
     except OSError as error:
         raise UserError(f"{index}: cannot be read: {error.strerror}") from None
     for file in sorted({tensor.file for tensor in tensors}):

@@ -1,4 +1,4 @@
-"""Gates on a live model: removable hooks that multiply z where the pruning space says."""
+"""Hooks that multiply gates into a model, at the points that the pruning space names; they can be removed."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from cook.pruning.units import UnitGroup
 
 
 class AttachedGates:
-    """Hooks of some groups on a model; a group without a value is open.
+    """The hooks of some groups on a model; a group without a value is open.
 
-    Every rank multiplies in every layer and never branches on z, as ZeRO-3 needs. Under activation checkpointing the
-    values stay as they are until `set` is called again, so the recomputation sees the same ones.
+    Every rank multiplies in every layer and never branches on z, which ZeRO-3 requires. The values stay the same
+    until `set` is called again, so activation checkpointing recomputes with the same ones.
     """
 
     def __init__(self, model: torch.nn.Module, groups: Sequence[UnitGroup], fixed: Mapping[str, torch.Tensor]):
         """Attaches the hooks.
 
         Args:
-            model: Its modules are named as in the space.
-            groups: Those that are masked or learn a mask.
-            fixed: 0/1 masks that hold from now on, by group name.
+            model: The model; its modules are named as in the space.
+            groups: The groups that are masked or that learn a mask.
+            fixed: 0/1 masks that apply from now on, by group name.
         """
         self._groups = {group.name: group for group in groups}
         self._fixed = {name: self._expanded(self._groups[name], mask) for name, mask in fixed.items()}
@@ -37,7 +37,7 @@ class AttachedGates:
                 self._handles.append(module.register_forward_hook(self._output_hook(group.name)))
 
     def set(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Gates to use from now on beside the fixed ones, `[units]` a group, in [0, 1]; absent groups stay open.
+        """Sets the gates to use beside the fixed ones: `[units]` per group, in [0, 1]; absent groups stay open.
 
         The tensors may require grad: ∂L/∂z flows back to them.
         """
@@ -47,10 +47,10 @@ class AttachedGates:
 
     @contextmanager
     def opened(self, *, fixed: bool) -> Iterator[None]:
-        """All gates open, for a pass of the model as its own teacher; afterwards they are as they were.
+        """Opens all gates, for a pass of the model as its own teacher; restores them afterwards.
 
         Args:
-            fixed: Those of the fixed masks too.
+            fixed: Whether to open the gates of the fixed masks too.
         """
         values, self._values = self._values, {} if fixed else self._fixed
         try:
@@ -78,7 +78,7 @@ class AttachedGates:
         return gate_output
 
     def remove(self) -> None:
-        """Takes the hooks off; the model is as it was."""
+        """Removes the hooks; the model is as before."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._values, self._fixed = [], {}, {}

@@ -1,4 +1,4 @@
-"""Budgets: what the expected sparsity of consecutive gates is held to."""
+"""Budgets: the sparsity targets of consecutive gates."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from cook.pruning.units import Kind, PruningSpace, UnitGroup
 KINDS: tuple[Kind, ...] = ("layer", "heads", "dimff")
 """The order of groups in the flat vector of gates."""
 Cost = Literal["units", "parameters", "flops"]
-"""What a budget counts."""
+"""What a budget counts: parameters, FLOPs or units."""
 Keep = Mapping[str, float]
-"""What a user asks to keep: shares, or numbers of heads and dims, by a name of `KEEP_KEYS`."""
+"""What to keep, by a name of `KEEP_KEYS`: a share, or a number of heads or FFN dimensions."""
 KEEP_KEYS = ("params", "flops", "blocks", "heads", "dims")
 Budget = tuple[str, Sequence[float], float]
 """Name, cost of each unit, and the share of the total cost to remove."""
@@ -25,32 +25,32 @@ Budget = tuple[str, Sequence[float], float]
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """What a pruned model keeps."""
+    """What the pruned model keeps."""
 
     blocks: float | None = None
-    """Share of the blocks' parameters; needed where blocks have gates."""
+    """Share of the blocks' parameters; required where blocks have gates."""
     kept: dict[Kind, int | float] = field(default_factory=dict)
-    """Heads and dims that each block keeps, where all blocks keep equally many: a number (int) or a share (float)."""
+    """Heads and FFN dimensions that each block keeps, if all keep equally many: number (int) or share (float)."""
     scope: Scope = "block"
-    """`block`: each block has a budget of its own; `global`: one budget for the heads and dims of all blocks."""
+    """`block`: each block has its own budget; `global`: one budget for the heads and FFN dimensions of all blocks."""
     cost: Cost = "units"
     """What the global budget counts."""
     share: float | None = None
-    """Share of the global budget's costs to keep; None: what `kept` amounts to."""
+    """Share of the global budget's costs to keep; None: the share that follows from `kept`."""
     context: int = 0
-    """Mean number of keys to which a query attends; read for FLOPs."""
+    """Mean number of keys to which a query attends; used to count FLOPs."""
 
     def kept_share(self, group: UnitGroup) -> float:
-        """Share of its units that `group` keeps where all blocks keep equally many."""
+        """The share of its units that `group` keeps if all blocks keep equally many."""
         kept = self.kept[group.kind]
         return kept / (group.size * group.members) if isinstance(kept, int) else kept
 
 
 def constraints(space: PruningSpace, learned: Sequence[UnitGroup], targets: Targets) -> list[Constraint]:
-    """One constraint over all blocks, by their parameters, and the constraints of heads and dims.
+    """Returns one constraint over all blocks, by their parameters, and the constraints of heads and FFN dimensions.
 
-    With scope `block`, each block has one constraint per kind (one per section where a block has sections), by the
-    number of units. With scope `global`, heads and dims of all blocks share one.
+    With scope `block`, each block has one constraint per kind of unit (one per section if the block has sections), by
+    the number of units. With scope `global`, the heads and FFN dimensions of all blocks share one constraint.
 
     Args:
         space: The model's space.
@@ -82,7 +82,7 @@ def _of_block(group: UnitGroup, kept: float) -> list[Budget]:
 
 
 def unit_cost(space: PruningSpace, group: UnitGroup, targets: Targets) -> float:
-    """What one unit of `group` counts in a global budget."""
+    """The cost of one unit of `group` in a global budget."""
     if targets.cost == "flops":
         return float(unit_flops(space, group, context=targets.context))
     return float(unit_parameters(space, group) if targets.cost == "parameters" else group.members)
@@ -100,10 +100,10 @@ def _shared(space: PruningSpace, groups: Sequence[UnitGroup], targets: Targets) 
 
 
 def whole_budget(space: PruningSpace, learned: Sequence[UnitGroup], cost: Cost, share: float, context: int) -> Targets:
-    """One budget over all heads and dims, with which the whole model keeps `share` of its parameters or FLOPs.
+    """One budget over all heads and FFN dimensions, so that the model keeps `share` of its parameters or FLOPs.
 
     Raises:
-        UserError: heads and dims alone do not make up the rest.
+        UserError: removing heads and FFN dimensions alone cannot reach `share`.
     """
     targets = Targets(scope="global", cost=cost, context=context)
     whole = parameters(space) if cost == "parameters" else forward_flops(space, context=context)
@@ -119,17 +119,17 @@ def whole_budget(space: PruningSpace, learned: Sequence[UnitGroup], cost: Cost, 
 
 
 def check_keep(keep: Keep) -> None:
-    """Refuses what cannot be meant.
+    """Checks the values of `keep`.
 
     Raises:
-        UserError: an unknown name, a value out of its range, or a budget beside other targets.
+        UserError: an unknown name, a value out of range, or a whole-model budget together with other targets.
     """
     unknown = sorted(set(keep) - set(KEEP_KEYS))
     if unknown or not keep:
         raise UserError(f"keep: {'unknown ' + unknown[0] if unknown else 'is empty'}", wanted=", ".join(KEEP_KEYS))
     for key in ("params", "flops"):
         if key in keep and len(keep) > 1:
-            raise UserError(f"keep: {key} is a budget for all units", remedy="give it alone")
+            raise UserError(f"keep: {key} is a budget for all units", remedy="use it without other keys")
     for key, value in keep.items():
         is_number = isinstance(value, int) and key in ("heads", "dims")
         if not (value >= 1 if is_number else 0 < value <= 1):

@@ -1,19 +1,19 @@
-"""Which gates close: the task loss ranks them, one multiplier a constraint holds the expected sparsity on its target.
+"""The optimizer of the gates: Adam on the task loss, and one exact Lagrange multiplier per constraint.
 
-The problem is Wang, Wohlwend and Lei's ("Structured pruning of large language models", EMNLP 2020, sec. 3.2):
+The problem is that of Wang, Wohlwend and Lei ("Structured pruning of large language models", EMNLP 2020, sec. 3.2):
 
-    min over x, max over λ of   L_task(x) + Σ_c λ_c · (t_c − s_c(x)),      x: a value a gate (logα, or z itself),
+    min over x, max over λ of   L_task(x) + Σ_c λ_c · (t_c − s_c(x)),      x: one value per gate (logα, or z),
 
-Gradient ascent on λ swings: Adam makes the gates' response bang-bang, so λ always arrives late. Here the inner
-maximum is taken exactly instead. A step of the gates is Adam's, the multiplier enters it as one more gradient,
+Gradient ascent on λ oscillates: with Adam the gates move at nearly full speed in either direction, so λ lags behind.
+Here the inner maximum is taken exactly instead. The gates take a step of Adam, and the multiplier adds a gradient:
 
-    x ← x − η · clip((m − λ·∂s/∂x) / (√v + ε) + urge, ±1),      m, v: moments of the task gradient alone,
+    x ← x − η · clip((m − λ·∂s/∂x) / (√v + ε) + b, ±1),      m, v: moments of the task gradient alone,
 
-and λ_c, the price in loss of a unit of sparsity, is the one number for which the step ends on the target: s_c grows
-with λ_c, so a bracket finds it. The gates are thereby projected on the constraint in Adam's own metric: a gate falls
-when the price of its parameters exceeds what the task loses by it. Nothing needs tuning to the number of units, to
-the number of steps, or to the scale of the loss. What x is, how far it may go, what of it s counts and what urges it
-to become binary is the relaxation's business (`relaxation.py`).
+λ_c, the cost in loss per unit of sparsity, is the number for which the step ends on the target. s_c increases
+monotonically in λ_c, so bracketing finds it. This projects the gates on the constraint in Adam's own metric: a gate
+closes when the cost of its parameters exceeds what the task loses by closing it. Nothing needs tuning to the number of
+units, to the number of steps, or to the scale of the loss. The relaxation (`relaxation.py`) defines x, its range, how s
+depends on it, and the gradient b that makes it binary.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ import torch
 from cook.pruning.relaxation import Relaxation
 
 HALVINGS = 8
-"""Of the range of log|λ| at first, which spans many decades: 60 nats to a quarter of one."""
+"""Halvings of the initial range of log|λ|, which spans many decades: from 60 nats to a quarter of one."""
 MOST_SECANTS = 40
 NEAR_ENOUGH = 1e-13
-"""Of a sparsity to its target."""
+"""Allowed difference between the sparsity and its target."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Constraint:
-    """A target for the expected sparsity of some consecutive gates.
+    """A target for the expected sparsity of consecutive gates.
 
-    s = 1 − Σ_j cost_j · openness_j, the cost being each unit's share of the parameters (or of the units).
+    s = 1 − Σ_j cost_j · openness_j, where a unit's cost is its share of the parameters (or of the units).
     """
 
     name: str
@@ -45,18 +45,18 @@ class Constraint:
     costs: tuple[float, ...]
     """Each gate's share; they sum to 1."""
     target: float
-    """The sparsity to end with, in [0, 1)."""
+    """The sparsity at the end, in [0, 1)."""
 
 
 class GateController:
-    """Adam for gates with an exact multiplier a constraint.
+    """Adam for gates, with an exact multiplier per constraint.
 
-    Every gate belongs to exactly one constraint. All in float64 on the CPU: a few thousand numbers.
+    Every gate belongs to exactly one constraint. Everything is float64 on the CPU: a few thousand numbers.
 
     Args:
         constraints: They cover the flat vector of gates without gaps, in order.
-        relaxation: What a gate's value is.
-        learning_rate: The most that a gate moves in a step.
+        relaxation: Defines a gate's value.
+        learning_rate: The largest move of a gate per step.
         betas: Decay of the moments of the task gradient.
     """
 
@@ -72,7 +72,7 @@ class GateController:
         assert [c.start for c in constraints] == [sum(sizes[:i]) for i in range(len(sizes))], "gaps between constraints"
         self.constraints, self.relaxation = tuple(constraints), relaxation
         self.learning_rate, self.betas = learning_rate, betas
-        # A row a constraint, filled up to the longest: what stands there costs nothing.
+        # One row per constraint, padded to the longest; the padding has no cost.
         self._real = torch.arange(max(sizes, default=0)) < torch.tensor(sizes)[:, None]
         self._costs = self._rows(torch.tensor([cost for c in constraints for cost in c.costs], dtype=torch.float64))
         self._sizes = torch.tensor(sizes, dtype=torch.float64)
@@ -82,7 +82,7 @@ class GateController:
         self.multipliers = torch.zeros(len(sizes), dtype=torch.float64)
 
     def _rows(self, flat: torch.Tensor) -> torch.Tensor:
-        """A flat vector as `[constraints, longest]`, zeros at the ends."""
+        """A flat vector as `[constraints, longest]`, padded with zeros."""
         return torch.zeros(self._real.shape, dtype=flat.dtype).masked_scatter_(self._real, flat)
 
     def expected_sparsity(self, values: torch.Tensor) -> torch.Tensor:
@@ -94,13 +94,13 @@ class GateController:
 
     @torch.no_grad()
     def step(self, values: torch.Tensor, gradient: torch.Tensor, targets: torch.Tensor, *, hold: float = 0.0) -> None:
-        """Moves `values` in place by one step that ends on `targets` wherever the step's length allows it.
+        """Moves `values` in place by one step that ends on `targets` if the learning rate allows it.
 
         Args:
             values: Flat gates, float32 `[gates]`.
             gradient: ∂L_task/∂values, averaged over ranks and micro-batches, `[gates]`.
-            targets: The sparsity wanted now, `[constraints]`.
-            hold: The part that is over of the time in which the targets hold; the relaxation's urge grows with it.
+            targets: The sparsity targets of this step, `[constraints]`.
+            hold: Progress, 0 to 1, of the phase after the targets' ramp; the binarization gradient grows with it.
         """
         self.steps += 1
         gradient = gradient.double()
@@ -108,11 +108,11 @@ class GateController:
         self.second_moment.lerp_(gradient**2, 1 - self.betas[1])
         moment = self._rows(self.moment / (1 - self.betas[0] ** self.steps))
         scale = self._rows((self.second_moment / (1 - self.betas[1] ** self.steps)).sqrt())
-        # A gate that the task has not touched yields at once, but not infinitely sooner than its neighbours.
+        # A gate without any task gradient so far moves first, but not infinitely faster than the others.
         scale = scale + 1e-2 * (scale.sum(1) / self._sizes)[:, None] + 1e-30
 
         relaxation, start = self.relaxation, self._rows(values.double())
-        task = moment / scale + relaxation.urge(start, hold)
+        task = moment / scale + relaxation.binarization_gradient(start, hold)
         press = self._costs * relaxation.slope(start) / scale
         low, high = relaxation.low, relaxation.high
 
@@ -128,10 +128,10 @@ class GateController:
     def _solve(
         self, moved: Callable[[torch.Tensor], torch.Tensor], targets: torch.Tensor, reach: torch.Tensor
     ) -> torch.Tensor:
-        """The λ that reaches `targets`; `reach`, the bound, where the step's length does not allow it.
+        """The λ that reaches `targets`, or the bound `reach` if the learning rate does not allow it.
 
-        Halves the bracket of log|λ|, then draws secants in λ, in which s is piecewise linear or nearly so; an end that
-        stays for twice counts half (the Illinois variant of regula falsi: Dowell and Jarratt, BIT 11, 1971).
+        Bisects log|λ|, then uses secants in λ, in which s is nearly piecewise linear. The function value at an end that
+        stays twice is halved (the Illinois variant of regula falsi: Dowell and Jarratt, BIT 11, 1971).
         """
         open_more = self._sparsity(moved(torch.zeros_like(targets))) > targets
         sign = torch.where(open_more, -1.0, 1.0).double()
@@ -180,5 +180,5 @@ class GateController:
 
 
 def ramp(progress: float, fraction: float, start: float, target: float) -> float:
-    """The sparsity wanted at `progress` (0 to 1) of a stage: rises linearly in its first `fraction`, then holds."""
+    """The sparsity target at `progress` (0 to 1) of a stage: a linear rise in its first `fraction`, then constant."""
     return start + (target - start) * (min(1.0, progress / fraction) if fraction > 0 else 1.0)

@@ -8,20 +8,20 @@ from math import prod
 from cook.pruning.units import PruningSpace, UnitGroup
 
 Kept = Mapping[str, int]
-"""How many units each group keeps, by group name; a group that is not named keeps all."""
+"""Units that each group keeps, by group name; a group that is not named keeps all."""
 
 
 def unit_parameters(space: PruningSpace, group: UnitGroup) -> int:
-    """Parameters that vanish with one unit of `group`, all else kept."""
+    """Parameters removed with one unit of `group`, everything else kept."""
     # A buffer may be a single number, without any dimension.
     owned = [(s, space.shapes[s.path]) for s in group.slices]
     return sum(prod(shape) // (shape[s.dim] if shape else 1) * s.block for s, shape in owned)
 
 
 def unit_flops(space: PruningSpace, group: UnitGroup, *, context: int) -> int:
-    """FLOPs of one token's forward pass that vanish with one unit of heads or dims, all else kept.
+    """FLOPs per token of the forward pass that one head or FFN dimension costs, everything else kept.
 
-    2 a weight of its products, and for heads 4 a feature and key: its score, and its part of the weighted sum.
+    2 per weight of its matrix products; for heads also 4 per feature and key, for the score and the weighted sum.
 
     Args:
         space: The pruning space.
@@ -36,8 +36,8 @@ def unit_flops(space: PruningSpace, group: UnitGroup, *, context: int) -> int:
 def kept_shapes(space: PruningSpace, kept: Kept) -> dict[str, tuple[int, ...]]:
     """The shape of every weight that remains; weights of removed blocks are left out.
 
-    Of a block whose heads or dims are all gone its residue remains, if it has one: it adds nothing else to the
-    residual stream.
+    If all heads or FFN dimensions of a block are removed, only its residue remains, if it has one: the
+    block adds nothing else to the residual stream.
     """
     shapes = {path: list(shape) for path, shape in space.shapes.items()}
     gone: set[str] = set()
@@ -51,7 +51,7 @@ def kept_shapes(space: PruningSpace, kept: Kept) -> dict[str, tuple[int, ...]]:
 
 
 def weights_gone(space: PruningSpace, group: UnitGroup, left: int) -> set[str]:
-    """The weights that vanish altogether once `group` keeps `left` units."""
+    """The weights that are removed entirely if `group` keeps `left` units."""
     if left:
         return set()
     if group.kind == "layer":
@@ -61,29 +61,29 @@ def weights_gone(space: PruningSpace, group: UnitGroup, left: int) -> set[str]:
 
 
 def parameters(space: PruningSpace, kept: Kept | None = None) -> int:
-    """Parameters of the whole model, embeddings included, once `kept` has been carried out."""
+    """Parameters of the whole model, embeddings included, with the units in `kept`."""
     return sum(prod(shape) for shape in kept_shapes(space, kept or {}).values())
 
 
 def block_parameters(space: PruningSpace, kept: Kept | None = None) -> int:
-    """Parameters inside the blocks that may be pruned, the base of `target_sparsity`."""
+    """Parameters inside the prunable blocks; `target_sparsity` is a share of them."""
     inside = {piece.path for group in space.of("layer") for piece in group.slices}
     return sum(prod(shape) for path, shape in kept_shapes(space, kept or {}).items() if path in inside)
 
 
 def forward_flops(space: PruningSpace, kept: Kept | None = None, *, context: int) -> float:
-    """FLOPs of one token's forward pass: 2 a weight of every product, and the attention over `context` keys.
+    """FLOPs per token of the forward pass: 2 per weight of every matrix product, and the attention over `context` keys.
 
     Args:
         space: The pruning space.
-        kept: Units kept a group.
+        kept: Units kept per group.
         context: Mean number of keys that a query attends to.
     """
     shapes = kept_shapes(space, kept or {})
     groups = (*space.groups, *space.unprunable)
     inside = {piece.path for group in groups for piece in group.slices}
     products = sum(2 * prod(shape) for path, shape in shapes.items() if path in inside and len(shape) == 2)
-    # Scores and the weighted sum of values: each 2·context FLOPs a feature of the attention's inner width.
+    # Scores and the weighted sum of values: each 2·context FLOPs per feature of the attention's inner width.
     outs = [group.slices[-1] for group in groups if group.kind == "heads"]
     attention = sum(4 * context * shapes[out.path][out.dim] for out in outs if out.path in shapes)
     logits = 2 * prod(shapes[space.logits_weight]) if space.logits_weight else 0

@@ -1,4 +1,4 @@
-"""The learned masks of one stage: their values, the target's rise, the final 0/1 decision."""
+"""The learned masks of one stage: gate values, the ramp of the targets, the final binary masks."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from cook.pruning.relaxation import Deterministic, Relaxation
 
 
 class Gates:
-    """Gates of a list of groups, the same on every rank.
+    """The gates of a list of groups, the same on every rank.
 
-    They live beside the engine: replicated, in fp32 on the CPU, with their own optimizer. A step draws z with
-    `draw`, lets the forward use it (a plain tensor that requires grad), and hands ∂L/∂z to `update`.
+    They are not part of the engine: they are replicated, in fp32 on the CPU, with their own optimizer. A step draws z
+    with `draw`, uses it in the forward pass (a plain tensor that requires grad), and passes ∂L/∂z to `update`.
 
     Args:
-        sizes: Units of every group by name, in the order of the flat vector.
-        constraints: They cover the flat vector.
-        steps: Length of the stage.
-        seed: Of the noise, if there is any.
-        relaxation: What a gate's value is.
-        learning_rate: None for the relaxation's own.
-        ramp_fraction: The part of `steps` in which the targets rise. None for the relaxation's own.
+        sizes: The number of units of every group by name, in the order of the flat vector.
+        constraints: The constraints, which cover the flat vector.
+        steps: The number of steps of the stage.
+        seed: The seed of the noise, if there is any.
+        relaxation: Defines a gate's value.
+        learning_rate: The learning rate of the gates; None for the relaxation's default.
+        ramp_fraction: The share of `steps` in which the targets rise; None for the relaxation's default.
         start: `taylor` and `fisher` keep all gates open for `start_steps` updates, and then spread them by the rank,
             within each constraint, of |Σ g| or Σ g² for a unit's gradient g = ∂L/∂z (Molchanov et al., "Importance
             estimation for neural network pruning", CVPR 2019).
@@ -62,14 +62,14 @@ class Gates:
         return self.controller.constraints
 
     def draw(self, step: int) -> torch.Tensor:
-        """z of step `step`, float32 `[gates]`: the same on every rank, and the same again after a resume."""
+        """z of step `step`, float32 `[gates]`: the same on every rank, and the same after a resume."""
         self._leaf = self.values.clone().requires_grad_()
         is_scoring = self.gathered < self.start_steps
         self._drawn = torch.ones_like(self._leaf) if is_scoring else self.relaxation.draw(self._leaf, self.seed, step)
         return self._drawn.detach()
 
     def split(self, z: torch.Tensor) -> dict[str, torch.Tensor]:
-        """A flat vector as one tensor a group, differentiably."""
+        """Splits a flat vector into one tensor per group, differentiably."""
         return dict(zip(self.sizes, z.split(list(self.sizes.values())), strict=True))
 
     def update(self, z_gradient: torch.Tensor, step: int) -> None:
@@ -85,11 +85,11 @@ class Gates:
         self._drawn = self._leaf = None
 
     def _progress(self, step: int) -> float:
-        """The part of the stage, after the gathering of scores, that is over after `step`."""
+        """Progress, 0 to 1, after `step`, of the part of the stage that follows the gathering of scores."""
         return max(0, step - self.start_steps) / (self.steps - self.start_steps)
 
     def _gather(self, gradient: torch.Tensor) -> None:
-        """Adds to the score; after the last of the first steps, starts from it."""
+        """Adds to the scores; after the last of the first steps, sets the gates from them."""
         self.score += gradient if self.start == "taylor" else gradient**2
         self.gathered += 1
         if self.gathered == self.start_steps:
@@ -102,7 +102,7 @@ class Gates:
             self.start_sparsity = self.expected_sparsity()
 
     def targets(self, step: int) -> torch.Tensor:
-        """The sparsity wanted after step `step`, float64 `[constraints]`."""
+        """The sparsity targets after step `step`, float64 `[constraints]`."""
         pairs = zip(self.start_sparsity.tolist(), self.constraints, strict=True)
         values = [ramp(self._progress(step), self.ramp_fraction, start, c.target) for start, c in pairs]
         return torch.tensor(values, dtype=torch.float64)
@@ -112,10 +112,10 @@ class Gates:
         return self.controller.expected_sparsity(self.values)
 
     def binary(self) -> dict[str, torch.Tensor]:
-        """The masks: the gates of least value go, as many a constraint as bring its removed share nearest the target.
+        """The binary masks: each constraint removes its smallest gates, as many as bring it nearest its target.
 
-        A per-block constraint on heads or dims so ends with exactly its number; a constraint on blocks within half a
-        block's parameters.
+        A per-block constraint on heads or FFN dimensions thus ends with exactly its number; a constraint on blocks ends
+        within half a block's parameters of its target.
         """
         kept = torch.ones_like(self.values)
         for c in self.constraints:
@@ -132,7 +132,7 @@ class Gates:
         return {name: value.clone() for name, value in own.items()} | self.controller.state_dict()
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        assert state["values"].shape == self.values.shape, "the state of other gates"
+        assert state["values"].shape == self.values.shape, "the state is that of other gates"
         self.values, self.score = state["values"].clone(), state["score"].clone()
         self.start_sparsity, self.gathered = state["start_sparsity"].clone(), int(state["gathered"])
         self.controller.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""Hard concrete gates: a differentiable stand-in for 0/1 masks.
+"""Hard concrete gates: a differentiable relaxation of 0/1 masks.
 
 Source: Louizos, Welling and Kingma, "Learning sparse neural networks through L0 regularization" (ICLR 2018), eq. 10-12.
 """

@@ -31,7 +31,7 @@ class LiveGates:
         space: What can be pruned.
         groups: The groups that have gates.
         gates: Their values and budgets.
-        fixed: Masks that hold from the start, by group name.
+        fixed: Masks that apply from the start, by group name.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class LiveGates:
         self._z: torch.Tensor | None = None
 
     def before_forward(self) -> None:
-        """Sets the gates of this step; the gradient of the loss will reach them."""
+        """Sets the gates of this step; the backward pass will compute their gradients."""
         if self._z is None:
             device = next(self.model.parameters()).device
             self._z = self.gates.draw(self.step + 1).to(device).requires_grad_()
@@ -62,7 +62,7 @@ class LiveGates:
         """Moves the gates by the gradients accumulated since the last call.
 
         Args:
-            loss_scale: What the loss was multiplied by before the backward pass, as with fp16.
+            loss_scale: The factor by which the loss was multiplied before the backward pass, as with fp16.
 
         Returns:
             False if a gradient is not finite on some rank: the gates did not move and the step is not counted.
@@ -94,15 +94,15 @@ class LiveGates:
         self.attached.set({name: mask.to(device) for name, mask in self.gates.binary().items()})
 
     def remove(self) -> None:
-        """Removes the gates from the model, which computes again what it did before they were attached."""
+        """Removes the gates from the model, which then computes what it computed before they were attached."""
         self.attached.remove()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What a resumed run needs."""
+        """The state that a resumed run needs."""
         return self.gates.state_dict() | {"live_step": torch.tensor(self.step)}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Continues from `state_dict` of gates with the same budgets."""
+        """Resumes from `state_dict` of gates with the same budgets."""
         state = dict(state)
         self.step = int(state.pop("live_step"))
         self.gates.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""Mask files: the guide's `.pt` dictionaries, a safetensors twin beside each, read back strictly."""
+"""Mask files: the guide's `.pt` dictionaries, each with a copy as safetensors; both are read strictly."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from cook.pruning.mask_set import COARSE_KEYS, FINE_KEYS, coarse_from_tensors, f
 from cook.pruning.units import PruningSpace
 
 MAX_BYTES = 1 << 30
-"""A number per layer, head and dimension: megabytes for the largest models."""
+"""Files have one number per layer, head and FFN dimension: megabytes for the largest models."""
 
 
 def write_mask_file(path: str | Path, tensors: dict[str, torch.Tensor]) -> None:
     """Writes `tensors` to `path` (.pt) and to the same name with .safetensors, each atomically.
 
-    Where `path` itself ends in .safetensors, there is that file alone.
+    If `path` itself ends in .safetensors, only that file is written.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -36,17 +36,17 @@ def write_mask_file(path: str | Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def read_mask_file(path: str | Path, *, required: tuple[str, ...], allowed: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """Reads a mask file, or its safetensors twin, and checks keys, types and values.
+    """Reads a mask file, or its safetensors copy, and checks keys, types and values.
 
     Raises:
-        UserError: naming the file, for a missing or strange key, a tensor that is not floating, or values not 0 or 1.
+        UserError: a missing or unknown key, a tensor that is not floating-point, or values other than 0 and 1.
     """
     if regular_file(path, "mask file").stat().st_size > MAX_BYTES:
         raise UserError(f"{path}: too large for a mask file", wanted=f"at most {MAX_BYTES} bytes")
     content = _read_twin(Path(path)) if Path(path).suffix == ".safetensors" else load_pt(Path(path))
     missing, strange = [k for k in required if k not in content], [k for k in content if k not in allowed]
     if missing or strange:
-        problem = f"lacks {missing[0]!r}" if missing else f"has the strange key {reprlib.repr(strange[0])}"
+        problem = f"lacks {missing[0]!r}" if missing else f"has the unknown key {reprlib.repr(strange[0])}"
         raise UserError(f"{path}: {problem}", wanted=f"the keys {', '.join(allowed)}", got=_listed(content))
     for key, value in content.items():
         if not _is_plain(value):
@@ -72,7 +72,7 @@ def _listed(content: Mapping[Any, object]) -> str:
 def _is_plain(value: object) -> bool:
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.device.type != "cpu":
         return False
-    # An expanded view of one number costs nothing in a file, and all memory once it is computed with.
+    # An expanded view of one number takes no space in a file, and all memory once it is used.
     whole = value.numel() * value.element_size() <= value.untyped_storage().nbytes()
     return whole and value.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -80,12 +80,12 @@ def _is_plain(value: object) -> bool:
 def read_masks(
     space: PruningSpace, *, coarse: str | None = None, heads: str | None = None, dimff: str | None = None
 ) -> dict[str, torch.Tensor]:
-    """All masks of a model from up to three files, by group name.
+    """Reads all masks of a model from up to three files, by group name.
 
-    A fine file may hold both kinds; the other one counts too where it has no file of its own.
+    A fine mask file may hold both kinds. The second kind is used too, unless it has its own file.
 
     Raises:
-        UserError: a file that is not a mask, is another model's, or contradicts another one.
+        UserError: a file is not a mask file, belongs to another model, or contradicts another file.
     """
     masks: dict[str, torch.Tensor] = {}
     if coarse:

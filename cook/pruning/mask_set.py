@@ -1,4 +1,4 @@
-"""Binary masks by group, and the guide's layout of them: row r of a fine mask belongs to the r-th kept block.
+"""Binary masks by group, and their layout in the guide's files: row r of a fine mask belongs to the r-th kept block.
 
 A `Masks` mapping holds, for a group's name, a float32 tensor of 0 (removed) and 1 (kept); absent groups keep all.
 """
@@ -28,7 +28,7 @@ def kept_groups(space: PruningSpace, masks: Masks, kind: str) -> list[UnitGroup]
 
 
 def _rows(space: PruningSpace, masks: Masks, kind: str) -> list[UnitGroup]:
-    """The groups of a fine file's rows: those that must stay whole have theirs as well."""
+    """The groups of a fine file's rows; groups that must not be pruned have rows too."""
     unprunable = [g for g in space.unprunable if g.kind == kind]
     return _of_kept_blocks(space, masks, sorted((*kept_groups(space, masks, kind), *unprunable), key=lambda g: g.layer))
 
@@ -38,9 +38,9 @@ def _of_kept_blocks(space: PruningSpace, masks: Masks, groups: Sequence[UnitGrou
 
 
 def without_empty_blocks(space: PruningSpace, masks: Masks) -> dict[str, torch.Tensor]:
-    """The same masks, a block of which no unit is left counting as removed.
+    """The same masks, in which a block without any kept unit counts as removed.
 
-    Not so a block whose bias (or whose norm behind it) acts on without units: it keeps a row of zeros.
+    An exception is a block whose bias, or the norm after it, still acts without units: it keeps a row of zeros.
     """
     empty = [g for g in space.groups if g.kind != "layer" and g.name in masks and not masks[g.name].any()]
     blocks = [space.block(group) for group in empty]
@@ -48,7 +48,7 @@ def without_empty_blocks(space: PruningSpace, masks: Masks) -> dict[str, torch.T
 
 
 def coarse_to_tensors(space: PruningSpace, masks: Masks) -> dict[str, torch.Tensor]:
-    """The coarse file's content: one number a layer and site, 0 also where the model has no such block."""
+    """The coarse file's content: one number per layer and site; 0 also if the model has no such block."""
     tensors = {"self_att_layer_z": torch.zeros(space.num_layers), "ffn_layer_z": torch.zeros(space.num_layers)}
     unprunable = [group for group in space.unprunable if group.kind == "layer"]
     for group in (*space.of("layer"), *unprunable):
@@ -64,10 +64,10 @@ def coarse_to_tensors(space: PruningSpace, masks: Masks) -> dict[str, torch.Tens
 def coarse_from_tensors(
     space: PruningSpace, tensors: Mapping[str, torch.Tensor], source: str
 ) -> dict[str, torch.Tensor]:
-    """Block masks by group name from a coarse file's content.
+    """Converts a coarse file's content to block masks by group name.
 
     Raises:
-        UserError: the number of layers is another model's, or the mask keeps a block that the model lacks, or removes
+        UserError: the number of layers does not match, or the mask keeps a block that the model lacks, or removes
             one that must stay.
     """
     masks: dict[str, torch.Tensor] = {}
@@ -99,10 +99,10 @@ def coarse_from_tensors(
 
 
 def fine_to_tensors(space: PruningSpace, masks: Masks) -> dict[str, torch.Tensor]:
-    """The fine file's content: `heads_z`, `dimff_z` or both, whichever kinds `masks` holds.
+    """The fine file's content: `heads_z`, `dimff_z` or both, for the kinds in `masks`.
 
     Raises:
-        UserError: blocks have different numbers of units, which the layout cannot hold.
+        UserError: blocks have different numbers of units, which the layout cannot store.
     """
     tensors = {}
     for kind, key in FINE_KEYS.items():
@@ -111,7 +111,7 @@ def fine_to_tensors(space: PruningSpace, masks: Masks) -> dict[str, torch.Tensor
         if masked:
             sizes = {g.size * g.members for g in groups or masked}
             if len(sizes) > 1:
-                raise UserError(f"{key}: the model's blocks have different sizes, which a mask file cannot hold")
+                raise UserError(f"{key}: the model's blocks have different sizes, which a mask file cannot store")
             rows = [masks.get(g.name, torch.ones(g.size)).repeat_interleave(g.members) for g in groups]
             tensors[key] = torch.stack(rows) if rows else torch.zeros(0, sizes.pop())
     return tensors
@@ -120,18 +120,18 @@ def fine_to_tensors(space: PruningSpace, masks: Masks) -> dict[str, torch.Tensor
 def fine_from_tensors(
     space: PruningSpace, block_masks: Masks, tensors: Mapping[str, torch.Tensor], kind: str, source: str
 ) -> dict[str, torch.Tensor]:
-    """Masks of one kind by group name from a fine file's content.
+    """Converts a fine file's content to the masks of one kind, by group name.
 
     Args:
         space: The model's space.
-        block_masks: The coarse masks, which say to which blocks the rows belong.
+        block_masks: The coarse masks, which define the block of each row.
         tensors: The file's content.
         kind: `heads` or `dimff`.
         source: The file's name, for errors.
 
     Raises:
-        UserError: the rows are another model's, or belong to another coarse mask, or prune what must stay whole, or
-            tear units apart that only go together.
+        UserError: the rows belong to another model or another coarse mask, prune a group that must stay whole, or
+            separate units that must be pruned together.
     """
     rows, groups = tensors[FINE_KEYS[kind]], _rows(space, block_masks, kind)
     sizes = sorted({group.size * group.members for group in groups or space.groups if group.kind == kind})
@@ -140,7 +140,7 @@ def fine_from_tensors(
             f"{source}: {FINE_KEYS[kind]} does not fit the model and its coarse mask",
             wanted=f"{len(groups)} kept blocks × {' or '.join(map(str, sizes)) or 'no'} units",
             got=f"shape {tuple(rows.shape)}",
-            remedy="give the coarse mask with which this mask was trained",
+            remedy="give the coarse mask that this mask was trained with",
         )
     masks = {group.name: _units(group, row, source) for group, row in zip(groups, rows, strict=True)}
     for group in groups:
@@ -150,23 +150,23 @@ def fine_from_tensors(
 
 
 def _units(group: UnitGroup, row: torch.Tensor, source: str) -> torch.Tensor:
-    """A unit's number from those of its members."""
+    """The mask value of each unit, from the values of its members."""
     by_unit = row.view(group.size, group.members)
     if not (by_unit == by_unit[:, :1]).all():
         raise UserError(
-            f"{source}: {group.name} keeps a part of a key-value group",
+            f"{source}: {group.name} keeps only a part of a key-value group",
             wanted=f"the {group.members} query heads of a group kept or removed together",
-            remedy="or give a mask that removes as many query heads of every group",
+            remedy="or give a mask that removes the same number of query heads from every group",
         )
     mask = by_unit[:, 0].clone()
     if not is_even(group, mask):
         raise UserError(
             f"{source}: {group.name} keeps more query heads of one key-value group than of another",
-            wanted=f"as many of each of the {group.sections} groups",
+            wanted=f"the same number in each of the {group.sections} groups",
         )
     return mask
 
 
 def is_even(group: UnitGroup, mask: torch.Tensor) -> bool:
-    """Whether every section of the group keeps as many units."""
+    """Whether every section of the group keeps the same number of units."""
     return len(set(mask.view(group.sections, -1).sum(1).tolist())) == 1

@@ -1,7 +1,7 @@
-"""Uneven masks carried out evenly: every block gets as many units as the largest, the missing ones all zero.
+"""Padding of uneven masks: every block gets as many units as the largest block, the added ones all zero.
 
-A unit whose weights are zero adds nothing, so the result computes what the masked model did, and a stock class that
-knows one size for all layers can hold it.
+A unit whose weights are zero adds nothing, so the result computes the same as the masked model, and a stock class
+that has one size for all layers can load it.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Zeroed = list[tuple[WeightSlice, tuple[int, ...]]]
 
 
 def padded(source: ModelSource, space: PruningSpace, masks: Masks) -> tuple[ModelSource, dict[str, torch.Tensor]]:
-    """A model with zeros where units are put in for padding, and the even masks that keep those.
+    """Returns the model with zeros in the padding units, and even masks that keep these units.
 
-    Layers of which nothing is left still go; where the family cannot lack them, they are padded too.
+    Layers without any kept unit are removed, or padded if the family cannot remove layers.
 
     Raises:
-        UserError: the model lacks blocks already, so that there is nothing to pad, or no stock class holds the sizes.
+        UserError: the model already lacks blocks, which cannot be padded, or no stock class can load the sizes.
     """
     layers = set(source.adapter.shrink(source.config, space, kept_units(space, masks)).layers)
     even = {g.name: torch.tensor([float(g.layer in layers)]) for g in space.of("layer")}
@@ -37,7 +37,7 @@ def padded(source: ModelSource, space: PruningSpace, masks: Masks) -> tuple[Mode
     for kind in ("heads", "dimff"):
         groups = [g for g in space.groups if g.kind == kind and g.layer in layers]
         if len(groups) < len(layers):
-            raise UserError("--uniform: the model lacks blocks already, and what is not there cannot be padded")
+            raise UserError("--uniform: the model already lacks blocks, and a missing block cannot be padded")
         size = _section_size(source, space, masks, groups)
         for group in groups:
             is_gone = not masks.get(space.block(group).name, torch.ones(1)).all()
@@ -48,20 +48,20 @@ def padded(source: ModelSource, space: PruningSpace, masks: Masks) -> tuple[Mode
                 zeroed.setdefault(piece.path, []).append((piece, added))
             emptied |= set(space.block(group).residue) if is_gone else set()
     if source.adapter.modeling(source.adapter.shrink(source.config, space, kept_units(space, even)).config):
-        raise UserError("--uniform: this family needs its modeling file in any case", remedy="leave --uniform out")
+        raise UserError("--uniform: this family always needs its modeling file", remedy="leave --uniform out")
     readers = {p: partial(_read, source.tensors, p, zeroed.get(p, []), p in emptied) for p in space.shapes}
     return replace(source, tensors=LazyTensors(readers)), even
 
 
 def _section_size(source: ModelSource, space: PruningSpace, masks: Masks, groups: list[UnitGroup]) -> int:
-    """Units a section of the largest group, or so many more that a stock class can hold them."""
+    """Units per section of the largest group, or the next larger number that a stock class can load."""
     counts = kept_counts(masks)
     kept = [counts.get(space.block(g).name, 1) * counts.get(g.name, g.size) // g.sections for g in groups]
     first = groups[0]
     for size in range(max(1, *kept), first.section_size + 1):
         if first.kind == "dimff" or source.adapter.stock_holds(source.config, *first.heads(size * first.sections)):
             return size
-    raise UserError("--uniform: no class of transformers holds these sizes in all layers")
+    raise UserError("--uniform: no transformers class can load these sizes in all layers")
 
 
 def _filled(group: UnitGroup, own: torch.Tensor, size: int) -> torch.Tensor:

@@ -9,9 +9,9 @@ from cook.pruning.units import PruningSpace
 
 
 def random_masks_like(space: PruningSpace, masks: Masks, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Random masks that leave as many attention and FFN blocks, heads and dims as `masks` do.
+    """Random masks that keep as many attention blocks, FFN blocks, heads and FFN dimensions as `masks`.
 
-    Which blocks stay is drawn at random, and so are the units inside them; the r-th kept block gets as many units as
+    The kept blocks and the kept units inside them are drawn at random; the r-th kept block gets as many units as
     the r-th kept block of `masks`.
     """
     chosen: dict[str, torch.Tensor] = {}

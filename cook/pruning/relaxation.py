@@ -1,7 +1,7 @@
-"""What stands for a 0/1 mask while it is learned: a number a unit, between gone and there.
+"""Relaxations of 0/1 masks: one number per unit, between 0 (removed) and 1 (kept), while a mask is learned.
 
-Two relaxations share one controller, which asks of each the same few questions. Values x are what is trained, one a
-gate; z ∈ [0, 1] is what multiplies the unit; openness is what a constraint counts.
+Two relaxations share one controller and have the same methods. The values x are trained, one per gate;
+z ∈ [0, 1] multiplies the unit; a constraint counts the openness.
 
 |               | x             | z                                | openness | binary by the end through          |
 |---------------|---------------|----------------------------------|----------|------------------------------------|
@@ -21,11 +21,11 @@ from cook.pruning.hard_concrete import probability_open, sample, uniform_noise
 
 
 class Relaxation(Protocol):
-    """The questions; every tensor is `[gates]`, or with a row a constraint, zeros at the ends of the shorter ones."""
+    """The methods of a relaxation; tensors are `[gates]`, or have one row per constraint, padded with zeros."""
 
     @property
     def low(self) -> float:
-        """The least value."""
+        """The smallest value."""
 
     @property
     def high(self) -> float:
@@ -33,54 +33,53 @@ class Relaxation(Protocol):
 
     @property
     def ramp(self) -> float:
-        """The part of a stage in which the targets rise, unless the scheme says otherwise."""
+        """The default share of a stage in which the targets rise."""
 
     def learning_rate(self, steps: int) -> float:
-        """Of a stage of `steps`, unless the scheme says otherwise."""
+        """The default learning rate for a stage of `steps` steps."""
 
     def start(self, count: int, seed: int) -> torch.Tensor:
-        """All gates open, float32."""
+        """The initial values with all gates open, float32 `[count]`."""
 
     def ranked(self, rank: torch.Tensor) -> torch.Tensor:
-        """All gates about open, those of higher `rank` (0 to 1) more so, float32."""
+        """Initial values with all gates nearly open, those of higher `rank` (0 to 1) wider, float32."""
 
     def draw(self, values: torch.Tensor, seed: int, step: int) -> torch.Tensor:
-        """z of a step, differentiable in `values`, the same on every rank."""
+        """z of step `step`, differentiable in `values`, the same on every rank."""
 
     def openness(self, values: torch.Tensor) -> torch.Tensor:
-        """What a constraint sums, from 0 to 1."""
+        """The value that a constraint sums, 0 to 1."""
 
     def slope(self, values: torch.Tensor) -> torch.Tensor:
         """∂openness / ∂values."""
 
-    def urge(self, values: torch.Tensor, hold: float) -> torch.Tensor:
-        """What pushes the gates apart, beside the task: a gradient in units of the task's own root mean square.
+    def binarization_gradient(self, values: torch.Tensor, hold: float) -> torch.Tensor:
+        """The gradient that makes gates binary, in units of the root mean square of the task's gradient.
 
         Args:
-            values: The gates.
-            hold: The part that is over of the time in which the targets hold, 0 to 1.
+            values: The gate values.
+            hold: Progress, 0 to 1, of the phase after the targets' ramp.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Deterministic:
-    """z itself is trained, on the constraint's simplex, and a concave term makes it binary.
+    """Trains z itself, on the constraint's simplex; a concave term makes it binary.
 
     min over z ∈ [0, 1]ⁿ of L_task(z) + c · Σ z_j (1 − z_j) subject to Σ cost_j z_j = 1 − t. With c = 0 the optimum is
-    fractional; c grows linearly from 0, when the target is reached, to the end. How large it must be before nothing
-    between 0 and 1 is stable depends on the loss: a block's curvature is many times a dim's. So where gates of a
-    constraint are still in between near the end, c grows without bound for them (the homotopy of Murray and Ng, "An
-    algorithm for nonlinear optimization problems with binary variables", 2010); where none are, it does not, since
-    gates under less pressure still change places for the better. No noise is drawn, so a few dozen steps tell units
-    apart.
+    fractional; c grows linearly from 0 from the time the target is reached. How large c must be until no value
+    between 0 and 1 is stable depends on the loss: the curvature of a block is many times that of an FFN dimension. So
+    if gates of a constraint are fractional near the end, c grows without bound for them (the homotopy of Murray and
+    Ng, "An algorithm for nonlinear optimization problems with binary variables", 2010). If none are, it does not, since
+    gates under a smaller c can still improve. No noise is drawn, so a few dozen steps are enough to rank the units.
     """
 
     concavity: float = 2.0
-    """Where c's linear growth leads to, in units of the root mean square of a gate's gradient."""
+    """The final value of c's linear growth, in units of the root mean square of a gate's gradient."""
     last: float = 0.4
-    """The part of the way in which c grows without bound where it must."""
+    """The last share of the hold phase, in which c can grow without bound."""
     fractional: float = 0.03
-    """Mean of 4 z (1 − z) over the open gates of a constraint from which on the growth is whole."""
+    """Mean of 4 z (1 − z) over the open gates of a constraint above which c grows at the full rate."""
     ramp: float = 0.4
     low: float = 0.0
     high: float = 1.0
@@ -105,7 +104,7 @@ class Deterministic:
     def slope(self, values: torch.Tensor) -> torch.Tensor:
         return torch.ones_like(values)
 
-    def urge(self, values: torch.Tensor, hold: float) -> torch.Tensor:
+    def binarization_gradient(self, values: torch.Tensor, hold: float) -> torch.Tensor:
         growth = 1 / min(1.0, max(0.02, (1 - hold) / self.last))
         between = (4 * values * (1 - values)).sum(-1, keepdim=True) / values.sum(-1, keepdim=True).clamp(min=1e-9)
         c = self.concavity * hold * growth ** (between / self.fractional).clamp(max=1.0)
@@ -114,17 +113,17 @@ class Deterministic:
 
 @dataclass(frozen=True, kw_only=True)
 class HardConcrete:
-    """logα is trained through samples of the hard concrete distribution (Louizos et al., ICLR 2018)."""
+    """Trains logα through samples of the hard concrete distribution (Louizos et al., ICLR 2018)."""
 
     initial_log_alpha: float = 3.0
-    """Where all gates start, but for a jitter of 0.01 against ties."""
+    """The initial value of all gates, up to a jitter of 0.01 that breaks ties."""
     ramp: float = 0.6
     low: float = -7.0
-    """P(z ≠ 0) is 0.0045 there, so that closed gates do not eat into the budget of the open ones."""
+    """P(z ≠ 0) is 0.0045 at this value, so that closed gates hardly count in the budget."""
     high: float = 4.6
 
     def learning_rate(self, steps: int) -> float:
-        """Far enough in a third of the stage to close an open gate, within the range that trains well."""
+        """Large enough to close an open gate in a third of the stage, within the range that trains well."""
         return min(1.0, max(0.05, 30.0 / steps))
 
     def start(self, count: int, seed: int) -> torch.Tensor:
@@ -143,5 +142,5 @@ class HardConcrete:
         p = probability_open(values)
         return p * (1 - p)
 
-    def urge(self, values: torch.Tensor, hold: float) -> torch.Tensor:  # noqa: ARG002
+    def binarization_gradient(self, values: torch.Tensor, hold: float) -> torch.Tensor:  # noqa: ARG002
         return torch.zeros_like(values)

@@ -1,4 +1,4 @@
-"""Masks carried out: smaller weights that compute exactly what the masked model computed."""
+"""Reshaping: smaller weights that compute exactly what the masked model computes."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from cook.pruning.units import PruningSpace, WeightSlice
 
 
 def kept_units(space: PruningSpace, masks: Masks) -> dict[str, tuple[int, ...]]:
-    """The indices that every masked group keeps, ascending."""
+    """The indices of the units that every masked group keeps, ascending."""
     sizes = {group.name: group.size for group in space.groups}
     strange = [name for name, mask in masks.items() if len(mask) != sizes.get(name)]
-    assert not strange, f"masks of no group of this model: {strange}"
+    assert not strange, f"masks for groups that the model lacks: {strange}"
     soft = [name for name, mask in masks.items() if not ((mask == 0) | (mask == 1)).all()]
-    assert not soft, f"masks that are not yet 0 or 1: {soft}"
+    assert not soft, f"masks that are not binary: {soft}"
     return {name: tuple(mask.nonzero().flatten().tolist()) for name, mask in masks.items()}
 
 
 def reshaped(
     tensors: Mapping[str, torch.Tensor], space: PruningSpace, masks: Masks
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights of the small model, one after the other; only one source tensor is in memory at a time.
+    """Yields the weights of the small model one by one; only one source tensor is in memory at a time.
 
-    A matrix by whose input size the model divides at run time (`fan_in`) is multiplied by √(new/old) where it lost
-    columns, for the product to stay what it was. A block whose heads or dims are all masked is dropped but for its
-    residue, since all else that it adds to the residual stream is zero.
+    If the model divides by the input size of a matrix at run time (`fan_in`) and the matrix lost columns, it is
+    multiplied by √(new/old) to keep the product the same. If all heads or FFN dimensions of a block are masked, only
+    its residue is kept, since everything else that it adds to the residual stream is zero.
 
     Args:
         tensors: The masked model's weights, in the shapes of `space`.
-        space: What the weights are.
-        masks: 0/1 a unit, by group name.
+        space: The model's space.
+        masks: 0/1 per unit, by group name.
 
     Raises:
-        UserError: a weight is missing, left over, or of another shape than the model's config says.
+        UserError: a weight is missing, unexpected, or has another shape than the config specifies.
     """
     missing, extra = [p for p in space.shapes if p not in tensors], [p for p in tensors if p not in space.shapes]
     if missing or extra:
@@ -60,12 +60,14 @@ def reshaped(
             tensor = tensors[path]
             if tensor.shape != space.shapes[path]:
                 got = f"shape {tuple(tensor.shape)}"
-                raise UserError(f"the weight {path!r} is not the config's", wanted=space.shapes[path], got=got)
+                raise UserError(
+                    f"the weight {path!r} has another shape than in the config", wanted=space.shapes[path], got=got
+                )
             yield path, _cut(tensor, cuts[path]) if path in cuts else tensor
 
 
 def _cut(tensor: torch.Tensor, cuts: Sequence[tuple[WeightSlice, tuple[int, ...]]]) -> torch.Tensor:
-    """Takes units away, all of a dimension at once: indices count in the whole tensor."""
+    """Removes units, all of one dimension at once; indices refer to the whole tensor."""
     scale = 1.0
     for dim in sorted({piece.dim for piece, _ in cuts}):
         stays = torch.ones(tensor.shape[dim], dtype=torch.bool)
@@ -76,5 +78,5 @@ def _cut(tensor: torch.Tensor, cuts: Sequence[tuple[WeightSlice, tuple[int, ...]
         if any(piece.fan_in for piece, _ in cuts if piece.dim == dim):
             scale *= (int(stays.sum()) / len(stays)) ** 0.5
         tensor = tensor.index_select(dim, stays.nonzero().flatten())
-    # In float64: the one rounding is that of the result.
+    # In float64, so that only the result is rounded.
     return tensor if scale == 1.0 else (tensor.double() * scale).to(tensor.dtype)

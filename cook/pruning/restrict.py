@@ -1,4 +1,4 @@
-"""`pruned_module`: which weights the user allows to be pruned, and so which groups remain in the space."""
+"""`pruned_module`: the weights that may be pruned, and the groups that therefore remain in the space."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from cook.pruning.units import PruningSpace, UnitGroup
 
 
 def restrict(space: PruningSpace, allowed: Sequence[str], aliases: Mapping[str, tuple[str, ...]]) -> PruningSpace:
-    """The space whose groups are those that `allowed` names; the others become its `unprunable` ones.
+    """The space with only the groups that `allowed` names; the others become `unprunable`.
 
     Args:
         space: All that the family can prune.
         allowed: Suffixes of state-dict keys, whole path components (`w_out.weight` does not match `xw_out.weight`).
-        aliases: Other spellings, from the adapter.
+        aliases: The adapter's aliases of suffixes.
 
     Raises:
-        UserError: a suffix that matches no weight, or a group of which only a part is named.
+        UserError: a suffix matches no weight, or only some weights of a group are named.
     """
     suffixes = {suffix: (suffix, *aliases.get(suffix, ())) for suffix in allowed}
 
@@ -35,14 +35,14 @@ def restrict(space: PruningSpace, allowed: Sequence[str], aliases: Mapping[str, 
         if chosen and len(chosen) < len(matrices):
             left_out = next(path for path in matrices if path not in chosen)
             raise UserError(
-                f"pruned_module names {chosen[0]!r} but not {left_out!r}; their units are the same",
-                remedy="name all matrices of the block, or none",
+                f"pruned_module names {chosen[0]!r} but not {left_out!r}, which share their units",
+                remedy="name all matrices of the block or none of them",
             )
         return bool(chosen)
 
     groups = tuple(group for group in space.groups if is_allowed(group))
     if not groups:
-        raise UserError("pruned_module allows nothing to be pruned", got=list(allowed), wanted=_some_paths(space))
+        raise UserError("pruned_module leaves nothing to prune", got=list(allowed), wanted=_some_paths(space))
     others = tuple(group for group in space.groups if group not in groups)
     return dataclasses.replace(space, groups=groups, unprunable=(*space.unprunable, *others))
 

@@ -1,7 +1,7 @@
-"""The one description of what is prunable: groups of units, the weight slices each owns, the point where its gate acts.
+"""The pruning space: groups of units, the weight slices that each group owns, and the point where its gate acts.
 
 An adapter (`cook.families`) writes a `PruningSpace` for a model; gates, parameter counts, reshaping, export and reports
-read it and know nothing else about the model.
+read it and use nothing else about the model.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Literal
 Kind = Literal["layer", "heads", "dimff"]
 Site = Literal["att", "ffn"]
 HeadUnit = Literal["kv_group", "query_head"]
-"""What a unit of attention is: a key-value head with all its query heads, or a query head alone, whose keys and values
+"""The unit of attention: a key-value head with all its query heads, or a single query head, whose keys and values
 stay."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightSlice:
-    """The part of one weight that a group owns: unit u has indices offset + [u·block, (u+1)·block) of dimension `dim`.
+    """The part of a weight that a group owns: unit u has indices offset + [u·block, (u+1)·block) of dimension `dim`.
 
-    A fused weight has several slices, one a part (queries, keys, values; gate and up).
+    A fused weight has one slice per part (queries, keys, values; gate and up).
     """
 
     path: str
@@ -29,11 +29,11 @@ class WeightSlice:
     dim: int
     """The dimension along which the units lie."""
     block: int
-    """Indices a unit, along `dim`."""
+    """Indices per unit, along `dim`."""
     offset: int = 0
     """Index at which the part of a fused weight begins, along `dim`."""
     fan_in: bool = False
-    """True where the model divides by √(size of `dim`) at run time, so that slicing must multiply by √(new/old)."""
+    """True if the model divides by √(size of `dim`) at run time, so that slicing must multiply by √(new/old)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,34 +44,34 @@ class GatePoint:
     """Path of the module as `Module.get_submodule` takes it."""
     at: Literal["input", "output"]
     repeat: int
-    """Consecutive features that share one gate; 0 if the only gate scales all features."""
+    """Consecutive features that share one gate; 0 if one gate scales all features."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnitGroup:
-    """Units of one kind at one place: the single unit "this block", the heads of a block, its dim_ff dims."""
+    """Units of one kind in one place: the block itself as a single unit, its heads, or its FFN dimensions."""
 
     kind: Kind
     site: Site
     layer: int
-    """Index of the layer, as the model's keys count it."""
+    """Index of the layer, as in the model's keys."""
     size: int
-    """How many units."""
+    """The number of units."""
     slices: tuple[WeightSlice, ...]
-    """In a group of heads or dims the block's last product, which gathers the units, comes last."""
+    """In a group of heads or FFN dimensions, the block's output projection comes last."""
     gate: GatePoint
     members: int = 1
-    """Heads (or dims) in one unit: a key-value group is one unit of several query heads. Configs, mask files and
+    """Heads (or FFN dimensions) per unit: a key-value group is one unit of several query heads. Configs, mask files and
     reports count members."""
     sections: int = 1
-    """Equal stretches of units that must keep as many units each: query heads may leave their key-value groups, but
-    the groups stay of one size."""
+    """Equal sections that must each keep the same number of units: query heads can be removed from key-value groups,
+    but the groups must keep one size."""
     head_unit: HeadUnit = "kv_group"
-    """Of a group of heads: what one unit is. Not to be read off the other numbers: with one key-value head the query
-    heads form a single section, as whole groups do."""
+    """For a group of heads: the kind of unit. It does not follow from the other numbers: with one key-value head the
+    query heads form a single section, and so do whole groups."""
     residue: tuple[str, ...] = ()
-    """Of a `layer` group: the weights that act on even if no unit of the block is left, its last product's bias and
-    the norm behind it."""
+    """For a `layer` group: the weights that still act if the block has no units left: its output projection's bias and
+    the norm after it."""
 
     @property
     def section_size(self) -> int:
@@ -79,7 +79,7 @@ class UnitGroup:
         return self.size // self.sections
 
     def heads(self, units: int) -> tuple[int, int]:
-        """Query heads and key-value heads of an attention block that keeps so many of these units."""
+        """The query heads and key-value heads of an attention block that keeps `units` of these units."""
         assert self.kind == "heads"
         return units * self.members, units if self.head_unit == "kv_group" else self.sections
 
@@ -91,25 +91,25 @@ class UnitGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class PruningSpace:
-    """All that can be pruned in a model.
+    """Everything that can be pruned in a model.
 
-    A block that the model lacks has no groups here. Groups are in the order of the layers, attention before FFN.
+    A block that the model lacks has no groups. Groups are in the order of the layers, attention before FFN.
     """
 
     num_layers: int
     shapes: Mapping[str, tuple[int, ...]]
     """The shape of every weight in the state dict, prunable or not."""
     logits_weight: str
-    """Key of the matrix that makes a token's logits; empty where there is none, as in a classifier of whole texts."""
+    """Key of the output projection to logits; empty if the model has none, as a text classifier."""
     groups: tuple[UnitGroup, ...]
     unprunable: tuple[UnitGroup, ...] = ()
-    """Groups that the model has and the user wants left whole (`pruned_module`): mask files count them as kept."""
+    """Groups that the user excludes from pruning (`pruned_module`); mask files list them as kept."""
 
     def of(self, kind: Kind, site: Site | None = None) -> tuple[UnitGroup, ...]:
-        """The groups of one kind (and site), from the bottom of the model up."""
+        """The groups of one kind (and site), from the first layer to the last."""
         return tuple(g for g in self.groups if g.kind == kind and site in (None, g.site))
 
     def block(self, group: UnitGroup) -> UnitGroup:
-        """The `layer` group of the block in which `group` lies."""
+        """The `layer` group of the block that contains `group`."""
         wanted = ("layer", group.site, group.layer)
         return next(g for g in (*self.groups, *self.unprunable) if (g.kind, g.site, g.layer) == wanted)

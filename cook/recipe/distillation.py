@@ -1,4 +1,4 @@
-"""A stage's teacher: which model it is, and which places of it and of the student are compared."""
+"""The teacher of a stage, and the places in teacher and student that are compared."""
 
 from __future__ import annotations
 
@@ -38,31 +38,31 @@ SAMPLES = (
     "Die Straße führte naïve Gäste über “große” Brücken — für 12,50 €. В лесу родилась ёлочка. Το ταξίδι.",
     "今天天气很好，我们去公园。日本語の文章です。한국어 문장입니다. هذا نص قصير. यह एक वाक्य है। 😀👩‍👩‍👧",
 )
-"""Texts in which tokenizers differ: words, numbers, spaces, code, scripts."""
+"""Texts on which tokenizers differ: words, numbers, spaces, code, scripts."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lesson:
-    """What a stage distils, checked against both models."""
+class DistillationPlan:
+    """The distillation of a stage, checked against both models."""
 
     options: DistillationConfig
     source: ModelSource | None
-    """The teacher on disk; None if the student is its own."""
+    """The teacher on disk; None if the model is its own teacher."""
     hidden: tuple[Pair, ...]
-    """Places by both models' own names."""
+    """Pairs of places, by the names in the two models."""
     attention: tuple[Pair, ...]
 
 
-def open_lesson(stage: Stage, inputs: Inputs, *, must_exist: bool = True) -> Lesson | None:
-    """Finds the teacher and the places that are compared; no weights are read. None if the stage has no teacher.
+def open_distillation(stage: Stage, inputs: Inputs, *, must_exist: bool = True) -> DistillationPlan | None:
+    """Finds the teacher and the places to compare, without reading weights; None if the stage has no teacher.
 
     Args:
         stage: The plan.
-        inputs: What it starts from.
-        must_exist: False for a plan printed ahead: a teacher that an earlier stage will write may be missing.
+        inputs: The inputs of the stage.
+        must_exist: False for a dry run, where a teacher that an earlier stage will write may be missing.
 
     Raises:
-        UserError: the teacher does not fit the student, or has not the places that are compared.
+        UserError: the teacher does not fit the student, or lacks a place that is compared.
     """
     options = stage.config.distillation
     if options is None:
@@ -77,7 +77,7 @@ def open_lesson(stage: Stage, inputs: Inputs, *, must_exist: bool = True) -> Les
         source = open_model(options.teacher)
         _check_teacher(options.teacher, source, inputs)
         tokenizer = stage.config.tokenizer
-        if tokenizer.path and Path(tokenizer.path).exists():  # else the run makes one of its corpus
+        if tokenizer.path and Path(tokenizer.path).exists():  # else the run trains one on its corpus
             check_teacher_tokenizer(source.path, load_tokenizer(tokenizer.type, tokenizer.path))
     teacher = source or inputs
     config = source.config if source else inputs.model_config
@@ -86,24 +86,26 @@ def open_lesson(stage: Stage, inputs: Inputs, *, must_exist: bool = True) -> Les
     pairs = _own_names(pairs, inputs.model_config, config)
     check_pairs(pairs, _skeleton(inputs.adapter, inputs.model_config), _skeleton(teacher.adapter, config))
     pairs = {key: _without_masked(some, inputs) for key, some in pairs.items()}
-    return Lesson(options=options, source=source, hidden=pairs["mse_hidn_module"], attention=pairs["mse_att_module"])
+    return DistillationPlan(
+        options=options, source=source, hidden=pairs["mse_hidn_module"], attention=pairs["mse_att_module"]
+    )
 
 
 def check_teacher_tokenizer(folder: Path, own: Tokenizer) -> None:
-    """Refuses a teacher whose ids mean other text than the run's: its predictions would be of unrelated tokens.
+    """Checks that the teacher's token ids mean the same text as the run's.
 
     Args:
-        folder: The teacher's.
+        folder: The teacher's folder.
         own: The run's tokenizer.
 
     Raises:
-        UserError: the tokenizer in the teacher's folder is another one.
+        UserError: the tokenizer in the teacher's folder gives other ids.
     """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        say(f"{folder}: no tokenizer beside the teacher, whose ids are taken to be the run's")
+        say(f"{folder}: the teacher has no tokenizer; its token ids are assumed to be those of the run")
         return
     try:
-        if isinstance(own, JiebaTokenizer):  # transformers may lack what CPM-Ant's class needs
+        if isinstance(own, JiebaTokenizer):  # a package that CPM-Ant's class needs may be missing
             theirs: Tokenizer = JiebaTokenizer.load(folder / "vocab.txt")
         else:
             theirs = HuggingFaceTokenizer.load(folder)
@@ -111,44 +113,46 @@ def check_teacher_tokenizer(folder: Path, own: Tokenizer) -> None:
         raise UserError(
             f"distillation.teacher: the tokenizer in {folder} cannot be compared with the run's",
             got=error.what,
-            remedy="if both give the same ids, remove its files from the teacher's folder",
+            remedy="if both give the same ids, remove the tokenizer's files from the teacher's folder",
         ) from None
     if theirs.fingerprint != own.fingerprint and (difference := _difference(own, theirs)):
         raise UserError(
-            f"distillation.teacher: the tokenizer in {folder} gives other ids than the run's",
+            f"distillation.teacher: the tokenizer in {folder} gives different ids than the run's",
             got=difference,
-            remedy="distil from a model with the same tokenizer, or leave out distillation",
+            remedy="use a teacher with the same tokenizer, or remove distillation",
         )
 
 
-def make_distiller(lesson: Lesson | None, stage: Stage, engine: Engine, attached: AttachedGates) -> Distiller | None:
-    """The extra loss of the stage's steps; the gates are attached already, so that taps see what they let through."""
-    if lesson is None:
+def make_distiller(
+    plan: DistillationPlan | None, stage: Stage, engine: Engine, attached: AttachedGates
+) -> Distiller | None:
+    """Creates the stage's distillation loss; gates must be attached before, so that taps see gated values."""
+    if plan is None:
         return None
-    options = lesson.options
+    options = plan.options
     projections = None
     if options.mse_hidn_proj:
         projections = Projections(seed=derived_seed(stage.config.seed, stage.name), device=engine.device)
     return Distiller(
         engine.module,
-        _teacher(lesson, stage, engine, attached),
+        _teacher(plan, stage, engine, attached),
         ce_scale=options.ce_scale,
         ce_temp=options.ce_temp,
         mse_hidn_scale=options.mse_hidn_scale,
-        hidden_pairs=lesson.hidden,
+        hidden_pairs=plan.hidden,
         projections=projections,
         mse_att_scale=options.mse_att_scale,
-        attention_pairs=lesson.attention,
+        attention_pairs=plan.attention,
     )
 
 
 def own_teacher(engine: Engine, attached: AttachedGates, *, fixed: bool) -> Teacher:
-    """The model in training as its own teacher: the dense model, while its weights stand still.
+    """The model in training as its own teacher: the dense model, while its weights are frozen.
 
     Args:
-        engine: The model.
-        attached: Its gates, which are open while it teaches.
-        fixed: Whether the fixed masks are open too.
+        engine: The model in training.
+        attached: Its gates, which are opened in the teacher's forward pass.
+        fixed: Whether to open the fixed masks too.
     """
 
     def forward(batch: Batch) -> Any:
@@ -158,19 +162,19 @@ def own_teacher(engine: Engine, attached: AttachedGates, *, fixed: bool) -> Teac
     return Teacher(module=engine.module, forward=forward)
 
 
-def _teacher(lesson: Lesson, stage: Stage, engine: Engine, attached: AttachedGates) -> Teacher:
-    if lesson.source is None:
-        # Where weights have been trained under the fixed masks, what these remove was left behind by the rest, and the
-        # dense model is nobody any more: the teacher is then the model as the stage found it.
-        masks = "under the masks that its weights were trained under" if stage.adapted else "all masks open"
+def _teacher(plan: DistillationPlan, stage: Stage, engine: Engine, attached: AttachedGates) -> Teacher:
+    if plan.source is None:
+        # If weights have been trained under the fixed masks, the removed units no longer fit the other weights. The
+        # teacher is then the masked model from the start of the stage.
+        masks = "with the masks that its weights were trained with" if stage.adapted else "with all masks open"
         say(f"{stage.name}: the model is its own teacher, {masks}")
         return own_teacher(engine, attached, fixed=not stage.adapted)
-    model = load_model(lesson.source)
-    if lesson.options.teacher_device == "cpu":
+    model = load_model(plan.source)
+    if plan.options.teacher_device == "cpu":
         stream_weights(placed(model, "cpu", engine.dtype), engine.device)
     else:
         placed(model, engine.device, engine.dtype)
-    return model_teacher(model, lesson.source.adapter.inputs)
+    return model_teacher(model, plan.source.adapter.inputs)
 
 
 def _check_teacher(name: str, teacher: ModelSource, inputs: Inputs) -> None:
@@ -179,14 +183,14 @@ def _check_teacher(name: str, teacher: ModelSource, inputs: Inputs) -> None:
     for key in ("vocab_size", "prompt_length"):
         if teacher.config.get(key) != inputs.model_config.get(key):
             raise UserError(
-                f"distillation.teacher: {name} has another {key} than the student",
+                f"distillation.teacher: {name} and the student differ in {key}",
                 wanted=inputs.model_config.get(key),
                 got=teacher.config.get(key),
             )
 
 
 def _difference(own: Tokenizer, theirs: Tokenizer) -> str | None:
-    """What sets the ids of two tokenizers apart. Special tokens that only one of them has do not: no text has them."""
+    """A difference between two tokenizers' ids, or None; special tokens that only one of them has do not count."""
     if isinstance(own, HuggingFaceTokenizer) and isinstance(theirs, HuggingFaceTokenizer):
         mine, other = own.ordinary_tokens(), theirs.ordinary_tokens()
         for token in sorted(mine.keys() | other.keys(), key=lambda token: mine.get(token, -1)):
@@ -210,13 +214,13 @@ def _skeleton(adapter: Adapter, config: ModelConfig) -> torch.nn.Module:
 def _own_names(
     pairs: dict[str, tuple[Pair, ...]], student: ModelConfig, teacher: ModelConfig
 ) -> dict[str, tuple[Pair, ...]]:
-    """Pairs by the models' own names; in the config layers count as before any was removed."""
+    """Pairs by the names in the models; the config numbers layers as before any was removed."""
     problems: list[str] = []
 
     def own(key: str, pair: Pair, who: str, config: ModelConfig, place: Place) -> Place:
         path = own_path(config, place.path)
         if path is None:
-            problems.append(f"{key}: {pair}: the layer of the {who}'s place has been removed")
+            problems.append(f"{key}: {pair}: the {who}'s layer has been removed")
         return Place(place.when, path or place.path)
 
     found = {
@@ -226,22 +230,22 @@ def _own_names(
         for key, some in pairs.items()
     }
     if problems:
-        raise_pairs(problems, "pairs of modules that are in both models", "take the pairs of removed blocks out")
+        raise_pairs(problems, "modules that exist in both models", "delete the pairs of removed blocks")
     return found
 
 
 def _without_masked(pairs: tuple[Pair, ...], inputs: Inputs) -> tuple[Pair, ...]:
-    """Without the pairs inside blocks that a fixed mask removes: they would train weights that do nothing any more."""
+    """Drops pairs inside blocks that a fixed mask removes, whose weights no longer have an effect."""
     dead = [g for g in inputs.space.of("layer") if g.name in inputs.fixed and not inputs.fixed[g.name].any()]
 
     def inside(path: str) -> bool:
         return any(
-            not group.gate.module.startswith(f"{path}.")  # else what leaves the module has passed the gate
+            not group.gate.module.startswith(f"{path}.")  # else the module's output is already gated
             and any(piece.path.startswith(f"{path}.") for piece in group.slices)
             for group in dead
         )
 
     left_out = [pair for pair in pairs if inside(pair.student.path)]
     if left_out:
-        say(f"not compared, since a mask removes the student's block: {', '.join(map(str, left_out))}")
+        say(f"not distilled, since a mask removes the student's block: {', '.join(map(str, left_out))}")
     return tuple(pair for pair in pairs if pair not in left_out)

@@ -1,4 +1,4 @@
-"""`--dry-run`: everything is checked and the plan is printed; nothing is built or written, no GPU is needed."""
+"""`--dry-run`: checks everything and prints the plan, without building or writing anything and without a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cook.config.types import RunConfig
 from cook.pruning.counts import parameters
 from cook.pruning.mask_set import kept_counts
 from cook.pruning.units import PruningSpace
-from cook.recipe.distillation import open_lesson
+from cook.recipe.distillation import open_distillation
 from cook.recipe.inputs import Inputs, final_masks, make_gates, open_inputs
 from cook.recipe.plan import Stage
 from cook.report.console import print_plan as print_table_of_stages
@@ -27,7 +27,7 @@ def _described(source: DataConfig | SourceConfig) -> str:
 
 
 def print_plan(config: RunConfig, stages: Sequence[Stage], *, world_size: int) -> None:
-    """Prints what would run: stages, parameters before and after, tokens, memory of a rank."""
+    """Prints the plan: stages, parameters before and after, tokens, memory per rank."""
     facts = {
         "config": config.source.bmcook,
         "output": config.output_dir,
@@ -40,7 +40,7 @@ def print_plan(config: RunConfig, stages: Sequence[Stage], *, world_size: int) -
     kept: dict[str, int] = {}
     for stage in stages:
         inputs = open_inputs(stage, must_exist=False)
-        open_lesson(stage, inputs, must_exist=False)
+        open_distillation(stage, inputs, must_exist=False)
         begins_anew = stage.name == "pretrain" or stage.writes.layer
         kept = {} if begins_anew else kept | kept_counts(inputs.fixed)
         before = parameters(inputs.space, kept)
@@ -55,13 +55,13 @@ def print_plan(config: RunConfig, stages: Sequence[Stage], *, world_size: int) -
                 "tokens": "≤ " + human_count(training.steps * training.train_batch_size * config.data.max_length),
                 "parameters before": human_count(before),
                 "after": human_count(parameters(inputs.space, kept)),
-                "memory a rank": _gigabytes(_state_bytes(stage, inputs.space, world_size)),
+                "memory per rank": _gigabytes(_state_bytes(stage, inputs.space, world_size)),
             }
         )
     print_table_of_stages(facts, rows)
     print(
-        "Tokens: every place of every row. Memory: weights, gradients and optimizer states; "
-        "activations come on top. A layer mask's outcome is estimated by its target, "
+        "Tokens: all positions of all rows. Memory: weights, gradients and optimizer states; "
+        "activations are not included. The result of a layer mask is estimated from its target, "
         "that of uneven blocks as if they were even."
     )
 
@@ -72,7 +72,7 @@ def _learned(stage: Stage) -> str:
 
 
 def _expected_kept(stage: Stage, inputs: Inputs) -> dict[str, int]:
-    """Units that the stage will leave: of blocks the lowest, of heads and dims the same share in every block."""
+    """Expected units after the stage: the first blocks, and the same share of heads and FFN dimensions in each."""
     gates = make_gates(stage, inputs)
     if gates is None:
         return {}
@@ -83,10 +83,10 @@ def _expected_kept(stage: Stage, inputs: Inputs) -> dict[str, int]:
 
 
 def _state_bytes(stage: Stage, space: PruningSpace, world_size: int) -> float:
-    """Bytes of model state a rank (Rajbhandari et al. 2020, ZeRO, sec. 3.1), for Adam.
+    """Bytes of model state per rank with Adam (Rajbhandari et al. 2020, ZeRO, sec. 3.1).
 
-    Half precision keeps 2 bytes of weights, 2 of gradients and 12 of masters and moments a parameter; fp32 needs
-    4, 4 and 8 (and ZeRO's own master copy, 4 more). ZeRO 1 shares out the last, 2 the gradients too, 3 the weights too.
+    Half precision needs 2 bytes per parameter for weights, 2 for gradients and 12 for masters and moments; fp32 needs
+    4, 4 and 8 (and 4 for ZeRO's master copy). ZeRO 1 partitions the last, 2 also the gradients, 3 also the weights.
     """
     count = parameters(space)
     settings = check_settings(stage.config.training, stage.config.deepspeed, world_size=world_size)

@@ -1,4 +1,4 @@
-"""Which units of attention a scheme means, and whether the family can express its targets."""
+"""The attention units of a scheme, and whether the family can reach its targets."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from cook.config.types import FineConfig
 from cook.pruning.family import Adapter
 from cook.pruning.units import HeadUnit, PruningSpace, UnitGroup
 
-HOW = {"kv_group": "whole key-value groups", "query_head": "as many query heads of every group"}
+HOW = {"kv_group": "whole key-value groups", "query_head": "the same number of query heads per group"}
 
 
 def choose_head_unit(
     adapter: Adapter, config: Mapping[str, Any], fine: FineConfig | None, *, uneven: bool = False
 ) -> HeadUnit:
-    """The unit that the scheme names, or the first with which its target can be reached.
+    """Returns the unit that the scheme names, or the first unit that can reach its target.
 
-    Blocks that share a budget lose whole key-value groups, of which any may go; query heads only where all of them
+    Blocks that share a budget lose whole key-value groups. They can lose single query heads only if all query heads
     form one group.
     """
     units = adapter.head_units(config)
@@ -37,7 +37,7 @@ def choose_head_unit(
 def reachable_heads(
     adapter: Adapter, config: Mapping[str, Any], unit: HeadUnit, allow_remote_code: bool
 ) -> tuple[int, ...]:
-    """Numbers of query heads that every block can end with: all of these units, and a class that holds the result."""
+    """Numbers of query heads that every block can end with: whole units, and a class that can load the result."""
     group = next((g for g in adapter.space(config, unit).groups if g.kind == "heads"), None)
     if group is None:
         return ()
@@ -56,17 +56,17 @@ def check_sizes(
     fine: FineConfig | None,
     uneven: Collection[str] = (),
 ) -> None:
-    """Refuses a scheme of another model, or one whose targets the family cannot express.
+    """Checks that a scheme fits the model and that the family can reach its targets.
 
     Args:
         adapter: The family.
         config: The model's config.
-        space: Its space.
-        fine: The scheme's section; None if neither heads nor dims are pruned.
-        uneven: Kinds of units that the blocks share out among them.
+        space: The model's space.
+        fine: The scheme's section; None if neither heads nor FFN dimensions are pruned.
+        uneven: Kinds of units for which blocks share a budget.
 
     Raises:
-        UserError: naming the model's sizes, or the targets that are possible.
+        UserError: names the model's sizes, or the possible targets.
     """
     if fine is None:
         return
@@ -74,7 +74,7 @@ def check_sizes(
         sizes = sorted({group.size * group.members for group in space.groups if group.kind == kind})
         if sizes and sizes != [wanted]:
             raise UserError(
-                f"fine-grained.{key} is not the model's",
+                f"fine-grained.{key} differs from the model's",
                 wanted=", ".join(map(str, sizes)),
                 got=wanted,
                 remedy=f"set {key} to the size before pruning",
@@ -82,8 +82,8 @@ def check_sizes(
     heads = next((group for group in space.groups if group.kind == "heads"), None)
     if uneven and adapter.abilities.is_stock and not fine.allow_remote_code:
         raise UserError(
-            'scope "global": no stock class holds blocks that differ',
-            remedy="set fine-grained.allow_remote_code to true (do_prune.py --uniform still fills the result up)",
+            'scope "global": no stock class can load blocks of different sizes',
+            remedy="set fine-grained.allow_remote_code to true (do_prune.py --uniform can pad the result)",
         )
     if heads is not None and "heads" in uneven:
         _check_shared_budget(space)
@@ -98,8 +98,8 @@ def _has_one_section(space: PruningSpace) -> bool:
 def _check_shared_budget(space: PruningSpace) -> None:
     if not _has_one_section(space):
         raise UserError(
-            'scope "global" cannot choose single query heads: one budget would keep more of them in one key-value '
-            "group of a block than in another, which no attention class computes",
+            'scope "global" cannot choose single query heads: one budget would keep different numbers in the key-value '
+            "groups of a block, which no attention class supports",
             wanted="whole key-value groups as units",
             remedy='set fine-grained.head_unit to "kv_group" or "auto"',
         )
@@ -124,7 +124,7 @@ def _check_heads(adapter: Adapter, config: Mapping[str, Any], group: UnitGroup, 
     elif fine.target_num_heads in others[True]:
         remedy = 'set head_unit to "auto" and allow_remote_code to true'
     raise UserError(
-        "fine-grained.target_num_heads: the family cannot express it",
+        "fine-grained.target_num_heads: not possible in this family",
         wanted="; or ".join(texts),
         got=fine.target_num_heads,
         remedy=remedy,
@@ -132,7 +132,7 @@ def _check_heads(adapter: Adapter, config: Mapping[str, Any], group: UnitGroup, 
 
 
 def nearest_heads(adapter: Adapter, config: Mapping[str, Any], wanted: float) -> tuple[HeadUnit, int]:
-    """The unit and number of heads nearest to what is wanted; of equally near ones, those that a stock class holds.
+    """The unit and number of heads nearest to `wanted`; among equally near ones, one that a stock class can load.
 
     Args:
         adapter: The family.

@@ -1,4 +1,4 @@
-"""What a stage starts from: its model, its masks, its constraints."""
+"""The inputs of a stage: its model, masks and constraints."""
 
 from __future__ import annotations
 
@@ -29,49 +29,49 @@ from cook.sparsity.matrices import matrices_of, restricted
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """A stage's model on disk and its masks."""
+    """The model on disk and the masks of a stage."""
 
     adapter: Adapter
     model_config: dict[str, Any]
     weights: Mapping[str, torch.Tensor] | None
     """None: freshly initialised."""
     origin: str
-    """Where the weights come from, for the plan and the model card."""
+    """Description of where the weights come from, for the plan and the model card."""
     folder: Path | None
-    """The Hugging Face folder with the weights, if they come from one."""
+    """The Hugging Face folder with the weights, if there is one."""
     head_unit: HeadUnit
-    """What a unit of attention is."""
+    """The kind of attention unit."""
     space: PruningSpace
-    """The whole family's space: files and counts speak of it, whatever `pruned_module` allows to be learned."""
+    """The whole space, regardless of `pruned_module`; files and counts refer to it."""
     fixed: dict[str, torch.Tensor]
-    """Masks that hold through the stage."""
+    """Masks that are fixed during the stage."""
     learned: tuple[UnitGroup, ...]
-    """Groups whose masks are trained, among those that `pruned_module` allows."""
+    """Groups whose masks are learned, among those that `pruned_module` allows."""
 
 
 def open_inputs(stage: Stage, *, must_exist: bool = True) -> Inputs:
-    """Finds weights and masks of a stage.
+    """Finds the weights and masks of a stage.
 
     Args:
         stage: The plan.
-        must_exist: False for a plan printed ahead: files that earlier stages will write may be missing.
+        must_exist: False for a dry run, where files that earlier stages will write may be missing.
 
     Raises:
-        UserError: naming what is missing or does not fit.
+        UserError: names what is missing or does not fit.
     """
     adapter, config, weights, origin = _model(stage, must_exist)
     if not adapter.is_causal:
         raise UserError(
-            f"{origin}: {adapter.family} does not predict the next token, which this job trains",
-            remedy="prune it on a task of its own",
+            f"{origin}: {adapter.family} is not a causal language model, which this command needs",
+            remedy="prune it on a benchmark task with cook tasks",
         )
-    head_unit: HeadUnit = "kv_group"  # in which all matrices of attention have units, as a pattern needs
+    head_unit: HeadUnit = "kv_group"  # patterns need units in all attention matrices
     if stage.name != "pattern":
         head_unit = choose_head_unit(adapter, config, stage.config.fine, uneven="heads" in stage.uneven)
     space = adapter.space(config, head_unit)
     allowed = space
     if stage.name == "pattern":
-        restricted(matrices_of(space), stage.config.pruning.pruned_module, adapter.aliases)  # tells mistakes early
+        restricted(matrices_of(space), stage.config.pruning.pruned_module, adapter.aliases)  # reports mistakes early
     elif stage.config.pruning.pruned_module and stage.name != "pretrain":
         allowed = restrict(space, stage.config.pruning.pruned_module, adapter.aliases)
     check_sizes(adapter, config, allowed, stage.config.fine if _units_are_pruned(stage) else None, stage.uneven)
@@ -85,7 +85,7 @@ def open_inputs(stage: Stage, *, must_exist: bool = True) -> Inputs:
         if not groups:
             raise UserError(f"{stage.name}: pruned_module leaves no units of kind {kind!r} to learn a mask for")
         learned += groups
-    # A file of the other kind of fine mask may hold this kind too, of an earlier training.
+    # A file of the other kind of fine mask may also hold this kind, from an earlier training.
     fixed = {name: mask for name, mask in fixed.items() if name not in {group.name for group in learned}}
     return Inputs(
         adapter=adapter,
@@ -110,12 +110,12 @@ def _model(stage: Stage, must_exist: bool) -> tuple[Adapter, dict[str, Any], Map
         raise UserError(
             f"{stage.name} starts from the weights of {stage.after}, which has not finished",
             wanted=f"{before / 'done.json'}",
-            remedy=f'run --stage {stage.after} first (or --stage all), or take it out of "stages" and set model.path',
+            remedy=f'run --stage {stage.after} first (or --stage all), or remove it from "stages" and set model.path',
         )
     if model.path and (must_exist or Path(model.path).exists()):
         source = open_model(model.path, config=model.config)
         return source.adapter, source.config, source.tensors, model.path
-    assert model.config is not None, "the loader wants model.config or model.path"
+    assert model.config is not None, "the config loader requires model.config or model.path"
     adapter = by_config(model.config)
     native, _ = adapter.read(model.config, {})
     if stage.name != "pretrain" and must_exist:
@@ -135,7 +135,7 @@ def _existing(paths: MaskPaths) -> MaskPaths:
 
 
 def _units_are_pruned(stage: Stage) -> bool:
-    """Whether this stage or a later one of the recipe masks heads or dims: what is wrong there is told at once."""
+    """Whether this or a later stage of the recipe masks heads or FFN dimensions; their mistakes are reported early."""
     names = {stage.name, *(entry.name for entry in stage.config.stages)}
     return stage.name != "pretrain" and any(name.startswith(("att", "ffn", "joint")) for name in names)
 
@@ -143,10 +143,10 @@ def _units_are_pruned(stage: Stage) -> bool:
 def _random_baseline(stage: Stage, space: PruningSpace) -> dict[str, torch.Tensor]:
     for entry in stage.config.stages:
         if entry.name in LEARNS and not (Path(stage.config.output_dir) / entry.name / "done.json").exists():
-            raise UserError(f"random_baseline copies the shape of all masks, and {entry.name} has not finished")
+            raise UserError(f"random_baseline needs the masks of all stages, and {entry.name} has not finished")
     paths = _existing(mask_paths(stage.config))
     if paths == MaskPaths():
-        raise UserError("random_baseline copies the shape of learned masks, and there are none yet")
+        raise UserError("random_baseline needs learned masks, and there are none yet")
     learned = read_masks(space, coarse=paths.layer, heads=paths.heads, dimff=paths.dimff)
     return random_masks_like(space, learned, generator(stage.config.seed, "random baseline"))
 
@@ -156,7 +156,7 @@ def make_gates(stage: Stage, inputs: Inputs) -> Gates | None:
     if not inputs.learned:
         return None
     options = stage.config.gates
-    # Measured: with a few dozen gates, each of which changes the loss a lot, noise tries combinations.
+    # Measured: with a few dozen gates that each change the loss a lot, noise helps to explore combinations.
     by_kind = "hard_concrete" if stage.learns == ("layer",) else "deterministic"
     relaxation: Relaxation = Deterministic(concavity=options.concavity)
     if (by_kind if options.relaxation == "auto" else options.relaxation) == "hard_concrete":
@@ -175,7 +175,7 @@ def make_gates(stage: Stage, inputs: Inputs) -> Gates | None:
 
 
 def stage_targets(stage: Stage) -> Targets:
-    """What the gates of a mask stage are held to."""
+    """The targets of the gates in a mask stage."""
     fine, joint = stage.config.fine, stage.config.joint if stage.name == "joint_mask" else None
     coarse = joint or stage.config.coarse
     sparsity = coarse.target_sparsity if coarse else None
@@ -194,6 +194,6 @@ def stage_targets(stage: Stage) -> Targets:
 
 
 def final_masks(stage: Stage, inputs: Inputs, gates: Gates | None) -> dict[str, torch.Tensor]:
-    """The masks at the end of a stage: the fixed ones and those it has learned, now 0/1."""
+    """The masks at the end of a stage: the fixed masks and the learned ones as 0/1."""
     masks = inputs.fixed | (gates.binary() if gates else {})
     return without_empty_blocks(inputs.space, masks) if stage.writes.layer else masks

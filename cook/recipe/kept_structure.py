@@ -12,7 +12,7 @@ from cook.pruning.units import PruningSpace
 
 
 def describe_structure(space: PruningSpace, masks: Masks) -> dict[str, Any]:
-    """For each layer its heads (`att`) and dims (`ffn`) as a text of 0 and 1; None for a block that is not there."""
+    """Heads (`att`) and FFN dimensions (`ffn`) of each layer as a string of 0 and 1; None for a missing block."""
     layers: list[dict[str, str | None]] = [{"att": None, "ffn": None} for _ in range(space.num_layers)]
     for group in space.groups:
         block = masks.get(space.block(group).name)
@@ -24,7 +24,7 @@ def describe_structure(space: PruningSpace, masks: Masks) -> dict[str, Any]:
 
 
 def masks_of_structure(space: PruningSpace, structure: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The masks that `describe_structure` described."""
+    """The masks from the output of `describe_structure`."""
     masks = {}
     for group in space.groups:
         units = structure["layers"][group.layer][group.site]
@@ -36,7 +36,7 @@ def masks_of_structure(space: PruningSpace, structure: Mapping[str, Any]) -> dic
 
 
 def as_lists(structure: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with lists of 0 and 1 in place of texts."""
+    """The same with lists of 0 and 1 instead of strings."""
 
     def units(text: str | None) -> list[int] | None:
         return None if text is None else [int(unit) for unit in text]
@@ -45,5 +45,5 @@ def as_lists(structure: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sizes(structure: Mapping[str, Any], site: str) -> list[int]:
-    """Units kept in each block that is still there, from the bottom up."""
+    """Units kept in each remaining block, from the first layer to the last."""
     return [layer[site].count("1") for layer in structure["layers"] if layer[site] is not None]

@@ -20,7 +20,7 @@ COMPRESSED = {".gz", ".bz2", ".zst"}
 
 @dataclass(frozen=True, kw_only=True)
 class OneLineJob:
-    """What the command line of `cook prune` says."""
+    """The options of `cook prune`."""
 
     model: str
     """A model folder, or a name on the Hugging Face Hub."""
@@ -50,20 +50,20 @@ class OneLineJob:
     """Rows per step."""
 
     learning_rate: float = 3e-5
-    """Of the weights, in finetuning."""
+    """Learning rate of the weights in finetuning."""
 
     text_field: str = "text"
     """Key or column that holds the text of JSON lines and tables."""
 
     seed: int = 0
-    """Of everything random."""
+    """Random seed."""
 
 
 def parse_keep(values: list[str]) -> dict[str, float]:
     """`["dims=0.7", "heads=6"]` as shares (with a decimal point) and numbers (without one).
 
     Raises:
-        UserError: not of the form KEY=VALUE, or twice the same key.
+        UserError: a value is not of the form KEY=VALUE, or a key is repeated.
     """
     keep: dict[str, float] = {}
     for value in values:
@@ -79,25 +79,25 @@ def parse_keep(values: list[str]) -> dict[str, float]:
 
 
 def local_model(name: str) -> Path:
-    """The folder of a model: the one that is named, or a snapshot of the Hub model of that name.
+    """The folder of a model: the given folder, or a snapshot of the Hub model of that name.
 
     Raises:
-        UserError: neither a folder nor a Hub name that can be fetched.
+        UserError: not a folder, and not a Hub name that can be downloaded.
     """
     path = Path(name).expanduser()
     if path.exists():
         return path
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"{name}: there is no such model folder", remedy="check the path, or give a Hub name")
+        raise UserError(f"{name}: there is no such model folder", remedy="check the path, or use a Hub name")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
     except Exception as error:  # every network and Hub failure has a class of its own
         raise UserError(
-            f"{name}: no such folder, and it cannot be fetched from the Hub",
+            f"{name}: no such folder, and it cannot be downloaded from the Hub",
             got=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-            remedy="check the name and the network, or give a model folder",
+            remedy="check the name and the network, or use a model folder",
         ) from None
 
 
@@ -105,7 +105,7 @@ def write_recipe(job: OneLineJob) -> Path:
     """Writes `recipe/bmcook.json` and `recipe/l0_pruning.json` below the output folder; returns the first one's path.
 
     Raises:
-        UserError: unknown model or data, or a size that cannot be reached; nothing is written then.
+        UserError: unknown model or data, or a size that cannot be reached; nothing is written in that case.
     """
     source = open_model(local_model(job.model))
     scheme, stages = _scheme(job, source)
@@ -223,7 +223,7 @@ def _data_type(paths: tuple[str, ...]) -> str:
     """The `data.type` of files and folders, by their endings.
 
     Raises:
-        UserError: something does not exist, or the formats differ.
+        UserError: a path does not exist, or the formats differ.
     """
     found: set[str] = set()
     for path in map(Path, paths):
@@ -232,7 +232,7 @@ def _data_type(paths: tuple[str, ...]) -> str:
         files = [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
         found |= {DATA_TYPES.get(_ending(file), "text") for file in files if not file.name.startswith(".")}
     if len(found) != 1:
-        raise UserError("--data: one format at a time", wanted="text, JSON lines or parquet", got=sorted(found))
+        raise UserError("--data: the formats differ", wanted="only text, JSON lines or parquet", got=sorted(found))
     return found.pop()
 
 

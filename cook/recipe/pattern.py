@@ -1,4 +1,4 @@
-"""The pattern stage's mask: read where it has been made, else scored with the weights frozen and written."""
+"""The mask of a pattern stage: read if it exists, else made from scores with frozen weights, and written."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Masks = dict[str, torch.Tensor]
 
 
 def pattern_spec(stage: Stage) -> PatternSpec:
-    """The pattern that a stage's config names. 2:4 without a section goes by the weights' magnitude."""
+    """The pattern that a stage's config names; 2:4 without a section uses the magnitude of weights."""
     pattern, method = stage.config.pattern, stage.config.pruning.mask_method
     if pattern is None:
         return PatternSpec(type=method, score="magnitude")
@@ -53,7 +53,7 @@ def pattern_spec(stage: Stage) -> PatternSpec:
 
 
 def pattern_identity(stage: Stage) -> list[str]:
-    """The content of the masks that decide the stage's outcome: its own, and the one that it was made from."""
+    """Hashes of the masks that determine the stage's outcome: its own, and the one it was made from."""
     pattern = stage.config.pattern
     if stage.pattern_mask is None:
         return []
@@ -61,7 +61,7 @@ def pattern_identity(stage: Stage) -> list[str]:
 
 
 def masked_weights(weights: Mapping[str, torch.Tensor], masks: Masks) -> LazyTensors:
-    """The weights with 0 wherever a mask is, each made when it is asked for."""
+    """The weights with the masks applied; each is computed on access."""
 
     def masked(name: str) -> torch.Tensor:
         return weights[name].masked_fill(masks[name] == 0, 0.0) if name in masks else weights[name]
@@ -83,14 +83,14 @@ def pattern_masks(
     Args:
         stage: The plan.
         inputs: The model.
-        data: What the weights are scored on: the rows with which the training of the stage begins.
-        build: Makes the model.
-        at: Told of every step.
-        anew: True: a mask in the run's own output folder, which an earlier run made, is made again. One elsewhere was
-            given to the run and is held.
+        data: The calibration data for the scores: the first training rows of the stage.
+        build: Builds the model.
+        at: Called at every step, for a watchdog.
+        anew: True: a mask that an earlier run made in the run's output folder is made again. A mask elsewhere was
+            given to the run and is used.
 
     Raises:
-        UserError: the file holds a mask of another model or made with other settings, or a size does not divide.
+        UserError: the mask file belongs to another model or other settings, or a size does not divide evenly.
     """
     if stage.pattern_mask is None:
         return {}
@@ -104,10 +104,10 @@ def pattern_masks(
     masks, record = on_all_ranks(lambda: read_pattern_masks(path, matrices))
     if record != _plain(stage.pattern_settings()):
         raise UserError(
-            f"{path}: a mask made with other settings",
+            f"{path}: this mask was made with other settings",
             wanted=stage.pattern_settings(),
             got=record,
-            remedy="remove it to make it anew, name another pruning_mask_path, or start from it with previous_mask",
+            remedy="delete it to make a new one, set another pruning_mask_path, or start from it with previous_mask",
         )
     spec = pattern_spec(stage)
     table = sparsity_table(matrices, masks, quirks=spec.quirks)
@@ -116,7 +116,7 @@ def pattern_masks(
 
 
 def _plain(settings: dict) -> dict:
-    """As JSON gives it back."""
+    """The settings after a round trip through JSON."""
     return json.loads(json.dumps(settings))
 
 
@@ -130,12 +130,12 @@ def _made(
 ) -> Masks:
     spec, pattern = pattern_spec(stage), stage.config.pattern
     sparsity = pattern.sparsity if pattern else 50.0
-    # A size that does not divide is a mistake to tell before the hours of scoring.
+    # A size that does not divide evenly must be reported before hours of scoring.
     make_masks({m.path: torch.ones(m.shape) for m in matrices}, matrices, spec, sparsity=0.0)
     previous = None
     if pattern and pattern.previous_mask:
         previous, _ = read_pattern_masks(pattern.previous_mask, matrices)
-    assert inputs.weights is not None, "a pattern stage has weights to start from"
+    assert inputs.weights is not None, "a pattern stage has initial weights"
     scorer = ScoreAccumulator(matrices, inputs.weights, masks=previous, score=spec.score)
     if spec.score != "magnitude":
         assert pattern is not None
@@ -153,7 +153,7 @@ def _gather(
     scorer: ScoreAccumulator,
     matrices: tuple[PrunedMatrix, ...],
 ) -> None:
-    """Runs the steps whose gradients are scored, at a learning rate of 0, on an engine of their own."""
+    """Runs the steps whose gradients are scored, with learning rate 0, on a separate engine."""
     training = _frozen(stage.config.training, steps)
     settings = {key: value for key, value in stage.config.deepspeed.items() if key != "scheduler"}
     engine = Engine(build, inputs.weights, training, settings, call_form=inputs.adapter.inputs)

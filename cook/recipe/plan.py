@@ -1,4 +1,4 @@
-"""The recipe as data: what each stage learns, what it keeps fixed, which weights and masks it reads and writes."""
+"""The recipe as data: what each stage learns and keeps fixed, and which weights and masks it reads and writes."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ LEARNS: dict[str, tuple[Kind, ...]] = {
     "ffn_mask": ("dimff",),
     "joint_mask": ("layer", "heads", "dimff"),
 }
-"""The masks that a stage decides on, and writes."""
+"""The masks that a stage learns and writes."""
 DONE = "done.json"
-"""The file that a finished stage leaves: what it read, what it made."""
+"""The file that a finished stage writes: its inputs and its results."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskPaths:
-    """Mask files by kind; None where that kind is not masked."""
+    """Mask files by kind; None if that kind is not masked."""
 
     layer: str | None = None
     heads: str | None = None
@@ -42,13 +42,13 @@ class Stage:
     learns: tuple[Kind, ...]
     """The kinds of units whose gates are trained together with the weights."""
     fixed: MaskPaths
-    """Masks read from files and held."""
+    """Masks that are read from files and stay fixed."""
     writes: MaskPaths
-    """The mask files that the stage ends with, if it learns any."""
+    """The mask files that the stage writes, if it learns masks."""
     after: StageName | None
-    """The stage whose weights this one starts from; None for `model.path` or fresh weights."""
+    """The stage whose weights this stage starts from; None for `model.path` or fresh weights."""
     adapted: bool = False
-    """Whether an earlier stage of the recipe trains weights under masks, which then need these masks."""
+    """Whether an earlier stage of the recipe trains weights with masks applied, which then need these masks."""
 
     @property
     def folder(self) -> Path:
@@ -56,17 +56,17 @@ class Stage:
 
     @property
     def done(self) -> Path:
-        """The file that the stage leaves when it has finished."""
+        """The file that the stage writes when it has finished."""
         return self.folder / DONE
 
     @property
     def done_before(self) -> Path | None:
-        """The same file of the stage that this one starts from."""
+        """The same file of the stage that this stage starts from."""
         return Path(self.config.output_dir) / self.after / DONE if self.after else None
 
     @property
     def pattern_mask(self) -> str | None:
-        """The mask file of single weights that the stage reads or makes; None in other stages."""
+        """The mask file of single weights that the stage reads or writes; None in other stages."""
         return self.config.pruning.pruning_mask_path if self.name == "pattern" else None
 
     @property
@@ -75,7 +75,7 @@ class Stage:
 
     @property
     def uneven(self) -> set[str]:
-        """The kinds of units that this run shares out among its blocks by one budget."""
+        """The kinds of units for which the blocks of this run share one budget."""
         units = {name.partition("_")[0] for name in (self.name, *(entry.name for entry in self.config.stages))}
         fine, joint = self.config.fine, self.config.joint
         kinds = {"heads": "att", "dimff": "ffn"}
@@ -84,7 +84,7 @@ class Stage:
         return {kind for kind, unit in kinds.items() if fine and fine.scope == "global" and unit in units}
 
     def _targets(self) -> list[Any]:
-        """The targets that shape the stage's outcome; a baseline copies the shape that all of them lead to."""
+        """The targets that determine the stage's outcome; a random baseline depends on the targets of all stages."""
         coarse, fine, joint = self.config.coarse, self.config.fine, self.config.joint
         heads: Any = fine.target_num_heads if fine else None
         if fine and (fine.head_unit != "auto" or fine.allow_remote_code):
@@ -101,17 +101,17 @@ class Stage:
         return [targets[("layer", "heads", "dimff").index(kind)] for kind in self.learns]
 
     def pattern_settings(self) -> dict[str, Any]:
-        """What decides the mask of single weights; empty in other stages."""
+        """The settings that determine the mask of single weights; empty in other stages."""
         if self.name != "pattern":
             return {}
         pattern = asdict(self.config.pattern) if self.config.pattern else {}
-        pattern.pop("previous_mask", None)  # it counts by its content
+        pattern.pop("previous_mask", None)  # its content counts, not its path
         return {"method": self.config.pruning.mask_method, "pattern": pattern}
 
     def fingerprint(self) -> str:
-        """Hash of the settings that decide the stage's outcome; where to write and how often to log do not.
+        """Hash of the settings that determine the stage's outcome; output paths and logging do not.
 
-        The masks that it holds are no settings: they are part of the run's identity by their content.
+        Fixed masks are not settings: their content is part of the run's identity.
         """
         config = self.config
         training, data = asdict(config.training), asdict(config.data)
@@ -153,19 +153,19 @@ class Stage:
 
 
 def recipe(config: RunConfig) -> list[Stage]:
-    """All stages that `config.stages` lists, in its order."""
+    """All stages in `config.stages`, in order."""
     return [plan_stage(config, entry.name) for entry in config.stages]
 
 
 def plan_stage(config: RunConfig, name: StageName) -> Stage:
     """The plan of one stage, in or outside the recipe.
 
-    The order of the recipe says which masks are already there. What it says nothing about is held if it is there: the
-    layer mask wherever it is named, the other fine mask where its file exists ("head first" and "dims first" both
+    The order of the recipe determines which masks already exist. Other masks are applied if they exist: the
+    layer mask if it is named, the other fine mask if its file exists ("heads first" and "dims first" both
     work).
 
     Raises:
-        UserError: the scheme lacks the stage's section, or the file of a mask that it writes.
+        UserError: the scheme lacks the stage's section, or the path of a mask that it writes.
     """
     _check_sections(config, name)
     order = [entry.name for entry in config.stages]
@@ -182,7 +182,7 @@ def plan_stage(config: RunConfig, name: StageName) -> Stage:
 
 
 def _check_sections(config: RunConfig, name: str) -> None:
-    """The loader has seen to the stages that the files name; a stage may also be asked for by hand."""
+    """The loader has checked the stages that the files name; a stage can also be named on the command line."""
     sections = {"coarse-grained": config.coarse, "fine-grained": config.fine, "joint": config.joint}
     needed = {"layer": ("coarse-grained",), "joint": ("joint", "fine-grained")}
     needed |= dict.fromkeys(("att", "ffn"), ("fine-grained",))
@@ -192,7 +192,7 @@ def _check_sections(config: RunConfig, name: str) -> None:
 
 
 def _learns(config: RunConfig, name: str) -> tuple[Kind, ...]:
-    """In a joint stage blocks have gates of their own only where they have a target of their own."""
+    """In a joint stage blocks have gates only if they have a target."""
     kinds = LEARNS.get(name, ())
     if name == "joint_mask" and (config.joint is None or config.joint.target_sparsity is None):
         return tuple(kind for kind in kinds if kind != "layer")
@@ -204,12 +204,12 @@ def _writes(config: RunConfig, name: str) -> MaskPaths:
     for kind in LEARNS.get(name, ()):
         if getattr(paths, kind) is None:
             key = {"layer": "coarse_mask", "heads": "heads_mask", "dimff": "dimff_mask"}[kind]
-            raise UserError(f"{name} needs {key}, where its mask is written to", remedy=f"set {key} in l0_pruning.json")
+            raise UserError(f"{name} needs {key}, where it writes its mask", remedy=f"set {key} in l0_pruning.json")
     return MaskPaths(**{kind: getattr(paths, kind) for kind in LEARNS.get(name, ())})
 
 
 def mask_paths(config: RunConfig) -> MaskPaths:
-    """The mask files that the scheme names, written or not."""
+    """The mask files that the scheme names, whether they exist or not."""
     coarse, fine = config.coarse, config.fine
     layer = (fine.coarse_mask if fine else None) or (coarse.coarse_mask if coarse else None)
     return MaskPaths(layer=layer, heads=fine.heads_mask if fine else None, dimff=fine.dimff_mask if fine else None)

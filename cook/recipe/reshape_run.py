@@ -1,4 +1,4 @@
-"""Reshaping: writes the small dense model that computes exactly what the masked one did (`cook reshape`)."""
+"""Reshaping: writes the small dense model that computes the same as the masked model (`cook reshape`)."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ from cook.report.tables import markdown_table
 from cook.training.checkpoint import stored_weights
 
 TOLERANCE = 1e-5
-"""Largest allowed relative difference of the logits: rounding of products whose sums are in another order."""
+"""Largest allowed relative difference of the logits, for rounding errors of sums in another order."""
 COMPARED_LOGITS = 1 << 27
-"""Logits to compare at most, where rows are of 512 tokens."""
+"""Largest number of logits to compare, for rows of 512 tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReshapeOptions:
-    """What the command line says; what is not given is taken from the run's config."""
+    """The options of the command line; missing ones are taken from the run's config."""
 
     config: str | None = None
     """Path of the run's `bmcook.json`; None: `config/bmcook.json`, unless `model` is given."""
@@ -57,13 +57,13 @@ class ReshapeOptions:
     model: str | None = None
     """A model folder, a CPM-Live `.pt` file, or a training checkpoint of any ZeRO stage."""
     model_config: str | None = None
-    """The model's JSON, where it does not lie beside the weights."""
+    """The model's JSON config, if it is not in the folder of the weights."""
     masks: MaskPaths = field(default_factory=MaskPaths)
     """Mask files."""
     output: str | None = None
-    """Folder to write."""
+    """The folder to write."""
     uniform: bool = False
-    """Pad all blocks with zero units to the size of the largest, so that a stock class holds the result."""
+    """Pad all blocks with zero units to the size of the largest, so that a stock class can load the result."""
     verify: bool = False
     """Compare the outputs of the masked and the reshaped model before the result is published."""
     time: bool = False
@@ -72,22 +72,22 @@ class ReshapeOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is to be pruned, and to where."""
+    """The model and masks to reshape, and the output folder."""
 
     model: str
     masks: MaskPaths
     output: str
     config: RunConfig | None
-    """The run that all this was taken from, if it was."""
+    """The run that these were taken from, if any."""
     stages: list[Stage]
     """The finished stages of that run."""
 
 
 def find_job(options: ReshapeOptions) -> Job:
-    """What the command line names, filled up from the run's config.
+    """Completes the command line's options from the run's config.
 
     Raises:
-        UserError: no stage has finished yet, or no output folder is known.
+        UserError: no stage has finished yet, or there is no output folder.
     """
     given = options.masks
     config = None
@@ -95,7 +95,7 @@ def find_job(options: ReshapeOptions) -> Job:
         config = load_config(options.config or "config/bmcook.json", list(options.overrides))
     output = options.output or (f"{config.output_dir}/pruned" if config else None)
     if output is None:
-        raise UserError("where to write the small model?", remedy="give --output DIR")
+        raise UserError("there is no output folder for the small model", remedy="give --output DIR")
     if options.model:
         return Job(model=options.model, masks=given, output=output, config=config, stages=[])
     assert config is not None
@@ -112,11 +112,11 @@ def find_job(options: ReshapeOptions) -> Job:
 
 
 def reshape_run(options: ReshapeOptions) -> None:
-    """Finds model and masks; then reshapes, checks, and publishes the result.
+    """Finds model and masks, then reshapes, verifies and publishes the result.
 
     Raises:
-        UserError: no model or masks, or some that do not fit.
-        RunFailed: the result is not what the masked model computes, or cannot be written.
+        UserError: model or masks are missing or do not fit.
+        RunFailed: the result differs from the masked model, or cannot be written.
     """
     check_versions()
     job = find_job(options)
@@ -125,9 +125,9 @@ def reshape_run(options: ReshapeOptions) -> None:
     space, masks = open_masks(source, coarse=job.masks.layer, heads=job.masks.heads, dimff=job.masks.dimff)
     if not masks:
         if job.stages and job.stages[-1].pattern_mask:
-            print(f"{job.model}: pruned in a pattern, at its full size; there is nothing to cut off")
+            print(f"{job.model}: pruned with a sparsity pattern, at its full size; there is nothing to reshape")
             return
-        raise UserError("there is no mask to carry out", remedy="give --coarse-mask, --heads-mask or --dimff-mask")
+        raise UserError("there are no masks to apply", remedy="give --coarse-mask, --heads-mask or --dimff-mask")
     files = [path for path in (job.masks.layer, job.masks.heads, job.masks.dimff) if path]
     print(f"model  {source.path}\nmasks  {', '.join(files)}")
     even = padded(source, space, masks) if options.uniform else (source, masks)
@@ -138,9 +138,9 @@ def reshape_run(options: ReshapeOptions) -> None:
         companions = copy_companions(source.folder, folder)
         if pruned.needs_remote_code:
             name_tokenizer_class(folder, str(stock_type(source.config)))
-        told = Told(pruned=pruned, companions=companions)
+        checked = Checked(pruned=pruned, companions=companions)
         if options.verify:
-            told = verify(told, source, space, masks, batches, what)
+            checked = verify(checked, source, space, masks, batches, what)
         speeds = measured_speeds(source, folder, space, batches[0]) if options.time else {}
         print(comparison(space, even[1], batches, speeds))
         card = ModelCard(
@@ -148,60 +148,62 @@ def reshape_run(options: ReshapeOptions) -> None:
             rows=[ladder_row(stage) for stage in job.stages[:1] + job.stages[-1:]],
             base_model=(job.config.model.path if job.config else None) or str(source.path),
             license="other",
-            license_note="The weights carry the licence of the model and the text they were trained on.",
+            license_note="The licence of the weights is that of the model and the text they were trained on.",
             commands=[*training_commands(job), " ".join(["python", *sys.argv])],
             masks=[MaskFile(name=Path(path).name, sha256=sha256(path)) for path in files],
             auto_class=pruned.auto_class,
             pipeline=AUTO_CLASSES.get(pruned.auto_class, "text-generation"),
             trust_remote_code=pruned.needs_remote_code,
             misread_by=misread_by(pruned.config),
-            max_difference=told.difference,
-            difference_note=told.note,
+            max_difference=checked.difference,
+            difference_note=checked.note,
             versions=[(name, importlib.metadata.version(name)) for name in ("torch", "transformers")],
         )
         write_atomically(folder / "README.md", model_card(card))
-    announce(told, output)
+    announce(checked, output)
 
 
 def training_commands(job: Job) -> list[str]:
-    """The commands that trained the model's stages, one each."""
+    """The commands that trained the model's stages, one per stage."""
     if job.config is None:
         return []
     return [f"deepspeed cook/train.py --config {job.config.source.bmcook} --stage {stage.name}" for stage in job.stages]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
-    """What there is to say of a reshaped model."""
+class Checked:
+    """A reshaped model and the result of its verification."""
 
     pruned: Pruned
     companions: Companions
     difference: float | None = None
-    """Largest relative difference of the answers; None: not compared."""
+    """Largest relative difference of the outputs; None: not compared."""
     note: str = ""
-    """What was compared, and on what."""
+    """What was compared, and on which data."""
 
 
 def compared_rows(source: ModelSource) -> int:
-    """Rows to compare on, so few that their logits stay small beside a model."""
+    """Number of rows to compare on, such that their logits are small compared to a model."""
     return max(1, min(16, COMPARED_LOGITS // (512 * source.config["vocab_size"])))
 
 
-def verify(told: Told, source: ModelSource, space: PruningSpace, masks: Masks, batches: list[Batch], what: str) -> Told:
-    """Compares the answers of the masked model with those of the reshaped one; one of the two is in memory at a time.
+def verify(
+    checked: Checked, source: ModelSource, space: PruningSpace, masks: Masks, batches: list[Batch], what: str
+) -> Checked:
+    """Compares the outputs of the masked and of the reshaped model; only one of them is in memory at a time.
 
-    In fp32. Deep models make more of rounding than one product does: where fp32 does not suffice to call them equal,
-    fp64 decides, in which rounding is all but gone and a mistake is not.
+    Compares in fp32. In deep models rounding errors accumulate: if the difference in fp32 is above the tolerance,
+    fp64 decides, in which rounding errors nearly vanish and a mistake does not.
 
     Raises:
-        RunFailed: they are not equal.
+        RunFailed: the outputs differ.
     """
     for dtype, name in ((torch.float32, "fp32"), (torch.float64, "fp64")):
         model, witness = masked_model(source, space, masks, dtype)
         wanted = answers(model, batches)
         del model
-        gc.collect()  # a model's modules refer to each other in circles
-        apart = difference(wanted, answers(written_model(told.pruned.folder, dtype), batches))
+        gc.collect()  # modules have circular references
+        apart = difference(wanted, answers(written_model(checked.pruned.folder, dtype), batches))
         gc.collect()
         if apart <= TOLERANCE or parameters(space) > LARGEST_TIMED:
             break
@@ -212,7 +214,7 @@ def verify(told: Told, source: ModelSource, space: PruningSpace, masks: Masks, b
             f"masked against reshaped model, {note}: largest relative difference {apart:.1e}, NOT EQUAL\n"
             "  Nothing was written."
         )
-    return replace(told, difference=apart, note=note)
+    return replace(checked, difference=apart, note=note)
 
 
 def measured_speeds(source: ModelSource, folder: Path, space: PruningSpace, batch: Batch) -> dict[str, float]:
@@ -239,12 +241,12 @@ def comparison(space: PruningSpace, masks: Masks, batches: list[Batch], speeds: 
     return "\n" + markdown_table(columns, rows) + "\n"
 
 
-def announce(told: Told, output: Path) -> None:
-    """Says what was written and whether it was verified."""
-    pruned, companions = told.pruned, told.companions
-    if told.difference is not None:
+def announce(checked: Checked, output: Path) -> None:
+    """Prints what was written and whether it was verified."""
+    pruned, companions = checked.pruned, checked.companions
+    if checked.difference is not None:
         print(
-            f"masked against reshaped model, {told.note}: largest relative difference {told.difference:.1e}, "
+            f"masked against reshaped model, {checked.note}: largest relative difference {checked.difference:.1e}, "
             "equal to rounding"
         )
     if pruned.live_obstacle:
@@ -253,7 +255,7 @@ def announce(told: Told, output: Path) -> None:
         print(f"CPM-Live format: {output}/cpm_live.pt and cpm_live.json")
     if pruned.account.carried:
         print(
-            f"carried along unchanged, since {pruned.config['architectures'][0]} does not use them: "
+            f"copied unchanged, since {pruned.config['architectures'][0]} does not use them: "
             + listed(pruned.account.carried)
         )
     if companions.copied:
@@ -261,7 +263,7 @@ def announce(told: Told, output: Path) -> None:
     if companions.left:
         print(f"not copied: {listed([f'{name} ({reason})' for name, reason in companions.left])}")
     if not companions.has_tokenizer:
-        print("the model has no tokenizer files beside it; add yours to the folder")
+        print("the model has no tokenizer files; add yours to the folder")
     for sentence in misread_by(pruned.config):
         print(f"warning: {sentence}")
     option = ", trust_remote_code=True" if pruned.needs_remote_code else ""
@@ -269,6 +271,6 @@ def announce(told: Told, output: Path) -> None:
 
 
 def listed(names: Sequence[str], most: int = 12) -> str:
-    """The first names, and how many more there are."""
+    """The first `most` names, and the number of further ones."""
     more = f", and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

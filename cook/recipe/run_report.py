@@ -1,4 +1,4 @@
-"""The end of a run: a ladder of all its models, their speeds measured side by side, and the figures."""
+"""The report of a run: a table of all its models, their speeds measured side by side, and the figures."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from cook.report.tables import ladder_table
 
 
 def report_run(config: RunConfig, folder: Path) -> None:
-    """Writes `folder/report.md` with its figures and prints the ladder.
+    """Writes `folder/report.md` with its figures and prints the table.
 
     Raises:
-        UserError: nothing has finished yet.
+        UserError: no stage has finished yet.
     """
     stages = finished_stages(config, baseline=True)
     if not stages:
         raise UserError(f"no stage has finished under {config.output_dir}", remedy="train first")
-    # A mask stage's model goes on straight into its finetuning: the ladder shows what a user would take home.
+    # A mask stage's model is only the input of its finetuning: the table shows the models that a user would keep.
     shown = [s for s in stages if not s.learns] or stages
     speeds = _speeds(config, shown)
     rows = [ladder_row(stage, speeds.get(stage.name)) for stage in shown]
@@ -50,7 +50,7 @@ def report_run(config: RunConfig, folder: Path) -> None:
 
 
 def _speeds(config: RunConfig, stages: list[Stage]) -> dict[str, float]:
-    """Forward tokens/s of each stage's model, reshaped, in turns."""
+    """Forward tokens/s of each stage's reshaped model, measured in turns."""
     if max(done_record(stage)["parameters"] for stage in stages) > LARGEST_TIMED:
         return {}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -78,18 +78,18 @@ def _figures(stages: list[Stage], folder: Path) -> list[Figure]:
     side = [(stage.name, logs[stage.name]) for stage in stages if stage.is_random_baseline]
     figures = [
         Figure(
-            caption="Loss over all stages; numbers are held-out losses at the end of each.",
+            caption="Loss over all stages; the numbers are held-out losses at the end of each stage.",
             path=plot_losses(main, folder / "losses.png", side),
         )
     ]
     learned = [(stage.name, logs[stage.name]) for stage in stages if stage.learns]
     if learned:
-        caption = "Expected sparsity against its target, and the multipliers λ (loss a unit of sparsity)."
+        caption = "Expected sparsity and its target, and the multipliers λ (loss per unit of sparsity)."
         figures.append(Figure(caption=caption, path=plot_sparsity(learned, folder / "sparsity.png")))
     last = [stage for stage in stages if not stage.is_random_baseline][-1:]
     for stage in last:
         structure = as_lists(done_record(stage)["structure"])
-        caption = "The kept structure: heads and dims of each layer's blocks."
+        caption = "The kept structure: heads and FFN dimensions of each layer's blocks."
         figures.append(Figure(caption=caption, path=plot_structure(structure, folder / "structure.png")))
     return figures
 
@@ -106,7 +106,7 @@ def _notes(config: RunConfig, stages: list[Stage]) -> list[str]:
     if baseline and after:
         steps = sum(records[stage.name]["steps"] for stage in after)
         notes.append(
-            f"Random masks: as many blocks, heads and dims, drawn at random; {baseline['steps']} steps of finetuning "
+            f"Random masks: as many blocks, heads and dims, chosen at random; {baseline['steps']} steps of finetuning "
             f"from the dense model. The learned masks took {steps} steps in all, mask training included."
         )
     return notes

@@ -1,4 +1,4 @@
-"""Runs one stage from its plan to its `done.json`."""
+"""The runner of one stage, from its plan to its `done.json`."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from cook.pruning.counts import parameters
 from cook.pruning.gates import Gates
 from cook.pruning.mask_file import write_mask_file
 from cook.pruning.mask_set import FINE_KEYS, coarse_to_tensors, fine_to_tensors, kept_counts
-from cook.recipe.distillation import check_teacher_tokenizer, make_distiller, open_lesson
+from cook.recipe.distillation import check_teacher_tokenizer, make_distiller, open_distillation
 from cook.recipe.inputs import Inputs, final_masks, make_gates, open_inputs
 from cook.recipe.kept_structure import describe_structure
 from cook.recipe.pattern import masked_weights, pattern_identity, pattern_masks, pattern_spec
 from cook.recipe.plan import Stage
 from cook.recipe.sources import changed, changed_sources, check_sources, note_sources
-from cook.recipe.stage_data import Feeding, check_corpus, open_loader, rows_before
+from cook.recipe.stage_data import SourceMixer, check_corpus, open_loader, rows_before
 from cook.report.events import EventLog
 from cook.training.checkpoint import find_checkpoint, load_checkpoint
 from cook.training.engine import Engine, write_gathered
@@ -45,12 +45,12 @@ from cook.training.settings import check_settings
 
 
 def run_stage(stage: Stage, *, resume: str, at: At) -> None:
-    """Trains a stage, or goes on with it, or finds it finished.
+    """Runs or resumes a stage, unless it has already finished.
 
     Args:
         stage: The plan.
         resume: `auto`, `never`, or a checkpoint's folder.
-        at: Told of the step and the phase that begins, for a watchdog.
+        at: Called with the step and phase that begin, for a watchdog.
 
     Raises:
         UserError: inputs are missing or do not fit, or the folder holds a run with other settings.
@@ -62,20 +62,22 @@ def run_stage(stage: Stage, *, resume: str, at: At) -> None:
     at(0, "preparing")
     check_settings(stage.config.training, stage.config.deepspeed, world_size=distributed.world_size())
     inputs = on_all_ranks(lambda: open_inputs(stage))
-    lesson = on_all_ranks(lambda: open_lesson(stage, inputs))
+    distillation = on_all_ranks(lambda: open_distillation(stage, inputs))
     if resume == "never" and distributed.rank() == 0:
         shutil.rmtree(stage.folder, ignore_errors=True)
     distributed.barrier()
     on_first_rank(lambda: check_sources(stage, resume))
     data = _data(stage, inputs)
-    if lesson and lesson.source and not stage.config.tokenizer.path:  # one of the run's own making
-        check_teacher_tokenizer(lesson.source.path, data.tokenizer)
+    if (
+        distillation and distillation.source and not stage.config.tokenizer.path
+    ):  # a tokenizer that the run trains itself
+        check_teacher_tokenizer(distillation.source.path, data.tokenizer)
     on_first_rank(lambda: note_sources(stage))
     build = _builder(inputs, stage)
     at(0, "starting")
     seed_everything(derived_seed(stage.config.seed, stage.name, distributed.rank()))
     if zeros := pattern_masks(stage, inputs, data, build, at, anew=resume == "never"):
-        # Scoring has drawn random numbers, which a run that finds its masks made has not.
+        # Scoring draws random numbers; a run that reads existing masks does not.
         seed_everything(derived_seed(stage.config.seed, stage.name, distributed.rank()))
         assert inputs.weights is not None
         inputs = replace(inputs, weights=masked_weights(inputs.weights, zeros))
@@ -85,7 +87,7 @@ def run_stage(stage: Stage, *, resume: str, at: At) -> None:
     if zeros:
         engine.hold_zeros(zeros, gradients_only=pattern_spec(stage).quirks.drifting_weights)
     gates, attached = make_gates(stage, inputs), _attach(engine, inputs)
-    distiller = make_distiller(lesson, stage, engine, attached)
+    distiller = make_distiller(distillation, stage, engine, attached)
     projections = distiller.projections if distiller else None
     say(_opening(stage, inputs, engine))
 
@@ -97,7 +99,7 @@ def run_stage(stage: Stage, *, resume: str, at: At) -> None:
         position = load_checkpoint(*found, engine, gates, fingerprint=identity, projections=projections)
         saved_by = found[1]["world_size"]
         others = f", saved by {saved_by} rank(s)" if saved_by != distributed.world_size() else ""
-        say(f"{stage.name}: going on from step {position.step}{others}")
+        say(f"{stage.name}: resuming from step {position.step}{others}")
     started = time.perf_counter()
     with EventLog(stage.folder, stage.config.logging.tensorboard, enabled=distributed.rank() == 0) as log:
         on_first_rank(lambda: log.rewind(position.step if found else -1, position.log))
@@ -114,7 +116,7 @@ def run_stage(stage: Stage, *, resume: str, at: At) -> None:
             fingerprint=identity,
             on_save=lambda: _write_masks(stage, inputs, gates),
             at=at,
-            after_step=Feeding(stage, loader, data, engine, log, at).after_step,
+            after_step=SourceMixer(stage, loader, data, engine, log, at).after_step,
         )
         if not found and data.notes:
             log.write({"step": 0, "data": list(data.notes)})
@@ -127,7 +129,10 @@ def run_stage(stage: Stage, *, resume: str, at: At) -> None:
             distiller.remove()
         loss = _evaluate(stage, engine, attached, gates, data, log, position)
         _write_model(stage, inputs, engine, data)
-        state, seconds = loader.state_dict(), time.perf_counter() - started  # the state is a collective of some loaders
+        state, seconds = (
+            loader.state_dict(),
+            time.perf_counter() - started,
+        )  # for some loaders state_dict is a collective
         on_first_rank(lambda: _write_masks(stage, inputs, gates))
         on_first_rank(log.settle)
         on_first_rank(lambda: _write_done(stage, inputs, gates, identity, position, state, loss, seconds))
@@ -137,40 +142,40 @@ def run_stage(stage: Stage, *, resume: str, at: At) -> None:
 
 
 def say_finished(stage: Stage) -> None:
-    """Tells the user that there is nothing to do."""
+    """Prints that the stage has already finished."""
     say(f"{stage.name}: already finished, see {stage.done}")
 
 
 def is_finished(stage: Stage, resume: str) -> bool:
-    """Whether the stage's outcome is there and stays.
+    """Whether the stage has finished and is not to be redone.
 
     Raises:
-        UserError: it is there, but of other settings, or of an earlier stage that has been redone since.
+        UserError: it finished with other settings, or an earlier stage has been redone since.
     """
     path = stage.done
     if resume != "auto" or not path.exists():
         return False
-    done, redo = read_json(path), f"redo it: --stage {stage.name} --resume never"
+    done, redo = read_json(path), f"redo the stage: --stage {stage.name} --resume never"
     if done["fingerprint"] != stage.fingerprint():
         raise UserError(
             f"{path}: {stage.name} finished with other settings",
             remedy=f"choose another output_dir, restore the settings, or {redo}",
         )
     if changes := changed_sources(stage):
-        raise changed(f"{path}: {stage.name} finished with other files", changes)
+        raise changed(f"{path}: files have changed since {stage.name} finished", changes)
     if done["follows"] != _earlier(stage):
         raise UserError(f"{path}: {stage.after} has been redone since {stage.name} finished", remedy=redo)
     return True
 
 
 def _earlier(stage: Stage) -> str | None:
-    """The identity of the finished stage that this one starts from."""
+    """The identity of the finished stage that this stage starts from."""
     before = stage.done_before
     return read_json(before)["identity"] if before and before.exists() else None
 
 
 def _identity(stage: Stage, inputs: Inputs, data: TrainingData) -> str:
-    """Hash of the settings, the data and what earlier stages made: a checkpoint of other ones is not gone on from."""
+    """Hash of the settings, the data and the results of earlier stages; a checkpoint is resumed only if it is equal."""
     masks = [[name, mask.tolist()] for name, mask in sorted(inputs.fixed.items())]
     described = [stage.fingerprint(), data.train.fingerprint, _earlier(stage) or inputs.origin, masks]
     described += pattern_identity(stage)
@@ -185,7 +190,7 @@ def _data(stage: Stage, inputs: Inputs) -> TrainingData:
         "seed": config.seed,
         "limits": {key: inputs.model_config.get(key) for key in ("prompt_types", "segment_types")},
     }
-    # The first rank prepares, the others read what it left.
+    # The first rank prepares the data, the others read its result.
     on_first_rank(lambda: load_rows(config.data, config.tokenizer, **options) and None)
     data = on_all_ranks(lambda: load_rows(config.data, config.tokenizer, build=False, **options))
     if data.tokenizer.vocab_size > inputs.model_config["vocab_size"]:
@@ -203,7 +208,7 @@ def _builder(inputs: Inputs, stage: Stage):
     def build() -> torch.nn.Module:
         if inputs.weights is not None:
             return unfilled_model(inputs.adapter, inputs.model_config)
-        # The same fresh weights on every rank and for every number of ranks.
+        # The same fresh weights on every rank and for every world size.
         with torch.random.fork_rng():
             torch.manual_seed(derived_seed(stage.config.seed, "weights"))
             return inputs.adapter.build(inputs.model_config)
@@ -222,8 +227,8 @@ def _opening(stage: Stage, inputs: Inputs, engine: Engine) -> str:
     training = stage.config.training
     held = [kind for kind in ("layer", "heads", "dimff") if getattr(stage.fixed, kind)]
     does = [f"learns {' and '.join(stage.learns)} masks"] if stage.learns else []
-    does += ["holds a pattern"] if stage.pattern_mask else []
-    does += [f"holds {' and '.join(held)} masks"] if held else ["random masks"] if stage.is_random_baseline else []
+    does += ["applies a pattern"] if stage.pattern_mask else []
+    does += [f"applies {' and '.join(held)} masks"] if held else ["random masks"] if stage.is_random_baseline else []
     return (
         f"\n{stage.name}: {training.steps} steps × {training.train_batch_size} rows, "
         f"{', '.join(does) or 'no masks'}, from {inputs.origin}; "
@@ -253,7 +258,7 @@ def _evaluate(
     log: EventLog,
     position: Position,
 ) -> float | None:
-    """The held-out loss with binary masks, which stay attached."""
+    """Computes the held-out loss with binary masks, which stay attached."""
     attached.set({name: mask.to(engine.device) for name, mask in (gates.binary() if gates else {}).items()})
     loss = None
     training = stage.config.training
@@ -278,7 +283,7 @@ def _write_model(stage: Stage, inputs: Inputs, engine: Engine, data: TrainingDat
             if inputs.folder is not None:
                 copy_generation_config(inputs.folder, folder)
         except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)  # a part of a model would pass for one
+            shutil.rmtree(folder, ignore_errors=True)  # an incomplete model could be taken for a complete one
             raise
 
     write_gathered(engine, write)

@@ -1,4 +1,4 @@
-"""What a stage reads by path besides its corpus: noted by content when it begins, compared when it is resumed."""
+"""The files that a stage reads besides its corpus: hashed at the start, compared when the stage is resumed."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from cook.data.training_data import changed_files
 from cook.recipe.plan import Stage
 
 NOTE = "sources.json"
-"""File in the stage's folder."""
+"""Name of the file in the stage's folder."""
 MODEL_FILES = ("config.json", "*.safetensors*", "pytorch_model*.bin*")
-"""What makes a model of a folder; a tokenizer counts with the data, and the rest changes no weight."""
+"""The files that define a model; the tokenizer counts as data, and other files change no weight."""
 
 
 def check_sources(stage: Stage, resume: str) -> None:
-    """Refuses files that were replaced since the stage, or the one that it follows, read or made them.
+    """Checks that no file was replaced since this stage or the previous one read or wrote it.
 
     Raises:
-        UserError: with the files' names.
+        UserError: lists the changed files.
     """
     before = stage.done_before
     made = read_json(before)["masks"] if before and before.exists() else {}
     for path in filter(None, vars(stage.fixed).values()):
         if path in made and Path(path).is_file() and sha256(path) != made[path]:
             raise UserError(
-                f"{path}: not the mask that {stage.after} finished with",
-                remedy="restore it: another run has written there. Give each run mask paths of its own",
+                f"{path}: this is not the mask that {stage.after} wrote",
+                remedy="restore it: another run has overwritten it. Give each run its own mask paths",
             )
     own_mask = stage.pattern_mask and Path(stage.pattern_mask).resolve().is_relative_to(
         Path(stage.config.output_dir).resolve()
@@ -41,14 +41,14 @@ def check_sources(stage: Stage, resume: str) -> None:
 
 
 def note_sources(stage: Stage) -> None:
-    """Writes down what the stage begins with."""
+    """Records the files that the stage begins with."""
     note, found = stage.folder / NOTE, _sources(stage)
     if not (note.exists() and read_json(note) == found):
         write_json(note, found)
 
 
 def changed_sources(stage: Stage) -> list[str]:
-    """What has become of the files that the stage began with, one phrase each; a folder that is gone is no change."""
+    """Changes of the files that the stage began with, one phrase per file; a missing folder is no change."""
     note = stage.folder / NOTE
     if not note.is_file():
         return []
@@ -57,7 +57,7 @@ def changed_sources(stage: Stage) -> list[str]:
 
 
 def changed(what: str, changes: list[str]) -> UserError:
-    """The error that lists them."""
+    """The error that lists changed files."""
     listed = "".join(f"\n    {change}" for change in changes[:20]) + ("\n    …" if len(changes) > 20 else "")
     return UserError(
         f"{what}:{listed}", remedy="restore the files, choose another output_dir, or start over with --resume never"
@@ -65,7 +65,7 @@ def changed(what: str, changes: list[str]) -> UserError:
 
 
 def _sources(stage: Stage) -> dict[str, list[Any]]:
-    """Size and hash by path: the start model, a teacher, and the masks that the stage is given."""
+    """Size and hash by path, of the start model, the teacher, and the masks that the stage reads."""
     config, before = stage.config, stage.done_before
     paths: list[Path] = []
     if config.model.path and not (before and before.exists()):

@@ -1,4 +1,4 @@
-"""The loader of a stage, where it reads on, and sources whose weights follow their losses."""
+"""The data loader of a stage, its start position, and the reweighting of sources by their losses."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ Loader = RowLoader | StreamLoader
 
 
 def rows_before(stage: Stage) -> int:
-    """Rows that the finished stages before this one have read: the stage reads on, and repeats none in an epoch."""
+    """Rows that earlier stages have read; this stage continues after them, so that no row repeats within an epoch."""
     before = stage.done_before
     return int(read_json(before)["rows"]) if before and before.exists() else 0
 
 
 def open_loader(stage: Stage, data: TrainingData, *, ledger: bool = True) -> Loader:
-    """The loader of a stage, at the row after the last one that the stage before has read.
+    """Opens the loader of a stage at the row after the last one that the previous stage read.
 
     Args:
         stage: The plan.
-        data: Its rows.
-        ledger: False: what is read is not noted, even if the config wants a ledger.
+        data: The stage's rows.
+        ledger: False: samples are not recorded, even if the config requests a ledger.
     """
     config = stage.config
     options: dict[str, Any] = {
@@ -52,16 +52,16 @@ def open_loader(stage: Stage, data: TrainingData, *, ledger: bool = True) -> Loa
         loader = RowLoader(data.train, workers=config.data.workers, **options)
     before = stage.done_before
     state = read_json(before).get("data") if before and before.exists() else None
-    if state and state["data"] == data.train.fingerprint:  # else the stage before had other data
+    if state and state["data"] == data.train.fingerprint:  # else the previous stage had other data
         loader.load_state_dict(state)
     return loader
 
 
 def check_corpus(stage: Stage, *, resumed: bool) -> None:
-    """Notes the files of the corpus when a stage begins, and compares them when it goes on.
+    """Records the files of the corpus when a stage begins, and compares them when it is resumed.
 
     Raises:
-        UserError: A file has changed since, and the rows are not those that the stage began with.
+        UserError: A file has changed since the stage began.
     """
     now, noted = read_files(stage.config.output_dir), stage.folder / "corpus.json"
     if not (resumed and noted.exists()):
@@ -70,16 +70,16 @@ def check_corpus(stage: Stage, *, resumed: bool) -> None:
         raise changed(f"{stage.name}: the corpus has changed since the stage began", changes)
 
 
-class Feeding:
-    """What is done about the sources after a step: their weights follow their losses, and new epochs are reported.
+class SourceMixer:
+    """Updates the weights of data sources by their losses, and reports new epochs of sources.
 
     Args:
         stage: The plan.
-        loader: Its loader.
-        data: Its rows.
-        engine: The model, to be evaluated as the step left it.
-        log: Where losses and weights are noted.
-        at: Told of every evaluation.
+        loader: The stage's loader.
+        data: The stage's rows.
+        engine: The model, which is evaluated on each source.
+        log: The log of losses and weights.
+        at: Called at every evaluation, for a watchdog.
     """
 
     def __init__(self, stage: Stage, loader: Loader, data: TrainingData, engine: Engine, log: EventLog, at: At):
@@ -103,7 +103,7 @@ class Feeding:
         epochs = [int(epoch) for epoch in self._loader.epochs(step)]
         for name, epoch, known in zip(self._names, epochs, self._epochs or epochs, strict=True):
             if epoch > known:
-                say(f"{self._stage.name}: step {step}: the source {name} is read for the {epoch + 1}. time")
+                say(f"{self._stage.name}: step {step}: epoch {epoch + 1} of the source {name} begins")
         self._epochs = epochs
 
     def _mix(self, step: int) -> None:

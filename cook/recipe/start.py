@@ -1,4 +1,4 @@
-"""Starts a run: from the configuration files to the ranks that train, as the only run in its folder."""
+"""Starting a run: reads the configuration, creates the process group, and runs the stages."""
 
 from __future__ import annotations
 
@@ -25,15 +25,17 @@ def start(
         overrides: Changes to it, `KEY=VALUE`.
         stage: A stage's name; `all`; None: the one stage that the two files describe.
         resume: `auto`, `never`, or the folder of a checkpoint.
-        dry_run: Check everything and print the plan; nothing is written.
+        dry_run: Check everything and print the plan, without writing anything.
 
     Raises:
-        UserError: something in the configuration or on the disk does not fit.
+        UserError: the configuration or a file is not valid.
         Interrupted: stopped by a signal, after saving.
     """
     if stage == "all" and resume not in ("auto", "never"):
-        raise UserError("--resume PATH belongs to one stage", got="--stage all", remedy="name the stage: --stage NAME")
-    # A plan made outside any launcher must not be held to the single rank that it happens to have.
+        raise UserError(
+            "--resume PATH applies to a single stage", got="--stage all", remedy="name the stage: --stage NAME"
+        )
+    # A plan made without a launcher must not be checked against its single rank.
     unknown = dry_run and "WORLD_SIZE" not in os.environ
     settings = load_config(config, list(overrides), world_size=None if unknown else launched_world_size())
     stages = recipe(settings) if stage == "all" else [plan_stage(settings, stage or settings.stage)]  # type: ignore[arg-type]
@@ -63,8 +65,8 @@ def _run(config: RunConfig, stages: Sequence[Stage], *, resume: str) -> None:
 
 @contextmanager
 def ranks(folder: str, *, threads: int | None, rank_timeout: float) -> Iterator[At]:
-    """The process group of all ranks, watched, with the folder locked; gives what is told of steps and phases."""
-    # Only now: torch, deepspeed and a process group, none of which a mistake in the settings should wait for.
+    """A context with the process group of all ranks, a watchdog and a locked folder; yields the watchdog's callback."""
+    # Imported late: an error in the settings must not wait for torch, deepspeed and a process group.
     from cook.base.lock import run_lock
     from cook.base.rendezvous import meet
     from cook.base.versions import check_versions

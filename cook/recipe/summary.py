@@ -1,4 +1,4 @@
-"""What the finished stages of a run tell together: the ladder, the figures, batches to compare models on."""
+"""Summary of the finished stages of a run: table rows, records, and batches to compare models on."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from cook.report.tables import LadderRow, range_text
 
 RANDOM_ROWS = 8
 POSITIONS = ("max_position_embeddings", "n_positions")
-"""Fields of a config that limit a row's tokens."""
+"""Config fields that limit the tokens per row."""
 RESERVED = 2
-"""Positions that some families keep for padding."""
+"""Positions that some families reserve for padding."""
 TITLES = {
     "pretrain": "dense",
     "layer_mask": "layers masked",
@@ -41,7 +41,7 @@ TITLES = {
 
 
 def finished_stages(config: RunConfig, *, baseline: bool = False) -> list[Stage]:
-    """The recipe's stages that have finished, in order (without a recipe: the described one).
+    """The finished stages of the recipe, in order (without a recipe: the single described stage).
 
     Args:
         config: The run.
@@ -52,22 +52,22 @@ def finished_stages(config: RunConfig, *, baseline: bool = False) -> list[Stage]
 
 
 def masks_after(stage: Stage) -> MaskPaths:
-    """The mask files that describe a stage's model: those it held and those it learned."""
+    """The mask files of a stage's model: fixed and learned ones."""
     return dataclasses.replace(stage.fixed, **{kind: path for kind, path in vars(stage.writes).items() if path})
 
 
 def check_masks(stage: Stage) -> None:
-    """Refuses masks that another run has written over since the stage finished.
+    """Checks that no mask was overwritten since the stage finished.
 
     Raises:
-        UserError: a mask file is not the one that the stage's model was trained with.
+        UserError: a mask file is not the one that the stage was trained with.
     """
     for path, digest in done_record(stage)["masks"].items():
         if not Path(path).is_file() or sha256(path) != digest:
             raise UserError(
-                f"{path}: not the mask that {stage.name} was trained with",
+                f"{path}: this is not the mask that {stage.name} was trained with",
                 wanted=f"sha256 {digest}",
-                remedy="another run has written there: give each run mask paths of its own, and redo the stage",
+                remedy="another run has overwritten it: give each run its own mask paths, and redo the stage",
             )
 
 
@@ -77,7 +77,7 @@ def done_record(stage: Stage) -> dict[str, Any]:
 
 
 def ladder_row(stage: Stage, tokens_per_second: float | None = None) -> LadderRow:
-    """A finished stage as a row of the ladder."""
+    """A finished stage as a row of the report's table."""
     done = done_record(stage)
     heads, dims = sizes(done["structure"], "att"), sizes(done["structure"], "ffn")
     return LadderRow(
@@ -95,7 +95,7 @@ def ladder_row(stage: Stage, tokens_per_second: float | None = None) -> LadderRo
 def sample_batches(
     config: RunConfig | None, source: ModelSource, *, rows: int = 16, batch_size: int = 8
 ) -> tuple[list[Batch], str]:
-    """Batches to compare models on, and what they are: held-out text of the run, else random ids."""
+    """Batches to compare models on, and their description: held-out text of the run, else random ids."""
     prompt = source.config.get("prompt_length", 0)
     if config is not None:
         try:
@@ -103,13 +103,13 @@ def sample_batches(
                 config.data, config.tokenizer, prompt_length=prompt, output_dir=config.output_dir, build=False
             )
         except UserError:
-            pass  # nothing prepared for this config: random ids serve as well to compare two models
+            pass  # no prepared data for this config: random ids are enough to compare two models
         else:
             batches = [called(source, batch) for batch in held_out_batches(data.held_out, batch_size, rows)]
             return batches, f"{sum(len(b['targets']) for b in batches)} rows of held-out text"
     random = torch.Generator().manual_seed(0)
     length = prompt + random_length(source)
-    # One row per batch: some classifiers cannot tell where a shorter row ends.
+    # One row per batch: some classifiers cannot detect where a shorter row ends.
     batches = []
     for _ in range(RANDOM_ROWS):
         ids = torch.randint(0, source.config["vocab_size"], (1, length), generator=random)
@@ -129,11 +129,11 @@ def sample_batches(
 
 
 def random_length(source: ModelSource) -> int:
-    """Tokens per row of random ids: no more than the model has positions."""
+    """Tokens per row of random ids, at most the model's number of positions."""
     given = [source.config[name] for name in POSITIONS if isinstance(source.config.get(name), int)]
     return max(1, min([128, *(positions - RESERVED for positions in given)]))
 
 
 def called(source: ModelSource, batch: Batch) -> Batch:
-    """A batch in the form in which the model is called, with its labels."""
+    """Converts a batch to the model's arguments, with its labels."""
     return source.adapter.inputs(model_inputs(batch)) | {key: batch[key] for key in LABELS if key in batch}

@@ -1,7 +1,7 @@
-"""One encoder layer without what its masks pruned: dead units are folded away, the rest is dealt out to tiles.
+"""Compaction of an encoder layer: removes units without effect, and divides the remaining weights into tiles.
 
-What a pruned column of W leaves is a constant, its bias. Constants are carried into the next matrix's bias, so the
-compact layer computes what the masked one does. Weights here are `[K, N]`: y = x W + b.
+The output of a pruned column of W is constant: its bias. Constants are added to the next matrix's bias, so the
+compact layer computes the same as the masked one. Weights here are `[K, N]`: y = x W + b.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedMatrix:
-    """A matrix with its mask carried out."""
+    """A matrix with its mask applied."""
 
     weight: torch.Tensor
     """`[K, N]`, 0 where pruned."""
@@ -28,7 +28,7 @@ class MaskedMatrix:
     bias: torch.Tensor
 
     def part(self, inputs: torch.Tensor | slice, outputs: torch.Tensor | slice) -> MaskedMatrix:
-        """Of its rows and columns."""
+        """The submatrix of these rows and columns."""
         return MaskedMatrix(
             weight=self.weight[inputs][:, outputs], mask=self.mask[inputs][:, outputs], bias=self.bias[outputs]
         )
@@ -36,18 +36,18 @@ class MaskedMatrix:
 
 @dataclass(frozen=True, kw_only=True)
 class CompactLayer:
-    """What is left of a layer."""
+    """The remaining part of a layer."""
 
     heads: int
     scale: float
-    """Of the attention scores: that of the original head size."""
+    """Scale of the attention scores, from the original head size."""
     matrices: dict[str, MaskedMatrix]
     """`qkv`, `attention_output`, `intermediate`, `output`."""
     tiles: dict[str, Tiles]
 
     @property
     def is_dense(self) -> bool:
-        """Whether nothing inside the matrices is pruned any more."""
+        """Whether no weight inside the matrices is pruned."""
         return all(bool(matrix.mask.all()) for matrix in self.matrices.values())
 
     def described(self) -> dict[str, Any]:
@@ -71,13 +71,13 @@ class CompactLayer:
 def compact_layer(
     matrices: Mapping[str, MaskedMatrix], *, head_size: int, activation: Activation, block: int | None = None
 ) -> CompactLayer:
-    """Folds dead units away and finds the tiles of the rest.
+    """Removes units without effect and finds the tiles of the rest.
 
     Args:
-        matrices: By role.
-        head_size: Dims of a head.
-        activation: Of the FFN.
-        block: The side of the blocks that the pattern consists of, if it does.
+        matrices: The matrices by role.
+        head_size: Dimensions per head.
+        activation: The activation function of the FFN.
+        block: The side of the pattern's blocks, if it consists of blocks.
     """
     heads, size, attention = _attention(matrices, head_size)
     first, second = _feed_forward(matrices["intermediate"], matrices["output"], activation, block)
@@ -89,11 +89,11 @@ def compact_layer(
 def _attention(matrices: Mapping[str, MaskedMatrix], head_size: int) -> tuple[int, int, dict[str, MaskedMatrix]]:
     closing = matrices["attention_output"]
     query, key, value = (matrices[role] for role in INPUTS)
-    # A value that is the same for all tokens is mixed to itself: the weights of a head sum to 1.
+    # A value that is constant over tokens passes attention unchanged, since a head's attention weights sum to 1.
     constant = ~value.mask.any(0)
     bias = closing.bias.double() + (value.bias * constant).double() @ closing.weight.double()
     idle = (constant | ~closing.mask.any(1)).view(-1, head_size)
-    # Two constants multiply to what all scores share, which the softmax does not see.
+    # A product of two constants adds the same number to all scores, which does not change the softmax.
     same = (~query.mask.any(0) & ~key.mask.any(0)).view(-1, head_size)
     kept_heads = ~idle.all(1)
     kept_dims = ~(idle & same)[kept_heads].all(0)
@@ -105,7 +105,7 @@ def _attention(matrices: Mapping[str, MaskedMatrix], head_size: int) -> tuple[in
         bias=torch.cat([part.bias for part in parts]),
     )
     rest = closing.part(kept, slice(None))
-    # What has been carried into the bias must not be added again.
+    # A constant that was added to the bias must not be added again.
     alive = ~constant[kept]
     rest = MaskedMatrix(
         weight=rest.weight * alive[:, None], mask=rest.mask & alive[:, None], bias=bias.to(closing.bias.dtype)
@@ -120,7 +120,7 @@ def _feed_forward(
     values = activation(first.bias.double()) * constant
     bias = second.bias.double() + values @ second.weight.double()
     kept = (~constant & second.mask.any(1)).nonzero()[:, 0]
-    # Units have no order of their own: in that of the tiles the products need not be put in place.
+    # Units can be in any order: in the order of the tiles the products need no reordering.
     order = [outputs for _, outputs in tiles_of(first.mask[:, kept], block=block).members]
     if block is None and order:
         kept = kept[torch.cat(order)]

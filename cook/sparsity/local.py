@@ -1,7 +1,7 @@
-"""Patterns that look at one matrix or one layer at a time: types 0 to 6, 2:4, and single weights.
+"""Patterns with thresholds per matrix or per layer: types 0 to 6, 2:4, and single weights.
 
 Scores are float64 `[K, N]` (K inputs, N outputs, y = x @ W), masks bool of the same shape, True kept. Unless said
-otherwise a threshold is the linear percentile of the norms, and what is strictly greater is kept.
+otherwise a threshold is the linear percentile of the norms, and strictly greater norms are kept.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Masks = dict[str, torch.Tensor]
 
 
 def percentile(values: torch.Tensor, percent: float) -> float:
-    """The linear percentile of all `values`; infinity for none."""
+    """The linear percentile of all `values`; infinity if there are none."""
     return float(np.percentile(values.numpy(), percent)) if values.numel() else float("inf")
 
 
@@ -49,38 +49,38 @@ def row_norms(score_KN: torch.Tensor, size: int, name: str) -> torch.Tensor:
     columns = score_KN.shape[1]
     if columns % size:
         raise UserError(
-            f"{name}: the granularity does not divide the columns",
+            f"{name}: the granularity does not divide the number of columns",
             wanted=f"a divisor of {columns}",
             got=size,
-            remedy="set another granularity",
+            remedy="choose another granularity",
         )
     return score_KN.unflatten(1, (-1, size)).square().sum(2).sqrt()
 
 
 def whole_heads(layer: Layer, scores: Scores, spec: PatternSpec, percent: float) -> Masks:
-    """Type 0: heads. The FFN's matrices (in the quirk the attention output too) go by `granular`."""
+    """Type 0: heads. The FFN's matrices (with the quirk also the attention output) use `granular`."""
     if spec.quirks.input_row_heads:
         return _input_rows(layer, scores, spec, percent, by_index=False)
     return _joint_heads(layer, scores, spec, percent, by_index=False)
 
 
 def sizes_of_heads(layer: Layer, scores: Scores, spec: PatternSpec, percent: float) -> Masks:
-    """Type 1: dims inside the heads, the same in all heads of a layer."""
+    """Type 1: dimensions inside heads, the same in all heads of a layer."""
     if spec.quirks.input_row_heads:
         return _input_rows(layer, scores, spec, percent, by_index=True)
     return _joint_heads(layer, scores, spec, percent, by_index=True)
 
 
 def _joint_heads(layer: Layer, scores: Scores, spec: PatternSpec, percent: float, *, by_index: bool) -> Masks:
-    """Heads (or, `by_index`, dims of all heads) over the outputs of Q, K, V and the inputs of the attention output.
+    """Prunes heads (or with `by_index` dimensions of all heads) in the outputs of Q, K, V and the output's inputs.
 
-    Queries that share keys and values are one head with them: a head has more dims in one matrix than in another.
+    Queries that share keys and values form one head with them, so a head's size differs between matrices.
     """
     members = [m for role in (*INPUTS, "attention_output") for m in layer.get(role, [])]
     masks = _others(layer, scores, spec, percent, ("intermediate", "output"))
     if not members:
         return masks
-    by_head: dict[str, torch.Tensor] = {}  # [heads, dims of a head]
+    by_head: dict[str, torch.Tensor] = {}  # [heads, dimensions per head]
     for matrix in members:
         dim = 0 if matrix.role == "attention_output" else 1
         _divides(matrix.head_size, scores[matrix.path].shape[dim], matrix.path)
@@ -99,12 +99,12 @@ def _joint_heads(layer: Layer, scores: Scores, spec: PatternSpec, percent: float
 
 
 def _alike(numbers: Mapping[str, int]) -> None:
-    """Refuses matrices whose heads do not belong together."""
+    """Checks that all matrices have the same heads."""
     (first, number), *others = numbers.items()
     for path, other in others:
         if other != number:
             raise UserError(
-                f"{first} and {path} have different heads",
+                f"{first} and {path} have different numbers of heads",
                 wanted=f"{number} in both",
                 got=other,
                 remedy="choose a pattern that does not prune heads",
@@ -126,7 +126,9 @@ def _input_rows(layer: Layer, scores: Scores, spec: PatternSpec, percent: float,
 
 def _divides(head_size: int, units: int, path: str) -> None:
     if units % head_size:
-        raise UserError(f"{path}: the size of a head does not divide it", wanted=f"a divisor of {units}", got=head_size)
+        raise UserError(
+            f"{path}: the head size does not divide its size", wanted=f"a divisor of {units}", got=head_size
+        )
 
 
 def _others(layer: Layer, scores: Scores, spec: PatternSpec, percent: float, roles: tuple[str, ...]) -> Masks:
@@ -135,12 +137,12 @@ def _others(layer: Layer, scores: Scores, spec: PatternSpec, percent: float, rol
 
 
 def by_granularity(layer: Layer, scores: Scores, spec: PatternSpec, percent: float) -> Masks:
-    """Type 2: every matrix by `granular`."""
+    """Type 2: `granular` for every matrix."""
     return _others(layer, scores, spec, percent, tuple(layer))
 
 
 def joint_qkv(layer: Layer, scores: Scores, spec: PatternSpec, percent: float) -> Masks:
-    """Type 3: rows shared by Q, K and V, which read the same input; one percentile over their joint norms."""
+    """Type 3: rows of Q, K and V together, which have the same input; one percentile over their joint norms."""
     members = [m for role in INPUTS for m in layer.get(role, [])]
     masks = _others(layer, scores, spec, percent, ("attention_output", "intermediate", "output"))
     if members:
@@ -152,9 +154,9 @@ def joint_qkv(layer: Layer, scores: Scores, spec: PatternSpec, percent: float) -
 
 
 def vector_wise(score_KN: torch.Tensor, spec: PatternSpec, percent: float) -> torch.Tensor:
-    """Type 4: of every `vector` consecutive rows of a column the k largest, and what ties with the k-th.
+    """Type 4: keeps the k largest of every `vector` consecutive rows of a column, and ties with the k-th.
 
-    A shorter last vector keeps its share of its own length.
+    A shorter last vector keeps the same share of its length.
     """
     whole = score_KN.shape[0] // spec.vector * spec.vector
     parts = [(score_KN[:whole], spec.vector), (score_KN[whole:], score_KN.shape[0] - whole)]
@@ -173,7 +175,7 @@ def _largest(score_KN: torch.Tensor, rows: int, spec: PatternSpec, percent: floa
 
 
 def block_wise(score_KN: torch.Tensor, size: int, percent: float, name: str) -> torch.Tensor:
-    """Type 5: blocks of `size` × `size` by their Frobenius norm, one percentile a matrix.
+    """Type 5: blocks of `size` × `size` by their Frobenius norm, with one percentile per matrix.
 
     Raises:
         UserError: `size` does not divide both sides.
@@ -181,10 +183,10 @@ def block_wise(score_KN: torch.Tensor, size: int, percent: float, name: str) -> 
     for side, length in zip(("rows", "columns"), score_KN.shape, strict=True):
         if length % size:
             raise UserError(
-                f"{name}: the block does not divide the {side}",
+                f"{name}: the block size does not divide the {side}",
                 wanted=f"a divisor of {length}",
                 got=size,
-                remedy="set another block",
+                remedy="choose another block size",
             )
     blocks = score_KN.unflatten(1, (-1, size)).unflatten(0, (-1, size))
     norms = blocks.square().sum((1, 3)).sqrt()
@@ -193,9 +195,9 @@ def block_wise(score_KN: torch.Tensor, size: int, percent: float, name: str) -> 
 
 
 def local_kn(layer: Layer, scores: Scores, spec: PatternSpec, percent: float) -> Masks:
-    """Type 6: `granular` with its own granularity for Q, K and V, and whole columns by their norms; both must keep.
+    """Type 6: `granular` with its own granularity for Q, K and V, combined (and) with whole columns by their norms.
 
-    The percentile counts for each of the two, so a matrix loses 1 − (1 − s)² of its weights.
+    The percentile applies to each of the two, so a matrix loses 1 − (1 − s)² of its weights.
     """
     masks = {}
     for role, members in layer.items():
@@ -209,10 +211,10 @@ def local_kn(layer: Layer, scores: Scores, spec: PatternSpec, percent: float) ->
 
 
 def two_of_four(score_KN: torch.Tensor, name: str) -> torch.Tensor:
-    """`m4n2_1d`: of every four consecutive inputs of an output the two of larger score; the first ones on ties.
+    """`m4n2_1d`: keeps the two larger scores of every four consecutive inputs of an output; the first ones on ties.
 
     Raises:
-        UserError: the number of inputs is no multiple of four.
+        UserError: the number of inputs is not a multiple of four.
     """
     _fours(score_KN, name, (0,))
     groups = score_KN.unflatten(0, (-1, 4))
@@ -221,12 +223,12 @@ def two_of_four(score_KN: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def two_of_four_both_ways(score_KN: torch.Tensor, name: str) -> torch.Tensor:
-    """`m4n2_2d`: of every 4 × 4 block two in each row and column, those of the largest sum of all 90 such choices.
+    """`m4n2_2d`: keeps two per row and column of every 4 × 4 block: the best of the 90 possible choices by its sum.
 
     So the transposed matrix of the backward pass is 2:4 as well (Hubara et al. 2021, "Accelerated sparse training").
 
     Raises:
-        UserError: a side is no multiple of four.
+        UserError: a side is not a multiple of four.
     """
     _fours(score_KN, name, (0, 1))
     rows = [[float(i in pair) for i in range(4)] for pair in itertools.combinations(range(4), 2)]
@@ -241,4 +243,6 @@ def two_of_four_both_ways(score_KN: torch.Tensor, name: str) -> torch.Tensor:
 def _fours(score_KN: torch.Tensor, name: str, dims: tuple[int, ...]) -> None:
     for dim in dims:
         if score_KN.shape[dim] % 4:
-            raise UserError(f"{name}: 2:4 needs fours", wanted="a multiple of 4", got=score_KN.shape[dim])
+            raise UserError(
+                f"{name}: 2:4 needs sizes that are multiples of 4", wanted="a multiple of 4", got=score_KN.shape[dim]
+            )

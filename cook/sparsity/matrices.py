@@ -1,4 +1,4 @@
-"""Which matrices a pattern prunes, and what each is to its layer: data read off a pruning space or off weight names."""
+"""The matrices that a pattern prunes and their roles, from a pruning space or from weight names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cook.pruning.units import PruningSpace, UnitGroup
 
 Role = Literal["query", "key", "value", "attention_output", "intermediate", "output"]
 ROLES: tuple[Role, ...] = ("query", "key", "value", "attention_output", "intermediate", "output")
-"""In the order in which the matrices of a layer stand."""
+"""The roles, in the order of the matrices in a layer."""
 INPUTS: tuple[Role, ...] = ("query", "key", "value")
 
 ENCODER_ROLES: Mapping[str, Role] = {
@@ -24,7 +24,7 @@ ENCODER_ROLES: Mapping[str, Role] = {
     "intermediate.dense.weight": "intermediate",
     "output.dense.weight": "output",
 }
-"""The ends of the names that stock encoders share; the longest one that fits counts."""
+"""Suffixes of names that stock encoders share; the longest match counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +36,13 @@ class PrunedMatrix:
     role: Role
     layer: int
     shape: tuple[int, int]
-    """Of the tensor in the state dict."""
+    """Shape of the tensor in the state dict."""
     head_size: int
-    """Dims of a head, or of all queries that share a key's head; only the four matrices of attention need it."""
+    """Size of a head, or of all queries that share a key head; used for the four attention matrices only."""
     input_dim: int = 1
-    """The dimension of the tensor along which the inputs (the rows K of W) lie: 1 as torch.nn.Linear has it, else 0."""
+    """The dimension of the tensor with the inputs (rows K of W): 1 as in torch.nn.Linear, else 0."""
     parts: tuple[PrunedMatrix, ...] = ()
-    """What a fused weight consists of along its outputs, in order: all queries, then all keys, then all values."""
+    """The parts of a fused weight along its outputs, in order: all queries, all keys, all values."""
 
     @property
     def inputs(self) -> int:
@@ -58,15 +58,15 @@ class PrunedMatrix:
 def encoder_matrices(
     shapes: Mapping[str, Sequence[int]], *, head_size: int, roles: Mapping[str, Role] = ENCODER_ROLES
 ) -> tuple[PrunedMatrix, ...]:
-    """The pruned matrices of a stock encoder, told by the ends of their names, in the order of layers and roles.
+    """The prunable matrices of a stock encoder, found by the suffixes of their names, in the order of layers and roles.
 
     Args:
         shapes: The shape of every weight in the state dict.
-        head_size: Dims of a head.
-        roles: Ends of names.
+        head_size: Dimensions per head.
+        roles: Roles by suffix of the name.
 
     Raises:
-        UserError: no such weight is there.
+        UserError: there is no such weight.
     """
     found = []
     for path, shape in shapes.items():
@@ -76,16 +76,16 @@ def encoder_matrices(
             role = roles[max(ends, key=len)]
             found.append(_matrix(path, role, int(layer[1]), shape, head_size, 1))
     if not found:
-        raise UserError("no weights of an encoder's layers", wanted=f"names that end in {', '.join(roles)}")
+        raise UserError("these are not the weights of an encoder", wanted=f"names that end in {', '.join(roles)}")
     return _ordered(found)
 
 
 def matrices_of(space: PruningSpace) -> tuple[PrunedMatrix, ...]:
     """The matrices that a family's pruning space describes, in the order of layers and roles.
 
-    Where units lie along a tensor's inputs, the matrix closes its block (attention output, output); along its outputs,
-    it opens the block. Gated FFNs have several `intermediate` a layer. A fused weight is one matrix, `query` if it
-    makes queries, keys and values: where these stand in a row, patterns of heads see its parts, the others the whole.
+    A matrix with units along its inputs is the last of its block (attention output, output); one with units along its
+    outputs is the first. Gated FFNs have several `intermediate` per layer. A fused weight is one matrix, `query` if it
+    contains queries, keys and values. If these are contiguous, head patterns use its parts; others use the whole.
     """
     found = []
     for group in space.groups:
@@ -107,7 +107,7 @@ def matrices_of(space: PruningSpace) -> tuple[PrunedMatrix, ...]:
 
 
 def _parts(matrix: PrunedMatrix, group: UnitGroup) -> tuple[PrunedMatrix, ...]:
-    """The queries, keys and values of a fused weight; none if it has only one of them, or mixes them."""
+    """The queries, keys and values of a fused weight; empty if it has only one of them or interleaves them."""
     slices = [s for s in group.slices if s.path == matrix.path]
     if len(slices) < 2:
         return ()
@@ -122,7 +122,7 @@ def _parts(matrix: PrunedMatrix, group: UnitGroup) -> tuple[PrunedMatrix, ...]:
 
 
 def _closing(group: UnitGroup) -> str | None:
-    """The path of the matrix through which the units leave the block: the one at whose input they are gated."""
+    """The path of the block's output matrix: the one at whose input the units are gated."""
     inside = [s.path for s in group.slices if s.path.startswith(f"{group.gate.module}.")]
     return inside[0] if inside else None
 
@@ -130,10 +130,10 @@ def _closing(group: UnitGroup) -> str | None:
 def restricted(
     matrices: Iterable[PrunedMatrix], suffixes: Sequence[str], aliases: Mapping[str, tuple[str, ...]] | None = None
 ) -> tuple[PrunedMatrix, ...]:
-    """The matrices whose paths end in one of `suffixes` (`pruned_module`), or in another spelling of it (`aliases`).
+    """The matrices whose paths end in one of `suffixes` (`pruned_module`) or in an alias of it (`aliases`).
 
     Raises:
-        UserError: a suffix that fits no matrix.
+        UserError: a suffix matches no matrix.
     """
     matrices = tuple(matrices)
 
@@ -144,12 +144,12 @@ def restricted(
     for suffix in suffixes:
         if not any(fits(m.path, suffix) for m in matrices):
             known = sorted({re.sub(r"^.*?\.\d+\.", "", m.path) for m in matrices})
-            raise UserError(f"pruned_module: {suffix!r} fits no matrix of the model", wanted=", ".join(known))
+            raise UserError(f"pruned_module: {suffix!r} matches no matrix of the model", wanted=", ".join(known))
     return tuple(m for m in matrices if any(fits(m.path, suffix) for suffix in suffixes))
 
 
 def layers_of(matrices: Iterable[PrunedMatrix]) -> dict[int, dict[str, list[PrunedMatrix]]]:
-    """Matrices by layer and role."""
+    """Groups matrices by layer and role."""
     layers: dict[int, dict[str, list[PrunedMatrix]]] = defaultdict(lambda: defaultdict(list))
     for matrix in matrices:
         layers[matrix.layer][matrix.role].append(matrix)

@@ -1,4 +1,4 @@
-"""Patterns with one threshold over the whole network: tile-wise (types 7 and 8) and single weights.
+"""Patterns with one threshold for the whole network: tile-wise (types 7 and 8) and single weights.
 
 Scores are float64 `[K, N]` by path, masks bool of the same shape, True kept.
 """
@@ -38,11 +38,11 @@ def tile_wise_kn(scores: Scores, previous: Mapping[str, torch.Tensor], spec: Pat
 
     Args:
         scores: float64 `[K, N]` by path.
-        previous: What the stages before kept.
-        spec: G and the quirks. Where both quirks of this type are off, the per-dimension share is the one with which
-            the network as a whole keeps exactly the share asked for, to the nearest row tile; with one of them on,
-            percentiles stand where the original had them.
-        percent: The sparsity.
+        previous: The masks of the previous stages.
+        spec: G and the quirks. If both quirks of this type are off, the share per dimension is chosen so that
+            the network as a whole keeps exactly the requested share, to the nearest row tile. If one is on,
+            percentiles are used as in the original.
+        percent: The sparsity in percent.
     """
     quirks = spec.quirks
     if quirks.per_dimension_sparsity:
@@ -70,15 +70,15 @@ def _columns_above_percentile(scores: Scores, previous: Mapping[str, torch.Tenso
 
 
 def _columns_for_total(scores: Scores, previous: Mapping[str, torch.Tensor], percent: float, *, raw: bool):
-    """Columns kept: the lowest ones go, as many as leave the total to an equal share of row tiles."""
+    """Columns to keep: removes the lowest ones, so that an equal share of row tiles reaches the total."""
     norms = torch.cat([_column_norms(score, previous[path], raw=raw) for path, score in scores.items()])
     left = torch.cat([previous[path].sum(0) for path in scores])
-    norms = torch.where(left > 0, norms, -1.0)  # what is empty already goes first
+    norms = torch.where(left > 0, norms, -1.0)  # empty columns are removed first
     rows = torch.cat([torch.full((score.shape[1],), len(score)) for score in scores.values()])
     order = norms.argsort(stable=True)
     gone = torch.arange(len(norms) + 1) / max(1, len(norms))
     entries, remaining = (_left_without(values[order]) for values in (rows, left))
-    # With a share `gone` of the columns and of the row tiles removed this much would stay.
+    # The share that remains if a share `gone` of the columns and of the row tiles is removed.
     estimate = torch.minimum(entries * (1 - gone), remaining.double())
     target = float(entries[0]) * (1 - percent / 100)
     count = int((estimate - target).abs().argmin())
@@ -89,20 +89,20 @@ def _columns_for_total(scores: Scores, previous: Mapping[str, torch.Tensor], per
 
 
 def _left_without(values: torch.Tensor) -> torch.Tensor:
-    """What is left of the sum when the first n values are taken away, for every n."""
+    """The sum that remains without the first n values, for every n."""
     return values.sum() - torch.cat([values.new_zeros(1), values.cumsum(0)])
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Tiles:
     index_N: torch.Tensor
-    """The tile of every column."""
+    """Index of the tile of every column."""
     norms_KT: torch.Tensor
-    """Of every row of every tile."""
+    """Norm of every row of every tile."""
     kept_T: torch.Tensor
-    """Columns that each tile keeps."""
+    """Number of columns that each tile keeps."""
     open_KT: torch.Tensor
-    """Rows of tiles in which something was left by the stages before."""
+    """Rows of tiles that were not empty after the previous stages."""
 
 
 def _tiles(score_KN: torch.Tensor, previous_KN: torch.Tensor, kept_N: torch.Tensor, spec: PatternSpec) -> _Tiles:
@@ -124,16 +124,16 @@ def _tiles(score_KN: torch.Tensor, previous_KN: torch.Tensor, kept_N: torch.Tens
 
 
 def _cuts(kept_N: torch.Tensor, size: int) -> torch.Tensor:
-    """1 at every column after which a tile ends: at its `size`-th kept column, the matrix's last column apart."""
+    """1 at every column after which a tile ends: at its `size`-th kept column, except the matrix's last column."""
     cut_N = (kept_N & (kept_N.cumsum(0) % size == 0)).long()
     cut_N[-1:] = 0
     return cut_N
 
 
 def _cuts_inside(kept_N: torch.Tensor, previous_KN: torch.Tensor, size: int) -> torch.Tensor:
-    """The same, but no tile reaches over the border of a tile of the stage before, which is where the rows change.
+    """The same, but no tile crosses the border of a tile of the previous stage, where the kept rows change.
 
-    So a row of a tile is either wholly there or wholly gone, and what is gone stays so.
+    So a row of a tile is either complete or removed, and removed rows stay removed.
     """
     patterns = [column.tobytes() for column in np.packbits(previous_KN.T.contiguous().numpy(), axis=1)]
     cut_N = torch.zeros(len(kept_N), dtype=torch.long)
@@ -147,7 +147,7 @@ def _cuts_inside(kept_N: torch.Tensor, previous_KN: torch.Tensor, size: int) -> 
 
 
 def _rows_for_total(tiles: Mapping[str, _Tiles], scores: Scores, percent: float) -> Masks:
-    """Rows of tiles kept: the lowest ones go until the share asked for is reached as nearly as can be."""
+    """Rows of tiles to keep: removes the lowest ones until the requested share is reached as closely as possible."""
     norms = torch.cat([torch.where(t.open_KT, t.norms_KT, -1.0).flatten() for t in tiles.values()])
     weights = torch.cat([(t.open_KT * t.kept_T).flatten() for t in tiles.values()])
     target = sum(score.numel() for score in scores.values()) * (1 - percent / 100)

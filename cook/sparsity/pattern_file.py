@@ -1,4 +1,4 @@
-"""Pattern masks on disk: one safetensors file, a bit a weight, with a record of the pattern that made them."""
+"""Pattern masks on disk: one safetensors file with one bit per weight, and a record of the pattern."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cook.sparsity.matrices import PrunedMatrix
 RECORD = "pattern"
 SHAPES = "shapes"
 MAX_HEADER_BYTES = 100 << 20
-"""What safetensors reads of a header at most."""
+"""The largest header that safetensors reads."""
 
 
 def write_pattern_masks(path: str | Path, masks: Mapping[str, torch.Tensor], record: Mapping[str, Any]) -> None:
@@ -37,7 +37,7 @@ def read_pattern_masks(
     """Reads masks and their record, checked against the model's matrices.
 
     Raises:
-        UserError: not such a file, damaged, or the masks of another model.
+        UserError: not a file of pattern masks, a damaged file, or masks of another model.
     """
     path = regular_file(path, "mask file")
     most = sum(prod(m.shape) // 8 + 1 for m in matrices) + MAX_HEADER_BYTES
@@ -49,7 +49,7 @@ def read_pattern_masks(
             packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
         record, shapes = json.loads(described[RECORD]), json.loads(described[SHAPES])
         masks = {name: _unpacked(bits, shapes[name]) for name, bits in packed.items()}
-    except Exception as error:  # safetensors' own errors, or what a stranger's file lets JSON and numpy raise
+    except Exception as error:  # errors of safetensors, or of JSON and numpy on malformed files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: not a file of pattern masks", got=reason) from None
     wanted = {m.path: m.shape for m in matrices}
@@ -57,7 +57,7 @@ def read_pattern_masks(
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
             raise UserError(
-                f"{path}: masks of another model or another choice of matrices, at {name}",
+                f"{path}: masks of another model or of other matrices, at {name}",
                 wanted=wanted.get(name, "no mask"),
                 got=found.get(name, "no mask"),
             )
@@ -67,5 +67,5 @@ def read_pattern_masks(
 def _unpacked(bits: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     count = prod(shape)
     if bits.dtype != torch.uint8 or bits.numel() != (count + 7) // 8:
-        raise ValueError("bits and shape do not agree")
+        raise ValueError("the number of bits does not match the shape")
     return torch.from_numpy(np.unpackbits(bits.numpy(), count=count)).bool().view(*shape)

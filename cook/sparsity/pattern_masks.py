@@ -1,4 +1,4 @@
-"""From scores to masks, whatever the pattern; masks applied; what they amount to."""
+"""Making masks from scores for any pattern, applying masks, and computing their sparsity."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ def make_masks(
     sparsity: float,
     previous: Mapping[str, torch.Tensor] | None = None,
 ) -> Masks:
-    """The masks of one stage.
+    """Makes the masks of one stage.
 
     Args:
-        scores: By path, each of its tensor's shape; nowhere negative.
-        matrices: What is pruned.
+        scores: Scores by path, each of its tensor's shape, not negative.
+        matrices: The matrices to prune.
         spec: The pattern.
-        sparsity: Percent; 2:4 patterns are 50% whatever it says.
-        previous: Masks of the stage before; None for a dense model.
+        sparsity: In percent; 2:4 patterns are always 50%.
+        previous: Masks of the previous stage; None for a dense model.
 
     Returns:
-        bool by path, True kept, each of its tensor's shape.
+        Masks by path, bool, True where kept, each of its tensor's shape.
 
     Raises:
-        UserError: a size of the pattern does not divide a matrix.
+        UserError: a size of the pattern does not divide a matrix evenly.
     """
     percent = spec.percent(sparsity)
     turned = {m.path: _turned(scores[m.path].double().cpu(), m) for m in matrices}
@@ -85,7 +85,7 @@ def _pattern(
 
 
 def _turned(tensor: torch.Tensor, matrix: PrunedMatrix) -> torch.Tensor:
-    """Between a tensor as the state dict has it and `[K, N]`; its own inverse."""
+    """Converts between a tensor of the state dict and `[K, N]`; its own inverse."""
     return tensor.T if matrix.input_dim == 1 else tensor
 
 
@@ -94,7 +94,7 @@ def _previous(previous: Mapping[str, torch.Tensor] | None, matrix: PrunedMatrix,
 
 
 def apply_masks(target: torch.nn.Module | MutableMapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor]) -> None:
-    """Sets what the masks prune to 0, in place, in a module's parameters or in a dictionary of tensors."""
+    """Sets pruned weights to 0 in place, in a module's parameters or in a dictionary of tensors."""
     tensors = dict(target.named_parameters()) if isinstance(target, torch.nn.Module) else target
     with torch.no_grad():
         for path, mask in masks.items():
@@ -103,7 +103,7 @@ def apply_masks(target: torch.nn.Module | MutableMapping[str, torch.Tensor], mas
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixSparsity:
-    """What is left of one matrix."""
+    """The sparsity of one matrix."""
 
     path: str
     role: str
@@ -113,19 +113,19 @@ class MatrixSparsity:
 
     @property
     def sparsity(self) -> float:
-        """The share that is pruned, 0 to 1; a matrix without entries counts as pruned."""
+        """The pruned share, 0 to 1; a matrix without entries counts as pruned."""
         return 1.0 - self.kept / self.total if self.total else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class SparsityTable:
-    """What masks amount to."""
+    """The sparsity of a set of masks."""
 
     rows: tuple[MatrixSparsity, ...]
     total: float
-    """The pruned share of all entries, against the dense model."""
+    """The pruned share of all entries, relative to the dense model."""
     of_stage: float
-    """The share that this stage pruned of what the stage before had left; 1 where nothing was left."""
+    """The share that this stage pruned of the weights that the previous stage kept; 1 if it kept none."""
 
 
 def sparsity_table(
@@ -135,7 +135,7 @@ def sparsity_table(
     *,
     quirks: Quirks | None = None,
 ) -> SparsityTable:
-    """Counts what `masks` keep, in all, by matrix, and against the masks of the stage before.
+    """Computes the sparsity of `masks` in total, per matrix, and relative to the previous stage.
 
     Raises:
         UserError: a matrix is empty, and the quirk `empty_ratio_fails` is on.
@@ -149,10 +149,10 @@ def sparsity_table(
     empty = [row.path for row in rows if not row.kept]
     if empty and quirks and quirks.empty_ratio_fails:
         raise UserError(
-            f"{empty[0]}: nothing is left of it, and its size is divided by what is left",
+            f"{empty[0]}: all its weights are pruned, and the quirk divides by the number of kept weights",
             wanted="at least one weight in every matrix",
             got=f"{len(empty)} of {len(rows)} matrices empty",
-            remedy="ask for a lower sparsity, or leave out the quirk empty_ratio_fails",
+            remedy="choose a lower sparsity, or remove the quirk empty_ratio_fails",
         )
     kept, total = sum(row.kept for row in rows), sum(row.total for row in rows)
     before = total if previous is None else sum(int(previous[m.path].sum()) for m in matrices)

@@ -1,4 +1,4 @@
-"""What a weight is worth: gradients gathered over batches with the weights frozen."""
+"""Importance scores of weights, from gradients over batches with frozen weights."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class ScoreAccumulator:
     """Sums scores over batches in float64.
 
     With M the mask and g = ∂L/∂(W∘M), a batch adds (∂L/∂M ∘ (W∘M))² = (g·W²·M)² (`taylor_w2`, the historical one) or
-    the first-order Taylor term (g·W·M)² (`taylor`; Molchanov et al. 2019, eq. 8). `magnitude` is |W·M| and needs none.
+    the first-order Taylor term (g·W·M)² (`taylor`; Molchanov et al. 2019, eq. 8). `magnitude` is |W·M|.
 
     Args:
-        matrices: What is scored.
-        weights: Their values, frozen while batches are added.
-        masks: M; None for a dense model.
-        score: Which.
+        matrices: The matrices to score.
+        weights: Their values, which must not change while batches are added.
+        masks: The masks M; None for a dense model.
+        score: The kind of score.
     """
 
     def __init__(
@@ -44,10 +44,10 @@ class ScoreAccumulator:
         self._sums = {path: torch.zeros_like(factor) for path, factor in self._factors.items() if gathers}
 
     def add(self, gradients: Mapping[str, torch.Tensor] | GradientPairs) -> None:
-        """Adds one batch; one whose gradients are not finite, as fp16 overflows now and then, is left out.
+        """Adds one batch; skips a batch whose gradients are not finite, as happens with fp16.
 
         Args:
-            gradients: Of every scored weight: of the whole batch, averaged over all ranks, not scaled, not clipped.
+            gradients: By scored weight, for the whole batch, averaged over ranks, unscaled and not clipped.
         """
         found = {path: gradient for path, gradient in dict(gradients).items() if path in self._sums}
         assert found.keys() == self._sums.keys(), "a batch without the gradient of a scored weight"
@@ -58,6 +58,6 @@ class ScoreAccumulator:
         self.batches += 1
 
     def scores(self) -> dict[str, torch.Tensor]:
-        """The sums so far, float64, each of its weight's shape."""
+        """The current sums, float64, each of its weight's shape."""
         assert self.batches or not self._sums, "no batch has been scored"
         return dict(self._sums or self._factors)

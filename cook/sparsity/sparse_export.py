@@ -1,4 +1,4 @@
-"""A masked encoder folder as a folder that runs faster: a smaller stock model, or one with tile-wise layers."""
+"""Export of a masked encoder to a faster model: a smaller stock model, or one with tile-wise layers."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ CARRIED = (
     sparse_triton,
     sparse_ways,
 )
-"""What the modeling file needs, and an export carries along."""
+"""The files that the modeling file needs; they are copied into an export."""
 NOT_TOKENIZER = ("model", "pytorch_model", "config.json", "optimizer", "training_args", "README", ".")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SparseExport:
-    """What was written."""
+    """The written export."""
 
     folder: Path
     kind: str
-    """`stock`: loads as it is; `sparse`: loads with `trust_remote_code=True`."""
+    """`stock`: loads without further options; `sparse`: loads with `trust_remote_code=True`."""
     parameters: tuple[int, int]
-    """Of the model before and after, index tensors not counted."""
+    """Parameters before and after, without index tensors."""
     notes: tuple[str, ...]
-    """What a reader should know, a sentence each."""
+    """Notes for the user, one sentence each."""
 
 
 def export_sparse(
@@ -71,26 +71,26 @@ def export_sparse(
     Args:
         source: A BERT folder with any of the heads of `sparse_bert.CLASSES`.
         output: The folder to write; an earlier export there is replaced.
-        masks: By path, true what stays.
-        block: B, where the pattern consists of B × B blocks.
-        stock: True: a stock model, whatever zeros remain in it. None: where nothing but zeros would be lost.
+        masks: By path; true where a weight is kept.
+        block: B, if the pattern consists of B × B blocks.
+        stock: True: always a stock model, even with zeros in it. None: a stock model if no zeros would remain in it.
 
     Raises:
-        UserError: a model or masks that this cannot be done with.
+        UserError: the model or the masks cannot be exported this way.
     """
     source, output = Path(source), Path(output)
     config, tensors = read_model_config(source), open_safetensors_folder(source)
     name = (config.get("architectures") or ["BertModel"])[0]
     if config.get("model_type") != "bert" or name not in sparse_bert.CLASSES:
         raise UserError(
-            f"{source}: not a model that can be exported with sparse layers",
+            f"{source}: this model cannot be exported with sparse layers",
             wanted=f"BERT as {', '.join(sparse_bert.CLASSES)}",
             got=f"{config.get('model_type')}, {name}",
         )
     if output.resolve() in (source.resolve(), *source.resolve().parents):
-        raise UserError(f"{output}: would overwrite the model it is made from", remedy="choose another folder")
+        raise UserError(f"{output}: would overwrite the original model", remedy="choose another folder")
     if output.exists() and any(output.iterdir()) and not (output / "config.json").exists():
-        raise UserError(f"{output}: holds something other than a model", remedy="choose another folder")
+        raise UserError(f"{output}: the folder exists and does not contain a model", remedy="choose another folder")
     prefix = sparse_bert.CLASSES[name][2]
     layers = [_compact(tensors, masks, config, prefix, i, block) for i in range(config["num_hidden_layers"])]
     head_size = config["hidden_size"] // config["num_attention_heads"]
@@ -131,7 +131,7 @@ def _compact(
         weight = tensors[path]
         mask = masks.get(path, torch.ones_like(weight, dtype=torch.bool))
         if mask.shape != weight.shape:
-            raise UserError(f"a mask that does not fit {path}", wanted=tuple(weight.shape), got=tuple(mask.shape))
+            raise UserError(f"the mask does not fit {path}", wanted=tuple(weight.shape), got=tuple(mask.shape))
         bias = tensors[path.removesuffix("weight") + "bias"]
         matrices[role] = MaskedMatrix(weight=(weight * mask).T, mask=mask.bool().T, bias=bias)
     activation = ACT2FN[config.get("hidden_act", "gelu")]
@@ -186,7 +186,7 @@ def _write_stock(
     layers: list[CompactLayer],
     prefix: str,
 ) -> int:
-    """The FFN shrinks to the widest layer's, the others being filled with zeros; heads stay, at worst as zeros."""
+    """Shrinks all FFNs to the widest layer's size, padded with zeros; heads stay, pruned ones as zeros."""
     width = max(1, *(len(layer.matrices["output"].weight) for layer in layers))
     count = 0
     with ShardWriter(folder) as writer:
@@ -204,7 +204,7 @@ def _write_stock(
 
 
 def _shrunk(name: str, layers: list[CompactLayer], width: int) -> torch.Tensor | None:
-    """A tensor of the FFN, or a bias into which constants were carried; None for others."""
+    """A tensor of the FFN, or a bias to which constants were added; None for other tensors."""
     number, _, end = name.partition(".")
     matrices = layers[int(number)].matrices
     missing = width - len(matrices["output"].weight)
@@ -228,20 +228,20 @@ def _notes(layers: list[CompactLayer], config: Mapping[str, Any], head_size: int
     total = len(layers) * config["num_attention_heads"]
     if heads < total:
         yield f"{total - heads} of {total} heads " + (
-            "do nothing, but a stock BERT has hidden_size / head size heads: they stay as zeros"
+            "have no effect, but a stock BERT has hidden_size / head size heads: they stay as zeros"
             if stock
-            else "are gone; a stock BERT cannot have fewer than hidden_size / head size"
+            else "are removed; a stock BERT cannot have fewer than hidden_size / head size"
         )
     widths = sorted({len(layer.matrices["output"].weight) for layer in layers})
     if stock and len(widths) > 1:
-        yield f"FFNs keep {widths[0]} to {widths[-1]} dims; a stock BERT has one size, so zeros fill up the others"
+        yield f"FFNs keep {widths[0]} to {widths[-1]} dims; a stock BERT has one size, so zeros pad the smaller ones"
     dense = [
         name for layer in layers for name, tiles in layer.tiles.items() if _lies_dense(tiles, layer.matrices[name])
     ]
     if dense and not stock:
         yield (
-            f"{len(dense)} of {4 * len(layers)} matrices have no tiles: weight by weight on a CPU in fp32 where that "
-            "is faster (it needs a C compiler), else dense, zeros and all"
+            f"{len(dense)} of {4 * len(layers)} matrices have no tiles: they run sparse on a CPU in fp32 if that "
+            "is faster (this needs a C compiler), else dense, with their zeros"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a sparsity pattern is told: its type, its grain, its score, and the historical quirks that it is to repeat."""
+"""The settings of a sparsity pattern: type, granularity, score, and historical quirks to reproduce."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class PatternSpec:
     """G of type 6: for query, key and value, and for the other matrices."""
 
     block: int = 32
-    """B: side of a block of type 5."""
+    """B: side of a block (type 5)."""
 
     vector: int = 16
-    """Rows of a vector of type 4."""
+    """Rows of a vector (type 4)."""
 
     score: PatternScore = "taylor_w2"
     """`taylor_w2`: (g·W²·M)²; `taylor`: (g·W·M)²; `magnitude`: |W·M|."""
 
     quirks: Quirks = Quirks()
-    """Historical behaviours to repeat."""
+    """Historical behaviours to reproduce."""
 
     def __post_init__(self) -> None:
         if self.type not in (*range(len(NUMBERED)), *NAMES) or isinstance(self.type, bool):
@@ -53,15 +53,15 @@ class PatternSpec:
 
     @property
     def name(self) -> str:
-        """The pattern's name, also where a number was given."""
+        """The pattern's name, also if a number was given."""
         return NUMBERED[self.type] if isinstance(self.type, int) else self.type
 
     def percent(self, sparsity: float) -> float:
-        """The sparsity in percent that counts, of the one that was asked for.
+        """The effective sparsity in percent for the requested one.
 
         Raises:
-            UserError: not between 0 and 100.
+            UserError: `sparsity` is not between 0 and 100.
         """
         if not 0 <= sparsity <= 100:
-            raise UserError("a sparsity out of range", wanted="0 to 100 percent", got=sparsity)
+            raise UserError("the sparsity is out of range", wanted="0 to 100 percent", got=sparsity)
         return float(int(sparsity)) if self.quirks.whole_percents else float(sparsity)

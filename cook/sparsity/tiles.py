@@ -1,4 +1,4 @@
-"""From a mask to the layer that computes with what is left: outputs that read the same inputs make a tile."""
+"""Tile-wise layers from masks: outputs that read the same inputs form a tile."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ import torch
 from cook.sparsity.kernels.sparse_layers import BlockWiseLinear, TileWiseLinear
 
 LEAST_WIDTH = 4
-"""Mean outputs of a tile under which gathering costs more than the products save: such a mask stays dense."""
+"""Mean outputs per tile below which gathering costs more than the products save; such a mask stays dense."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tiles:
-    """How the outputs of a matrix are dealt out."""
+    """The division of a matrix's outputs into tiles."""
 
     members: tuple[tuple[torch.Tensor, torch.Tensor], ...]
-    """For every tile its inputs and its outputs, ascending."""
+    """The inputs and outputs of every tile, ascending."""
     block: int
-    """Inputs come in aligned runs of this many; 1 if they do not."""
+    """Inputs come in aligned runs of this length; 1 if they do not."""
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
-        """Inputs and outputs of every tile."""
+        """Numbers of inputs and outputs of every tile."""
         return tuple((len(inputs), len(outputs)) for inputs, outputs in self.members)
 
 
 def tiles_of(mask_KN: torch.Tensor, *, block: int | None = None) -> Tiles:
-    """The tiles of a mask, in the order of their first outputs; outputs without inputs are in none.
+    """The tiles of a mask, in the order of their first outputs; outputs without inputs are in no tile.
 
-    A mask without such a structure (vectors, single weights) is one tile of everything that is left.
+    A mask without tiles (vectors, single weights) gives one tile with all remaining inputs and outputs.
 
     Args:
-        mask_KN: True what stays.
-        block: The side of blocks that the mask is known to consist of; None to gather inputs one by one.
+        mask_KN: True where a weight is kept.
+        block: The side of the mask's blocks, if it consists of blocks; None to gather inputs one by one.
     """
     groups: dict[bytes, list[int]] = {}
     for column, pattern in enumerate(np.packbits(mask_KN.T.contiguous().cpu().numpy(), axis=1)):
@@ -59,7 +59,7 @@ def _is_aligned(inputs: torch.Tensor, block: int) -> bool:
 
 
 def sparse_linear(weight_NK: torch.Tensor, bias_N: torch.Tensor | None, tiles: Tiles) -> TileWiseLinear:
-    """The layer that computes x W + b; W is 0 where it is pruned."""
+    """The layer that computes x W + b, where pruned weights of W are 0."""
     outputs, inputs = weight_NK.shape
     kind = BlockWiseLinear if tiles.block > 1 else TileWiseLinear
     layer = kind(inputs, outputs, tiles.sizes, block=tiles.block)
@@ -69,7 +69,7 @@ def sparse_linear(weight_NK: torch.Tensor, bias_N: torch.Tensor | None, tiles: T
 
 @torch.no_grad()
 def fill(layer: TileWiseLinear, weight_NK: torch.Tensor, bias_N: torch.Tensor | None, tiles: Tiles) -> None:
-    """Writes the dense weights that are left, and where they belong, into a layer of the right sizes."""
+    """Writes the remaining dense weights and their indices into a layer of the right sizes."""
     weights = [weight_NK[outputs][:, inputs].flatten() for inputs, outputs in tiles.members]
     layer.to(weight_NK.dtype)
     if weights:

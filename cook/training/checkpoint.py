@@ -1,7 +1,7 @@
-"""Finds, loads and lists checkpoints; `saver.py` writes them.
+"""Finding, loading and listing checkpoints; `saver.py` writes them.
 
-The ranks agree on the newest checkpoint that all of them see and whose manifest holds, before anything in it is opened;
-if there have been checkpoints and none is valid, that is an error and never a silent fresh start.
+The ranks agree on the newest valid checkpoint that all of them can read, before any of its files is opened. If
+checkpoints exist and none is valid, that is an error and never a silent fresh start.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from cook.base.tensor_files import load_pt
 from cook.distill.projections import Projections
 from cook.pruning.gates import Gates
 from cook.training.engine import Engine
-from cook.training.manifest import MANIFEST, folder_of, none_to_go_on_from, recover, steps, verify
+from cook.training.manifest import MANIFEST, folder_of, no_valid_checkpoint, recover, steps, verify
 from cook.training.saver import STATE, Position, attempt
 from cook.training.shards import checkpoint_weights
 
 
 def find_checkpoint(root: Path, resume: str) -> tuple[Path, dict[str, Any]] | None:
-    """What `--resume` asks for, agreed among the ranks: `auto`, `never`, or a checkpoint's folder.
+    """Finds the checkpoint that `--resume` selects (`auto`, `never`, or a checkpoint's folder); all ranks agree on it.
 
-    Every rank compares its share of each file list with the disk: together they read each checkpoint once.
+    Every rank verifies its share of the files, so that together they read each checkpoint once.
 
     Raises:
-        UserError: on every rank; none is valid, or not the one that was named.
+        UserError: on every rank, if no checkpoint is valid or the named one is not.
     """
     if resume == "never":
         return None
@@ -46,21 +46,21 @@ def find_checkpoint(root: Path, resume: str) -> tuple[Path, dict[str, Any]] | No
     error = attempt(lambda: recover(root)) if distributed.rank() == 0 else None
     error = distributed.broadcast(error)
     if error:
-        raise UserError(f"{root}: cannot be put in order", got=error, remedy="mend the folder's permissions")
+        raise UserError(f"{root}: cannot be cleaned up", got=error, remedy="correct the folder's permissions")
     seen = distributed.gather(steps(root))
     problems = []
     for step in sorted({step for own in seen for step in own}, reverse=True):
         folder = folder_of(root, step)
         blind = [rank for rank, own in enumerate(seen) if step not in own]
-        verdict = UserError(f"{folder}: not seen by rank {blind[0]}") if blind else _verified_together(folder)
+        verdict = UserError(f"{folder}: rank {blind[0]} cannot see it") if blind else _verified_together(folder)
         if isinstance(verdict, UserError):
             problems.append(verdict.what)
             continue
         for problem in problems:
-            distributed.warn(f"{problem}; going back to {folder.name}")
+            distributed.warn(f"{problem}; using {folder.name} instead")
         point("load.found")
         return folder, verdict
-    none = distributed.broadcast(none_to_go_on_from(root, problems))
+    none = distributed.broadcast(no_valid_checkpoint(root, problems))
     if none:
         raise none
     return None
@@ -77,7 +77,7 @@ def _verified_together(folder: Path) -> dict[str, Any] | UserError:
     errors = [report for report in reports if isinstance(report, UserError)]
     if errors:
         return errors[0]
-    return verdict if len(set(reports)) == 1 else UserError(f"{folder}: not the same for all ranks")
+    return verdict if len(set(reports)) == 1 else UserError(f"{folder}: differs between ranks")
 
 
 def load_checkpoint(
@@ -89,10 +89,10 @@ def load_checkpoint(
     fingerprint: str,
     projections: Projections | None = None,
 ) -> Position:
-    """Restores engine, gates and generators from a verified checkpoint; all ranks call it together.
+    """Restores engine, gates and random generators from a verified checkpoint; all ranks call it together.
 
-    With another number of ranks or at another ZeRO stage, fp32 weights, moments, schedules and gates come back exactly
-    and the same batches follow in the same order; what is drawn by each rank (dropout) differs.
+    With another world size or another ZeRO stage, fp32 weights, moments, schedules and gates are restored exactly,
+    and the same batches follow in the same order; random numbers of each rank (dropout) differ.
 
     Raises:
         UserError: it was saved under other settings.
@@ -137,19 +137,19 @@ def _position(folder: Path, world_size: int) -> Position:
         return Position(**state, **ranks[distributed.rank()])
     if any(rank != ranks[0] for rank in ranks):
         raise UserError(
-            f"{folder}: its ranks have read different parts of the data",
+            f"{folder}: each rank has its own position in the data",
             wanted=f"{world_size} ranks",
             got=distributed.world_size(),
-            remedy="start with that many, or --resume never",
+            remedy="use that many ranks, or --resume never",
         )
     return Position(**state, **ranks[0])
 
 
 def stored_weights(folder: Path) -> Mapping[str, torch.Tensor]:
-    """The fp32 weights in a checkpoint, one of these or one that DeepSpeed alone wrote, at any ZeRO stage.
+    """The fp32 weights in a checkpoint of cook or of DeepSpeed itself, at any ZeRO stage.
 
     Raises:
-        UserError: the checkpoint has a manifest and is not what was saved; it is compared before anything is opened.
+        UserError: the checkpoint has a manifest and its files differ from it; nothing is opened before that check.
     """
     if (folder / MANIFEST).is_file():
         verify(folder)

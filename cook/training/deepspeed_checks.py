@@ -1,4 +1,4 @@
-"""What DeepSpeed would refuse in a config, found before an engine is built; and the C++ that it builds, announced."""
+"""Checks of the DeepSpeed config before an engine is built, and messages while DeepSpeed builds C++ code."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from cook.base.errors import UserError
 from cook.config.schema import shown
 
 OFFLOADED_KEYS = ("cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory")
-"""Old keys of ZeRO, which DeepSpeed rewrites only after cook has read the config."""
+"""Deprecated keys of ZeRO; DeepSpeed replaces them only after cook has read the config."""
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 FRESH = 10.0
-"""Seconds after which the holder of a lock file must be visible."""
+"""Seconds within which the process that holds a lock file must be visible."""
 LOCAL_FILE_SYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "overlay", "tmpfs")
 
 
 @cache
 def import_deepspeed() -> Any:
-    """DeepSpeed, quiet, with every build of an op announced."""
+    """Imports DeepSpeed with its log silenced and with a message for every op that it builds."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
     from deepspeed.ops.op_builder.builder import OpBuilder
 
-    # It sets its own logger up at import, and prints a page of settings at every start.
+    # It configures its logger at import, and prints a page of settings at every start.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     OpBuilder.jit_load = _announced(OpBuilder.jit_load)
     return deepspeed
@@ -48,26 +48,26 @@ def import_deepspeed() -> Any:
 
 @contextlib.contextmanager
 def refusals(deepspeed_config: Mapping[str, Any]) -> Iterator[None]:
-    """What DeepSpeed raises over the keys of the user's config while it makes an engine, as a UserError."""
+    """Turns errors that DeepSpeed raises for the user's config while it makes an engine into a UserError."""
     try:
         yield
     except (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
         keys = sorted(deepspeed_config.keys() - set(BATCH_KEYS))
         if not keys:
-            raise  # no value of the user's can have led to it
+            raise  # not caused by any value of the user's
         raise UserError(
             f"deepspeed: DeepSpeed cannot make an engine of this configuration: {_first_line(error)}",
             got=", ".join(f"deepspeed.{key}" for key in keys),
-            remedy="leave out one key after the other to find the one that it cannot use",
+            remedy="remove one key at a time to find the one that it cannot use",
         ) from error
 
 
 def deepspeed_mistakes(config: Mapping[str, Any]) -> list[UserError]:
-    """What DeepSpeed cannot use in a config whose `auto` values are filled in; each error names its key."""
+    """The errors in a config whose `auto` values are filled in; each error names its key."""
     import_deepspeed()
     zero = {"zero_optimization": config["zero_optimization"]}
     found = [*_old_keys(zero["zero_optimization"]), *_refused("zero_optimization", zero)]
-    beside = {} if found else zero  # some keys are possible at some ZeRO stages only
+    beside = {} if found else zero  # some keys are allowed at some ZeRO stages only
     found += [error for key in config.keys() - zero.keys() for error in _refused(key, {**beside, key: config[key]})]
     if not found:
         found += _refused("", dict(config))
@@ -84,7 +84,7 @@ def _refused(key: str, config: dict[str, Any]) -> Iterator[UserError]:
 
     place = f"deepspeed.{key}".rstrip(".")
     try:
-        # Its check of the batch sizes depends on the number of ranks; cook has made its own.
+        # Its check of the batch sizes depends on the world size; cook makes its own check.
         rest = {key: value for key, value in config.items() if key not in BATCH_KEYS}
         DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, **rest})
     except ValidationError as refusal:
@@ -98,7 +98,7 @@ def _refused(key: str, config: dict[str, Any]) -> Iterator[UserError]:
             yield UserError(f"{'.'.join([place, *keys])}: {what}", got=got)
     except (AttributeError, TypeError, ArithmeticError):
         yield UserError(f"{place}: DeepSpeed cannot use this value", got=shown(config.get(key)))
-    except Exception as refusal:  # whatever DeepSpeed has chosen
+    except Exception as refusal:  # DeepSpeed raises many kinds of errors
         yield UserError(f"{place}: DeepSpeed cannot use this: {_first_line(refusal)}", got=shown(config.get(key)))
 
 
@@ -106,7 +106,7 @@ def _old_keys(zero: Any) -> Iterator[UserError]:
     for key in OFFLOADED_KEYS if isinstance(zero, dict) else ():
         if key in zero:
             remedy = 'write "offload_optimizer": {"device": "cpu"} or "offload_param": {"device": "cpu"}'
-            yield UserError(f"deepspeed.zero_optimization.{key}: an old key of DeepSpeed", got=zero[key], remedy=remedy)
+            yield UserError(f"deepspeed.zero_optimization.{key}: a deprecated key", got=zero[key], remedy=remedy)
 
 
 def _precision(config: Mapping[str, Any]) -> Iterator[UserError]:
@@ -119,7 +119,7 @@ def _precision(config: Mapping[str, Any]) -> Iterator[UserError]:
                 f"deepspeed.{name}.enabled, training.precision: this device cannot train in {name}",
                 wanted=f"fp32, auto or {'bf16' if name == 'fp16' else 'fp16'}",
                 got=name,
-                remedy="choose another precision; for a run on other devices, check the config on one of them",
+                remedy="choose another precision, or check the config on the device that will run it",
             )
     dtype = "fp16" if config["fp16"]["enabled"] else "bf16" if config["bf16"]["enabled"] else "fp32"
     types = config.get("data_types", {})
@@ -130,7 +130,9 @@ def _precision(config: Mapping[str, Any]) -> Iterator[UserError]:
     ):
         if types.get(key) not in accepted:
             wanted = f"left out, or {', '.join(name for name in accepted if name)}"
-            yield UserError(f"deepspeed.data_types.{key}: does not fit", wanted=wanted, got=shown(types[key]))
+            yield UserError(
+                f"deepspeed.data_types.{key}: does not fit the precision", wanted=wanted, got=shown(types[key])
+            )
 
 
 def _zero(config: Mapping[str, Any]) -> Iterator[UserError]:
@@ -142,7 +144,7 @@ def _zero(config: Mapping[str, Any]) -> Iterator[UserError]:
         if offload.get("device") == "nvme" and not offload.get("nvme_path"):
             yield UserError(f"deepspeed.zero_optimization.{key}.nvme_path: missing", wanted="a folder on the device")
     if zero.get("legacy_stage1"):
-        yield UserError("deepspeed.zero_optimization.legacy_stage1: no longer supported", remedy="leave it out")
+        yield UserError("deepspeed.zero_optimization.legacy_stage1: no longer supported", remedy="remove it")
     if zero.get("zenflow") is not None and not offloads(zero):
         what = "deepspeed.zero_optimization.zenflow: needs the optimizer to be offloaded"
         yield UserError(what, wanted='"offload_optimizer": {"device": "cpu"}')
@@ -158,7 +160,7 @@ def _zero(config: Mapping[str, Any]) -> Iterator[UserError]:
 
 
 def _numbers(config: Mapping[str, Any]) -> Iterator[UserError]:
-    """Values that DeepSpeed's classes take as they are, and that end a run in its middle."""
+    """Values that DeepSpeed's classes accept without a check and that would stop a run later."""
     from deepspeed.utils.logging import log_levels
 
     def whole(value: Any) -> bool:
@@ -187,7 +189,7 @@ def _numbers(config: Mapping[str, Any]) -> Iterator[UserError]:
         for key in keys[:-1]:
             node = node.get(key, {})
         if keys[-1] in node and not fits(node[keys[-1]]):
-            yield UserError(f"deepspeed.{'.'.join(keys)}: not usable", wanted=wanted, got=shown(node[keys[-1]]))
+            yield UserError(f"deepspeed.{'.'.join(keys)}: not a valid value", wanted=wanted, got=shown(node[keys[-1]]))
 
 
 def _monitors(config: Mapping[str, Any]) -> Iterator[UserError]:
@@ -198,7 +200,7 @@ def _monitors(config: Mapping[str, Any]) -> Iterator[UserError]:
 
 
 def _optimizer(config: Mapping[str, Any]) -> Iterator[UserError]:
-    """The optimizer of the config, tried on two small parameters where torch has it, else by its arguments."""
+    """Checks the optimizer: tries it on two small parameters if torch has it, else checks its arguments."""
     from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
@@ -215,7 +217,7 @@ def _optimizer(config: Mapping[str, Any]) -> Iterator[UserError]:
     values = dict(section.get("params") or {})
     if "max_grad_norm" in values:
         remedy = "write gradient_clipping"
-        yield UserError("deepspeed.optimizer.params.max_grad_norm: not a key of DeepSpeed's", remedy=remedy)
+        yield UserError("deepspeed.optimizer.params.max_grad_norm: not a key of DeepSpeed", remedy=remedy)
         return
     made: Callable[..., Any] | None = getattr(torch.optim, name, None)
     ops = optimizer_ops(config)
@@ -234,7 +236,7 @@ def _optimizer(config: Mapping[str, Any]) -> Iterator[UserError]:
     for op in ops:
         yield from _unbuildable(op, name)
     if made is not None and (tried := _tried(made, values)) is not None:
-        yield UserError(f"deepspeed.optimizer: {name} cannot be made: {tried}", got=shown(values))
+        yield UserError(f"deepspeed.optimizer: {name} cannot be created: {tried}", got=shown(values))
     elif made is not None and zero["stage"] and not ops and made not in ZERO_SUPPORTED_OPTIMIZERS:
         if not config.get("zero_allow_untested_optimizer"):
             remedy = 'set "zero_allow_untested_optimizer": true, or choose AdamW'
@@ -242,7 +244,7 @@ def _optimizer(config: Mapping[str, Any]) -> Iterator[UserError]:
 
 
 def _scheduler(config: Mapping[str, Any]) -> Iterator[UserError]:
-    """The scheduler of the config, tried on a small optimizer."""
+    """Checks the scheduler: tries it on a small optimizer."""
     from deepspeed.runtime import lr_schedules
 
     section = config.get("scheduler", {})
@@ -263,7 +265,7 @@ def _scheduler(config: Mapping[str, Any]) -> Iterator[UserError]:
     made = known[name]
     tried = _tried(lambda params, **values: made(torch.optim.AdamW(params), **values), section["params"])
     if tried is not None:
-        yield UserError(f"{place}: {name} cannot be made: {tried}", got=shown(section["params"]))
+        yield UserError(f"{place}: {name} cannot be created: {tried}", got=shown(section["params"]))
 
 
 def _classes(module: Any, base: type) -> dict[str, Any]:
@@ -272,7 +274,7 @@ def _classes(module: Any, base: type) -> dict[str, Any]:
 
 
 def _tried(make: Callable[..., Any], values: Mapping[str, Any]) -> str | None:
-    """What goes wrong where an optimizer or a scheduler is made and makes a step; None if nothing does."""
+    """The error of creating an optimizer or scheduler and making one step; None if there is none."""
     parameters = [torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))]
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
@@ -280,7 +282,7 @@ def _tried(make: Callable[..., Any], values: Mapping[str, Any]) -> str | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             make(parameters, **values).step()
-    except Exception as error:  # a user's value may lead to any
+    except Exception as error:  # a user's value may cause any error
         return _first_line(error)
     return None
 
@@ -291,7 +293,7 @@ def offloads(zero: Mapping[str, Any]) -> bool:
 
 
 def optimizer_ops(config: Mapping[str, Any]) -> list[str]:
-    """Builders of the C++ that the optimizer of a config needs."""
+    """Names of the C++ ops that the optimizer of a config needs."""
     section = config.get("optimizer", {})
     offloaded, name = offloads(config["zero_optimization"]), str(section.get("type")).lower()
     if name in ("adam", "adamw", "muon") and not (section.get("params") or {}).get("torch_adam"):
@@ -306,7 +308,7 @@ def _unbuildable(op: str, name: str) -> Iterator[UserError]:
     from deepspeed.git_version_info import installed_ops
     from torch.utils import cpp_extension
 
-    remedy = 'leave "optimizer" and "offload_optimizer" out: cook then uses AdamW of torch'
+    remedy = 'remove "optimizer" and "offload_optimizer": cook then uses torch\'s AdamW'
     builder = get_accelerator().create_op_builder(op)
     if builder is None or type(builder).__name__ == "NotImplementedBuilder":
         yield UserError(f"deepspeed.optimizer.type: DeepSpeed has no {name} for this device", got=name, remedy=remedy)
@@ -315,26 +317,26 @@ def _unbuildable(op: str, name: str) -> Iterator[UserError]:
         if torch.cuda.is_available() and cpp_extension.CUDA_HOME is None:
             missing.append("CUDA's toolkit (nvcc)")
         if missing:
-            what = f"deepspeed.optimizer.type: {name} is C++ that has to be built first, and {missing[0]} is missing"
+            what = f"deepspeed.optimizer.type: {name} is C++ code that must be built first, and {missing[0]} is missing"
             yield UserError(what, wanted="a C++ compiler and ninja, for GPUs also nvcc", remedy=remedy)
 
 
 def _announced(jit_load: Callable[..., Any]) -> Callable[..., Any]:
-    """`OpBuilder.jit_load` that says what it builds, and does not wait for a process that is gone."""
+    """`OpBuilder.jit_load` that prints what it builds and does not wait for a process that has ended."""
 
     def load(builder: Any, verbose: bool = True) -> Any:
-        del verbose  # its own words are for those who develop the op
+        del verbose  # its own output is for developers of the op
         library, start = _library(builder.name), time.monotonic()
         _await_lock(library.parent / "lock", builder.name)
         new = not library.exists()
         if new:
-            _say(f"building DeepSpeed's {builder.name} (C++): once for this machine, usually one to three minutes")
+            _say(f"building DeepSpeed's {builder.name} (C++): once per machine, usually one to three minutes")
         try:
             made = jit_load(builder, verbose=False)
-        except Exception as error:  # a compiler, a linker, a file system: torch and DeepSpeed have a class for each
+        except Exception as error:  # compiler, linker, file system: each has its own class of errors
             raise UserError(
                 f"deepspeed.optimizer: DeepSpeed's {builder.name} could not be built: {_first_line(error)}",
-                remedy=f'see {library.parent}, or leave "optimizer" out: cook then uses AdamW of torch',
+                remedy=f'see {library.parent}, or remove "optimizer": cook then uses AdamW of torch',
             ) from error
         if new:
             _say(f"built {builder.name} in {time.monotonic() - start:.0f} s: {library}")
@@ -344,15 +346,15 @@ def _announced(jit_load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _await_lock(lock: Path, name: str) -> None:
-    """Waits while another process builds the same op; the lock of one that was killed is removed.
+    """Waits while another process builds the same op; removes the lock of a process that was killed.
 
-    torch holds its lock file open as long as it builds, and waits for one without an end.
+    torch keeps its lock file open while it builds, and waits for an existing lock file without a timeout.
     """
     asked = False
     while True:
         handle = os.open(lock.parent, os.O_RDONLY)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)  # two ranks must not both find it and remove the other's new one
+            fcntl.flock(handle, fcntl.LOCK_EX)  # two ranks must not both find it and remove each other's new lock
             if not lock.exists():
                 return
             holder = _holder(lock)
@@ -362,7 +364,7 @@ def _await_lock(lock: Path, name: str) -> None:
                         _say(f"waiting for {lock}: if no machine builds {name}, remove this file")
                     asked = True
                 else:
-                    _say(f"removing {lock}: the process that was building {name} is gone")
+                    _say(f"removing {lock}: the process that was building {name} has ended")
                     lock.unlink()
                     return
             elif holder is not None and not asked:
@@ -376,19 +378,19 @@ def _await_lock(lock: Path, name: str) -> None:
 
 
 def _holder(lock: Path) -> int | None:
-    """The process of this machine that has the file open."""
+    """The process on this machine that has the file open."""
     real = os.path.realpath(lock)
     for entry in Path("/proc").glob("[0-9]*/fd/*"):
         try:
             if os.readlink(entry) == real:
                 return int(entry.parts[2])
         except OSError:
-            continue  # ended meanwhile, or another user's
+            continue  # the process has ended, or belongs to another user
     return None
 
 
 def _is_local(path: Path) -> bool:
-    """Whether only this machine can hold a file there; False where nobody can know."""
+    """Whether only this machine can open a file there; False if that is unknown."""
     device = path.stat().st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
     try:
@@ -406,7 +408,7 @@ def _library(name: str) -> Path:
 
 
 def _is_built(name: str) -> bool:
-    """As `_library` says, without making its folder."""
+    """Whether `_library` exists, without creating its folder."""
     from torch.utils import cpp_extension
 
     root = os.environ.get("TORCH_EXTENSIONS_DIR")

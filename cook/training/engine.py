@@ -1,4 +1,4 @@
-"""The only file that runs DeepSpeed: builds an engine, reads and writes its weights and checkpoints."""
+"""The DeepSpeed engine: building it, and reading and writing its weights and checkpoints."""
 
 from __future__ import annotations
 
@@ -32,46 +32,46 @@ from cook.training.watch import NormWatch, reserve_state
 
 
 def initialise_processes(threads: int | None, meeting: Meeting | None = None) -> None:
-    """Makes the process group (of a single rank without a launcher) and sets the CPU threads of this rank.
+    """Creates the process group (a single rank without a launcher) and sets the CPU threads of this rank.
 
     Args:
-        threads: CPU threads; None shares the cores among the ranks of this machine.
-        meeting: Of all ranks, where they have met already.
+        threads: CPU threads per rank; None divides the cores among the ranks of this machine.
+        meeting: The rendezvous of all ranks, if it has already taken place.
     """
     os.environ.setdefault("LOCAL_RANK", "0")
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_ranks))
     deepspeed = import_deepspeed()
-    # DeepSpeed calls what torch has renamed, thousands of times.
+    # DeepSpeed calls deprecated functions of torch, thousands of times.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
     if torch.cuda.is_available():
         torch.cuda.set_device(distributed.local_rank())
     else:
-        # Its own collectives for CPUs would be compiled first, a minute and a compiler that a laptop may not have;
-        # gloo does the same.
+        # DeepSpeed's own CPU collectives would be compiled first: that takes a minute and a compiler;
+        # gloo computes the same.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # The others wait in a collective while the first rank tokenises a corpus or hashes a checkpoint.
+    # The other ranks wait in a collective while the first rank tokenises a corpus or hashes a checkpoint.
     backend, patience = "nccl" if torch.cuda.is_available() else "gloo", timedelta(hours=3)
     join(backend, meeting or meet(), patience)
     deepspeed.init_distributed(dist_backend=backend, timeout=patience, verbose=False)
 
 
 def leave_processes() -> None:
-    """Leaves the process group: a rank that ends without it is aborted while its connections still work."""
+    """Destroys the process group; without this a rank that ends is aborted while its connections still work."""
     if distributed.is_on():
         torch.distributed.destroy_process_group()
 
 
 class Engine:
-    """A model under DeepSpeed, with just the calls that the step, the loop and the checkpoints make.
+    """A model under DeepSpeed, with the calls that the step, the loop and the checkpoints need.
 
     Args:
-        build: Makes the model, freshly initialised.
-        weights: Tensors to start from, read one at a time; None leaves the fresh ones.
+        build: Builds the model, freshly initialised.
+        weights: Initial tensors, read one at a time; None keeps the fresh ones.
         training: The stage's training section.
         deepspeed_config: The user's config, `auto` values included.
-        make_optimizer: Makes the optimizer where the DeepSpeed config names none.
-        call_form: Of the model.
+        make_optimizer: Creates the optimizer if the DeepSpeed config names none.
+        call_form: Converts a batch to the model's arguments.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Engine:
         self.on_gradients: Callable[[], None] | None = None
         """Called before every update, when `full_gradients` can be read."""
         if self.zero_stage == 0 and self.precision == "fp32":
-            # Here DeepSpeed neither tells the gradient's norm nor stops at one that is not finite.
+            # At this stage DeepSpeed does not report the gradient's norm and applies gradients that are not finite.
             self._clip, self.config["gradient_clipping"] = self.config["gradient_clipping"], 0.0
         self._frozen = weights if weights is not None and not training.train_weights else None
 
@@ -131,7 +131,7 @@ class Engine:
         self._watch = NormWatch(self._engine.optimizer, self.zero_stage)
         self._writer = ShardWriter(_stored_classes())
         self._engine.checkpoint_engine = self._writer
-        # The copy of its tools in every checkpoint: a write of its own, whose failure would leave the ranks apart.
+        # DeepSpeed copies a script into every checkpoint; if that write failed, the ranks would diverge.
         self._engine._copy_recovery_script = lambda *_: None
 
     def _partitioned(self, build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
@@ -142,7 +142,7 @@ class Engine:
         return "optimizer" in self.config
 
     def _load_masters(self, weights: Mapping[str, torch.Tensor]) -> None:
-        # The engine made its fp32 masters from parameters that had been rounded to half precision.
+        # The engine created its fp32 masters from parameters that were rounded to half precision.
         for name, parameter in self._trained():
             self._partitions.set_optimized(parameter, weights[name])
 
@@ -156,23 +156,23 @@ class Engine:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights in the forward pass."""
+        """Type of the weights in the forward pass."""
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
 
     @property
     def layout(self) -> dict[str, Any]:
-        """What a checkpoint's files depend on beside the number of ranks."""
+        """The settings that a checkpoint's files depend on besides the world size."""
         optimizer = self.config.get("optimizer", {}).get("type", "AdamW")
         return {"zero_stage": self.zero_stage, "precision": self.precision, "optimizer": optimizer}
 
     @property
     def loss_scale(self) -> float:
-        """The factor on all gradients before the optimizer unscales them; 1 but for fp16."""
+        """The factor on all gradients before the optimizer unscales them; 1 except for fp16."""
         return float(getattr(self._engine.optimizer, "loss_scale", 1.0)) if self.precision == "fp16" else 1.0
 
     @property
     def can_rescale(self) -> bool:
-        """Whether an overflow may only mean that fp16's loss scale has to fall further."""
+        """Whether an overflow may only mean that fp16's loss scale has to decrease further."""
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         return self.precision == "fp16" and self.loss_scale > getattr(scaler, "min_scale", self.loss_scale)
 
@@ -180,10 +180,10 @@ class Engine:
         return self._engine(**self._call_form(inputs))
 
     def ask(self, **inputs: Any) -> Any:
-        """Another pass of the same weights between a forward and its backward: without gradients and dropout.
+        """Runs a second forward pass between a forward and its backward pass, without gradients and dropout.
 
-        It goes past the hooks of the whole model, in which ZeRO-3 sees the beginning of a new step: so both passes and
-        the backward pass are one sequence to it, which it fetches ahead when it comes again.
+        It bypasses the hooks of the whole model, by which ZeRO-3 recognises a new step. So ZeRO-3 sees both forward
+        passes and the backward pass as one sequence, which it prefetches from the second time on.
         """
         training = self.module.training
         self.module.eval()
@@ -198,17 +198,17 @@ class Engine:
         self._engine.backward(loss)
 
     def step(self, limit: float = math.inf) -> bool:
-        """Ends a micro-batch; at the accumulation boundary updates the weights. Returns whether it did.
+        """Ends a micro-batch; updates the weights at the accumulation boundary. Returns whether it did.
 
         Args:
-            limit: Weights, moments and the engine's scheduler are left alone, and the gradients are dropped, where the
-                global norm of the gradient is above this or not finite; negative: whatever the gradient is.
+            limit: If the global norm of the gradient is above this or not finite, the gradients are dropped, and
+                weights, moments and the engine's scheduler do not change. Negative: always.
         """
         self._watch.begin(limit, self.loss_scale)
         if self.on_gradients is not None and limit >= 0 and self._engine.is_gradient_accumulation_boundary():
             self.on_gradients()
         if self._clip is not None and self._engine.is_gradient_accumulation_boundary():
-            # A bound of infinity leaves the gradient as it is.
+            # A bound of infinity does not change the gradient.
             bound = self._clip or math.inf
             norm = float(torch.nn.utils.clip_grad_norm_(self.module.parameters(), bound))
             if not self._watch.accepts(norm):
@@ -234,9 +234,9 @@ class Engine:
         return self._watch.norm
 
     def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every weight whole on the CPU, one after the other; all ranks must go through it together.
+        """Yields every weight, whole and on the CPU, one by one; all ranks must iterate together.
 
-        In fp32, or where weights were not trained just as they were stored.
+        Weights are fp32; weights that were not trained keep their stored type.
         """
         for name, parameter in self.module.named_parameters():
             if self._frozen is not None:
@@ -247,9 +247,9 @@ class Engine:
         yield from ((name, buffer.cpu()) for name, buffer in self.module.named_buffers() if name in stored)
 
     def full_gradients(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Gradients of whole parameters before clipping: of the whole batch, unscaled, averaged over ranks, in fp32.
+        """Yields gradients of whole parameters before clipping: of the whole batch, unscaled, rank averages, fp32.
 
-        They are there between a step's last backward and its update (`on_gradients`); all ranks read them together.
+        They exist between a step's last backward pass and its update (`on_gradients`); all ranks read them together.
         """
         parameters = dict(self.module.named_parameters())
         for name in names:
@@ -257,11 +257,11 @@ class Engine:
             yield name, gradient.detach().float().cpu() / self.loss_scale
 
     def hold_zeros(self, masks: Mapping[str, torch.Tensor], *, gradients_only: bool = False) -> None:
-        """Sets weights to 0 and keeps them exactly there, whatever the optimizer, over checkpoints too.
+        """Sets weights to 0 and keeps them at exactly 0, with any optimizer and across checkpoints.
 
         Args:
-            masks: By parameter name, true (or 1) what stays.
-            gradients_only: Only shut off their gradients, and let weight decay and moments move them.
+            masks: By parameter name; true (or 1) where a weight is kept.
+            gradients_only: Only set their gradients to 0, and let weight decay and moments change them.
         """
         zeros = HeldZeros(dict(self.module.named_parameters()), masks, self._optimizer, self._partitions.gathered)
         if not gradients_only:
@@ -269,16 +269,16 @@ class Engine:
             self._zeros = zeros
 
     def model_config(self) -> dict[str, Any]:
-        """The model's config.json, for a checkpoint to be complete."""
+        """The model's config.json, to be stored in a checkpoint."""
         return json.loads(self.module.config.to_json_string(use_diff=False))  # type: ignore[union-attr, operator]
 
     def save(self, folder: Path) -> list[Path]:
         """Writes weights and optimizer states of all ranks into `folder/engine`; all ranks call it.
 
-        Returns: the files that this rank has written.
+        Returns: The files that this rank wrote.
 
         Raises:
-            RunFailed: this rank could not write; only after all ranks have come through.
+            RunFailed: this rank could not write; raised only after all ranks have finished.
         """
         self._writer.begin()
         self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
@@ -287,15 +287,15 @@ class Engine:
         return list(self._writer.written)
 
     def load(self, folder: Path) -> None:
-        """Reads what `save` wrote with the same number of ranks and the same `layout`."""
+        """Loads what `save` wrote with the same world size and the same `layout`."""
         path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
         if path is None:
             raise UserError(f"{folder}: DeepSpeed could not load this checkpoint", remedy="start with --resume never")
 
     def load_resharded(self, folder: Path) -> None:
-        """Reads what `save` wrote with another number of ranks or at another ZeRO stage; all ranks call it.
+        """Loads what `save` wrote with another world size or at another ZeRO stage; all ranks call it.
 
-        Every rank reads the files of all: the fp32 masters, the optimizer's moments and counters come back exactly.
+        Every rank reads the files of all ranks. fp32 masters, optimizer moments and counters are restored exactly.
         """
         shards, trained = Shards(folder), self._trained()
         if self._frozen is None:
@@ -324,24 +324,24 @@ class Engine:
             setattr(self._engine, counter, model[counter])
 
     def close(self) -> None:
-        """Frees the engine's hooks and buffers, for another stage in the same process."""
+        """Frees the engine's hooks and buffers, so that another stage can run in the same process."""
         self._engine.destroy()
 
 
 def write_gathered(engine: Engine, write: Callable[[Iterator[tuple[str, torch.Tensor]]], None]) -> None:
-    """Lets the first rank write the full weights; all ranks call it.
+    """Writes the full weights on the first rank; all ranks call it.
 
     Raises:
-        RunFailed: on every rank, if `write` could not.
+        RunFailed: on every rank, if `write` fails.
     """
     weights = engine.full_weights()
     failure: Exception | None = None
     if distributed.rank() == 0:
         try:
             write(weights)
-        except Exception as error:  # told to all below, by on_first_rank
+        except Exception as error:  # raised on all ranks below, by on_first_rank
             failure = error
-    for _ in weights:  # every rank takes part in gathering each tensor, also one that cannot write them
+    for _ in weights:  # every rank takes part in gathering each tensor, even if it cannot write
         pass
 
     def tell() -> None:
@@ -352,7 +352,7 @@ def write_gathered(engine: Engine, write: Callable[[Iterator[tuple[str, torch.Te
 
 
 def _stored_classes() -> tuple[Any, ...]:
-    """In the order of `shards.CLASSES`."""
+    """DeepSpeed's classes in the order of `shards.CLASSES`."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

@@ -1,8 +1,8 @@
-"""Watches over steps that must not be applied: values that are not finite, and spikes.
+"""Detection of steps that must not be applied: values that are not finite, and spikes.
 
-A step is a global batch. One that is not applied is over all the same: its batch has been read and the next step reads
-the next one, so the data of a run do not depend on what was skipped. The schedules stand still: the learning rate and
-the gates' targets go by the number of updates, which only an applied step moves.
+A step reads one global batch. A step that is not applied still counts: its batch has been read and the next step reads
+the next one, so the data of a run do not depend on which steps were skipped. The schedules do not advance: the learning
+rate and the gates' targets depend on the number of updates, which only applied steps increase.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cook.training.step import Limits, StepResult
 
 
 class BadSteps(RunFailed):
-    """So many steps in a row could not be applied that the run ends; nothing of them was."""
+    """Too many steps in a row could not be applied, so the run ends; none of them changed anything."""
 
     def __init__(self, step: int, problem: str, in_a_row: int, checkpoint: Path | None):
         self.step = step
@@ -28,17 +28,17 @@ class BadSteps(RunFailed):
         super().__init__(
             f"step {step}: {problem}{rows}\n"
             f"  last good checkpoint: {checkpoint or 'none yet'}\n"
-            "  remedy: lower the learning rate, or look at the batches named above; to skip more of them raise "
+            "  remedy: lower the learning rate, or inspect the batches named above; to skip more of them, raise "
             "training.max_bad_steps; then start again"
         )
 
 
 class Guard:
-    """Counts the steps in a row that were not applied, and knows what a spike is.
+    """Counts consecutive steps that were not applied, and detects spikes.
 
     Args:
         training: The stage's training section.
-        state: What `state_dict` gave, of a run that is gone on with.
+        state: The `state_dict` of the run that is resumed.
     """
 
     def __init__(self, training: TrainingConfig, state: Mapping[str, Any]):
@@ -47,7 +47,7 @@ class Guard:
         self._recent: deque[float] = deque(state.get("recent", ()), maxlen=training.spike_window)
 
     def limits(self) -> Limits:
-        """What the next step may show at most."""
+        """The limits of the next step's loss and gradient norm."""
         bound = self._spike() if self._training.spike in ("skip", "stop") else math.inf
         return Limits(loss=bound) if self._training.spike_measure == "loss" else Limits(norm=bound)
 
@@ -57,16 +57,16 @@ class Guard:
         return self._training.spike_factor * statistics.median(self._recent)
 
     def after(self, result: StepResult, norm: float | None) -> tuple[str | None, bool]:
-        """Takes note of a step and the norm of its gradient.
+        """Records a step and the norm of its gradient.
 
-        Returns: what to say about it, if anything, and whether the run must end.
+        Returns: A message about the step, if any, and whether the run must end.
         """
         training = self._training
         if result.problem:
             self._in_a_row += 1
             stops = result.spike and training.spike == "stop"
             return result.problem, stops or self._in_a_row >= training.max_bad_steps
-        if not result.applied:  # fp16 seeks its loss scale
+        if not result.applied:  # fp16 is still adjusting its loss scale
             return None, False
         self._in_a_row = 0
         if training.spike == "off":
@@ -85,5 +85,5 @@ class Guard:
         return BadSteps(step, problem, self._in_a_row, checkpoint)
 
     def state_dict(self) -> dict[str, Any]:
-        """A few JSON numbers, the same on every rank."""
+        """A few numbers for JSON, the same on every rank."""
         return {"in_a_row": self._in_a_row, "recent": list(self._recent)}

@@ -1,4 +1,4 @@
-"""Pruned weights that stay exactly 0: in the weights, in their fp32 masters, in the gradients, in the moments."""
+"""Keeps pruned weights exactly 0: in the weights, their fp32 masters, the gradients and the moments."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any
 import torch
 
 ELEMENTWISE = frozenset({"Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam", "SGD", "Lion", "FusedLion", "Adagrad"})
-"""Optimizers that leave a weight of 0 with a gradient of 0 and moments of 0 where it is."""
+"""Optimizers that do not change a weight of 0 whose gradient and moments are 0."""
 
 Gathered = Callable[..., AbstractContextManager[Any]]
 
 
 class HeldZeros:
-    """Masks at work on the parameters of an engine, at any ZeRO stage.
+    """Applies masks to the parameters of an engine, at any ZeRO stage.
 
-    The gradients are cut off where they arise, before any reduction, clipping or sharding, so the moments of pruned
-    entries never leave 0 and an elementwise optimizer never moves them; after another one `restore` cuts the weights.
+    The gradients are set to 0 where they are computed, before any reduction, clipping or sharding. So the moments of
+    pruned entries stay 0 and an elementwise optimizer never changes them; for others, `restore` resets the weights.
 
     Args:
-        parameters: Of the engine's module, by name.
-        masks: By name, true what stays; on every rank the same.
-        optimizer: The engine's.
-        gathered: Makes a parameter whole for a while (ZeRO 3).
+        parameters: The parameters of the engine's module, by name.
+        masks: By name; true where a weight is kept; the same on every rank.
+        optimizer: The engine's optimizer.
+        gathered: A context in which a parameter is whole (ZeRO 3).
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class HeldZeros:
 
     @property
     def can_be_left(self) -> bool:
-        """Whether the optimizer might move a weight of 0 whose gradient and moments are 0."""
+        """Whether the optimizer might change a weight of 0 whose gradient and moments are 0."""
         return type(self._base).__name__ not in ELEMENTWISE
 
     @torch.no_grad()
@@ -66,7 +66,7 @@ class HeldZeros:
                     value.masked_fill_(pruned, 0.0)
 
     def _cut_sharded(self, parameter: Any, pruned: torch.Tensor) -> None:
-        """ZeRO 3: this rank's flat piece of the master and of every moment."""
+        """ZeRO 3: resets this rank's flat piece of the master and of every moment."""
         engine = parameter._z3_optimizer
         moments = {key for state in self._base.state.values() for key, v in state.items() if _is_moment(v)}
         for key in (None, *sorted(moments)):
@@ -79,7 +79,7 @@ class HeldZeros:
 
 
 def _cut_fragment(parameter: Any, pruned: torch.Tensor) -> None:
-    """ZeRO 1 and 2: the part of the flat master, and of the moments, that this rank holds of the parameter."""
+    """ZeRO 1 and 2: resets this rank's part of the parameter in the flat master and in the moments."""
     mapping = parameter._hp_mapping
     address = mapping.lp_fragment_address
     mine = pruned.flatten()[address.start :][: address.numel]

@@ -1,4 +1,4 @@
-"""Lists or verifies checkpoints: `python -m cook.training.checkpoint ls|verify DIR`."""
+"""Listing and verifying checkpoints: `python -m cook.training.checkpoint ls|verify DIR`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cook.training.manifest import MANIFEST, folder_of, looks_whole, read_manife
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; exit code 1 if `verify` finds a checkpoint that is not what was saved."""
+    """Runs the command; exit code 1 if `verify` finds a damaged checkpoint."""
     parser = argparse.ArgumentParser(prog="python -m cook.training.checkpoint", description=__doc__)
     parser.add_argument("command", choices=["ls", "verify"], help="list; or compare every file with the manifest")
     parser.add_argument("folder", metavar="DIR", help="a checkpoint, a stage's checkpoints, or a run's output folder")
@@ -26,10 +26,10 @@ def main(arguments: list[str] | None = None) -> int:
     for folder in folders:
         try:
             files = len(verify(folder)["files"])
-            print(f"{folder}: whole, {files} files")
+            print(f"{folder}: complete, {files} files")
         except UserError as error:
             problems += 1
-            print(f"{folder}: NOT whole: {error.what}")
+            print(f"{folder}: DAMAGED: {error.what}")
     return EXIT_FAILED if problems else EXIT_OK
 
 
@@ -39,7 +39,7 @@ def _checkpoints(folder: Path) -> list[Path]:
     roots = [folder, folder / "checkpoints", *sorted(folder.glob("*/checkpoints"))]
     found = [folder_of(root, step) for root in roots if root.is_dir() for step in steps(root)]
     if not found:
-        raise UserError(f"{folder}: no checkpoints here", wanted="step-<n>, a folder of them, or a run's output folder")
+        raise UserError(f"{folder}: no checkpoints", wanted="step-<n>, a folder of them, or a run's output folder")
     return found
 
 
@@ -63,5 +63,5 @@ def _row(folder: Path) -> dict[str, str]:
         "ranks": str(manifest["world_size"]),
         "layout": ", ".join(f"{key} {value}" for key, value in manifest["layout"].items()),
         "size": f"{human_count(sum(entry['size'] for entry in manifest['files'].values()))}B",
-        "state": "all files there" if looks_whole(folder) else "damaged: a file is missing or of another size",
+        "state": "complete" if looks_whole(folder) else "damaged: a file is missing or has another size",
     }

@@ -1,4 +1,4 @@
-"""The training loop: every stage, masks or none, goes through this one."""
+"""The training loop of every stage."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ from cook.training.task_loss import TaskLoss, token_loss
 
 
 class Batches(Protocol):
-    """What the loop needs of a data loader: the batch of any step, counted from 0, and a state of a few numbers."""
+    """The data loader as the loop uses it: the batch of any step, counted from 0, and a small state."""
 
     def micro_batches(self, step: int, rank: int, world_size: int, micro_batch_size: int) -> Sequence[Batch]: ...
 
     def num_targets(self, step: int) -> int: ...
 
     def sample_ids(self, step: int, rank: int = 0, world_size: int = 1) -> list[str]:
-        """The names of what a rank reads in a step."""
+        """The names of the samples that a rank reads in a step."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Where to read on after the step that was read last, as JSON; the same on every rank."""
+        """The position after the last step that was read, as JSON; the same on every rank."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
@@ -62,17 +62,17 @@ class Run:
     task_loss: TaskLoss = token_loss
     extra_loss: ExtraLoss | None
     projections: Projections | None = None
-    """What `extra_loss` learns itself."""
+    """The projections that `extra_loss` learns."""
     checkpoints: Path
     saves: bool = True
-    """False: nothing is saved, for a run that is short and starts over."""
+    """False: no checkpoints, for a short run that starts over if it is interrupted."""
     fingerprint: str
     on_save: Callable[[], None]
-    """Called after each checkpoint, on every rank: writes the masks as they stand."""
+    """Called after each checkpoint, on every rank; writes the current masks."""
     at: At = lambda _step, _phase: None
-    """Told of every step and save as it begins, for a watchdog."""
+    """Called at the start of every step and save, for a watchdog."""
     unit: str = "tok"
-    """What the loader's targets are, for the speed that is shown."""
+    """Name of the loader's targets, for the displayed speed."""
     after_step: Callable[[int], None] = lambda _step: None
     """Called after each step, on every rank."""
 
@@ -82,7 +82,7 @@ def train(run: Run, start: Position, log: EventLog) -> Position:
 
     Raises:
         Interrupted: after a signal, once a checkpoint is published.
-        BadSteps: too many steps in a row could not be applied.
+        BadSteps: too many consecutive steps could not be applied.
         RunFailed: a checkpoint could not be written.
     """
     training, position = run.training, start
@@ -128,9 +128,9 @@ def train(run: Run, start: Position, log: EventLog) -> Position:
                 begun = folder_of(run.checkpoints, start.step) if start.step and run.saves else None
                 raise guard.failure(step, note, saver.newest or begun)
             if Request.SETTLE in result.asked:
-                saver.wait()  # raises what failed
+                saver.wait()  # raises if the save failed
             run.after_step(step)
-            # What came during the last step itself has not been heard by it, and the stage after must not begin.
+            # The last step does not see a signal that came during it, and the next stage must not begin.
             asked = result.asked | (_of_any_rank(signals.take()) if step == training.steps else Request.NOTHING)
             due = asked or step == training.steps or (training.save_every and step % training.save_every == 0)
             if due and run.saves:
@@ -141,8 +141,10 @@ def train(run: Run, start: Position, log: EventLog) -> Position:
                 saver.save(run.engine, run.gates, whole, also=run.on_save, projections=run.projections)
             if Request.STOP in asked:
                 saver.wait()
-                kept = f"saved step {step} of {training.steps}" if run.saves else "starts over"
-                raise Interrupted(f"{run.name} {kept}; the same command goes on from there")
+                kept = f"saved step {step} of {training.steps}" if run.saves else "saved nothing"
+                raise Interrupted(
+                    f"{run.name} {kept}; run the same command to {'resume' if run.saves else 'start over'}"
+                )
         run.at(position.step, "saving")
     return position
 
@@ -152,7 +154,7 @@ def _of_any_rank(asked: Request) -> Request:
 
 
 class _Meter:
-    """Tokens a second since the last reading, and the share of that time spent waiting for data."""
+    """Tokens per second since the last reading, and the share of that time spent waiting for data."""
 
     def __init__(self, tokens: int):
         self._tokens, self._time = tokens, time.perf_counter()
@@ -211,7 +213,7 @@ def _report(
         named = distributed.gather(run.batches.sample_ids(step - 1, rank, world))
         record["samples"] = samples = {str(number): ids for number, ids in enumerate(named)}
         read = "; ".join(f"rank {rank}: {' '.join(map(str, ids))}" for rank, ids in samples.items())
-        distributed.warn(f"{run.name} step {step}: {note}; samples of {read}")
+        distributed.warn(f"{run.name} step {step}: {note}; samples read by {read}")
     loss = result.loss if math.isfinite(result.loss) else None
     progress.update(step, loss=loss, tokens_per_second=meter.rate, expected=expected, target=target)
     if due:

@@ -1,7 +1,7 @@
-"""A folder of checkpoints: which there are, which are whole, how one is published and how old ones go.
+"""A folder of checkpoints: listing, verifying, publishing and removing them.
 
-A checkpoint is a folder `step-<n>` whose manifest names every file with its size and SHA-256. It appears by a rename,
-so it is there whole or not at all; `latest` names the newest for people and other tools, and is never followed here.
+A checkpoint is a folder `step-<n>` whose manifest lists every file with its size and SHA-256. It appears by a rename,
+so it is complete or absent. `latest` names the newest for people and other tools, and is never used here.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MANIFEST_TYPES = {
     "digest": str,
 }
 SCRATCH, ASIDE, REMOVED = "tmp-", "tmp-replaced-", "tmp-removed-"
-"""How the names of folders begin that are being written, replaced, deleted."""
+"""Prefixes of the names of folders that are being written, replaced or deleted."""
 
 
 def steps(root: Path) -> list[int]:
@@ -46,7 +46,7 @@ def folder_of(root: Path, step: int) -> Path:
 
 
 def file_entry(path: Path) -> dict[str, Any]:
-    """A file's place in a manifest, once its content is on the disk: the disk and the processor work side by side."""
+    """A file's entry in a manifest; flushes the file to the disk while it is hashed."""
     with ThreadPoolExecutor(1) as beside:
         flushed = beside.submit(_flush, path)
         entry = {"size": path.stat().st_size, "sha256": sha256(path)}
@@ -60,19 +60,19 @@ def _flush(path: Path) -> None:
 
 
 def seal(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """A manifest with the digest of all else that it says: it is a file too, and may be damaged like the others."""
+    """Adds to a manifest the digest of its own content, so that damage to the manifest itself is detected."""
     said = {key: value for key, value in manifest.items() if key != "digest"}
     return {**said, "digest": hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()}
 
 
 def publish(scratch: Path, final: Path, manifest: Mapping[str, Any], *, keep: int) -> None:
-    """Makes a written folder the checkpoint `final`, then lets the oldest ones beyond `keep` go.
+    """Renames a written folder to the checkpoint `final`, then removes the oldest checkpoints beyond `keep`.
 
     Args:
-        scratch: The folder, every file of it on the disk.
-        final: Its name from now on.
-        manifest: What `MANIFEST_TYPES` lists, but for the digest.
-        keep: How many of the newest checkpoints stay; at least the new one does.
+        scratch: The written folder; all its files are on the disk.
+        final: The name of the checkpoint.
+        manifest: The fields of `MANIFEST_TYPES` except the digest.
+        keep: The number of checkpoints to keep; the new one is always kept.
     """
     write_atomically(scratch / MANIFEST, json.dumps(seal(manifest), indent=1, allow_nan=False) + "\n")
     point("save.manifest")
@@ -81,7 +81,7 @@ def publish(scratch: Path, final: Path, manifest: Mapping[str, Any], *, keep: in
     point("save.synced")
     root, aside = final.parent, final.with_name(f"{ASIDE}{final.name.removeprefix('step-')}")
     if final.exists():
-        # Never deleted before the other is in its place: `recover` undoes this where a crash falls between the two.
+        # The old one is not deleted before the new one is in place; `recover` undoes this after a crash in between.
         os.rename(final, aside)
         point("save.aside")
     os.rename(scratch, final)
@@ -94,25 +94,25 @@ def publish(scratch: Path, final: Path, manifest: Mapping[str, Any], *, keep: in
 
 
 def recover(root: Path) -> None:
-    """Puts back what a crash has left set aside, and clears away what was never published."""
+    """After a crash: restores folders that were set aside, and removes folders that were never published."""
     for aside in root.glob(f"{ASIDE}*"):
         final = root / f"step-{aside.name.removeprefix(ASIDE)}"
         if not final.exists():
             os.rename(aside, final)
     for rubbish in root.glob(f"{SCRATCH}*"):
         shutil.rmtree(rubbish, ignore_errors=True)
-    for half_written in root.glob(f".{LATEST}.tmp"):  # only if it is there: a read-only folder may need no order
+    for half_written in root.glob(f".{LATEST}.tmp"):  # only if it exists: the folder may be read-only
         half_written.unlink()
     newest = [folder.name for folder in (folder_of(root, step) for step in steps(root)) if looks_whole(folder)][:1]
-    # Killed between the renaming of a folder and that of `latest`, it would name the one before for good.
+    # After a kill between the two renames, `latest` would name the previous checkpoint permanently.
     if newest and (not (root / LATEST).is_file() or (root / LATEST).read_bytes() != f"{newest[0]}\n".encode()):
         write_atomically(root / LATEST, f"{newest[0]}\n")
 
 
 def remove_old(root: Path, newest: int, keep: int) -> None:
-    """Removes what is older than the `keep` newest that look whole; nothing goes if `newest` itself does not.
+    """Removes checkpoints older than the `keep` newest complete ones; removes nothing if `newest` is incomplete.
 
-    Beyond `newest` lie those of a future that was given up: damaged ones, or more than was gone back to.
+    Checkpoints beyond `newest` are removed too: they are damaged, or the run was resumed from an earlier one.
     """
     if not looks_whole(folder_of(root, newest)):
         return
@@ -122,7 +122,7 @@ def remove_old(root: Path, newest: int, keep: int) -> None:
         if step <= newest and kept < max(1, keep):
             kept += looks_whole(folder)
             continue
-        # Renamed first: a half-deleted folder must not look like a checkpoint.
+        # Renamed first, since a partly deleted folder must not look like a checkpoint.
         doomed = root / f"{REMOVED}{folder.name}"
         shutil.rmtree(doomed, ignore_errors=True)
         os.rename(folder, doomed)
@@ -131,7 +131,7 @@ def remove_old(root: Path, newest: int, keep: int) -> None:
 
 
 def looks_whole(folder: Path) -> bool:
-    """Whether every file of the manifest is there in its size; contents are not read."""
+    """Whether every file of the manifest exists with its size; contents are not read."""
     try:
         entries = read_manifest(folder)["files"]
         return all((folder / name).stat().st_size == entry["size"] for name, entry in entries.items())
@@ -140,16 +140,16 @@ def looks_whole(folder: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, as it stands.
+    """Reads the manifest of a checkpoint; its files are not compared with it.
 
     Raises:
-        UserError: there is none, it is not one, or it has been changed.
+        UserError: the manifest is missing, malformed, or has been changed.
     """
     manifest = read_json(folder / MANIFEST)
     if not _sound(manifest):
-        raise UserError(f"{folder / MANIFEST}: not a checkpoint's manifest")
+        raise UserError(f"{folder / MANIFEST}: not a valid checkpoint manifest")
     if seal(manifest)["digest"] != manifest["digest"]:
-        raise UserError(f"{folder / MANIFEST}: not what was saved")
+        raise UserError(f"{folder / MANIFEST}: changed since it was saved")
     return manifest
 
 
@@ -159,22 +159,22 @@ def _sound(manifest: Any) -> bool:
     for name, entry in manifest["files"].items():
         if not isinstance(entry, dict) or not isinstance(entry.get("size"), int):
             return False
-        # A name that leads out of the folder would be compared with a file elsewhere.
+        # A name that points outside the folder would be compared with an unrelated file.
         if not isinstance(entry.get("sha256"), str) or Path(name).is_absolute() or ".." in Path(name).parts:
             return False
     return True
 
 
 def verify(folder: Path, part: int = 0, parts: int = 1) -> dict[str, Any]:
-    """The manifest of a checkpoint, after the files have been compared with it.
+    """Compares the files of a checkpoint with its manifest, and returns the manifest.
 
     Args:
         folder: The checkpoint.
-        part: Which of `parts` equal shares of the files' contents is compared; their sizes all are.
-        parts: In how many the contents are shared out.
+        part: Which of `parts` equal shares of the contents to compare; all sizes are compared.
+        parts: The number of shares.
 
     Raises:
-        UserError: a file is missing, of another size or another content, or does not belong here.
+        UserError: a file is missing, has another size or content, or is not part of the checkpoint.
     """
     try:
         return _compared(folder, read_manifest(folder), part, parts)
@@ -187,29 +187,31 @@ def _compared(folder: Path, manifest: dict[str, Any], part: int, parts: int) -> 
     strange = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
     strange -= {*files, MANIFEST}
     if strange:
-        # The engine looks its files up by pattern.
+        # The engine finds its files by pattern.
         raise UserError(f"{folder / min(strange)}: not part of the checkpoint", remedy="move it elsewhere")
     for name, entry in files.items():
         path = folder / name
         if not path.is_file() or path.is_symlink():
             raise UserError(f"{path}: missing from the checkpoint")
         if path.stat().st_size != entry["size"]:
-            raise UserError(f"{path}: not what was saved", wanted=f"{entry['size']} bytes", got=path.stat().st_size)
-    # The largest files first, dealt out in turn: the shares take about as long.
+            raise UserError(
+                f"{path}: changed since it was saved", wanted=f"{entry['size']} bytes", got=path.stat().st_size
+            )
+    # The largest files first, in turn, so that all shares take about the same time.
     for name in sorted(files, key=lambda name: (-files[name]["size"], name))[part::parts]:
         if sha256(folder / name) != files[name]["sha256"]:
-            raise UserError(f"{folder / name}: not what was saved", wanted=f"sha256 {files[name]['sha256']}")
+            raise UserError(f"{folder / name}: changed since it was saved", wanted=f"sha256 {files[name]['sha256']}")
     return manifest
 
 
-def none_to_go_on_from(root: Path, problems: list[str]) -> UserError | None:
-    """The error where checkpoints were published and none is valid; None where none has ever been."""
+def no_valid_checkpoint(root: Path, problems: list[str]) -> UserError | None:
+    """The error if checkpoints exist and none is valid; None if there has never been one."""
     if not problems and (root / LATEST).exists():
-        problems = [f"{LATEST} is there, the checkpoints are not"]
+        problems = [f"{LATEST} exists, but no checkpoint does"]
     if not problems:
         return None
     return UserError(
         f"{root}: no checkpoint is valid",
         got="; ".join(problems),
-        remedy="restore a good copy, or start over with --resume never",
+        remedy="restore a valid checkpoint from a backup, or start over with --resume never",
     )

@@ -1,4 +1,4 @@
-"""The optimizers, and the learning rate as a function of the step alone: a resumed run needs no scheduler state."""
+"""The optimizers, and the learning rate as a function of the step, so that a resumed run needs no scheduler state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cook.config.types import TrainingConfig
 
 
 def learning_rate(training: TrainingConfig, step: int) -> float:
-    """The weights' learning rate at step `step`, counted from 1: linear warmup, then the chosen decay."""
+    """The learning rate of the weights at step `step`, counted from 1: linear warmup, then the chosen decay."""
     if not training.train_weights:
         return 0.0
     warmup = round(training.warmup * training.steps)
@@ -30,11 +30,11 @@ def learning_rate(training: TrainingConfig, step: int) -> float:
 
 
 MakeOptimizer = Callable[[torch.nn.Module, TrainingConfig], torch.optim.Optimizer]
-"""From a model and the stage's training section to the optimizer of the parameters that are trained."""
+"""Creates the optimizer of the trained parameters from a model and the stage's training section."""
 
 
 def pretraining_adamw(model: torch.nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW over all parameters alike, with the moments' rates that are usual in pretraining."""
+    """AdamW with the same settings for all parameters and the betas that are usual in pretraining."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return torch.optim.AdamW(
         trained, lr=training.learning_rate, betas=(0.9, 0.95), weight_decay=training.weight_decay, fused=True
@@ -42,9 +42,9 @@ def pretraining_adamw(model: torch.nn.Module, training: TrainingConfig) -> torch
 
 
 def finetuning_adamw(model: torch.nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW as BERT is fine-tuned: biases and LayerNorms, the vectors among the parameters, are not decayed."""
+    """AdamW as in fine-tuning BERT: no weight decay of biases and LayerNorms, that is of one-dimensional parameters."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # Under ZeRO 3 a parameter is empty here and keeps its shape aside.
+    # Under ZeRO 3 a parameter is empty here; its shape is stored separately.
     matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) > 1]
     vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) <= 1]
     groups = [

@@ -1,4 +1,4 @@
-"""Whole tensors in and out of a model whose weights and optimizer states ZeRO has shared out among the ranks."""
+"""Reading and writing whole tensors of a model whose weights and optimizer states ZeRO has partitioned."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from cook.base.errors import UserError
 
 
 class Partitions:
-    """What is done to one parameter at a time, on all ranks together.
+    """Operations on one parameter at a time, on all ranks together.
 
     Args:
-        deepspeed: The library, which only the engine imports.
+        deepspeed: The module, which only the engine imports.
         zero_stage: The engine's ZeRO stage.
         device: The engine's device.
     """
@@ -26,7 +26,7 @@ class Partitions:
         self._deepspeed, self._zero_stage, self._device = deepspeed, zero_stage, device
 
     def gathered(self, parameter: torch.nn.Parameter, *, modified: bool = False):
-        """A context in which the parameter is whole; `modified`: what rank 0 makes of it is then shared out again."""
+        """A context in which the parameter is whole; `modified`: rank 0's changes are then sent to all ranks."""
         if self._zero_stage != 3:
             return contextlib.nullcontext()
         return self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if modified else None)
@@ -35,7 +35,7 @@ class Partitions:
         """Copies `weights` into all parameters.
 
         Raises:
-            UserError: on every rank; names or shapes are not the model's.
+            UserError: on every rank, if names or shapes do not match the model.
         """
         buffers = {name: buffer for name, buffer in model.named_buffers() if name in weights}
         names = {name for name, _ in model.named_parameters()} | set(buffers)
@@ -53,16 +53,16 @@ class Partitions:
             with self.gathered(parameter, modified=True), torch.no_grad():
                 if self._zero_stage != 3 or distributed.rank() == 0:
                     error = error or _copy_into(parameter, weights, name)
-        # Under ZeRO 3 only the first rank reads: it must not leave the others waiting for it.
+        # Under ZeRO 3 only the first rank reads; on an error the other ranks must not wait for it.
         error = next((e for e in distributed.gather(error) if e), None)
         if error:
             raise error
 
     def set_optimized(self, parameter: torch.nn.Parameter, value: torch.Tensor, key: str | None = None) -> None:
-        """Gives this rank its part of a parameter's whole fp32 master, or of the optimizer's tensor `key` beside it."""
+        """Sets this rank's part of a parameter's fp32 master, or optimizer tensor `key`, from the whole tensor."""
         tools, value = self._deepspeed.utils, value.float().flatten().to(self._device)
         if self._zero_stage == 3:
-            # The last rank's share of a parameter that does not divide is padded.
+            # If a parameter does not divide evenly, the last rank's share is padded.
             share = -(-value.numel() // distributed.world_size())
             value = F.pad(value, (0, share * distributed.world_size() - value.numel()))
             value = value.narrow(0, share * distributed.rank(), share)
@@ -76,7 +76,7 @@ class Partitions:
             tools.safe_set_full_optimizer_state(parameter, value, key)
 
     def whole(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        """The fp32 master, or the parameter itself where it has none, whole on the CPU."""
+        """The fp32 master, or the parameter itself if it has none, whole and on the CPU."""
         master = self._deepspeed.utils.safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
         if master is not None:
             return master.detach().float().cpu()
@@ -91,7 +91,7 @@ def _copy_into(parameter: torch.Tensor, weights: Mapping[str, torch.Tensor], nam
         return error
     if tensor.shape != parameter.shape:
         return UserError(
-            f"{name} has another shape than the model's config says",
+            f"{name} has another shape than in the model's config",
             wanted=tuple(parameter.shape),
             got=tuple(tensor.shape),
         )

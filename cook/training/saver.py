@@ -1,10 +1,10 @@
-"""Writes checkpoints that are whole or absent, and that cost the training little.
+"""Writing checkpoints: they are complete or absent, and mostly written in the background.
 
-All ranks write into `tmp-<step>/` (DeepSpeed its shards, rank 0 the rest) and agree that all went well; from here on
-the training goes on. Beside it a thread on each rank flushes that rank's files to the disk and hashes them; the threads
-agree again; rank 0's writes the manifest, flushes the folder, renames it to `step-<n>/` and points `latest` at it.
-Until then there is no new checkpoint. The next save, a signal and the end of the stage wait for it; a failure is heard
-by all ranks in the same step.
+All ranks write into `tmp-<step>/` (DeepSpeed its shards, rank 0 the rest) and agree that all writes succeeded. Then
+training continues, while a thread on each rank flushes that rank's files to the disk and hashes them. The threads
+agree again; rank 0's thread writes the manifest, flushes the folder, renames it to `step-<n>/` and updates `latest`.
+Until then there is no new checkpoint. The next save, a signal and the end of the stage wait for it. A failure is raised
+on all ranks in the same step.
 """
 
 from __future__ import annotations
@@ -30,41 +30,41 @@ from cook.training.engine import Engine
 from cook.training.manifest import SCRATCH, file_entry, folder_of, publish, recover
 
 STATE = "state.json"
-"""The file of a checkpoint with the position and the small states of every rank."""
+"""The file in a checkpoint with the position and the small states of every rank."""
 CONFIG = "config.json"
 PATIENCE = timedelta(hours=3)
-"""For the slowest rank to hash what it has written."""
+"""Time limit for the slowest rank to hash its files."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Position:
-    """How far a stage has come."""
+    """The progress of a stage."""
 
     step: int
-    """Global batches read; names the checkpoint."""
+    """Number of global batches read; names the checkpoint."""
     updates: int = 0
-    """Those that were applied: the clock of the learning rate and of the gates' targets."""
+    """Number of batches applied; the learning rate and the gates' targets depend on it."""
     tokens: int
-    """Target tokens read."""
+    """Number of target tokens read."""
     guard: Mapping[str, Any] = field(default_factory=dict)
-    """State of the watch over bad steps."""
+    """State of the guard against bad steps."""
     data: Any = None
-    """State of this rank's loader, JSON; None of one that has none."""
+    """State of this rank's loader, as JSON; None if the loader has none."""
     log: Sequence[str] = ()
-    """Lines that the stage's log could not take yet."""
+    """Log entries that could not be written yet."""
 
 
 class Saver:
-    """Writes the checkpoints of one stage; all ranks make and call it together.
+    """Writes the checkpoints of one stage; all ranks create and call it together.
 
-    As a context manager: a save under way is waited for at the end, also when all ranks leave by the same
+    As a context manager, it waits at the end for a save in progress, also if all ranks leave with the same
     failure.
 
     Args:
         root: The stage's `checkpoints` folder.
-        stage: Its name.
-        fingerprint: Hash of the settings that the run depends on.
-        keep: How many of the newest checkpoints stay.
+        stage: The stage's name.
+        fingerprint: Hash of the settings that the run's outcome depends on.
+        keep: The number of checkpoints to keep.
     """
 
     def __init__(self, root: Path, *, stage: str, fingerprint: str, keep: int):
@@ -75,7 +75,7 @@ class Saver:
         self._step = 0
         self._failures: list[str] = []
         self.newest: Path | None = None
-        """The last checkpoint that this saver has published."""
+        """The last checkpoint that this saver published."""
 
     def __enter__(self) -> Saver:
         return self
@@ -85,11 +85,11 @@ class Saver:
             self.wait()
             distributed.leave_group(self._group)
         elif issubclass(kind, (RunFailed, Interrupted)) and not issubclass(kind, RankLost) and self._thread:
-            self._thread.join()  # the group stays: this rank may be alone in trouble, and its process is about to end
+            self._thread.join()  # the process group stays: this rank may have failed alone, and will end soon
 
     @property
     def failed(self) -> bool:
-        """Whether the save under way has failed; the ranks may learn it at different times."""
+        """Whether the save in progress has failed; ranks may learn it at different times."""
         return bool(self._failures)
 
     def save(
@@ -106,9 +106,9 @@ class Saver:
         Args:
             engine: Weights and optimizer states.
             gates: The masks being learned, if any.
-            position: The place in the run, with this rank's states.
-            also: Writes what goes with a checkpoint but lies elsewhere; called first.
-            projections: What distillation learns itself, if anything.
+            position: The progress of the run, with this rank's states.
+            also: Writes files that belong to a checkpoint but are stored elsewhere; called first.
+            projections: The projections that distillation learns, if any.
 
         Raises:
             RunFailed: on every rank, if any rank could not write; older checkpoints are untouched.
@@ -118,8 +118,8 @@ class Saver:
         scratch = self._root / f"{SCRATCH}{position.step}"
         point("save.begin")
         error = attempt(lambda: _empty_folder(self._root, scratch)) if distributed.rank() == 0 else None
-        # The masks first: flushing a small file takes long once gigabytes wait to be flushed beside it. And agreed at
-        # once: the engine's save has collectives of its own, to which all ranks come or none.
+        # The masks first: flushing a small file takes long while gigabytes wait to be flushed. The ranks agree at
+        # once, because the engine's save has collectives that all ranks must reach.
         error = error or attempt(also)
         self._fail_if([e for e in distributed.gather(error) if e])
         point("save.scratch")
@@ -163,15 +163,15 @@ class Saver:
                 failures = [error] if error else []
             failures = distributed.broadcast(failures, group=self._group)
             point("save.done")
-        except RuntimeError as error:  # another rank is gone
+        except RuntimeError as error:  # another rank has ended
             failures = [f"rank {distributed.rank()}: {error}"]
         self._failures = failures
 
     def wait(self) -> None:
-        """Waits until the save under way is published; all ranks call it.
+        """Waits until the save in progress is published; all ranks call it.
 
         Raises:
-            RunFailed: on every rank, if it could not be.
+            RunFailed: on every rank, if the save failed.
         """
         if self._thread is None:
             return
@@ -188,7 +188,7 @@ class Saver:
             attempt(lambda: recover(self._root))
         raise RunFailed(
             f"the checkpoint of step {self._step} could not be written to {self._root}\n  {failures[0]}\n"
-            "  remedy: free some space or mend the folder, then start again; the older checkpoints are intact"
+            "  remedy: free space or repair the folder, then run the command again; older checkpoints are intact"
         )
 
 
@@ -198,13 +198,13 @@ def _empty_folder(root: Path, folder: Path) -> None:
 
 
 def attempt(action: Callable[[], Any]) -> str | None:
-    """What went wrong in `action` on this rank, in words for the other ranks; None if nothing did.
+    """Runs `action`; returns a message for the other ranks if it fails on this rank, else None.
 
-    It must not use collectives: a rank that was in the midst of them must not come to the next one.
+    `action` must not use collectives: a rank that failed inside one must not enter the next.
     """
     try:
         action()
-    except Exception as error:  # whatever it is, all ranks must hear
+    except Exception as error:  # all ranks must learn of any error
         return f"rank {distributed.rank()}: {in_words(error)}"
     return None
 
@@ -212,7 +212,7 @@ def attempt(action: Callable[[], Any]) -> str | None:
 def _write_engine(scratch: Path, engine: Engine, written: list[Path]) -> str | None:
     try:
         written += engine.save(scratch)
-    except RunFailed as error:  # all else comes from amid its collectives, and this rank is out of step
+    except RunFailed as error:  # other errors come from inside its collectives and are not caught
         return f"rank {distributed.rank()}: {error}"
     return None
 
@@ -237,14 +237,14 @@ def _write_rest(
     names: set[str],
     written: list[Path],
 ) -> None:
-    """What rank 0 adds; it takes on what nobody has reported, too: files that DeepSpeed lays beside its shards."""
+    """Writes rank 0's files, and lists files that no rank reported: those that DeepSpeed adds to its shards."""
     if distributed.rank() != 0:
         return
     own = {key: value for key, value in asdict(position).items() if key not in ("guard", "data")}
     state, config = ({**own, "ranks": states}, engine.model_config())
     texts = {name: json.dumps(value, indent=1, allow_nan=False) for name, value in ((STATE, state), (CONFIG, config))}
-    for name, text in {**texts, "latest": "engine"}.items():  # the last for DeepSpeed's own tools
+    for name, text in {**texts, "latest": "engine"}.items():  # `latest` is for DeepSpeed's own tools
         with naming(scratch / name):
-            (scratch / name).write_text(f"{text}\n")  # flushed with the others
+            (scratch / name).write_text(f"{text}\n")  # flushed together with the other files
     found = {path.relative_to(scratch).as_posix(): path for path in scratch.rglob("*") if path.is_file()}
     written += [path for name, path in sorted(found.items()) if name not in names]

@@ -1,4 +1,4 @@
-"""What the user's DeepSpeed config becomes before DeepSpeed sees it: precision, batch sizes, `auto` values."""
+"""Filling in the user's DeepSpeed config: precision, batch sizes, `auto` values."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "optimizer": ("params",),
     "scheduler": ("params",),
 }
-"""Objects of the DeepSpeed config that are read here, and the objects inside them."""
+"""The objects of the DeepSpeed config that are read here, and the objects inside them."""
 
 
 def resolve_precision(training: TrainingConfig, deepspeed_config: Mapping[str, Any]) -> str:
-    """`fp32`, `bf16` or `fp16`: what `training` says, else the DeepSpeed config, else what suits the device."""
+    """`fp32`, `bf16` or `fp16`: from `training`, else from the DeepSpeed config, else the best for the device."""
     asked = [name for name in ("bf16", "fp16") if deepspeed_config.get(name, {}).get("enabled") is True]
     if training.precision != AUTO:
         if asked and asked != [training.precision]:
@@ -38,7 +38,7 @@ def resolve_precision(training: TrainingConfig, deepspeed_config: Mapping[str, A
         return asked[0]
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    # A CPU without these instructions would emulate bf16 at a fraction of fp32's speed.
+    # A CPU without bf16 instructions would emulate bf16 at a fraction of fp32's speed.
     capabilities = torch.cpu.get_capabilities()
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
 
@@ -58,19 +58,19 @@ def filled_config(
         config["gradient_clipping"] = training.clip
     for name in ("bf16", "fp16"):
         config[name] = {**config.get(name, {}), "enabled": precision == name}
-    config["bf16"]["check_grad_overflow"] = True  # else bf16 would apply a gradient that is not finite
+    config["bf16"]["check_grad_overflow"] = True  # without it bf16 would apply a gradient that is not finite
     zero = config.setdefault("zero_optimization", {})
     if zero.get("stage", AUTO) == AUTO:
         zero["stage"] = 2 if world_size > 1 else 0
     if zero["stage"] == 0 and precision != "fp32":
-        # Stage 0 keeps its fp32 masters out of reach: they could neither be set nor read. Stage 1 computes the same.
+        # At stage 0 the fp32 masters can be neither set nor read. Stage 1 computes the same.
         zero["stage"] = 1
     for key in [k for k, v in zero.items() if v == AUTO]:
-        del zero[key]  # DeepSpeed's own default is what "auto" means for buckets and thresholds
+        del zero[key]  # for buckets and thresholds "auto" means DeepSpeed's default
     if not training.train_weights:
         config.pop("scheduler", None)  # it would raise the learning rate from 0
     if offloads(zero) and "optimizer" not in config:
-        # Offloaded states need DeepSpeed's own CPU Adam, which it builds from the config.
+        # Offloaded states need DeepSpeed's CPU Adam, which it builds from the config.
         config["optimizer"] = {"type": "AdamW", "params": {"betas": AUTO, "eps": AUTO}}
     if "optimizer" in config:
         parameters = config["optimizer"].setdefault("params", {})
@@ -91,15 +91,15 @@ def filled_config(
     config.setdefault("steps_per_print", 10**9)
     left = _autos(config)
     if left:
-        raise UserError(f'deepspeed.{left[0]}: cook has no value for this "auto"', remedy="write a value")
+        raise UserError(f'deepspeed.{left[0]}: cook cannot fill in this "auto"', remedy="set a value")
     return config
 
 
 def check_settings(training: TrainingConfig, deepspeed_config: Mapping[str, Any], *, world_size: int) -> dict[str, Any]:
-    """The filled-in DeepSpeed config, made before anything is built or written.
+    """Fills in and checks the DeepSpeed config, before anything is built or written.
 
     Raises:
-        UserErrors: What DeepSpeed would refuse, each named by its key; an `auto` that has no value here; a precision
+        UserErrors: Values that DeepSpeed would refuse, with their keys; an `auto` that cannot be filled in; a precision
             that contradicts the DeepSpeed config.
     """
     mistakes = list(_misshapen(deepspeed_config))
@@ -113,7 +113,7 @@ def check_settings(training: TrainingConfig, deepspeed_config: Mapping[str, Any]
 
 
 def _misshapen(config: Mapping[str, Any]) -> Iterator[UserError]:
-    """Values that cook itself could not read."""
+    """Values that cook cannot read."""
     sections: dict[str, Any] = {}
     for name, keys in SECTIONS.items():
         section = config.get(name, {})

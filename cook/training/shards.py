@@ -1,8 +1,8 @@
-"""The files that DeepSpeed writes a checkpoint into, read without executing anything in them.
+"""DeepSpeed's checkpoint files, read without executing any code in them.
 
-Under ZeRO 1 and 2 each rank's file holds a piece of every flat group of fp32 weights, with the place of each parameter
-in it; under ZeRO 3 it holds the rank's share of every parameter, one after the other. The optimizer's moments lie as
-the weights do. Put together they fit any number of ranks and any other stage.
+Under ZeRO 1 and 2 each rank's file holds a piece of every flat group of fp32 weights, with the position of each
+parameter in it; under ZeRO 3 it holds the rank's share of every parameter in order. The optimizer's moments have the
+same layout as the weights. The combined tensors can be loaded at any world size and any ZeRO stage.
 """
 
 from __future__ import annotations
@@ -22,46 +22,46 @@ from cook.base.faults import point
 from cook.base.tensor_files import LazyTensors, load_pt, save_pt
 
 TAG = "engine"
-"""The folder of DeepSpeed's files within a checkpoint."""
+"""The folder with DeepSpeed's files in a checkpoint."""
 CLASSES = (
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
     "deepspeed.utils.tensor_fragment.fragment_address",
 )
-"""All that these files name beside tensors and plain values."""
+"""All classes that these files may contain besides tensors and plain values."""
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 
 
 class Stored:
-    """Stands in for an object of DeepSpeed's: its attributes, none of its code."""
+    """Replaces an object of DeepSpeed: has its attributes but none of its code."""
 
     def __init__(self, *arguments: Any):
         self.arguments = arguments
 
 
 def read_shard(path: Path, classes: Iterable[Any] = (Stored,) * len(CLASSES), *, mmap: bool = False) -> dict:
-    """One file of DeepSpeed's, by the restricted reader.
+    """Reads one of DeepSpeed's files with the restricted reader.
 
     Args:
         path: The file.
-        classes: What to make of each of `CLASSES`.
-        mmap: Whether tensors are mapped from the file.
+        classes: The replacement of each of `CLASSES`.
+        mmap: Whether to map tensors from the file.
 
     Raises:
-        UserError: not such a file, or it names something else, which is not loaded.
+        UserError: the file is malformed, or it names another class, which is not loaded.
     """
     with safe_globals(list(zip(classes, CLASSES, strict=True))):
         return load_pt(path, mmap=mmap)
 
 
 class ShardWriter:
-    """What DeepSpeed writes and reads its checkpoint's files by; it has the methods of its `CheckpointEngine`.
+    """Writes and reads DeepSpeed's checkpoint files; it has the methods of DeepSpeed's `CheckpointEngine`.
 
-    A failing write is remembered and not raised: DeepSpeed's own barriers wait for every rank.
+    A failed write is recorded and not raised, because DeepSpeed's own barriers wait for every rank.
 
     Args:
-        classes: DeepSpeed's own, in the order of `CLASSES`.
+        classes: DeepSpeed's classes, in the order of `CLASSES`.
     """
 
     def __init__(self, classes: Iterable[Any]):
@@ -83,7 +83,7 @@ class ShardWriter:
     def _attempt(self, action: Callable[[], None]) -> None:
         try:
             action()
-        except Exception as error:  # whatever it is, the others must hear of it, and this rank come to the barrier
+        except Exception as error:  # the other ranks must learn of any error, and this rank must reach the barrier
             self.failure = self.failure or error
 
     def load(self, path: str, map_location: Any = None) -> dict:
@@ -109,14 +109,14 @@ class ShardWriter:
 
 
 class Shards:
-    """A checkpoint of DeepSpeed's at any ZeRO stage, whole and by the parameters' names; tensors are mapped, not read.
+    """A DeepSpeed checkpoint of any ZeRO stage as whole tensors by parameter name; tensors are mapped, not read.
 
     Args:
         folder: The folder that holds the tag's folder.
         tag: The tag.
 
     Raises:
-        UserError: not a whole checkpoint of DeepSpeed's, or a file holds more than tensors and plain values.
+        UserError: not a complete DeepSpeed checkpoint, or a file holds more than tensors and plain values.
     """
 
     def __init__(self, folder: Path, tag: str = TAG):
@@ -125,7 +125,7 @@ class Shards:
         found = {int(match[1]): path for match, path in matches if match}
         models = sorted(self.folder.glob("*_model_states.pt"), key=_rank)
         if not models or sorted(found) != list(range(len(found))):
-            raise UserError(f"{self.folder}: not a whole checkpoint of DeepSpeed's")
+            raise UserError(f"{self.folder}: not a complete DeepSpeed checkpoint")
         self.model = read_shard(models[0], mmap=True)
         self._models = models
         try:
@@ -134,16 +134,20 @@ class Shards:
             self._check_count()
             self._pieces = self._index()
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-            raise UserError(f"{self.folder}: not a checkpoint as DeepSpeed 0.19 writes it", got=repr(error)) from None
+            raise UserError(
+                f"{self.folder}: not a checkpoint in the format of DeepSpeed 0.19", got=repr(error)
+            ) from None
 
     def _check_count(self) -> None:
         counts = self._ranks[0]["partition_count"] if self._ranks else 0
         for count in counts if isinstance(counts, list) else [counts]:
             if count != len(self._ranks):
-                raise UserError(f"{self.folder}: not all ranks' files", wanted=f"{count} files", got=len(self._ranks))
+                raise UserError(
+                    f"{self.folder}: files of some ranks are missing", wanted=f"{count} files", got=len(self._ranks)
+                )
 
     def _index(self) -> dict[str, list[tuple[int, int, int, int]]]:
-        """By name: rank, flat group, start and length of every piece, in order."""
+        """Rank, flat group, start and length of every piece, in order, by parameter name."""
         pieces: dict[str, list[tuple[int, int, int, int]]] = {}
         for rank, state in enumerate(self._ranks):
             if not self._partitioned:
@@ -174,7 +178,7 @@ class Shards:
         return torch.cat(parts)[: math.prod(shape)].reshape(tuple(shape)).detach()
 
     def weights(self) -> LazyTensors:
-        """Every weight in fp32 (frozen ones as the engine held them), and the persistent buffers."""
+        """Every weight in fp32 (frozen ones in the engine's type), and the persistent buffers."""
         module = {name: tensor.detach().clone for name, tensor in self.model["module"].items()}
         if not self._ranks:
             return LazyTensors(module)
@@ -183,7 +187,7 @@ class Shards:
         readers |= {name: partial(self._frozen, name, shape) for name, shape in frozen.items()}
         readers |= {name: partial(self._whole, name, shape, None) for name, shape in self._shapes().items()}
         for name in set(module) - set(readers) if not self._partitioned else ():
-            readers[name] = module[name]  # frozen: ZeRO 1 does not list them apart
+            readers[name] = module[name]  # frozen: ZeRO 1 does not list them separately
         for alias, name in (self.model["shared_params"] or {}).items():
             readers[alias] = readers[name]
         return LazyTensors(readers)
@@ -198,7 +202,7 @@ class Shards:
         return torch.cat(parts)[: math.prod(shape)].reshape(tuple(shape))
 
     def moments(self, trained: Sequence[str]) -> dict[str, LazyTensors]:
-        """The optimizer's tensors beside the weights (Adam's `exp_avg`, `exp_avg_sq`), each by parameter.
+        """The optimizer's tensors per weight (Adam's `exp_avg`, `exp_avg_sq`), by key and parameter name.
 
         Args:
             trained: Names of the trained parameters in the optimizer's order, in which ZeRO 0 numbers them.
@@ -214,17 +218,17 @@ class Shards:
         return {key: LazyTensors({n: partial(s.__getitem__, key) for n, s in by_name.items()}) for key in keys}
 
     def counters(self) -> dict[str, Any]:
-        """What the optimizer counts for all parameters alike: `step`."""
+        """The optimizer's counters, which are the same for all parameters: `step`."""
         states = self._base(self._ranks[0])["state"] if self._ranks else self.model["optimizer"]["state"]
         first = states.get(0, {})
         return {key: value for key, value in first.items() if not torch.is_tensor(value) or not value.dim()}
 
     def groups(self) -> list[dict[str, Any]]:
-        """The optimizer's groups of settings: learning rate and so on."""
+        """The optimizer's parameter groups without parameters: learning rate and so on."""
         return (self._base(self._ranks[0]) if self._ranks else self.model["optimizer"])["param_groups"]
 
     def loss_scale_state(self) -> Mapping[str, Any]:
-        """The attributes of fp16's loss scaler; empty where there is none."""
+        """The attributes of fp16's loss scaler; empty if there is none."""
         return vars(self._ranks[0]["loss_scaler"]) if self._ranks else {}
 
 
@@ -234,17 +238,17 @@ def _rank(path: Path) -> int:
 
 
 def checkpoint_weights(folder: Path) -> Mapping[str, torch.Tensor]:
-    """The fp32 weights in a checkpoint that `Engine.save` or DeepSpeed alone wrote, at any ZeRO stage.
+    """The fp32 weights in a checkpoint that `Engine.save` or DeepSpeed itself wrote, at any ZeRO stage.
 
     Args:
-        folder: The folder that holds the tag's folder and `latest`.
+        folder: The folder with the tag's folder and `latest`.
 
     Raises:
-        UserError: not a whole checkpoint of DeepSpeed's, or one that holds more than tensors and plain values.
+        UserError: not a complete DeepSpeed checkpoint, or one that holds more than tensors and plain values.
     """
     tag = TAG
     if not (folder / TAG).is_dir():
         tag = (folder / "latest").read_text(errors="replace").strip()
         if not re.fullmatch(r"[\w.-]+", tag) or set(tag) == {"."} or not (folder / tag).is_dir():
-            raise UserError(f"{folder / 'latest'}: names no folder beside it", got=repr(tag[:80]))
+            raise UserError(f"{folder / 'latest'}: names a folder that does not exist", got=repr(tag[:80]))
     return Shards(folder, tag).weights()

@@ -1,4 +1,4 @@
-"""One optimisation step, in the order in which things happen."""
+"""One training step."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from cook.training.engine import Engine
 from cook.training.task_loss import TaskLoss, token_loss
 
 ExtraLoss = Callable[[Batch, torch.Tensor], torch.Tensor]
-"""From a batch and the student's logits to a loss summed over the batch's targets."""
+"""Computes a loss summed over the batch's targets from a batch and the student's logits."""
 
 
 class Limits(NamedTuple):
-    """Above these a step is not applied."""
+    """A step above these limits is not applied."""
 
     loss: float = math.inf
-    """Mean cross entropy of the global batch, nats a token."""
+    """Mean cross entropy of the global batch, in nats per token."""
     norm: float = math.inf
     """Global norm of the gradient, before clipping."""
 
@@ -38,19 +38,19 @@ NO_LIMITS = Limits()
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What came of a step, the same on every rank."""
+    """The result of a step, the same on every rank."""
 
     loss: float
-    """Mean task loss a target (in language modelling: nats a token) of the global batch; NaN if it is not finite on
+    """Mean task loss per target (in language modelling: nats per token) of the global batch; NaN if it is not finite on
     some rank."""
     applied: bool
-    """False if nothing was updated, neither weights nor gates nor any moment."""
+    """False if nothing was updated: no weights, gates or moments."""
     problem: str | None = None
-    """Why not, in words; None also where fp16 has yet to find its loss scale."""
+    """The reason if the step was not applied; None also while fp16 is still adjusting its loss scale."""
     spike: bool = False
     """Whether the problem is a limit."""
     asked: Request
-    """What signals have asked of any rank."""
+    """The request that a signal made on any rank."""
 
 
 def train_step(
@@ -69,12 +69,12 @@ def train_step(
     update: int | None = None,
     limits: Limits = NO_LIMITS,
 ) -> StepResult:
-    """Forward, backward, update of weights and gates; or no update at all, on any rank.
+    """Runs forward, backward and the update of weights and gates; a step is updated on all ranks or on none.
 
-    Where the loss or a gradient is not finite on any rank, or above `limits`, everything but the generators stands
-    still: weights, their moments, an engine's own schedule, gates, their moments and multipliers.
+    If the loss or a gradient is not finite on any rank, or above `limits`, only the random generators change: weights,
+    their moments, the engine's schedule, gates, their moments and multipliers keep their values.
 
-    The loss is summed over targets and divided by the global batch's count, so that any split of the batch into ranks
+    The loss is summed over targets and divided by the global batch's number of targets, so that any split into ranks
     and micro-batches gives the same gradient.
 
     Args:
@@ -82,18 +82,18 @@ def train_step(
         micro_batches: This rank's share of the global batch.
         step: The batch's number, counted from 1; the gates' noise depends on it.
         num_targets: Targets (tokens, or rows of a classification) of the global batch, over all ranks.
-        learning_rate: Of the weights.
+        learning_rate: The learning rate of the weights.
         attached: The gates' hooks, already set to the fixed masks; None without gates.
         gates: The masks being learned; None in pretraining and finetuning.
         task_loss: The task's loss, from the model's output and the batch's targets.
         extra_loss: Distillation, added to the task's loss.
-        projections: What `extra_loss` learns itself.
-        asked: What signals have asked of this rank.
-        update: The number that the update will have, from 1: the gates' targets depend on it. None: as the step.
-        limits: What the loss and the gradient's norm may be.
+        projections: The projections that `extra_loss` learns.
+        asked: The request that a signal made on this rank.
+        update: The update's number, counted from 1; the gates' targets depend on it. None: the same as `step`.
+        limits: The limits of the loss and the gradient's norm.
     """
     z = gates.draw(step).to(engine.device).requires_grad_() if gates else None
-    # The engine divides by the micro-batches and averages over the ranks; undone here in favour of the count.
+    # The engine divides by the number of micro-batches and averages over ranks; undone here, to divide by targets.
     share = engine.accumulation * distributed.world_size() / num_targets
     loss_sum = torch.zeros((), device=engine.device)
     bad = torch.zeros((), dtype=torch.bool, device=engine.device)
@@ -119,7 +119,7 @@ def train_step(
     if spike := problem is None and loss_mean > limits.loss:
         problem = f"the loss {loss_mean:.4g} is above {limits.loss:.4g}"
     engine.set_learning_rate(learning_rate)
-    # fp16 finds its loss scale by overflowing now and then: no problem, as long as the scale can still fall.
+    # fp16 finds its loss scale by occasional overflows: no problem as long as the scale can still decrease.
     seeks_scale = engine.can_rescale and not num_bad and not spike
     applied = engine.step(limits.norm if problem is None else -1.0)
     point("step.weights")
@@ -141,7 +141,7 @@ def train_step(
 def _problem(
     num_bad: int, bad: torch.Tensor, z_gradient: torch.Tensor | None, map_gradient: torch.Tensor | None
 ) -> str | None:
-    """What is not finite before the gradient's norm is known; the same words on every rank."""
+    """Values that are not finite, before the gradient's norm is known; the same message on every rank."""
     if num_bad:
         ranks = [str(rank) for rank, is_bad in enumerate(distributed.gather(bool(bad))) if is_bad]
         return f"the loss on rank {', '.join(ranks)} is not finite"
@@ -172,7 +172,7 @@ def _averaged_gate_gradient(engine: Engine, z: torch.Tensor | None) -> torch.Ten
 
 
 def _averaged(engine: Engine, gradient: torch.Tensor | None) -> torch.Tensor | None:
-    """A gradient that lives beside the engine, unscaled and averaged over the ranks."""
+    """A gradient outside the engine, unscaled and averaged over the ranks."""
     if gradient is None:
         return None
     return distributed.all_reduce_sum(gradient / (engine.loss_scale * distributed.world_size()))

@@ -1,4 +1,4 @@
-"""The tasks' losses: from a model's output and a batch to a sum over the batch's targets; the step divides.
+"""Task losses: sums over a batch's targets, from a model's output and the batch; the step divides by the count.
 
 B rows, T tokens, V vocabulary, C classes.
 """

@@ -1,9 +1,9 @@
-"""Two hands inside DeepSpeed's ZeRO optimizers: one on the gradient's norm before it is applied, one on their states.
+"""Hooks into DeepSpeed's ZeRO optimizers: the gradient's norm before an update, and the optimizer states.
 
-DeepSpeed tells the norm of a step's gradients only when the step is over, and what it does about one that is not finite
-depends on the precision and the stage. All its ZeRO optimizers skip a step whose norm is not a number, on all ranks
-alike, and clear up after it: the watch looks at the norm on its way, and hands on infinity in place of one that is not
-wanted.
+DeepSpeed reports the norm of a step's gradients only after the step, and its handling of a norm that is not finite
+depends on the precision and the ZeRO stage. But all its ZeRO optimizers skip a step whose norm is not finite, on all
+ranks, and clean up after it. So the hook reads the norm before the update, and returns infinity in place of a norm
+that is not accepted.
 """
 
 from __future__ import annotations
@@ -16,37 +16,37 @@ import torch
 
 
 class NormWatch:
-    """Sees the global gradient norm before the update, and can have the update dropped.
+    """Reads the global gradient norm before the update, and can prevent the update.
 
     Args:
-        optimizer: DeepSpeed's, already made; a plain one at stage 0, where the engine asks `accepts` itself.
+        optimizer: DeepSpeed's optimizer; a plain one at stage 0, where the engine calls `accepts` itself.
         zero_stage: Its ZeRO stage.
     """
 
     def __init__(self, optimizer: Any, zero_stage: int):
         self.norm: float | None = None
-        """Of the last step, unscaled, before clipping; infinite where it was not finite."""
+        """The norm of the last step, unscaled, before clipping; infinite if it was not finite."""
         self._limit, self._scale = math.inf, 1.0
         if zero_stage in (1, 2):
             norm_of = optimizer.scaled_global_norm
-            optimizer.scaled_global_norm = lambda *args, **options: self._judged([norm_of(*args, **options)])[0]
+            optimizer.scaled_global_norm = lambda *args, **options: self._filtered([norm_of(*args, **options)])[0]
         elif zero_stage == 3:
             norms_of = optimizer._get_norm_groups
-            optimizer._get_norm_groups = lambda: self._judged(norms_of())
+            optimizer._get_norm_groups = lambda: self._filtered(norms_of())
         if hasattr(getattr(optimizer, "loss_scaler", None), "raise_error_at_min_scale"):
-            optimizer.loss_scaler.raise_error_at_min_scale = False  # the loop counts and names the steps that failed
+            optimizer.loss_scaler.raise_error_at_min_scale = False  # the loop counts and reports the steps that failed
 
     def begin(self, limit: float, scale: float) -> None:
-        """Before an update: what its norm may be at most, and the factor that the gradients carry."""
+        """Called before an update, with the largest allowed norm and the factor on the gradients."""
         self._limit, self._scale = limit, scale
-        self.norm = math.inf  # where DeepSpeed finds an overflow first, it takes no norm
+        self.norm = math.inf  # DeepSpeed computes no norm if it finds an overflow first
 
     def accepts(self, norm: float) -> bool:
-        """Remembers a norm, and says whether it may be applied."""
+        """Stores a norm, and returns whether the update may be applied."""
         self.norm = norm / self._scale if math.isfinite(norm) and norm >= 0 else math.inf
         return math.isfinite(self.norm) and self.norm <= self._limit
 
-    def _judged(self, norms: Sequence[Any]) -> list[Any]:
+    def _filtered(self, norms: Sequence[Any]) -> list[Any]:
         tensors = [torch.as_tensor(norm, dtype=torch.float32) for norm in norms]
         # A group whose gradient is not finite has the norm -1.
         sound = all(bool(norm >= 0) for norm in tensors)
@@ -57,14 +57,14 @@ class NormWatch:
 def reserve_state(
     optimizer: Any, zero_stage: int, parameters: Sequence[Any], counters: Mapping[str, Any], keys: Sequence[str]
 ) -> None:
-    """Makes the states that an optimizer has after its first step: `counters` as they are, zeros for `keys`.
+    """Creates the states that an optimizer has after its first step: `counters` unchanged, zeros for `keys`.
 
     Args:
-        optimizer: DeepSpeed's, or a plain one at stage 0.
+        optimizer: DeepSpeed's optimizer, or a plain one at stage 0.
         zero_stage: Its ZeRO stage.
-        parameters: The trained ones, which the states of a plain optimizer belong to.
-        counters: Plain numbers or tensors of one number.
-        keys: Names of the tensors beside each weight.
+        parameters: The trained parameters, to which the states of a plain optimizer belong.
+        counters: Numbers, or tensors with one element.
+        keys: Names of the optimizer's tensors per weight.
     """
     flats: Sequence[torch.Tensor] = parameters
     if zero_stage in (1, 2):

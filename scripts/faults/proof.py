@@ -153,7 +153,7 @@ def goes_on(
 def _problem(scene: Scene, ended: Ended, at_least: int, world: int) -> str | None:
     if set(ended.codes) != {0}:
         return "the run does not go on"
-    found = re.search(r"going on from step (\d+)", ended.out)
+    found = re.search(r"resuming from step (\d+)", ended.out)
     if at_least and (not found or int(found.group(1)) < at_least):
         return f"went on from {found.group(1) if found else 'nothing'}, not from {at_least}"
     left = sorted(path.name for path in scene.checkpoints.iterdir())

@@ -33,7 +33,7 @@ def changed(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
                 else:
                     ended = ranks.wait()
         note = "→".join(map(str, worlds))
-        if set(ended.codes) != {0} or "going on from step" not in ended.out:
+        if set(ended.codes) != {0} or "resuming from step" not in ended.out:
             yield Trial(survived=False, note=f"{note}: {ended}")
             continue
         came = _losses(scene)

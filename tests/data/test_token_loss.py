@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from cook.data.token_loss import model_inputs, num_told, summed_cross_entropy
+from cook.data.token_loss import count_targets, model_inputs, summed_cross_entropy
 
 
 def batch_of():
@@ -30,7 +30,7 @@ def test_targets_and_questions_are_summed():
         expected = expected + F.cross_entropy(logits[row, positions, 5], torch.tensor(right))
     loss = summed_cross_entropy(logits, batch)
     torch.testing.assert_close(loss, expected)
-    assert num_told(batch) == 3 + len(QUESTIONS)
+    assert count_targets(batch) == 3 + len(QUESTIONS)
     (wanted,) = torch.autograd.grad(expected, logits, retain_graph=True)
     (found,) = torch.autograd.grad(loss, logits)
     torch.testing.assert_close(found, wanted)
@@ -41,6 +41,6 @@ def test_without_questions_only_the_targets_count():
     logits = torch.randn(3, 12, 9)
     batch = {key: value for key, value in batch_of().items() if key == "targets"}
     wanted = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), ignore_index=-100, reduction="sum")
-    assert torch.equal(summed_cross_entropy(logits, batch), wanted) and num_told(batch) == 3
+    assert torch.equal(summed_cross_entropy(logits, batch), wanted) and count_targets(batch) == 3
     none = batch_of() | {"choices": torch.full((3, 12), -1)}
     torch.testing.assert_close(summed_cross_entropy(logits, none), wanted)

@@ -172,8 +172,8 @@ def test_a_projection_is_learned_where_widths_differ_and_only_there():
 @pytest.mark.parametrize(
     ("place", "said"),
     [
-        ("[post]encoder.layers", "module does not run"),
-        ("[post]position_bias", "module gives a tensor of shape"),
+        ("[post]encoder.layers", "module is not called"),
+        ("[post]position_bias", "module returns a tensor of shape"),
     ],
 )
 def test_what_is_no_state_of_positions_is_refused(place, said):

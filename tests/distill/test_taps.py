@@ -32,7 +32,7 @@ def test_all_that_is_missing_is_told_at_once():
     message = str(caught.value)
     assert "3 place(s)" in message and "first:[post]first" not in message.replace("third:[post]first", "")
     assert "mse_hidn_module: [post]third:[post]first: the student has no module 'third'" in message
-    assert "mse_att_module: [post]gone:[post]fourth: the student has no block left at 'gone'" in message
+    assert "mse_att_module: [post]gone:[post]fourth: the student no longer has the block 'gone'" in message
     assert "mse_att_module: [post]gone:[post]fourth: the teacher has no module 'fourth'" in message
 
 

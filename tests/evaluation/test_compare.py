@@ -74,7 +74,7 @@ def test_other_tokens_are_compared_by_bytes(tmp_path, ladder, stock_folder, caps
     write_tokenizer(stock_folder, ("w0", *WORDS[2:], "w1"))
     got = compare(tmp_path, ladder[0], str(stock_folder), *QUICK, "--no-speed")
     out = capsys.readouterr().out
-    assert not got["same_tokens"] and "bits a byte" in out and "different tokens" in out and "perplexity |" not in out
+    assert not got["same_tokens"] and "bits a byte" in out and "tokenizers differ" in out and "perplexity |" not in out
 
 
 def test_one_model_is_let_go_before_the_next_when_nothing_is_timed(tmp_path, ladder, monkeypatch):
@@ -97,6 +97,6 @@ def test_one_model_is_let_go_before_the_next_when_nothing_is_timed(tmp_path, lad
 def test_mistakes(tmp_path, ladder):
     with pytest.raises(UserError, match="two models are called 'dense'"):
         compare(tmp_path, ladder[0], ladder[0], *QUICK)
-    with pytest.raises(UserError, match="no model folder"):
+    with pytest.raises(UserError, match="not a model folder"):
         compare(tmp_path, ladder[0], str(tmp_path / "nowhere"), *QUICK)
     assert not (tmp_path / "out").exists()

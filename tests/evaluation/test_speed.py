@@ -93,5 +93,5 @@ def test_a_model_without_a_cache_is_refused():
         def forward(self, input_ids, use_cache):
             return SimpleNamespace(logits=torch.zeros(1, 3, 9), past_key_values=None)
 
-    with pytest.raises(UserError, match="keeps no cache"):
+    with pytest.raises(UserError, match="has no cache"):
         speed.generation_speed({"m": Model()}, {"m": torch.zeros(1, 3, dtype=torch.long)}, new_tokens=1, repeats=1)

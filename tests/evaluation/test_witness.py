@@ -51,7 +51,7 @@ def test_transformers_loads_the_model_of_the_folder(tmp_path):
     space = source.adapter.space(source.config)
     masks = {"layers.1.dimff": (torch.arange(20) < 5).float(), "layers.0.att": torch.zeros(1)}
     model, witness = masked_model(source, space, masks, torch.float32)
-    assert type(model) is transformers.LlamaForCausalLM and "transformers' LlamaForCausalLM" in witness
+    assert type(model) is transformers.LlamaForCausalLM and "LlamaForCausalLM of transformers" in witness
     by_hand = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama").eval()
     by_hand.model.layers[1].mlp.down_proj.weight.data[:, 5:] = 0
     for weight in by_hand.model.layers[0].self_attn.o_proj.parameters():
@@ -95,7 +95,7 @@ def test_a_family_that_transformers_lacks_is_read_by_cook(tmp_path):
     space = source.adapter.space(source.config)
     masks = random_masks(space, 2)
     masked, witness = masked_model(source, space, masks, torch.float32)
-    assert "cook reads" in witness
+    assert "by cook" in witness
     mask_model(model, space, masks)
     batches = [random_batch(1, model.config)]
     assert largest_difference(model, masked, batches) == 0

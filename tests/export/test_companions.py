@@ -163,10 +163,10 @@ def test_links_huge_files_and_special_files_stay_behind_by_name(tmp_path, monkey
     assert found.copied == ("alias.json", "vocab.json")
     assert dict(found.left) == {
         "big.txt": "larger than 0 MiB",
-        "gone.json": "a link that leads nowhere",
-        "pipe.json": "no plain file",
-        "templates": "a link that leads out of the folder",
-        "tokenizer.json": "a link that leads out of the folder",
+        "gone.json": "a broken link",
+        "pipe.json": "not a regular file",
+        "templates": "a link to a file outside the folder",
+        "tokenizer.json": "a link to a file outside the folder",
     }
     assert not (folder / "alias.json").is_symlink() and (folder / "alias.json").read_text() == "{}"
 

@@ -81,8 +81,8 @@ def test_what_must_not_be_replaced(tmp_path):
     before = sorted(os.listdir(tmp_path))
     for name, reason in (
         ("file", "is a file"),
-        ("circle", "leads nowhere"),
-        ("thesis", "something other than a model"),
+        ("circle", "broken link"),
+        ("thesis", "does not contain a model"),
         ("source", "would overwrite"),
         ("other", "would overwrite"),
     ):

@@ -70,7 +70,7 @@ def test_equal_sizes_keep_the_plain_fields():
     ("changes", "word"),
     [
         ({"layer_dim_ff": [7, 8, 7]}, "7, 8"),
-        ({"layer_heads": [[0, 1], [0, 1, 2, 3], [2, 3]]}, "heads of their own"),
+        ({"layer_heads": [[0, 1], [0, 1, 2, 3], [2, 3]]}, "keep different heads"),
     ],
 )
 def test_what_cpm_lives_format_cannot_hold_is_said(changes, word):

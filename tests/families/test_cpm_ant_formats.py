@@ -87,9 +87,9 @@ def test_tensors_are_computed_one_at_a_time_and_keep_their_type():
 @pytest.mark.parametrize("changes", [RAGGED, {"layer_dim_ff": [3, 4, 5]}, {"layer_heads": [[0, 1]] * 3}])
 def test_ragged_models_are_refused(changes):
     model = tiny_model(5, **changes)
-    with pytest.raises(UserError, match="cannot hold this model"):
+    with pytest.raises(UserError, match="cannot load this model"):
         to_stock(model.config, model.state_dict())
-    with pytest.raises(UserError, match="cannot hold this model"):
+    with pytest.raises(UserError, match="cannot load this model"):
         to_native_config(model.config)
 
 
@@ -108,7 +108,7 @@ def test_wrong_tensors_and_configs_are_errors():
     missing = {name: value for name, value in tensors.items() if "layers.1.ffn.ffn.w_out" not in name}
     with pytest.raises(UserError, match=r"missing: cpmant\.encoder\.layers\.1\.ffn\.ffn\.w_out"):
         from_stock(config, missing)
-    with pytest.raises(UserError, match="left over: other"):
+    with pytest.raises(UserError, match="unexpected: other"):
         from_stock(config, {**tensors, "other": tensors["lm_head.weight"]})
     _, mapped = from_stock(config, {**tensors, "lm_head.weight": tensors["lm_head.weight"] + 1})
     with pytest.raises(UserError, match="output projection"):

@@ -141,7 +141,7 @@ def test_an_encoder_without_a_head_has_nothing_to_say_of_classes(folder):
 def test_no_model(tmp_path, monkeypatch, source):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="no model to open"):
+    with pytest.raises(UserError, match="there is no model"):
         open_encoder(source or str(tmp_path), "classes", ("a", "b"), seed=0)
 
 

@@ -96,5 +96,5 @@ def test_what_is_refused(tmp_path, stock):
     with pytest.raises(UserError, match=r"lack bert\.encoder\.layer\.2"):
         open_encoder(str(folder), "classes", ("a", "b"), seed=0)
     write_checkpoint(folder / "other.ckpt", {"x": np.ones(2, np.float32)})
-    with pytest.raises(UserError, match="no single TensorFlow checkpoint"):
+    with pytest.raises(UserError, match="exactly one TensorFlow checkpoint"):
         open_encoder(str(folder), "classes", ("a", "b"), seed=0)

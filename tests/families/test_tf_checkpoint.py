@@ -73,7 +73,7 @@ def test_an_index_that_is_refused(tmp_path, options, reason):
     [
         (whole(1, 7), "type number 7"),
         (nested(7, b""), "partitioned"),
-        (whole(5, 11), "11 bytes do not hold"),
+        (whole(5, 11), "11 bytes do not match"),
         (whole(4, 5), "ends before x"),
     ],
 )
@@ -205,7 +205,7 @@ def hostile_folders(root: Path) -> dict[str, str]:
     made("names out of order", "not in order", raw_table([block([header, entry, entry])], [(0, 1)]))
     made("a dimension that is a number", "no message", extra={WORD: nested(2, whole(2, 7))})
     made("a million dimensions", "no tensor has", extra={WORD: nested(2, nested(2, whole(1, 2**62)) * 50_000)})
-    for field, word in ((4, "ends before"), (5, "do not hold")):
+    for field, word in ((4, "ends before"), (5, "do not match")):
         made(f"field {field} huge", word, extra={WORD: whole(field, 2**63 - 1)})
         made(f"field {field} of 70 bits", word, extra={WORD: whole(field, 2**69)})
     made("shard 5", "shard 5 of 1", extra={WORD: whole(3, 5)})

@@ -96,7 +96,7 @@ def test_the_twin_serves_as_the_mask_itself(files, tmp_path):
         (tmp_path / f"{name}.safetensors").write_bytes(content)
         with pytest.raises(UserError, match="not a safetensors file"):
             read_mask_file(tmp_path / f"{name}.safetensors", required=(), allowed=())
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="no such mask file"):
         read_mask_file(tmp_path / "absent.safetensors", required=(), allowed=())
 
 
@@ -107,7 +107,7 @@ def test_files_that_contradict_each_other_are_refused(files, tmp_path):
 
 
 def test_rows_need_the_coarse_mask_that_they_were_learned_under(files):
-    with pytest.raises(UserError, match="coarse mask with which"):
+    with pytest.raises(UserError, match="coarse mask that this mask"):
         read_masks(SPACE, heads=files["heads"])
 
 
@@ -127,8 +127,8 @@ BAD = {
     "negative": ({"heads_z": -torch.ones(2, 4)}, "not binary"),
     "missing key": ({}, "lacks 'heads_z'"),
     "missing key, other kind": ({"dimff_z": torch.ones(2, 20)}, "lacks 'heads_z'"),
-    "strange key": ({"heads_z": torch.ones(2, 4), "head_z": torch.ones(2, 4)}, "strange key 'head_z'"),
-    "key of another type": ({"heads_z": torch.ones(2, 4), 7: torch.ones(1)}, "strange key 7"),
+    "unknown key": ({"heads_z": torch.ones(2, 4), "head_z": torch.ones(2, 4)}, "unknown key 'head_z'"),
+    "key of another type": ({"heads_z": torch.ones(2, 4), 7: torch.ones(1)}, "unknown key 7"),
     "coarse for fine": (COARSE, "lacks 'heads_z'"),
     "no dictionary": (torch.ones(2, 4), "holds a Tensor"),
 }

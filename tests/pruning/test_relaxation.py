@@ -31,16 +31,19 @@ def test_a_higher_rank_starts_more_open_and_all_start_above_half(relaxation):
     assert torch.equal(openness, openness.sort().values) and openness[0] < openness[-1] and openness[0] > 0.5
 
 
-def test_the_urge_is_the_slope_of_the_concave_term_and_hard_concrete_gates_have_none():
+def test_the_binarization_gradient_is_the_slope_of_the_concave_term_and_hard_concrete_gates_have_none():
     values = torch.rand(20, dtype=torch.float64)
     leaf = values.clone().requires_grad_()
     (3.0 * 0.25 * leaf * (1 - leaf)).sum().backward()
-    torch.testing.assert_close(Deterministic(concavity=3.0).urge(values, 0.25), leaf.grad)
+    torch.testing.assert_close(Deterministic(concavity=3.0).binarization_gradient(values, 0.25), leaf.grad)
     # At the end it is without bound in a row where gates are in between, and only there.
-    between, decided = Deterministic(concavity=2.0).urge(torch.tensor([[0.3, 0.7], [0.0, 1.0]]), 1.0)
+    between, decided = Deterministic(concavity=2.0).binarization_gradient(torch.tensor([[0.3, 0.7], [0.0, 1.0]]), 1.0)
     torch.testing.assert_close(between, torch.tensor([40.0, -40.0]))
     torch.testing.assert_close(decided, torch.tensor([2.0, -2.0]))
-    assert not Deterministic().urge(values, 0.0).any() and not HardConcrete().urge(values, 1.0).any()
+    assert (
+        not Deterministic().binarization_gradient(values, 0.0).any()
+        and not HardConcrete().binarization_gradient(values, 1.0).any()
+    )
 
 
 def test_rates_fall_with_the_length_of_the_stage_within_bounds():

@@ -68,7 +68,7 @@ def test_only_whole_components_match():
 
 
 def test_a_weight_outside_the_blocks_prunes_nothing():
-    with pytest.raises(UserError, match="allows nothing"):
+    with pytest.raises(UserError, match="leaves nothing"):
         restrict(SPACE, ["input_embedding.weight"], ADAPTER.aliases)
 
 

@@ -18,7 +18,7 @@ from cook.export.model_folder import write_model_folder
 from cook.export.pruned_folder import prune_to_folder
 from cook.families.cpm_ant import ADAPTER
 from cook.families.source import open_model
-from cook.recipe.distillation import open_lesson
+from cook.recipe.distillation import open_distillation
 from cook.recipe.inputs import open_inputs
 from cook.recipe.plan import plan_stage
 from tests.recipe.test_stock import write_stock_run
@@ -103,7 +103,7 @@ def test_a_projection_goes_on_where_it_stopped(tmp_path):
     shutil.rmtree(stage / "checkpoints/step-4")
     (stage / "checkpoints/latest").write_text("step-2\n")
     done = train(stopped, "--stage", "layer_mask")
-    assert done.code == 0 and "going on from step 2" in done.out, done
+    assert done.code == 0 and "resuming from step 2" in done.out, done
     maps = [
         torch.load(folder / "out/layer_mask/checkpoints/step-4/projections.pt", weights_only=True)
         for folder in (whole, stopped)
@@ -115,10 +115,10 @@ def test_a_projection_goes_on_where_it_stopped(tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def lesson(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch, *settings: str) -> Any:
+def opened(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch, *settings: str) -> Any:
     monkeypatch.chdir(folder)
     stage = plan_stage(load_config("bmcook.json", settings), name)
-    return stage, open_lesson(stage, open_inputs(stage))
+    return stage, open_distillation(stage, open_inputs(stage))
 
 
 def test_a_pair_means_the_same_block_in_a_model_whose_layers_are_numbered_anew(tmp_path, monkeypatch):
@@ -128,7 +128,7 @@ def test_a_pair_means_the_same_block_in_a_model_whose_layers_are_numbered_anew(t
     write_stock_run(tmp_path, ("att_mask",), name="llama, tied", masks=gone, distillation=taught)
     source = tiny_source("llama, tied", vocab_size=304)
     prune_to_folder(source, source.adapter.space(source.config), {}, tmp_path / "dense")
-    _, found = lesson(tmp_path, "att_mask", monkeypatch)
+    _, found = opened(tmp_path, "att_mask", monkeypatch)
     assert [str(pair) for pair in found.attention] == [
         pairs[0],
         "[post]model.layers.1.self_attn:[post]model.layers.2.self_attn",
@@ -139,8 +139,8 @@ def test_a_pair_means_the_same_block_in_a_model_whose_layers_are_numbered_anew(t
         assert torch.equal(student.tensors[own], teacher.tensors[its])
     named = f"distillation.mse_att_module={json.dumps(pairs)}"
     with pytest.raises(UserError) as caught:
-        lesson(tmp_path, "att_mask", monkeypatch, named)
-    assert f"mse_att_module: {pairs[1]}: the layer of the student's place has been removed" in str(caught.value)
+        opened(tmp_path, "att_mask", monkeypatch, named)
+    assert f"mse_att_module: {pairs[1]}: the student's layer has been removed" in str(caught.value)
     assert pairs[0] not in str(caught.value) and pairs[2] not in str(caught.value)
 
 
@@ -184,4 +184,4 @@ def test_a_stage_outside_the_recipe_cannot_teach_itself_either(tmp_path, monkeyp
     config = {**MODEL, "model_type": "cook_cpm_ant"}
     write_model_folder(tmp_path / "dense", ADAPTER, config, ADAPTER.build(config).named_parameters())
     with pytest.raises(UserError, match=r"layer_mask \(it trains weights\)"):
-        lesson(tmp_path, "layer_mask", monkeypatch, "model.path=dense", "model.config=null")
+        opened(tmp_path, "layer_mask", monkeypatch, "model.path=dense", "model.config=null")

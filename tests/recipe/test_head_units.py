@@ -70,13 +70,13 @@ def test_query_heads_leave_a_single_key_value_head(name):
         (
             1,
             fine(3),
-            "8 (whole key-value groups); or 1, 2, 4, 8 (as many query heads of every group)",
+            "8 (whole key-value groups); or 1, 2, 4, 8 (the same number of query heads per group)",
             "set allow_remote_code for any of 1, 2, 3, 4, 5, 6, 7, 8",
         ),
         (
             4,
             fine(6),
-            "2, 4, 8 (whole key-value groups); or 4, 8 (as many query heads of every group)",
+            "2, 4, 8 (whole key-value groups); or 4, 8 (the same number of query heads per group)",
             "set allow_remote_code for any of 2, 4, 6, 8",
         ),
         (4, fine(2, "query_head"), "4, 8", 'set head_unit to "auto"'),
@@ -98,5 +98,5 @@ def test_blocks_share_out_query_heads_only_where_one_group_holds_them_all():
     section = fine(2, remote=True, scope="global")
     assert checked(one, section, {"heads"}) == "query_head"
     assert checked(four, section, {"heads"}) == "kv_group"
-    with pytest.raises(UserError, match="more of them in one key-value group of a block than in another"):
+    with pytest.raises(UserError, match="different numbers in the key-value groups of a block"):
         checked(four, fine(4, "query_head", remote=True, scope="global"), {"heads"})

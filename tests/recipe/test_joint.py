@@ -115,7 +115,7 @@ def test_going_on_ends_with_the_same_masks(uneven, tmp_path):
     for path in PATHS.values():
         (folder / path).write_bytes(b"not finished")
     result = train(folder, "--stage", "joint_mask")
-    assert result.code == 0 and "going on from step 4" in result.out, result
+    assert result.code == 0 and "resuming from step 4" in result.out, result
     assert [sha256(folder / path) for path in PATHS.values()] == [sha256(uneven / path) for path in PATHS.values()]
 
 

@@ -71,7 +71,7 @@ def test_it_is_resumed_with_the_mask_that_it_made(finished):
     before = (folder / MASK).read_bytes()
     (folder / "out" / "pattern" / "done.json").unlink()
     result = train(folder, "--stage", "pattern")
-    assert result.code == 0 and "going on from step 4" in result.out and "scores" not in result.out, result
+    assert result.code == 0 and "resuming from step 4" in result.out and "scores" not in result.out, result
     assert (folder / MASK).read_bytes() == before
 
 
@@ -83,7 +83,7 @@ def masks_of(folder, *overrides, anew=False):
 
 def test_a_mask_of_other_settings_is_not_taken(finished, monkeypatch):
     monkeypatch.chdir(finished[0])
-    with pytest.raises(UserError, match="a mask made with other settings"):
+    with pytest.raises(UserError, match="mask was made with other settings"):
         masks_of(finished[0], "pattern.sparsity=70")
 
 
@@ -97,7 +97,7 @@ def test_a_mask_that_the_run_made_is_made_anew_when_it_starts_over(finished, mon
     kept, total = sum(int(m.sum()) for m in masks.values()), sum(m.numel() for m in masks.values())
     assert 1 - kept / total == pytest.approx(0.7, abs=4.5 / total)
     # One outside the output folder was given to the run: it is never written over.
-    with pytest.raises(UserError, match="a mask made with other settings"):
+    with pytest.raises(UserError, match="mask was made with other settings"):
         masks_of(folder, "pruning.pruning_mask_path=given.safetensors", *changes, anew=True)
 
 
@@ -132,7 +132,7 @@ def test_two_of_four_needs_no_section(finished, monkeypatch, method):
 
 def test_what_fits_no_matrix_is_told_before_anything_else(finished, monkeypatch):
     monkeypatch.chdir(finished[0])
-    with pytest.raises(UserError, match="fits no matrix"):
+    with pytest.raises(UserError, match="matches no matrix"):
         masks_of(finished[0], 'pruning.pruned_module=["norm.weight"]')
 
 

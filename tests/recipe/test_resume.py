@@ -100,7 +100,7 @@ def test_a_signal_saves_and_ends_with_the_documented_code(stopped):
 def test_going_on_is_bit_identical_to_never_having_stopped(stopped, whole, tmp_path):
     folder = copy(stopped[0], tmp_path / "run")
     result = train(folder, *OPTIONS)
-    assert result.code == 0 and "going on from step" in result.out, result
+    assert result.code == 0 and "resuming from step" in result.out, result
     steps = [record["step"] for record in read_log(folder, "layer_mask") if "loss" in record]
     assert steps == list(range(1, STEPS + 1))
     assert outcome(folder) == outcome(whole)
@@ -139,7 +139,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(stopped, whole, tmp_p
     content[len(content) // 2] ^= 4
     file.write_bytes(content)
     result = train(folder, *OPTIONS)
-    assert result.code == 0 and "not what was saved; going back to step-" in result.err, result
+    assert result.code == 0 and "changed since it was saved; using step-" in result.err, result
     assert outcome(folder) == outcome(whole)
 
 

@@ -86,7 +86,7 @@ def test_a_finished_stage_is_not_taken_for_one_of_other_files(stage, name):
     stage.done.write_text(json.dumps(done))
     assert is_finished(stage, "auto")
     flip(Path(name))
-    with pytest.raises(UserError, match=f"(?s)finished with other files.*{name}"):
+    with pytest.raises(UserError, match=f"(?s)files have changed since.*{name}"):
         is_finished(stage, "auto")
 
 
@@ -135,5 +135,5 @@ def test_a_mask_that_was_replaced_after_its_own_stage_is_not_held_by_the_next(tm
     done.write_text(json.dumps({"masks": {str(mask): hashlib.sha256(mask.read_bytes()).hexdigest()}}))
     check_sources(stage, "auto")
     flip(mask)
-    with pytest.raises(UserError, match=f"{mask.name}: not the mask that layer_mask finished with"):
+    with pytest.raises(UserError, match=f"{mask.name}: this is not the mask that layer_mask wrote"):
         check_sources(stage, "auto")

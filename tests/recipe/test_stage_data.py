@@ -44,7 +44,7 @@ def finished(request, tmp_path_factory) -> Path:
     write_sources(folder, streaming=request.param == "streamed")
     result = train(folder, "--stage", "pretrain")
     assert result.code == 0, result
-    assert "the source small is read for the 2. time" in result.out
+    assert "epoch 2 of the source small begins" in result.out
     return folder
 
 
@@ -82,7 +82,7 @@ def test_a_run_that_goes_on_reads_the_same_samples_with_the_same_weights(finishe
     for path in (stage / "done.json", stage / "ledger-0.jsonl"):
         path.unlink()
     result = train(folder, "--stage", "pretrain")
-    assert result.code == 0 and "going on from step 5" in result.out, result
+    assert result.code == 0 and "resuming from step 5" in result.out, result
     whole = ledger(finished)
     assert ledger(folder) == {step: whole[step] for step in range(5, 14)}
     assert untimed(folder) == untimed(finished)

@@ -190,7 +190,7 @@ def test_query_heads_cannot_be_shared_out(opened):
 
 
 def test_uneven_blocks_of_a_stock_family_need_remote_code(opened):
-    with pytest.raises(UserError, match="no stock class holds blocks that differ"):
+    with pytest.raises(UserError, match="no stock class can load blocks of different sizes"):
         opened("ffn_mask", stock=True, fine__scope="global", fine__allow_remote_code=False)
     # Even blocks learned at once do not.
     opened("joint_mask", stock=True, joint={"train_mask": True}, fine__allow_remote_code=False)

@@ -60,7 +60,7 @@ def test_the_same_tokenizer_passes_also_with_chat_tokens_of_its_own(own, tmp_pat
     ids=["other words", "a smaller one", "special ids swapped", "moved by one"],
 )
 def test_another_vocabulary_is_refused(own, tmp_path, changes):
-    with pytest.raises(UserError, match="gives other ids than the run's"):
+    with pytest.raises(UserError, match="gives different ids than the run's"):
         check_teacher_tokenizer(teacher(tmp_path / "t", **changes), own)
 
 
@@ -82,7 +82,7 @@ def test_the_same_vocabulary_cut_otherwise_is_refused(own, tmp_path):
 def test_without_a_tokenizer_it_is_said_and_an_unreadable_one_is_refused(own, tmp_path, capsys):
     (tmp_path / "none").mkdir()
     check_teacher_tokenizer(tmp_path / "none", own)
-    assert "no tokenizer beside the teacher" in capsys.readouterr().out
+    assert "the teacher has no tokenizer" in capsys.readouterr().out
     (tmp_path / "none" / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="cannot be compared"):
         check_teacher_tokenizer(tmp_path / "none", own)
@@ -99,4 +99,4 @@ def test_a_run_that_makes_its_own_tokenizer_takes_its_own_model_as_teacher_and_n
         path.unlink()
     write_tokenizer(strange)
     result = train(tmp_path, "--stage", "layer_mask", "--resume", "never")
-    assert result.code == 2 and "gives other ids than the run's" in result.err, result
+    assert result.code == 2 and "gives different ids than the run's" in result.err, result

@@ -56,7 +56,7 @@ def test_pruned_module_chooses():
     matrices = matrices_of(tiny_space())
     chosen = restricted(matrices, ["project_q.weight", "w_out.weight"])
     assert {m.role for m in chosen} == {"query", "output"}
-    with pytest.raises(UserError, match="'roject_q.weight' fits no matrix"):
+    with pytest.raises(UserError, match="'roject_q.weight' matches no matrix"):
         restricted(matrices, ["roject_q.weight"])
 
 

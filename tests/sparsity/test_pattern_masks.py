@@ -221,7 +221,7 @@ def test_the_quirk_that_divides_by_what_is_left():
     masks[matrices[1].path][:] = False
     assert sparsity_table(matrices, masks).rows[1].sparsity == 1.0
     quirks = Quirks(empty_ratio_fails=True)
-    with pytest.raises(UserError, match=f"{matrices[1].path}: nothing is left"):
+    with pytest.raises(UserError, match=f"{matrices[1].path}: all its weights are pruned"):
         sparsity_table(matrices, masks, quirks=quirks)
     masks[matrices[1].path][0, 0] = True
     # The oracle: numpy's own division, which must not be by zero.

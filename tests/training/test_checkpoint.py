@@ -53,7 +53,7 @@ def test_any_harm_to_any_file_is_noticed_and_the_one_before_is_taken(tmp_path, c
         return  # its last byte is only a line end
     found = find_checkpoint(tmp_path, "auto")
     assert found is not None and found[0].name == "step-1"
-    assert "going back to step-1" in capsys.readouterr().err
+    assert "using step-1 instead" in capsys.readouterr().err
 
 
 def test_none_valid_is_an_error_and_none_at_all_is_a_fresh_start(tmp_path):
@@ -72,7 +72,7 @@ def test_checkpoints_that_have_vanished_are_no_fresh_start(tmp_path):
     save(tmp_path, 1).rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="no checkpoint is valid") as caught:
         find_checkpoint(tmp_path, "auto")
-    assert "latest is there, the checkpoints are not" in str(caught.value)
+    assert "latest exists, but no checkpoint does" in str(caught.value)
 
 
 @pytest.mark.parametrize("content", ["", "\0garbage\xff", "../../x", "step-9", "/etc/passwd"])
@@ -125,12 +125,12 @@ def test_ranks_that_have_read_different_data_cannot_become_fewer(tmp_path):
     state["ranks"] = [{"guard": {}, "data": {"row": row}} for row in (1, 2)]
     write_json(folder / "state.json", state)
     manifest = read_json(folder / "manifest.json") | {"world_size": 2}
-    with pytest.raises(UserError, match="different parts of the data"):
+    with pytest.raises(UserError, match="its own position in the data"):
         load_checkpoint(folder, manifest, FakeEngine(), None, fingerprint="f")
 
 
 def test_weights_are_not_read_from_a_checkpoint_that_was_changed(tmp_path):
     folder = save(tmp_path, 1)
     damage(folder / "engine" / "number")
-    with pytest.raises(UserError, match="not what was saved"):
+    with pytest.raises(UserError, match="changed since it was saved"):
         stored_weights(folder)

@@ -149,7 +149,7 @@ def test_what_the_checks_do_not_know_is_still_a_mistake_of_the_user():
 def test_without_a_compiler_an_optimizer_in_cpp_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "ext"))
-    with pytest.raises(UserError, match=r"AdamW is C\+\+ that has to be built first, and c\+\+ is missing"):
+    with pytest.raises(UserError, match=r"AdamW is C\+\+ code that must be built first, and c\+\+ is missing"):
         check_settings(TRAINING, optimizer("AdamW"), world_size=1)
     assert not (tmp_path / "ext").exists()
     check_settings(TRAINING, optimizer("AdamW", torch_adam=True), world_size=1)
@@ -213,7 +213,7 @@ def test_a_build_is_announced_once(tmp_path, capsys, monkeypatch):
 
     assert _announced(jit_load)(Builder()) == "op"
     said = capsys.readouterr().out
-    assert "building DeepSpeed's some_op (C++): once for this machine" in said and "built some_op in 0 s" in said
+    assert "building DeepSpeed's some_op (C++): once per machine" in said and "built some_op in 0 s" in said
     assert _announced(jit_load)(Builder()) == "op" and capsys.readouterr().out == ""
 
 

@@ -21,7 +21,7 @@ def test_it_lists_a_runs_checkpoints(tmp_path, capsys):
         assert main(["ls", str(folder)]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert [line.split()[1].rsplit("/")[-1] for line in lines[2:]] == ["step-5", "step-4", "step-3"]
-        assert "damaged" in lines[2] and "of another size" in lines[3] and "all files there" in lines[4]
+        assert "damaged" in lines[2] and "has another size" in lines[3] and "complete" in lines[4]
         assert "zero_stage 0, precision fp32, optimizer AdamW" in lines[4] and " 300 " in lines[4]
     main(["ls", str(tmp_path)])
     assert len(capsys.readouterr().out.splitlines()) == 2 + 4
@@ -33,11 +33,12 @@ def test_it_compares_contents(tmp_path, capsys):
     damage(two / "rng-0.pt")
     assert main(["verify", str(tmp_path)]) == 1 and main(["verify", str(one)]) == 0
     out = capsys.readouterr().out
-    assert f"{two}: NOT whole: {two / 'rng-0.pt'}: not what was saved" in out and f"{one}: whole, 6 files" in out
+    assert f"{two}: DAMAGED: {two / 'rng-0.pt'}: changed since it was saved" in out
+    assert f"{one}: complete, 6 files" in out
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
-    with pytest.raises(UserError, match="no checkpoints here"):
+    with pytest.raises(UserError, match="no checkpoints"):
         main(["ls", str(tmp_path)])
     monkeypatch.setattr(sys, "argv", ["checkpoint", "verify", str(tmp_path / "step-7")])
     monkeypatch.delitem(sys.modules, "cook.training.checkpoint", raising=False)

@@ -84,7 +84,7 @@ def test_a_manifest_of_something_else_is_refused(tmp_path, content):
     if isinstance(content, dict) and content.get("files") and "../x" in content["files"]:
         content = read_json(folder / "manifest.json") | content
     write_json(folder / "manifest.json", content)
-    with pytest.raises(UserError, match="not a checkpoint's manifest"):
+    with pytest.raises(UserError, match="not a valid checkpoint manifest"):
         verify(folder)
     assert not looks_whole(folder)
 
@@ -95,7 +95,7 @@ def test_a_manifest_of_which_a_bit_has_changed_is_refused(tmp_path, key):
     manifest = read_json(folder / "manifest.json")
     other = {int: 7, str: "x", dict: {"x": 1}}[type(manifest[key])]
     write_json(folder / "manifest.json", manifest | {key: other})
-    with pytest.raises(UserError, match="manifest.json: not what was saved"):
+    with pytest.raises(UserError, match="manifest.json: changed since it was saved"):
         verify(folder)
     assert not looks_whole(folder)
 

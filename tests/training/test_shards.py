@@ -149,10 +149,10 @@ def test_a_rank_whose_file_is_missing_is_noticed(tmp_path, address, write_stage)
     write_stage(tmp_path, 3, address)
     files = sorted((tmp_path / TAG).glob("*optim_states.pt"))
     files[2].unlink()
-    with pytest.raises(UserError, match="not all ranks' files"):
+    with pytest.raises(UserError, match="files of some ranks are missing"):
         Shards(tmp_path)
     files[0].unlink()
-    with pytest.raises(UserError, match="not a whole checkpoint"):
+    with pytest.raises(UserError, match="not a complete DeepSpeed checkpoint"):
         Shards(tmp_path)
 
 
@@ -161,7 +161,7 @@ def test_files_of_another_layout_are_refused(tmp_path, inner):
     content = {} if inner is None else {"optimizer_state_dict": inner}
     write(tmp_path, "mp_rank_00_model_states.pt", model_state())
     write(tmp_path, "zero_pp_rank_0_mp_rank_00_optim_states.pt", content)
-    with pytest.raises(UserError, match="not a checkpoint as DeepSpeed"):
+    with pytest.raises(UserError, match="not a checkpoint in the format of DeepSpeed"):
         Shards(tmp_path)
 
 
@@ -190,7 +190,7 @@ def test_a_pointer_leads_to_no_other_folder(tmp_path, latest):
     inner = tmp_path / "checkpoint"
     inner.mkdir()
     (inner / "latest").write_text(latest)
-    with pytest.raises(UserError, match="names no folder beside it"):
+    with pytest.raises(UserError, match="names a folder that does not exist"):
         checkpoint_weights(inner)
 
 

@@ -1,4 +1,4 @@
-"""What the trainings of a task share: an engine on some weights, the loop, an evaluation, the model's folder."""
+"""The shared parts of a task's trainings: engine, training loop, evaluation, and saving the model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cook.data.loader import RowLoader
 from cook.distill.distiller import RowDistiller
 from cook.evaluation.predict import predict
 from cook.families.encoder import Encoder, write_encoder
-from cook.recipe.benchmarks.task import Judged, TaskData, TaskInfo
+from cook.recipe.benchmarks.task import Scores, TaskData, TaskInfo
 from cook.report.events import EventLog
 from cook.training.checkpoint import find_checkpoint, load_checkpoint
 from cook.training.engine import Engine
@@ -38,7 +38,7 @@ DONE = "done.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """A task, its data, and the model that is trained on it."""
+    """A task, its data, and the model to train on it."""
 
     config: TaskConfig
     info: TaskInfo
@@ -46,21 +46,21 @@ class Session:
     encoder: Encoder
     """The architecture and the tokenizer; the weights of a stage are given to `engine`."""
     at: At = lambda _step, _phase: None
-    """Told of every step and save as it begins, for a watchdog."""
+    """Called at the start of every step and save, for a watchdog."""
     _predicted: list[torch.Tensor] = field(default_factory=list, repr=False)
-    """The own model's predictions for the training rows, once they have been asked for."""
+    """The session's model's predictions for the training rows, computed on first use."""
 
     @property
     def steps(self) -> int:
-        """Steps of a training."""
+        """Number of steps of a training."""
         return self.config.steps(len(self.data.train))
 
     def engine(self, weights: Mapping[str, torch.Tensor], training: TrainingConfig, *purpose: object) -> Engine:
-        """An engine that starts from `weights`; dropout is drawn anew for every purpose and rank."""
+        """Creates an engine from `weights`; the dropout seed depends on `purpose` and rank."""
         seed_everything(derived_seed(self.config.seed, *purpose, distributed.rank()))
         settings = self.config.deepspeed_config()
         if not training.learning_rate:
-            settings.pop("scheduler", None)  # it would raise the rate from 0
+            settings.pop("scheduler", None)  # it would change the learning rate of 0
         return Engine(self.encoder.build, weights, training, settings, finetuning_adamw)
 
     def fit(
@@ -79,26 +79,26 @@ class Session:
 
         Args:
             engine: The model.
-            training: How.
-            folder: For the log and the checkpoints.
-            name: Shown while it runs.
-            identity: What the outcome depends on; a checkpoint of another one is refused.
-            keeps: False: no log, no checkpoints.
-            start_step: Step to begin after.
-            imitates: Whether the predictions of the session's own model are imitated, as the config says.
+            training: The training settings.
+            folder: The folder of the log and the checkpoints.
+            name: The name shown in messages.
+            identity: Hash of everything that the outcome depends on; a checkpoint with another identity is refused.
+            keeps: False: no log and no checkpoints.
+            start_step: The training begins after this step.
+            imitates: Whether to distil from the session's model, as set in the config.
         """
         position = Position(step=start_step, updates=start_step, tokens=0)
         checkpoints = folder / "checkpoints"
         found = find_checkpoint(checkpoints, self.config.resume) if keeps else None
         if found:
             position = load_checkpoint(*found, engine, None, fingerprint=identity)
-            say(f"{name}: going on from step {position.step}")
+            say(f"{name}: resuming from step {position.step}")
         distiller = None
         if imitates and self.config.distillation:
             logits_RC = self._dense_logits(engine)
             distiller = RowDistiller(logits_RC, scale=self.config.distillation, temperature=self.config.temperature)
         writes = keeps and distributed.rank() == 0
-        # The shuffle of one training is its own: two stages do not read their rows in one order.
+        # Each training has its own shuffle: two stages read their rows in different orders.
         seed = derived_seed(self.config.seed, "order", name) % 2**32
         with EventLog(folder, self.config.tensorboard, enabled=writes) as log:
             on_first_rank(lambda: log.rewind(position.step if found else -1, position.log))
@@ -131,7 +131,7 @@ class Session:
         self.at(training.steps, "preparing")  # an evaluation may take long
 
     def _dense_logits(self, engine: Engine) -> torch.Tensor:
-        """What the session's own model predicts for the training rows, `[rows, classes]`; it reads them once."""
+        """The predictions of the session's model for the training rows, `[rows, classes]`, computed once."""
         if not self._predicted:
             teacher = self.encoder.build()
             for name, parameter in teacher.named_parameters():
@@ -151,22 +151,22 @@ class Session:
 
         Args:
             engine: The model.
-            folder: Where the task's own files (SQuAD's predictions) go; None: they are not written.
+            folder: The folder for the task's files (SQuAD's predictions); None: they are not written.
         """
         engine.module.eval()
         metrics: dict[str, float] = {}
-        for examination in self.data.examinations:
+        for evaluation in self.data.evaluations:
             outputs = predict(
                 engine,
-                examination.rows,
+                evaluation.rows,
                 names=self.info.outputs,
                 batch_size=self.config.eval_batch_size,
                 device=engine.device,
             )
-            judged: Judged = examination.judge(outputs)
-            metrics |= judged.metrics
+            scores: Scores = evaluation.score(outputs)
+            metrics |= scores.metrics
             if folder is not None:
-                for name, content in judged.files.items():
+                for name, content in scores.files.items():
                     on_first_rank(partial(write_json, folder / name, content))
         engine.module.train()
         return {name: round(value, 4) for name, value in metrics.items()}
@@ -183,14 +183,14 @@ class Session:
             on_first_rank(log.settle)
 
     def save(self, engine: Engine, folder: Path) -> dict[str, torch.Tensor]:
-        """Writes the model's folder; returns the weights, on every rank."""
+        """Writes the model folder; returns the weights, on every rank."""
         weights = dict(engine.full_weights())
         on_first_rank(lambda: write_encoder(folder, self.encoder.config, weights.items(), self.encoder.tokenizer))
         return weights
 
 
 def identity_of(*parts: object) -> str:
-    """Hash of what an outcome depends on."""
+    """Hash of everything that an outcome depends on."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -204,10 +204,10 @@ def weights_identity(weights: Mapping[str, torch.Tensor]) -> str:
 
 
 def finished(folder: Path, identity: str, resume: str) -> dict | None:
-    """The record of a finished training, if it is of this identity.
+    """The record of a finished training with this identity; None if it has not finished.
 
     Raises:
-        UserError: it finished with other settings or other data.
+        UserError: the training finished with other settings or other data.
     """
     path = folder / DONE
     if resume == "never" or not path.is_file():
@@ -216,13 +216,13 @@ def finished(folder: Path, identity: str, resume: str) -> dict | None:
     if not isinstance(record, dict) or record.get("identity") != identity:
         raise UserError(
             f"{path}: finished with other settings, other data or another model to start from",
-            remedy="choose another --output_dir, restore the settings, or do it again with --resume never",
+            remedy="choose another --output_dir, restore the settings, or redo it with --resume never",
         )
     return record
 
 
 def write_results(path: Path, sections: Mapping[str, Mapping[str, float]]) -> None:
-    """The original's text file: `name = value` lines under a title a section."""
+    """Writes the original's text file: `name = value` lines under one title per section."""
     blocks = [
         "\n".join([f"***** {title} *****", *(f"{name} = {value}" for name, value in sorted(metrics.items()))])
         for title, metrics in sections.items()

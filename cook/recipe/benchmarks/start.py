@@ -1,4 +1,4 @@
-"""Starts one mode of a benchmark run: fine-tuning, pruning or the export of an encoder."""
+"""Starting one mode of a benchmark run: fine-tuning, pruning or export of an encoder."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from cook.recipe.start import ranks
 
 
 def start_task(config: TaskConfig) -> None:
-    """Runs a mode, as the only run in its folder.
+    """Runs one mode, with the folder locked.
 
     Raises:
-        UserError: an option, or something on the disk, does not fit.
+        UserError: an option or a file is not valid.
         Interrupted: stopped by a signal, after saving.
     """
     if config.mode != "pretrain":
@@ -24,7 +24,7 @@ def start_task(config: TaskConfig) -> None:
         from cook.recipe.benchmarks.task_export import run_export
         from cook.recipe.benchmarks.task_runner import run_pretrain, run_prune
 
-        # Its notes on missing heads and its progress bars for reading a file would be repeated by every stage.
+        # transformers would repeat its notes on missing heads and its progress bars in every stage.
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         run_mode = {"pretrain": run_pretrain, "prune": run_prune, "export": run_export}[config.mode]

@@ -1,4 +1,4 @@
-"""A task as the runner sees it: rows to train on, rows to evaluate on with their metrics, a head, a loss."""
+"""A benchmark task: training rows, evaluation rows with their metrics, the head and the loss."""
 
 from __future__ import annotations
 
@@ -25,42 +25,42 @@ Outputs = Sequence[tuple[np.ndarray, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
-    """What a model's outputs were worth."""
+class Scores:
+    """The scores of a model's outputs."""
 
     metrics: dict[str, float]
     """In percent."""
     files: Mapping[str, Any]
-    """JSON files to write beside the results, by name."""
+    """JSON files to write with the results, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Examination:
-    """Rows to evaluate on."""
+class Evaluation:
+    """Rows to evaluate on, and how to score the outputs."""
 
     rows: TokenRows
-    judge: Callable[[Outputs], Judged]
-    """From the rows' outputs to metrics."""
+    score: Callable[[Outputs], Scores]
+    """Computes metrics from the rows' outputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskInfo:
-    """What is known of a task before its data is read."""
+    """The properties of a task that are known before its data is read."""
 
     name: str
-    """As in the benchmark."""
+    """The name in the benchmark."""
     head: Head
     """What the model predicts."""
     labels: tuple[str, ...]
-    """Names of the classes, or of the score."""
+    """Names of the classes or of the score."""
     words: tuple[str, ...] | None = None
-    """Other names of the classes."""
+    """Alternative names of the classes."""
     loss: TaskLoss
-    """Summed over rows."""
+    """The loss, summed over rows."""
     outputs: tuple[str, ...]
-    """The model's outputs that are judged."""
+    """The model's outputs that are scored."""
     main_metric: str
-    """The metric that stands for the task."""
+    """The main metric of the task."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +68,9 @@ class TaskData:
     """A task's tokenised data."""
 
     train: TokenRows
-    examinations: tuple[Examination, ...]
+    evaluations: tuple[Evaluation, ...]
     notes: tuple[str, ...]
-    """Sentences on rows that were left out."""
+    """Messages about rows that were left out."""
 
 
 def task_info(config: TaskConfig) -> TaskInfo:
@@ -91,7 +91,7 @@ def task_info(config: TaskConfig) -> TaskInfo:
         )
     task = glue_task(config.task_name)
     if config.distillation and task.labels is None:
-        raise UserError("--distillation compares distributions over classes", got=f"--task_name {task.name}")
+        raise UserError("--distillation needs a task with classes", got=f"--task_name {task.name}")
     return TaskInfo(
         name=task.name,
         head="classes" if task.labels else "score",
@@ -107,7 +107,7 @@ def load_task(config: TaskConfig, tokenizer: Any) -> TaskData:
     """Reads and tokenises a task's files.
 
     Raises:
-        UserError: a file is missing or malformed; with file and line.
+        UserError: a file is missing or malformed; names file and line.
     """
     return _load_squad(config, tokenizer) if config.is_squad else _load_glue(config, tokenizer)
 
@@ -130,18 +130,18 @@ def _load_glue(config: TaskConfig, tokenizer: Any) -> TaskData:
         key: glue_rows(task, found.rows, tokenizer, config.max_length, found.left_out) for key, found in read.items()
     }
     notes = [note for key, found in read.items() for note in found.left_out.sentences(str(files[key]))]
-    examinations = tuple(
-        Examination(rows=rows[suffix], judge=partial(_judge_glue, task.name, suffix, rows[suffix].targets_R))
+    evaluations = tuple(
+        Evaluation(rows=rows[suffix], score=partial(_score_glue, task.name, suffix, rows[suffix].targets_R))
         for suffix in suffixes
     )
-    return TaskData(train=rows["train"], examinations=examinations, notes=tuple(notes))
+    return TaskData(train=rows["train"], evaluations=evaluations, notes=tuple(notes))
 
 
-def _judge_glue(task: str, suffix: str, targets: np.ndarray, outputs: Outputs) -> Judged:
+def _score_glue(task: str, suffix: str, targets: np.ndarray, outputs: Outputs) -> Scores:
     logits = np.stack([values[0] for values in outputs])
     predictions = logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1)
     metrics = {f"{name}{suffix}": 100.0 * value for name, value in glue_metrics(task, predictions, targets).items()}
-    return Judged(metrics=metrics, files={})
+    return Scores(metrics=metrics, files={})
 
 
 def _load_squad(config: TaskConfig, tokenizer: Any) -> TaskData:
@@ -156,13 +156,13 @@ def _load_squad(config: TaskConfig, tokenizer: Any) -> TaskData:
     files = [folder / f"{split}-v{version}.json" for split in ("train", "dev")]
     for path in files:
         if not path.is_file():
-            remedy = "fetch the data with `bash scripts/download_squad_data.sh`, or name its folder with --data_dir"
+            remedy = "download the data with `bash scripts/download_squad_data.sh`, or set its folder with --data_dir"
             raise UserError(f"{path}: there is no such file", remedy=remedy)
     taught = read_squad(files[0], for_training=True)
     train, _ = windows_of(taught.questions, left_out=taught.left_out)
     notes = taught.left_out.sentences(str(files[0]))
     if taught.num_found:
-        notes += [f"{files[0]}: {taught.num_found:,} answers do not stand at their answer_start; found by their words"]
+        notes += [f"{files[0]}: {taught.num_found:,} answers are not at their answer_start; found by their text"]
     questions = read_squad(files[1], for_training=False).questions
     rows, windows = windows_of(questions)
     options = AnswerOptions(
@@ -172,15 +172,15 @@ def _load_squad(config: TaskConfig, tokenizer: Any) -> TaskData:
         null_threshold=config.null_threshold,
     )
 
-    def judge(outputs: Outputs) -> Judged:
+    def score(outputs: Outputs) -> Scores:
         starts, ends = [values[0] for values in outputs], [values[1] for values in outputs]
         answers = choose_answers(questions, windows, starts, ends, options)
         files: dict[str, Any] = {"predictions.json": answers.predictions, "nbest_predictions.json": answers.n_best}
         if version == "1.1":
-            return Judged(metrics=squad_v1_metrics(questions, answers.predictions), files=files)
+            return Scores(metrics=squad_v1_metrics(questions, answers.predictions), files=files)
         files["null_odds.json"] = answers.null_odds
         threshold = options.null_threshold
         metrics = squad_v2_metrics(questions, answers.best_texts, answers.null_odds, threshold)
-        return Judged(metrics=metrics, files=files)
+        return Scores(metrics=metrics, files=files)
 
-    return TaskData(train=train, examinations=(Examination(rows=rows, judge=judge),), notes=tuple(notes))
+    return TaskData(train=train, evaluations=(Evaluation(rows=rows, score=score),), notes=tuple(notes))

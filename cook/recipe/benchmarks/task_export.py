@@ -1,4 +1,4 @@
-"""The compact model of the last finished pruning stage: written, compared with the masked one, evaluated and timed."""
+"""Export of the compact model of the last finished pruning stage: writing, comparison, evaluation and timing."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ TIMED_ROWS = 32
 
 
 def run_export(config: TaskConfig, at: At) -> None:
-    """Exports the last stage that has finished, of those that the config lists.
+    """Exports the last finished stage of those in the config.
 
     Raises:
-        UserError: none has finished, or the model is of a kind that cannot be exported.
+        UserError: no stage has finished, or this kind of model cannot be exported.
     """
     spec = plan.pattern_spec(config)
     done = [stage for stage in plan.prune_stages(config) if (stage.folder / DONE).is_file()]
@@ -50,8 +50,8 @@ def run_export(config: TaskConfig, at: At) -> None:
     for name in ("masks.safetensors", "eval_results.txt"):
         shutil.copyfile(stage.folder / name, output / name)
     models = {"masked": load_encoder(masked, session.info.head), "compact": load_encoder(output, session.info.head)}
-    judged, difference = _compare(session, models)
-    rows = session.data.examinations[0].rows
+    scores, difference = _compare(session, models)
+    rows = session.data.evaluations[0].rows
     batch = rows.batch(np.argsort(rows.lengths, kind="stable")[-TIMED_ROWS:])
     seconds = forward_seconds(models, [batch], torch.device("cpu"))
     speed_ups = _matrix_speed_ups(models["compact"])
@@ -63,26 +63,26 @@ def run_export(config: TaskConfig, at: At) -> None:
         "asked_sparsity": stage.sparsity,
         "kind": result.kind,
         "parameters": {"before": before, "after": after},
-        "metrics": judged,
+        "metrics": scores,
         "largest_relative_difference": difference,
         "speed_up_on_this_cpu": ratio,
         "speed_up_by_matrix": speed_ups,
         "notes": list(result.notes),
     }
     write_json(output / "export.json", found)
-    write_results(output / "eval_results.txt", {f"{session.info.name}, {name}": judged[name] for name in models})
+    write_results(output / "eval_results.txt", {f"{session.info.name}, {name}": scores[name] for name in models})
     for note in result.notes:
         say(f"note: {note}")
     say(
         f"{output}: a {result.kind} model, {human_count(before)} → {human_count(after)} parameters; "
-        f"{metric} {judged['masked'][metric]:.2f} → {judged['compact'][metric]:.2f}; largest relative difference "
+        f"{metric} {scores['masked'][metric]:.2f} → {scores['compact'][metric]:.2f}; largest relative difference "
         f"of its outputs {difference:.1e}; {ratio:.2f}× as fast as the masked one on this CPU"
     )
 
 
 @torch.inference_mode()
 def _matrix_speed_ups(compact: torch.nn.Module) -> dict[str, float]:
-    """Each tiled layer's speed against a dense product of its size, for 128 rows."""
+    """Each tiled layer's speed relative to a dense product of its size, for 128 rows."""
     found = {}
     for name, layer in compact.named_modules():
         if hasattr(layer, "dense_weight") and layer.in_features and layer.out_features:
@@ -95,14 +95,14 @@ def _matrix_speed_ups(compact: torch.nn.Module) -> dict[str, float]:
 
 
 def _compare(session: Session, models: dict[str, torch.nn.Module]) -> tuple[dict[str, dict[str, float]], float]:
-    """The metrics of both models in fp32, and the largest difference of their outputs against the largest output."""
-    judged: dict[str, dict[str, float]] = {name: {} for name in models}
+    """The metrics of both models in fp32, and the largest relative difference of their outputs."""
+    scores: dict[str, dict[str, float]] = {name: {} for name in models}
     difference = 0.0
-    for examination in session.data.examinations:
+    for evaluation in session.data.evaluations:
         outputs = {
             name: predict(
                 model,
-                examination.rows,
+                evaluation.rows,
                 names=session.info.outputs,
                 batch_size=session.config.eval_batch_size,
                 device=torch.device("cpu"),
@@ -110,9 +110,9 @@ def _compare(session: Session, models: dict[str, torch.nn.Module]) -> tuple[dict
             for name, model in models.items()
         }
         for name, values in outputs.items():
-            judged[name] |= {key: round(value, 4) for key, value in examination.judge(values).metrics.items()}
+            scores[name] |= {key: round(value, 4) for key, value in evaluation.score(values).metrics.items()}
         for one, other in zip(outputs["masked"], outputs["compact"], strict=True):
             scale = max(float(np.abs(array).max()) for array in one)
             gap = max(float(np.abs(a - b).max()) for a, b in zip(one, other, strict=True))
             difference = max(difference, gap / scale)
-    return judged, difference
+    return scores, difference

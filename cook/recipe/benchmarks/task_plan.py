@@ -1,4 +1,4 @@
-"""The folders and settings of a task's run: the fine-tuning, the pruning stages, the export."""
+"""The folders and settings of a benchmark run: fine-tuning, pruning stages, export."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class PruneStage:
     """One stage of pruning."""
 
     sparsity: float
-    """Percent that are pruned after it."""
+    """Sparsity after the stage, in percent."""
     folder: Path
     """Its outputs."""
 
@@ -41,7 +41,7 @@ class PruneStage:
 
 
 def pretrain_folder(config: TaskConfig) -> Path:
-    """Where the fine-tuned dense model goes."""
+    """The folder of the fine-tuned dense model."""
     return config.folder / "pretrain"
 
 
@@ -74,7 +74,7 @@ def _quirks(text: str) -> Quirks:
 
 
 def prune_folder(config: TaskConfig) -> Path:
-    """Where the stages of one pattern go."""
+    """The folder of the stages of one pattern."""
     spec = pattern_spec(config)
     return config.folder / f"prune_{spec.name}"
 
@@ -83,7 +83,7 @@ def prune_stages(config: TaskConfig) -> tuple[PruneStage, ...]:
     """The stages in order.
 
     Raises:
-        UserError: the sparsities do not rise, or leave 0 to 100.
+        UserError: the sparsities do not increase, or are not between 0 and 100.
     """
     check_schedule(config.sparsities)
     root = prune_folder(config)

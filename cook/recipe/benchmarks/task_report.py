@@ -1,4 +1,4 @@
-"""What the finished stages of a pruning run tell together: a table, two figures, a JSON file and text files."""
+"""The report of a pruning run's finished stages: a table, two figures, a JSON file and text files."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def write_prune_report(config: TaskConfig, info: TaskInfo, spec: PatternSpec, so
 
     Args:
         config: The run.
-        info: Its task.
-        spec: Its pattern.
+        info: The task.
+        spec: The pattern.
         source: The dense model.
     """
     root = plan.prune_folder(config)
@@ -56,9 +56,9 @@ def write_prune_report(config: TaskConfig, info: TaskInfo, spec: PatternSpec, so
 
 
 def stage_table(records: Sequence[Mapping[str, Any]], metric: str) -> str:
-    """All metrics of the stages before pruning, after it and after the recovery; the task's own first."""
+    """All metrics of the stages before pruning, after pruning and after recovery; the main metric first."""
     names = sorted(records[0]["metrics"][PHASES[0]], key=lambda name: (name != metric, name))
-    if len(names) > 4:  # SQuAD 2.0 has more numbers than a table can carry; all are in results.json
+    if len(names) > 4:  # SQuAD 2.0 has too many metrics for a table; all are in results.json
         names = [metric, *(name for name in names if name in ("exact", "exact_match", "best_f1"))]
     headers = ["stage", "sparsity", *(f"{name} {when}" for name in names for when in PHASES)]
     rows = []
@@ -75,7 +75,7 @@ def stage_table(records: Sequence[Mapping[str, Any]], metric: str) -> str:
 
 
 def matrix_table(record: Mapping[str, Any]) -> str:
-    """Each matrix of a stage: what is pruned, and by how much fewer products it could run at best."""
+    """Each matrix of a stage: its sparsity, and the best possible reduction of its products."""
     rows = [
         [m["path"], f"{100 * m['sparsity']:.1f}%", f"{m['total'] / m['kept']:.2f}×" if m["kept"] else MISSING]
         for m in record["matrices"]

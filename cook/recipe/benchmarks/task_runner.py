@@ -1,4 +1,4 @@
-"""Fine-tuning a dense model on a task, and pruning it stage by stage: score, mask, evaluate, recover, evaluate."""
+"""Fine-tuning of a dense model on a task, and pruning in stages: score, mask, evaluate, recover, evaluate."""
 
 from __future__ import annotations
 
@@ -55,25 +55,27 @@ def open_session(config: TaskConfig, source: str, at: At = lambda _step, _phase:
     check_settings(training, config.deepspeed_config(), world_size=world)
     if config.train_batch_size % (world * training.rows_at_once(world)):
         raise UserError(
-            "the batch does not divide among the devices",
+            "the batch size does not divide evenly among the devices",
             wanted=f"a multiple of {world} devices × {training.rows_at_once(world)} rows",
             got=f"--train_batch_size {config.train_batch_size}",
         )
     encoder = open_encoder(source, info.head, info.labels, derived_seed(config.seed, "head"), words=info.words)
     limit = encoder.max_length
     if limit is not None and config.max_length > limit:
-        raise UserError("--max_length is more than the model reads", wanted=f"at most {limit}", got=config.max_length)
+        raise UserError(
+            "--max_length is larger than the model's context", wanted=f"at most {limit}", got=config.max_length
+        )
     if encoder.tokenizer.pad_token_id is None:
-        raise UserError(f"{source}: its tokenizer has no token that fills a batch", wanted="a pad_token")
+        raise UserError(f"{source}: its tokenizer has no padding token", wanted="a pad_token")
     data = load_task(config, encoder.tokenizer)
-    for rows in (data.train, *(examination.rows for examination in data.examinations)):
+    for rows in (data.train, *(evaluation.rows for evaluation in data.evaluations)):
         for what, largest, size in (
             ("token ids", rows.largest_id, encoder.config.vocab_size),
             ("token types", rows.largest_segment, getattr(encoder.config, "type_vocab_size", 0)),
         ):
             if size and largest >= size:
                 raise UserError(
-                    f"{source}: its tokenizer gives {what} that the model does not have",
+                    f"{source}: its tokenizer gives {what} that the model lacks",
                     wanted=f"at most {size - 1}",
                     got=largest,
                     remedy="use the tokenizer that the model was trained with",
@@ -95,7 +97,7 @@ def run_pretrain(config: TaskConfig, at: At) -> None:
         return
     _start_over(folder, config)
     if session.encoder.fresh:
-        say(f"pretrain: {config.model} has no head for {session.info.name}: a fresh one is trained")
+        say(f"pretrain: {config.model} has no head for {session.info.name}; a new one is trained")
     started = time.perf_counter()
     training = config.training(session.steps)
     engine = session.engine(session.encoder.weights, training, "pretrain")
@@ -119,7 +121,7 @@ def run_pretrain(config: TaskConfig, at: At) -> None:
 
 
 def run_prune(config: TaskConfig, at: At) -> None:
-    """Prunes the fine-tuned model, each stage from the weights and masks of the one before it."""
+    """Prunes the fine-tuned model; each stage starts from the weights and masks of the previous one."""
     stages, spec = plan.prune_stages(config), plan.pattern_spec(config)
     source = dense_folder(config)
     session = open_session(config, source, at)
@@ -127,10 +129,10 @@ def run_prune(config: TaskConfig, at: At) -> None:
         raise UserError(
             f"{source}: the model has no trained head for {session.info.name}",
             got="; ".join(session.encoder.notes) or f"no {session.encoder.fresh[0]}",
-            remedy="fine-tune it first (mode pretrain), or name a fine-tuned one with --finetuned",
+            remedy="fine-tune it first (mode pretrain), or set a fine-tuned one with --finetuned",
         )
     matrices = pruned_matrices(session.encoder)
-    # A size that does not divide is a mistake to tell before anything is written.
+    # A size that does not divide evenly must be reported before anything is written.
     make_masks({m.path: torch.ones(m.shape) for m in matrices}, matrices, spec, sparsity=0.0)
     weights: Weights = session.encoder.weights
     follows = weights_identity(weights)
@@ -144,8 +146,8 @@ def run_prune(config: TaskConfig, at: At) -> None:
             say(f"{stage.name}: already finished, see {stage.folder / DONE}")
             if sha256(stage.folder / MASKS) != done["masks"]:
                 raise UserError(
-                    f"{stage.folder / MASKS}: not the masks that the stage finished with",
-                    remedy="restore the file, or do it again with --resume never",
+                    f"{stage.folder / MASKS}: these are not the masks that the stage wrote",
+                    remedy="restore the file, or redo the stage with --resume never",
                 )
             masks, _ = read_pattern_masks(stage.folder / MASKS, matrices)
             weights = dict(open_safetensors_folder(stage.folder / "model").items())
@@ -157,10 +159,10 @@ def run_prune(config: TaskConfig, at: At) -> None:
 
 
 def dense_folder(config: TaskConfig) -> str:
-    """The fine-tuned model that is pruned.
+    """The folder of the fine-tuned model to prune.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such model.
     """
     if config.finetuned:
         return config.finetuned
@@ -168,13 +170,13 @@ def dense_folder(config: TaskConfig) -> str:
     if not (folder / DONE).is_file():
         raise UserError(
             f"{folder}: there is no fine-tuned model to prune",
-            remedy="run the mode pretrain first, or name a fine-tuned model with --finetuned",
+            remedy="run the mode pretrain first, or set a fine-tuned model with --finetuned",
         )
     return str(folder / "model")
 
 
 def pruned_matrices(encoder: Encoder) -> tuple[PrunedMatrix, ...]:
-    """The matrices of an encoder that patterns prune."""
+    """The matrices of an encoder that a pattern prunes."""
     shapes = {name: tuple(tensor.shape) for name, tensor in encoder.weights.items()}
     return encoder_matrices(shapes, head_size=encoder.config.hidden_size // encoder.config.num_attention_heads)
 
@@ -189,7 +191,7 @@ def _prune_stage(
     identity: str,
     known: Mapping[str, float] | None,
 ) -> tuple[Weights, Weights]:
-    """One stage; returns the weights and masks that it ends with. `known`: its metrics before pruning, if they are."""
+    """Runs one stage; returns its weights and masks. `known`: the metrics before pruning, if they are known."""
     config, started = session.config, time.perf_counter()
     name = f"{spec.name} {stage.name}"
     scored = stage.folder / "scored.json"
@@ -212,7 +214,7 @@ def _prune_stage(
     metrics[PRUNED] = session.evaluate(engine)
     say(f"{name}: after pruning {_shown(metrics[PRUNED])}")
     say(_opening(name, session, training.steps, engine))
-    # The original went on counting from the scoring steps, so that its rate was 0 early.
+    # The original counts on from the scoring steps, so that its learning rate reaches 0 too early.
     skipped = min(config.scoring_steps, training.steps) if spec.quirks.schedule_goes_on else 0
     session.fit(
         engine,
@@ -243,7 +245,7 @@ def _score(
     name: str,
     known: Mapping[str, float] | None,
 ) -> tuple[Mapping[str, float], dict[str, torch.Tensor]]:
-    """The metrics before pruning, and the masks from gradients over the scoring steps, the weights frozen."""
+    """The metrics before pruning, and masks from gradients over the scoring steps with frozen weights."""
     training = session.config.training(session.config.scoring_steps, frozen=True)
     engine = session.engine(weights, training, "scores", stage.sparsity)
     before = known or session.evaluate(engine)
@@ -268,7 +270,7 @@ def _write_stage(
 ) -> None:
     title = f"{session.info.name}, {spec.name}, {stage.name}"
     write_results(stage.folder / "eval_results.txt", {f"{title}, {when}": values for when, values in metrics.items()})
-    # The original told the stage's own reduction as the total one.
+    # The original reports the stage's own reduction as the total one.
     total = table.of_stage if spec.quirks.total_of_stage else table.total
     _finish(
         stage.folder,
@@ -299,7 +301,7 @@ def _write_stage(
 
 def _finish(folder: Path, record: dict[str, Any]) -> None:
     write_json(folder / DONE, record)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the model is whole: nothing will go on from them
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the model is complete, so nothing resumes from them
 
 
 def _start_over(folder: Path, config: TaskConfig) -> None:

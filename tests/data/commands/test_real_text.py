@@ -13,7 +13,7 @@ import pytest
 from cook.data.__main__ import main
 from cook.data.cpm_live.dataset import open_live
 from cook.data.cpm_tasks.task_data import open_task_rows
-from cook.data.token_loss import num_told
+from cook.data.token_loss import count_targets
 from cook.text.sentencepiece import SentencePieceTokenizer
 from tests.data import real_text
 from tests.data.cpm_live import reference
@@ -95,7 +95,7 @@ def test_rows_hold_every_token_once(made, tmp_path):
             indices = np.arange(begin, min(begin + 64, len(rows)))
             batch = rows.batch(indices, epoch=1)
             found += np.bincount(batch["input"][batch["segment"] != 0].numpy(), minlength=8000)
-            assert rows.num_targets(indices, epoch=1).sum() == num_told(batch)
-            told += int(num_told(batch))
+            assert rows.num_targets(indices, epoch=1).sum() == count_targets(batch)
+            told += int(count_targets(batch))
     assert np.array_equal(found, expected)
     assert 0.4 < told / expected.sum() < 0.6  # half of a segment on average

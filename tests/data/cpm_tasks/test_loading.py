@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cook.data.loader import RowLoader, held_out_batches
-from cook.data.token_loss import num_told
+from cook.data.token_loss import count_targets
 
 RECORDS = [
     [task, 1, 20 + n % 9, task, task - 1, *range(100 + 2 * n + task, 120 + 2 * n + task + n % 9)]
@@ -60,4 +60,4 @@ def test_evaluation_counts_every_question_once(make_rows):
     rows, _ = make_rows(options, max_length=20, prompt_length=4, choice_token=5)
     ranks = [list(held_out_batches(rows, 2, 100, rank, 2)) for rank in range(2)]
     assert len(ranks[0]) == len(ranks[1])
-    assert sum(int(num_told(batch)) for batches in ranks for batch in batches) == 7
+    assert sum(int(count_targets(batch)) for batches in ranks for batch in batches) == 7

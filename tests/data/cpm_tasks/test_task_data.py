@@ -11,7 +11,7 @@ import pytest
 import cook.data.cpm_tasks.task_data as load
 from cook.base.errors import UserError
 from cook.data.cpm_tasks.task_data import open_task_rows, split_records
-from cook.data.token_loss import num_told
+from cook.data.token_loss import count_targets
 from tests.data.cpm_live import reference
 from tests.data.cpm_tasks.letters import Letters
 
@@ -64,7 +64,7 @@ def test_downstream_lines(tmp_path):
     (tmp_path / "x.jsonl").write_text("\n\n".join(map(json.dumps, objects)))
     train, held_out, *_ = opened(tmp_path, section(type="downstream", paths=(str(tmp_path / "x.jsonl"),)))
     batch = train.batch(np.arange(len(train)))
-    assert train.num_targets(np.arange(len(train))).sum() == num_told(batch) > 0
+    assert train.num_targets(np.arange(len(train))).sum() == count_targets(batch) > 0
     assert sum(len(rows.records(np.arange(len(rows)))[0]) for rows in (train, held_out)) == 110
     (tmp_path / "x.jsonl").write_text('{"input": "x", "target": "y"}\n{"input": "x"}')
     with pytest.raises(UserError, match="x.jsonl, line 2: the object has no key 'target'"):

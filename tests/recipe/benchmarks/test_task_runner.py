@@ -112,10 +112,10 @@ def masks(*path: str | Path) -> dict[str, torch.Tensor]:
         ("other classes", "contradiction, entailment, neutral, not 0, 1 (negative, positive)"),
         ("ids beyond", "token ids that the model does not have"),
         ("granularity", "24"),
-        ("falling", "must rise"),
+        ("falling", "must increase"),
         ("quirk", "unknown name 'rev'"),
-        ("too long", "more than the model reads"),
-        ("historical", "nothing is left of it"),  # type 8 empties matrices of this size
+        ("too long", "larger than the model"),
+        ("historical", "all its weights are pruned"),  # type 8 empties matrices of this size
     ],
 )
 def test_what_is_refused(told, case, error):
@@ -137,7 +137,7 @@ def test_the_longest_row_is_what_the_stock_model_reads(family, folder, tmp_path)
 
 
 def test_the_dense_model_learns_and_is_not_trained_twice(told, folder):
-    assert told["pretrain"]["error"] == "" and "a fresh one is trained" in told["pretrain"]["out"]
+    assert told["pretrain"]["error"] == "" and "a new one is trained" in told["pretrain"]["out"]
     assert record(folder, "out/pretrain/done.json")["metrics"]["acc"] > 90.0
     assert "acc = " in (folder / "out/pretrain/eval_results.txt").read_text()
     assert "already finished" in told["pretrain again"]["out"]
@@ -259,7 +259,7 @@ def test_a_killed_stage_is_gone_on_from(again, folder):
 
 
 def test_masks_that_were_written_over_are_noticed(again):
-    assert "not the masks that the stage finished with" in again["told"]["other masks"]["error"]
+    assert "not the masks that the stage wrote" in again["told"]["other masks"]["error"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
