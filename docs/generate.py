@@ -110,13 +110,7 @@ def _default(parameter: Any) -> str:
     if parameter.required:
         return "required"
     default = parameter.default
-    if (
-        default is None
-        or default is False
-        or default == ()
-        or callable(default)
-        or "Sentinel" in type(default).__name__
-    ):
+    if default is None or default is False or default == () or callable(default):
         return ""
     return f"`{getattr(default, 'value', default)}`"
 
