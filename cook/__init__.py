@@ -21,7 +21,7 @@ _HOMES = {
     "open_model": "cook.families.source",
     "read_masks": "cook.pruning.mask_file",
     "write_mask_file": "cook.pruning.mask_file",
-    "prune_to_folder": "cook.pruning.prune",
+    "prune_to_folder": "cook.export.pruned_folder",
     "AttachedGates": "cook.pruning.attach",
     "Gates": "cook.pruning.gates",
 }

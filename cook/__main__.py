@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cook.cli import run
+from cook.cli import main
 
 if __name__ == "__main__":
-    run()
+    main()

@@ -17,17 +17,17 @@ from cook.base.errors import UserError
 from cook.base.seeds import derived_seed, generator
 from cook.distill.teacher_loss import token_divergence
 from cook.evaluation.equality import largest_difference
+from cook.export.pruned_folder import mask_model, reshaped_source
 from cook.families.registry import by_config
 from cook.families.source import load_model, placed
 from cook.pruning.budgets import KINDS, Cost, Keep, Targets, check_keep, constraints, unit_cost, whole_budget
 from cook.pruning.counts import forward_flops, parameters, unit_flops
-from cook.pruning.family import Adapter, HeadUnit, ModelSource
+from cook.pruning.family import Adapter, ModelSource
 from cook.pruning.gates import Gates
 from cook.pruning.live import LiveGates
 from cook.pruning.mask_set import Masks
-from cook.pruning.prune import mask_model, reshaped_source
 from cook.pruning.relaxation import Deterministic, HardConcrete, Relaxation
-from cook.pruning.units import Kind, PruningSpace, UnitGroup
+from cook.pruning.units import HeadUnit, Kind, PruningSpace, UnitGroup
 from cook.recipe.head_units import nearest_heads
 from cook.report.human import human_count
 from cook.report.tables import markdown_table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,9 @@ import typer
 
 import cook
 from cook.base.errors import UserError, run_entry
+from cook.base.signals import heed_launcher
 from cook.base.threads import spin_briefly
+from cook.config.types import STAGE_NAMES
 
 app = typer.Typer(
     name="cook",
@@ -32,10 +35,28 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program t
 DEFAULT_CONFIG = "config/bmcook.json"
 
 
-def run() -> None:
-    """The entry point: runs the command and turns its outcome into the documented exit code."""
+def main(command: str | None = None) -> None:
+    """The entry point of all commands: runs one and ends the process with the documented exit code.
+
+    Args:
+        command: The command that `sys.argv` has the options of; None: the first argument names it.
+    """
     spin_briefly()
-    run_entry(app)
+    arguments = [command, *sys.argv[1:]] if command else sys.argv[1:]
+    run_entry(lambda: app(arguments, prog_name="cook", standalone_mode=True))
+
+
+def invoke(command: str, arguments: list[str] | None = None) -> Any:
+    """Runs a command in a program of your own, which has registered a model family perhaps.
+
+    Args:
+        command: Its name.
+        arguments: Its options; None: those of `sys.argv`.
+
+    Raises:
+        UserError, RunFailed, Interrupted: for the caller, or for `cook.base.errors.run_entry`.
+    """
+    return app([command, *(sys.argv[1:] if arguments is None else arguments)], prog_name="cook", standalone_mode=False)
 
 
 def _version(asked: bool) -> None:
@@ -54,9 +75,37 @@ def _main(
 
 
 @app.command()
+def train(
+    config: Config = DEFAULT_CONFIG,
+    set: Overrides = None,
+    stage: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"One of {', '.join(STAGE_NAMES)}, or `all`: every stage of the recipe. "
+            "Default: the stage that the two files describe.",
+        ),
+    ] = None,
+    resume: Annotated[
+        str,
+        typer.Option(metavar="auto|never|PATH", help="Resume from the newest valid checkpoint, never, or from PATH."),
+    ] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan and stop.")] = False,
+    local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
+) -> None:
+    """Train one stage, or the whole recipe. Start it with `deepspeed` or `torchrun` for several processes."""
+    heed_launcher()
+    from cook.recipe.start import start
+
+    if stage not in (None, "all", *STAGE_NAMES):
+        raise UserError(f"--stage {stage}: there is no such stage", wanted=f"{', '.join(STAGE_NAMES)}, or all")
+    start(config, set or [], stage=stage, resume=resume, dry_run=dry_run)
+
+
+@app.command()
 def plan(config: Config = DEFAULT_CONFIG, set: Overrides = None) -> None:
     """Check a recipe and print what it would do; nothing is written and no GPU is needed."""
-    from cook.train import start
+    from cook.recipe.start import start
 
     start(config, set or [], stage="all", dry_run=True)
 
@@ -96,7 +145,7 @@ def prune(
     time, the same command resumes.
     """
     from cook.recipe.one_line import OneLineJob, parse_keep, write_recipe
-    from cook.train import start
+    from cook.recipe.start import start
 
     job = OneLineJob(
         model=model,
@@ -117,9 +166,66 @@ def prune(
     if dry_run:
         return
     start(config, [], stage="all")
-    code = reshape(config=config, output=str(Path(output) / "model"), verify=True)
+    reshape(config=config, output=str(Path(output) / "model"), verify=True)
     report(config=config, output=str(Path(output) / "report"))
-    raise typer.Exit(code or 0)
+
+
+@app.command()
+def reshape(
+    config: Annotated[
+        str | None,
+        typer.Option(help="The run's `bmcook.json`. Default: `config/bmcook.json`, unless --model is given."),
+    ] = None,
+    set: Overrides = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="A model folder, a CPM-Live `.pt` file, or a training checkpoint of any ZeRO stage."),
+    ] = None,
+    model_config: Annotated[
+        str | None, typer.Option(help="The model's JSON, where it does not lie beside the weights.")
+    ] = None,
+    coarse_mask: Annotated[str | None, typer.Option(help="Layer mask (`.pt`).")] = None,
+    heads_mask: Annotated[str | None, typer.Option(help="Head mask (`.pt`).")] = None,
+    dimff_mask: Annotated[str | None, typer.Option(help="FFN mask (`.pt`).")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder to write. Default: `OUTPUT_DIR/pruned`.")] = None,
+    uniform: Annotated[
+        bool,
+        typer.Option(
+            "--uniform", help="Pad all blocks with zero units to the size of the largest, so that a stock class fits."
+        ),
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare the masked and the reshaped model before publishing the result.")
+    ] = False,
+    time: Annotated[bool, typer.Option("--time", help="Measure the speed of both models, some seconds each.")] = False,
+) -> None:
+    """Write the small dense model that computes exactly what the masked one did."""
+    from cook.recipe.plan import MaskPaths
+    from cook.recipe.reshape_run import ReshapeOptions, reshape_run
+
+    reshape_run(
+        ReshapeOptions(
+            config=config,
+            overrides=set or [],
+            model=model,
+            model_config=model_config,
+            masks=MaskPaths(layer=coarse_mask, heads=heads_mask, dimff=dimff_mask),
+            output=output,
+            uniform=uniform,
+            verify=verify,
+            time=time,
+        )
+    )
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def tasks(context: typer.Context) -> None:
+    """Fine-tune, prune or export an encoder on a GLUE task or SQuAD: `cook tasks pretrain|prune|export`."""
+    heed_launcher()
+    from cook.config.tasks import parse_task_options
+    from cook.recipe.benchmarks.start import start_task
+
+    start_task(parse_task_options(context.args))
 
 
 @app.command()
@@ -199,6 +305,8 @@ def _recipes() -> dict[str, Path]:
 
 
 def _title(folder: Path) -> str:
+    if folder == _recipes()["default"]:
+        return "A small CPM-Ant on the standard library of Python, from fresh weights: needs no data"
     for page in (folder / "README.md", folder.parent / "README.md"):
         if page.is_file():
             return page.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")

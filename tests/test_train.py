@@ -131,7 +131,7 @@ def refused_here(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, opt
     """The command in this process, which is far quicker; `run_entry` lets no traceback of a user's mistake through."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr("sys.argv", ["cook/train.py", "--config", "bmcook.json", *options])
-    monkeypatch.setattr("cook.training.engine.initialise_processes", lambda threads: None)
+    monkeypatch.setattr("cook.training.engine.initialise_processes", lambda *_: None)
     before = contents(folder)
     with pytest.raises(SystemExit) as ended:
         run_entry(main)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import sys
 from datetime import timedelta
 from typing import Any
 
@@ -39,9 +41,17 @@ def local_rank() -> int:
 
 
 def say(text: str) -> None:
-    """Prints on the first rank."""
+    """Prints on the first rank. An output that takes nothing, a full disk perhaps, ends no run."""
     if rank() == 0:
-        print(text, flush=True)
+        with contextlib.suppress(OSError):
+            print(text, flush=True)
+
+
+def warn(text: str) -> None:
+    """Prints to standard error on the first rank, as `say` does to standard output."""
+    if rank() == 0:
+        with contextlib.suppress(OSError):
+            print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def loopback() -> str:
@@ -92,6 +102,10 @@ def side_group(timeout: timedelta) -> Any:
 
 
 def leave_group(group: Any) -> None:
-    """Frees what `side_group` made."""
+    """Frees what `side_group` made; all ranks call it together.
+
+    `new_group` returns on a rank whose own connections stand. To free them at once ends a rank that still connects.
+    """
     if group is not None and is_on():
+        dist.barrier(group)
         dist.destroy_process_group(group)

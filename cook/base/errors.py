@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -60,6 +62,51 @@ class Interrupted(Exception):
     """A signal asked the run to stop; everything needed to go on has been saved."""
 
 
+@contextlib.contextmanager
+def library_errors(what: str, **more: Any) -> Iterator[None]:
+    """Turns whatever a library raises while it reads a user's file into a `UserError` that says `what`.
+
+    Anything: libraries raise plain `Exception`, and a panic in Rust code derives from `BaseException` alone.
+
+    Args:
+        what: What could not be read.
+        more: `wanted` and `remedy` of the error.
+    """
+    try:
+        yield
+    except (UserError, RunFailed, Interrupted, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise UserError(what, got=_reason(error), **more) from None
+
+
+def _reason(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    # Messages of several lines end with the reason itself.
+    return f"{type(error).__name__}: {lines[-1].strip()[:300]}" if lines[-1].strip() else type(error).__name__
+
+
+_NO_MEMORY = re.compile(r"allocate memory|out of memory|not enough memory|bad_alloc|start new thread", re.IGNORECASE)
+_NO_FILES = re.compile(r"too many open files", re.IGNORECASE)
+
+
+def machine_trouble(error: BaseException) -> tuple[str, str] | None:
+    """What the machine refused, and the remedy; None where it is not to blame.
+
+    A disk that is full or broken, a folder that cannot be written, too little memory, too few open files.
+    """
+    text = str(error)
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(text)):
+        said = f": {text.splitlines()[0][:200]}" if text else ""
+        return f"out of memory{said}", "give it more memory, or take smaller batches"
+    if _NO_FILES.search(text) and isinstance(error, OSError | RuntimeError):
+        where = getattr(error, "filename", None)
+        return f"{where or 'the process'}: Too many open files", "raise the limit with `ulimit -n`"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'a file'}: {error.strerror}", "free some space or mend the disk or folder"
+    return None
+
+
 def run_entry(main: Callable[[], int | None]) -> None:
     """Runs a command's `main` and turns its outcome into the documented exit code, without a traceback for users."""
     try:
@@ -70,11 +117,28 @@ def run_entry(main: Callable[[], int | None]) -> None:
         code = _told(f"failed: {failure}", EXIT_RANK_LOST if isinstance(failure, RankLost) else EXIT_FAILED)
     except Interrupted as stop:
         code = _told(f"stopped: {stop}", EXIT_INTERRUPTED)
+    except (OSError, MemoryError, RuntimeError) as error:
+        trouble = machine_trouble(error)
+        if trouble is None:
+            raise
+        code = _told(f"failed: {trouble[0]}\n{remedy_of(trouble[1])}", EXIT_FAILED)
+    for stream in (sys.stdout, sys.stderr):
+        # A log on a full disk: Python would try once more at its end, and end with 120.
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
 
 
+def remedy_of(what: str) -> str:
+    """The last lines of a message about the machine."""
+    return f"  What was finished and saved before is intact.\n  remedy: {what}, then start the same command again"
+
+
 def _told(text: str, code: int) -> int:
-    print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
     # torchrun's own summary quotes this file; its exit code is 1 whatever the ranks end with.
     summary = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if summary:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import math
 import os
+import stat
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +21,21 @@ def fsync_folder(folder: Path) -> None:
     """Makes renames inside `folder` durable."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with naming(folder):
+            os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Errors of the system inside say which file they are about: those of `write` and `fsync` do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_atomically(path: str | Path, content: bytes | str) -> None:
@@ -28,7 +44,7 @@ def write_atomically(path: str | Path, content: bytes | str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.tmp")  # always the same: the next write takes away what a crash has left
     try:
-        with open(aside, "wb") as file:
+        with naming(path), open(aside, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
@@ -45,7 +61,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def read_json(path: str | Path) -> Any:
     """Reads strict JSON: duplicate keys, NaN and infinity, bad UTF-8 and too deep nesting are `UserError`s."""
-    path = Path(path)
+    path = regular_file(path)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = sorted(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
@@ -59,11 +75,11 @@ def read_json(path: str | Path) -> Any:
     def finite(digits: str) -> float:
         return float(digits) if math.isfinite(float(digits)) else no_constant(digits)  # 1e999 is infinity to Python
 
+    if path.exists() and not path.is_file():  # a pipe would wait for a writer, and a device may have no end
+        raise UserError(f"{path}: cannot be read: not a regular file")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         return json.loads(text, object_pairs_hook=unique, parse_constant=no_constant, parse_float=finite)
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file", remedy="check the path") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not valid JSON, line {error.lineno} column {error.colno}: {error.msg}") from None
     except UnicodeDecodeError as error:
@@ -76,7 +92,56 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
+def regular_file(path: str | Path, what: str = "file") -> Path:
+    """The path of an ordinary file, for a reader to open: a pipe or a device would be read without an end.
+
+    Args:
+        path: As the user gave it; links are followed.
+        what: What kind of file is wanted, for the message.
+
+    Raises:
+        UserError: there is none, or it is a folder, a pipe, a device or a socket.
+    """
+    path = Path(path)
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path}: there is no such {what}", remedy="check the path") from None
+    except (OSError, ValueError) as error:  # a name with a NUL
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+        raise UserError(f"{path}: cannot be read", wanted=f"a {what}", got=kinds.get(stat.S_IFMT(mode), "a device"))
+    return path
+
+
 def sha256(path: str | Path) -> str:
     """Hex SHA-256 of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+WHOLE_BYTES = 1 << 30
+"""A larger file is known by its size and as many bytes of it, in blocks of 1 MiB at even distances."""
+
+
+def content_hash(path: str | Path) -> str:
+    """Hex SHA-256 that tells whether a model's file has been replaced, in seconds also for hundreds of gigabytes.
+
+    It is remembered while the file's inode, size and times stay as they are.
+    """
+    seen = os.stat(path)
+    return _content_hash(str(path), seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _content_hash(path: str, _device: int, _inode: int, size: int, *_times: int) -> str:
+    if size <= WHOLE_BYTES:
+        return sha256(path)
+    digest, block = hashlib.sha256(str(size).encode()), 1 << 20
+    blocks = WHOLE_BYTES // block
+    with open(path, "rb") as file:
+        for number in range(blocks):
+            file.seek((size - block) * number // (blocks - 1))  # the first one begins the file, the last one ends it
+            digest.update(file.read(block))
+    return digest.hexdigest()

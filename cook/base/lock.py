@@ -7,7 +7,7 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,26 @@ NAME = "run.lock"
 
 
 @contextlib.contextmanager
-def run_lock(folder: str | Path) -> Iterator[None]:
+def run_lock(folder: str | Path) -> Iterator[Callable[[], None]]:
     """Holds `folder/run.lock` while it is entered; all ranks enter it together.
 
     The lock of a run that was killed is taken over only with proof that none of its processes is left: all of them ran
-    on this machine and are gone, or they were an earlier start of the same Slurm job.
+    on the machines of this run's ranks and are gone, or they were an earlier start of the same Slurm job.
+
+    Yields:
+        What a rank calls that ends because another one is lost, and so without leaving this context.
 
     Raises:
         UserError: on every rank, if another run holds the folder, or may still hold it, or it cannot be written.
     """
+    path = Path(folder) / NAME
     owner = _owner(distributed.gather(this_process()))
+    fates = _fates(distributed.broadcast(_read(path) if distributed.rank() == 0 else None))
     refusal, made = None, None
     if distributed.rank() == 0:
         try:
             made = _make_folder(Path(folder))
-            _acquire(Path(folder) / NAME, owner)
+            _acquire(path, owner, fates)
         except UserError as error:
             refusal = error
         except OSError as error:
@@ -45,10 +50,10 @@ def run_lock(folder: str | Path) -> Iterator[None]:
     if refusal is not None:
         raise refusal
     try:
-        yield
+        yield lambda: _withdraw(path)
     finally:
         if distributed.rank() == 0:
-            _release(Path(folder) / NAME, owner)
+            _release(path)
             _remove_empty(made)
 
 
@@ -57,27 +62,46 @@ def _owner(processes: list[Process]) -> dict[str, Any]:
     return {"processes": [process.as_json() for process in processes], "slurm": slurm}
 
 
-def _acquire(path: Path, owner: dict[str, Any]) -> None:
+def _processes(held: Any) -> list[Process | None]:
+    listed = held.get("processes") if isinstance(held, dict) else None
+    return [Process.from_json(entry) for entry in listed] if isinstance(listed, list) else []
+
+
+def _fates(held: Any) -> dict[Process, str]:
+    """What became of the processes that a lock names; each rank knows those of its own machine."""
+    named = [process for process in _processes(held) if process]
+    known = distributed.gather([process.fate() for process in named])
+    return {
+        process: "alive" if "alive" in fates else "dead" if "dead" in fates else "unknown"
+        for process, *fates in zip(named, *known, strict=True)
+    }
+
+
+def _acquire(path: Path, owner: dict[str, Any], fates: dict[Process, str]) -> None:
     with _alone(path.parent):
         if os.path.lexists(path):
             held = _read(path)
-            if not _is_gone(held, owner):
-                raise _refusal(path, held)
+            if not _is_gone(held, owner, fates):
+                raise _refusal(path, held, fates)
             path.unlink()
-        # The file appears whole: a lock without a readable owner could never be proved stale.
-        aside = path.with_name(f".{NAME}.tmp")  # of a run that was killed here, it is simply written over
         try:
-            with open(aside, "w", encoding="utf-8") as file:
-                json.dump(owner, file)
-                file.flush()
-                os.fsync(file.fileno())
-            try:
-                _place(aside, path)
-            except FileExistsError:  # a run on another machine, where this one's flock may not be seen
-                raise _refusal(path, _read(path)) from None
-        finally:
-            aside.unlink(missing_ok=True)
-        fsync_folder(path.parent)
+            _write(path, owner)
+        except FileExistsError:  # a run on another machine, where this one's flock may not be seen
+            raise _refusal(path, _read(path), fates) from None
+
+
+def _write(path: Path, owner: dict[str, Any]) -> None:
+    # The file appears whole: a lock without a readable owner could never be proved stale.
+    aside = path.with_name(f".{NAME}.tmp")  # of a run that was killed here, it is simply written over
+    try:
+        with open(aside, "w", encoding="utf-8") as file:
+            json.dump(owner, file)
+            file.flush()
+            os.fsync(file.fileno())
+        _place(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    fsync_folder(path.parent)
 
 
 def _place(aside: Path, path: Path) -> None:
@@ -108,14 +132,13 @@ def _read(path: Path) -> Any:
         return None
 
 
-def _is_gone(held: Any, mine: dict[str, Any]) -> bool:
+def _is_gone(held: Any, mine: dict[str, Any], fates: dict[Process, str]) -> bool:
     if not isinstance(held, dict):
         return False
     if _is_earlier_start(held.get("slurm"), mine["slurm"]):
         return True
-    listed = held.get("processes")
-    processes = [Process.from_json(entry) for entry in listed] if isinstance(listed, list) else []
-    return bool(processes) and all(process is not None and process.fate() == "dead" for process in processes)
+    processes = _processes(held)
+    return bool(processes) and all(process is not None and fates.get(process) == "dead" for process in processes)
 
 
 def _is_earlier_start(held: Any, mine: dict[str, str]) -> bool:
@@ -127,10 +150,9 @@ def _is_earlier_start(held: Any, mine: dict[str, str]) -> bool:
     return same_job and all(count.isdecimal() for count in counts) and int(counts[0]) < int(counts[1])
 
 
-def _refusal(path: Path, held: Any) -> UserError:
-    listed = held.get("processes") if isinstance(held, dict) else None
-    processes = [p for p in map(Process.from_json, listed) if p] if isinstance(listed, list) else []
-    alive = [process for process in processes if process.fate() == "alive"]
+def _refusal(path: Path, held: Any, fates: dict[Process, str]) -> UserError:
+    processes = [process for process in _processes(held) if process]
+    alive = [process for process in processes if "alive" in (fates.get(process), process.fate())]
     names = ", ".join(f"{p.pid} on {p.host}" for p in (alive or processes)[:8]) or "unknown"
     if alive:
         return UserError(
@@ -145,10 +167,26 @@ def _refusal(path: Path, held: Any) -> UserError:
     )
 
 
-def _release(path: Path, owner: dict[str, Any]) -> None:
+def _release(path: Path) -> None:
     # Someone may have removed it by hand, and another run may have taken the folder since.
-    if _read(path) == owner:
+    if this_process() in _processes(_read(path)):
         path.unlink(missing_ok=True)
+
+
+def _withdraw(path: Path) -> None:
+    """Takes this rank out of the lock; the last of its machine removes the file.
+
+    The ranks of other machines, which may be out of reach for ever, need no lock any more: a checkpoint is published by
+    all ranks together or by none, and they too end as soon as they miss this one.
+    """
+    with contextlib.suppress(OSError), _alone(path.parent):
+        held, mine = _read(path), this_process()
+        if mine in _processes(held):  # else another run's
+            others = [process for process in _processes(held) if process and process != mine]
+            left = [process for process in others if process.fate() == "alive"]
+            path.unlink()
+            if left:
+                _write(path, {**held, "processes": [process.as_json() for process in left]})
 
 
 def _make_folder(folder: Path) -> list[Path]:

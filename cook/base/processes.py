@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 PROC = Path("/proc")
+LAUNCHED = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")
+"""Variables that torchrun's and DeepSpeed's ranks find set."""
+ADOPTERS = ("systemd", "init", "tini", "dumb-init", "docker-init")
+"""Who takes on the processes that a launcher leaves behind, beside process 1."""
+SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "fish", "csh", "tcsh")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,15 +65,54 @@ def this_process() -> Process:
     return _process(os.getpid())
 
 
-def launchers() -> list[Process]:
-    """The launcher that started this rank: its parent, and for DeepSpeed's, which are two, the one above too."""
-    parent = os.getppid()
-    found = [_process(parent)]
-    # `deepspeed` on one machine does not pass SIGTERM on to the process that starts the ranks: it just ends.
-    above = _stat(parent)[2]
-    if "deepspeed.launcher.launch" in _command(parent) and "deepspeed" in _command(above):
-        found.append(_process(above))
+def launchers() -> list[Process] | None:
+    """The processes whose end means the end of this rank; empty where no launcher is known, None if it has gone.
+
+    That is the nearest ancestor that can be torchrun or DeepSpeed's, else the parent unless it is a shell: a run that
+    was started by hand in the background outlives the shell.
+    """
+    ancestors = _ancestors()
+    if any(name in os.environ for name in LAUNCHED):
+        found = next((pid for pid in ancestors if _is_python(pid)), None)
+        if found is None and ancestors[-1] == 1:  # adopted
+            return None
+        found = found or ancestors[0]
+    elif int(os.environ.get("WORLD_SIZE", "1")) > 1 and ancestors[0] > 1 and _name(ancestors[0]) not in SHELLS:
+        found = ancestors[0]
+    else:
+        return []
+    watched = [found]
+    if "deepspeed.launcher.launch" in _command(found):
+        # `deepspeed` on one machine does not pass SIGTERM on to the process that starts the ranks: it just ends. On
+        # several, what starts the ranks is the shell of an ssh connection, and outlives it.
+        above = ancestors[ancestors.index(found) + 1 :]
+        if os.environ.get("CROSS_SIZE") == "1" and above and (above[0] == 1 or _name(above[0]) in ADOPTERS):
+            return None
+        while above and above[0] > 1 and ("deepspeed" in _command(above[0]) or _name(above[0]).startswith("sshd")):
+            watched.append(above.pop(0))
+    return [_process(pid) for pid in watched]
+
+
+def _ancestors() -> list[int]:
+    """Parent, its parent and so on, as far as the system tells; at least the parent."""
+    found = [os.getppid()]
+    while (above := _stat(found[-1])[2]) > 0:
+        found.append(above)
     return found
+
+
+def _is_python(pid: int) -> bool:
+    try:
+        return "python" in os.path.basename(os.readlink(PROC / str(pid) / "exe"))
+    except OSError:  # another user's
+        return "python" in _command(pid)
+
+
+def _name(pid: int) -> str:
+    try:
+        return (PROC / str(pid) / "comm").read_text().strip()
+    except OSError:
+        return ""
 
 
 def _process(pid: int) -> Process:

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGUSR1 as requests that the loop looks at between steps."""
+"""SIGTERM, SIGINT and SIGUSR1 as requests that the loop looks at between steps; the launcher's end as a SIGTERM."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import contextlib
 import enum
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
-from cook.base.errors import Interrupted
+from cook.base.errors import EXIT_INTERRUPTED, Interrupted, RunFailed
+from cook.base.processes import launchers
 
 
 class Request(enum.IntFlag):
@@ -24,6 +27,9 @@ class Request(enum.IntFlag):
     SETTLE = 4
     """No signal's: a save in the background has failed on some rank, and all of them must hear of it."""
 
+
+HEARING = 10.0
+"""Seconds that a process whose launcher has gone has to end by itself, outside the training steps."""
 
 MEANING = {signal.SIGTERM: Request.STOP, signal.SIGINT: Request.STOP, signal.SIGUSR1: Request.SAVE}
 
@@ -71,7 +77,9 @@ def ending_quietly() -> Iterator[None]:
     """
 
     def end(number: int, _frame: FrameType | None) -> None:
-        raise Interrupted(f"{signal.Signals(number).name} outside the training steps; the same command goes on")
+        # A launcher that has seen another rank die sends SIGTERM while this one is on its way out for the same reason.
+        if not isinstance(sys.exc_info()[1], RuntimeError | RunFailed | Interrupted):
+            raise Interrupted(f"{signal.Signals(number).name} outside the training steps; the same command goes on")
 
     def nothing_to_save(_number: int, _frame: FrameType | None) -> None:
         _say("SIGUSR1: there is nothing new to save now")
@@ -86,6 +94,31 @@ def ending_quietly() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def heed_launcher() -> None:
+    """From here on the launcher's end ends this process too, as a SIGTERM does; a command's first call.
+
+    Before the training steps there is nothing to save, and the main thread may wait inside a call that hears no signal,
+    for ranks that have gone: it has a few seconds. In the loop the ranks save first, and the watchdog sets the bound.
+    """
+    watched = launchers()
+    if watched is None:
+        raise Interrupted("the launcher has gone before the run began")
+
+    def watch() -> None:
+        while all(process.fate() != "dead" for process in watched):
+            time.sleep(0.5)
+        _say("the launcher has gone: stopping as if it had sent SIGTERM")
+        os.kill(os.getpid(), signal.SIGTERM)
+        while True:
+            time.sleep(HEARING)
+            if not isinstance(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), Signals):
+                _say("stopped: the launcher has gone, outside the training steps; the same command goes on")
+                os._exit(EXIT_INTERRUPTED)
+
+    if watched:
+        threading.Thread(target=watch, name="launcher", daemon=True).start()
 
 
 def _say(text: str) -> None:

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import pickletools
+import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from cook.base.errors import UserError
-from cook.base.files import fsync_folder, read_json, write_json
+from cook.base.files import fsync_folder, naming, read_json, regular_file, write_json
+
+Shape = tuple[int, ...]
+INDEX = "model.safetensors.index.json"
+LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""First bytes of a file that torch.save wrote before it wrote zip archives."""
 
 
 class LazyTensors(Mapping[str, torch.Tensor]):
@@ -20,10 +29,11 @@ class LazyTensors(Mapping[str, torch.Tensor]):
 
     Args:
         readers: For every name, a function that reads its tensor.
+        shapes: By name, where the shape is known without reading the tensor.
     """
 
-    def __init__(self, readers: Mapping[str, Callable[[], torch.Tensor]]):
-        self._readers = dict(readers)
+    def __init__(self, readers: Mapping[str, Callable[[], torch.Tensor]], shapes: Mapping[str, Shape] | None = None):
+        self._readers, self.shapes = dict(readers), dict(shapes or {})
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._readers[name]()
@@ -38,25 +48,53 @@ class LazyTensors(Mapping[str, torch.Tensor]):
         return name in self._readers  # Mapping's own would read the tensor
 
 
+def known_shape(tensors: Mapping[str, torch.Tensor], name: str) -> Shape | None:
+    """The shape of a tensor; None where only reading it would tell."""
+    return tensors.shapes.get(name) if isinstance(tensors, LazyTensors) else tuple(tensors[name].shape)
+
+
 def open_safetensors_folder(folder: Path) -> LazyTensors:
-    """The tensors of a Hugging Face folder: `model.safetensors`, or shards with an index."""
-    index = folder / "model.safetensors.index.json"
-    listed = _weight_map(index) if index.exists() else {}
-    files = sorted({folder / name for name in listed.values()}) or [folder / "model.safetensors"]
+    """The tensors of a Hugging Face folder: `model.safetensors`, else shards with an index, as transformers reads it.
+
+    Raises:
+        UserError: no such files, or an index that does not fit its shards.
+    """
+    whole, index = folder / "model.safetensors", folder / INDEX
+    if whole.is_file() or not index.is_file():
+        return open_safetensors([whole])
+    listed = _weight_map(index)
+    tensors = open_safetensors([folder / name for name in sorted(set(listed.values()))])
+    absent = [name for name in listed if name not in tensors]
+    if absent:
+        raise UserError(
+            f"{index}: lists {absent[0]!r}, which is in none of the shards",
+            remedy="download or save the folder again: shards and index are not of one model",
+        )
+    return tensors
+
+
+def open_safetensors(files: Sequence[Path]) -> LazyTensors:
+    """The tensors of some safetensors files.
+
+    Raises:
+        UserError: a file is missing or damaged, or two files hold a tensor of the same name.
+    """
     readers: dict[str, Callable[[], torch.Tensor]] = {}
+    shapes: dict[str, Shape] = {}
     for file in files:
         if not file.is_file():
             raise UserError(f"{file}: there is no such file", wanted="a folder with model.safetensors or its shards")
         try:
             with safe_open(file, framework="pt") as opened:
-                names = list(opened.keys())
+                found = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
         except Exception as error:  # safetensors raises its own error type, and OSError for a short file
             raise UserError(f"{file}: not a safetensors file", got=error) from None
-        readers |= {name: _safetensors_reader(file, name) for name in names}
-    absent = [name for name in listed if name not in readers]
-    if absent:
-        raise UserError(f"{index}: lists {absent[0]!r}, which is in none of the shards")
-    return LazyTensors(readers)
+        twice = readers.keys() & found.keys()
+        if twice:
+            raise UserError(f"{file}: {min(twice)!r} is in another shard as well", remedy="save the folder again")
+        readers |= {name: _safetensors_reader(file, name) for name in found}
+        shapes |= found
+    return LazyTensors(readers, shapes)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -84,6 +122,7 @@ def load_pt(path: Path, *, mmap: bool = False) -> dict:
     Raises:
         UserError: not a zip archive written by `torch.save`, a compressed or oversized member, or a refused global.
     """
+    path = regular_file(path)
     try:
         with zipfile.ZipFile(path) as archive:
             # Members that overlap would unfold to more than the file holds.
@@ -93,17 +132,79 @@ def load_pt(path: Path, *, mmap: bool = False) -> dict:
                 # torch.save stores its members; a compressed one can only be a bomb or another program's file.
                 if member.compress_type != zipfile.ZIP_STORED or ".." in Path(member.filename).parts:
                     raise UserError(f"{path}: the archive's member {member.filename!r} is not as torch.save writes it")
+                if member.filename.endswith("data.pkl"):
+                    if member.file_size > MAX_PICKLE_BYTES:
+                        raise UserError(f"{path}: {member.filename} is too large for the names of tensors")
+                    _check_tuples(path, archive.read(member))
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file", remedy="check the path") from None
     except UserError:
         raise
+    except zipfile.BadZipFile:
+        raise _not_an_archive(path) from None
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: not a readable .pt file of tensors", got=reason) from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}", wanted="a dictionary of tensors")
     return content
+
+
+MAX_PICKLE_BYTES = 32 << 20
+"""Of names and shapes, not of values: hundreds of bytes per tensor."""
+MAX_TUPLE = 100_000
+"""Values in a tuple, those in its inner tuples included: torch.save writes a few."""
+
+
+def _check_tuples(path: Path, pickled: bytes) -> None:
+    """Refuses tuples made of one and the same tuple over and over: as a dictionary's key they take years to hash."""
+    mark = 0
+    stack, memo = [1], dict[object, int]()  # how many values each object counts for
+    for op, arg, _ in pickletools.genops(pickled):
+        if op.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if op.name == "MEMOIZE" else arg] = stack[-1]
+        elif op.name == "MARK":
+            stack.append(mark)
+        elif op.name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo.get(arg, 1))
+        else:
+            count, taken = 1, list(op.stack_before)
+            if pickletools.markobject in taken:
+                while stack and (top := stack.pop()) != mark:
+                    count += top
+                taken = taken[: taken.index(pickletools.markobject)]
+            for _ in taken:
+                count += stack.pop() if stack else 0
+            is_tuple = op.name.startswith("TUPLE")
+            if is_tuple and count > MAX_TUPLE:
+                raise UserError(f"{path}: holds a tuple of more than {MAX_TUPLE} values", wanted="tensors by name")
+            stack += [count if is_tuple else 1 for _ in op.stack_after]
+
+
+def _not_an_archive(path: Path) -> UserError:
+    with path.open("rb") as opened:
+        is_legacy = opened.read(len(LEGACY_MAGIC)) == LEGACY_MAGIC
+    if not is_legacy:
+        return UserError(f"{path}: not a readable .pt file of tensors", got="no archive as torch.save writes it")
+    return UserError(
+        f"{path}: in the format that torch.save wrote before PyTorch 1.6",
+        wanted="the zip archive that torch.save writes today",
+        remedy="load it with torch.load(path, weights_only=True) and save it again with torch.save",
+    )
+
+
+def save_pt(content: Any, path: Path) -> None:
+    """Writes what `load_pt` reads; a failure is an `OSError` that names the file.
+
+    By Python's own file: PyTorch's does not say why it could not write.
+    """
+    with naming(path), open(path, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            # What closes the archive fails in turn, at a place where it did not expect to be.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def open_pt(path: Path) -> Mapping[str, torch.Tensor]:
@@ -143,19 +244,28 @@ class ShardWriter:
 
     def _flush(self) -> None:
         file = self.folder / f"shard-{len(self.files):05d}.safetensors"
-        save_file(self._pending, file, metadata={"format": "pt"})
         self.files.append(file)
+        try:
+            save_file(self._pending, file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            found = re.search(r"\(os error (\d+)\)", str(error))
+            if found is None:
+                raise
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(file)) from None
         self.names.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
-            for file in self.files:
-                file.unlink(missing_ok=True)
+            self._clear()
             return
-        self._flush()
+        try:
+            self._flush()
+        except BaseException:
+            self._clear()
+            raise
         # What an earlier model left here would be read in place of this one, or beside it.
-        for stale in (*self.folder.glob("model*.safetensors"), *self.folder.glob("model.safetensors.index.json")):
+        for stale in (*self.folder.glob("model*.safetensors"), *self.folder.glob(INDEX)):
             stale.unlink()
         count = len(self.files)
         finals = (
@@ -169,8 +279,12 @@ class ShardWriter:
         if count > 1:
             weight_map = {name: final for names, final in zip(self.names, finals, strict=True) for name in names}
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-            write_json(self.folder / "model.safetensors.index.json", index)
+            write_json(self.folder / INDEX, index)
         fsync_folder(self.folder)
+
+    def _clear(self) -> None:
+        for file in self.files:
+            file.unlink(missing_ok=True)
 
 
 def read_model_config(folder: Path) -> dict:

@@ -68,7 +68,7 @@ def rows_hold_the_prompt(data: DataConfig, facts: ModelFacts) -> Iterator[UserEr
     if facts.max_positions is not None and data.max_length > facts.max_positions:
         yield UserError(
             "data.max_length: more than the model was made for",
-            wanted=f"at most {facts.max_positions} (the model's max_position_embeddings)",
+            wanted=f"at most {facts.max_positions} (the model's positions)",
             got=data.max_length,
         )
     if facts.prompt_length is not None and data.max_length <= facts.prompt_length:

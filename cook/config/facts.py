@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,13 +10,10 @@ from typing import Any
 
 from cook.base.errors import UserError
 from cook.base.files import read_json
+from cook.config.stock import stock_config
 from cook.config.types import ModelConfig
 
-STOCK_NAMES = {
-    "num_heads": "num_attention_heads",
-    "dim_ff": "intermediate_size",
-    "max_positions": "max_position_embeddings",
-}
+STOCK_NAMES = {"num_heads": "num_attention_heads", "dim_ff": "intermediate_size"}
 """Fields that most Hugging Face classes name otherwise."""
 
 
@@ -59,17 +57,33 @@ def model_facts(model: ModelConfig) -> ModelFacts:
             raise UserError(f"{file}: cannot be read: {error}") from None
     if not isinstance(config, dict):
         return ModelFacts()
+    made = _stock_object(config) if model.type == "hf" else None
+    positions = getattr(made, "max_position_embeddings", None)
     if "stock_type" in config:  # each layer has sizes of its own, which only an adapter can tell
-        return ModelFacts(vocab_size=_integer(config, "vocab_size"))
+        return ModelFacts(vocab_size=_integer(config, "vocab_size"), max_positions=positions)
     heads, dims, removed = (config.get(name) for name in ("layer_heads", "layer_dim_ff", "mask_modules"))
     return ModelFacts(
         vocab_size=_integer(config, "vocab_size"),
         prompt_length=_integer(config, "prompt_length"),
-        num_heads=_integer(config, "num_heads") if heads is None else _common(heads),
+        num_heads=(_integer(config, "num_heads") or getattr(made, "num_attention_heads", None))
+        if heads is None
+        else _common(heads),
         dim_ff=_integer(config, "dim_ff") if dims is None else _common(dims),
-        max_positions=_integer(config, "max_positions") if model.type == "hf" else None,
+        max_positions=positions,
         layers_removed=None if model.type == "hf" else _any_removed(removed),
     )
+
+
+def _stock_object(config: Mapping[str, Any]) -> Any:
+    """The config as its class in transformers has it, by the names that all classes share; None for a strange one."""
+    from transformers import CONFIG_MAPPING
+
+    kind = config.get("stock_type", config.get("model_type"))
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        return None
+    with contextlib.suppress(UserError):  # opening the model says what is wrong
+        return stock_config(CONFIG_MAPPING[kind], config)
+    return None
 
 
 def _integer(config: Mapping[str, Any], name: str) -> int | None:

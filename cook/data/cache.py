@@ -6,6 +6,7 @@ time in a cache; a killed builder leaves a folder aside that the next one remove
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cook.base.errors import UserError
-from cook.base.files import fsync_folder, read_json, write_json
+from cook.base.files import fsync_folder, naming, read_json, write_json
 
 MANIFEST = "manifest.json"
 
@@ -46,7 +47,8 @@ def cached_folder(cache: Path, kind: str, fingerprint: str, build: Callable[[Pat
         build: Writes files into the folder that it is given; returns facts for the manifest.
 
     Raises:
-        UserError: The cache cannot be written.
+        UserError: The cache cannot be written here.
+        OSError: The disk is full or broken, naming the file.
     """
     folder = cache / f"{kind}-{fingerprint[:16]}"
     if _is_current(folder, fingerprint):
@@ -59,6 +61,8 @@ def cached_folder(cache: Path, kind: str, fingerprint: str, build: Callable[[Pat
             if not _is_current(folder, fingerprint):
                 _build(folder, fingerprint, build)
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EMFILE, errno.ENFILE):
+            raise  # no mistake in the settings, and the same command prepares what is missing
         raise UserError(
             f"{cache}: the cache of prepared data cannot be written: {error.strerror}",
             remedy="free some space, or name another folder in data.cache_dir",
@@ -76,10 +80,11 @@ def _build(folder: Path, fingerprint: str, build: Callable[[Path], dict[str, Any
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
-        facts = build(aside)
+        with naming(folder):
+            facts = build(aside)
         names = sorted(path.name for path in aside.iterdir())
         for name in names:
-            with open(aside / name, "rb") as file:
+            with naming(folder / name), open(aside / name, "rb") as file:
                 os.fsync(file.fileno())
         files = {name: (aside / name).stat().st_size for name in names}
         write_json(aside / MANIFEST, {"fingerprint": fingerprint, **facts, "files": files})

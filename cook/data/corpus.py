@@ -6,13 +6,13 @@ The library of the running Python, text files and JSON lines are read here; tabl
 from __future__ import annotations
 
 import ast
-import glob
+import codecs
 import hashlib
 import json
 import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,10 +22,14 @@ import numpy as np
 from cook.base.errors import UserError
 from cook.base.files import sha256
 from cook.data.documents import Document, Item, SourceFile
+from cook.data.left_out import LeftOut
+from cook.data.source_files import MAX_LINE_BYTES, lines_of, list_files, opened
 
-ENDS_BYTES = 1 << 16
+BOM = "\ufeff"
+"""Byte order mark: no part of the text that it stands in front of."""
+
 PART_BYTES = 1 << 20
-"""A larger text file becomes several documents of about this size, cut after a line end."""
+"""A larger text file becomes several documents of about this size, cut after a line end where one is near."""
 
 # Tests are not prose or programs of the usual kind; generated files name the machine that built Python.
 STDLIB_OMITTED = frozenset(
@@ -50,8 +54,8 @@ class Corpus:
     kind: str
     files: tuple[SourceFile, ...]
     read: Callable[[SourceFile], Iterator[Document]]
-    skipped: tuple[str, ...] = ()
-    """Names of files that were left out because they are not UTF-8 (`python_stdlib` only)."""
+    left_out: LeftOut = field(default_factory=LeftOut, compare=False)
+    """Files that the paths reach and that are not read."""
 
     read_objects: Callable[[SourceFile], Iterator[Item]] | None = None
     """Where a document is one text of an object (a JSON line, a table's row): those objects."""
@@ -107,16 +111,18 @@ def open_corpus(
     """
     if kind == "python_stdlib":
         return _open_stdlib()
+    left_out = LeftOut()
     if kind == "text":
-        return Corpus(kind, list_files(paths, None, digest), _read_text)
+        return Corpus(kind, list_files(paths, None, digest, left_out), _read_text, left_out)
     # Imported late: tables need a library that takes seconds to load.
     read_objects: Callable[[SourceFile], Iterator[Item]]
     if kind == "jsonl":
-        files, read_objects = list_files(paths, JSONL_SUFFIXES, digest), _read_jsonl
+        files, read_objects = list_files(paths, JSONL_SUFFIXES, digest, left_out), _read_jsonl
     elif kind == "parquet":
         from cook.data.table_documents import read_parquet
 
-        files, read_objects = list_files(paths, (".parquet",), digest), read_parquet
+        files = list_files(paths, (".parquet",), digest, left_out, compressed=False)
+        read_objects = read_parquet
     elif kind == "arrow":
         from cook.data.table_documents import list_arrow_folders, read_arrow_folder
 
@@ -129,7 +135,7 @@ def open_corpus(
         kinds = "python_stdlib, text, jsonl, parquet, arrow or hub"
         raise UserError("data.type is unknown", wanted=kinds, got=repr(kind))
     read = partial(_read_field, read_objects, text_field)
-    return Corpus(f"{kind}:{text_field}", files, read, read_objects=read_objects)
+    return Corpus(f"{kind}:{text_field}", files, read, left_out, read_objects)
 
 
 def grouped(items: Iterable[Member], characters: Callable[[Member], int]) -> Iterator[list[Member]]:
@@ -187,7 +193,7 @@ def unit_hash(name: str) -> float:
 
 def _open_stdlib() -> Corpus:
     root = Path(sysconfig.get_paths()["stdlib"])
-    files, skipped = [], []
+    files, left_out = [], LeftOut()
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in STDLIB_OMITTED and not name.startswith("config-")]
         for filename in names:
@@ -199,7 +205,7 @@ def _open_stdlib() -> Corpus:
             try:
                 content.decode()
             except UnicodeDecodeError:
-                skipped.append(name)
+                left_out.add("files that are not UTF-8", 1, name)
                 continue
             files.append(SourceFile(path, name, len(content), hashlib.sha256(content).hexdigest()))
     if not files:
@@ -207,11 +213,11 @@ def _open_stdlib() -> Corpus:
             f"{root} holds no sources of the standard library", remedy="use data.type: text with files of your own"
         )
     files.sort(key=lambda file: file.name)
-    return Corpus("python_stdlib", tuple(files), _read_stdlib, tuple(sorted(skipped)))
+    return Corpus("python_stdlib", tuple(files), _read_stdlib, left_out)
 
 
 def _read_stdlib(file: SourceFile) -> Iterator[Document]:
-    text = file.path.read_bytes().decode()
+    text = file.path.read_bytes().decode("utf-8-sig")
     if file.name != TOPICS:
         yield Document(file.name, text)
         return
@@ -223,18 +229,25 @@ def _read_stdlib(file: SourceFile) -> Iterator[Document]:
 
 
 def _read_text(file: SourceFile) -> Iterator[Document]:
+    decoder = codecs.getincrementaldecoder("utf-8")()  # a character that a part's end cuts goes into the next part
     offset = part = 0
-    with open(file.path, "rb") as stream:
+    with opened(file.path) as stream:
         while block := stream.read(PART_BYTES):
-            block += stream.readline() if not block.endswith(b"\n") else b""
-            try:
-                text = block.decode()
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{file.path}: not UTF-8 at byte {offset + error.start}", remedy="convert the file to UTF-8"
-                ) from None
-            yield Document(f"{file.name}#{part}" if part else file.name, text)
+            block += stream.readline(MAX_LINE_BYTES) if not block.endswith(b"\n") else b""
+            text = _decoded(decoder, block, offset, file)
+            yield Document(f"{file.name}#{part}" if part else file.name, text if part else text.removeprefix(BOM))
             offset, part = offset + len(block), part + 1
+    _decoded(decoder, b"", offset, file)
+
+
+def _decoded(decoder: codecs.IncrementalDecoder, block: bytes, offset: int, file: SourceFile) -> str:
+    waiting = len(decoder.getstate()[0])
+    try:
+        return decoder.decode(block, final=not block)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{file.path}: not UTF-8 at byte {offset - waiting + error.start}", remedy="convert the file to UTF-8"
+        ) from None
 
 
 def _read_field(
@@ -245,8 +258,8 @@ def _read_field(
 
 
 def _read_jsonl(file: SourceFile) -> Iterator[Item]:
-    with open(file.path, "rb") as stream:
-        for number, line in enumerate(stream, start=1):
+    with opened(file.path) as stream:
+        for number, (_, line) in enumerate(lines_of(stream, file.path), start=1):
             if line.strip():
                 where = f"{file.path}, line {number}"
                 yield Item(f"{file.name}:{number}", where, object_of(line, where))
@@ -266,6 +279,8 @@ def object_of(line: bytes, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: not valid JSON, column {error.colno}: {error.msg}") from None
     except RecursionError:
         raise UserError(f"{where}: nested too deeply") from None
+    except ValueError as error:  # Python's limit on the digits of an integer
+        raise UserError(f"{where}: not a usable number: {error}") from None
     if not isinstance(record, dict):
         raise UserError(f"{where}: not a JSON object", wanted="an object", got=type(record).__name__)
     return record
@@ -282,52 +297,24 @@ def text_of(record: Mapping[str, Any], field: str, where: str, remedy: str | Non
     text = record[field]
     if not isinstance(text, str):
         raise UserError(f"{where}: {field!r} is not a string", wanted="a string", got=type(text).__name__)
+    return whole_text(text, f"{where}: {field!r}")
+
+
+def whole_text(text: str, what: str) -> str:
+    """The text itself.
+
+    Raises:
+        UserError: It is too long, or cannot be written as UTF-8: no tokenizer takes it. `what` begins the message.
+    """
+    if len(text) > MAX_LINE_BYTES:
+        raise UserError(
+            f"{what} is too long",
+            wanted=f"at most {MAX_LINE_BYTES:,} characters",
+            got=f"{len(text):,}",
+            remedy="cut the document into several",
+        )
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: {field!r} holds half a surrogate pair at character {error.start}") from None
+        raise UserError(f"{what} holds half a surrogate pair at character {error.start}") from None
     return text
-
-
-def hash_of_ends(path: Path) -> str:
-    """Hex SHA-256 of a file's size, first and last 64 KiB: enough to tell that it was replaced or grew."""
-    with open(path, "rb") as file:
-        size, first = os.fstat(file.fileno()).st_size, file.read(ENDS_BYTES)
-        file.seek(max(0, size - ENDS_BYTES))
-        return hashlib.sha256(b"%d %b %b" % (size, first, file.read())).hexdigest()
-
-
-def list_files(
-    paths: Sequence[str], suffixes: tuple[str, ...] | None, digest: Callable[[Path], str]
-) -> tuple[SourceFile, ...]:
-    """Every file that the paths name, in their order and sorted inside each, none twice."""
-    found: dict[Path, SourceFile] = {}
-    for given in paths:
-        for path, name in matching_files(given, suffixes):
-            if (resolved := path.resolve()) not in found:
-                try:
-                    found[resolved] = SourceFile(path, name, path.stat().st_size, digest(path))
-                except OSError as error:
-                    raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    if not found:
-        raise UserError("the corpus is empty", wanted="at least one file in data.paths")
-    return tuple(found.values())
-
-
-def matching_files(given: str, suffixes: tuple[str, ...] | None) -> list[tuple[Path, str]]:
-    path = Path(given).expanduser()
-    if path.is_file():
-        return [(path, path.name)]
-    if path.is_dir():
-        root, inside = path, (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
-        files = [file for file in inside if suffixes is None or file.name.endswith(suffixes)]
-    elif glob.has_magic(given):
-        fixed = [part for part in path.parts[: next(i for i, p in enumerate(path.parts) if glob.has_magic(p))]]
-        root, files = Path(*fixed), [Path(match) for match in glob.glob(str(path), recursive=True)]
-    else:
-        raise UserError(f"{given}: there is no such file or folder", remedy="check data.paths")
-    named = [(file, file.relative_to(root).as_posix()) for file in files if file.is_file()]
-    visible = [(file, name) for file, name in named if not any(part.startswith(".") for part in name.split("/"))]
-    if not visible:
-        raise UserError(f"{given}: matches no file", wanted=f"files ending in {suffixes}" if suffixes else None)
-    return sorted(visible, key=lambda item: item[1])

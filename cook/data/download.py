@@ -152,7 +152,7 @@ def unpack(archive: Path, folder: Path) -> list[Path]:
 def write_mrpc(train: Path, test: Path, dev_ids: Path, folder: Path) -> None:
     """Makes MRPC's train, dev and test files: the distribution has one training file and the ids of the dev pairs."""
     # Only a line feed ends a line: the sentences may hold other separators of Unicode.
-    ids = {tuple(line.split()) for line in dev_ids.read_text(encoding="utf-8").split("\n") if line.strip()}
+    ids = {tuple(line.split()) for line in dev_ids.read_text(encoding="utf-8-sig").split("\n") if line.strip()}
     lines = [line.rstrip("\r") for line in train.read_text(encoding="utf-8-sig").split("\n")]
     header, rows = lines[0], [line for line in lines[1:] if line]
     dev = [row for row in rows if tuple(row.split("\t")[1:3]) in ids]

@@ -19,6 +19,7 @@ Shapes: R rows, B rows of a batch, P prompt_length, T max_length - prompt_length
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,14 +32,15 @@ from cook.base.batches import Batch
 from cook.base.errors import UserError
 from cook.data.cache import read_manifest
 from cook.data.corpus import MIN_REST
+from cook.data.left_out import LeftOut
 
 LM_TASK = 2
 TEXT_SEGMENT = 2
 NO_TARGET = -100
 PADDING_SPAN = -1
 
-MIN_DOCUMENT = 8
-"""A whole document is dropped if it is shorter than this many tokens."""
+MIN_PIECE = 8
+"""Rows so short that they have no room for a piece of this many tokens are refused."""
 
 OPEN_ROWS = 1024
 """First fit looks at this many of the rows opened last: linear time, however large the corpus."""
@@ -62,7 +64,9 @@ class Places(NamedTuple):
 
 
 def cut(offsets: np.ndarray, max_size: int) -> Pieces:
-    """Cuts documents into pieces of `max_size` tokens and a rest; `MIN_REST` and `MIN_DOCUMENT` say what is dropped.
+    """Cuts documents into pieces of `max_size` tokens and a rest; a rest shorter than `MIN_REST` is left out.
+
+    A document that is shorter than a piece is a piece, however short it is.
 
     Args:
         offsets: (num_documents + 1,), document d is tokens offsets[d]:offsets[d + 1].
@@ -70,7 +74,7 @@ def cut(offsets: np.ndarray, max_size: int) -> Pieces:
     """
     begins, lengths = np.asarray(offsets[:-1], np.int64), np.diff(np.asarray(offsets, np.int64))
     full, rest = np.divmod(lengths, max_size)
-    keeps_rest = np.where(full > 0, rest >= MIN_REST, rest >= MIN_DOCUMENT)
+    keeps_rest = rest >= np.where(full > 0, MIN_REST, 1)
     counts = full + keeps_rest
     document_N = np.repeat(np.arange(len(lengths)), counts)
     ordinal_N = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -198,13 +202,13 @@ def text_capacity(max_length: int, prompt_length: int) -> int:
     """Tokens of the largest piece in a row.
 
     Raises:
-        UserError: A row has no room for the shortest document.
+        UserError: A row has no room for `MIN_PIECE` tokens.
     """
     capacity = max_length - prompt_length - 2
-    if capacity < MIN_DOCUMENT:
+    if capacity < MIN_PIECE:
         raise UserError(
             "data.max_length leaves too little room after the prompt",
-            wanted=f"at least {prompt_length + 2 + MIN_DOCUMENT} with a prompt of {prompt_length}",
+            wanted=f"at least {prompt_length + 2 + MIN_PIECE} with a prompt of {prompt_length}",
             got=max_length,
         )
     return capacity
@@ -218,7 +222,7 @@ def pack(
     bos_id: int,
     eos_id: int,
     array: Callable[[str, type, tuple[int, ...]], np.ndarray],
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Cuts and packs documents and fills the rows' arrays.
 
     Args:
@@ -230,8 +234,9 @@ def pack(
         array: Makes the array of a name, type and shape; not called where there is no row.
 
     Returns:
-        Statistics: rows, samples, targets, dropped_tokens, filled (share of T in use), and share_without_prompt (share
-        of the targets in samples that are not their row's first).
+        Statistics: rows, samples, short (documents shorter than a row), targets, filled (share of T in use),
+        share_without_prompt (share of the targets in samples that are not their row's first), and left_out (a record of
+        `LeftOut`).
     """
     pieces = cut(offsets, row_size - 2)
     sizes_N = pieces.size_N + 2
@@ -246,37 +251,65 @@ def pack(
         array("used", np.int32, (num_rows,))[:] = np.bincount(places.row_N, sizes_N, num_rows)
         array("num_targets", np.int32, (num_rows,))[:] = np.bincount(places.row_N, sizes_N - 1, num_rows)
     num_targets = int((sizes_N - 1).sum())
+    left_out = LeftOut()
+    lengths_D = np.diff(offsets)
+    left_out.add("empty documents", int((lengths_D == 0).sum()))
+    left_out.add(
+        f"tokens at the ends of long documents, fewer than {MIN_REST} of each", len(tokens) - int(pieces.size_N.sum())
+    )
     return {
         "rows": num_rows,
         "samples": len(sizes_N),
+        "short": int(((lengths_D > 0) & (lengths_D < row_size - 2)).sum()),
         "targets": num_targets,
-        "dropped_tokens": len(tokens) - int(pieces.size_N.sum()),
         "filled": float(sizes_N.sum() / max(num_rows * row_size, 1)),
         "share_without_prompt": float((sizes_N - 1)[places.span_N > 0].sum() / max(num_targets, 1)),
+        "left_out": left_out.record(),
     }
 
 
 def pack_to_folder(
     tokens: np.ndarray, offsets: np.ndarray, *, row_size: int, bos_id: int, eos_id: int, folder: Path, part: str
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """`pack` into files `<part>.*.npy`, `train` or `held_out`, that `open_rows` maps."""
 
     def array(name: str, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
-        return np.lib.format.open_memmap(folder / f"{part}.{name}.npy", mode="w+", dtype=dtype, shape=shape)
+        return new_array(folder / f"{part}.{name}.npy", dtype, shape)
 
     return pack(tokens, offsets, row_size=row_size, bos_id=bos_id, eos_id=eos_id, array=array)
 
 
+def new_array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+    """A mapped `.npy` file of zeros whose space on the disk is taken: writing to it later cannot run out of it.
+
+    Raises:
+        OSError: There is no space. In a file with holes, a write through the map would kill the process instead.
+    """
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    with open(path, "rb+") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
+
+
 def pack_in_memory(
-    tokens: np.ndarray, offsets: np.ndarray, *, max_length: int, prompt_length: int, bos_id: int, eos_id: int
+    tokens: np.ndarray,
+    offsets: np.ndarray,
+    *,
+    max_length: int,
+    prompt_length: int,
+    bos_id: int,
+    eos_id: int,
+    left_out: LeftOut | None = None,
 ) -> PackedRows | None:
-    """`pack` into memory; None if no document is long enough for a row."""
+    """`pack` into memory, adding up what is left out; None if all documents are empty."""
     made: dict[str, np.ndarray] = {}
 
     def array(name: str, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
         return made.setdefault(name, np.zeros(shape, dtype))
 
-    pack(tokens, offsets, row_size=max_length - prompt_length, bos_id=bos_id, eos_id=eos_id, array=array)
+    statistics = pack(tokens, offsets, row_size=max_length - prompt_length, bos_id=bos_id, eos_id=eos_id, array=array)
+    if left_out is not None:
+        left_out.include(statistics["left_out"])
     if not made:
         return None
     return PackedRows(

@@ -18,16 +18,20 @@ from cook.base.errors import UserError
 from cook.data.cache import cached_folder, fingerprint_of, read_manifest
 from cook.data.corpus import Corpus, grouped, open_corpus, split
 from cook.data.documents import Document
+from cook.data.left_out import LeftOut
 from cook.data.packing import pack_to_folder, text_capacity
 from cook.data.progress import Progress
 from cook.text.open_tokenizer import load_tokenizer
 from cook.text.sentencepiece import train_sentencepiece
 from cook.text.tokenizer import Tokenizer
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the same inputs would give other files."""
 
+UNKNOWN = "pieces of text that the tokenizer does not know (an unknown token stands for each)"
+NOT_SAMPLED = "characters beyond the sample of text that a tokenizer is trained on"
 TOKENIZER_SEED = 0
+MODEL = "sentencepiece.model"
 PARTS = ("train", "held_out")
 
 
@@ -43,9 +47,11 @@ class SplitCorpus:
     fingerprint: str
 
     @property
-    def skipped(self) -> tuple[str, ...]:
-        """Names of files that were left out."""
-        return self.corpus.skipped
+    def left_out(self) -> LeftOut:
+        """Files that are not read."""
+        found = LeftOut(self.corpus.left_out.record())
+        found.include(self.evaluation.left_out.record() if self.evaluation else {})
+        return found
 
     @property
     def size(self) -> int:
@@ -110,16 +116,13 @@ def prepare_tokenizer(tokenizer_config: Any, texts: Iterable[str], fingerprint: 
         raise UserError("tokenizer.path is missing", wanted="its file or folder", remedy=remedy)
 
     def build(folder: Path) -> dict[str, Any]:
-        train_sentencepiece(
-            texts,
-            folder / "sentencepiece.model",
-            vocab_size=tokenizer_config.vocab_size,
-            seed=TOKENIZER_SEED,
-        )
-        return {"vocab_size": tokenizer_config.vocab_size}
+        left_out, size = LeftOut(), tokenizer_config.vocab_size
+        unseen = train_sentencepiece(texts, folder / MODEL, vocab_size=size, seed=TOKENIZER_SEED)
+        left_out.add(NOT_SAMPLED, unseen)
+        return {"vocab_size": size, "left_out": left_out.record()}
 
     key = fingerprint_of("tokenizer", fingerprint, tokenizer_config.vocab_size, TOKENIZER_SEED)
-    return cached_folder(cache, "tokenizer", key, build) / "sentencepiece.model"
+    return cached_folder(cache, "tokenizer", key, build) / MODEL
 
 
 def open_tokenizer(tokenizer_config: Any, path: Path) -> Tokenizer:
@@ -146,8 +149,6 @@ class Documents(Protocol):
     def fingerprint(self) -> str: ...
     @property
     def size(self) -> int: ...
-    @property
-    def skipped(self) -> tuple[str, ...]: ...
     def documents(self) -> Iterator[tuple[Document, bool]]: ...
 
 
@@ -161,6 +162,7 @@ def prepare_tokens(corpus: Documents, tokenizer: Tokenizer, cache: Path) -> Path
 
     def build(folder: Path) -> dict[str, Any]:
         lengths: dict[str, list[int]] = {part: [] for part in PARTS}
+        left_out = LeftOut()
         with ExitStack() as stack:
             files = {part: stack.enter_context(open(folder / f"{part}.tokens.bin", "wb")) for part in PARTS}
             progress = stack.enter_context(Progress("tokenising", corpus.size, unit="MB", scale=1e6))
@@ -168,6 +170,8 @@ def prepare_tokens(corpus: Documents, tokenizer: Tokenizer, cache: Path) -> Path
                 encoded = tokenizer.encode_batch([document.text for document, _ in group])
                 for (document, held_out), ids in zip(group, encoded, strict=True):
                     check_ids(ids, tokenizer.vocab_size, f"document {document.name}")
+                    if tokenizer.unk_id is not None:
+                        left_out.add(UNKNOWN, int((ids == tokenizer.unk_id).sum()))
                     part = PARTS[held_out]
                     files[part].write(ids.astype(dtype).tobytes())
                     lengths[part].append(len(ids))
@@ -175,7 +179,7 @@ def prepare_tokens(corpus: Documents, tokenizer: Tokenizer, cache: Path) -> Path
         for part in PARTS:
             np.save(folder / f"{part}.offsets.npy", np.concatenate([[0], np.cumsum(lengths[part], dtype=np.int64)]))
         counts = {part: {"documents": len(lengths[part]), "tokens": sum(lengths[part])} for part in PARTS}
-        return {"dtype": dtype.name, "skipped_files": list(corpus.skipped), **counts}
+        return {"dtype": dtype.name, "left_out": left_out.record(), **counts}
 
     return cached_folder(cache, "tokens", fingerprint_of("tokens", corpus.fingerprint, tokenizer.fingerprint), build)
 
@@ -212,8 +216,8 @@ def prepare_rows(
             )
             if not statistics[part]["rows"]:
                 raise UserError(
-                    f"the {part.replace('_', '-')} part of the corpus is too small for a single row",
-                    got=f"{manifest[part]['documents']} documents, {manifest[part]['tokens']} tokens",
+                    f"the {part.replace('_', '-')} part of the corpus has no text",
+                    got=f"{manifest[part]['documents']} documents, all of them empty",
                     remedy="give more text, or change data.held_out",
                 )
         return {"max_length": max_length, "prompt_length": prompt_length, **statistics}

@@ -14,6 +14,7 @@ import torch
 from cook.base import distributed
 from cook.base.errors import UserError
 from cook.data.joined import merged
+from cook.data.left_out import LeftOut
 from cook.data.order import Draws
 from cook.data.packing import PackedRows
 from cook.data.streams import StreamedData, StreamReader, num_streams
@@ -65,6 +66,7 @@ class StreamLoader:
         self._next_step = 0
         self._read_step: int | None = None
         self._share: list[Row] = []
+        self._told: dict[str, Any] = {}
         self._targets = 0
 
     def micro_batches(self, step: int, rank: int, world_size: int, micro_batch_size: int) -> list[Batch]:
@@ -107,12 +109,20 @@ class StreamLoader:
     def state_dict(self) -> dict[str, Any]:
         """Where every stream reads on, the weights and the step, as JSON, the same on all ranks. A collective.
 
+        Says what has been left out so far.
+
         Belongs between two steps.
         """
-        mine = {key: reader.state() for key, reader in self._readers.items()}
-        places = dict(self._states)
+        mine = {key: (reader.state(), reader.left_out) for key, reader in self._readers.items()}
+        places, left_out = dict(self._states), LeftOut()
         for theirs in self._gather(mine):
-            places |= theirs
+            places |= {key: state for key, (state, _) in theirs.items()}
+            for _, record in theirs.values():
+                left_out.include(record)
+        if left_out.record() != self._told:
+            self._told = left_out.record()
+            for sentence in left_out.sentences("what was streamed in this epoch"):
+                distributed.say(sentence)
         draws = self._draws
         return {
             "row": self.first + self._next_step * self.train_batch_size,

@@ -24,11 +24,13 @@ import numpy as np
 
 from cook.base.errors import UserError
 from cook.data.cache import fingerprint_of
-from cook.data.corpus import Corpus, hash_of_ends, open_corpus, text_of, unit_hash
+from cook.data.corpus import Corpus, open_corpus, text_of, unit_hash
 from cook.data.documents import Document, SourceFile
+from cook.data.left_out import LeftOut
 from cook.data.order import EpochOrder
 from cook.data.packing import PackedRows, pack_in_memory
-from cook.data.prepare import check_ids, open_evaluation
+from cook.data.prepare import FORMAT, UNKNOWN, check_ids, open_evaluation
+from cook.data.source_files import hash_of_ends
 from cook.text.tokenizer import Tokenizer
 
 BLOCK_CHARS = 1 << 22
@@ -60,8 +62,12 @@ class Stream:
     fingerprint: str
     """Of the settings and the files' names, sizes and ends: the content is not read for it."""
 
-    skipped: tuple[str, ...] = ()
-    """No file is left out."""
+    @property
+    def left_out(self) -> LeftOut:
+        """Files that are not read."""
+        found = LeftOut(self.corpus.left_out.record())
+        found.include(self.evaluation.left_out.record() if self.evaluation else {})
+        return found
 
     size: int = 0
     """Bytes to read for the held-out documents: not known."""
@@ -131,7 +137,7 @@ def open_stream(data: Any) -> Stream:
         corpus=corpus,
         evaluation=evaluation,
         held_out=data.held_out,
-        fingerprint=fingerprint_of("stream", settings, parts),
+        fingerprint=fingerprint_of("stream", FORMAT, settings, parts),
     )
 
 
@@ -187,12 +193,14 @@ class StreamedData:
         sizes = [self.max_length, self.prompt_length, self.tokenizer.fingerprint, BLOCK_CHARS]
         return fingerprint_of([stream.fingerprint for stream in self.sources], self.weights, sizes)
 
-    def rows(self, texts: Sequence[str], origin: str) -> PackedRows | None:
-        """Documents as rows; None if they are too short for any."""
+    def rows(self, texts: Sequence[str], origin: str, left_out: LeftOut) -> PackedRows | None:
+        """Documents as rows, adding up what is left out; None if all are empty."""
         tokenizer = self.tokenizer
         encoded = tokenizer.encode_batch(texts)
         tokens = np.concatenate(encoded) if encoded else np.zeros(0, np.int32)
         check_ids(tokens, tokenizer.vocab_size, origin)
+        if tokenizer.unk_id is not None:
+            left_out.add(UNKNOWN, int((tokens == tokenizer.unk_id).sum()))
         return pack_in_memory(
             tokens,
             np.cumsum([0, *map(len, encoded)]),
@@ -200,6 +208,7 @@ class StreamedData:
             prompt_length=self.prompt_length,
             bos_id=tokenizer.bos_id,
             eos_id=tokenizer.eos_id,
+            left_out=left_out,
         )
 
 
@@ -214,6 +223,10 @@ class Block:
     """Of the block in its epoch."""
     begin: dict[str, Any] | None
     """The library's state before the block; None: at the beginning of the epoch."""
+    left_out: dict[str, Any]
+    """What was left out since the epoch began, up to the block's end."""
+    left_out_before: dict[str, Any]
+    """The same, up to its beginning."""
 
 
 class StreamReader:
@@ -231,7 +244,7 @@ class StreamReader:
     def __init__(self, data: StreamedData, source: int, part: int, parts: int, seed: int, pool: Executor):
         self._data, self._stream, self._part, self._parts = data, data.sources[source], part, parts
         self._seed, self._pool = (seed, source), pool
-        self._blocks = self._read(0, 0, None)
+        self._blocks = self._read(0, 0, None, {})
         self._block: Block | None = None
         self._next: Future[Block] | None = None
         self._place = 0
@@ -264,21 +277,27 @@ class StreamReader:
             "block": block.number,
             "begin": block.begin,
             "place": self._place,
+            "left_out": block.left_out_before,
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """Goes on from a state: its block is read again when the next row is asked for."""
         if "epoch" in state:
-            self._blocks = self._read(state["epoch"], state["block"], state["begin"])
+            self._blocks = self._read(state["epoch"], state["block"], state["begin"], state["left_out"])
             self._block = self._pool.submit(next, self._blocks).result()
             self._next, self._place = self._pool.submit(next, self._blocks), state["place"]
+
+    @property
+    def left_out(self) -> dict[str, Any]:
+        """What the blocks that were read of this epoch leave out, as a record."""
+        return self._block.left_out if self._block else {}
 
     @property
     def epoch(self) -> int:
         """The epoch that is being read."""
         return self._block.epoch if self._block else 0
 
-    def _read(self, epoch: int, number: int, begin: dict[str, Any] | None) -> Iterator[Block]:
+    def _read(self, epoch: int, number: int, begin: dict[str, Any] | None, passed: dict[str, Any]) -> Iterator[Block]:
         from datasets.distributed import split_dataset_by_node
 
         while True:
@@ -291,17 +310,27 @@ class StreamReader:
             documents = iter(dataset)
             while texts := self._texts(documents):
                 kept = [text for text in texts if not self._stream.is_held_out(text)]
-                rows = self._data.rows(kept, f"the source {self._stream.name}")
+                left_out, before = LeftOut(passed), passed
+                rows = self._data.rows(kept, f"the source {self._stream.name}", left_out)
+                passed = left_out.record()
                 if rows is not None:
                     found = True
                     order = EpochOrder(len(rows), (*self._seed, self._part, epoch)).rows(np.arange(len(rows)), number)
-                    yield Block(rows=rows, order=order, epoch=epoch, number=number, begin=begin)
+                    yield Block(
+                        rows=rows,
+                        order=order,
+                        epoch=epoch,
+                        number=number,
+                        begin=begin,
+                        left_out=passed,
+                        left_out_before=before,
+                    )
                 number, begin = number + 1, copy.deepcopy(dataset.state_dict())
             if not found:
                 raise UserError(
                     f"the source {self._stream.name} has no text to train on", remedy="give more text, or leave it out"
                 )
-            epoch, number, begin = epoch + 1, 0, None
+            epoch, number, begin, passed = epoch + 1, 0, None, {}
 
     def _texts(self, documents: Iterator[dict[str, str]]) -> list[str]:
         texts, chars = [], 0

@@ -1,4 +1,4 @@
-"""Documents in tables: parquet files, arrow folders, datasets of the Hub; Hugging Face's `datasets` reads them all."""
+"""Documents in tables: parquet files, and what Hugging Face's `datasets` reads: arrow folders, datasets of the Hub."""
 
 from __future__ import annotations
 
@@ -9,31 +9,53 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
+from pyarrow import parquet
 
 from cook.base.errors import UserError
 from cook.base.files import sha256
 from cook.data.documents import Item, SourceFile
 
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException)
-"""What the library raises for a table that it cannot read."""
+"""What the libraries raise for a table that they cannot read."""
+
+BUFFER_BYTES = 1 << 20
+ROWS_AT_ONCE = 16
+MAX_UNPACKED = 256 << 20
+MAX_RATIO = 100
 
 
 def read_parquet(file: SourceFile) -> Iterator[Item]:
-    """Rows of a parquet file, read group by group.
+    """Rows of a parquet file, read page by page.
 
     Raises:
-        UserError: The file is no whole parquet file; the row that could not be read is named.
+        UserError: The file is no whole parquet file, or unpacks to many times its size; the row that could not be read
+            is named.
     """
-    from datasets import load_dataset
-
     row = 0
     try:
-        # Streaming a local file reads it where it is; otherwise the library would first copy it into its cache.
-        for values in load_dataset("parquet", data_files=[str(file.path)], split="train", streaming=True):
-            yield Item(f"{file.name}:{row}", f"{file.path}, row {row}", values)
-            row += 1
+        with parquet.ParquetFile(file.path, pre_buffer=False, buffer_size=BUFFER_BYTES) as table:
+            _check_sizes(table.metadata, file.path)
+            for batch in table.iter_batches(batch_size=ROWS_AT_ONCE):
+                for values in batch.to_pylist():
+                    yield Item(f"{file.name}:{row}", f"{file.path}, row {row}", values)
+                    row += 1
     except UNREADABLE as error:
         raise UserError(f"{file.path}: cannot be read as parquet at row {row}: {_first_line(error)}") from error
+
+
+def _check_sizes(metadata: Any, path: Path) -> None:
+    """Refuses columns that unpack to many times their size: a page of one is held in memory whole."""
+    for group in range(metadata.num_row_groups):
+        for number in range(metadata.num_columns):
+            column = metadata.row_group(group).column(number)
+            unpacked, packed = column.total_uncompressed_size, column.total_compressed_size
+            if unpacked > MAX_UNPACKED and unpacked > MAX_RATIO * packed:
+                raise UserError(
+                    f"{path}: row group {group} of the column {column.path_in_schema!r} unpacks to many times its size",
+                    wanted=f"at most {MAX_RATIO} times, or at most {MAX_UNPACKED >> 20} MB",
+                    got=f"{unpacked:,} bytes from {packed:,}",
+                    remedy="write the table again in smaller row groups",
+                )
 
 
 def list_arrow_folders(paths: Sequence[str], split: str, digest: Callable[[Path], str]) -> tuple[SourceFile, ...]:

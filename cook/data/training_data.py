@@ -11,9 +11,10 @@ from cook.base.errors import UserError
 from cook.base.files import read_json, write_json
 from cook.config.check_data import TASK_TYPES, source_names
 from cook.config.corpus import DataConfig
-from cook.data.cache import fingerprint_of
+from cook.data.cache import fingerprint_of, read_manifest
 from cook.data.cpm_tasks.task_data import TaskData, open_task_rows
 from cook.data.joined import JoinedRows
+from cook.data.left_out import LeftOut
 from cook.data.packing import open_rows
 from cook.data.prepare import (
     PARTS,
@@ -38,6 +39,8 @@ class TrainingData(NamedTuple):
     tokenizer: Tokenizer
     train: Rows | StreamedData
     held_out: Rows
+    notes: tuple[str, ...] = ()
+    """Sentences on what the rows hold and on what was left out of them."""
 
 
 def load_rows(
@@ -153,6 +156,8 @@ class _Opening:
         path = self._prepare_tokenizer(texts, streams)
         tokenizer = open_tokenizer(self.tokenizer, path)
         places: list[str | None] = []
+        trained = read_manifest(path.parent) if self.tokenizer.path is None else None
+        notes = LeftOut(trained["left_out"]).sentences("tokenizer") if trained else []
         files = {
             self._label(view, file.name): [file.size, file.sha256]
             for number, view in enumerate(self.views)
@@ -161,18 +166,20 @@ class _Opening:
         }
         for number, view in enumerate(self.views):
             place = None
-            if number in texts:
-                place = self._rows(prepare_tokens(texts[number], tokenizer, self.cache), tokenizer)
-            elif number in streams:
-                tokens = prepare_tokens(streams[number], tokenizer, self.cache)
-                place = self._rows(tokens, tokenizer, parts=("held_out",))
+            where = f"the source {view.name}" if self.data.sources else "data"
+            if found := texts.get(number) or streams.get(number):
+                tokens = prepare_tokens(found, tokenizer, self.cache)
+                parts = PARTS if number in texts else ("held_out",)
+                place = self._rows(tokens, tokenizer, parts)
+                notes += found.left_out.sentences(where)
+                notes += _notes(tokens, place, parts, where)
             else:
-                own = self._open_tasks(view, tokenizer, build=True).files
-                files |= {self._label(view, name): list(seen) for name, seen in own.items()}
+                tasks = self._open_tasks(view, tokenizer, build=True)
+                files |= {self._label(view, name): list(seen) for name, seen in tasks.files.items()}
+                notes += tasks.left_out.sentences(where)
             places.append(str(place.resolve()) if place else None)
-        write_json(
-            pointer, {"request": self.request(), "tokenizer": str(path.resolve()), "rows": places, "files": files}
-        )
+        told = {"request": self.request(), "tokenizer": str(path.resolve()), "rows": places, "files": files}
+        write_json(pointer, told | {"notes": notes})
 
     def open(self, pointer: Mapping[str, Any]) -> TrainingData:
         """Reads what `prepare` has left."""
@@ -198,8 +205,9 @@ class _Opening:
                 max_length=self.data.max_length,
                 prompt_length=self.prompt_length,
             )
-            return TrainingData(tokenizer, streamed, _joined(names, held_out))
-        return TrainingData(tokenizer, _joined(names, train, given or None), _joined(names, held_out))
+            return TrainingData(tokenizer, streamed, _joined(names, held_out), tuple(pointer["notes"]))
+        joined = _joined(names, train, given or None)
+        return TrainingData(tokenizer, joined, _joined(names, held_out), tuple(pointer["notes"]))
 
     def _prepare_tokenizer(self, texts: dict[int, SplitCorpus], streams: dict[int, Stream]) -> Path:
         known = [texts.get(n) or streams.get(n) for n in range(len(self.views))]
@@ -210,7 +218,7 @@ class _Opening:
             self.tokenizer, training, prints[0] if len(prints) == 1 else fingerprint_of(prints), self.cache
         )
 
-    def _rows(self, tokens: Path, tokenizer: Tokenizer, parts: Sequence[str] = PARTS) -> Path:
+    def _rows(self, tokens: Path, tokenizer: Tokenizer, parts: Sequence[str]) -> Path:
         return prepare_rows(
             tokens,
             tokenizer,
@@ -233,6 +241,21 @@ class _Opening:
             limits=self.limits,
             build=build,
         )
+
+
+def _notes(tokens: Path, rows: Path, parts: Sequence[str], where: str) -> list[str]:
+    """What two prepared folders hold, and what was left out of them."""
+    read, packed = read_manifest(tokens), read_manifest(rows)
+    assert read is not None and packed is not None, "just prepared"
+    notes = LeftOut(read["left_out"]).sentences(where)
+    for part in parts:
+        found, named = packed[part], f"{where}, {part.replace('_', '-')}"
+        notes += [
+            f"{named}: {read[part]['documents']:,} documents, {read[part]['tokens']:,} tokens, {found['rows']:,} rows; "
+            f"{found['short']:,} documents are shorter than a row and share rows"
+        ]
+        notes += LeftOut(found["left_out"]).sentences(named)
+    return notes
 
 
 def _is_apart(view: DataConfig) -> bool:

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from cook.base.errors import UserError
+from cook.base.errors import UserError, library_errors
 from cook.base.tensor_files import read_model_config
+from cook.export.pruned_folder import mask_model, open_masks
 from cook.families.registry import knows, stock_type
 from cook.families.source import load_model, open_model, placed
 from cook.pruning.family import ModelSource
-from cook.pruning.prune import mask_model, open_masks
+from cook.text.hf import check_tokenizer_file, open_backend
 
 MASKS = ("coarse", "heads", "dimff")
 
@@ -87,9 +88,11 @@ def load(entry: Entry, *, trust_remote_code: bool, dtype: str = "auto", device: 
         if source is not None:
             model = load_model(source, dtype=None)
         else:
-            from transformers import AutoModelForCausalLM
+            from transformers import AutoConfig, AutoModelForCausalLM
 
-            model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            config._attn_implementation = None  # it may be the name of a kernel to download
+            model = AutoModelForCausalLM.from_pretrained(folder, config=config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, RuntimeError) as error:  # the last: weights that do not fit the config
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{folder}: cannot be loaded", got=reason) from None
@@ -105,12 +108,14 @@ def load(entry: Entry, *, trust_remote_code: bool, dtype: str = "auto", device: 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     """The folder's tokenizer."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    if (folder / "tokenizer.json").is_file():
+    if not (folder / "tokenizer.json").is_file():
+        return open_backend(str(folder), trust_remote_code=trust_remote_code)
+    check_tokenizer_file(folder)
+    with library_errors(f"{folder}: its tokenizer cannot be read"):
         # AutoTokenizer would ask about the modeling file, of which a tokenizer.json has no need.
         return PreTrainedTokenizerFast.from_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
 def known_source(folder: Path) -> ModelSource | None:

@@ -94,7 +94,21 @@ def text_ids(loaded: Loaded, text: str) -> torch.Tensor:
     """The whole text's tokens, `(count,)`, without the special ones."""
     # verbose: a text longer than the model's positions is what windows are for.
     ids = loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    known, largest = _known_ids(loaded.model), max(ids, default=0)
+    if known is not None and largest >= known:
+        raise UserError(
+            f"{loaded.entry.folder}: the text has the id {largest}, and the model knows {known} ids",
+            remedy="evaluate with the tokenizer that the model was trained with, or enlarge the model's embedding "
+            "(transformers: model.resize_token_embeddings)",
+        )
     return torch.tensor(ids, dtype=torch.long, device=loaded.device)
+
+
+def _known_ids(model: torch.nn.Module) -> int | None:
+    """Rows of the model's table of tokens."""
+    find = getattr(model, "get_input_embeddings", None)
+    weight = getattr(find() if find else None, "weight", None)
+    return None if weight is None else len(weight)
 
 
 def _finite(value: float) -> float | None:

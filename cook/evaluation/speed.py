@@ -56,6 +56,23 @@ def forward_seconds(
     return median_seconds({n: partial(one_pass, m) for n, m in models.items()}, device, repeats=repeats)
 
 
+@torch.no_grad()
+def pass_seconds(model: torch.nn.Module, batch: Batch, device: torch.device, *, budget: float = 5.0) -> float:
+    """Median seconds of a forward pass of one model, which is repeated for `budget` seconds and at most 10 times.
+
+    The first pass warms up, and counts only where it takes all the time.
+    """
+    inputs = on_device(model_inputs(batch), device)
+    times: list[float] = []
+    while len(times) < 11 and sum(times) < budget:
+        _wait(device)
+        start = time.perf_counter()
+        model(**inputs)
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:] or times)
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerationSpeed:
     """How fast a model answers a batch of equally long prompts, greedily and with a cache."""

@@ -6,8 +6,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from cook.base.errors import UserError
 from cook.families.layout import Attention, ConfigNames, Family, FeedForward
 from cook.families.stock import masked_inputs, stock_adapter
+from cook.families.stock_models import architecture
 from cook.pruning.family import Batch, ModelConfig
 
 FAMILY = Family(
@@ -32,11 +34,12 @@ FAMILY = Family(
     ),
     names=ConfigNames(kv_heads=None, head_dim=None),
     auto_class="AutoModelForMaskedLM",
-    unused=(r"^cls\.", r"^lm_head\.", r"(^|\.)pooler\."),
+    carried=(r"^cls\.", r"^lm_head\.", r"(^|\.)pooler\."),
     empty_layer_is_identity=False,
 )
 HEADS = {
     "ForMaskedLM": "AutoModelForMaskedLM",
+    "ForPreTraining": "AutoModelForMaskedLM",
     "ForSequenceClassification": "AutoModelForSequenceClassification",
     "ForTokenClassification": "AutoModelForTokenClassification",
     "ForQuestionAnswering": "AutoModelForQuestionAnswering",
@@ -48,8 +51,10 @@ HEADS = {
 
 
 def _variant(family: Family, config: ModelConfig) -> Family:
-    named = str((config.get("architectures") or [""])[0])
+    named = architecture(config)
     auto_class = config.get("stock_class") or next((c for end, c in HEADS.items() if named.endswith(end)), None)
+    if named and auto_class is None:
+        raise UserError(f"no head of {family.family} that can be pruned: {named}", wanted=", ".join(HEADS))
     # The bare encoder's weights lack the prefix.
     layers = family.layers.partition(".")[2] if auto_class == "AutoModel" else family.layers
     return replace(family, layers=layers, auto_class=auto_class or family.auto_class)

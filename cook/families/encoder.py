@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +14,16 @@ from transformers import (
     AutoConfig,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     BertConfig,
     BertTokenizer,
 )
 
-from cook.base.errors import UserError
+from cook.base.errors import UserError, library_errors
 from cook.base.files import write_json
-from cook.base.tensor_files import ShardWriter
+from cook.base.tensor_files import ShardWriter, read_model_config
+from cook.config.stock import check_counts, stock_config
 from cook.families.google_bert import is_google_folder, open_google_weights, read_google_config
+from cook.text.hf import open_backend
 
 Head = Literal["classes", "score", "span"]
 """What a model predicts: a row's class, a row's score, or the first and last token of an answer."""
@@ -38,53 +41,132 @@ class Encoder:
     """Every parameter by name; those of a new head freshly drawn."""
     fresh: tuple[str, ...]
     """Names of the parameters that the source did not hold."""
+    notes: tuple[str, ...]
+    """Sentences on the classes of the source's head, where they do not simply agree with the task's."""
     tokenizer: Any
     """A fast tokenizer."""
+    max_length: int | None
+    """Tokens of the longest row that the model has positions for; None where nothing limits them."""
 
     def build(self) -> torch.nn.Module:
         """A model of this config; its weights are still to be loaded."""
         return _auto_class(self.head).from_config(self.config)
 
 
-def open_encoder(source: str, head: Head, labels: Sequence[str], seed: int) -> Encoder:
+def open_encoder(
+    source: str, head: Head, labels: Sequence[str], seed: int, *, words: Sequence[str] | None = None
+) -> Encoder:
     """Opens an encoder and gives it a head for a task, a fresh one where it has none that fits.
+
+    The classes of a trained head are matched by name: a head in another order is reordered, and one whose classes are
+    not the task's does not fit.
 
     Args:
         source: A Hugging Face folder or Hub name, or a folder as Google distributed BERT.
         head: The kind of head.
         labels: Names of the classes, in the order of their ids; one name for a score; unused for spans.
         seed: Of a fresh head's weights.
+        words: Other names of the same classes, in the same order.
 
     Raises:
         UserError: nothing there that can be read as an encoder.
     """
     folder = Path(source)
     google = is_google_folder(folder)
-    config = BertConfig(**read_google_config(folder)) if google else _hub(AutoConfig, source)
+    if google:
+        config: Any = stock_config(BertConfig, read_google_config(folder))
+    else:
+        if (folder / "config.json").is_file():
+            check_counts(read_model_config(folder))
+        config = _hub(AutoConfig, source)
+        config._attn_implementation = None  # it may be the name of a kernel to download
+        if getattr(config, "quantization_config", None):
+            raise UserError(f"{source}: the model is quantized", remedy="dequantize it first, or take the one before")
+    matched = _Classes(names=tuple(labels), order=tuple(range(len(labels))))
+    if head == "classes":
+        matched = _matched_classes([str(config.id2label[key]) for key in sorted(config.id2label)], labels, words)
     if head != "span":
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: number for number, label in enumerate(labels)}
-    with torch.random.fork_rng():
+        config.id2label = dict(enumerate(matched.names))
+        config.label2id = {label: number for number, label in enumerate(matched.names)}
+    wrong = f"{source}: not an encoder that can carry this task's head"
+    with library_errors(wrong), torch.device("meta"):
+        _check_size(source, _auto_class(head).from_config(config))
+    with library_errors(wrong), torch.random.fork_rng():
         torch.manual_seed(seed)
-        try:
-            model = _auto_class(head).from_config(config)
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{source}: not an encoder that can carry this task's head", got=error) from None
-    found = open_google_weights(folder) if google else _hub_weights(source, head, config)
+        model = _auto_class(head).from_config(config)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    found = open_google_weights(folder, shapes) if google else _hub_weights(source, head, config)
+    outputs = _output_weights(model, config) if head == "classes" else ()
     weights, fresh = {}, []
     for name, parameter in model.named_parameters():
         tensor = found[name] if name in found else None
-        if tensor is None or (tensor.shape != parameter.shape and not name.startswith(model.base_model_prefix)):
+        misfit = tensor is not None and tensor.shape != parameter.shape and not name.startswith(model.base_model_prefix)
+        if tensor is None or misfit or (name in outputs and not matched.order):
             fresh.append(name)
             tensor = parameter.detach()
+        elif name in outputs:
+            tensor = tensor[list(matched.order)]
         weights[name] = tensor.detach().float().clone()
+    had_head = any(name in found for name in outputs)
     body = [name for name in fresh if name.startswith(model.base_model_prefix) and "pooler" not in name]
     if body:
-        raise UserError(f"{source}: the weights lack {body[0]}", remedy="give a folder with the whole encoder")
+        raise UserError(
+            f"{source}: the weights lack {body[0]}, or it has another size than the config says",
+            remedy="give a folder with the whole encoder",
+        )
     config.architectures = [type(model).__name__]
     return Encoder(
-        config=config, head=head, weights=weights, fresh=tuple(fresh), tokenizer=_open_tokenizer(source, google)
+        config=config,
+        head=head,
+        weights=weights,
+        fresh=tuple(fresh),
+        notes=(f"{source}: {matched.note}",) if matched.note and (had_head or not matched.order) else (),
+        tokenizer=_open_tokenizer(source, google),
+        max_length=_longest_row(model, config),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Classes:
+    """How the classes of a source's head serve a task."""
+
+    names: tuple[str, ...]
+    """What the classes are called, in the order of the task's ids."""
+    order: tuple[int, ...]
+    """For every id of the task, the head's row; empty if the head's classes are others."""
+    note: str = ""
+    """What to say of it."""
+
+
+def _matched_classes(own: Sequence[str], labels: Sequence[str], words: Sequence[str] | None) -> _Classes:
+    """Matches the classes that a source names, in the order of its rows, with a task's."""
+    rows, listed = tuple(range(len(labels))), f"{', '.join(own[:8])}{', …' if len(own) > 8 else ''}"
+    if all(name == f"LABEL_{number}" for number, name in enumerate(own)):  # transformers' names where none are given
+        note = f"the head's classes have no names ({listed}): they are taken to be {', '.join(labels)}, in this order"
+        return _Classes(names=tuple(labels), order=rows, note=note)
+    row_of = {_plain(name): row for row, name in enumerate(own)}
+    for wanted in (labels, words or ()):
+        keys = [_plain(name) for name in wanted]
+        if len(own) == len(labels) == len(row_of) and sorted(keys) == sorted(row_of):
+            order = tuple(row_of[key] for key in keys)
+            note = f"the head's classes are in another order ({listed}): its rows are reordered"
+            return _Classes(names=tuple(own[row] for row in order), order=order, note=note if order != rows else "")
+    wanted_names = ", ".join(labels) + (f" ({', '.join(words)})" if words else "")
+    note = f"the head's classes are {listed}, not {wanted_names}; if they are the same, rename them in config.json"
+    return _Classes(names=tuple(labels), order=(), note=note)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\W_]", "", name).lower()
+
+
+def _output_weights(model: torch.nn.Module, config: Any) -> tuple[str, ...]:
+    """Names of the parameters that have one row per class, in any family: they grow with the number of classes."""
+    larger = copy.deepcopy(config)
+    larger.num_labels = config.num_labels + 1
+    with torch.device("meta"):
+        other = dict(AutoModelForSequenceClassification.from_config(larger).named_parameters())
+    return tuple(name for name, parameter in model.named_parameters() if parameter.shape != other[name].shape)
 
 
 def load_encoder(folder: Path, head: Head) -> torch.nn.Module:
@@ -117,15 +199,33 @@ def _auto_class(head: Head) -> Any:
 
 
 def _hub(kind: Any, source: str, **options: Any) -> Any:
-    try:
-        return kind.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError) as error:
+    with library_errors(
+        f"{source}: no model to open",
+        wanted="a Hugging Face folder or Hub name, or a folder with bert_config.json, vocab.txt, bert_model.ckpt.*",
+        remedy="check the path; without a network, name a folder",
+    ):
+        return kind.from_pretrained(source, **{"trust_remote_code": False, **options})
+
+
+def _check_size(source: str, model: torch.nn.Module) -> None:
+    """Refuses a config whose model is larger than the files of its folder before memory is taken for it."""
+    files = [path for path in Path(source).iterdir() if path.is_file()] if Path(source).is_dir() else []
+    held, described = sum(path.stat().st_size for path in files), sum(p.numel() for p in model.parameters())
+    if files and described > held:
         raise UserError(
-            f"{source}: no model to open",
-            wanted="a Hugging Face folder or Hub name, or a folder with bert_config.json, vocab.txt, bert_model.ckpt.*",
-            got=str(error).strip().splitlines()[0] if str(error) else type(error).__name__,
-            remedy="check the path; without a network, name a folder",
-        ) from None
+            f"{source}: the weights do not fit the model's config",
+            wanted=f"{described:,} parameters, by the config",
+            got=f"files of {held:,} bytes in all",
+        )
+
+
+def _longest_row(model: torch.nn.Module, config: Any) -> int | None:
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            # Positions of RoBERTa begin behind the padding's id.
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None
 
 
 def _hub_weights(source: str, head: Head, config: Any) -> Mapping[str, torch.Tensor]:
@@ -146,10 +246,11 @@ def _open_tokenizer(source: str, google: bool) -> Any:
     vocabulary = Path(source) / "vocab.txt"
     has_settings = any((Path(source) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     if not google and (has_settings or not vocabulary.is_file()):
-        return _hub(AutoTokenizer, source, use_fast=True)
+        return open_backend(source, use_fast=True)
     if not vocabulary.is_file():
         raise UserError(f"{vocabulary}: there is no such file", wanted="the vocabulary beside the weights")
     # Google's folders do not say whether they are cased; their vocabularies do.
-    words = vocabulary.read_text(encoding="utf-8").split("\n")
-    cased = any(word != word.lower() for word in words if not word.startswith("["))
-    return BertTokenizer(vocab=str(vocabulary), do_lower_case=not cased)
+    with library_errors(f"{source}: its tokenizer cannot be read"):
+        words = vocabulary.read_text(encoding="utf-8").split("\n")
+        cased = any(word != word.lower() for word in words if not word.startswith("["))
+        return BertTokenizer(vocab=str(vocabulary), do_lower_case=not cased)

@@ -16,7 +16,7 @@ import torch
 from cook.base.errors import UserError
 from cook.base.files import read_json
 from cook.base.tensor_files import LazyTensors
-from cook.families.tf_checkpoint import open_tf_checkpoint
+from cook.families.tf_checkpoint import TfTensor, open_tf_checkpoint
 
 CONFIG_NAME = "bert_config.json"
 
@@ -56,8 +56,12 @@ def read_google_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def open_google_weights(folder: Path) -> Mapping[str, torch.Tensor]:
+def open_google_weights(folder: Path, shapes: Mapping[str, torch.Size]) -> Mapping[str, torch.Tensor]:
     """The weights by Hugging Face's names, read one at a time; the pretraining heads and optimizer states are left out.
+
+    Args:
+        folder: Google's.
+        shapes: Of the model's parameters. Weights that are not among them, or have another shape, are left out.
 
     Raises:
         UserError: no checkpoint, more than one, or a damaged one.
@@ -67,18 +71,21 @@ def open_google_weights(folder: Path) -> Mapping[str, torch.Tensor]:
         names = ", ".join(path.name for path in found)
         raise UserError(f"{folder}: no single TensorFlow checkpoint", wanted="one *.ckpt.index", got=names or "none")
     tensors = open_tf_checkpoint(found[0].with_suffix(""))
-    renamed = {}
-    for name in tensors:
+    renamed, known = {}, False
+    for name, tensor in tensors.items():
         for pattern, replacement in _RULES:
             if match := re.fullmatch(pattern, name):
+                known = True
                 stem, _, leaf = match.expand(replacement).rpartition(".")
-                kernel = leaf == "kernel"
-                renamed[f"{stem}.{_LEAVES.get(leaf, leaf)}"] = partial(_tensor, tensors, name, kernel)
-    if not renamed:
+                mine, kernel = f"{stem}.{_LEAVES.get(leaf, leaf)}", leaf == "kernel"
+                # What does not fit is never read: its size is whatever the file says.
+                if shapes.get(mine) == (tensor.shape[::-1] if kernel else tensor.shape):
+                    renamed[mine] = partial(_read, tensor, kernel)
+    if not known:
         raise UserError(f"{found[0]}: holds no weights of a BERT", got=", ".join(list(tensors)[:3]))
     return LazyTensors(renamed)
 
 
-def _tensor(tensors: Mapping[str, torch.Tensor], name: str, transposed: bool) -> torch.Tensor:
-    tensor = tensors[name].float()
-    return tensor.T.contiguous() if transposed else tensor
+def _read(tensor: TfTensor, transposed: bool) -> torch.Tensor:
+    values = tensor.read().float()
+    return values.T.contiguous() if transposed else values

@@ -87,8 +87,11 @@ class Family:
     names: ConfigNames = field(default_factory=ConfigNames)
     auto_class: str = "AutoModelForCausalLM"
     """The class of transformers that makes the model from its config."""
-    unused: tuple[str, ...] = ()
-    """Patterns of keys in files of the family that the model may do without: heads of other tasks."""
+    stock_heads_except: str = ""
+    """What a config must not have for its class to hold fewer heads, in a word."""
+    carried: tuple[str, ...] = ()
+    """Patterns of keys in files of the family that the model's class may lack: heads of other tasks, which go along
+    with the result as they are."""
     empty_layer_is_identity: bool = True
     """Whether a layer without its two blocks hands on its input unchanged, and so can be left out. Not so where norms
     lie on the residual stream itself."""

@@ -10,10 +10,28 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from cook.base.errors import UserError
 from cook.pruning.family import ModelConfig
 
 FIELD = "origin_layers"
 """`config.json`: for each layer its number in the model that still had all of them; absent if it is the same."""
+
+
+def check_remembered(config: ModelConfig, num_layers: int) -> None:
+    """Refuses a field that is not one number for each layer.
+
+    Raises:
+        UserError: saying so.
+    """
+    origin = config.get(FIELD)
+    if origin is None:
+        return
+    if not isinstance(origin, list) or not all(type(n) is int for n in origin) or len(set(origin)) != num_layers:
+        raise UserError(
+            f"the model's config: {FIELD} does not say which layer each layer was",
+            wanted=f"{num_layers} different numbers",
+            got=repr(origin)[:80],
+        )
 
 
 def remembered(config: ModelConfig, num_layers: int, kept: Sequence[int]) -> dict[str, Any]:

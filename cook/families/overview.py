@@ -33,7 +33,7 @@ def _row(adapter: Adapter) -> list[str]:
         adapter.family,
         ", ".join(f"`{t}`" for t in sorted(t for t in adapter.model_types if t)),
         "key-value groups, query heads" if can.shares_keys else "heads",
-        result(can.stock_heads),
+        result(can.stock_heads) + (f", not with {can.stock_heads_except}" if can.stock_heads_except else ""),
         result(True),
         result(can.stock_layers),
         result(False),

@@ -16,4 +16,15 @@ ATTENTION = Attention(
     },
 )
 FFN = FeedForward(ins=("mlp.gate_up_proj", "mlp.gate_up_proj"))
-ADAPTERS = (stock_adapter(Family(family="Phi-3", model_types=frozenset({"phi3"}), attention=ATTENTION, ffn=FFN)),)
+# Phi3Config wants as many factors of longrope as follow from the hidden size divided by the heads.
+ADAPTERS = (
+    stock_adapter(
+        Family(
+            family="Phi-3",
+            model_types=frozenset({"phi3"}),
+            attention=ATTENTION,
+            ffn=FFN,
+            stock_heads_except="longrope",
+        )
+    ),
+)

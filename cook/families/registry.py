@@ -7,6 +7,7 @@ from typing import Any
 
 from cook.base.errors import UserError
 from cook.families import bert, cpm_ant, gemma, gpt2, gpt_neox, llama, opt, phi, qwen
+from cook.models import ragged
 from cook.pruning.family import Adapter
 
 OWN: tuple[Adapter, ...] = (
@@ -40,7 +41,7 @@ def unregister(adapter: Adapter) -> None:
 
 def stock_type(config: Mapping[str, Any]) -> Any:
     """The type of model that a config.json describes; a ragged export names the stock one that it derives from."""
-    return config.get("stock_type", config.get("model_type"))
+    return config.get("stock_type" if config.get("model_type") == ragged.MODEL_TYPE else "model_type")
 
 
 def knows(config: Mapping[str, Any]) -> bool:

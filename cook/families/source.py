@@ -12,10 +12,11 @@ from transformers.initialization import no_init_weights
 
 from cook.base.errors import UserError
 from cook.base.files import read_json
-from cook.base.tensor_files import open_pt, open_safetensors_folder, read_model_config
+from cook.base.tensor_files import INDEX, open_pt, open_safetensors, open_safetensors_folder, read_model_config
 from cook.families.registry import by_config
-from cook.pruning.family import Adapter, ModelSource
+from cook.pruning.family import Adapter, ModelSource, Stored
 
+CONVERT = "load the folder with transformers' from_pretrained, and save it with save_pretrained"
 ReadCheckpoint = Callable[[Path], Mapping[str, torch.Tensor]]
 
 
@@ -34,9 +35,11 @@ def open_model(
     """
     path = Path(path)
     if path.is_file():
-        tensors, found = open_pt(path), config or _config_beside(path)
-    elif any(path.glob("model*.safetensors")):
+        tensors = open_safetensors([path]) if path.suffix == ".safetensors" else open_pt(path)
+        found = config or _config_beside(path)
+    elif any((path / name).is_file() for name in ("model.safetensors", INDEX)):
         tensors, found = open_safetensors_folder(path), read_model_config(path)
+        _refuse_what_else_is_loaded(path, found)
     elif (path / "latest").is_file():
         checkpoint = _inner_checkpoint(path)
         if read_checkpoint is None:
@@ -44,16 +47,61 @@ def open_model(
         found = config or _config_beside(checkpoint / "latest")
         tensors = read_checkpoint(checkpoint)
     elif path.is_dir():
-        raise UserError(
-            f"{path}: no model in this folder",
-            wanted="model.safetensors (or its shards) with config.json, or a training checkpoint with `latest`",
-            got=", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder",
-        )
+        raise _no_model_in(path)
     else:
         raise UserError(f"{path}: there is no such model", remedy="check the path")
     adapter = by_config(found)
-    native, tensors = adapter.read(found, tensors)
-    return ModelSource(adapter=adapter, config=native, tensors=tensors, path=path)
+    try:
+        stored = Stored(tensors)
+        native, own = adapter.read(found, stored)
+    except UserError as error:
+        raise UserError(f"{path}: {error.what}", wanted=error.wanted, got=error.got, remedy=error.remedy) from None
+    return ModelSource(adapter=adapter, config=native, tensors=own, path=path, stored=stored)
+
+
+def _refuse_what_else_is_loaded(folder: Path, config: Mapping[str, Any]) -> None:
+    """Files beside the weights that change what transformers loads, and that would be lost here."""
+    names = sorted(path.name for path in folder.iterdir())
+    adapter = next((name for name in names if name.startswith(("adapter_config.json", "adapter_model."))), None)
+    if adapter:
+        raise UserError(
+            f"{folder}: an adapter lies beside the weights, and would not be part of the result",
+            got=adapter,
+            remedy="merge it into the weights first (peft: model.merge_and_unload(), then save_pretrained), or take "
+            "its files out of the folder to prune the weights without it",
+        )
+    part = next((name for name in names if re.match(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors$", name)), None)
+    if part:
+        raise UserError(
+            f"{folder}: a distributed checkpoint lies beside model.safetensors, and transformers loads that one",
+            got=part,
+            remedy="move one of them to a folder of its own",
+        )
+    if config.get("transformers_weights"):
+        raise UserError(
+            f"{folder}: config.json names a file of weights of its own",
+            got=config["transformers_weights"],
+            remedy="name it model.safetensors, and take transformers_weights out of config.json",
+        )
+
+
+def _no_model_in(folder: Path) -> UserError:
+    names = sorted(path.name for path in folder.iterdir())
+    remedy = None
+    if "pytorch_model.bin" in names:
+        remedy = f"name the file, {folder / 'pytorch_model.bin'}, or save the model as safetensors: {CONVERT}"
+    elif any(name.endswith((".bin", ".bin.index.json")) for name in names):
+        remedy = f"save the model as safetensors: {CONVERT}"
+    elif any(name.startswith("adapter_") for name in names):
+        remedy = "an adapter is not a model: merge it into the weights that it was trained on, and name the result"
+    elif any(name.endswith(".safetensors") for name in names):
+        remedy = f"transformers reads model.safetensors, or the shards that {INDEX} lists: name the files so"
+    return UserError(
+        f"{folder}: no model in this folder",
+        wanted="model.safetensors (or its shards) with config.json, or a training checkpoint with `latest`",
+        got=", ".join(names[:8]) or "an empty folder",
+        remedy=remedy,
+    )
 
 
 def unfilled_model(adapter: Adapter, config: Mapping[str, Any]) -> torch.nn.Module:
@@ -75,7 +123,10 @@ def load_model(source: ModelSource, dtype: torch.dtype | None = torch.float32) -
         UserError: the weights do not fit the config.
     """
     model = unfilled_model(source.adapter, source.config)
-    weights = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in source.tensors.items()}
+    weights = {
+        name: tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+        for name, tensor in source.tensors.items()
+    }
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tied -= {name for name, _ in model.named_parameters()}
     try:

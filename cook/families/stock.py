@@ -35,6 +35,7 @@ def stock_adapter(
         head_units=lambda config: stock_space.head_units(variant(family, config), config),
         build=lambda config: stock_models.build(variant(family, config), config),
         read=lambda config, tensors: stock_models.read(variant(family, config), config, tensors),
+        file_names=lambda config: stock_models.file_names(variant(family, config), config),
         shrink=lambda config, space, kept: stock_shrink.shrink(variant(family, config), config, space, kept),
         stock_holds=lambda config, heads, kv_heads: stock_shrink.holds_heads(
             variant(family, config), config, heads, kv_heads
@@ -44,6 +45,7 @@ def stock_adapter(
         abilities=Abilities(
             shares_keys=family.names.kv_heads is not None,
             stock_heads=family.names.head_dim is not None,
+            stock_heads_except=family.stock_heads_except,
             stock_layers=family.empty_layer_is_identity,
         ),
         is_causal=is_causal,

@@ -106,9 +106,8 @@ def _sizes(
     att, ffn = groups.get("heads"), groups.get("dimff")
     heads = None
     if att is not None:
-        units, dim = counts.get(att.name, att.size), head_dim_of(family, config_object(config))
-        kv_heads = units if att.sections == 1 else att.sections
-        heads = Heads(heads=units * att.members, kv_heads=kv_heads, head_dim=dim)
+        queries, keys = att.heads(counts.get(att.name, att.size))
+        heads = Heads(heads=queries, kv_heads=keys, head_dim=head_dim_of(family, config_object(config)))
     return heads, counts.get(ffn.name, ffn.size) if ffn else None
 
 
@@ -120,12 +119,14 @@ def _structure(family: Family, base: ModelConfig, shapes: Shapes, heads: list[He
     """What `cook.models.ragged` has to change in the stock model of `base` to get weights of these shapes."""
     model = skeleton(family, base)
     stock = weight_shapes(model)
-    structure: dict[str, Any] = {"shapes": {}, "attributes": {}, "absent": {}, "constant": {}, "identity": []}
+    structure: dict[str, Any] = {"attributes": {}, "absent": {}, "constant": {}, "identity": [], "uneven_keys": False}
     structure["shapes"] = {path: list(shape) for path, shape in shapes.items() if shape != stock[path]}
     dim = head_dim_of(family, config_object(base))
     for number, own in enumerate(heads):
         layer = f"{family.layers}.{number}"
-        if own is not None and own != heads_of(family, dim, model, layer):
+        before = heads_of(family, dim, model, layer)
+        if own is not None and before is not None and own != before:
+            structure["uneven_keys"] |= own.kv_heads != before.kv_heads
             for attribute, size in family.attention.remembers.items():
                 # A config's field is an attribute `config.name` of the module.
                 module, dot, field = f"{layer}.{attribute}".partition(".config.")

@@ -12,8 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from cook.families.layout import Attention, Family, FeedForward
 from cook.families.stock_models import config_object, skeleton, weight_shapes
-from cook.pruning.family import HeadUnit, ModelConfig
-from cook.pruning.units import GatePoint, PruningSpace, Site, UnitGroup, WeightSlice
+from cook.pruning.family import ModelConfig
+from cook.pruning.units import GatePoint, HeadUnit, PruningSpace, Site, UnitGroup, WeightSlice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,10 @@ def _attention(family, head_dim, head_unit, model, shapes, number, layer) -> lis
             for name, offset in zip(paths, offsets, strict=True)
             if name in blocks
         ]
-    units = {"size": found.kv_heads, "members": queries} if whole else {"size": found.heads, "sections": found.kv_heads}
+    if whole:
+        units = {"size": found.kv_heads, "members": queries, "head_unit": "kv_group"}
+    else:
+        units = {"size": found.heads, "sections": found.kv_heads, "head_unit": "query_head"}
     slices = (*_in_slices(model, shapes, layer, parts), _out_slice(model, f"{layer}.{table.out}", width))
     return _block_and_units(table, "att", shapes, number, layer, slices, width, units)
 
@@ -162,7 +165,7 @@ def _block_and_units(
     layer: str,
     slices: tuple[WeightSlice, ...],
     width: int,
-    units: Mapping[str, int],
+    units: Mapping[str, Any],
 ) -> list[UnitGroup]:
     inside = tuple(f"{layer}.{name}." for name in (*table.modules, *table.norms_before, *table.norms_after))
     after = [path for path in shapes if path.startswith(tuple(f"{layer}.{name}." for name in table.norms_after))]
@@ -174,7 +177,7 @@ def _block_and_units(
         site=site,
         layer=number,
         size=1,
-        slices=tuple(WeightSlice(path=p, dim=0, block=shapes[p][0]) for p in shapes if p.startswith(inside)),
+        slices=tuple(WeightSlice(path=p, dim=0, block=(shapes[p] or (1,))[0]) for p in shapes if p.startswith(inside)),
         # Behind the norm: in front of it a gate between 0 and 1 would be divided out again.
         gate=GatePoint(module=last, at="output", repeat=0),
         residue=tuple(path for path in (f"{out}.bias", *after) if path in shapes) if acts_on else (),

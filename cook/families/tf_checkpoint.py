@@ -8,24 +8,30 @@ TensorFlow's core/protobuf/tensor_bundle.proto and core/lib/io/format.cc.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
+import google_crc32c
 import numpy as np
 import torch
 
 from cook.base.errors import UserError
-from cook.base.tensor_files import LazyTensors
-from cook.families.crc32c import crc32c
+from cook.base.files import regular_file
 
 TABLE_MAGIC = 0xDB4775248B80FB57
 FOOTER_BYTES = 48
 TRAILER_BYTES = 5
 """After every block: one byte for the compression, four for the masked checksum."""
 CHECKSUM_MASK = 0xA282EAD8
+
+# Bounds far beyond any BERT, within which a hostile index costs a second and some megabytes.
+MAX_INDEX_BYTES = 16 << 20
+MAX_TENSORS = 100_000
+MAX_NAME_BYTES = 1024
+MAX_DIMS = 16
 
 # The kinds of tensor that a model's weights can be (tensorflow/core/framework/types.proto).
 DTYPES = {1: np.float32, 2: np.float64, 3: np.int32, 9: np.int64, 19: np.float16}
@@ -36,18 +42,54 @@ class Damaged(Exception):
     """The bytes are not what the format says."""
 
 
-class _Entry(NamedTuple):
-    dtype: int
+@dataclass(frozen=True, kw_only=True)
+class TfTensor:
+    """A tensor of a checkpoint, not read yet."""
+
+    name: str
     shape: tuple[int, ...]
-    shard: int
+    dtype: int
+    """TensorFlow's number of its type."""
+    file: Path
     offset: int
     size: int
+    """In bytes."""
     checksum: int | None
-    is_sliced: bool
+    is_partitioned: bool
+    """Whether it is stored in slices."""
+
+    def read(self) -> torch.Tensor:
+        """The values; their checksum is compared.
+
+        Raises:
+            UserError: the file is missing or damaged, or the tensor is of a kind that this reader does not know.
+        """
+        if self.is_partitioned or (self.dtype not in DTYPES and self.dtype != BFLOAT16):
+            kind = "a partitioned variable" if self.is_partitioned else f"TensorFlow's type number {self.dtype}"
+            raise UserError(
+                f"{self.name}: this reader does not know {kind}",
+                wanted="a whole tensor of numbers",
+                remedy="save the checkpoint again without partitions" if self.is_partitioned else None,
+            )
+        numpy_type = np.dtype(np.uint16 if self.dtype == BFLOAT16 else DTYPES[self.dtype]).newbyteorder("<")
+        if math.prod(self.shape) * numpy_type.itemsize != self.size:
+            raise UserError(f"{self.name}: {self.size} bytes do not hold the shape {self.shape}")
+        if self.offset + self.size > regular_file(self.file).stat().st_size:
+            raise UserError(f"{self.file}: ends before {self.name}", wanted=f"{self.offset + self.size} bytes")
+        try:
+            with open(self.file, "rb") as opened:
+                opened.seek(self.offset)
+                raw = opened.read(self.size)
+        except OSError as error:
+            raise UserError(f"{self.file}: cannot be read: {error.strerror}") from None
+        if self.checksum is not None and masked_checksum(raw) != self.checksum:
+            raise UserError(f"{self.file}: the checksum of {self.name} is wrong", remedy="fetch the checkpoint again")
+        values = torch.from_numpy(np.frombuffer(raw, dtype=numpy_type).reshape(self.shape).copy())
+        return values.view(torch.bfloat16) if self.dtype == BFLOAT16 else values
 
 
-def open_tf_checkpoint(prefix: Path) -> LazyTensors:
-    """The tensors of a checkpoint by TensorFlow's names, each read, and its checksum compared, when asked for.
+def open_tf_checkpoint(prefix: Path) -> dict[str, TfTensor]:
+    """The tensors of a checkpoint by TensorFlow's names; only the index is read.
 
     Args:
         prefix: Path without `.index`, such as `uncased_L-12_H-768_A-12/bert_model.ckpt`.
@@ -55,49 +97,29 @@ def open_tf_checkpoint(prefix: Path) -> LazyTensors:
     Raises:
         UserError: a file is missing, damaged, or holds what this reader does not know.
     """
-    index = prefix.with_name(prefix.name + ".index")
-    if not index.is_file():
-        raise UserError(f"{index}: there is no such file", wanted="the three files of a TensorFlow checkpoint")
+    index = regular_file(prefix.with_name(prefix.name + ".index"), "file, one of the three of a TensorFlow checkpoint")
+    if index.stat().st_size > MAX_INDEX_BYTES:
+        raise UserError(f"{index}: too large for the index of a checkpoint", wanted=f"at most {MAX_INDEX_BYTES} bytes")
     try:
-        records = list(_table(index.read_bytes()))
+        with open(index, "rb") as opened:
+            records = _table(opened.read(MAX_INDEX_BYTES))
         shards = _num_shards(records)
-        entries = {key.decode(): _entry(value) for key, value in records[1:]}
+        # Names that begin with a NUL are the slices of partitioned variables, which also have an entry for the whole.
+        # A scalar such as the step may be of any kind: it is an error only if someone asks for it.
+        tensors = [_tensor(prefix, shards, key.decode(), value) for key, value in records if key and key[0]]
     except (Damaged, IndexError, struct.error, UnicodeDecodeError) as error:
         raise UserError(f"{index}: not a sound index of a TensorFlow checkpoint", got=error) from None
-    files = [prefix.with_name(f"{prefix.name}.data-{number:05d}-of-{shards:05d}") for number in range(shards)]
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"{file}: there is no such file", wanted="the data file that belongs to the index")
-    # A scalar such as the step may be of any kind: it is an error only if someone asks for it.
-    return LazyTensors({name: partial(_read, files, name, entry) for name, entry in entries.items()})
+    except OSError as error:
+        raise UserError(f"{index}: cannot be read: {error.strerror}") from None
+    for file in sorted({tensor.file for tensor in tensors}):
+        regular_file(file, "data file, which belongs to the index")
+    return {tensor.name: tensor for tensor in tensors}
 
 
-def masked_checksum(data: bytes | np.ndarray) -> int:
+def masked_checksum(data: bytes) -> int:
     """The CRC-32C as TensorFlow and LevelDB store it: a checksum of checksums would otherwise be a weak one."""
-    value = crc32c(data)
+    value = google_crc32c.value(data)
     return (((value >> 15) | (value << 17)) + CHECKSUM_MASK) & 0xFFFFFFFF
-
-
-def _read(files: list[Path], name: str, entry: _Entry) -> torch.Tensor:
-    if entry.is_sliced or (entry.dtype not in DTYPES and entry.dtype != BFLOAT16):
-        kind = "a partitioned tensor" if entry.is_sliced else f"TensorFlow's type number {entry.dtype}"
-        raise UserError(f"{name}: this reader does not know {kind}", wanted="a whole tensor of numbers")
-    if entry.shard >= len(files):
-        raise UserError(f"{name}: the index names shard {entry.shard} of {len(files)}")
-    file = files[entry.shard]
-    count = int(np.prod(entry.shape, dtype=np.int64))
-    numpy_type = np.dtype(np.uint16 if entry.dtype == BFLOAT16 else DTYPES[entry.dtype]).newbyteorder("<")
-    if count * numpy_type.itemsize != entry.size:
-        raise UserError(f"{name}: {entry.size} bytes do not hold the shape {entry.shape}")
-    with open(file, "rb") as opened:
-        opened.seek(entry.offset)
-        raw = np.frombuffer(opened.read(entry.size), dtype=np.uint8)
-    if len(raw) != entry.size:
-        raise UserError(f"{file}: ends before {name}", wanted=f"{entry.offset + entry.size} bytes")
-    if entry.checksum is not None and masked_checksum(raw) != entry.checksum:
-        raise UserError(f"{file}: the checksum of {name} is wrong", remedy="fetch the checkpoint again")
-    values = torch.from_numpy(raw.view(numpy_type).reshape(entry.shape).copy())
-    return values.view(torch.bfloat16) if entry.dtype == BFLOAT16 else values
 
 
 def _num_shards(records: list[tuple[bytes, bytes]]) -> int:
@@ -110,35 +132,58 @@ def _num_shards(records: list[tuple[bytes, bytes]]) -> int:
     return shards
 
 
-def _entry(value: bytes) -> _Entry:
-    dtype = shard = offset = size = 0
-    checksum, shape, is_sliced = None, [], False
+def _tensor(prefix: Path, shards: int, name: str, value: bytes) -> TfTensor:
+    numbers = {1: 0, 3: 0, 4: 0, 5: 0}  # of dtype, shard, offset and size; the checksum, 6, may be missing
+    shape: list[int] = []
+    partitioned = False
     for number, content in _fields(value):
         if number == 2 and isinstance(content, bytes):
-            for _, dim in (field for field in _fields(content) if field[0] == 2):
-                assert isinstance(dim, bytes)
-                shape.append(next((size for n, size in _fields(dim) if n == 1 and isinstance(size, int)), 0))
+            shape += [_size_of(dim) for field, dim in _fields(content) if field == 2]
         elif number == 7:
-            is_sliced = True
+            partitioned = True
         elif isinstance(content, int):
-            dtype = content if number == 1 else dtype
-            shard = content if number == 3 else shard
-            offset = content if number == 4 else offset
-            size = content if number == 5 else size
-            checksum = content if number == 6 else checksum
-    return _Entry(dtype, tuple(shape), shard, offset, size, checksum, is_sliced)
+            numbers[number] = content
+    if len(shape) > MAX_DIMS or max(shape, default=0) >= 1 << 40:
+        raise Damaged(f"{name!r} has a shape that no tensor has")
+    if numbers[3] >= shards:
+        raise Damaged(f"{name!r} is said to be in shard {numbers[3]} of {shards}")
+    return TfTensor(
+        name=name,
+        shape=tuple(shape),
+        dtype=numbers[1],
+        offset=numbers[4],
+        size=numbers[5],
+        checksum=numbers.get(6),
+        file=prefix.with_name(f"{prefix.name}.data-{numbers[3]:05d}-of-{shards:05d}"),
+        is_partitioned=partitioned,
+    )
 
 
-def _table(file: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Keys and values of a table, in order."""
+def _size_of(dim: int | bytes) -> int:
+    if isinstance(dim, int):
+        raise Damaged("a dimension that is no message")
+    return next((size for field, size in _fields(dim) if field == 1 and isinstance(size, int)), 0)
+
+
+def _table(file: bytes) -> list[tuple[bytes, bytes]]:
+    """Keys and values of a table. Keys rise and blocks follow each other, so no byte counts twice."""
     if len(file) < FOOTER_BYTES or struct.unpack("<Q", file[-8:])[0] != TABLE_MAGIC:
         raise Damaged("the table's magic number is missing at its end")
     footer = file[-FOOTER_BYTES:]
     _, at = _handle(footer, 0)  # of the table's metadata, which a bundle does not use
     index, _ = _handle(footer, at)
+    records: list[tuple[bytes, bytes]] = []
+    end = 0
     for _, value in _block(file, *index):
-        handle, _ = _handle(value, 0)
-        yield from _block(file, *handle)
+        (offset, size), _ = _handle(value, 0)
+        if offset < end:
+            raise Damaged(f"the block at byte {offset} begins before the end of the one before")
+        end = offset + size + TRAILER_BYTES
+        for key, content in _block(file, offset, size):
+            if records and key <= records[-1][0]:
+                raise Damaged("the names are not in order")
+            records.append((key, content))
+    return records
 
 
 def _handle(data: bytes, at: int) -> tuple[tuple[int, int], int]:
@@ -157,7 +202,7 @@ def _block(file: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]
     if file[end]:
         raise Damaged(f"the block at byte {offset} is compressed, which TensorFlow's bundles are not")
     num_restarts = struct.unpack("<I", file[end - 4 : end])[0]
-    at, stop, key = offset, end - 4 - 4 * num_restarts, b""
+    at, stop, key, count = offset, end - 4 - 4 * num_restarts, b"", 0
     if stop < offset:
         raise Damaged(f"the block at byte {offset} claims more restarts than it has bytes")
     while at < stop:
@@ -166,6 +211,9 @@ def _block(file: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]
         length, at = _varint(file, at)
         if shared > len(key) or at + rest + length > stop:
             raise Damaged(f"the block at byte {offset} holds an entry beyond its end")
+        count += 1
+        if shared + rest > MAX_NAME_BYTES or count > MAX_TENSORS:
+            raise Damaged(f"more than {MAX_TENSORS} tensors, or a name of more than {MAX_NAME_BYTES} bytes")
         key = key[:shared] + file[at : at + rest]
         yield key, file[at + rest : at + rest + length]
         at += rest + length

@@ -10,11 +10,13 @@ that `stock_type` names and then does to it what `structure` says:
     absent      {module: "pair"|"value"}  modules that add nothing; a pair is the output of an attention block
     constant    {module: weight}          absent modules of which the last bias remains, and that bias
     identity    [module, ...]             norms that lead to or from nothing
+    uneven_keys true|false                whether an attention block has other key-value heads than the config says
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import transformers
@@ -95,25 +97,81 @@ def _product_of(old: nn.Module, shape: list[int]) -> nn.Module:
     return Conv1D(shape[1], shape[0])
 
 
+@functools.cache
 def config_class(stock_type: str) -> type[PreTrainedConfig]:
     """Derives from the stock config of that type; `OWN_FIELDS` stand beside its fields."""
-    return type("RaggedConfig", (CONFIG_MAPPING[stock_type],), {"model_type": MODEL_TYPE, "__module__": __name__})
+
+    def __reduce__(self: PreTrainedConfig) -> tuple[Any, ...]:
+        return _new_config, (stock_type,), self.__dict__
+
+    body = {"model_type": MODEL_TYPE, "__module__": __name__, "__reduce__": __reduce__}
+    return type("RaggedConfig", (CONFIG_MAPPING[stock_type],), body)
 
 
-def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The stock class for `config`, which reshapes itself when it has been built."""
-    stock_config = CONFIG_MAPPING[config.stock_type]
-    stock = getattr(transformers, config.stock_class)._model_mapping[stock_config]
+def model_class(config: PreTrainedConfig, factory: type[RaggedModel] | None = None) -> type[PreTrainedModel]:
+    """The stock class for `config`, which reshapes itself when it has been built.
+
+    Args:
+        config: A config of `config_class`.
+        factory: The class that `auto_map` names for it; None: the one for `config.stock_class`.
+    """
+    factory = factory or RaggedModel
+    return _model_class(config.stock_type, factory.auto_class or config.stock_class, factory.__name__)
+
+
+@functools.cache
+def _model_class(stock_type: str, auto_class: str, name: str) -> type[PreTrainedModel]:
+    stock = getattr(transformers, auto_class)._model_mapping[CONFIG_MAPPING[stock_type]]
 
     def __init__(self: PreTrainedModel, config: PreTrainedConfig, *inputs: Any, **named: Any) -> None:
         stock.__init__(self, config, *inputs, **named)
-        reshape_modules(self, config.structure)
+        structure = config.structure
+        if auto_class == "AutoModel":  # paths begin inside of the model that the head of `stock_class` stands on
+            structure = _without_prefix(structure, f"{stock.base_model_prefix}.")
+        reshape_modules(self, structure)
+
+    def init_continuous_batching(self: PreTrainedModel, *inputs: Any, **named: Any) -> Any:
+        if self.config.structure.get("uneven_keys"):
+            raise ValueError(
+                "continuous batching keeps a cache of one size for all layers, and the layers of this model have "
+                "different numbers of key-value heads: use generate()"
+            )
+        return stock.init_continuous_batching(self, *inputs, **named)
+
+    def __reduce__(self: PreTrainedModel) -> tuple[Any, ...]:
+        return _new_model, (stock_type, auto_class, name), self.__dict__
 
     # The name and module are those that `auto_map` gives: a model that is saved again finds its way back.
-    body = {"__init__": __init__, "config_class": type(config), "__module__": __name__}
-    made: Any = type("RaggedModel", (stock,), body)
-    made.register_for_auto_class(config.stock_class)
+    body = {"config_class": config_class(stock_type), "__module__": __name__}
+    body |= {"__init__": __init__, "__reduce__": __reduce__}
+    if hasattr(stock, "init_continuous_batching"):
+        body["init_continuous_batching"] = init_continuous_batching
+    made: Any = type(name, (stock,), body)
+    made.register_for_auto_class(auto_class)
     return made
+
+
+def _without_prefix(structure: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The same with all paths relative to the module `prefix`."""
+
+    def short(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name.removeprefix(prefix): short(part) for name, part in value.items()}
+        if isinstance(value, list):
+            return [short(part) for part in value]
+        return value.removeprefix(prefix) if isinstance(value, str) else value
+
+    return short(structure)
+
+
+def _new_config(stock_type: str) -> PreTrainedConfig:
+    made = config_class(stock_type)
+    return made.__new__(made)
+
+
+def _new_model(stock_type: str, auto_class: str, name: str) -> PreTrainedModel:
+    made = _model_class(stock_type, auto_class, name)
+    return made.__new__(made)
 
 
 class RaggedConfig(PreTrainedConfig):
@@ -130,14 +188,31 @@ class RaggedModel(PreTrainedModel):
     """What `auto_map` names; gives models of a class that derives from the stock one."""
 
     config_class = RaggedConfig
+    auto_class: str | None = None
+    """The class of transformers that asks for it; None: the config's `stock_class`."""
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls, folder: Any, *inputs: Any, config: Any = None, **kwargs: Any
     ) -> Any:
         config = RaggedConfig.from_pretrained(folder) if config is None else config
-        return model_class(config).from_pretrained(folder, *inputs, config=config, **kwargs)
+        return model_class(config, cls).from_pretrained(folder, *inputs, config=config, **kwargs)
 
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
-        return model_class(config)._from_config(config, **kwargs)
+        return model_class(config, cls)._from_config(config, **kwargs)
+
+
+class RaggedBase(RaggedModel):
+    """The model without a head."""
+
+    auto_class = "AutoModel"
+
+
+class RaggedClassifier(RaggedModel):
+    """The model with a head for whole texts, freshly initialised where the folder has none."""
+
+    auto_class = "AutoModelForSequenceClassification"
+
+
+FACTORIES = (RaggedModel, RaggedBase, RaggedClassifier)

@@ -13,7 +13,9 @@ Kept = Mapping[str, int]
 
 def unit_parameters(space: PruningSpace, group: UnitGroup) -> int:
     """Parameters that vanish with one unit of `group`, all else kept."""
-    return sum(prod(space.shapes[s.path]) // space.shapes[s.path][s.dim] * s.block for s in group.slices)
+    # A buffer may be a single number, without any dimension.
+    owned = [(s, space.shapes[s.path]) for s in group.slices]
+    return sum(prod(shape) // (shape[s.dim] if shape else 1) * s.block for s, shape in owned)
 
 
 def unit_flops(space: PruningSpace, group: UnitGroup, *, context: int) -> int:

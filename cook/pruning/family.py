@@ -6,22 +6,20 @@ own writes the functions itself. Either way it is one file, and one line in `reg
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from cook.base.batches import Batch
-from cook.pruning.units import PruningSpace
+from cook.pruning.units import HeadUnit, PruningSpace
 
 ModelConfig = Mapping[str, Any]
 """A model's `config.json` as a dictionary."""
 KeptUnits = Mapping[str, tuple[int, ...]]
 """For each masked group's name the indices of the units that stay, ascending."""
-HeadUnit = Literal["kv_group", "query_head"]
-"""What a unit of attention is: a key-value head with all its query heads, or a query head alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +51,8 @@ class Abilities:
     """Whether query heads may share keys and values, so that there are two kinds of units of attention."""
     stock_heads: bool
     """Whether a stock class holds blocks with fewer heads."""
+    stock_heads_except: str = ""
+    """Models of which it does not, in a word."""
     stock_layers: bool
     """Whether a stock class holds the model without some of its layers."""
     is_stock: bool = True
@@ -85,6 +85,8 @@ class Adapter:
     """The model's call for a batch of `cook.data.packing`, `targets` excepted; samples of one row must not mix."""
     abilities: Abilities
     """What its results can be."""
+    file_names: Callable[[ModelConfig], Mapping[str, str]] = lambda _config: {}
+    """The keys under which files of the family hold weights, where they are not the model's own."""
     is_causal: bool = True
     """Whether the model predicts the next token."""
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -92,6 +94,26 @@ class Adapter:
     live_config: Callable[[ModelConfig], dict[str, Any] | str] | None = None
     """The config in the family's own distribution format, or a sentence why that format cannot hold the model; None
     for a family that has no such format beside Hugging Face's."""
+
+
+class Stored(Mapping[str, torch.Tensor]):
+    """The tensors of a model's files, which notes the names that are read."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]):
+        self._tensors, self.read = tensors, set[str]()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        self.read.add(name)
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors  # Mapping's own would read the tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,3 +125,18 @@ class ModelSource:
     tensors: Mapping[str, torch.Tensor]
     path: Path
     """The folder or file that was given."""
+    stored: Stored = field(default_factory=lambda: Stored({}))
+    """The same weights under the names that the files have, and all else in the files; empty for a model in memory."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder whose tokenizer and other files belong to the model."""
+        return self.path.parent if self.path.is_file() and (self.path.parent / "config.json").is_file() else self.path
+
+    def stored_for(self, names: Iterable[str]) -> set[str]:
+        """The names in the files of the tensors that `names`, those of the native form, are made of."""
+        self.stored.read.clear()
+        for name in names:
+            if name in self.tensors:
+                self.tensors[name]  # mapped from the file, not read whole
+        return set(self.stored.read)

@@ -3,38 +3,51 @@
 from __future__ import annotations
 
 import io
+import reprlib
+from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 from cook.base.errors import UserError
-from cook.base.files import write_atomically
+from cook.base.files import regular_file, write_atomically
 from cook.base.tensor_files import load_pt
 from cook.pruning.mask_set import COARSE_KEYS, FINE_KEYS, coarse_from_tensors, fine_from_tensors
 from cook.pruning.units import PruningSpace
 
+MAX_BYTES = 1 << 30
+"""A number per layer, head and dimension: megabytes for the largest models."""
+
 
 def write_mask_file(path: str | Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Writes `tensors` to `path` (.pt) and to the same name with .safetensors, each atomically."""
+    """Writes `tensors` to `path` (.pt) and to the same name with .safetensors, each atomically.
+
+    Where `path` itself ends in .safetensors, there is that file alone.
+    """
     path = Path(path)
-    buffer = io.BytesIO()
-    torch.save(tensors, buffer)
-    write_atomically(path, buffer.getvalue())
+    if path.suffix != ".safetensors":
+        buffer = io.BytesIO()
+        torch.save(tensors, buffer)
+        write_atomically(path, buffer.getvalue())
     write_atomically(path.with_suffix(".safetensors"), save(tensors))
 
 
 def read_mask_file(path: str | Path, *, required: tuple[str, ...], allowed: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """Reads a mask file and checks keys, types and values.
+    """Reads a mask file, or its safetensors twin, and checks keys, types and values.
 
     Raises:
         UserError: naming the file, for a missing or strange key, a tensor that is not floating, or values not 0 or 1.
     """
-    content = load_pt(Path(path))
+    if regular_file(path, "mask file").stat().st_size > MAX_BYTES:
+        raise UserError(f"{path}: too large for a mask file", wanted=f"at most {MAX_BYTES} bytes")
+    content = _read_twin(Path(path)) if Path(path).suffix == ".safetensors" else load_pt(Path(path))
     missing, strange = [k for k in required if k not in content], [k for k in content if k not in allowed]
     if missing or strange:
-        problem = f"lacks {missing[0]!r}" if missing else f"has the strange key {strange[0]!r}"
-        raise UserError(f"{path}: {problem}", wanted=f"the keys {', '.join(allowed)}", got=", ".join(map(str, content)))
+        problem = f"lacks {missing[0]!r}" if missing else f"has the strange key {reprlib.repr(strange[0])}"
+        raise UserError(f"{path}: {problem}", wanted=f"the keys {', '.join(allowed)}", got=_listed(content))
     for key, value in content.items():
         if not _is_plain(value):
             kind = f"{value.dtype}, {value.layout}" if isinstance(value, torch.Tensor) else type(value).__name__
@@ -43,6 +56,17 @@ def read_mask_file(path: str | Path, *, required: tuple[str, ...], allowed: tupl
         if odd.numel():
             raise UserError(f"{path}: {key} is not binary", wanted="0 and 1 only", got=f"{float(odd[0])}")
     return {key: value.detach().float() for key, value in content.items()}
+
+
+def _read_twin(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except Exception as error:  # safetensors raises its own error type
+        raise UserError(f"{path}: not a safetensors file", got=error) from None
+
+
+def _listed(content: Mapping[Any, object]) -> str:
+    return ", ".join(key if isinstance(key, str) and len(key) < 40 else reprlib.repr(key) for key in islice(content, 8))
 
 
 def _is_plain(value: object) -> bool:

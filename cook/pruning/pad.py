@@ -59,10 +59,7 @@ def _section_size(source: ModelSource, space: PruningSpace, masks: Masks, groups
     kept = [counts.get(space.block(g).name, 1) * counts.get(g.name, g.size) // g.sections for g in groups]
     first = groups[0]
     for size in range(max(1, *kept), first.section_size + 1):
-        heads = size * first.sections * first.members
-        if first.kind == "dimff" or source.adapter.stock_holds(
-            source.config, heads, size if first.sections == 1 else first.sections
-        ):
+        if first.kind == "dimff" or source.adapter.stock_holds(source.config, *first.heads(size * first.sections)):
             return size
     raise UserError("--uniform: no class of transformers holds these sizes in all layers")
 

@@ -12,6 +12,9 @@ from typing import Literal
 
 Kind = Literal["layer", "heads", "dimff"]
 Site = Literal["att", "ffn"]
+HeadUnit = Literal["kv_group", "query_head"]
+"""What a unit of attention is: a key-value head with all its query heads, or a query head alone, whose keys and values
+stay."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,9 @@ class UnitGroup:
     sections: int = 1
     """Equal stretches of units that must keep as many units each: query heads may leave their key-value groups, but
     the groups stay of one size."""
+    head_unit: HeadUnit = "kv_group"
+    """Of a group of heads: what one unit is. Not to be read off the other numbers: with one key-value head the query
+    heads form a single section, as whole groups do."""
     residue: tuple[str, ...] = ()
     """Of a `layer` group: the weights that act on even if no unit of the block is left, its last product's bias and
     the norm behind it."""
@@ -71,6 +77,11 @@ class UnitGroup:
     def section_size(self) -> int:
         """Units in one section."""
         return self.size // self.sections
+
+    def heads(self, units: int) -> tuple[int, int]:
+        """Query heads and key-value heads of an attention block that keeps so many of these units."""
+        assert self.kind == "heads"
+        return units * self.members, units if self.head_unit == "kv_group" else self.sections
 
     @property
     def name(self) -> str:

@@ -25,7 +25,20 @@ from cook.pruning.attach import AttachedGates
 from cook.pruning.family import Adapter, ModelConfig, ModelSource
 from cook.recipe.inputs import Inputs
 from cook.recipe.plan import Stage
+from cook.text.hf import HuggingFaceTokenizer
+from cook.text.jieba import JiebaTokenizer
+from cook.text.open_tokenizer import load_tokenizer
+from cook.text.tokenizer import Tokenizer
 from cook.training.engine import Engine
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+SAMPLES = (
+    "The quick brown fox jumps over the lazy dog. It wasn't there in 1998, 2007 or 2,026,413 years ago.",
+    "def f(x):\n    return {'a': x ** 2}  # note\n\n\n<b>bold</b>\t~~~ ====",
+    "Die Straße führte naïve Gäste über “große” Brücken — für 12,50 €. В лесу родилась ёлочка. Το ταξίδι.",
+    "今天天气很好，我们去公园。日本語の文章です。한국어 문장입니다. هذا نص قصير. यह एक वाक्य है। 😀👩‍👩‍👧",
+)
+"""Texts in which tokenizers differ: words, numbers, spaces, code, scripts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +76,9 @@ def open_lesson(stage: Stage, inputs: Inputs, *, must_exist: bool = True) -> Les
     else:
         source = open_model(options.teacher)
         _check_teacher(options.teacher, source, inputs)
+        tokenizer = stage.config.tokenizer
+        if tokenizer.path and Path(tokenizer.path).exists():  # else the run makes one of its corpus
+            check_teacher_tokenizer(source.path, load_tokenizer(tokenizer.type, tokenizer.path))
     teacher = source or inputs
     config = source.config if source else inputs.model_config
     written = {"mse_hidn_module": options.mse_hidn_module, "mse_att_module": options.mse_att_module}
@@ -71,6 +87,38 @@ def open_lesson(stage: Stage, inputs: Inputs, *, must_exist: bool = True) -> Les
     check_pairs(pairs, _skeleton(inputs.adapter, inputs.model_config), _skeleton(teacher.adapter, config))
     pairs = {key: _without_masked(some, inputs) for key, some in pairs.items()}
     return Lesson(options=options, source=source, hidden=pairs["mse_hidn_module"], attention=pairs["mse_att_module"])
+
+
+def check_teacher_tokenizer(folder: Path, own: Tokenizer) -> None:
+    """Refuses a teacher whose ids mean other text than the run's: its predictions would be of unrelated tokens.
+
+    Args:
+        folder: The teacher's.
+        own: The run's tokenizer.
+
+    Raises:
+        UserError: the tokenizer in the teacher's folder is another one.
+    """
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        say(f"{folder}: no tokenizer beside the teacher, whose ids are taken to be the run's")
+        return
+    try:
+        if isinstance(own, JiebaTokenizer):  # transformers may lack what CPM-Ant's class needs
+            theirs: Tokenizer = JiebaTokenizer.load(folder / "vocab.txt")
+        else:
+            theirs = HuggingFaceTokenizer.load(folder)
+    except UserError as error:
+        raise UserError(
+            f"distillation.teacher: the tokenizer in {folder} cannot be compared with the run's",
+            got=error.what,
+            remedy="if both give the same ids, remove its files from the teacher's folder",
+        ) from None
+    if theirs.fingerprint != own.fingerprint and (difference := _difference(own, theirs)):
+        raise UserError(
+            f"distillation.teacher: the tokenizer in {folder} gives other ids than the run's",
+            got=difference,
+            remedy="distil from a model with the same tokenizer, or leave out distillation",
+        )
 
 
 def make_distiller(lesson: Lesson | None, stage: Stage, engine: Engine, attached: AttachedGates) -> Distiller | None:
@@ -135,6 +183,23 @@ def _check_teacher(name: str, teacher: ModelSource, inputs: Inputs) -> None:
                 wanted=inputs.model_config.get(key),
                 got=teacher.config.get(key),
             )
+
+
+def _difference(own: Tokenizer, theirs: Tokenizer) -> str | None:
+    """What sets the ids of two tokenizers apart. Special tokens that only one of them has do not: no text has them."""
+    if isinstance(own, HuggingFaceTokenizer) and isinstance(theirs, HuggingFaceTokenizer):
+        mine, other = own.ordinary_tokens(), theirs.ordinary_tokens()
+        for token in sorted(mine.keys() | other.keys(), key=lambda token: mine.get(token, -1)):
+            if mine.get(token) != other.get(token):
+                return f"the token {token!r} has the id {mine.get(token)} here and {other.get(token)} there"
+        for number in (own.bos_id, own.eos_id):
+            if own.decode([number]) != theirs.decode([number]):
+                return f"the id {number} is {own.decode([number])!r} here and {theirs.decode([number])!r} there"
+    for text in SAMPLES:
+        ids, others = own.encode(text), theirs.encode(text)
+        if ids != others:
+            return f"{text[:20]!r}… begins with the ids {ids[:8]} here and {others[:8]} there"
+    return None
 
 
 def _skeleton(adapter: Adapter, config: ModelConfig) -> torch.nn.Module:

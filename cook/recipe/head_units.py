@@ -7,8 +7,8 @@ from typing import Any
 
 from cook.base.errors import UserError
 from cook.config.types import FineConfig
-from cook.pruning.family import Adapter, HeadUnit
-from cook.pruning.units import PruningSpace, UnitGroup
+from cook.pruning.family import Adapter
+from cook.pruning.units import HeadUnit, PruningSpace, UnitGroup
 
 HOW = {"kv_group": "whole key-value groups", "query_head": "as many query heads of every group"}
 
@@ -18,7 +18,8 @@ def choose_head_unit(
 ) -> HeadUnit:
     """The unit that the scheme names, or the first with which its target can be reached.
 
-    Blocks that share a budget lose whole key-value groups: only these can go from some blocks and not from others.
+    Blocks that share a budget lose whole key-value groups, of which any may go; query heads only where all of them
+    form one group.
     """
     units = adapter.head_units(config)
     if fine is None or len(units) == 1:
@@ -26,7 +27,7 @@ def choose_head_unit(
     if fine.head_unit != "auto":
         return fine.head_unit
     if uneven:
-        return "kv_group"
+        return "query_head" if _has_one_section(adapter.space(config, "query_head")) else "kv_group"
     for unit in units:
         if fine.target_num_heads in reachable_heads(adapter, config, unit, fine.allow_remote_code):
             return unit
@@ -42,7 +43,7 @@ def reachable_heads(
         return ()
     found = []
     for kept in range(1, group.section_size + 1):
-        heads, kv_heads = kept * group.sections * group.members, kept if group.sections == 1 else group.sections
+        heads, kv_heads = group.heads(kept * group.sections)
         if allow_remote_code or adapter.stock_holds(config, heads, kv_heads):
             found.append(heads)
     return tuple(found)
@@ -85,32 +86,43 @@ def check_sizes(
             remedy="set fine-grained.allow_remote_code to true (do_prune.py --uniform still fills the result up)",
         )
     if heads is not None and "heads" in uneven:
-        _check_whole_groups(heads)
+        _check_shared_budget(space)
     elif heads is not None and fine.target_num_heads != fine.num_heads:
         _check_heads(adapter, config, heads, fine)
 
 
-def _check_whole_groups(group: UnitGroup) -> None:
-    if group.sections > 1:
+def _has_one_section(space: PruningSpace) -> bool:
+    return all(group.sections == 1 for group in space.of("heads"))
+
+
+def _check_shared_budget(space: PruningSpace) -> None:
+    if not _has_one_section(space):
         raise UserError(
-            'scope "global" takes no query heads out of their key-value groups',
+            'scope "global" cannot choose single query heads: one budget would keep more of them in one key-value '
+            "group of a block than in another, which no attention class computes",
             wanted="whole key-value groups as units",
             remedy='set fine-grained.head_unit to "kv_group" or "auto"',
         )
 
 
 def _check_heads(adapter: Adapter, config: Mapping[str, Any], group: UnitGroup, fine: FineConfig) -> None:
-    unit: HeadUnit = "kv_group" if group.sections == 1 else "query_head"
-    if fine.target_num_heads in reachable_heads(adapter, config, unit, fine.allow_remote_code):
+    if fine.target_num_heads in reachable_heads(adapter, config, group.head_unit, fine.allow_remote_code):
         return
-    units = adapter.head_units(config) if fine.head_unit == "auto" else (unit,)
+    units = adapter.head_units(config) if fine.head_unit == "auto" else (group.head_unit,)
     choices = {u: reachable_heads(adapter, config, u, fine.allow_remote_code) for u in units}
     texts = [", ".join(map(str, c)) + (f" ({HOW[u]})" if len(units) > 1 else "") for u, c in choices.items()]
-    more = sorted({h for u in adapter.head_units(config) for h in reachable_heads(adapter, config, u, True)})
+    by_code = sorted({h for u in units for h in reachable_heads(adapter, config, u, True)})
+    others = {
+        remote: {h for u in adapter.head_units(config) for h in reachable_heads(adapter, config, u, remote)}
+        for remote in (fine.allow_remote_code, True)
+    }
     remedy = None
-    if fine.target_num_heads in more:
-        other = fine.head_unit != "auto" and not fine.allow_remote_code
-        remedy = f"set allow_remote_code for any of {', '.join(map(str, more))}" + (' or head_unit "auto"' * other)
+    if fine.target_num_heads in by_code:
+        remedy = f"set allow_remote_code for any of {', '.join(map(str, by_code))}"
+    elif fine.target_num_heads in others[fine.allow_remote_code]:
+        remedy = 'set head_unit to "auto"'
+    elif fine.target_num_heads in others[True]:
+        remedy = 'set head_unit to "auto" and allow_remote_code to true'
     raise UserError(
         "fine-grained.target_num_heads: the family cannot express it",
         wanted="; or ".join(texts),

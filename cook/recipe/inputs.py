@@ -14,14 +14,14 @@ from cook.base.seeds import derived_seed, generator
 from cook.families.registry import by_config
 from cook.families.source import open_model
 from cook.pruning.budgets import Targets, constraints
-from cook.pruning.family import Adapter, HeadUnit
+from cook.pruning.family import Adapter
 from cook.pruning.gates import Gates
 from cook.pruning.mask_file import read_masks
 from cook.pruning.mask_set import kept_groups, without_empty_blocks
 from cook.pruning.random_masks import random_masks_like
 from cook.pruning.relaxation import Deterministic, HardConcrete, Relaxation
 from cook.pruning.restrict import restrict
-from cook.pruning.units import PruningSpace, UnitGroup
+from cook.pruning.units import HeadUnit, PruningSpace, UnitGroup
 from cook.recipe.head_units import check_sizes, choose_head_unit
 from cook.recipe.plan import LEARNS, MaskPaths, Stage, mask_paths
 from cook.sparsity.matrices import matrices_of, restricted

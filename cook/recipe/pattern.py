@@ -15,6 +15,7 @@ from cook.base.distributed import say
 from cook.base.errors import UserError
 from cook.base.files import sha256
 from cook.base.tensor_files import LazyTensors
+from cook.base.together import on_all_ranks, on_first_rank
 from cook.base.watchdog import At
 from cook.config.types import TrainingConfig
 from cook.data.training_data import TrainingData
@@ -99,10 +100,8 @@ def pattern_masks(
     anew = anew and path.resolve().is_relative_to(Path(stage.config.output_dir).resolve())
     if anew or not distributed.broadcast(path.exists()):
         made = _made(stage, inputs, data, build, at, matrices)
-        if distributed.rank() == 0:
-            write_pattern_masks(path, made, stage.pattern_settings())
-        distributed.barrier()
-    masks, record = read_pattern_masks(path, matrices)
+        on_first_rank(lambda: write_pattern_masks(path, made, stage.pattern_settings()))
+    masks, record = on_all_ranks(lambda: read_pattern_masks(path, matrices))
     if record != _plain(stage.pattern_settings()):
         raise UserError(
             f"{path}: a mask made with other settings",

@@ -11,11 +11,11 @@ from cook.base.batches import Batch
 from cook.base.errors import UserError
 from cook.config.types import RunConfig
 from cook.evaluation.speed import LARGEST_TIMED, forward_seconds
+from cook.export.pruned_folder import reshaped_source
 from cook.families.source import load_model, open_model
 from cook.pruning.counts import parameters
 from cook.pruning.family import ModelSource
 from cook.pruning.mask_set import kept_counts
-from cook.pruning.prune import reshaped_source
 from cook.recipe.kept_structure import as_lists, masks_of_structure
 from cook.recipe.plan import Stage
 from cook.recipe.summary import done_record, finished_stages, ladder_row, sample_batches

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,26 +17,28 @@ from cook.base.distributed import say
 from cook.base.errors import UserError
 from cook.base.files import read_json, sha256, write_json
 from cook.base.seeds import derived_seed, seed_everything
+from cook.base.together import on_all_ranks, on_first_rank
 from cook.base.watchdog import At
 from cook.data.loader import held_out_batches
 from cook.data.training_data import TrainingData, load_rows
 from cook.evaluation.perplexity import held_out_loss
+from cook.export.model_folder import copy_generation_config, write_model_folder, write_tokenizer
 from cook.families.source import unfilled_model
 from cook.pruning.attach import AttachedGates
 from cook.pruning.counts import parameters
 from cook.pruning.gates import Gates
 from cook.pruning.mask_file import write_mask_file
 from cook.pruning.mask_set import FINE_KEYS, coarse_to_tensors, fine_to_tensors, kept_counts
-from cook.pruning.model_folder import copy_generation_config, write_model_folder, write_tokenizer
-from cook.recipe.distillation import make_distiller, open_lesson
+from cook.recipe.distillation import check_teacher_tokenizer, make_distiller, open_lesson
 from cook.recipe.inputs import Inputs, final_masks, make_gates, open_inputs
 from cook.recipe.kept_structure import describe_structure
 from cook.recipe.pattern import masked_weights, pattern_identity, pattern_masks, pattern_spec
 from cook.recipe.plan import Stage
+from cook.recipe.sources import changed, changed_sources, check_sources, note_sources
 from cook.recipe.stage_data import Feeding, check_corpus, open_loader, rows_before
 from cook.report.events import EventLog
 from cook.training.checkpoint import find_checkpoint, load_checkpoint
-from cook.training.engine import Engine
+from cook.training.engine import Engine, write_gathered
 from cook.training.loop import Run, train
 from cook.training.saver import Position
 from cook.training.settings import check_settings
@@ -54,17 +56,21 @@ def run_stage(stage: Stage, *, resume: str, at: At) -> None:
         UserError: inputs are missing or do not fit, or the folder holds a run with other settings.
         Interrupted: stopped by a signal, after saving.
     """
-    if _on_first_rank(lambda: is_finished(stage, resume)):
+    if on_first_rank(lambda: is_finished(stage, resume)):
         say_finished(stage)
         return
     at(0, "preparing")
     check_settings(stage.config.training, stage.config.deepspeed, world_size=distributed.world_size())
-    inputs = open_inputs(stage)
-    lesson = open_lesson(stage, inputs)
+    inputs = on_all_ranks(lambda: open_inputs(stage))
+    lesson = on_all_ranks(lambda: open_lesson(stage, inputs))
     if resume == "never" and distributed.rank() == 0:
         shutil.rmtree(stage.folder, ignore_errors=True)
     distributed.barrier()
+    on_first_rank(lambda: check_sources(stage, resume))
     data = _data(stage, inputs)
+    if lesson and lesson.source and not stage.config.tokenizer.path:  # one of the run's own making
+        check_teacher_tokenizer(lesson.source.path, data.tokenizer)
+    on_first_rank(lambda: note_sources(stage))
     build = _builder(inputs, stage)
     at(0, "starting")
     seed_everything(derived_seed(stage.config.seed, stage.name, distributed.rank()))
@@ -85,7 +91,7 @@ def run_stage(stage: Stage, *, resume: str, at: At) -> None:
 
     loader = open_loader(stage, data)
     found = find_checkpoint(stage.folder / "checkpoints", resume)
-    _on_first_rank(lambda: check_corpus(stage, resumed=found is not None))
+    on_first_rank(lambda: check_corpus(stage, resumed=found is not None))
     position = Position(step=0, tokens=0)
     if found:
         position = load_checkpoint(*found, engine, gates, fingerprint=identity, projections=projections)
@@ -94,7 +100,7 @@ def run_stage(stage: Stage, *, resume: str, at: At) -> None:
         say(f"{stage.name}: going on from step {position.step}{others}")
     started = time.perf_counter()
     with EventLog(stage.folder, stage.config.logging.tensorboard, enabled=distributed.rank() == 0) as log:
-        log.rewind(position.step if found else -1)
+        on_first_rank(lambda: log.rewind(position.step if found else -1, position.log))
         run = Run(
             name=stage.name,
             engine=engine,
@@ -110,6 +116,8 @@ def run_stage(stage: Stage, *, resume: str, at: At) -> None:
             at=at,
             after_step=Feeding(stage, loader, data, engine, log, at).after_step,
         )
+        if not found and data.notes:
+            log.write({"step": 0, "data": list(data.notes)})
         try:
             position = train(run, position, log)
         finally:
@@ -117,25 +125,15 @@ def run_stage(stage: Stage, *, resume: str, at: At) -> None:
         at(position.step, "finishing")
         if distiller:
             distiller.remove()
-        loss = _finish(stage, inputs, engine, attached, gates, data, log, position)
-    _write_done(stage, inputs, gates, identity, position, loader.state_dict(), loss, time.perf_counter() - started)
+        loss = _evaluate(stage, engine, attached, gates, data, log, position)
+        _write_model(stage, inputs, engine, data)
+        state, seconds = loader.state_dict(), time.perf_counter() - started  # the state is a collective of some loaders
+        on_first_rank(lambda: _write_masks(stage, inputs, gates))
+        on_first_rank(log.settle)
+        on_first_rank(lambda: _write_done(stage, inputs, gates, identity, position, state, loss, seconds))
     attached.remove()
     engine.close()
     distributed.barrier()
-
-
-def _on_first_rank(action: Callable[[], Any]) -> Any:
-    """What `action` gives on the first rank, on every rank; its `UserError` is raised on every rank too."""
-    found: Any = None
-    if distributed.rank() == 0:
-        try:
-            found = action()
-        except UserError as error:
-            found = error
-    found = distributed.broadcast(found)
-    if isinstance(found, UserError):
-        raise found
-    return found
 
 
 def say_finished(stage: Stage) -> None:
@@ -158,6 +156,8 @@ def is_finished(stage: Stage, resume: str) -> bool:
             f"{path}: {stage.name} finished with other settings",
             remedy=f"choose another output_dir, restore the settings, or {redo}",
         )
+    if changes := changed_sources(stage):
+        raise changed(f"{path}: {stage.name} finished with other files", changes)
     if done["follows"] != _earlier(stage):
         raise UserError(f"{path}: {stage.after} has been redone since {stage.name} finished", remedy=redo)
     return True
@@ -186,14 +186,16 @@ def _data(stage: Stage, inputs: Inputs) -> TrainingData:
         "limits": {key: inputs.model_config.get(key) for key in ("prompt_types", "segment_types")},
     }
     # The first rank prepares, the others read what it left.
-    _on_first_rank(lambda: load_rows(config.data, config.tokenizer, **options) and None)
-    data = load_rows(config.data, config.tokenizer, build=False, **options)
+    on_first_rank(lambda: load_rows(config.data, config.tokenizer, **options) and None)
+    data = on_all_ranks(lambda: load_rows(config.data, config.tokenizer, build=False, **options))
     if data.tokenizer.vocab_size > inputs.model_config["vocab_size"]:
         raise UserError(
             "the tokenizer has more ids than the model",
             wanted=f"at most {inputs.model_config['vocab_size']}",
             got=data.tokenizer.vocab_size,
         )
+    for note in data.notes:
+        say(note)
     return data
 
 
@@ -242,9 +244,8 @@ def _write_masks(stage: Stage, inputs: Inputs, gates: Gates | None) -> None:
         write_mask_file(path, {key: tensor for key, tensor in tensors.items() if key not in elsewhere})
 
 
-def _finish(
+def _evaluate(
     stage: Stage,
-    inputs: Inputs,
     engine: Engine,
     attached: AttachedGates,
     gates: Gates | None,
@@ -252,7 +253,7 @@ def _finish(
     log: EventLog,
     position: Position,
 ) -> float | None:
-    """Evaluates with binary masks and writes the weights; returns the held-out loss."""
+    """The held-out loss with binary masks, which stay attached."""
     attached.set({name: mask.to(engine.device) for name, mask in (gates.binary() if gates else {}).items()})
     loss = None
     training = stage.config.training
@@ -264,18 +265,23 @@ def _finish(
         loss = held_out_loss(engine, batches, engine.device)
         log.write({"step": position.step, "held_out_loss": loss})
         say(f"{stage.name}: held-out loss {loss:.4f}")
-    folder = stage.folder / "model"
-    weights = engine.full_weights()
-    if distributed.rank() == 0:
-        write_model_folder(folder, inputs.adapter, inputs.model_config, weights)
-        write_tokenizer(folder, data.tokenizer)
-        if inputs.folder is not None:
-            copy_generation_config(inputs.folder, folder)
-    else:
-        for _ in weights:  # every rank takes part in gathering each tensor
-            pass
-    distributed.barrier()
     return loss
+
+
+def _write_model(stage: Stage, inputs: Inputs, engine: Engine, data: TrainingData) -> None:
+    folder = stage.folder / "model"
+
+    def write(weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        try:
+            write_model_folder(folder, inputs.adapter, inputs.model_config, weights)
+            write_tokenizer(folder, data.tokenizer)
+            if inputs.folder is not None:
+                copy_generation_config(inputs.folder, folder)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)  # a part of a model would pass for one
+            raise
+
+    write_gathered(engine, write)
 
 
 def _write_done(
@@ -288,9 +294,6 @@ def _write_done(
     loss: float | None,
     seconds: float,
 ) -> None:
-    _write_masks(stage, inputs, gates)
-    if distributed.rank() != 0:
-        return
     masks = final_masks(stage, inputs, gates)
     files = (*vars(stage.fixed).values(), *vars(stage.writes).values(), stage.pattern_mask)
     write_json(

@@ -6,7 +6,6 @@ from typing import Any
 
 from cook.base import distributed
 from cook.base.distributed import say
-from cook.base.errors import UserError
 from cook.base.files import read_json, write_json
 from cook.base.watchdog import At
 from cook.config.check_data import source_names
@@ -18,6 +17,7 @@ from cook.data.streams import StreamedData
 from cook.data.training_data import TrainingData, changed_files, read_files
 from cook.evaluation.perplexity import held_out_loss
 from cook.recipe.plan import Stage
+from cook.recipe.sources import changed
 from cook.report.events import EventLog
 from cook.training.engine import Engine
 
@@ -67,11 +67,7 @@ def check_corpus(stage: Stage, *, resumed: bool) -> None:
     if not (resumed and noted.exists()):
         write_json(noted, now)
     elif changes := changed_files(read_json(noted), now):
-        listed = "".join(f"\n    {change}" for change in changes[:20]) + ("\n    …" if len(changes) > 20 else "")
-        raise UserError(
-            f"{stage.name}: the corpus has changed since the stage began:{listed}",
-            remedy="restore the files, choose another output_dir, or start over with --resume never",
-        )
+        raise changed(f"{stage.name}: the corpus has changed since the stage began", changes)
 
 
 class Feeding:

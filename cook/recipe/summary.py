@@ -20,6 +20,11 @@ from cook.recipe.kept_structure import sizes
 from cook.recipe.plan import MaskPaths, Stage, plan_stage, recipe
 from cook.report.tables import LadderRow, range_text
 
+RANDOM_ROWS = 8
+POSITIONS = ("max_position_embeddings", "n_positions")
+"""Fields of a config that limit a row's tokens."""
+RESERVED = 2
+"""Positions that some families keep for padding."""
 TITLES = {
     "pretrain": "dense",
     "layer_mask": "layers masked",
@@ -103,20 +108,30 @@ def sample_batches(
             batches = [called(source, batch) for batch in held_out_batches(data.held_out, batch_size, rows)]
             return batches, f"{sum(len(b['targets']) for b in batches)} rows of held-out text"
     random = torch.Generator().manual_seed(0)
-    length = prompt + 128
-    ids = torch.randint(0, source.config["vocab_size"], (batch_size, length), generator=random)
-    ids[:, :prompt] = torch.arange(prompt) + 2 * prompt
-    text = torch.arange(length) >= prompt
-    batch: Batch = {
-        "input": ids,
-        "length": torch.full((batch_size,), length),
-        "context": (~text).expand(batch_size, -1),
-        "position": torch.arange(length).expand(batch_size, -1),
-        "segment": (text * 2).expand(batch_size, -1),
-        "span": torch.zeros(batch_size, length, dtype=torch.long),
-        "targets": ids,
-    }
-    return [called(source, batch)], f"{batch_size} rows of random ids"
+    length = prompt + random_length(source)
+    # One row per batch: some classifiers cannot tell where a shorter row ends.
+    batches = []
+    for _ in range(RANDOM_ROWS):
+        ids = torch.randint(0, source.config["vocab_size"], (1, length), generator=random)
+        ids[:, :prompt] = torch.arange(prompt) + 2 * prompt
+        text = torch.arange(length) >= prompt
+        batch: Batch = {
+            "input": ids,
+            "length": torch.full((1,), length),
+            "context": (~text)[None],
+            "position": torch.arange(length)[None],
+            "segment": (text * 2)[None],
+            "span": torch.zeros(1, length, dtype=torch.long),
+            "targets": ids,
+        }
+        batches.append(called(source, batch))
+    return batches, f"{RANDOM_ROWS} rows of random ids"
+
+
+def random_length(source: ModelSource) -> int:
+    """Tokens per row of random ids: no more than the model has positions."""
+    given = [source.config[name] for name in POSITIONS if isinstance(source.config.get(name), int)]
+    return max(1, min([128, *(positions - RESERVED for positions in given)]))
 
 
 def called(source: ModelSource, batch: Batch) -> Batch:

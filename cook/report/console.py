@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
@@ -181,8 +182,10 @@ def print_plan(
 
 def _say(stream: TextIO, text: str) -> None:
     # A stream that is not Unicode gets question marks for what it lacks: an arrow must not end a training run.
+    # Nor must an output that takes nothing, as a file on a full disk.
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
+    with contextlib.suppress(OSError):
+        print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
 
 
 def _numbers(

@@ -6,20 +6,25 @@ waiting for data, and in stages that learn masks also `expected_sparsity`, `targ
 `lambda`: each maps a constraint's name to a float (`lambda` also to named floats, as `{"lambda1": …, "lambda2": …}`).
 A step that was not applied, or was a spike, also has `problem` and `samples`, what each rank read in it.
 An evaluation record is `{"step", "held_out_loss"}`, a change of the sources' weights `{"step", "source_loss",
-"source_weight"}`.
+"source_weight"}`. The first one of a stage may be `{"step", "data"}`:
+sentences on what the rows hold and what was left out of them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
+from cook.base.distributed import warn
 from cook.base.errors import UserError
-from cook.base.files import write_atomically
+from cook.base.files import naming, write_atomically
 
 LOG_NAME = "log.jsonl"
 TENSORBOARD_NAME = "tensorboard"
@@ -33,7 +38,8 @@ _CONSTRAINT_FIELDS = {"expected_sparsity": "expected", "target_sparsity": "targe
 class EventLog:
     """Appends records to `folder/log.jsonl`, and their scalars to `folder/tensorboard`.
 
-    The files are opened by the first record. Use as a context manager, or call `close`.
+    The files are opened by the first record. Use as a context manager, or call `close`. A file that cannot be written
+    ends no run: the user is warned, and what it did not take waits for the next record, or for `settle`.
 
     Args:
         folder: The stage's folder; made when missing.
@@ -45,9 +51,10 @@ class EventLog:
         self.folder = Path(folder)
         self.path = self.folder / LOG_NAME
         self._tensorboard, self._enabled = tensorboard, enabled
-        self._file: IO[str] | None = None
-        self._writer: Any = None
+        self._lines = _Growing(self.path, "its records wait, and go into the checkpoints")
+        self._events: _Growing | None = None
         self._purge_step: int | None = None
+        self._again: list[dict[str, Any]] = []
 
     def __enter__(self) -> EventLog:
         return self
@@ -56,7 +63,7 @@ class EventLog:
         self.close()
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Appends one record and flushes it.
+        """Appends one record and brings it to the file.
 
         Values are numbers, zero-dimensional tensors or arrays, strings, None, and lists or mappings of these. A number
         that is not finite becomes null, and the record's `non_finite` maps its place (`lambda/heads.3`) to its name.
@@ -74,55 +81,122 @@ class EventLog:
         finite = _finite(record, "", notes)
         if notes:
             finite["non_finite"] = notes
-        line = json.dumps(finite, ensure_ascii=False, allow_nan=False)
-        if self._file is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _drop_torn_line(self.path)
-            self._file = open(self.path, "a", encoding="utf-8", newline="\n")
-        self._file.write(line + "\n")
-        self._file.flush()
+        self._lines.add(f"{json.dumps(finite, ensure_ascii=False, allow_nan=False)}\n".encode())
         if self._tensorboard:
-            self._write_scalars(step, finite)
+            self._write_scalars(finite)
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, waiting: Sequence[str] = ()) -> None:
         """Forgets every record after `step`, the step that the run goes on from; -1 forgets all (a fresh start).
 
         An evaluation of that very step is forgotten too: it comes after the checkpoint, and is done again.
 
         The file is replaced as a whole, so a crash leaves the old log or the new one. TensorBoard is told to hide what
-        its older event files say about the forgotten steps.
+        its older event files say about that step and later ones, and is told again what the log keeps of that step.
+
+        Args:
+            step: The step.
+            waiting: The lines that were `waiting` when the checkpoint was written.
 
         Raises:
             UserError: A line of the log, other than a last one cut short, is not a JSON object with a step.
+            OSError: The log cannot be written.
         """
         if not self._enabled:
             return
         self.close()
-        if self.path.exists():
-            kept = [
-                line for line, record in _records(self.path) if record["step"] <= step - ("held_out_loss" in record)
-            ]
+        found = list(_records(self.path)) if self.path.exists() else []
+        kept = {line: record for line, record in found if record["step"] <= step - ("held_out_loss" in record)}
+        kept |= {f"{line}\n".encode(): json.loads(line) for line in waiting}
+        if found or kept:
             write_atomically(self.path, b"".join(kept))
-        self._purge_step = step + 1
+        # TensorBoard hides whole steps.
+        self._purge_step, self._again = max(step, 0), [record for record in kept.values() if record["step"] == step]
+
+    @property
+    def waiting(self) -> tuple[str, ...]:
+        """The lines that the file did not take yet, for a checkpoint to keep."""
+        return tuple(line.decode().removesuffix("\n") for line in self._lines.waiting)
+
+    def settle(self) -> None:
+        """Tries again to write the lines that wait.
+
+        Raises:
+            OSError: The file still cannot be written.
+        """
+        self._lines.settle()
 
     def close(self) -> None:
         """Closes both files; a later `write` opens them again."""
+        self._lines.close()
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+
+    def _write_scalars(self, record: Mapping[str, Any]) -> None:
+        # Importing it costs a second: not before it is needed.
+        from cook.report.board import beginning, event_file_name, scalar_event
+
+        if self._events is None:
+            folder = self.folder / TENSORBOARD_NAME
+            self._events = _Growing(folder / event_file_name(folder), f"{LOG_NAME} has the same numbers")
+            again = [scalar_event(record["step"], scalars(record)) for record in self._again]
+            self._events.add(beginning(self._purge_step) + b"".join(again))
+            self._purge_step, self._again = None, []
+        self._events.add(scalar_event(record["step"], scalars(record)))
+
+
+class _Growing:
+    """A file that grows by whole pieces. Those that it does not take, as on a full disk, wait in memory for the next.
+
+    Args:
+        path: The file: lines, or new.
+        hope: What becomes of what it does not take, for the warning.
+    """
+
+    def __init__(self, path: Path, hope: str):
+        self.path, self._hope = path, hope
+        self.waiting: list[bytes] = []
+        self._file: FileIO | None = None
+        self._size = 0
+        self._warned = False
+
+    def add(self, piece: bytes) -> None:
+        """Appends a piece, after those that wait."""
+        self.waiting.append(piece)
+        try:
+            self.settle()
+        except OSError as error:
+            if not self._warned:
+                warn(f"{self.path}: {error.strerror}; {self._hope}")
+            self._warned = True
+
+    def settle(self) -> None:
+        """Writes what waits.
+
+        Raises:
+            OSError: The file still takes nothing.
+        """
+        content = b"".join(self.waiting)
+        if not content:
+            return
+        with naming(self.path):
+            if self._file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._size = _whole_lines(self.path)
+                self._file = FileIO(self.path, "a")
+            if os.fstat(self._file.fileno()).st_size != self._size:
+                self._file.truncate(self._size)  # a crash or a full disk has left a part of a piece
+            rest = memoryview(content)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        self._size, self.waiting = self._size + len(content), []
+
+    def close(self) -> None:
+        """Closes the file; what still waits is forgotten."""
         if self._file is not None:
-            self._file.close()
-            self._file = None
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-
-    def _write_scalars(self, step: int, record: Mapping[str, Any]) -> None:
-        if self._writer is None:
-            # Importing it costs a second: not before it is needed.
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(self.folder / TENSORBOARD_NAME), purge_step=self._purge_step)
-            self._purge_step = None
-        for tag, value in scalars(record).items():
-            self._writer.add_scalar(tag, value, step)
+            with contextlib.suppress(OSError):
+                self._file.close()
+        self._file, self.waiting = None, []
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
@@ -187,12 +261,9 @@ def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
             yield line, record
 
 
-def _drop_torn_line(path: Path) -> None:
-    # Without this the first new record would be glued to what a crash left behind.
-    if path.exists():
-        content = path.read_bytes()
-        if content and not content.endswith(b"\n"):
-            write_atomically(path, content[: content.rfind(b"\n") + 1])
+def _whole_lines(path: Path) -> int:
+    """The bytes up to the last line end, behind which a crash may have left a part of a line."""
+    return path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
 
 
 def _plain(value: Any) -> Any:

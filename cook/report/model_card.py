@@ -47,10 +47,16 @@ class ModelCard:
     """The commands that made the model, in order."""
     masks: Sequence[MaskFile] = ()
     """The masks that were applied."""
+    auto_class: str = "AutoModelForCausalLM"
+    """The class of transformers that loads the model."""
+    pipeline: str = "text-generation"
+    """The task that a hub lists the model under."""
     trust_remote_code: bool
     """Whether transformers needs the modeling file in the folder to load it."""
+    misread_by: Sequence[str] = ()
+    """A sentence for every other program that would misread the folder."""
     max_difference: float | None = None
-    """Largest relative difference between the logits of the masked and of the reshaped model; None: not measured."""
+    """Largest relative difference between the answers of the masked and of the reshaped model; None: not measured."""
     difference_note: str = ""
     """What it was measured on: "fp32, 4 batches of 8 × 128 held-out tokens"."""
     versions: Sequence[tuple[str, str]] = ()
@@ -82,7 +88,7 @@ _LOSS_NOTE = (
 
 def _front_matter(card: ModelCard) -> str:
     # JSON strings are YAML strings: no value can break out of its line or change its type ("no" stays a string).
-    lines = ["library_name: transformers", "pipeline_tag: text-generation", f"license: {json.dumps(card.license)}"]
+    lines = ["library_name: transformers", f"pipeline_tag: {card.pipeline}", f"license: {json.dumps(card.license)}"]
     if card.languages:
         lines.append(f"language: {json.dumps(list(card.languages))}")
     if card.base_model is not None and _HUB_ID.fullmatch(card.base_model):
@@ -101,12 +107,14 @@ def _introduction(card: ModelCard) -> str:
 
 def _loading(card: ModelCard) -> str:
     options = ", trust_remote_code=True" if card.trust_remote_code else ""
+    # The tokenizer needs no code of the folder; unless told so, transformers asks for the model's.
+    plain = ", trust_remote_code=False" if card.trust_remote_code else ""
     code = "\n".join(
         [
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            f"from transformers import {card.auto_class}, AutoTokenizer",
             "",
-            f'tokenizer = AutoTokenizer.from_pretrained("{_PLACEHOLDER}"{options})',
-            f'model = AutoModelForCausalLM.from_pretrained("{_PLACEHOLDER}"{options})',
+            f'tokenizer = AutoTokenizer.from_pretrained("{_PLACEHOLDER}"{plain})',
+            f'model = {card.auto_class}.from_pretrained("{_PLACEHOLDER}"{options})',
         ]
     )
     why = (
@@ -114,16 +122,17 @@ def _loading(card: ModelCard) -> str:
         if card.trust_remote_code
         else "Stock transformers loads it; no code of the folder is run."
     )
-    return f"{_fenced(code, 'python')}\n\n{why}"
+    warnings = [f"- Warning: {sentence}." for sentence in card.misread_by]
+    return "\n\n".join([_fenced(code, "python"), why, *(["\n".join(warnings)] if warnings else [])])
 
 
 def _verification(card: ModelCard) -> str:
     if card.max_difference is None:
-        return "The logits of the masked and of the reshaped model were not compared."
+        return "The answers of the masked and of the reshaped model were not compared."
     where = f" ({card.difference_note})" if card.difference_note else ""
     return (
         "The masked model and this reshaped one were run on the same batches"
-        f"{where}: largest relative difference of their logits {card.max_difference:.2e}."
+        f"{where}: largest relative difference of their answers {card.max_difference:.2e}."
     )
 
 

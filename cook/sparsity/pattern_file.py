@@ -14,11 +14,13 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from cook.base.errors import UserError
-from cook.base.files import write_atomically
+from cook.base.files import regular_file, write_atomically
 from cook.sparsity.matrices import PrunedMatrix
 
 RECORD = "pattern"
 SHAPES = "shapes"
+MAX_HEADER_BYTES = 100 << 20
+"""What safetensors reads of a header at most."""
 
 
 def write_pattern_masks(path: str | Path, masks: Mapping[str, torch.Tensor], record: Mapping[str, Any]) -> None:
@@ -37,9 +39,10 @@ def read_pattern_masks(
     Raises:
         UserError: not such a file, damaged, or the masks of another model.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such mask file", remedy="check the path")
+    path = regular_file(path, "mask file")
+    most = sum(prod(m.shape) // 8 + 1 for m in matrices) + MAX_HEADER_BYTES
+    if path.stat().st_size > most:
+        raise UserError(f"{path}: too large for the masks of this model", wanted=f"at most {most} bytes")
     try:
         with safe_open(path, framework="pt") as file:
             described = file.metadata() or {}

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cook.base.errors import UserError
+from cook.base.errors import UserError, library_errors
+
+PROBE_BYTES, PROBE_SECONDS = 2 << 30, 60
+PROBE = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[2]),) * 2)
+from tokenizers import Tokenizer
+Tokenizer.from_file(sys.argv[1]).encode_batch(["a", "The first words of a text, 123."])
+"""
+"""Reads a tokenizer.json and uses it, in as many bytes of memory as the second argument says."""
 
 
 class HuggingFaceTokenizer:
@@ -47,16 +60,15 @@ class HuggingFaceTokenizer:
         Raises:
             UserError: There is no such folder, or AutoTokenizer cannot read it.
         """
-        from transformers import AutoTokenizer
-
         folder = Path(path)
         if not folder.is_dir():
             raise UserError(f"tokenizer.path: {folder} is not a folder", wanted="a folder with tokenizer.json")
-        try:
-            backend = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise UserError(f"tokenizer.path: {folder} cannot be read: {error}") from error
-        return cls(backend, str(folder))
+        return cls(open_backend(str(folder), local_files_only=True), str(folder))
+
+    def ordinary_tokens(self) -> dict[str, int]:
+        """Ids by token, without the special and other tokens that were added to the vocabulary."""
+        added = self._backend.added_tokens_encoder
+        return {token: number for token, number in self._backend.get_vocab().items() if token not in added}
 
     def encode(self, text: str) -> list[int]:
         return list(self._ids([text])[0])
@@ -85,6 +97,57 @@ class HuggingFaceTokenizer:
             verbose=False,
         )
         return encoded["input_ids"]
+
+
+def open_backend(source: str, **options: Any) -> Any:
+    """Hugging Face's tokenizer of a folder or Hub name.
+
+    Args:
+        source: The folder or name.
+        options: Of `AutoTokenizer.from_pretrained`; code in the folder is run only where they say so.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    check_tokenizer_file(Path(source))
+    with library_errors(f"{source}: its tokenizer cannot be read"):
+        backend = AutoTokenizer.from_pretrained(source, **{"trust_remote_code": False, **options})
+        backend.get_vocab()
+        return backend
+
+
+def check_tokenizer_file(folder: Path) -> None:
+    """Reads a folder's tokenizer.json in a process of its own first, within bounds of memory and time.
+
+    A few lines can describe a normalizer that fills the memory, and the Rust code then ends its process.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        status = file.stat()
+        _check_once(file.resolve(), status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=64)
+def _check_once(file: Path, _time: int, _size: int) -> None:
+    command = [sys.executable, "-I", "-c", PROBE, str(file), str(PROBE_BYTES)]
+    environment = os.environ | {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PROBE_SECONDS)
+        said = done.stderr.strip().splitlines()
+        reason = None if done.returncode == 0 else said[-1][:300] if said else f"exit code {done.returncode}"
+    except subprocess.TimeoutExpired:
+        reason = "no end"
+    if reason is not None:
+        raise UserError(
+            f"{file.parent}: its tokenizer cannot be read",
+            wanted=f"a tokenizer.json that takes at most {PROBE_BYTES >> 30} GB and {PROBE_SECONDS} s to read",
+            got=reason,
+        )
 
 
 def _fingerprint(backend: Any) -> str:

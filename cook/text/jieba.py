@@ -67,9 +67,11 @@ class JiebaTokenizer:
             UserError: The file cannot be read, is not UTF-8 or no CPM-Ant vocabulary, or neither rjieba nor jieba is
                 installed.
         """
+        if Path(path).exists() and not Path(path).is_file():
+            raise UserError(f"tokenizer.path: {path} is not a regular file", wanted="a vocab.txt")
         try:
             # Universal line ends, as transformers reads it: the ids are the numbers of the lines.
-            with open(path, encoding="utf-8") as file:
+            with open(path, encoding="utf-8-sig") as file:
                 lines = [line.rstrip("\n") for line in file]
         except OSError as error:
             raise UserError(f"tokenizer.path: {path} cannot be read: {error.strerror}", wanted="a vocab.txt") from None

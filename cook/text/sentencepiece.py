@@ -67,6 +67,8 @@ class SentencePieceTokenizer:
         Raises:
             UserError: The file is missing, or not a sentencepiece model with beginning and end tokens.
         """
+        if Path(path).exists() and not Path(path).is_file():
+            raise UserError(f"tokenizer.path: {path} is not a regular file", wanted="a .model file")
         try:
             model = Path(path).read_bytes()
         except OSError as error:
@@ -123,7 +125,7 @@ def train_sentencepiece(
     vocab_size: int,
     seed: int,
     sample_chars: int = DEFAULT_SAMPLE_CHARS,
-) -> None:
+) -> int:
     """Trains a lossless byte-pair model for code and prose, English, Chinese or mixed; writes it whole or not at all.
 
     Byte-pair encoding with byte fallback; no normalisation and no added prefix, so white space survives; digits are
@@ -137,12 +139,23 @@ def train_sentencepiece(
         seed: Chooses the lines of a corpus larger than `sample_chars`.
         sample_chars: Train on a random sample of lines of at most this many characters.
 
+    Returns:
+        How many characters the sample leaves out.
+
     Raises:
         UserError: The vocabulary is too small for bytes and an alphabet, or too large for the corpus.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise UserError("tokenizer.vocab_size is too small", wanted=f"at least {MIN_VOCAB_SIZE}", got=vocab_size)
-    lines = _sample(_lines(texts), sample_chars, random.Random(seed))
+    seen = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal seen
+        for line in _lines(texts):
+            seen += len(line)
+            yield line
+
+    lines = _sample(counted(), sample_chars, random.Random(seed))
     if not lines:
         raise UserError("there is no text to train a tokenizer on", remedy="check data.paths")
     # In Chinese a space may be too rare for a piece, and would be spelled in the bytes of sentencepiece's sign for it.
@@ -179,6 +192,7 @@ def train_sentencepiece(
             else "lower tokenizer.vocab_size or give more text",
         ) from error
     write_atomically(model_path, model.getvalue())
+    return seen - sum(map(len, lines))
 
 
 def _coverage(lines: Sequence[str], vocab_size: int) -> float:

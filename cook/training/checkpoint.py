@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,8 +56,8 @@ def find_checkpoint(root: Path, resume: str) -> tuple[Path, dict[str, Any]] | No
         if isinstance(verdict, UserError):
             problems.append(verdict.what)
             continue
-        for problem in problems if distributed.rank() == 0 else ():
-            print(f"warning: {problem}; going back to {folder.name}", file=sys.stderr, flush=True)
+        for problem in problems:
+            distributed.warn(f"{problem}; going back to {folder.name}")
         point("load.found")
         return folder, verdict
     none = distributed.broadcast(none_to_go_on_from(root, problems))
@@ -133,6 +132,7 @@ def load_checkpoint(
 def _position(folder: Path, world_size: int) -> Position:
     state = read_json(folder / STATE)
     ranks = state.pop("ranks")
+    state["log"] = tuple(state.get("log", ()))
     if world_size == distributed.world_size():
         return Position(**state, **ranks[distributed.rank()])
     if any(rank != ranks[0] for rank in ranks):

@@ -17,8 +17,10 @@ import torch
 
 from cook.base import distributed
 from cook.base.batches import CallForm, as_it_is
-from cook.base.errors import UserError
+from cook.base.errors import RunFailed, UserError
+from cook.base.rendezvous import Meeting, join, meet
 from cook.base.tensor_files import LazyTensors
+from cook.base.together import in_words, on_first_rank
 from cook.config.types import TrainingConfig
 from cook.training.held_zeros import HeldZeros
 from cook.training.optim import MakeOptimizer, pretraining_adamw
@@ -29,8 +31,13 @@ from cook.training.shards import TAG, Shards, ShardWriter
 from cook.training.watch import NormWatch, reserve_state
 
 
-def initialise_processes(threads: int | None) -> None:
-    """Joins the process group of the launcher (or makes one of a single rank) and sets the CPU threads of this rank."""
+def initialise_processes(threads: int | None, meeting: Meeting | None = None) -> None:
+    """Makes the process group (of a single rank without a launcher) and sets the CPU threads of this rank.
+
+    Args:
+        threads: CPU threads; None shares the cores among the ranks of this machine.
+        meeting: Of all ranks, where they have met already.
+    """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", "0")
@@ -47,16 +54,7 @@ def initialise_processes(threads: int | None) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # The others wait in a collective while the first rank tokenises a corpus or hashes a checkpoint.
     backend, patience = "nccl" if torch.cuda.is_available() else "gloo", timedelta(hours=3)
-    alone = "RANK" not in os.environ
-    if alone:
-        os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(distributed.free_port()))
-    if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost") and distributed.loopback():
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", distributed.loopback())  # else the address of the machine's name
-    if alone:
-        # The usual store listens on all interfaces, and a single rank has nobody to meet there.
-        torch.distributed.init_process_group(
-            backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=patience
-        )
+    join(backend, meeting or meet(), patience)
     deepspeed.init_distributed(dist_backend=backend, timeout=patience, verbose=False)
 
 
@@ -255,6 +253,8 @@ class Engine:
                 yield name, self._frozen[name]  # the engine's own copy may have been rounded to half precision
                 continue
             yield name, self._partitions.whole(parameter)
+        stored = self.module.state_dict().keys()
+        yield from ((name, buffer.cpu()) for name, buffer in self.module.named_buffers() if name in stored)
 
     def full_gradients(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Gradients of whole parameters before clipping: of the whole batch, unscaled, averaged over ranks, in fp32.
@@ -287,12 +287,13 @@ class Engine:
 
         Returns: the files that this rank has written.
 
-        Raises: whatever this rank's writing met with, only after all ranks have come through.
+        Raises:
+            RunFailed: this rank could not write; only after all ranks have come through.
         """
         self._writer.begin()
         self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
         if self._writer.failure:
-            raise self._writer.failure
+            raise RunFailed(in_words(self._writer.failure)) from self._writer.failure
         return list(self._writer.written)
 
     def load(self, folder: Path) -> None:
@@ -335,6 +336,29 @@ class Engine:
     def close(self) -> None:
         """Frees the engine's hooks and buffers, for another stage in the same process."""
         self._engine.destroy()
+
+
+def write_gathered(engine: Engine, write: Callable[[Iterator[tuple[str, torch.Tensor]]], None]) -> None:
+    """Lets the first rank write the full weights; all ranks call it.
+
+    Raises:
+        RunFailed: on every rank, if `write` could not.
+    """
+    weights = engine.full_weights()
+    failure: Exception | None = None
+    if distributed.rank() == 0:
+        try:
+            write(weights)
+        except Exception as error:  # told to all below, by on_first_rank
+            failure = error
+    for _ in weights:  # every rank takes part in gathering each tensor, also one that cannot write them
+        pass
+
+    def tell() -> None:
+        if failure is not None:
+            raise failure
+
+    on_first_rank(tell)
 
 
 def _stored_classes() -> tuple[Any, ...]:

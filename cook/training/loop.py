@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import math
 import operator
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -136,7 +135,9 @@ def train(run: Run, start: Position, log: EventLog) -> Position:
             due = asked or step == training.steps or (training.save_every and step % training.save_every == 0)
             if due and run.saves:
                 run.at(step, "saving")
-                whole = dataclasses.replace(position, guard=guard.state_dict(), data=run.batches.state_dict())
+                whole = dataclasses.replace(
+                    position, guard=guard.state_dict(), data=run.batches.state_dict(), log=log.waiting
+                )
                 saver.save(run.engine, run.gates, whole, also=run.on_save, projections=run.projections)
             if Request.STOP in asked:
                 saver.wait()
@@ -209,9 +210,8 @@ def _report(
         rank, world = distributed.rank(), distributed.world_size()
         named = distributed.gather(run.batches.sample_ids(step - 1, rank, world))
         record["samples"] = samples = {str(number): ids for number, ids in enumerate(named)}
-    if note is not None and distributed.rank() == 0:
         read = "; ".join(f"rank {rank}: {' '.join(map(str, ids))}" for rank, ids in samples.items())
-        print(f"warning: {run.name} step {step}: {note}; samples of {read}", file=sys.stderr, flush=True)
+        distributed.warn(f"{run.name} step {step}: {note}; samples of {read}")
     loss = result.loss if math.isfinite(result.loss) else None
     progress.update(step, loss=loss, tokens_per_second=meter.rate, expected=expected, target=target)
     if due:

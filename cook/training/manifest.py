@@ -17,7 +17,7 @@ from typing import Any
 
 from cook.base.errors import UserError
 from cook.base.faults import point
-from cook.base.files import fsync_folder, read_json, sha256, write_atomically
+from cook.base.files import fsync_folder, naming, read_json, sha256, write_atomically
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -55,7 +55,7 @@ def file_entry(path: Path) -> dict[str, Any]:
 
 
 def _flush(path: Path) -> None:
-    with open(path, "rb+") as file:
+    with naming(path), open(path, "rb+") as file:
         os.fsync(file.fileno())
 
 

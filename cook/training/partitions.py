@@ -37,7 +37,8 @@ class Partitions:
         Raises:
             UserError: on every rank; names or shapes are not the model's.
         """
-        names = {name for name, _ in model.named_parameters()}
+        buffers = {name: buffer for name, buffer in model.named_buffers() if name in weights}
+        names = {name for name, _ in model.named_parameters()} | set(buffers)
         if names != set(weights):
             lacking, strange = sorted(names - set(weights)), sorted(set(weights) - names)
             raise UserError(
@@ -46,6 +47,8 @@ class Partitions:
                 got=f"{len(weights)} tensors" + (f", among them {strange[0]}" if strange else ""),
             )
         error: UserError | None = None
+        for name, buffer in buffers.items():
+            error = error or _copy_into(buffer, weights, name)
         for name, parameter in model.named_parameters():
             with self.gathered(parameter, modified=True), torch.no_grad():
                 if self._zero_stage != 3 or distributed.rank() == 0:
@@ -81,7 +84,7 @@ class Partitions:
             return parameter.detach().float().cpu().clone()
 
 
-def _copy_into(parameter: torch.nn.Parameter, weights: Mapping[str, torch.Tensor], name: str) -> UserError | None:
+def _copy_into(parameter: torch.Tensor, weights: Mapping[str, torch.Tensor], name: str) -> UserError | None:
     try:
         tensor = weights[name]
     except UserError as error:

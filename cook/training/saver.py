@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cook.base import distributed
 from cook.base.errors import Interrupted, RankLost, RunFailed
 from cook.base.faults import point
+from cook.base.files import naming
 from cook.base.seeds import rng_state
+from cook.base.tensor_files import save_pt
+from cook.base.together import in_words
 from cook.distill.projections import Projections
 from cook.pruning.gates import Gates
 from cook.training.engine import Engine
@@ -30,6 +31,7 @@ from cook.training.manifest import SCRATCH, file_entry, folder_of, publish, reco
 
 STATE = "state.json"
 """The file of a checkpoint with the position and the small states of every rank."""
+CONFIG = "config.json"
 PATIENCE = timedelta(hours=3)
 """For the slowest rank to hash what it has written."""
 
@@ -48,6 +50,8 @@ class Position:
     """State of the watch over bad steps."""
     data: Any = None
     """State of this rank's loader, JSON; None of one that has none."""
+    log: Sequence[str] = ()
+    """Lines that the stage's log could not take yet."""
 
 
 class Saver:
@@ -79,11 +83,9 @@ class Saver:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.wait()
-        elif not issubclass(kind, (RunFailed, Interrupted)) or issubclass(kind, RankLost):
-            return  # this rank alone is in trouble
-        elif self._thread:
-            self._thread.join()
-        distributed.leave_group(self._group)
+            distributed.leave_group(self._group)
+        elif issubclass(kind, (RunFailed, Interrupted)) and not issubclass(kind, RankLost) and self._thread:
+            self._thread.join()  # the group stays: this rank may be alone in trouble, and its process is about to end
 
     @property
     def failed(self) -> bool:
@@ -116,11 +118,14 @@ class Saver:
         scratch = self._root / f"{SCRATCH}{position.step}"
         point("save.begin")
         error = attempt(lambda: _empty_folder(self._root, scratch)) if distributed.rank() == 0 else None
-        self._fail_if([e for e in [distributed.broadcast(error)] if e])
+        # The masks first: flushing a small file takes long once gigabytes wait to be flushed beside it. And agreed at
+        # once: the engine's save has collectives of its own, to which all ranks come or none.
+        error = error or attempt(also)
+        self._fail_if([e for e in distributed.gather(error) if e])
         point("save.scratch")
         written: list[Path] = []
-        # The masks first: flushing a small file takes long once gigabytes wait to be flushed beside it.
-        error = attempt(also) or attempt(lambda: written.extend(_write(scratch, engine, gates, projections)))
+        error = _write_engine(scratch, engine, written)
+        error = error or attempt(lambda: _write_own(scratch, gates, projections, written))
         point("save.written")
         small = {"guard": position.guard, "data": position.data}
         reports = distributed.gather((error, [path.relative_to(scratch).as_posix() for path in written], small))
@@ -193,16 +198,26 @@ def _empty_folder(root: Path, folder: Path) -> None:
 
 
 def attempt(action: Callable[[], Any]) -> str | None:
-    """What went wrong in `action` on this rank, in words for the other ranks; None if nothing did."""
+    """What went wrong in `action` on this rank, in words for the other ranks; None if nothing did.
+
+    It must not use collectives: a rank that was in the midst of them must not come to the next one.
+    """
     try:
         action()
-    except Exception as error:  # torch.save reports a full disk as RuntimeError; whatever it is, all ranks must hear
-        return f"rank {distributed.rank()}: {error or type(error).__name__}"
+    except Exception as error:  # whatever it is, all ranks must hear
+        return f"rank {distributed.rank()}: {in_words(error)}"
     return None
 
 
-def _write(scratch: Path, engine: Engine, gates: Gates | None, projections: Projections | None) -> list[Path]:
-    written = list(engine.save(scratch))
+def _write_engine(scratch: Path, engine: Engine, written: list[Path]) -> str | None:
+    try:
+        written += engine.save(scratch)
+    except RunFailed as error:  # all else comes from amid its collectives, and this rank is out of step
+        return f"rank {distributed.rank()}: {error}"
+    return None
+
+
+def _write_own(scratch: Path, gates: Gates | None, projections: Projections | None, written: list[Path]) -> None:
     rank = distributed.rank()
     tensors: dict[str, dict] = {f"rng-{rank}.pt": rng_state()}
     if rank == 0 and gates:
@@ -210,8 +225,8 @@ def _write(scratch: Path, engine: Engine, gates: Gates | None, projections: Proj
     if rank == 0 and projections:
         tensors["projections.pt"] = projections.state_dict()
     for name, state in tensors.items():
-        torch.save(state, scratch / name)
-    return [*written, *(scratch / name for name in tensors)]
+        written.append(scratch / name)
+        save_pt(state, scratch / name)
 
 
 def _write_rest(
@@ -226,8 +241,10 @@ def _write_rest(
     if distributed.rank() != 0:
         return
     own = {key: value for key, value in asdict(position).items() if key not in ("guard", "data")}
-    for name, value in ((STATE, {**own, "ranks": states}), ("config.json", engine.model_config())):
-        (scratch / name).write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")  # flushed with the others
-    (scratch / "latest").write_text("engine\n")  # for DeepSpeed's own tools
+    state, config = ({**own, "ranks": states}, engine.model_config())
+    texts = {name: json.dumps(value, indent=1, allow_nan=False) for name, value in ((STATE, state), (CONFIG, config))}
+    for name, text in {**texts, "latest": "engine"}.items():  # the last for DeepSpeed's own tools
+        with naming(scratch / name):
+            (scratch / name).write_text(f"{text}\n")  # flushed with the others
     found = {path.relative_to(scratch).as_posix(): path for path in scratch.rglob("*") if path.is_file()}
     written += [path for name, path in sorted(found.items()) if name not in names]

@@ -19,7 +19,7 @@ from torch.serialization import safe_globals
 
 from cook.base.errors import UserError
 from cook.base.faults import point
-from cook.base.tensor_files import LazyTensors, load_pt
+from cook.base.tensor_files import LazyTensors, load_pt, save_pt
 
 TAG = "engine"
 """The folder of DeepSpeed's files within a checkpoint."""
@@ -78,7 +78,7 @@ class ShardWriter:
     def save(self, state_dict: Any, path: str) -> None:
         point("save.file")
         self.written.append(Path(path))
-        self._attempt(lambda: torch.save(state_dict, path))
+        self._attempt(lambda: save_pt(state_dict, Path(path)))
 
     def _attempt(self, action: Callable[[], None]) -> None:
         try:

@@ -218,7 +218,7 @@ class _Texts:
     """Documents in memory, all for training."""
 
     def __init__(self, texts: list[str]):
-        self.texts, self.fingerprint, self.size, self.skipped = texts, "bench", 0, ()
+        self.texts, self.fingerprint, self.size = texts, "bench", 0
 
     def documents(self) -> Iterable[tuple[Any, bool]]:
         from cook.data.documents import Document

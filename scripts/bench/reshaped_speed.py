@@ -17,11 +17,11 @@ from gated_step import batch_of
 
 from cook.evaluation.equality import largest_difference
 from cook.evaluation.speed import forward_seconds
+from cook.export.pruned_folder import mask_model
 from cook.families.registry import by_config
 from cook.families.source import load_model
 from cook.pruning.counts import forward_flops, parameters
 from cook.pruning.family import ModelSource
-from cook.pruning.prune import mask_model
 from cook.pruning.random_masks import random_masks_like
 from cook.pruning.reshape import kept_units, reshaped
 

@@ -22,8 +22,8 @@ from common import ROOT, publish, run_apart
 from cook.base.errors import UserError, run_entry
 from cook.base.files import read_json
 from cook.config.load import load_config
+from cook.export.model_folder import write_model_folder
 from cook.families.registry import by_config
-from cook.pruning.model_folder import write_model_folder
 from cook.recipe.plan import recipe
 
 BAR = {"random masks": 0.10, "from scratch, pruning's tokens": 0.0, "from scratch, all tokens": 0.0}

@@ -17,10 +17,10 @@ from common import publish
 
 from cook.evaluation.equality import largest_difference
 from cook.evaluation.speed import generation_speed
+from cook.export.pruned_folder import mask_model, reshaped_source
 from cook.families.source import load_model, open_model
 from cook.pruning.counts import block_parameters, parameters
 from cook.pruning.mask_set import Masks, kept_counts
-from cook.pruning.prune import mask_model, reshaped_source
 from cook.pruning.units import PruningSpace
 
 PREFILL_BAR = 0.85

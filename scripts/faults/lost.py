@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from random import Random
 
 from proof import EVERY, OPTIONS, STAGE, STEPS, Scene, Trial, goes_on, outcome
-from ranks import ROOT, Ranks, free_port, run
+from ranks import Ranks, run
 
 from cook.training import checkpoint
 
@@ -124,61 +120,3 @@ def other_view(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
     for _ in range(trials):
         scene.fresh("stopped")
         yield goes_on(scene, at_least=4, before=blind)
-
-
-def launchers(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
-    """SIGTERM to `deepspeed` and to `torchrun`: the ranks save, nothing is left running, the run goes on."""
-    script = str(ROOT / "cook" / "train.py")
-    starts = {
-        "deepspeed": ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), script],
-        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script],
-    }
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    for name in list(starts)[:trials]:
-        scene.fresh()
-        log = scene.run / "out" / STAGE / "log.jsonl"
-        steps = ("--set", "training.steps=4000", "--set", "training.save_every=0", "--config", "bmcook.json", *OPTIONS)
-        with open(scene.run.parent / f"{name}.out", "w+") as out:
-            launcher = subprocess.Popen(
-                [*starts[name], *steps],
-                cwd=scene.run,
-                stdout=out,
-                stderr=out,
-                start_new_session=True,
-                env={**os.environ, "PATH": path},
-            )
-            try:
-                deadline = time.monotonic() + 120
-                while not (log.exists() and log.read_text().count("\n") >= 5) and time.monotonic() < deadline:
-                    time.sleep(0.05)
-                launcher.send_signal(signal.SIGTERM)
-                code = launcher.wait(60)
-                deadline = time.monotonic() + 30
-                while (left := _session(launcher.pid)) and time.monotonic() < deadline:
-                    time.sleep(0.1)
-            finally:
-                for pid in _session(launcher.pid):
-                    os.kill(pid, signal.SIGKILL)
-            out.seek(0)
-            printed = out.read()
-        note = f"{name} ended with {code}, {len(left)} left running, saved {scene.published()}"
-        # What it saved is of a longer run; that it is whole is what counts here.
-        # What `deepspeed` starts the ranks with outlives it a little; torchrun waits for them and ends with 1.
-        ended = code in (1, -signal.SIGTERM) and "stopped: " in printed
-        right = ended and not left and bool(scene.published())
-        sound = right and checkpoint.find_checkpoint(scene.checkpoints, "auto") is not None
-        yield Trial(survived=sound, note=note if sound else f"{note}\n{printed[-3000:]}")
-
-
-def _session(leader: int) -> list[int]:
-    """The processes of a session that do anything."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(fields[3]) == leader and fields[0] not in "ZX":
-                found.append(int(entry.name))
-    return found

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -26,11 +27,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "bench")]
 os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 
 import arithmetic  # noqa: E402
+import failing_calls  # noqa: E402
 import files  # noqa: E402
 import hostile  # noqa: E402
+import hosts  # noqa: E402
+import launched  # noqa: E402
 import lost  # noqa: E402
 import saves  # noqa: E402
 import worlds  # noqa: E402
+import writes  # noqa: E402
 from common import publish  # noqa: E402
 from proof import Scene, Trial, prepare  # noqa: E402
 from ranks import warm_up  # noqa: E402
@@ -53,11 +58,18 @@ FAULTS: dict[str, tuple[Fault, float]] = {
     "RLIMIT_FSIZE": (files.size_limit, 0.06),
     "folder read-only": (files.read_only, 0.02),
     "fsync fails": (files.failing_fsync, 0.08),
+    "other files: disk full or broken": (writes.broken, 0.28),
+    "log, TensorBoard: broken for a moment": (writes.passing, 0.12),
+    "small disk for the model": (writes.small_disk, 0.02),
+    "few open files, little memory": (writes.limits, 0.12),
     "SIGTERM, SIGINT": (lost.signals, 0.12),
     "SIGUSR1": (lost.save_and_go_on, 0.04),
-    "SIGTERM to the launcher": (lost.launchers, 0.04),
+    "SIGTERM to the launcher": (launched.told_to_stop, 0.04),
+    "launcher gone while ranks start": (launched.gone_while_starting, 0.2),
+    "SIGKILL of a rank, its launcher stops the other": (launched.robbed, 0.08),
     "SIGKILL of a rank": (lost.killed_ranks, 0.08),
     "SIGSTOP of a rank": (lost.frozen_ranks, 0.08),
+    "two hosts, one lost": (hosts.lost, 0.14),
     "rank 1 sees another newest": (lost.other_view, 0.02),
     "second run, stale lock": (lost.taken_folder, 0.04),
     "other number of ranks": (worlds.changed, 0.06),
@@ -80,6 +92,7 @@ def main() -> None:
     if arguments.list:
         print("\n".join(FAULTS))
         return
+    _let_calls_fail()
     warm_up()
     rows, failures = [], []
     with tempfile.TemporaryDirectory(prefix="cook-faults-") as folder:
@@ -96,6 +109,16 @@ def main() -> None:
     publish("faults", settings, merged(rows, output if arguments.only else None), str(output))
     print("\n\n".join(failures), file=sys.stderr)
     sys.exit(1 if failures else 0)
+
+
+def _let_calls_fail() -> None:
+    """Starts this program again with the library preloaded that lets single calls fail, if it can be built."""
+    if failing_calls.is_on():
+        return
+    with tempfile.TemporaryDirectory(prefix="cook-faults-library-") as folder:
+        if library := failing_calls.build(Path(folder)):
+            environment = os.environ | failing_calls.preloaded(library)
+            sys.exit(subprocess.run([sys.executable, *sys.argv], env=environment).returncode)
 
 
 def merged(rows: list[dict[str, Any]], old: Path | None) -> list[dict[str, Any]]:

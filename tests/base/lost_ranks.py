@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from cook.base.distributed import all_reduce_sum  # noqa: E402
 from cook.base.errors import Interrupted, RunFailed, run_entry  # noqa: E402
-from cook.base.signals import Request, Signals  # noqa: E402
+from cook.base.rendezvous import join, meet  # noqa: E402
+from cook.base.signals import Request, Signals, heed_launcher  # noqa: E402
 from cook.base.watchdog import Watchdog  # noqa: E402
 
 WORLD, STEPS, BAD_STEP = 3, 40, 8
@@ -48,9 +48,10 @@ def misbehave(case: str, rank: int) -> None:
 
 def job(case: str, rank: int) -> None:
     """Training, as a watchdog sees it."""
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD, timeout=timedelta(minutes=5))
-    with Watchdog(0.0 if case == "unwatched" else TIMEOUT) as watchdog, Signals() as signals:
-        watchdog.at(0, "starting")
+    heed_launcher()
+    meeting = meet()
+    with Watchdog(0.0 if case == "unwatched" else TIMEOUT, meeting) as watchdog, Signals() as signals:
+        join("gloo", meeting, timedelta(minutes=5))
         for step in range(1, STEPS + 1):
             watchdog.at(step, "step")
             time.sleep(0.01)
@@ -70,7 +71,7 @@ def job(case: str, rank: int) -> None:
             if case == "launcher":
                 print("begun", flush=True)
                 time.sleep(0.1)  # the launcher goes at some step
-    dist.destroy_process_group()
+    torch.distributed.destroy_process_group()
 
 
 def rank_of(case: str, rank: int, port: int, out: Path) -> None:

@@ -4,9 +4,11 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
 import torch
 
 from cook.base import distributed
+from tests.recipe.tiny_run import REPOSITORY, run
 
 TWO_RANKS = """
     import sys, torch, torch.distributed as dist
@@ -43,3 +45,11 @@ def test_two_processes(tmp_path):
     ranks = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
     results = [(process.communicate(timeout=60)[1], process.returncode) for process in ranks]
     assert [code for _, code in results] == [0, 0], results
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_a_side_group_is_not_freed_while_another_rank_still_connects_to_it(slow):
+    script = str(REPOSITORY / "tests" / "base" / "side_groups.py")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = run([sys.executable, *launcher, script, str(slow), "20"], REPOSITORY)
+    assert result.code == 0 and result.out.count("left") == 2, result

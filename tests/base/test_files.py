@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from cook.base import files
 from cook.base.errors import UserError
-from cook.base.files import read_json, sha256, write_atomically, write_json
+from cook.base.files import read_json, regular_file, sha256, write_atomically, write_json
 
 JSON = st.recursive(
     st.none()
@@ -46,7 +47,6 @@ def test_json_comes_back(tmp_path_factory, value):
         ("", "not valid JSON"),
         ("[" * 100_000, "too deeply"),
         (b'{"a": "\xff"}', "not UTF-8 at byte 7"),
-        (b'\xef\xbb\xbf{"a": 1}', "not valid JSON"),
     ],
 )
 def test_bad_json_is_refused_by_name(tmp_path, text, word):
@@ -69,6 +69,27 @@ def test_missing_files_and_folders_are_user_errors(tmp_path):
         read_json(tmp_path / "absent.json")
     with pytest.raises(UserError, match="cannot be read"):
         read_json(tmp_path)
+
+
+def test_what_is_no_ordinary_file_is_refused_without_reading(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+    (tmp_path / "link").symlink_to("pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    for path, word in (
+        (tmp_path / "pipe", "a pipe"),
+        (tmp_path / "link", "a pipe"),
+        (tmp_path / "socket", "a socket"),
+        (tmp_path, "a folder"),
+        ("/dev/zero", "a device"),
+        (tmp_path / "loop", "symbolic links"),
+        ("a\0b", "null"),
+    ):
+        with pytest.raises(UserError, match=word):
+            read_json(path)
+        with pytest.raises(UserError, match=word):
+            regular_file(path, "mask file")
 
 
 def test_nan_is_not_written(tmp_path):
@@ -109,3 +130,12 @@ def test_sha256(tmp_path):
     content = os.urandom(3 << 20)
     (tmp_path / "a").write_bytes(content)
     assert sha256(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+def test_a_byte_order_mark_is_no_part_of_json_and_a_pipe_is_refused_at_once(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_json(tmp_path / "a.json") == {"a": 1}
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(UserError, match="not a regular file"):
+            read_json(path)

@@ -158,3 +158,41 @@ def test_of_many_that_find_a_stale_lock_one_wins(tmp_path):
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=True)
     assert sorted(done.stdout.split()) == ["refused"] * 4 + ["won"], done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_that_ends_with_another_lost_takes_itself_out_and_the_last_removes_the_lock(tmp_path):
+    other = subprocess.Popen(["sleep", "60"])
+    try:
+        started = Path(f"/proc/{other.pid}/stat").read_text().rpartition(")")[2].split()[19]
+        sibling = dataclasses.replace(this_process(), pid=other.pid, started=started)
+        with run_lock(tmp_path) as withdraw:
+            leave(tmp_path, this_process(), sibling, ELSEWHERE)
+            withdraw()
+            assert json.loads((tmp_path / NAME).read_text())["processes"] == [sibling.as_json()]
+            leave(tmp_path, this_process(), DEAD, ELSEWHERE)
+            withdraw()
+            assert not (tmp_path / NAME).exists()
+            theirs = leave(tmp_path, ELSEWHERE)
+            withdraw()
+            assert (tmp_path / NAME).read_bytes() == theirs, "another run's"
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_ranks_on_the_machines_of_a_lock_prove_its_processes_dead(tmp_path, monkeypatch):
+    """What this machine cannot know the rank over there knows."""
+    leave(tmp_path, DEAD, ELSEWHERE)
+    monkeypatch.setattr(
+        "cook.base.distributed.gather",
+        lambda value: [value, ["unknown", "dead"][: len(value)]] if value and isinstance(value, list) else [value],
+    )
+    with run_lock(tmp_path):
+        assert json.loads((tmp_path / NAME).read_text())["processes"] == [this_process().as_json()]
+    leave(tmp_path, DEAD, ELSEWHERE)
+    monkeypatch.setattr(
+        "cook.base.distributed.gather",
+        lambda value: [value, ["unknown", "alive"][: len(value)]] if value and isinstance(value, list) else [value],
+    )
+    with pytest.raises(UserError, match="is at work"), run_lock(tmp_path):
+        pass

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import textwrap
 import threading
 
 import pytest
@@ -80,3 +83,43 @@ def test_another_thread_only_gets_the_requests():
     thread.start()
     thread.join()
     assert seen == [Request.NOTHING]
+
+
+def test_an_end_that_is_under_way_is_not_broken_off_by_a_stop():
+    """A launcher tells the ranks that are left to stop, while they find out which one is lost."""
+    with pytest.raises(RuntimeError, match="lost peer"), ending_quietly():
+        try:
+            raise RuntimeError("lost peer")
+        finally:
+            send(signal.SIGTERM, signal.SIGINT)
+
+
+ORPHAN = """
+    import os, sys, time
+    os.environ["TORCHELASTIC_RUN_ID"] = "x"
+    from cook.base.signals import heed_launcher
+    if os.fork():  # the launcher: it goes at once, or once its rank is at work
+        time.sleep(float(sys.argv[1]))
+        os._exit(0)
+    time.sleep(float(sys.argv[2]))
+    try:
+        heed_launcher()
+    except Exception as error:
+        print(type(error).__name__, error, flush=True)
+        os._exit(0)
+    print("at work", flush=True)
+    time.sleep(60)
+    print("still here", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("launcher", "rank"), [(1.0, 0.0), (0.0, 1.0)])
+def test_a_launcher_that_goes_takes_its_ranks_along_from_the_first_line(launcher, rank):
+    # Under a shell that goes too, so that no Python process is left above the rank.
+    script = [sys.executable, "-c", textwrap.dedent(ORPHAN), str(launcher), str(rank)]
+    process = subprocess.run(["setsid", *script], capture_output=True, text=True, timeout=30)
+    if rank:
+        assert "Interrupted the launcher has gone" in process.stdout or "at work" in process.stdout
+    else:
+        assert "at work" in process.stdout and "the launcher has gone: stopping" in process.stderr
+    assert "still here" not in process.stdout

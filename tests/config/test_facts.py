@@ -68,8 +68,31 @@ def test_an_unreadable_folder(elsewhere, content, fits):
 
 def test_a_ragged_export_tells_no_sizes_that_its_layers_do_not_share(elsewhere):
     fields = {"vocab_size": 61, "num_attention_heads": 8, "intermediate_size": 20}
-    (elsewhere / "config.json").write_text(json.dumps({**fields, "stock_type": "llama"}))
-    assert model_facts(ModelConfig(type="hf", path=str(elsewhere))) == ModelFacts(vocab_size=61)
+    (elsewhere / "config.json").write_text(json.dumps({**fields, "model_type": "cook_ragged", "stock_type": "llama"}))
+    assert model_facts(ModelConfig(type="hf", path=str(elsewhere))) == ModelFacts(vocab_size=61, max_positions=2048)
     (elsewhere / "config.json").write_text(json.dumps(fields))
     facts = model_facts(ModelConfig(type="hf", path=str(elsewhere)))
     assert (facts.num_heads, facts.dim_ff, facts.layers_removed) == (8, 20, None)
+
+
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        ({"model_type": "gpt2", "n_positions": 32}, 32),
+        ({"model_type": "gpt2"}, 1024),
+        ({"model_type": "llama", "max_position_embeddings": 32}, 32),
+        ({"model_type": "opt", "max_position_embeddings": 48}, 48),
+        ({"model_type": "gpt_neox"}, 2048),
+        ({"model_type": "cook_ragged", "stock_type": "gpt2", "n_positions": 32}, 32),
+        ({"model_type": "gpt2", "n_positions": "x"}, None),
+        ({"model_type": "none"}, None),
+    ],
+)
+def test_every_family_says_how_many_positions_it_has(elsewhere, config, positions):
+    (elsewhere / "config.json").write_text(json.dumps(config))
+    assert model_facts(ModelConfig(type="hf", path=str(elsewhere))).max_positions == positions
+
+
+def test_heads_under_the_name_of_the_family(elsewhere):
+    (elsewhere / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_head": 4, "n_embd": 32}))
+    assert model_facts(ModelConfig(type="hf", path=str(elsewhere))).num_heads == 4

@@ -48,7 +48,9 @@ def test_stdlib_counts_what_is_not_utf8(tmp_path, monkeypatch):
     write(tmp_path, good_dot_py="x = 1\n", bad_dot_py=b"# \xff\n", test__t_dot_py="no", lib_dot_c="no")
     monkeypatch.setattr(corpus_module.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     corpus = open_corpus("python_stdlib")
-    assert names_of(corpus) == ["good.py"] and corpus.skipped == ("bad.py",)
+    assert names_of(corpus) == ["good.py"] and corpus.left_out.record() == {
+        "files that are not UTF-8": {"count": 1, "named": ["bad.py"]}
+    }
     monkeypatch.setattr(corpus_module.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "none")})
     with pytest.raises(UserError, match="holds no sources"):
         open_corpus("python_stdlib")
@@ -84,9 +86,16 @@ def test_no_paths_and_unknown_types_are_refused():
 
 
 def test_text_is_kept_to_the_byte(tmp_path):
-    content = "\ufeffa\r\nb\rc\n\n  é😀\t"
+    content = "a\r\n\ufeffb\rc\n\n  é😀\t"
     write(tmp_path, f_dot_txt=content)
     assert [d.text for d in open_corpus("text", [str(tmp_path)]).documents()] == [content]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    line = json.dumps({"text": "a"})
+    write(tmp_path, f_dot_txt="\ufeffa\n", f_dot_jsonl=f"\ufeff{line}\n{line}\n")
+    assert [d.text for d in open_corpus("text", [str(tmp_path / "f.txt")]).documents()] == ["a\n"]
+    assert [d.text for d in open_corpus("jsonl", [str(tmp_path / "f.jsonl")]).documents()] == ["a", "a"]
 
 
 @given(st.lists(st.integers(1, 40), max_size=30))

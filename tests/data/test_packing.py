@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +22,7 @@ def reference_samples(documents: list[list[int]], row_size: int) -> list[list[in
         rest, is_first = document, True
         while rest:
             piece, rest = rest[:room], rest[room:]
-            shortest = room if len(piece) == room else 8 if is_first else 32
+            shortest = room if len(piece) == room else 1 if is_first else 32
             if len(piece) >= shortest:
                 samples.append([2, *piece, 3])
             is_first = False
@@ -102,12 +106,14 @@ def test_nothing_is_lost_but_what_the_rules_drop(make_rows, documents, shape):
     prompt_length, row_size = shape
     rows, statistics = make_rows(documents, max_length=prompt_length + row_size, prompt_length=prompt_length)
     kept = set() if rows is None else set(rows.tokens_RT[rows.tokens_RT >= 10].tolist())
-    assert statistics["dropped_tokens"] == sum(map(len, documents)) - len(kept)
+    left_out = {reason.partition(" ")[0]: told["count"] for reason, told in statistics["left_out"].items()}
+    assert left_out.get("tokens", 0) == sum(map(len, documents)) - len(kept)
+    assert left_out.get("empty", 0) == sum(not document for document in documents)
     for document in documents:
         lost = [token for token in document if token not in kept]
-        # What is lost is the end of the document, and short.
+        # What is lost is the end of a document that has more, and short.
         assert lost == document[len(document) - len(lost) :]
-        assert len(lost) < (8 if len(lost) == len(document) else 32)
+        assert len(lost) < 32 and (len(lost) < len(document) or not document)
     if rows is not None:
         assert (rows.tokens_RT >= 10).sum() == len(kept)  # and nothing is there twice
         assert statistics["targets"] == rows.targets_R.sum()
@@ -147,7 +153,7 @@ def test_borders_of_what_is_dropped():
         return packing.cut(np.cumsum([0, *lengths]), room).size_N.tolist()
 
     assert sizes(131) == [100] and sizes(132) == [100, 32]  # the end of a longer document
-    assert sizes(7) == [] and sizes(8) == [8]  # a whole document
+    assert sizes(1) == [1] and sizes(7, 0, 8) == [7, 8]  # a whole document
     assert sizes(100, 0, 31, 200) == [100, 31, 100, 100]
 
 
@@ -176,3 +182,39 @@ def test_a_row_without_room_is_refused():
 def test_a_missing_or_cut_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match="missing or damaged"):
         packing.open_rows(tmp_path, "train", 32)
+
+
+def test_the_space_of_an_array_is_taken_before_it_is_written(tmp_path):
+    array = packing.new_array(tmp_path / "x.npy", np.int32, (1000, 1000))
+    assert (tmp_path / "x.npy").stat().st_blocks * 512 >= array.nbytes  # a file with holes has less
+    array[:] = 7
+    array.flush()
+    assert (np.load(tmp_path / "x.npy") == 7).all()
+
+
+FULL = """
+import subprocess, sys
+from pathlib import Path
+import numpy as np
+from cook.data.packing import pack_to_folder
+place = Path(sys.argv[1])
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], check=True)
+tokens = np.arange(200_000, dtype=np.uint16)
+def pack():
+    borders = np.array([0, len(tokens)])
+    return pack_to_folder(tokens, borders, row_size=64, bos_id=2, eos_id=3, folder=place, part="train")
+try:
+    pack()
+except OSError as error:
+    print(error.strerror)
+subprocess.run(["mount", "-o", "remount,size=9m", place], check=True)
+print(pack()["samples"])
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+def test_a_full_disk_is_an_error_and_kills_nothing(tmp_path):
+    done = subprocess.run(
+        ["unshare", "--mount", sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0 and done.stdout == "No space left on device\n3226\n", done

@@ -1,4 +1,3 @@
-import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -120,14 +119,10 @@ def test_a_part_without_a_row_is_refused(tmp_path):
     folder = tmp_path / "corpus"
     folder.mkdir()
     for name in ("a", "b", "c"):
-        (folder / name).write_text("short")
-    with pytest.raises(UserError, match="train part of the corpus is too small"):
-        rows_of(folder, tmp_path)
-    for name in ("a", "b", "c"):
         (folder / name).write_text("")
     with pytest.raises(UserError, match="too few documents"):
         rows_of(folder, tmp_path)
-    with pytest.raises(UserError, match="too small for a single row"):
+    with pytest.raises(UserError, match="train part of the corpus has no text"):
         rows_of(folder, tmp_path, held_out_paths=(str(corpus_file),))
     (folder / "a").write_text("long enough for a row " * 9)
     (folder / "b").write_text("long enough for a row " * 9)
@@ -141,6 +136,7 @@ def test_a_tokenizer_is_trained_once_on_training_documents_alone(corpus_folder, 
     def train(texts, path, *, vocab_size, seed):
         seen.append(list(texts))
         path.write_bytes(b"model")
+        return 77
 
     monkeypatch.setattr(prepare, "train_sentencepiece", train)
     config = SimpleNamespace(type="sentencepiece", path=None, vocab_size=500)
@@ -151,6 +147,7 @@ def test_a_tokenizer_is_trained_once_on_training_documents_alone(corpus_folder, 
 
     path = prepared()
     assert path.read_bytes() == b"model" and prepared() == path
+    assert read_manifest(path.parent)["left_out"] == {prepare.NOT_SAMPLED: {"count": 77, "named": []}}
     [texts] = seen
     held_out = {document.text for document, is_held_out in corpus.documents() if is_held_out}
     assert held_out and not held_out & set(texts) and len(texts) + len(held_out) == 12
@@ -166,14 +163,21 @@ def test_a_named_tokenizer_is_taken_and_a_missing_one_refused(corpus_folder, tmp
         prepare.prepare_tokenizer(SimpleNamespace(type="hf", path=None, vocab_size=500), [], "f", tmp_path)
 
 
-def test_skipped_files_are_listed(tmp_path, monkeypatch):
-    lib = tmp_path / "lib"
-    lib.mkdir()
-    for name in "ab":
-        (lib / f"{name}.py").write_text(f"{name} = 1\n" * 5)
-    (lib / "bad.py").write_bytes(b"\xff")
-    monkeypatch.setattr("cook.data.corpus.sysconfig.get_paths", lambda: {"stdlib": str(lib)})
-    folder = prepare.prepare_tokens(
-        prepare.open_split(section((), type="python_stdlib")), Letters(), tmp_path / "cache"
-    )
-    assert json.loads((folder / "manifest.json").read_text())["skipped_files"] == ["bad.py"]
+def test_documents_of_a_single_token_are_kept(tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for number in range(12):
+        (folder / f"{number}.txt").write_text("abcdefghijkl"[number])
+    manifest = read_manifest(rows_of(folder, tmp_path, held_out=0.3))
+    assert manifest["train"]["samples"] + manifest["held_out"]["samples"] == 12
+    assert manifest["train"]["left_out"] == manifest["held_out"]["left_out"] == {}
+
+
+def test_what_the_tokenizer_does_not_know_is_counted(corpus_folder, tmp_path):
+    class Forgetful(Letters):
+        def encode_batch(self, texts):
+            return [np.where(ids == 4 + ord("d"), self.unk_id, ids) for ids in super().encode_batch(texts)]
+
+    folder = prepare.prepare_tokens(prepare.open_split(section((str(corpus_folder),))), Forgetful(), tmp_path / "cache")
+    letters = "".join(path.read_text() for path in corpus_folder.iterdir()).count("d")
+    assert read_manifest(folder)["left_out"] == {prepare.UNKNOWN: {"count": letters, "named": []}}

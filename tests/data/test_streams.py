@@ -107,7 +107,7 @@ def test_a_run_goes_on_at_the_very_next_row_with_any_number_of_ranks(source):
         loader.load_state_dict(state)
         assert loader.next_step == 13
     got += [sum(step, []) for step in zip(*[read(pair[r], range(13, 21), r, 2) for r in (0, 1)], strict=True)]
-    states = [{key: reader.state() for key, reader in loader._readers.items()} for loader in pair]
+    states = [{key: (reader.state(), reader.left_out) for key, reader in loader._readers.items()} for loader in pair]
     for loader in pair:
         loader._gather = lambda own: states
     assert pair[0].state_dict() == pair[1].state_dict()
@@ -200,3 +200,26 @@ def test_a_hub_dataset_is_streamed(tmp_path):
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert done + read(second, range(7, 12)) == wanted
     assert torch.is_tensor(second.micro_batches(12, 0, 1, 8)[0]["input"])
+
+
+def test_what_a_stream_leaves_out_is_counted_once_whatever_is_resumed(tmp_path, capsys):
+    for number in range(4):  # a row holds 10 characters: the rest of a longer document is left out
+        lines = [json.dumps({"text": text}) + "\n" for text in ["x" * 10, "x" * 13, "", "x" * 10] * 5]
+        (tmp_path / f"{number}.jsonl").write_text("".join(lines))
+    config = DataConfig(type="jsonl", paths=(str(tmp_path),), name="s", held_out=0.0, max_length=14, streaming=True)
+    data = data_of(open_stream(config))
+    whole, first, second = loader_of(data), loader_of(data), loader_of(data)
+    read(whole, range(7))
+    read(first, range(4))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    read(second, range(4, 7))
+    assert whole.state_dict() == second.state_dict()
+    assert [reader.left_out for reader in whole._readers.values()] == [
+        {
+            "empty documents": {"count": 5, "named": []},
+            "tokens at the ends of long documents, fewer than 32 of each": {"count": 15, "named": []},
+        }
+    ] * 4
+    assert "in this epoch: left out: empty documents: 20\n" in capsys.readouterr().out
+    for loader in (whole, first, second):
+        loader.close()

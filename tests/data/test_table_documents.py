@@ -3,10 +3,12 @@
 import json
 
 import datasets
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from cook.base.errors import UserError
-from cook.data.corpus import hash_of_ends, open_corpus
+from cook.data.corpus import open_corpus
 
 ROWS = {"text": ["one", "two é\n", "three"], "n": [1, 2, 3]}
 
@@ -92,12 +94,25 @@ def test_a_row_without_text_is_named(tmp_path, rows, field, message):
     assert f"a.parquet, {message}" in str(caught.value)
 
 
-def test_the_ends_of_a_file_stand_for_it(tmp_path):
-    path = tmp_path / "x"
-    path.write_bytes(b"a" * 300_000)
-    first = hash_of_ends(path)
-    for content in (b"a" * 300_001, b"b" + b"a" * 299_999, b"a" * 299_999 + b"b"):
-        path.write_bytes(content)
-        assert hash_of_ends(path) != first
-    path.write_bytes(b"a" * 300_000)
-    assert hash_of_ends(path) == first
+@pytest.mark.parametrize("count", [1, 300])
+def test_a_parquet_file_that_unpacks_to_many_times_its_size_is_refused(tmp_path, count):
+    table = pyarrow.table({"text": ["a" * ((300 << 20) // count)] * count})
+    parquet.write_table(table, tmp_path / "a.parquet", compression="zstd", use_dictionary=False)
+    with pytest.raises(UserError, match=r"a\.parquet: row group 0 of the column 'text' unpacks to many times its size"):
+        read(open_corpus("parquet", [str(tmp_path / "a.parquet")]))
+
+
+def test_a_parquet_file_with_a_deep_schema_is_refused(tmp_path):
+    deep = pyarrow.string()
+    for _ in range(2000):
+        deep = pyarrow.struct([("a", deep)])
+    table = pyarrow.table({"text": pyarrow.array(["x"]), "deep": pyarrow.nulls(1, deep)})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="nested"):
+        read(open_corpus("parquet", [str(tmp_path / "a.parquet")]))
+
+
+def test_a_text_that_is_too_long_is_named_with_its_row(tmp_path):
+    parquet.write_table(pyarrow.table({"text": ["a", "b" * (17 << 20)]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet, row 1: 'text' is too long"):
+        read(open_corpus("parquet", [str(tmp_path / "a.parquet")]))

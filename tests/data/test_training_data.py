@@ -35,7 +35,7 @@ def data(tmp_path):
 
 
 def test_a_run_from_a_corpus_to_batches(data, tmp_path):
-    tokenizer, train, held_out = load_rows(data, TokenizerSection(), prompt_length=4, output_dir=tmp_path / "out")
+    tokenizer, train, held_out, _ = load_rows(data, TokenizerSection(), prompt_length=4, output_dir=tmp_path / "out")
     assert tokenizer.vocab_size == 500 and len(train) > len(held_out) > 0
     assert train.max_length == held_out.max_length == 64 and train.prompt_length == 4
     batch = train.batch(np.arange(len(train)))
@@ -142,7 +142,7 @@ def test_the_default_corpus_gives_the_rows_that_it_always_gave(tmp_path, monkeyp
     monkeypatch.setattr("cook.data.corpus.sysconfig.get_paths", lambda: {"stdlib": str(library)})
     data = DataConfig(type="python_stdlib", max_length=72)
     section = TokenizerSection(vocab_size=400)
-    _, train, held_out = load_rows(data, section, prompt_length=8, output_dir=tmp_path / "out")
+    _, train, held_out, _ = load_rows(data, section, prompt_length=8, output_dir=tmp_path / "out")
     loader = RowLoader(train, train_batch_size=4, seed=0, first=3)
     digest = hashlib.sha256()
     for step in range(40):
@@ -179,7 +179,7 @@ def many_sources(tmp_path, **options):
 def test_sources_of_all_kinds_become_one_set_of_rows(tmp_path, weight):
     data, texts = many_sources(tmp_path, weight=weight)
     small = TokenizerSection(vocab_size=340)
-    tokenizer, train, held_out = load_rows(data, small, prompt_length=4, output_dir=tmp_path / "out")
+    tokenizer, train, held_out, _ = load_rows(data, small, prompt_length=4, output_dir=tmp_path / "out")
     assert train.names == held_out.names == ("json", "parquet", "arrow")
     assert train.weights == (None if weight is None else (1.0, 1.0, 1.0))
     for name, part, other in zip(train.names, train.parts, held_out.parts, strict=True):
@@ -211,3 +211,21 @@ def test_what_has_changed_since_is_named(data, tmp_path):
     [change] = changed_files(before, read_files(out))
     assert change.startswith("corpus.jsonl: ") and "bytes" in change
     assert changed_files({"a": [1, "x"]}, {"b": [1, "x"]}) == ["a: gone", "b: new"]
+
+
+def test_what_the_rows_hold_and_what_was_left_out_is_told_on_every_start(data, tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    texts = ["ok yes"] * 30 + [""]
+    (folder / "a.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
+    (folder / "long.jsonl").write_text(json.dumps({"body": Path(shutil.__file__).read_text()}))
+    (folder / "b.csv").write_text("x")
+    given = replace(data, paths=(str(folder),), held_out_paths=data.paths)
+    for build in (True, True, False):  # made, found, read by another rank
+        loaded = load_rows(given, TokenizerSection(), prompt_length=4, output_dir=tmp_path / "out", build=build)
+        told = "\n".join(loaded.notes)
+        assert "data: left out: files with another ending than .jsonl, .json, .ndjson: 1 (b.csv)" in told
+        assert "data, train: left out: empty documents: 1" in told
+        assert "data, train: 32 documents, " in told and "30 documents are shorter than a row and share rows" in told
+    text = loaded.train.tokens_RT[loaded.train.spans_RT >= 0]
+    assert (text == loaded.tokenizer.bos_id).sum() >= 31  # no short document is lost

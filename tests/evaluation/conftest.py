@@ -7,8 +7,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from cook.export.model_folder import write_model_folder
 from cook.families.cpm_ant import ADAPTER
-from cook.pruning.model_folder import write_model_folder
 from tests.models.cpm_ant_tiny import RAGGED, tiny_model
 from tests.tiny_pruning import config_of
 

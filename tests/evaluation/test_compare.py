@@ -9,12 +9,12 @@ import pytest
 from cook.base.errors import UserError
 from cook.evaluation import compare as room
 from cook.evaluation.__main__ import main
+from cook.export.model_folder import write_model_folder
+from cook.export.pruned_folder import prune_to_folder
 from cook.families.cpm_ant import ADAPTER
 from cook.families.source import open_model
 from cook.pruning.mask_file import write_mask_file
 from cook.pruning.mask_set import coarse_to_tensors, fine_to_tensors
-from cook.pruning.model_folder import write_model_folder
-from cook.pruning.prune import prune_to_folder
 from tests.evaluation.conftest import TEXT, WORDS, write_tokenizer
 from tests.models.cpm_ant_tiny import tiny_model
 from tests.tiny_pruning import config_of, random_masks, tiny_space

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from cook.export.pruned_folder import mask_model, prune_to_folder
 from cook.families.source import load_model
-from cook.pruning.prune import mask_model, prune_to_folder
 from tests.evaluation.conftest import WORDS, write_tokenizer
 from tests.tiny_families import tiny_source
 from tests.tiny_pruning import random_masks

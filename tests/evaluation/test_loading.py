@@ -8,12 +8,12 @@ from safetensors.torch import load_file, save_file
 
 from cook.base.errors import UserError
 from cook.evaluation.loading import Entry, load, parse_entry
+from cook.export.model_folder import write_model_folder
+from cook.export.pruned_folder import prune_to_folder
 from cook.families.cpm_ant import ADAPTER
 from cook.families.source import open_model
 from cook.pruning.mask_file import write_mask_file
 from cook.pruning.mask_set import coarse_to_tensors, fine_to_tensors
-from cook.pruning.model_folder import write_model_folder
-from cook.pruning.prune import prune_to_folder
 from tests.evaluation.conftest import write_tokenizer
 from tests.models.cpm_ant_tiny import tiny_model
 from tests.tiny_pruning import config_of, random_masks, tiny_space

@@ -8,16 +8,17 @@ import sys
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from cook.base.errors import UserError, run_entry
 from cook.evaluation.__main__ import main
+from cook.export.model_folder import write_model_folder
+from cook.export.pruned_folder import prune_to_folder
 from cook.families.source import load_model, open_model
 from cook.models.cpm_ant import CpmAntForCausalLM
 from cook.pruning.mask_file import write_mask_file
 from cook.pruning.mask_set import coarse_to_tensors, fine_to_tensors
-from cook.pruning.model_folder import write_model_folder
-from cook.pruning.prune import prune_to_folder
 from tests.evaluation.conftest import IDS, TEXT, write_tokenizer
 from tests.models.cpm_ant_tiny import RAGGED, tiny_model
 from tests.tiny_families import tiny_source
@@ -193,3 +194,21 @@ def test_decoders_and_their_ragged_exports(tmp_path, text, capsys, name):
         wanted = torch.stack([model(input_ids=row[None], labels=row[None]).loss for row in rows]).mean()
     assert small["loss"] == pytest.approx(float(wanted), rel=1e-5) == pytest.approx(masked["loss"], rel=1e-5)
     assert set(small) == FIELDS | SPEED and small["parameters"] < masked["parameters"]
+
+
+def test_ids_that_the_model_does_not_know_are_refused(tmp_path):
+    source = tiny_source("llama")
+    folder = tmp_path / "m"
+    prune_to_folder(source, source.adapter.space(source.config), {}, folder)
+    text = tmp_path / "t.txt"
+    text.write_text("a b <new9> c " * 50)
+    made = Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 2, "<unk>": 3}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+    tokenizer.add_tokens([f"<new{number}>" for number in range(60)])  # ids up to 63, where the model has 61
+    tokenizer.save_pretrained(folder)
+    arguments = ["--model", str(folder), "--data", str(text), "--window", "16", "--no-speed"]
+    main(arguments)
+    text.write_text("a b <new59> c " * 50)
+    with pytest.raises(UserError, match=r"the text has the id 63, and the model knows 61 ids[\s\S]*remedy"):
+        main(arguments)

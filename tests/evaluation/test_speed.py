@@ -31,6 +31,23 @@ def test_medians_without_the_warm_up(monkeypatch):
     assert calls == ["slow", "slow", "fast", "fast"] * 4  # by turns
 
 
+def test_one_model_is_timed_within_a_budget(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
+
+    def timed(*seconds):
+        left = iter(seconds)
+
+        def forward(**batch):
+            now[0] += next(left)
+
+        return speed.pass_seconds(forward, {"input": torch.zeros(1)}, torch.device("cpu"), budget=5.0)
+
+    assert timed(60.0) == 60  # a slow machine: no second pass
+    assert timed(2.0, 1.0, 1.5, 1.0, 99) == 1.0  # the first one warms up
+    assert timed(0.3, *[0.1] * 5, *[0.2] * 5) == pytest.approx(0.15)  # at most ten that count
+
+
 def test_prefill_and_decode_by_turns(monkeypatch):
     now, calls = [0.0], []
     monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
+from cook.export.pruned_folder import mask_model, prune_to_folder, reshaped_source
 from cook.families.registry import by_config
 from cook.families.source import load_model, open_model
 from cook.families.stock_models import config_object, weight_shapes
@@ -27,7 +28,6 @@ from cook.pruning.mask_set import (
     fine_to_tensors,
     kept_counts,
 )
-from cook.pruning.prune import mask_model, prune_to_folder, reshaped_source
 from tests.tiny_families import CAUSAL, FAMILIES, tiny_source
 from tests.tiny_pruning import masks_of
 

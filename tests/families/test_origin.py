@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cook.export.pruned_folder import reshaped_source
 from cook.families.origin import FIELD, own_path
 from cook.families.source import load_model
-from cook.pruning.prune import reshaped_source
 from tests.tiny_families import tiny_source
 
 

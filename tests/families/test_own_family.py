@@ -7,11 +7,11 @@ import torch
 from transformers import Starcoder2Config, Starcoder2ForCausalLM
 
 from cook.base.errors import UserError
+from cook.export.pruned_folder import mask_model, prune_to_folder
 from cook.families.layout import Family, FeedForward
 from cook.families.registry import register, unregister
 from cook.families.source import load_model, open_model
 from cook.families.stock import stock_adapter
-from cook.pruning.prune import mask_model, prune_to_folder
 
 FAMILY = Family(
     family="StarCoder2",

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from cook.base.errors import UserError
+from cook.export.model_folder import write_model_folder
 from cook.families.cpm_ant import ADAPTER
 from cook.families.cpm_ant_formats import to_native_config, to_stock
 from cook.families.source import load_model, open_model, placed
-from cook.pruning.model_folder import write_model_folder
 from tests.models.cpm_ant_tiny import RAGGED, tiny_config, tiny_model
 from tests.tiny_families import tiny_source
 from tests.tiny_pruning import config_of

@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from cook.export.pruned_folder import reshaped_source
 from cook.families.cpm_ant import ADAPTER
 from cook.families.source import load_model
 from cook.pruning.counts import block_parameters, forward_flops, kept_shapes, parameters, unit_flops, unit_parameters
 from cook.pruning.mask_set import kept_counts
-from cook.pruning.prune import reshaped_source
 from cook.pruning.reshape import kept_units
 from cook.pruning.restrict import restrict
 from tests.models.cpm_ant_tiny import RAGGED, tiny_model

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 import textwrap
@@ -80,6 +81,23 @@ def test_a_file_with_both_kinds_speaks_for_both(files):
     both = read_masks(SPACE, coarse=files["coarse"], dimff=files["dimff"])
     three = read_masks(SPACE, **files)
     assert set(both) == set(three) and all(torch.equal(both[name], three[name]) for name in both)
+
+
+def test_the_twin_serves_as_the_mask_itself(files, tmp_path):
+    twins = {name: str(Path(path).with_suffix(".safetensors")) for name, path in files.items()}
+    masks, same = read_masks(SPACE, **files), read_masks(SPACE, **twins)
+    assert masks.keys() == same.keys() and all(torch.equal(masks[name], same[name]) for name in masks)
+    write_mask_file(tmp_path / "own.safetensors", DIMS)  # a run that is told to write its mask there
+    assert torch.equal(load_file(tmp_path / "own.safetensors")["dimff_z"], DIMS["dimff_z"])
+    assert torch.equal(
+        read_mask_file(tmp_path / "own.safetensors", required=(), allowed=("dimff_z",))["dimff_z"], DIMS["dimff_z"]
+    )
+    for name, content in (("broken", b"{}"), ("a_pt", Path(files["heads"]).read_bytes())):
+        (tmp_path / f"{name}.safetensors").write_bytes(content)
+        with pytest.raises(UserError, match="not a safetensors file"):
+            read_mask_file(tmp_path / f"{name}.safetensors", required=(), allowed=())
+    with pytest.raises(UserError, match="no such file"):
+        read_mask_file(tmp_path / "absent.safetensors", required=(), allowed=())
 
 
 def test_files_that_contradict_each_other_are_refused(files, tmp_path):
@@ -211,6 +229,18 @@ def squeezed(path):
                 new.writestr(member.filename, old.read(member))
 
 
+def pickled_file(path, pickled):
+    """A file as torch.save writes it around these bytes."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/byteorder", "little")
+        archive.writestr("archive/version", "3\n")
+
+
+DOUBLED = b"\x80\x02}" + b")q\x00" + b"h\x00\x86q\x00" * 60
+"""A dictionary and a tuple of twice the same tuple, 60 times: 2 to the 60 values for whoever hashes it."""
+
+
 def test_hostile_files_are_harmless(tmp_path):
     canary = tmp_path / "canary"
     pickled, expanded, bomb = (tmp_path / f"{name}.pt" for name in ("pickled", "expanded", "bomb"))
@@ -218,10 +248,31 @@ def test_hostile_files_are_harmless(tmp_path):
     torch.save(COARSE | {"ffn_layer_z": torch.zeros(1).expand(10**11)}, expanded)  # 400 GB once it is compared
     squeezed(bomb)
     assert expanded.stat().st_size < 10_000 and bomb.stat().st_size < 10 << 20
-    paths = [str(path) for path in (pickled, expanded, bomb)]
+    keys, values, sparse = (tmp_path / f"{name}.pt" for name in ("keys", "values", "sparse"))
+    pickled_file(keys, DOUBLED + b"Ns.")
+    pickled_file(values, b"\x80\x02}" + b"X\x01\x00\x00\x00a" + DOUBLED[3:] + b"s.")
+    sparse.write_bytes(b"PK")
+    os.truncate(sparse, 100 << 30)
+    pipe, device, folder = (tmp_path / name for name in ("pipe.pt", "device.pt", "folder.pt"))
+    os.mkfifo(pipe)
+    device.symlink_to("/dev/zero")
+    folder.mkdir()
+    twins = [tmp_path / f"{path.stem}.safetensors" for path in (pipe, device, folder)]
+    for path, twin in zip((pipe, device, folder), twins, strict=True):
+        twin.symlink_to(path)
+    paths = [str(p) for p in (pickled, expanded, bomb, keys, values, sparse, pipe, device, folder, *twins)]
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(HOSTILE), *paths], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert all(path in done.stdout for path in paths)
     assert not canary.exists()
+
+
+def test_the_safetensors_twin_is_read_like_the_file(files):
+    twin = str(Path(files["heads"]).with_suffix(".safetensors"))
+    one, other = (read_masks(SPACE, coarse=files["coarse"], heads=path) for path in (files["heads"], twin))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    Path(twin).write_bytes(Path(files["heads"]).read_bytes())
+    with pytest.raises(UserError, match="not a safetensors file"):
+        read_masks(SPACE, coarse=files["coarse"], heads=twin)

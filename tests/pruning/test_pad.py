@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cook.base.errors import UserError
+from cook.export.pruned_folder import mask_model, reshaped_source
 from cook.families.source import load_model
 from cook.pruning import pad
 from cook.pruning.pad import padded
-from cook.pruning.prune import mask_model, reshaped_source
 from tests.tiny_families import tiny_source
 from tests.tiny_pruning import masks_of
 from tests.tiny_pruning import tiny_source as tiny_cpm_ant

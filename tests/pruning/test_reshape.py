@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from cook.base.errors import UserError
 from cook.evaluation.equality import largest_difference
+from cook.export.pruned_folder import mask_model
 from cook.families.cpm_ant import ADAPTER
 from cook.pruning import reshape
-from cook.pruning.prune import mask_model
 from cook.pruning.reshape import kept_units, reshaped
 from tests.models.cpm_ant_tiny import RAGGED, random_batch, tiny_model
 from tests.tiny_pruning import config_of, masks_of, random_masks, tiny_space

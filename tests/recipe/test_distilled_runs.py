@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 from cook.base.errors import UserError
 from cook.config.load import load_config
+from cook.export.model_folder import write_model_folder
+from cook.export.pruned_folder import prune_to_folder
 from cook.families.cpm_ant import ADAPTER
 from cook.families.source import open_model
-from cook.pruning.model_folder import write_model_folder
-from cook.pruning.prune import prune_to_folder
 from cook.recipe.distillation import open_lesson
 from cook.recipe.inputs import open_inputs
 from cook.recipe.plan import plan_stage

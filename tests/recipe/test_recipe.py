@@ -128,7 +128,7 @@ def test_do_prune_writes_a_model_that_computes_the_same(whole_run):
     assert whole_run.pruned.code == 0, whole_run.pruned
     line = re.search(r"largest relative difference (\S+), equal to rounding", whole_run.pruned.out)
     assert line and float(line[1]) <= 1e-5
-    assert "held-out text" in whole_run.pruned.out and "FLOPs a token" in whole_run.pruned.out
+    assert "held-out text" in whole_run.pruned.out and "FLOPs per token" in whole_run.pruned.out
     small = open_model(whole_run.folder / "out" / "pruned")
     count = sum(tensor.numel() for tensor in small.tensors.values())
     assert count == done(whole_run.folder, whole_run.stages[6])["parameters"]

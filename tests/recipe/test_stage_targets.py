@@ -183,9 +183,9 @@ def test_a_tiny_budget_leaves_a_single_unit_and_removes_the_other_blocks(opened)
 
 
 def test_query_heads_cannot_be_shared_out(opened):
-    with pytest.raises(UserError, match="takes no query heads out of their key-value groups"):
+    with pytest.raises(UserError, match="cannot choose single query heads"):
         opened("joint_mask", stock=True, joint=GLOBAL, fine__head_unit="query_head")
-    with pytest.raises(UserError, match="takes no query heads"):
+    with pytest.raises(UserError, match="cannot choose single query heads"):
         opened("att_mask", stock=True, fine__scope="global", fine__head_unit="query_head", fine__coarse_mask=None)
 
 

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cook.base.errors import UserError
 from cook.config.load import load_config
+from cook.export.pruned_folder import prune_to_folder
 from cook.pruning.mask_file import read_mask_file
-from cook.pruning.prune import prune_to_folder
 from cook.recipe.inputs import make_gates, open_inputs
 from cook.recipe.plan import plan_stage
 from tests.recipe.tiny_run import do_prune, read_log, train, write_run
@@ -69,7 +69,9 @@ def test_a_llama_is_pruned_to_a_smaller_llama(tmp_path):
     ids = AutoTokenizer.from_pretrained(small)("import os", return_tensors="pt")["input_ids"]
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] == ids.shape[1] + 3
     assert json.loads((small / "generation_config.json").read_text())["eos_token_id"] == 2
-    assert "trust_remote_code" not in (small / "README.md").read_text()
+    card = (small / "README.md").read_text()
+    assert "trust_remote_code" not in card
+    assert "warning: CTranslate2" in pruned.out and "Warning: CTranslate2" in card  # 4 heads of 6 features, 32 in all
 
 
 def test_a_ragged_model_frozen_under_zero_3_on_two_ranks(tmp_path):

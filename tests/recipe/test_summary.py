@@ -4,10 +4,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from cook.base.errors import UserError
 from cook.base.files import sha256, write_json
-from cook.recipe.summary import check_masks
+from cook.families.source import load_model
+from cook.recipe.summary import check_masks, sample_batches
+from tests.tiny_families import FAMILIES, tiny_source
 
 
 def test_a_mask_that_another_run_wrote_over_is_refused(tmp_path):
@@ -22,3 +25,18 @@ def test_a_mask_that_another_run_wrote_over_is_refused(tmp_path):
     mask.unlink()
     with pytest.raises(UserError, match=r"heads\.pt"):
         check_masks(stage)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("positions", [6, 20, 500])
+def test_random_rows_are_no_longer_than_the_model_has_positions(name, positions):
+    field = "n_positions" if name.startswith("gpt2") else "max_position_embeddings"
+    source = tiny_source(name, **{field: positions})
+    batches, what = sample_batches(None, source)
+    model = load_model(source)
+    with torch.no_grad():
+        for batch in batches:
+            # An embedding table that is too short raises.
+            logits = model(**{key: value for key, value in batch.items() if key != "targets"}).logits
+            assert logits.isfinite().all() and 1 <= logits.shape[1] <= min(128, positions)
+    assert what == f"{len(batches)} rows of random ids" and len(batches) > 1

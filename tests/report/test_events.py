@@ -1,5 +1,6 @@
 import json
 import math
+from io import FileIO
 
 import numpy as np
 import pytest
@@ -82,6 +83,55 @@ def test_an_evaluation_that_is_done_again_is_not_there_twice(tmp_path):
             log.write(record)
         log.rewind(2)  # killed after the evaluation at the end, and before the stage was done
         assert read_log(log.path) == [{"step": 1, "held_out_loss": 3.0}, {"step": 2, "loss": 2.0}]
+
+
+def test_tensorboard_shows_each_evaluation_once_after_a_kill_before_the_stage_is_done(tmp_path):
+    def finish(loss):
+        log.write({"step": 2, "loss": 2.0})
+        log.write({"step": 2, "held_out_loss": loss})
+
+    with EventLog(tmp_path) as log:
+        log.write({"step": 1, "loss": 3.0})
+        finish(2.5)
+    for _ in range(2):  # the checkpoint is of the last step
+        with EventLog(tmp_path) as log:
+            log.rewind(2)
+            log.write({"step": 2, "held_out_loss": 2.5})
+    assert board(tmp_path) == {"train/loss": [(1, 3.0), (2, 2.0)], "train/held_out_loss": [(2, 2.5)]}
+    records = read_log(log.path)
+    assert records == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "held_out_loss": 2.5}]
+
+
+def test_records_that_the_disk_does_not_take_wait_and_are_written_with_the_next(tmp_path, monkeypatch, capfd):
+    class Full(FileIO):
+        room = 30
+
+        def write(self, content):
+            if not Full.room:
+                raise OSError(28, "No space left on device")
+            taken = bytes(content[: Full.room])
+            Full.room -= len(taken)
+            return super().write(taken)
+
+    monkeypatch.setattr(events, "FileIO", Full)
+    with EventLog(tmp_path, tensorboard=False) as log:
+        for step in range(1, 4):
+            log.write({"step": step, "loss": 1.0})
+        assert log.waiting == ('{"step": 2, "loss": 1.0}', '{"step": 3, "loss": 1.0}')
+        with pytest.raises(OSError, match="No space left on device: .*log.jsonl"):
+            log.settle()
+        assert capfd.readouterr().err.count("No space left") == 1, "one warning"
+        Full.room = 10_000
+        log.write({"step": 4, "loss": 1.0})
+        assert log.waiting == () and [r["step"] for r in strict(log.path)] == [1, 2, 3, 4]
+
+
+def test_what_waited_when_a_checkpoint_was_written_comes_back_with_it(tmp_path):
+    with EventLog(tmp_path, tensorboard=False) as log:
+        log.write({"step": 1})
+        log.write({"step": 2})
+        log.rewind(3, ['{"step": 2}', '{"step": 3}'])
+    assert read_log(log.path) == [{"step": 1}, {"step": 2}, {"step": 3}]
 
 
 def test_rewinding_in_the_middle_of_a_run_and_to_a_fresh_start(tmp_path):

@@ -70,7 +70,7 @@ def test_the_body_says_all_that_is_known():
         f"- `layer_mask.pt`: sha256 `{'ab' * 32}`",
         "```bash\nbash scripts/prune_cpm_ant.sh\npython do_prune.py --verify\n```",
         'AutoModelForCausalLM.from_pretrained("PATH/TO/THIS/FOLDER", trust_remote_code=True)',
-        "(fp32, 4 batches): largest relative difference of their logits 2.34e-06.",
+        "(fp32, 4 batches): largest relative difference of their answers 2.34e-06.",
         "## Licence\n\n`apache-2.0`. The corpus is under its own terms.\n",
         "torch 2.13.0",
         "Sources and prose of a standard library.",
@@ -89,3 +89,9 @@ def test_values_cannot_break_the_card():
     text = model_card(dataclasses.replace(CARD, license="x: y\n---\n#", commands=("echo ```",)))
     assert front_matter(text)["license"] == "x: y\n---\n#"
     assert "````bash\necho ```\n````" in text
+
+
+def test_the_card_warns_of_programs_that_misread_the_folder():
+    text = model_card(dataclasses.replace(CARD, misread_by=("one assumes a, which does not hold here: b", "two")))
+    assert "- Warning: one assumes a, which does not hold here: b.\n- Warning: two.\n\n## Verification" in text
+    assert "Warning" not in model_card(CARD)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import pytest
 import torch
@@ -32,6 +33,16 @@ def test_what_is_no_mask_file_is_refused(tmp_path):
     (tmp_path / "cut").write_bytes((tmp_path / "cut").read_bytes()[:-8])
     for name in ("text", "plain.safetensors", "cut"):
         with pytest.raises(UserError, match="not a file of pattern masks"):
+            read_pattern_masks(tmp_path / name, MATRICES)
+
+
+def test_what_is_no_ordinary_file_is_refused_before_it_is_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    (tmp_path / "large").write_bytes(b"")
+    os.truncate(tmp_path / "large", 100 << 30)
+    for name, word in (("pipe", "a pipe"), ("device", "a device"), ("large", "too large"), (".", "a folder")):
+        with pytest.raises(UserError, match=word):
             read_pattern_masks(tmp_path / name, MATRICES)
 
 

@@ -1,4 +1,5 @@
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -89,3 +90,68 @@ def test_unusable_folders_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="cannot be read"):
         HuggingFaceTokenizer.load(tmp_path / "empty")
+
+
+def a_tokenizer(folder, **changes):
+    """A valid tokenizer.json but for some of its parts."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.WordLevel({"<eos>": 0, "a": 1, "<unk>": 2}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>", unk_token="<unk>").save_pretrained(folder)
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return folder
+
+
+GROWS = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}
+BAD_PARTS = [
+    {"normalizer": {"type": "Sequence", "normalizers": [GROWS] * 4}},
+    {"normalizer": {"type": "Replace", "pattern": {"Regex": "(" * 100}, "content": ""}},
+    {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    {"normalizer": {"type": "none"}},
+    {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}},
+    {"model": {"type": "Unigram", "vocab": [], "unk_id": 7}},
+    {"model": {"type": "WordPiece", "vocab": {}, "unk_token": "[UNK]"}},
+    {"model": None},
+    {"added_tokens": [{"id": -1}]},
+    {"added_tokens": 7},
+    {"version": "9"},
+    {"post_processor": {"type": "TemplateProcessing", "single": ["$Z"], "pair": [], "special_tokens": {}}},
+    {"decoder": []},
+]
+
+
+@pytest.mark.parametrize("parts", BAD_PARTS, ids=str)
+def test_a_tokenizer_that_cannot_be_used_is_refused_by_its_folder(tmp_path, parts):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=str(tmp_path)):
+        HuggingFaceTokenizer.load(a_tokenizer(tmp_path, **parts)).encode("a")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
+
+
+def test_a_good_tokenizer_passes(tmp_path):
+    assert HuggingFaceTokenizer.load(a_tokenizer(tmp_path)).encode("a") == [1]
+
+
+class Panic(BaseException):
+    """As pyo3's PanicException."""
+
+
+@pytest.mark.parametrize("error", [Exception("plain"), Panic("a panic"), MemoryError(), RecursionError(), KeyError(3)])
+def test_whatever_the_library_raises_names_the_folder(tmp_path, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fail)
+    with pytest.raises(UserError, match=str(tmp_path)):
+        HuggingFaceTokenizer.load(tmp_path)
+
+
+def test_an_interrupt_stays_one(tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        HuggingFaceTokenizer.load(tmp_path)

@@ -134,3 +134,8 @@ def test_files_that_are_no_vocabulary_are_refused(tmp_path, content, message):
         (tmp_path / "vocab.txt").write_bytes(content)
     with pytest.raises(UserError, match=message):
         load_tokenizer("jieba", str(tmp_path / "vocab.txt"))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_piece(vocab, tokenizer, tmp_path):
+    (tmp_path / "vocab.txt").write_bytes(b"\xef\xbb\xbf" + vocab.read_bytes())
+    assert load_tokenizer("jieba", str(tmp_path / "vocab.txt")).fingerprint == tokenizer.fingerprint

@@ -60,14 +60,16 @@ def test_compresses_its_own_corpus(tokenizer, texts):
 
 def test_training_is_deterministic(tokenizer, model_path, texts, tmp_path, monkeypatch):
     monkeypatch.setattr("cook.text.sentencepiece.num_cores", lambda: 1)
-    train_sentencepiece(iter(texts), tmp_path / "again.model", vocab_size=800, seed=0)
+    assert train_sentencepiece(iter(texts), tmp_path / "again.model", vocab_size=800, seed=0) == 0
     assert (tmp_path / "again.model").read_bytes() == model_path.read_bytes()
     assert SentencePieceTokenizer.load(tmp_path / "again.model").fingerprint == tokenizer.fingerprint
 
 
 def test_a_sample_depends_on_the_seed_and_changes_the_model(tokenizer, texts, tmp_path):
     for seed, name in ((1, "a"), (1, "b"), (2, "c")):
-        train_sentencepiece(texts, tmp_path / name, vocab_size=800, seed=seed, sample_chars=60_000)
+        unseen = train_sentencepiece(texts, tmp_path / name, vocab_size=800, seed=seed, sample_chars=60_000)
+        characters = sum(len(text) - text.count("\n") for text in texts)
+        assert characters - 60_000 <= unseen < characters - 20_000
     a, b, c = (SentencePieceTokenizer.load(tmp_path / name).fingerprint for name in "abc")
     assert a == b != c
     assert a != tokenizer.fingerprint

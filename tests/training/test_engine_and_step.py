@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from cook.evaluation.equality import largest_difference
+from cook.export.pruned_folder import mask_model
 from cook.families.cpm_ant import ADAPTER
 from cook.families.source import load_model
 from cook.pruning.family import ModelSource
-from cook.pruning.prune import mask_model
 from cook.pruning.reshape import kept_units, reshaped
 from cook.training.checkpoint import stored_weights
 from tests.recipe.tiny_run import run_on_ranks

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cook.base.errors import UserError
+from cook.data.left_out import LeftOut
+from cook.data.source_files import lines_of, opened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,9 @@ class GlueTask:
 
     labels: tuple[str, ...] | None
     """The labels in the order of their ids; None for regression."""
+
+    words: tuple[str, ...] | None = None
+    """What published models call the labels, in the same order, where the files have numbers."""
 
     texts: tuple[str, ...]
     """Columns of the first and, for pairs, the second text."""
@@ -57,17 +62,33 @@ GLUE_TASKS: dict[str, GlueTask] = {
             name="CoLA",
             folder="CoLA",
             labels=("0", "1"),
+            words=("unacceptable", "acceptable"),
             texts=("sentence",),
             label="label",
             columns=("source", "label", "star", "sentence"),
         ),
-        GlueTask(name="SST-2", folder="SST-2", labels=("0", "1"), texts=("sentence",), label="label"),
-        GlueTask(name="MRPC", folder="MRPC", labels=("0", "1"), texts=("#1 String", "#2 String"), label="Quality"),
+        GlueTask(
+            name="SST-2",
+            folder="SST-2",
+            labels=("0", "1"),
+            words=("negative", "positive"),
+            texts=("sentence",),
+            label="label",
+        ),
+        GlueTask(
+            name="MRPC",
+            folder="MRPC",
+            labels=("0", "1"),
+            words=("not_equivalent", "equivalent"),
+            texts=("#1 String", "#2 String"),
+            label="Quality",
+        ),
         GlueTask(name="STS-B", folder="STS-B", labels=None, texts=("sentence1", "sentence2"), label="score"),
         GlueTask(
             name="QQP",
             folder="QQP",
             labels=("0", "1"),
+            words=("not_duplicate", "duplicate"),
             texts=("question1", "question2"),
             label="is_duplicate",
             leaves_out_short_rows=True,
@@ -82,7 +103,14 @@ GLUE_TASKS: dict[str, GlueTask] = {
         ),
         GlueTask(name="QNLI", folder="QNLI", labels=_ENTAILED, texts=("question", "sentence"), label="label"),
         GlueTask(name="RTE", folder="RTE", labels=_ENTAILED, texts=("sentence1", "sentence2"), label="label"),
-        GlueTask(name="WNLI", folder="WNLI", labels=("0", "1"), texts=("sentence1", "sentence2"), label="label"),
+        GlueTask(
+            name="WNLI",
+            folder="WNLI",
+            labels=("0", "1"),
+            words=("not_entailment", "entailment"),
+            texts=("sentence1", "sentence2"),
+            label="label",
+        ),
     )
 }
 NO_GOLD_LABEL = "-"
@@ -104,8 +132,8 @@ class GlueRows:
     """What a file held."""
 
     rows: tuple[GlueRow, ...]
-    left_out: int
-    """Rows that were left out because the distribution itself is short or undecided there."""
+    left_out: LeftOut
+    """Rows that are not used because the distribution itself is short or undecided there."""
 
 
 def glue_task(name: str) -> GlueTask:
@@ -129,10 +157,10 @@ def read_glue(task: GlueTask, path: Path) -> GlueRows:
     except StopIteration:
         raise UserError(f"{path}: the file is empty") from None
     places = [_place(columns, name, path) for name in (*task.texts, task.label)]
-    rows, left_out = [], 0
+    rows, left_out = [], LeftOut()
     for number, cells in lines:
         if len(cells) < len(columns) and task.leaves_out_short_rows:
-            left_out += 1
+            left_out.add("rows that the distribution has cut short", 1, f"line {number}")
             continue
         if len(cells) != len(columns):
             raise UserError(
@@ -143,7 +171,7 @@ def read_glue(task: GlueTask, path: Path) -> GlueRows:
             )
         *texts, label = (cells[place] for place in places)
         if label == NO_GOLD_LABEL:
-            left_out += 1
+            left_out.add("rows without a gold label", 1, f"line {number}")
             continue
         target = _target(task, label, path, number)
         rows.append(GlueRow(first=texts[0], second=texts[1] if len(texts) > 1 else None, target=target))
@@ -159,8 +187,8 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
             f"{path}: there is no such file",
             remedy="fetch the data with `python scripts/download_glue_data.py`, or name its folder with --data_dir",
         )
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
+    with opened(path) as file:
+        for number, (_, line) in enumerate(lines_of(file, path), start=1):
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:

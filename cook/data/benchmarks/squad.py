@@ -6,8 +6,10 @@ rule that a token is judged in the window that gives it the most context.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +18,13 @@ import numpy as np
 from cook.base.errors import UserError
 from cook.base.files import read_json
 from cook.data.benchmarks.token_rows import TokenRows
+from cook.data.corpus import whole_text
+from cook.data.left_out import LeftOut
 
+MAX_BYTES = 256 << 20
+"""A larger file is refused: parsed, it takes many times its size in memory."""
+
+LOST = "questions whose answer stands neither at its answer_start nor at one other place of the context"
 NO_ANSWER = (0, 0)
 """A window without the answer points at its first token, `[CLS]`."""
 
@@ -30,6 +38,17 @@ class Question:
     context: str
     answers: tuple[tuple[str, int], ...]
     """Texts and the characters of the context at which they start; none if it cannot be answered."""
+    impossible: bool = False
+    """Whether the file says that it cannot be answered."""
+
+
+class SquadFile(NamedTuple):
+    """What a file held."""
+
+    questions: tuple[Question, ...]
+    left_out: LeftOut
+    num_found: int
+    """Answers that were found by their words, because they do not stand at their `answer_start`."""
 
 
 class Window(NamedTuple):
@@ -45,12 +64,21 @@ class Window(NamedTuple):
     """`[tokens of the piece]`: whether no other window gives the token more context."""
 
 
-def read_squad(path: Path) -> tuple[Question, ...]:
+def read_squad(path: Path, *, for_training: bool) -> SquadFile:
     """Reads a file of either version.
 
+    Args:
+        path: The file.
+        for_training: True: every question that is kept has its first answer where it stands in the context, or cannot
+            be answered; the others are left out. An answer that is not where `answer_start` says is looked for by its
+            words. False: an evaluation needs no places; every question is kept, and its answers as they are given.
+
     Raises:
-        UserError: no such file, not JSON (with line and column), or not SQuAD's layout (with the place in it).
+        UserError: no such file, not JSON (with line and column), not SQuAD's layout (with the place in it), or, for
+            training, most of the answers cannot be found.
     """
+    if path.is_file() and path.stat().st_size > MAX_BYTES:
+        raise UserError(f"{path}: too large for a SQuAD file", wanted=f"at most {MAX_BYTES >> 20} MB")
     content = read_json(path)
     questions = []
     for a, article in enumerate(_list(content, "data", f"{path}")):
@@ -64,7 +92,7 @@ def read_squad(path: Path) -> tuple[Question, ...]:
     ids = {question.id for question in questions}
     if len(ids) != len(questions):
         raise UserError(f"{path}: two questions have one id", wanted="every id once")
-    return tuple(questions)
+    return _placed(questions, path) if for_training else SquadFile(tuple(questions), LeftOut(), 0)
 
 
 def _question(entry: Any, context: str, place: str) -> Question:
@@ -73,16 +101,53 @@ def _question(entry: Any, context: str, place: str) -> Question:
     # A question that has no answer may list plausible ones elsewhere; "answers" is empty then.
     for n, answer in enumerate([] if impossible else _list(entry, "answers", place)):
         text, start = _text(answer, "text", f"{place}.answers[{n}]"), answer.get("answer_start")
-        if not isinstance(start, int) or not 0 <= start <= len(context):
+        if type(start) is not int:
             raise UserError(
-                f"{place}.answers[{n}]: answer_start is not a place in the context",
-                wanted=f"0 to {len(context)}",
-                got=start,
+                f"{place}.answers[{n}]: answer_start is not a number", wanted="an integer", got=repr(start)[:80]
             )
         answers.append((text, start))
     return Question(
-        id=_text(entry, "id", place), text=_text(entry, "question", place), context=context, answers=tuple(answers)
+        id=_text(entry, "id", place),
+        text=_text(entry, "question", place),
+        context=context,
+        answers=tuple(answers),
+        impossible=bool(impossible),
     )
+
+
+def _placed(questions: Sequence[Question], path: Path) -> SquadFile:
+    """The questions whose answers can be taught."""
+    kept, left_out, num_found = [], LeftOut(), 0
+    for question in questions:
+        if question.impossible:
+            kept.append(question)
+        elif not question.answers:
+            left_out.add("questions with neither an answer nor is_impossible", 1, question.id)
+        elif (found := _found(*question.answers[0], question.context)) is None:
+            left_out.add(LOST, 1, question.id)
+        else:
+            num_found += found[1] != question.answers[0][1]
+            kept.append(replace(question, answers=(found, *question.answers[1:])))
+    if 2 * (lost := left_out.count(LOST)) > len(questions):
+        raise UserError(
+            f"{path}: most answers do not stand in the context at their answer_start",
+            wanted="the number of characters before the answer",
+            got=f"{lost} of {len(questions)} questions cannot be used",
+            remedy="count answer_start in characters of the context as the file holds it, from 0",
+        )
+    return SquadFile(tuple(kept), left_out, num_found)
+
+
+def _found(text: str, start: int, context: str) -> tuple[str, int] | None:
+    """An answer as it stands in the context, up to white space: at `start`, or else wherever it occurs once."""
+    if not text.strip():
+        return None
+    words = re.compile(r"\s+".join(map(re.escape, text.split())))
+    at = start + len(text) - len(text.lstrip())
+    if start >= 0 and (match := words.match(context, at)):
+        return match[0], at
+    elsewhere = list(islice(words.finditer(context), 2))
+    return (elsewhere[0][0], elsewhere[0].start()) if len(elsewhere) == 1 else None
 
 
 def _list(value: Any, key: str, place: str) -> list[Any]:
@@ -96,20 +161,28 @@ def _text(value: Any, key: str, place: str) -> str:
     found = value.get(key) if isinstance(value, dict) else None
     if not isinstance(found, str):
         raise UserError(f"{place}: no text {key!r}", wanted="a file of SQuAD 1.1 or 2.0")
-    return found
+    return whole_text(found, f"{place}: {key!r}")
 
 
 def squad_windows(
-    questions: Sequence[Question], tokenizer: Any, *, max_length: int, doc_stride: int, max_query_length: int
+    questions: Sequence[Question],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    doc_stride: int,
+    max_query_length: int,
+    left_out: LeftOut | None = None,
 ) -> tuple[TokenRows, list[Window]]:
     """Cuts every question's document into windows that begin `doc_stride` tokens apart.
 
     Args:
-        questions: What `read_squad` gave.
+        questions: Of a file.
         tokenizer: A fast tokenizer of Hugging Face's with `[CLS]`, `[SEP]` and `[PAD]`.
         max_length: Tokens of a row: `[CLS]` question `[SEP]` piece `[SEP]`.
         doc_stride: Tokens from the start of one piece to that of the next.
         max_query_length: Tokens of a question at most; the rest is cut off.
+        left_out: Given for training: counts what is cut off, and the questions whose answer no window holds whole. They
+            are left out rather than taught as having none.
 
     Returns:
         The rows, with the first and last token of the first answer as targets, and what each row shows.
@@ -127,6 +200,12 @@ def squad_windows(
         begins = _begins(len(ids), room, min(doc_stride, room))
         most = _most_context(begins, len(ids), room)
         span = _token_span(question, offsets)
+        if left_out is not None:
+            left_out.add("tokens at the ends of long questions", max(0, len(asked[number][0]) - max_query_length))
+            whole = any(span and begin <= span[0] and span[1] < begin + room for begin in begins)
+            if question.answers and not whole:
+                left_out.add("questions whose answer no window holds whole", 1, question.id)
+                continue
         for order, begin in enumerate(begins):
             piece = ids[begin : begin + room]
             rows.append([*head, *piece, sep_id])
@@ -136,10 +215,14 @@ def squad_windows(
             targets.append((span[0] + shift, span[1] + shift) if span and inside else NO_ANSWER)
             flags = most[begin : begin + len(piece)] == order
             windows.append(Window(number, len(head), offsets[begin : begin + len(piece)], flags))
+    if not rows:
+        raise UserError("no question is left to train on", got=f"left out: {left_out}")
     return TokenRows(rows, segments, np.array(targets, np.int64), pad_id=tokenizer.pad_token_id), windows
 
 
 def _tokenised(texts: Sequence[str], tokenizer: Any) -> list[tuple[list[int], np.ndarray]]:
+    if not texts:
+        return []  # the library does not take none
     unique = list(dict.fromkeys(texts))  # a paragraph has several questions
     # Longer than the model reads is no mistake here: windows are cut from it.
     made = tokenizer(unique, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -175,7 +258,7 @@ def _token_span(question: Question, offsets: np.ndarray) -> tuple[int, int] | No
     """First and last token of the first answer; None if there is no answer or the context does not hold it there."""
     for text, start in question.answers[:1]:
         end = start + len(text)
-        if not text or question.context[start:end] != text:
+        if not text or start < 0 or question.context[start:end] != text:
             return None
         touched = np.flatnonzero((offsets[:, 0] < end) & (offsets[:, 1] > start))
         return (int(touched[0]), int(touched[-1])) if len(touched) else None

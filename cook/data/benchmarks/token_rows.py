@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from cook.data.benchmarks.glue import GlueRow, GlueTask
+from cook.data.left_out import LeftOut
 
 
 class TokenRows:
@@ -53,6 +54,16 @@ class TokenRows:
         return int(self.lengths.max(initial=1))
 
     @property
+    def largest_id(self) -> int:
+        """The largest token id, that which fills a batch included."""
+        return int(self._ids.max(initial=self._pad_id))
+
+    @property
+    def largest_segment(self) -> int:
+        """The largest token type."""
+        return int(self._segments.max(initial=0))
+
+    @property
     def is_redrawn(self) -> bool:
         """No: every epoch asks the same."""
         return False
@@ -78,7 +89,7 @@ class TokenRows:
         }
 
 
-def glue_rows(task: GlueTask, rows: Sequence[GlueRow], tokenizer: Any, max_length: int) -> TokenRows:
+def glue_rows(task: GlueTask, rows: Sequence[GlueRow], tokenizer: Any, max_length: int, left_out: LeftOut) -> TokenRows:
     """Tokenises a task's rows; of a pair that is too long, the longer text is cut first, as BERT's own reader does.
 
     Args:
@@ -86,10 +97,12 @@ def glue_rows(task: GlueTask, rows: Sequence[GlueRow], tokenizer: Any, max_lengt
         rows: Its examples.
         tokenizer: A fast tokenizer of Hugging Face's.
         max_length: Tokens of a row at most, special tokens included.
+        left_out: Is told of the rows that are cut.
     """
     first = [row.first for row in rows]
     second = [row.second or "" for row in rows] if len(task.texts) > 1 else None
     made = tokenizer(first, second, truncation=True, max_length=max_length, return_token_type_ids=True)
+    left_out.add(f"ends of rows longer than {max_length} tokens", sum(bool(row.overflowing) for row in made.encodings))
     kind = np.int64 if task.labels else np.float32
     targets = np.array([row.target for row in rows]).astype(kind)
     return TokenRows(made["input_ids"], made["token_type_ids"], targets, pad_id=tokenizer.pad_token_id)

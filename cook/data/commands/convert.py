@@ -18,6 +18,7 @@ from cook.data.corpus import JSONL_SUFFIXES, object_of
 from cook.data.cpm_live.meta import read_meta
 from cook.data.cpm_live.records import BadRecord, read_record
 from cook.data.progress import Progress
+from cook.data.source_files import has_ending, lines_of, opened
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,13 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
     source, target = Path(arguments.source), Path(arguments.output)
-    meta = None if source.name.endswith(JSONL_SUFFIXES) else read_meta(source)
+    meta = None if has_ending(source.name, JSONL_SUFFIXES) else read_meta(source)
     if meta is None and not source.is_file():
         raise UserError(f"{source}: there is no such file", wanted="a folder of binary data, or a .jsonl file")
     total = source.stat().st_size if meta is None else sum(file.nbytes for file in meta.shown)
     with Progress("converting", total, unit="MB", scale=1e6) as progress:
         records = _from_lines(source, progress) if meta is None else common.all_numbers(meta, progress)
-        if target.name.endswith(JSONL_SUFFIXES):
+        if has_ending(target.name, JSONL_SUFFIXES, compressed=False):
             count = _to_lines(records, target)
         else:
             folder, options = common.new_folder(arguments.output), {"version": arguments.version}
@@ -65,8 +66,8 @@ def _to_lines(records: Iterator[np.ndarray], target: Path) -> int:
 
 
 def _from_lines(source: Path, progress: Progress) -> Iterator[np.ndarray]:
-    with open(source, "rb") as file:
-        for number, line in enumerate(file, start=1):
+    with opened(source) as file:
+        for number, (_, line) in enumerate(lines_of(file, source), start=1):
             progress.advance(len(line))
             if line.strip():
                 yield _numbers(line, f"{source}, line {number}")

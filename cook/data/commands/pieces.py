@@ -14,7 +14,7 @@ import numpy as np
 
 from cook.base.errors import UserError
 from cook.base.seeds import derived_seed
-from cook.data.corpus import JSONL_SUFFIXES, MIN_REST, PART_BYTES, grouped, matching_files, object_of, text_of
+from cook.data.corpus import BOM, JSONL_SUFFIXES, MIN_REST, PART_BYTES, grouped, object_of, text_of
 from cook.data.cpm_live.records import (
     LM,
     LM_PROMPT,
@@ -25,9 +25,15 @@ from cook.data.cpm_live.records import (
     Record,
     Segment,
 )
+from cook.data.left_out import LeftOut
+from cook.data.source_files import has_ending, is_compressed, lines_of, matching_files, opened
 from cook.text.tokenizer import Tokenizer
 
-COUNTS = ("documents", "tokens", "dropped", "unknown", "records")
+COUNTS = ("documents", "tokens", "records")
+SHORT = f"documents shorter than {MIN_REST} tokens"
+RESTS = f"tokens in rests and documents shorter than {MIN_REST} tokens"
+UNKNOWN = "tokens that the tokenizer does not know"
+EMPTY = "documents without a known token"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +57,7 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A stretch of an input file: the lines that begin in it."""
+    """A stretch of an input file: the lines that begin in it. A compressed file is a single one."""
 
     number: int
     path: str
@@ -62,14 +68,14 @@ class Part:
 
 def format_of(inputs: Iterable[str]) -> str:
     """The format that the inputs' names tell."""
-    return "jsonl" if all(given.endswith(JSONL_SUFFIXES) for given in inputs) else "lines"
+    return "jsonl" if all(has_ending(given, JSONL_SUFFIXES) for given in inputs) else "lines"
 
 
-def input_files(inputs: Iterable[str], format: str) -> list[tuple[Path, str]]:
-    """The files that the inputs name and their names in the corpus, in order, none twice."""
+def input_files(inputs: Iterable[str], format: str, left_out: LeftOut) -> list[tuple[Path, str]]:
+    """The files that the inputs name and their names in the corpus, in order, none twice; counts the others."""
     found: dict[Path, tuple[Path, str]] = {}
     for given in inputs:
-        for path, name in matching_files(given, JSONL_SUFFIXES if format == "jsonl" else None):
+        for path, name in matching_files(given, JSONL_SUFFIXES if format == "jsonl" else None, left_out):
             found.setdefault(path.resolve(), (path, name))
     return list(found.values())
 
@@ -80,11 +86,11 @@ def parts_of(files: Iterable[tuple[Path, str]], part_size: int) -> list[Part]:
     Raises:
         UserError: They are empty.
     """
-    stretches = [
-        (path, name, begin, min(begin + part_size, path.stat().st_size))
-        for path, name in files
-        for begin in range(0, path.stat().st_size, part_size)
-    ]
+    stretches = []
+    for path, name in files:
+        size = path.stat().st_size
+        step = size if is_compressed(path) else part_size
+        stretches += [(path, name, begin, min(begin + step, size)) for begin in range(0, size, step or 1)]
     if not stretches:
         raise UserError("the input is empty", wanted="at least one file with text")
     return [
@@ -93,8 +99,10 @@ def parts_of(files: Iterable[tuple[Path, str]], part_size: int) -> list[Part]:
     ]
 
 
-def records_of(part: Part, settings: Settings, tokenizer: Tokenizer, counts: dict[str, int]) -> Iterator[Record]:
-    """The records of a part, in order; adds up `counts`."""
+def records_of(
+    part: Part, settings: Settings, tokenizer: Tokenizer, counts: dict[str, int], left_out: LeftOut
+) -> Iterator[Record]:
+    """The records of a part, in order; adds up `counts` and `left_out`."""
     seed = derived_seed(settings.seed, "preprocess", part.name, part.begin)
     draws = np.random.Philox(seed)  # its raw stream is promised to stay
     limit = settings.masked_share * 2.0**64
@@ -102,11 +110,13 @@ def records_of(part: Part, settings: Settings, tokenizer: Tokenizer, counts: dic
         for ids in tokenizer.encode_batch(texts):
             counts["documents"] += 1
             known = ids[ids != tokenizer.unk_id] if tokenizer.unk_id is not None else ids
-            counts["unknown"] += len(ids) - len(known)
+            left_out.add(UNKNOWN, len(ids) - len(known))
+            left_out.add(EMPTY, not len(known))
+            left_out.add(SHORT, 0 < len(known) < MIN_REST)
             for begin in range(0, len(known), settings.piece):
                 piece = known[begin : begin + settings.piece]
                 if len(piece) < MIN_REST:
-                    counts["dropped"] += len(piece)
+                    left_out.add(RESTS, len(piece))
                     break
                 counts["tokens"] += len(piece)
                 is_masked = int(draws.random_raw()) < limit
@@ -148,19 +158,20 @@ def documents(part: Part, format: str, text_field: str) -> Iterator[str]:
 
 def lines(part: Part) -> Iterator[tuple[int, bytes]]:
     """The lines that begin in a part, whole, with their offsets."""
-    with open(part.path, "rb") as file:
+    with opened(part.path) as file:
         if part.begin:
             file.seek(part.begin - 1)
-            file.readline()  # up to the end of the line that begins before
-        offset = file.tell()
-        while offset < part.end and (line := file.readline()):
+            next(lines_of(file, part.path, part.begin - 1), None)  # up to the end of the line that begins before
+        begin = file.tell()
+        for offset, line in lines_of(file, part.path, begin):
+            if offset >= part.end and not is_compressed(part.path):
+                break
             yield offset, line
-            offset += len(line)
 
 
 def _text(content: bytes, part: Part, offset: int) -> str:
     try:
-        return content.decode()
+        return content.decode() if offset else content.decode().removeprefix(BOM)
     except UnicodeDecodeError as error:
         raise UserError(
             f"{part.path}: not UTF-8 at offset {offset + error.start}", remedy="convert the file to UTF-8"

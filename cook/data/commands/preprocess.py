@@ -22,10 +22,11 @@ from cook.data.commands.pieces import COUNTS, Part, Settings, format_of, input_f
 from cook.data.corpus import MIN_REST
 from cook.data.cpm_live.meta import FileInfo, write_meta
 from cook.data.cpm_live.writer import LiveWriter
+from cook.data.left_out import LeftOut
 from cook.data.progress import Progress
 from cook.text.tokenizer import Tokenizer
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the same inputs would give other records."""
 
 UNFINISHED = ".unfinished"
@@ -50,7 +51,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
     settings = _settings(arguments)
     tokenizer = common.open_tokenizer(arguments)
-    files = input_files(arguments.inputs, settings.format)
+    passed = LeftOut()
+    files = input_files(arguments.inputs, settings.format, passed)
     parts = parts_of(files, arguments.part_size)
     seen = [[name, path.stat().st_size, path.stat().st_mtime_ns] for path, name in files]
     job = fingerprint_of(FORMAT, asdict(settings), tokenizer.fingerprint, seen, arguments.part_size)
@@ -71,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
                 progress.advance(part.end - part.begin)
         except KeyboardInterrupt:
             raise Interrupted("the parts that are done are kept; give the same command to go on") from None
-    _finish(folder, parts, settings)
+    _finish(folder, parts, settings, passed)
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
@@ -124,24 +126,25 @@ def _load_tokenizer(type: str, path: str) -> None:
 def write_part(part: Part, settings: Settings, folder: str) -> None:
     """Writes the data file of one part, then the note that it is done."""
     assert _tokenizer is not None
-    counts = dict.fromkeys(COUNTS, 0)
+    counts, left_out = dict.fromkeys(COUNTS, 0), LeftOut()
     path = Path(folder) / f"part-{part.number:05d}"
     with LiveWriter(path, version=settings.version, block_size=settings.block_size) as writer:
-        for record in records_of(part, settings, _tokenizer, counts):
+        for record in records_of(part, settings, _tokenizer, counts, left_out):
             writer.write(record.numbers())
     counts["records"] = writer.nlines
     if not writer.nlines:
         path.unlink()
     info = asdict(writer.info()) if writer.nlines else None
-    write_json(_note_of(Path(folder), part), {"info": info, "counts": counts})
+    write_json(_note_of(Path(folder), part), {"info": info, "counts": counts, "left_out": left_out.record()})
 
 
-def _finish(folder: Path, parts: list[Part], settings: Settings) -> None:
+def _finish(folder: Path, parts: list[Part], settings: Settings, left_out: LeftOut) -> None:
     notes = [_finished(folder, part) for part in parts]
     totals = {name: sum(note["counts"][name] for note in notes if note is not None) for name in COUNTS}
     infos, begin = [], 0
     for note in notes:
         assert note is not None, "every part has been written"
+        left_out.include(note["left_out"])
         if note["info"] is not None:
             info = FileInfo(**note["info"])
             infos.append(replace(info, block_begin=begin, block_end=begin + info.num_blocks))
@@ -149,7 +152,7 @@ def _finish(folder: Path, parts: list[Part], settings: Settings) -> None:
     if not infos:
         raise UserError(
             f"no document has as many as {MIN_REST} tokens: nothing to write",
-            got=f"{totals['documents']} documents",
+            got=f"{totals['documents']} documents; left out: {left_out}",
             remedy="if the lines are not whole documents, try --format text",
         )
     write_meta(folder, settings.version, infos)
@@ -158,6 +161,5 @@ def _finish(folder: Path, parts: list[Part], settings: Settings) -> None:
         f"{folder}: {totals['records']} records of {totals['documents']} documents, {totals['tokens']} tokens in "
         f"{len(infos)} file(s) of version {settings.version}"
     )
-    dropped, unknown = totals["dropped"], totals["unknown"]
-    if dropped or unknown:
-        print(f"left out: {dropped} tokens in rests shorter than {MIN_REST}, {unknown} unknown ones")
+    for sentence in left_out.sentences(str(folder)):
+        print(sentence)

@@ -9,6 +9,8 @@ from pathlib import Path
 from cook.base.errors import UserError
 from cook.data.commands import common
 from cook.data.commands.pieces import documents, format_of, input_files, parts_of
+from cook.data.left_out import LeftOut
+from cook.data.prepare import NOT_SAMPLED
 from cook.data.progress import Progress
 from cook.text.sentencepiece import train_sentencepiece
 
@@ -29,7 +31,8 @@ def run(arguments: argparse.Namespace) -> None:
     if target.exists():
         raise UserError(f"--output: {target} is there already", wanted="a new file")
     format = arguments.format or format_of(arguments.inputs)
-    parts = parts_of(input_files(arguments.inputs, format), _PART)
+    left_out = LeftOut()
+    parts = parts_of(input_files(arguments.inputs, format, left_out), _PART)
     with Progress("reading", sum(part.end - part.begin for part in parts), unit="MB", scale=1e6) as progress:
 
         def texts() -> Iterator[str]:
@@ -37,5 +40,8 @@ def run(arguments: argparse.Namespace) -> None:
                 yield from documents(part, format, arguments.text_field)
                 progress.advance(part.end - part.begin)
 
-        train_sentencepiece(texts(), target, vocab_size=arguments.vocab_size, seed=arguments.seed)
+        unseen = train_sentencepiece(texts(), target, vocab_size=arguments.vocab_size, seed=arguments.seed)
+        left_out.add(NOT_SAMPLED, unseen)
     print(f"{target}: {arguments.vocab_size} ids")
+    for sentence in left_out.sentences("the input"):
+        print(sentence)

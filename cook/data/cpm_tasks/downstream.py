@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from cook.base.errors import UserError
-from cook.data.corpus import text_of
+from cook.data.corpus import text_of, whole_text
 from cook.data.cpm_live.records import (
     CONTEXT,
     DOWNSTREAM_PROMPT,
@@ -26,9 +26,11 @@ from cook.data.cpm_live.records import (
     Record,
     Segment,
 )
+from cook.data.left_out import LeftOut
 from cook.text.tokenizer import Tokenizer
 
 QUESTION, YES = "[是否正确]", "是"
+CUT = "tokens at the beginnings of inputs that are too long"
 
 
 def choice_token(tokenizer: Tokenizer) -> int:
@@ -37,7 +39,13 @@ def choice_token(tokenizer: Tokenizer) -> int:
 
 
 def record_of(
-    value: Mapping[str, Any], where: str, tokenizer: Tokenizer, *, max_length: int, prompt_length: int
+    value: Mapping[str, Any],
+    where: str,
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    prompt_length: int,
+    left_out: LeftOut,
 ) -> Record:
     """The record of one object.
 
@@ -47,6 +55,7 @@ def record_of(
         tokenizer: Of the model.
         max_length: L, positions of a row; a record takes one at most, its prompts included.
         prompt_length: P.
+        left_out: Is told of what is cut off.
 
     Raises:
         UserError: It is no downstream object, or its target leaves no room.
@@ -54,7 +63,7 @@ def record_of(
     text = text_of(value, "input", where, remedy=None)
     ids = [tokenizer.bos_id, *tokenizer.encode(text)]
     if "options" in value:
-        return _question(value, where, ids, tokenizer, max_length, prompt_length)
+        return _question(value, where, ids, tokenizer, max_length, prompt_length, left_out)
     target = [*tokenizer.encode(text_of(value, "target", where, remedy=None)), tokenizer.eos_id]
     room = max_length - prompt_length - len(target)
     if room < 1:
@@ -64,13 +73,20 @@ def record_of(
             got=len(target),
             remedy="set data.max_length higher, or leave the object out",
         )
+    left_out.add(CUT, max(0, len(ids) - room))
     ids = ids[-room:]
     segments = (Segment(len(ids), TEXT_SEGMENT, CONTEXT), Segment(len(target), TEXT_SEGMENT, TOLD))
     return Record(DOWNSTREAM_PROMPT, segments, np.array(ids + target, np.int64))
 
 
 def _question(
-    value: Mapping[str, Any], where: str, ids: list[int], tokenizer: Tokenizer, max_length: int, prompt_length: int
+    value: Mapping[str, Any],
+    where: str,
+    ids: list[int],
+    tokenizer: Tokenizer,
+    max_length: int,
+    prompt_length: int,
+    left_out: LeftOut,
 ) -> Record:
     options, right = value["options"], value.get("target")
     if not isinstance(options, list) or len(options) < 2 or not all(isinstance(option, str) for option in options):
@@ -87,7 +103,9 @@ def _question(
             remedy="set data.max_length higher, or leave the object out",
         )
     ends = tokenizer.encode(QUESTION)
-    texts = [(ids + tokenizer.encode(option) + ends)[-room:] for option in options]
+    whole = [ids + tokenizer.encode(whole_text(option, f"{where}: an option")) + ends for option in options]
+    left_out.add(CUT, sum(max(0, len(text) - room) for text in whole))
+    texts = [text[-room:] for text in whole]
     segments = tuple(
         Segment(len(text), TEXT_SEGMENT, RIGHT_CHOICE if number == right else WRONG_CHOICE)
         for number, text in enumerate(texts)

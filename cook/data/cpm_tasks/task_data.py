@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cook.base.errors import UserError
-from cook.data.cache import cached_folder, fingerprint_of
+from cook.data.cache import cached_folder, fingerprint_of, read_manifest
 from cook.data.corpus import Corpus, open_corpus
 from cook.data.cpm_live.dataset import LiveDataset, open_live
 from cook.data.cpm_live.meta import DEFAULT_BLOCK_SIZE, write_meta
@@ -19,9 +19,10 @@ from cook.data.cpm_live.writer import LiveWriter
 from cook.data.cpm_tasks.downstream import choice_token, record_of
 from cook.data.cpm_tasks.draws import mix
 from cook.data.cpm_tasks.task_rows import TaskRows, pack_records
+from cook.data.left_out import LeftOut
 from cook.text.tokenizer import Tokenizer
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the same inputs would give other rows."""
 
 HELD_OUT_RUN = 64
@@ -35,6 +36,7 @@ class TaskData(NamedTuple):
     held_out: TaskRows
     files: dict[str, tuple[int, str]]
     """Size and hash of every file that it was made of."""
+    left_out: LeftOut
 
 
 def open_task_rows(
@@ -63,12 +65,16 @@ def open_task_rows(
     """
     opened = cached_folder if build else _only_read
     files: dict[str, tuple[int, str]] = {}
+    left_out = LeftOut()
 
     def records(paths: Sequence[str]) -> LiveDataset:
         if data.type == "downstream":
             corpus = open_corpus("jsonl", paths)
+            left_out.include(corpus.left_out.record())
             files.update({file.name: (file.size, file.sha256) for file in corpus.files})
-            paths = [str(_downstream(corpus, tokenizer, data.max_length, prompt_length, cache, opened))]
+            folder = _downstream(corpus, tokenizer, data.max_length, prompt_length, cache, opened)
+            left_out.include((read_manifest(folder) or {})["left_out"])
+            paths = [str(folder)]
         found = open_live(live_folders(paths), cache, opened=opened)
         if data.type != "downstream":
             files.update({file.path: (file.size, file.digest) for file in found.files})
@@ -97,7 +103,7 @@ def open_task_rows(
     asks = any(int(found.column["segment_task"].max(initial=0)) >= WRONG_CHOICE for found, _ in parts.values())
     yes = choice_token(tokenizer) if asks else None
     rows = [TaskRows(found, folder, part, seed=seed, choice_token=yes) for part, (found, _) in parts.items()]
-    return TaskData(rows[0], rows[1], files)
+    return TaskData(rows[0], rows[1], files, left_out)
 
 
 def live_folders(paths: Sequence[str]) -> list[Path]:
@@ -177,9 +183,9 @@ def _downstream(
     key = fingerprint_of("downstream", FORMAT, corpus.fingerprint(), tokenizer.fingerprint, max_length, prompt_length)
 
     def build(folder: Path) -> dict[str, Any]:
-        sizes = {"max_length": max_length, "prompt_length": prompt_length}
-        write_records((record_of(item.values, item.where, tokenizer, **sizes) for item in corpus.objects()), folder)
-        return {}
+        options: dict[str, Any] = {"max_length": max_length, "prompt_length": prompt_length, "left_out": LeftOut()}
+        write_records((record_of(item.values, item.where, tokenizer, **options) for item in corpus.objects()), folder)
+        return {"left_out": options["left_out"].record()}
 
     return opened(cache, "downstream", key, build)
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from cook.base.distributed import say
 from cook.base.errors import UserError
 from cook.base.files import read_json, write_atomically, write_json
 from cook.base.seeds import derived_seed, seed_everything
+from cook.base.together import on_first_rank
 from cook.base.watchdog import At
 from cook.config.tasks import TaskConfig
 from cook.config.types import TrainingConfig
@@ -99,7 +101,7 @@ class Session:
         # The shuffle of one training is its own: two stages do not read their rows in one order.
         seed = derived_seed(self.config.seed, "order", name) % 2**32
         with EventLog(folder, self.config.tensorboard, enabled=writes) as log:
-            log.rewind(position.step if found else -1)
+            on_first_rank(lambda: log.rewind(position.step if found else -1, position.log))
             engine.module.train()
             run = Run(
                 name=name,
@@ -123,6 +125,7 @@ class Session:
                 at=self.at,
             )
             train(run, position, log)
+            on_first_rank(log.settle)
         self.at(training.steps, "preparing")  # an evaluation may take long
 
     def _dense_logits(self, engine: Engine) -> torch.Tensor:
@@ -160,9 +163,9 @@ class Session:
             )
             judged: Judged = examination.judge(outputs)
             metrics |= judged.metrics
-            if folder is not None and distributed.rank() == 0:
+            if folder is not None:
                 for name, content in judged.files.items():
-                    write_json(folder / name, content)
+                    on_first_rank(partial(write_json, folder / name, content))
         engine.module.train()
         return {name: round(value, 4) for name, value in metrics.items()}
 
@@ -175,13 +178,12 @@ class Session:
         }
         with EventLog(folder, self.config.tensorboard, enabled=distributed.rank() == 0) as log:
             log.write({"step": self.steps, **record})
+            on_first_rank(log.settle)
 
     def save(self, engine: Engine, folder: Path) -> dict[str, torch.Tensor]:
         """Writes the model's folder; returns the weights, on every rank."""
         weights = dict(engine.full_weights())
-        if distributed.rank() == 0:
-            write_encoder(folder, self.encoder.config, weights.items(), self.encoder.tokenizer)
-        distributed.barrier()
+        on_first_rank(lambda: write_encoder(folder, self.encoder.config, weights.items(), self.encoder.tokenizer))
         return weights
 
 

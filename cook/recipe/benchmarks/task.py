@@ -53,6 +53,8 @@ class TaskInfo:
     """What the model predicts."""
     labels: tuple[str, ...]
     """Names of the classes, or of the score."""
+    words: tuple[str, ...] | None = None
+    """Other names of the classes."""
     loss: TaskLoss
     """Summed over rows."""
     outputs: tuple[str, ...]
@@ -94,6 +96,7 @@ def task_info(config: TaskConfig) -> TaskInfo:
         name=task.name,
         head="classes" if task.labels else "score",
         labels=task.labels or ("score",),
+        words=task.words,
         loss=class_loss if task.labels else score_loss,
         outputs=("logits",),
         main_metric=main_metric(task.name),
@@ -123,8 +126,10 @@ def _load_glue(config: TaskConfig, tokenizer: Any) -> TaskData:
     suffixes = task.evaluated or {"": "dev.tsv"}
     files |= {suffix: folder / name for suffix, name in suffixes.items()}
     read = {key: read_glue(task, path) for key, path in files.items()}
-    rows = {key: glue_rows(task, found.rows, tokenizer, config.max_length) for key, found in read.items()}
-    notes = [f"{files[key]}: {found.left_out} rows left out" for key, found in read.items() if found.left_out]
+    rows = {
+        key: glue_rows(task, found.rows, tokenizer, config.max_length, found.left_out) for key, found in read.items()
+    }
+    notes = [note for key, found in read.items() for note in found.left_out.sentences(str(files[key]))]
     examinations = tuple(
         Examination(rows=rows[suffix], judge=partial(_judge_glue, task.name, suffix, rows[suffix].targets_R))
         for suffix in suffixes
@@ -153,8 +158,12 @@ def _load_squad(config: TaskConfig, tokenizer: Any) -> TaskData:
         if not path.is_file():
             remedy = "fetch the data with `bash scripts/download_squad_data.sh`, or name its folder with --data_dir"
             raise UserError(f"{path}: there is no such file", remedy=remedy)
-    train, _ = windows_of(read_squad(files[0]))
-    questions = read_squad(files[1])
+    taught = read_squad(files[0], for_training=True)
+    train, _ = windows_of(taught.questions, left_out=taught.left_out)
+    notes = taught.left_out.sentences(str(files[0]))
+    if taught.num_found:
+        notes += [f"{files[0]}: {taught.num_found:,} answers do not stand at their answer_start; found by their words"]
+    questions = read_squad(files[1], for_training=False).questions
     rows, windows = windows_of(questions)
     options = AnswerOptions(
         n_best=config.n_best,
@@ -174,4 +183,4 @@ def _load_squad(config: TaskConfig, tokenizer: Any) -> TaskData:
         metrics = squad_v2_metrics(questions, answers.best_texts, answers.null_odds, threshold)
         return Judged(metrics=metrics, files=files)
 
-    return TaskData(train=train, examinations=(Examination(rows=rows, judge=judge),), notes=())
+    return TaskData(train=train, examinations=(Examination(rows=rows, judge=judge),), notes=tuple(notes))

@@ -17,6 +17,7 @@ from cook.base.errors import UserError
 from cook.base.files import read_json, sha256, write_json
 from cook.base.seeds import derived_seed
 from cook.base.tensor_files import open_safetensors_folder
+from cook.base.together import on_first_rank
 from cook.base.watchdog import At
 from cook.config.tasks import TaskConfig, settings_fingerprint
 from cook.families.encoder import Encoder, open_encoder
@@ -58,12 +59,26 @@ def open_session(config: TaskConfig, source: str, at: At = lambda _step, _phase:
             wanted=f"a multiple of {world} devices × {training.rows_at_once(world)} rows",
             got=f"--train_batch_size {config.train_batch_size}",
         )
-    encoder = open_encoder(source, info.head, info.labels, derived_seed(config.seed, "head"))
-    limit = getattr(encoder.config, "max_position_embeddings", config.max_length)
-    if config.max_length > limit:
+    encoder = open_encoder(source, info.head, info.labels, derived_seed(config.seed, "head"), words=info.words)
+    limit = encoder.max_length
+    if limit is not None and config.max_length > limit:
         raise UserError("--max_length is more than the model reads", wanted=f"at most {limit}", got=config.max_length)
+    if encoder.tokenizer.pad_token_id is None:
+        raise UserError(f"{source}: its tokenizer has no token that fills a batch", wanted="a pad_token")
     data = load_task(config, encoder.tokenizer)
-    for note in data.notes:
+    for rows in (data.train, *(examination.rows for examination in data.examinations)):
+        for what, largest, size in (
+            ("token ids", rows.largest_id, encoder.config.vocab_size),
+            ("token types", rows.largest_segment, getattr(encoder.config, "type_vocab_size", 0)),
+        ):
+            if size and largest >= size:
+                raise UserError(
+                    f"{source}: its tokenizer gives {what} that the model does not have",
+                    wanted=f"at most {size - 1}",
+                    got=largest,
+                    remedy="use the tokenizer that the model was trained with",
+                )
+    for note in (*encoder.notes, *data.notes):
         say(note)
     at(0, "starting")
     return Session(config=config, info=info, data=data, encoder=encoder, at=at)
@@ -91,19 +106,16 @@ def run_pretrain(config: TaskConfig, at: At) -> None:
     session.save(engine, folder / "model")
     engine.close()
     say(f"pretrain: {_shown(metrics)}")
-    if distributed.rank() == 0:
-        write_results(folder / "eval_results.txt", {f"{session.info.name}, dense": metrics})
-        _finish(
-            folder,
-            {
-                "identity": identity,
-                "task": session.info.name,
-                "metrics": metrics,
-                "steps": training.steps,
-                "seconds": round(time.perf_counter() - started, 1),
-            },
-        )
-    distributed.barrier()
+    record = {
+        "identity": identity,
+        "task": session.info.name,
+        "metrics": metrics,
+        "steps": training.steps,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    results = {f"{session.info.name}, dense": metrics}
+    on_first_rank(lambda: write_results(folder / "eval_results.txt", results))
+    on_first_rank(lambda: _finish(folder, record))
 
 
 def run_prune(config: TaskConfig, at: At) -> None:
@@ -114,7 +126,7 @@ def run_prune(config: TaskConfig, at: At) -> None:
     if session.encoder.fresh:
         raise UserError(
             f"{source}: the model has no trained head for {session.info.name}",
-            got=session.encoder.fresh[0],
+            got="; ".join(session.encoder.notes) or f"no {session.encoder.fresh[0]}",
             remedy="fine-tune it first (mode pretrain), or name a fine-tuned one with --finetuned",
         )
     matrices = pruned_matrices(session.encoder)
@@ -141,9 +153,7 @@ def run_prune(config: TaskConfig, at: At) -> None:
             _start_over(stage.folder, config)
             weights, masks = _prune_stage(session, spec, matrices, stage, weights, masks, identity, known)
         follows, known = identity, read_json(stage.folder / DONE)["metrics"][RECOVERED]
-        if distributed.rank() == 0:
-            write_prune_report(config, session.info, spec, source)
-        distributed.barrier()
+        on_first_rank(lambda: write_prune_report(config, session.info, spec, source))
 
 
 def dense_folder(config: TaskConfig) -> str:
@@ -187,11 +197,9 @@ def _prune_stage(
     if record.get("identity") != identity:
         before, masks = _score(session, spec, matrices, stage, weights, previous, name, known)
         record = {"identity": identity, "metrics": before}
-        if distributed.rank() == 0:
-            pattern = {"pattern": spec.name, "sparsity": stage.sparsity, "spec": dataclasses.asdict(spec)}
-            write_pattern_masks(stage.folder / MASKS, masks, pattern)
-            write_json(scored, record)
-        distributed.barrier()
+        pattern = {"pattern": spec.name, "sparsity": stage.sparsity, "spec": dataclasses.asdict(spec)}
+        on_first_rank(lambda: write_pattern_masks(stage.folder / MASKS, masks, pattern))
+        on_first_rank(lambda: write_json(scored, record))
     masks, _ = read_pattern_masks(stage.folder / MASKS, matrices)
     table = sparsity_table(matrices, masks, previous, quirks=spec.quirks)
     metrics = {BEFORE: record["metrics"]}
@@ -220,9 +228,8 @@ def _prune_stage(
     recovered = session.save(engine, stage.folder / "model")
     engine.close()
     say(f"{name}: after recovery {_shown(metrics[RECOVERED])}")
-    if distributed.rank() == 0:
-        _write_stage(session, spec, stage, identity, metrics, table, time.perf_counter() - started)
-    distributed.barrier()
+    seconds = time.perf_counter() - started
+    on_first_rank(lambda: _write_stage(session, spec, stage, identity, metrics, table, seconds))
     return recovered, masks
 
 

@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import shlex
+import stat
 import subprocess
 import sys
 import tempfile
@@ -35,7 +36,8 @@ def library() -> ctypes.CDLL | None:
     reasons = []
     try:
         openmp = _openmp()
-        for compiler in [shlex.split(os.environ["CC"])] if os.environ.get("CC") else COMPILERS:
+        named = shlex.split(os.environ.get("CC", ""))
+        for compiler in [named] if named else COMPILERS:
             try:
                 return _opened(compiler, openmp)
             except subprocess.CalledProcessError as error:
@@ -78,22 +80,31 @@ def _opened(compiler: tuple[str, ...] | list[str], openmp: str) -> ctypes.CDLL:
 
 
 def _kept(target: Path, compiler: tuple[str, ...] | list[str], openmp: str) -> Path:
-    if not target.exists():
+    if not _is_own(target):
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             made = _built(Path(scratch) / target.name, compiler, openmp)
             try:
                 os.link(made, target)  # the first one stays: another process may have it open already
-            except FileExistsError:
-                pass
-            except OSError:
-                made.replace(target)
+            except OSError:  # there is one, or this file system knows no links
+                if not _is_own(target):
+                    made.replace(target)
     return target
 
 
 def _built(made: Path, compiler: tuple[str, ...] | list[str], openmp: str) -> Path:
     command = [*compiler, *FLAGS, "-x", "c", "-", "-x", "none", openmp, "-lm", "-lc", "-o", str(made)]
     subprocess.run(command, input=SOURCE, text=True, errors="replace", check=True, capture_output=True, timeout=120)
+    made.chmod(0o700)
     return made
+
+
+def _is_own(library: Path) -> bool:
+    """Whether a library is a file of the user's own that nobody else may write."""
+    try:
+        found = library.lstat()
+    except OSError:
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
 
 
 def _folder() -> Path | None:

@@ -9,7 +9,8 @@ import pytest
 from transformers import BertTokenizer
 
 from cook.base.errors import UserError
-from cook.data.benchmarks.squad import NO_ANSWER, Question, read_squad, squad_windows
+from cook.data.benchmarks.squad import LOST, NO_ANSWER, Question, read_squad, squad_windows
+from cook.data.left_out import LeftOut
 from tests.recipe.benchmarks.tiny_task import SPECIAL, WORDS, write_squad
 
 
@@ -33,7 +34,7 @@ def windows(tokenizer, asked: Question, **options: int):
 def test_both_versions(tmp_path):
     for version, unanswered in (("1.1", 0), ("2.0", 4)):
         write_squad(tmp_path, version)
-        found = read_squad(tmp_path / f"train-v{version}.json")
+        found = read_squad(tmp_path / f"train-v{version}.json", for_training=True).questions
         assert len(found) == 12 and sum(not q.answers for q in found) == unanswered
         assert all(q.context[at : at + len(text)] == text for q in found for text, at in q.answers)
 
@@ -99,7 +100,7 @@ def test_a_long_question_is_cut(tokenizer):
         (lambda c: c["data"][0].pop("paragraphs"), r"data\[0\]: no list 'paragraphs'"),
         (lambda c: c["data"][0]["paragraphs"][1].pop("context"), r"paragraphs\[1\]: no text 'context'"),
         (lambda c: c["data"][0]["paragraphs"][2]["qas"][1].pop("id"), r"paragraphs\[2\]\.qas\[1\]: no text 'id'"),
-        (lambda c: c["data"][0]["paragraphs"][2]["qas"][1]["answers"][0].update(answer_start=9999), r"answers\[0\]"),
+        (lambda c: c["data"][0]["paragraphs"][2]["qas"][1]["answers"][0].update(answer_start="3"), r"answers\[0\]"),
         (lambda c: c["data"][0]["paragraphs"][0]["qas"][1].update(id="q1"), "one id"),
         (lambda c: c["data"].clear(), "no question"),
         (lambda c: c["data"].append(3), r"data\[1\]: no list"),
@@ -111,10 +112,113 @@ def test_a_malformed_file_is_told_with_its_place(tmp_path, change, reason):
     change(content)
     (tmp_path / "x.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=reason):
-        read_squad(tmp_path / "x.json")
+        read_squad(tmp_path / "x.json", for_training=True)
 
 
 def test_json_that_is_none_is_told_with_its_line(tmp_path):
     (tmp_path / "x.json").write_text('{"data":\n [}')
     with pytest.raises(UserError, match="line 2 column 3"):
-        read_squad(tmp_path / "x.json")
+        read_squad(tmp_path / "x.json", for_training=True)
+
+
+def squad(tmp_path, *entries, name="x.json"):
+    """A file of paragraphs (context, questions): a question is its answers, or None if it cannot be answered."""
+    number, paragraphs = 0, []
+    for context, *asked in entries:
+        qas = []
+        for answers in asked:
+            number += 1
+            told = [{"text": text, "answer_start": start} for text, start in answers or ()]
+            impossible = {"is_impossible": True} if answers is None else {}
+            qas.append({"id": f"q{number}", "question": "who made it", "answers": told} | impossible)
+        paragraphs.append({"context": context, "qas": qas})
+    (tmp_path / name).write_text(json.dumps({"version": "1.1", "data": [{"title": "t", "paragraphs": paragraphs}]}))
+    return tmp_path / name
+
+
+@pytest.mark.parametrize(
+    ("context", "text", "start", "wanted"),
+    [
+        ("good bad film", "bad", 5, ("bad", 5)),
+        ("good bad film", "bad", 6, ("bad", 5)),  # counted from 1
+        ("one\r\ntwo\r\nbad film", "bad", 8, ("bad", 10)),  # counted where a line end was one character
+        ("\U0001f600 bad film", "bad", 3, ("bad", 2)),  # counted in UTF-16
+        ("é é bad film", "bad", 6, ("bad", 4)),  # counted in bytes
+        ("a very\n bad film", "very bad", 2, ("very\n bad", 2)),  # other white space, at its place
+        ("a very\n bad film", "very bad ", 9, ("very\n bad", 2)),  # and elsewhere
+        ("a (bad) film", "(bad)", 0, ("(bad)", 2)),
+        ("bad and bad", "bad", 8, ("bad", 8)),
+        ("bad and bad", "bad", 7, None),  # twice, and not there
+        ("bad and bad", "good", 0, None),
+        ("a bad film", "bad", -1, ("bad", 2)),
+        ("a bad film", " ", 1, None),
+    ],
+)
+def test_an_answer_is_looked_for_by_its_words(tmp_path, context, text, start, wanted):
+    filler = ("the town", [("town", 4)], [("the", 0)])
+    found = read_squad(squad(tmp_path, (context, [(text, start)]), filler), for_training=True)
+    if wanted is None:
+        assert [question.id for question in found.questions] == ["q2", "q3"] and found.num_found == 0
+        assert found.left_out.record() == {LOST: {"count": 1, "named": ["q1"]}}
+        return
+    assert found.questions[0].answers == (wanted,) and not found.left_out
+    assert context[wanted[1] : wanted[1] + len(wanted[0])] == wanted[0] and " ".join(wanted[0].split()) == text.strip()
+    assert found.num_found == (wanted[1] != start)
+
+
+def test_no_answer_is_taught_only_where_the_file_says_so(tmp_path):
+    path = squad(tmp_path, ("the town", None, [], [("town", 4)]))
+    found = read_squad(path, for_training=True)
+    assert [question.id for question in found.questions] == ["q1", "q3"]
+    assert found.left_out.sentences("x") == ["x: left out: questions with neither an answer nor is_impossible: 1 (q2)"]
+
+
+def test_a_file_in_which_most_answers_are_lost_is_refused(tmp_path):
+    path = squad(tmp_path, ("town and town", [("town", 1)], [("town", 2)], [("and", 5)]))
+    with pytest.raises(UserError, match="most answers do not stand(.|\n)*2 of 3 questions"):
+        read_squad(path, for_training=True)
+
+
+def test_an_evaluation_takes_answers_without_a_place(tmp_path):
+    path = squad(tmp_path, ("town and town", [("town", -1), ("Town", 99)], []))
+    found = read_squad(path, for_training=False)
+    assert [question.answers for question in found.questions] == [(("town", -1), ("Town", 99)), ()]
+    assert not found.left_out and found.num_found == 0
+
+
+def test_an_answer_that_no_window_holds_whole_is_left_out(tokenizer):
+    context = "good bad film the a was it plot who"
+    asked = [question(context, answer) for answer in ("bad film the a was it plot", "film")]
+    sizes = {"max_length": 12, "doc_stride": 2, "max_query_length": 2}
+    left_out = LeftOut()
+    rows, found = squad_windows(asked, tokenizer, **sizes, left_out=left_out)
+    assert {window.question for window in found} == {1} and rows.targets_R.any()
+    assert {reason: told["count"] for reason, told in left_out.record().items()} == {
+        "tokens at the ends of long questions": 2,
+        "questions whose answer no window holds whole": 1,
+    }
+    _, every = squad_windows(asked, tokenizer, **sizes)
+    assert {window.question for window in every} == {0, 1}
+
+
+def test_half_a_surrogate_pair_and_a_file_that_is_too_large_are_named(tmp_path):
+    path = squad(tmp_path, ("a bad\ud800 film", [("bad", 2)]))
+    with pytest.raises(UserError, match=r"paragraphs\[0\]: 'context' holds half a surrogate pair at character 5"):
+        read_squad(path, for_training=True)
+    with open(path, "wb") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(UserError, match="too large"):
+        read_squad(path, for_training=False)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_file(tmp_path):
+    path = squad(tmp_path, ("the town", [("town", 4)]))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(read_squad(path, for_training=True).questions) == 1
+
+
+def test_a_file_of_which_nothing_is_left_is_refused(tmp_path, tokenizer):
+    found = read_squad(squad(tmp_path, ("town and town", [], [])), for_training=True)
+    sizes = {"max_length": 12, "doc_stride": 2, "max_query_length": 2}
+    with pytest.raises(UserError, match="no question is left(.|\n)*neither an answer nor is_impossible: 2"):
+        squad_windows(found.questions, tokenizer, **sizes, left_out=found.left_out)

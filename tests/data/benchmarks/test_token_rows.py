@@ -9,6 +9,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 
 from cook.data.benchmarks.glue import GLUE_TASKS, GlueRow
 from cook.data.benchmarks.token_rows import TokenRows, glue_rows, ordered_batches
+from cook.data.left_out import LeftOut
 from cook.data.loader import RowLoader
 from cook.data.token_loss import model_inputs
 from tests.recipe.benchmarks.tiny_task import CONFIG, SPECIAL, WORDS
@@ -95,7 +96,7 @@ def test_the_fingerprint_sees_every_part():
 
 def test_pairs_and_scores(tokenizer):
     pair = GlueRow(first="good film", second="bad", target=2.5)
-    made = glue_rows(GLUE_TASKS["STS-B"], [pair], tokenizer, 16)
+    made = glue_rows(GLUE_TASKS["STS-B"], [pair], tokenizer, 16, LeftOut())
     batch = made.batch(np.array([0]))
     assert batch["input_ids"].tolist() == [[2, 5, 7, 3, 6, 3]]
     assert batch["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1]]
@@ -104,12 +105,16 @@ def test_pairs_and_scores(tokenizer):
 
 def test_the_longer_text_of_a_pair_is_cut(tokenizer):
     long = GlueRow(first="good film the a", second="bad", target=0)
-    made = glue_rows(GLUE_TASKS["RTE"], [long], tokenizer, 6)
+    left_out = LeftOut()
+    made = glue_rows(GLUE_TASKS["RTE"], [long], tokenizer, 6, left_out)
     assert made.batch(np.array([0]))["input_ids"].tolist() == [[2, 5, 7, 3, 6, 3]]
 
 
 def test_a_single_text_is_cut(tokenizer):
-    made = glue_rows(GLUE_TASKS["CoLA"], [GlueRow(first="good film the", second=None, target=1)], tokenizer, 4)
+    left_out = LeftOut()
+    texts = [GlueRow(first=text, second=None, target=1) for text in ("good film the", "good film")]
+    made = glue_rows(GLUE_TASKS["CoLA"], texts, tokenizer, 4, left_out)
+    assert left_out.record() == {"ends of rows longer than 4 tokens": {"count": 1, "named": []}}
     assert made.batch(np.array([0]))["input_ids"].tolist() == [[2, 5, 7, 3]]
 
 

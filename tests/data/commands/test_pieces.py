@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 
 import pytest
@@ -12,6 +13,9 @@ from cook.base.errors import UserError
 from cook.data.commands import pieces
 from cook.data.commands.pieces import (
     COUNTS,
+    EMPTY,
+    RESTS,
+    UNKNOWN,
     Settings,
     documents,
     format_of,
@@ -20,6 +24,7 @@ from cook.data.commands.pieces import (
     parts_of,
     records_of,
 )
+from cook.data.left_out import LeftOut
 from tests.data.cpm_tasks.letters import Letters
 
 
@@ -53,9 +58,9 @@ def test_the_format_follows_from_the_names(tmp_path):
     assert format_of(["a.jsonl", "b.json"]) == "jsonl" and format_of(["a.jsonl", "b.txt"]) == "lines"
     for name in ("b.txt", "a.txt", "c.jsonl"):
         (tmp_path / name).write_text("x")
-    named = input_files([str(tmp_path / "b.txt"), str(tmp_path)], "lines")
+    named = input_files([str(tmp_path / "b.txt"), str(tmp_path)], "lines", LeftOut())
     assert [name for _, name in named] == ["b.txt", "a.txt", "c.jsonl"]
-    assert [name for _, name in input_files([str(tmp_path)], "jsonl")] == ["c.jsonl"]
+    assert [name for _, name in input_files([str(tmp_path)], "jsonl", LeftOut())] == ["c.jsonl"]
 
 
 @pytest.mark.parametrize("format", ["lines", "text", "jsonl"])
@@ -83,8 +88,19 @@ def test_unknown_tokens_are_left_out_before_the_text_is_cut(tmp_path):
         version=1,
         block_size=4096,
     )
-    counts = dict.fromkeys(COUNTS, 0)
-    (record,) = records_of(parts_in(tmp_path / "x.txt", 1000)[0], settings, Letters(), counts)
+    counts, left_out = dict.fromkeys(COUNTS, 0), LeftOut()
+    (record,) = records_of(parts_in(tmp_path / "x.txt", 1000)[0], settings, Letters(), counts, left_out)
     assert record.tokens.tolist() == [6, ord("a"), ord("b"), *[ord("c")] * 32, 7]
     assert record.task == 2 and record.segments == ((36, 2, 1),)
-    assert counts == {"documents": 2, "tokens": 34, "dropped": 8, "unknown": 140, "records": 0}
+    assert counts == {"documents": 2, "tokens": 34, "records": 0}
+    assert {reason: told["count"] for reason, told in left_out.record().items()} == {UNKNOWN: 140, EMPTY: 1, RESTS: 8}
+
+
+def test_a_compressed_file_is_one_part_with_the_lines_of_the_plain_one(tmp_path):
+    content = "\ufeff" + "".join(f"line {n}\n" for n in range(50))
+    (tmp_path / "a.txt").write_text(content, encoding="utf-8")
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(content.encode()))
+    for format in ("lines", "text"):
+        plain = [text for part in parts_in(tmp_path / "a.txt", 1 << 20) for text in documents(part, format, "text")]
+        (part,) = parts_in(tmp_path / "a.txt.gz", 20)
+        assert list(documents(part, format, "text")) == plain and plain[0].startswith("line 0")

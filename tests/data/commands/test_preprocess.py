@@ -67,7 +67,7 @@ def test_records_follow_the_rules(tmp_path, texts, corpus, tokenizer, tokenizer_
     assert all(r[:5] in ([1, 1, len(r) - 5, 1, 0], [2, 1, len(r) - 5, 2, 1]) for r in found)
     masked = sum(record[0] == 1 for record in found) / len(found)
     assert abs(masked - 0.5) < 4 * (0.25 / len(found)) ** 0.5
-    assert f"{len(expected)} records of 120 documents" in printed and f"left out: {dropped} tokens" in printed
+    assert f"{len(expected)} records of 120 documents" in printed and f"shorter than 32 tokens: {dropped:,}" in printed
 
 
 def test_json_lines_and_the_share_of_masked_pieces(tmp_path, texts, tokenizer, tokenizer_path, run):

@@ -86,7 +86,7 @@ def test_rows_hold_every_token_once(made, tmp_path):
     folder, _ = made
     tokenizer = SentencePieceTokenizer.load(folder / "x.model")
     data = section(type="cpm_live", paths=(str(folder / "live"),), held_out=0.03, max_length=MAX_LENGTH)
-    train, held_out, _ = open_task_rows(data, tokenizer, prompt_length=PROMPT, cache=tmp_path, seed=0)
+    train, held_out, *_ = open_task_rows(data, tokenizer, prompt_length=PROMPT, cache=tmp_path, seed=0)
     records = reference.read_folder(folder / "live", BLOCK)
     expected = np.bincount(np.concatenate([record[5:] for record in records]), minlength=8000)
     found, told = np.zeros(8000, np.int64), 0

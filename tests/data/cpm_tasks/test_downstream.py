@@ -8,6 +8,7 @@ import pytest
 from cook.base.errors import UserError
 from cook.data.cpm_live.records import read_record
 from cook.data.cpm_tasks.downstream import choice_token, record_of
+from cook.data.left_out import LeftOut
 from tests.data.cpm_tasks.letters import Letters
 
 PROMPT, ENDS = 4, [1 if ord(c) > 399 else ord(c) for c in "[是否正确]"]
@@ -26,8 +27,9 @@ def tuned_on(value, max_length):
     return whole, context, targets
 
 
-def numbers(value, max_length=64):
-    return record_of(value, "f, line 3", Letters(), max_length=max_length, prompt_length=PROMPT).numbers()
+def numbers(value, max_length=64, left_out=None):
+    sizes = {"max_length": max_length, "prompt_length": PROMPT}
+    return record_of(value, "f, line 3", Letters(), **sizes, left_out=left_out or LeftOut()).numbers()
 
 
 @pytest.mark.parametrize("max_length", [64, 30, 14])

@@ -32,7 +32,7 @@ def opened(tmp_path, data, **options):
 
 
 def test_binary_data_is_split_packed_and_kept(tmp_path, folder, monkeypatch):
-    train, held_out, files = opened(tmp_path, section(type="cpm_live", paths=(str(folder),)))
+    train, held_out, files, _ = opened(tmp_path, section(type="cpm_live", paths=(str(folder),)))
     assert {name: size for name, (size, _) in files.items()} == {
         str(folder / name): (folder / name).stat().st_size for name in "ab"
     }
@@ -40,7 +40,7 @@ def test_binary_data_is_split_packed_and_kept(tmp_path, folder, monkeypatch):
     assert sorted(np.concatenate(parts).tolist()) == list(range(300)) and 10 < len(parts[1]) < 60
     assert train.fingerprint == held_out.fingerprint
     monkeypatch.setattr(load, "pack_records", lambda *_, **__: pytest.fail("packed again"))
-    again, _, _ = opened(tmp_path, section(type="cpm_live", paths=(str(tmp_path / "li*"),)), build=False)
+    again, *_ = opened(tmp_path, section(type="cpm_live", paths=(str(tmp_path / "li*"),)), build=False)
     assert again.fingerprint == train.fingerprint and len(again) == len(train)
 
 
@@ -53,7 +53,7 @@ def test_a_separate_folder_to_evaluate_on(tmp_path, folder):
     other = reference.random_records(np.random.default_rng(1), 20, vocab=400)
     reference.write_folder(tmp_path / "other", {"a": other}, version=2, block_size=4096)
     data = section(type="cpm_live", paths=(str(folder),), held_out_paths=(str(tmp_path / "other"),), held_out=0)
-    train, held_out, _ = opened(tmp_path, data)
+    train, held_out, *_ = opened(tmp_path, data)
     assert len(train.records(np.arange(len(train)))[0]) == 300
     assert len(held_out.records(np.arange(len(held_out)))[0]) == 20
 
@@ -62,7 +62,7 @@ def test_downstream_lines(tmp_path):
     objects = [{"input": f"{a}+{b}=", "target": str(a + b)} for a in range(10) for b in range(10)]
     objects += [{"input": "?", "options": ["a", "b"], "target": n % 2} for n in range(10)]
     (tmp_path / "x.jsonl").write_text("\n\n".join(map(json.dumps, objects)))
-    train, held_out, _ = opened(tmp_path, section(type="downstream", paths=(str(tmp_path / "x.jsonl"),)))
+    train, held_out, *_ = opened(tmp_path, section(type="downstream", paths=(str(tmp_path / "x.jsonl"),)))
     batch = train.batch(np.arange(len(train)))
     assert train.num_targets(np.arange(len(train))).sum() == num_told(batch) > 0
     assert sum(len(rows.records(np.arange(len(rows)))[0]) for rows in (train, held_out)) == 110

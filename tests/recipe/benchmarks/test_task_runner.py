@@ -9,11 +9,22 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
+from cook.families.encoder import Encoder
 from cook.sparsity.matrices import encoder_matrices
 from cook.sparsity.pattern_file import read_pattern_masks
-from tests.recipe.benchmarks.tiny_task import record, task, tasks, write_model, write_pairs, write_squad, write_sst2
+from tests.recipe.benchmarks.tiny_task import (
+    CONFIG,
+    record,
+    task,
+    tasks,
+    write_model,
+    write_pairs,
+    write_squad,
+    write_sst2,
+)
 
 SST = {"task_name": "SST-2"}
 TILES = SST | {"pruning_type": "8", "sparsities": "50 75"}
@@ -59,6 +70,8 @@ CASES: dict[str, tuple[str, dict[str, str]]] = {
         "pretrain",
         {"task_name": "MNLI", "output_dir": "mnli", "model": "model", "tensorboard": "true"},
     ),
+    "other classes": ("prune", TILES | {"finetuned": "mnli/pretrain/model", "output_dir": "other"}),
+    "ids beyond": ("pretrain", SST | {"model": "small", "output_dir": "small out"}),
     "squad": ("pretrain", SQUAD | {"model": "model"}),
     "squad prune": ("prune", SQUAD | {"pruning_type": "5"}),
 }
@@ -68,6 +81,7 @@ CASES: dict[str, tuple[str, dict[str, str]]] = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
     write_model(folder / "model")
+    write_model(folder / "small", vocab_size=CONFIG["vocab_size"] - 2)
     write_sst2(folder / "data")
     write_squad(folder / "data", "2.0")
     write_pairs(folder / "data")
@@ -95,6 +109,8 @@ def masks(*path: str | Path) -> dict[str, torch.Tensor]:
         ("nothing to export", "no stage has finished"),
         ("pretrain otherwise", "finished with other settings"),
         ("no trained head", "no trained head for SST-2"),
+        ("other classes", "contradiction, entailment, neutral, not 0, 1 (negative, positive)"),
+        ("ids beyond", "token ids that the model does not have"),
         ("granularity", "24"),
         ("falling", "must rise"),
         ("quirk", "unknown name 'rev'"),
@@ -104,6 +120,18 @@ def masks(*path: str | Path) -> dict[str, torch.Tensor]:
 )
 def test_what_is_refused(told, case, error):
     assert error in told[case]["error"]
+
+
+@pytest.mark.parametrize("family", ["Bert", "Roberta"])
+def test_the_longest_row_is_what_the_stock_model_reads(family):
+    config = getattr(transformers, f"{family}Config")(**CONFIG)
+    model = getattr(transformers, f"{family}ForSequenceClassification")(config)
+    encoder = Encoder(config=config, head="classes", weights={}, fresh=(), notes=(), tokenizer=None)
+    longest = encoder.max_length
+    assert longest > 40
+    model(torch.full((1, longest), 7))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, longest + 1), 7))
 
 
 def test_the_dense_model_learns_and_is_not_trained_twice(told, folder):

@@ -53,13 +53,13 @@ OPTIONS = dict(
 )
 
 
-def write_model(folder: Path) -> None:
+def write_model(folder: Path, **changes: Any) -> None:
     """A stock BERT folder with a vocabulary of a few words."""
     folder.mkdir(parents=True)
     (folder / "vocab.txt").write_text("\n".join((*SPECIAL, *WORDS)) + "\n")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = BertForSequenceClassification(BertConfig(**CONFIG))
+        model = BertForSequenceClassification(BertConfig(**CONFIG | changes))
     model.bert.save_pretrained(folder)
     BertTokenizer(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
 

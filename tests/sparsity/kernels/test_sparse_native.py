@@ -209,6 +209,38 @@ def test_the_library_is_built_once_where_nobody_else_can_write(monkeypatch, tmp_
     assert sparse_build.library() is not None and built.stat().st_mtime_ns == made_at
 
 
+@pytest.mark.parametrize("case", ["another user's", "open to others", "a link"])
+def test_a_library_that_another_user_may_have_put_there_is_not_loaded(case, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    sparse_build.library.cache_clear()
+    assert sparse_build.library() is not None
+    (built,) = (tmp_path / "cook").iterdir()
+    if case == "another user's":
+        if os.getuid() != 0:
+            pytest.skip("only root can give a file away")
+        os.chown(built, 12345, 12345)
+    elif case == "open to others":
+        built.chmod(0o777)
+    else:
+        built.rename(tmp_path / "elsewhere.so")
+        built.symlink_to(tmp_path / "elsewhere.so")
+    before = built.stat().st_ino
+    opened = []
+    monkeypatch.setattr(sparse_build.ctypes, "CDLL", lambda path: opened.append(os.stat(path).st_ino))
+    sparse_build.library.cache_clear()
+    sparse_build.library()
+    found = built.lstat()
+    assert opened == [found.st_ino] and found.st_ino != before, "it was built again, and that one is loaded"
+    assert found.st_uid == os.getuid() and stat.S_IMODE(found.st_mode) == 0o700 and stat.S_ISREG(found.st_mode)
+
+
+def test_a_compiler_named_by_blanks_is_none_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", "   ")
+    sparse_build.library.cache_clear()
+    assert sparse_build.library() is not None
+
+
 @pytest.mark.parametrize("case", ["open to others", "damaged", "no home"])
 def test_where_nothing_can_be_kept_it_is_built_for_this_process(case, tmp_path):
     folder, environment = tmp_path / "cook", {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "TMPDIR": str(tmp_path)}

@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cook.base.errors import UserError
+from cook.base.errors import RunFailed, UserError
 from cook.evaluation.equality import largest_difference
+from cook.export import pruned_folder as prune
+from cook.export.pruned_folder import mask_model, prune_to_folder, reshaped_source
 from cook.families.source import load_model, open_model
-from cook.pruning import prune
 from cook.pruning.mask_file import read_masks
 from cook.pruning.mask_set import without_empty_blocks
-from cook.pruning.prune import mask_model, prune_to_folder, reshaped_source
 from tests.models.cpm_ant_tiny import RAGGED, random_batch
 from tests.tiny_families import tiny_source as tiny_stock
 from tests.tiny_pruning import ADAPTER, config_of, random_masks, tiny_source, tiny_space
@@ -156,7 +156,7 @@ def test_a_failure_leaves_the_old_export_and_no_rubbish(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(prune, "write_live_format", full)
-    with pytest.raises(OSError):
+    with pytest.raises(RunFailed, match="No space left"):
         pruned(tmp_path, {"layers.0.att": torch.zeros(1)})
     assert sorted((p.name, p.stat().st_mtime_ns) for p in result.folder.rglob("*")) == before
     assert [p.name for p in tmp_path.iterdir()] == ["small"]
@@ -205,15 +205,16 @@ PEAK = """
     import dataclasses, sys
     import torch
     from pathlib import Path
-    from cook.families.source import open_model
-    from cook.pruning.prune import prune_to_folder
+    from cook.families.source import Stored, open_model
+    from cook.export.pruned_folder import prune_to_folder
 
     def run(path, output, *, eager=False, **kept):
         source = open_model(path)
         space = source.adapter.space(source.config)
         masks = {g.name: (torch.arange(g.size) < kept[g.kind]).float() for g in space.groups if g.kind in kept}
         if eager:
-            source = dataclasses.replace(source, tensors={n: t.clone() for n, t in source.tensors.items()})
+            tensors = {n: t.clone() for n, t in source.tensors.items()}
+            source = dataclasses.replace(source, tensors=tensors, stored=Stored({}))
         prune_to_folder(source, space, masks, Path(output))
 
     def peak():

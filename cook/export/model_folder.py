@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,9 +12,6 @@ import torch
 from cook.base.files import write_json
 from cook.base.tensor_files import ShardWriter, open_safetensors_folder
 from cook.pruning.family import Adapter
-
-TOKENIZER_FILES = ("tokenizer", "special_tokens", "vocab", "merges", "generation_config", "chat_template")
-"""How the names of files begin that go along with a model."""
 
 
 class SavesTokenizer(Protocol):
@@ -40,14 +36,14 @@ def write_model_folder(
 ) -> None:
     """Writes weights (as they come, shard by shard), `config.json`, and the modeling file if the family needs one.
 
-    The result loads with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`, cook or no cook.
+    The result loads with transformers' Auto classes, cook or no cook.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = None
+    dtype, file_names = None, adapter.file_names(config)
     with ShardWriter(folder, shard_bytes) as writer:
         for name, tensor in tensors:
             dtype = dtype or str(tensor.dtype).removeprefix("torch.")
-            writer.add(name, tensor)
+            writer.add(file_names.get(name, name), tensor)
     plain = dict(config) | {"dtype": dtype}
     modeling = adapter.modeling(config)
     if modeling:
@@ -70,18 +66,6 @@ def copy_generation_config(source: Path, folder: Path) -> None:
         shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
 
 
-def copy_tokenizer(source: Path, folder: Path) -> bool:
-    """Copies the tokenizer's files and the generation config of another model folder; False if it has none."""
-    names = [
-        path
-        for path in (sorted(source.iterdir()) if source.is_dir() else ())
-        if path.is_file() and (path.name.startswith(TOKENIZER_FILES) or path.suffix == ".model")
-    ]
-    for path in names:
-        shutil.copyfile(path, folder / path.name)
-    return any(path.name.startswith("tokenizer") for path in names)
-
-
 def write_live_format(folder: Path, adapter: Adapter, config: Mapping[str, Any], stem: str) -> str | None:
     """Adds the family's own `.pt` + JSON to a model folder, where that format can hold the model.
 
@@ -92,8 +76,8 @@ def write_live_format(folder: Path, adapter: Adapter, config: Mapping[str, Any],
     if isinstance(live, str):
         return live
     tensors = open_safetensors_folder(folder)
-    aside = folder / f".{stem}.pt.tmp"
-    torch.save(dict(tensors.items()), aside)  # the tensors are mapped from the safetensors files, not read whole
-    os.replace(aside, folder / f"{stem}.pt")
+    # Through a file object: a full disk is an OSError then, and not an assertion of PyTorch's archive writer.
+    with open(folder / f"{stem}.pt", "wb") as file:
+        torch.save(dict(tensors.items()), file)  # mapped from the safetensors files, not read whole
     write_json(folder / f"{stem}.json", live)
     return None

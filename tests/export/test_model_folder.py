@@ -1,13 +1,12 @@
 from __future__ import annotations
 
 import json
-import os
 
 import torch
 from safetensors.torch import load_file
 
+from cook.export.model_folder import write_model_folder, write_tokenizer
 from cook.families.cpm_ant import ADAPTER
-from cook.pruning.model_folder import copy_tokenizer, write_model_folder, write_tokenizer
 from tests.models.cpm_ant_tiny import tiny_model
 from tests.tiny_pruning import config_of
 
@@ -48,16 +47,3 @@ def test_a_tokenizer_and_its_ids(tmp_path):
     write_tokenizer(tmp_path, Tokenizer())
     ids = json.loads((tmp_path / "generation_config.json").read_text())
     assert ids == {"bos_token_id": 6, "eos_token_id": 7, "pad_token_id": 0}
-
-
-def test_tokenizer_files_are_copied_and_nothing_else(tmp_path):
-    source, target = tmp_path / "a", tmp_path / "b"
-    (source / "tokenizer").mkdir(parents=True)
-    target.mkdir()
-    wanted = ["generation_config.json", "special_tokens_map.json", "tokenizer.json", "vocab.txt", "x.model"]
-    for name in [*wanted, "model.safetensors", "README.md", "config.json"]:
-        (source / name).write_text(name)
-    assert copy_tokenizer(source, target) is True
-    assert sorted(os.listdir(target)) == wanted
-    assert copy_tokenizer(source / "vocab.txt", target) is False
-    assert copy_tokenizer(target.parent / "absent", target) is False

@@ -1,0 +1,212 @@
+"""Whether nothing was lost between a model's files and those of the reshaped model, by names and shapes alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+
+from cook.base.errors import UserError
+from cook.base.tensor_files import read_model_config
+from cook.families.source import ModelSource, open_model
+from cook.models import ragged
+from cook.pruning.counts import kept_shapes
+from cook.pruning.family import ModelConfig
+from cook.pruning.units import PruningSpace
+
+LAYER = re.compile(r"(.*?)\.?(?<![^.])\d+\.")
+AUTO_CLASSES = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForMultipleChoice": "multiple-choice",
+    "AutoModelForNextSentencePrediction": "text-classification",
+    "AutoModelForPreTraining": "fill-mask",
+    "AutoModel": "feature-extraction",
+}
+"""Classes that load a model, in the order in which they are tried, and the task that a hub lists its models under."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Account:
+    """What becomes of every tensor in a model's files."""
+
+    carried: tuple[str, ...]
+    """Names of tensors that the model does not use, such as heads of other tasks: they go along as they are."""
+    duplicates: tuple[str, ...]
+    """Second copies of tied weights, which the result does without."""
+    recomputed: tuple[str, ...]
+    """Tables that the model computes itself."""
+
+
+def account(source: ModelSource, space: PruningSpace) -> Account:
+    """Finds a place in the result for every tensor of the model's files.
+
+    Raises:
+        UserError: a tensor that has none.
+    """
+    files = _files(source)
+    used = source.stored_for(space.shapes) if source.stored else set(space.shapes)
+    rest = [name for name in files if name not in used]
+    if not rest:
+        return Account(carried=(), duplicates=(), recomputed=())
+    with torch.device("meta"):
+        model: Any = source.adapter.build(source.config)
+    tied, tables = _tied(model), {name for name, _ in model.named_buffers()} - set(model.state_dict())
+    patterns = (r"\.rotary_emb\.inv_freq$", r"\.masked_bias$", *(model._keys_to_ignore_on_load_unexpected or ()))
+    layers = {found[1] for group in space.groups if (found := LAYER.match(group.gate.module))}
+    prefix = f"{model.base_model_prefix}."
+    carried, duplicates, recomputed = [], [], []
+    for name in rest:
+        own = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in tied or n in tables), name)
+        layer = LAYER.match(name)
+        if own in tied:
+            if not torch.equal(files[name], source.tensors[tied[own]]):
+                raise UserError(
+                    f"{source.path}: {name!r} differs from {tied[own]!r}, to which the model's config ties it",
+                    remedy="set tie_word_embeddings to false in its config.json, or take the tensor out of the file",
+                )
+            duplicates.append(name)
+        elif own in tables or any(re.search(pattern, name) for pattern in patterns):
+            recomputed.append(name)
+        elif layer and any(layer[1] in (known, known.removeprefix(prefix)) for known in layers):
+            raise UserError(
+                f"{source.path}: the weights do not fit the model's config: {name!r} has no place in the model"
+            )
+        else:
+            carried.append(name)
+    return Account(carried=tuple(carried), duplicates=tuple(duplicates), recomputed=tuple(recomputed))
+
+
+def _files(source: ModelSource) -> Mapping[str, torch.Tensor]:
+    return source.stored or source.tensors
+
+
+def _tied(model: torch.nn.Module) -> dict[str, str]:
+    """Names of tied weights, and the first name of the same weight."""
+    first: dict[torch.Tensor, str] = {}
+    names = [(name, first.setdefault(weight, name)) for name, weight in model.named_parameters(remove_duplicate=False)]
+    return {name: kept for name, kept in names if name != kept}
+
+
+def check_folder(
+    folder: Path,
+    source: ModelSource,
+    space: PruningSpace,
+    kept: Mapping[str, int],
+    renamed: Mapping[str, str],
+    found: Account,
+) -> None:
+    """Checks that a written folder holds every weight that should be left, and that transformers takes each of them.
+
+    Args:
+        folder: The reshaped model.
+        source: The model before.
+        space: Its space.
+        kept: Units that each masked group keeps.
+        renamed: New names of weights whose layer was renumbered.
+        found: What becomes of the tensors outside of the space.
+
+    Raises:
+        UserError: a weight that is missing, left over or of another shape.
+    """
+    written, config = open_model(folder), read_model_config(folder)
+    expected = {renamed.get(name, name): shape for name, shape in kept_shapes(space, kept).items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in written.tensors.items()}
+    problems = [
+        f"{name!r} has the shape {shapes.get(name)}, not {shape}"
+        for name, shape in sorted(expected.items())
+        if shapes.get(name) != shape
+    ]
+    problems += [f"{name!r} is missing" for name in found.carried if name not in written.stored]
+    if len(written.stored) != len(expected) + len(found.carried):
+        problems.append(f"{len(written.stored)} tensors, not {len(expected)} and {len(found.carried)} carried along")
+    after = loading_report(config, {name: tuple(tensor.shape) for name, tensor in written.stored.items()})
+    if after is not None:
+        before = loading_report(source.config, {name: tuple(tensor.shape) for name, tensor in _files(source).items()})
+        lacked = set() if before is None else before["missing_keys"]
+        ignored = {*found.carried} if before is None else {*found.carried} & before["unexpected_keys"]
+        problems += [f"{name!r} is missing" for name in sorted(after["missing_keys"] - lacked)]
+        problems += [f"{name!r} has no place in it" for name in sorted(after["unexpected_keys"] - ignored)]
+        problems += [f"{entry[0]!r} has another shape" for entry in sorted(after["mismatched_keys"])]
+    if problems:
+        raise UserError(
+            f"{source.path}: pruned with these masks, the model is not what {_class_name(config)} loads",
+            wanted="every weight of the model, kept, cut, or removed by the masks",
+            got="; ".join(problems[:3]) + (f"; {len(problems) - 3} more" if len(problems) > 3 else ""),
+            remedy="nothing was written; the model's head or family cannot be pruned in this way"
+            + ("" if config.get("model_type") != ragged.MODEL_TYPE else ": try --uniform"),
+        )
+
+
+def transformers_class(config: ModelConfig) -> tuple[type[PreTrainedModel], PreTrainedConfig] | None:
+    """The class that transformers loads a model with, and its config; None for a family that it does not hold.
+
+    Ragged models are loaded by their modeling file's class.
+    """
+    if config.get("model_type") == ragged.MODEL_TYPE:
+        made = ragged.config_class(config["stock_type"]).from_dict(dict(config))
+        return ragged.model_class(made), made
+    name = str((config.get("architectures") or [""])[0])
+    if config.get("model_type") not in CONFIG_MAPPING or not hasattr(transformers, name):
+        return None
+    return getattr(transformers, name), CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+
+
+def loading_report(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
+    """What transformers says on loading weights of these names and shapes; None for a family that it does not hold.
+
+    Its keys are `missing_keys`, `unexpected_keys` and `mismatched_keys`. No weights are read or held.
+    """
+    found = transformers_class(config)
+    if found is None:
+        return None
+    made: Any = found[0]
+    zero = torch.zeros((), dtype=torch.bfloat16)
+    weights = {name: zero.expand(shape) for name, shape in shapes.items()}
+    with quiet():
+        _, report = made.from_pretrained(
+            None, config=found[1], state_dict=weights, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    return dict(report)
+
+
+def auto_class(config: ModelConfig) -> str:
+    """The name of the class that loads a model for its task."""
+    named = [name for name in config.get("auto_map", ()) if name != "AutoConfig"]
+    if named:
+        return named[0]
+    architecture = str((config.get("architectures") or [""])[0])
+    for name in AUTO_CLASSES:
+        held = getattr(transformers, name)._model_mapping._model_mapping.get(config.get("model_type"), ())
+        if architecture in ((held,) if isinstance(held, str) else held):
+            return name
+    return "AutoModel"
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps transformers' reports and progress bars off the screen: what they say is said by cook."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _class_name(config: ModelConfig) -> str:
+    return str((config.get("architectures") or [config.get("model_type")])[0])

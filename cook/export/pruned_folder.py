@@ -1,0 +1,143 @@
+"""Masks carried out on disk: a model folder in, a small dense model folder out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cook.base.errors import UserError
+from cook.base.tensor_files import LazyTensors, read_model_config
+from cook.export.check import Account, account, auto_class, check_folder, transformers_class
+from cook.export.model_folder import write_live_format, write_model_folder
+from cook.export.publish import published
+from cook.families.source import Stored
+from cook.pruning.attach import AttachedGates
+from cook.pruning.family import ModelSource
+from cook.pruning.mask_file import read_masks, write_mask_file
+from cook.pruning.mask_set import Masks, coarse_to_tensors, fine_to_tensors
+from cook.pruning.reshape import kept_units, reshaped
+from cook.pruning.units import PruningSpace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruned:
+    """A reshaped model on disk."""
+
+    folder: Path
+    config: dict[str, Any]
+    auto_class: str
+    """The class of transformers that loads it, such as `AutoModelForCausalLM`."""
+    needs_remote_code: bool
+    """False: a stock class loads it."""
+    live_obstacle: str | None
+    """Why the family's own format cannot hold it; None if that was written too, "" if it has no such format."""
+    account: Account
+    """What became of the tensors of the model's files that the family does not prune."""
+
+
+def prune_to_folder(
+    source: ModelSource, space: PruningSpace, masks: Masks, output: Path, *, record: Masks | None = None
+) -> Pruned:
+    """Reshapes a model tensor by tensor into `output`, which appears only when it is complete and checked.
+
+    Peak memory is one source tensor and one output shard.
+
+    Args:
+        source: The masked model.
+        space: Its space.
+        masks: 0/1 per unit, by group name.
+        output: The folder to write; an earlier export there is replaced.
+        record: Masks to keep in the folder in place of `masks`.
+
+    Raises:
+        UserError: a weight that has no place in the result, or an `output` that must not be replaced.
+        RunFailed: a file that cannot be written or read.
+    """
+    with published(output, source=source.path) as folder:
+        pruned = write_pruned(source, space, masks, folder, record=record)
+    return replace(pruned, folder=output)
+
+
+def write_pruned(
+    source: ModelSource, space: PruningSpace, masks: Masks, folder: Path, *, record: Masks | None = None
+) -> Pruned:
+    """Reshapes a model tensor by tensor into a new folder, and checks that every weight has its place there."""
+    found = account(source, space)
+    kept = kept_units(space, masks)
+    shrunk = source.adapter.shrink(source.config, space, kept)
+    config = _with_architecture(shrunk.config, source.config)
+    files = source.stored or source.tensors
+    native = LazyTensors(
+        {name: partial(source.tensors.__getitem__, name) for name in source.tensors if name in space.shapes}
+    )
+    tensors = ((shrunk.renamed.get(name, name), tensor) for name, tensor in reshaped(native, space, masks))
+    carried = ((name, files[name]) for name in found.carried)
+    write_model_folder(folder, source.adapter, config, chain(tensors, carried))
+    obstacle = write_live_format(folder, source.adapter, config, "cpm_live")
+    record = masks if record is None else record
+    write_mask_file(folder / "masks" / "coarse.pt", coarse_to_tensors(space, record))
+    fine = _fine_if_even(space, record)
+    if fine:
+        write_mask_file(folder / "masks" / "fine.pt", fine)
+    check_folder(folder, source, space, {name: len(units) for name, units in kept.items()}, shrunk.renamed, found)
+    return Pruned(
+        folder=folder,
+        config=config,
+        auto_class=auto_class(read_model_config(folder)),
+        needs_remote_code=source.adapter.modeling(config) is not None,
+        live_obstacle=obstacle,
+        account=found,
+    )
+
+
+def _with_architecture(config: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    # A head that only goes along with the model keeps its class: the file holds all that the class needs.
+    named = before.get("architectures") or []
+    if config["model_type"] == before["model_type"] and transformers_class(before) is not None:
+        return config | {"architectures": list(named)}
+    return config
+
+
+def reshaped_source(source: ModelSource, space: PruningSpace, masks: Masks) -> ModelSource:
+    """The same in memory: the small model's config and weights."""
+    shrunk = source.adapter.shrink(source.config, space, kept_units(space, masks))
+    tensors = {shrunk.renamed.get(name, name): tensor for name, tensor in reshaped(source.tensors, space, masks)}
+    return replace(source, config=shrunk.config, tensors=tensors, stored=Stored({}))
+
+
+def open_masks(
+    source: ModelSource, *, coarse: str | None = None, heads: str | None = None, dimff: str | None = None
+) -> tuple[PruningSpace, dict[str, torch.Tensor]]:
+    """The masks in some files, and the model's space with the units of attention that they speak of.
+
+    Raises:
+        UserError: a file that is not a mask, is another model's, or contradicts another one.
+    """
+    spaces = [source.adapter.space(source.config, unit) for unit in source.adapter.head_units(source.config)]
+    problem: UserError | None = None
+    for space in spaces:
+        try:
+            return space, read_masks(space, coarse=coarse, heads=heads, dimff=dimff)
+        except UserError as error:
+            problem = problem or error
+    assert problem is not None
+    raise problem
+
+
+def _fine_if_even(space: PruningSpace, masks: Masks) -> dict[str, torch.Tensor]:
+    # The masks in the folder are a record; a model that was ragged before has no file layout to be recorded in.
+    try:
+        return fine_to_tensors(space, masks)
+    except UserError:
+        return {}
+
+
+def mask_model(model: torch.nn.Module, space: PruningSpace, masks: Mapping[str, torch.Tensor]) -> AttachedGates:
+    """Attaches fixed masks to a whole model."""
+    return AttachedGates(model, [group for group in space.groups if group.name in masks], masks)

@@ -1,0 +1,96 @@
+"""Programs other than transformers that read model folders, and what they misread in pruned ones.
+
+A stock folder holds all that its class needs, but some programs compute a size that the config states. This table is
+the one place that says so: exports warn by it, and documentation can be made from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cook.families.stock_models import config_object, is_ragged
+from cook.pruning.family import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Misreading:
+    """Something that a program assumes and that a pruned model of these families can break."""
+
+    consumer: str
+    """The program and the version that was run or read."""
+    model_types: frozenset[str]
+    """Families, by the `model_type` of config.json."""
+    applies: Callable[[ModelConfig], bool]
+    """Whether a model with this config breaks the assumption."""
+    assumes: str
+    """The assumption."""
+    effect: str
+    """What happens then."""
+    was_run: bool
+    """True: a test runs the program. False: its source was read."""
+
+
+def _has_own_head_size(config: ModelConfig) -> bool:
+    """Whether the size of a head is not the hidden size divided by the heads, as after fewer heads."""
+    return config["hidden_size"] != config["head_dim"] * config["num_attention_heads"]
+
+
+def _has_own_layer_types(config: ModelConfig) -> bool:
+    """Whether windowed and full layers come in another order than the family's own, as after fewer layers."""
+    rest = {name: value for name, value in config.items() if name != "layer_types"}
+    return config["layer_types"] != config_object(rest).layer_types
+
+
+HEAD_SIZE = "head_dim = hidden_size / num_attention_heads"
+MISREADINGS = (
+    Misreading(
+        consumer="CTranslate2 4.8",
+        model_types=frozenset({"llama", "qwen2"}),
+        applies=_has_own_head_size,
+        assumes=HEAD_SIZE,
+        effect="it converts the model, then either fails when it runs or returns wrong results without an error",
+        was_run=True,
+    ),
+    Misreading(
+        consumer="vLLM",
+        model_types=frozenset({"qwen2"}),
+        applies=_has_own_head_size,
+        assumes=HEAD_SIZE,
+        effect="the weights do not fit the layers that it builds",
+        was_run=False,
+    ),
+    Misreading(
+        consumer="llama.cpp",
+        model_types=frozenset({"phi3"}),
+        applies=_has_own_head_size,
+        assumes=HEAD_SIZE,
+        effect="its converter writes a wrong number of rotary dims, and the weights do not fit when it loads the file",
+        was_run=False,
+    ),
+    Misreading(
+        consumer="llama.cpp",
+        model_types=frozenset({"gemma2", "gemma3_text"}),
+        applies=_has_own_layer_types,
+        assumes="windowed and full attention alternate as in the published models",
+        effect="it returns wrong results without an error (of Gemma 2 on texts longer than the window)",
+        was_run=False,
+    ),
+)
+"""CTranslate2 reads `head_dim` of Mistral, Qwen3, Gemma 2 and Gemma 3, and does not read Phi-3 and GPT-NeoX as
+transformers 5 loads them. Of vLLM and llama.cpp no other misreading is known; not every family's source was read.
+ONNX Runtime runs graphs that torch exports from the model itself, so nothing can be misread."""
+RAGGED = (
+    "only transformers with trust_remote_code=True reads it: CTranslate2, vLLM and llama.cpp have no model of this type"
+)
+
+
+def misread_by(config: ModelConfig) -> list[str]:
+    """A sentence for every program that would misread a model with this config, for messages and model cards."""
+    if is_ragged(config):
+        return [RAGGED]
+    return [
+        f"{m.consumer} assumes {m.assumes}, which does not hold here: {m.effect}"
+        for m in MISREADINGS
+        if config.get("model_type") in m.model_types and m.applies(config)
+    ]

@@ -1,0 +1,274 @@
+"""Reshaping: writes the small dense model that computes exactly what the masked one did (`python do_prune.py`)."""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from cook.base.batches import Batch
+from cook.base.errors import RunFailed, UserError
+from cook.base.files import read_json, sha256, write_atomically
+from cook.base.versions import check_versions
+from cook.config.load import load_config
+from cook.config.types import RunConfig
+from cook.evaluation.equality import answers, difference
+from cook.evaluation.speed import LARGEST_TIMED, pass_seconds
+from cook.evaluation.witness import masked_model, written_model
+from cook.export.check import AUTO_CLASSES
+from cook.export.companions import Companions, copy_companions, name_tokenizer_class
+from cook.export.pruned_folder import Pruned, open_masks, write_pruned
+from cook.export.publish import published
+from cook.families.consumers import misread_by
+from cook.families.registry import stock_type
+from cook.families.source import load_model, open_model
+from cook.pruning.counts import forward_flops, parameters
+from cook.pruning.family import ModelSource
+from cook.pruning.mask_set import Masks, kept_counts
+from cook.pruning.pad import padded
+from cook.pruning.units import PruningSpace
+from cook.recipe.plan import MaskPaths, Stage
+from cook.recipe.summary import check_masks, finished_stages, ladder_row, masks_after, sample_batches
+from cook.report.human import human_count
+from cook.report.model_card import MaskFile, ModelCard, model_card
+from cook.report.tables import markdown_table
+from cook.training.checkpoint import stored_weights
+
+TOLERANCE = 1e-5
+"""Largest allowed relative difference of the logits: rounding of products whose sums are in another order."""
+COMPARED_LOGITS = 1 << 27
+"""Logits to compare at most, where rows are of 512 tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReshapeOptions:
+    """What the command line says; what is not given is taken from the run's config."""
+
+    config: str | None = None
+    """Path of the run's `bmcook.json`; None: `config/bmcook.json`, unless `model` is given."""
+    overrides: Sequence[str] = ()
+    """Changes to the config, `KEY=VALUE`."""
+    model: str | None = None
+    """A model folder, a CPM-Live `.pt` file, or a training checkpoint of any ZeRO stage."""
+    model_config: str | None = None
+    """The model's JSON, where it does not lie beside the weights."""
+    masks: MaskPaths = field(default_factory=MaskPaths)
+    """Mask files."""
+    output: str | None = None
+    """Folder to write."""
+    uniform: bool = False
+    """Pad all blocks with zero units to the size of the largest, so that a stock class holds the result."""
+    verify: bool = False
+    """Compare the outputs of the masked and the reshaped model before the result is published."""
+    time: bool = False
+    """Measure the speed of both models."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is to be pruned, and to where."""
+
+    model: str
+    masks: MaskPaths
+    output: str
+    config: RunConfig | None
+    """The run that all this was taken from, if it was."""
+    stages: list[Stage]
+    """The finished stages of that run."""
+
+
+def find_job(options: ReshapeOptions) -> Job:
+    """What the command line names, filled up from the run's config.
+
+    Raises:
+        UserError: no stage has finished yet, or no output folder is known.
+    """
+    given = options.masks
+    config = None
+    if options.config or not options.model:
+        config = load_config(options.config or "config/bmcook.json", list(options.overrides))
+    output = options.output or (f"{config.output_dir}/pruned" if config else None)
+    if output is None:
+        raise UserError("where to write the small model?", remedy="give --output DIR")
+    if options.model:
+        return Job(model=options.model, masks=given, output=output, config=config, stages=[])
+    assert config is not None
+    stages = finished_stages(config)
+    if not stages:
+        raise UserError(
+            f"no stage has finished under {config.output_dir}",
+            remedy="train first (bash scripts/prune_cpm_ant.sh), or give --model and masks",
+        )
+    check_masks(stages[-1])
+    own = masks_after(stages[-1])
+    masks = MaskPaths(layer=given.layer or own.layer, heads=given.heads or own.heads, dimff=given.dimff or own.dimff)
+    return Job(model=str(stages[-1].folder / "model"), masks=masks, output=output, config=config, stages=stages)
+
+
+def reshape_run(options: ReshapeOptions) -> None:
+    """Finds model and masks; then reshapes, checks, and publishes the result.
+
+    Raises:
+        UserError: no model or masks, or some that do not fit.
+        RunFailed: the result is not what the masked model computes, or cannot be written.
+    """
+    check_versions()
+    job = find_job(options)
+    model_config = read_json(options.model_config) if options.model_config else None
+    source = open_model(job.model, config=model_config, read_checkpoint=stored_weights)
+    space, masks = open_masks(source, coarse=job.masks.layer, heads=job.masks.heads, dimff=job.masks.dimff)
+    if not masks:
+        if job.stages and job.stages[-1].pattern_mask:
+            print(f"{job.model}: pruned in a pattern, at its full size; there is nothing to cut off")
+            return
+        raise UserError("there is no mask to carry out", remedy="give --coarse-mask, --heads-mask or --dimff-mask")
+    files = [path for path in (job.masks.layer, job.masks.heads, job.masks.dimff) if path]
+    print(f"model  {source.path}\nmasks  {', '.join(files)}")
+    even = padded(source, space, masks) if options.uniform else (source, masks)
+    batches, what = sample_batches(job.config, source, rows=compared_rows(source))
+    output = Path(job.output)
+    with published(output, source=source.path) as folder:
+        pruned = write_pruned(even[0], space, even[1], folder, record=masks)
+        companions = copy_companions(source.folder, folder)
+        if pruned.needs_remote_code:
+            name_tokenizer_class(folder, str(stock_type(source.config)))
+        told = Told(pruned=pruned, companions=companions)
+        if options.verify:
+            told = verify(told, source, space, masks, batches, what)
+        speeds = measured_speeds(source, folder, space, batches[0]) if options.time else {}
+        print(comparison(space, even[1], batches, speeds))
+        card = ModelCard(
+            name=output.resolve().name,
+            rows=[ladder_row(stage) for stage in job.stages[:1] + job.stages[-1:]],
+            base_model=(job.config.model.path if job.config else None) or str(source.path),
+            license="other",
+            license_note="The weights carry the licence of the model and the text they were trained on.",
+            commands=[*training_commands(job), " ".join(["python", *sys.argv])],
+            masks=[MaskFile(name=Path(path).name, sha256=sha256(path)) for path in files],
+            auto_class=pruned.auto_class,
+            pipeline=AUTO_CLASSES.get(pruned.auto_class, "text-generation"),
+            trust_remote_code=pruned.needs_remote_code,
+            misread_by=misread_by(pruned.config),
+            max_difference=told.difference,
+            difference_note=told.note,
+            versions=[(name, importlib.metadata.version(name)) for name in ("torch", "transformers")],
+        )
+        write_atomically(folder / "README.md", model_card(card))
+    announce(told, output)
+
+
+def training_commands(job: Job) -> list[str]:
+    """The commands that trained the model's stages, one each."""
+    if job.config is None:
+        return []
+    return [f"deepspeed cook/train.py --config {job.config.source.bmcook} --stage {stage.name}" for stage in job.stages]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """What there is to say of a reshaped model."""
+
+    pruned: Pruned
+    companions: Companions
+    difference: float | None = None
+    """Largest relative difference of the answers; None: not compared."""
+    note: str = ""
+    """What was compared, and on what."""
+
+
+def compared_rows(source: ModelSource) -> int:
+    """Rows to compare on, so few that their logits stay small beside a model."""
+    return max(1, min(16, COMPARED_LOGITS // (512 * source.config["vocab_size"])))
+
+
+def verify(told: Told, source: ModelSource, space: PruningSpace, masks: Masks, batches: list[Batch], what: str) -> Told:
+    """Compares the answers of the masked model with those of the reshaped one; one of the two is in memory at a time.
+
+    In fp32. Deep models make more of rounding than one product does: where fp32 does not suffice to call them equal,
+    fp64 decides, in which rounding is all but gone and a mistake is not.
+
+    Raises:
+        RunFailed: they are not equal.
+    """
+    for dtype, name in ((torch.float32, "fp32"), (torch.float64, "fp64")):
+        model, witness = masked_model(source, space, masks, dtype)
+        wanted = answers(model, batches)
+        del model
+        gc.collect()  # a model's modules refer to each other in circles
+        apart = difference(wanted, answers(written_model(told.pruned.folder, dtype), batches))
+        gc.collect()
+        if apart <= TOLERANCE or parameters(space) > LARGEST_TIMED:
+            break
+        print(f"in {name} the largest relative difference is {apart:.1e}, above {TOLERANCE:.0e}")
+    note = f"{name}, {what}, {witness}"
+    if apart > TOLERANCE:
+        raise RunFailed(
+            f"masked against reshaped model, {note}: largest relative difference {apart:.1e}, NOT EQUAL\n"
+            "  Nothing was written."
+        )
+    return replace(told, difference=apart, note=note)
+
+
+def measured_speeds(source: ModelSource, folder: Path, space: PruningSpace, batch: Batch) -> dict[str, float]:
+    """Forward tokens/s before and after, measured for some seconds each; one model is in memory at a time."""
+    if parameters(space) > LARGEST_TIMED:
+        return {}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokens, speeds = batch["targets"].numel(), {}
+    for name, build in (("before", partial(load_model, source)), ("after", partial(written_model, folder))):
+        speeds[name] = tokens / pass_seconds(build(dtype=torch.float32).to(device), batch, device)
+        gc.collect()
+    return speeds
+
+
+def comparison(space: PruningSpace, masks: Masks, batches: list[Batch], speeds: dict[str, float]) -> str:
+    """Parameters and FLOPs per token before and after, as a table; measured tokens/s where there are any."""
+    length = batches[0]["targets"].shape[1]
+    rows = []
+    for name, kept in (("before", {}), ("after", kept_counts(masks))):
+        flops = forward_flops(space, kept, context=length)
+        rows.append([name, human_count(parameters(space, kept)), human_count(flops)])
+        rows[-1] += [human_count(speeds[name])] if speeds else []
+    columns = ["", "parameters", "FLOPs per token", *(["tokens/s forward"] if speeds else [])]
+    return "\n" + markdown_table(columns, rows) + "\n"
+
+
+def announce(told: Told, output: Path) -> None:
+    """Says what was written and whether it was verified."""
+    pruned, companions = told.pruned, told.companions
+    if told.difference is not None:
+        print(
+            f"masked against reshaped model, {told.note}: largest relative difference {told.difference:.1e}, "
+            "equal to rounding"
+        )
+    if pruned.live_obstacle:
+        print(f"no CPM-Live .pt was written: {pruned.live_obstacle}")
+    elif pruned.live_obstacle is None:
+        print(f"CPM-Live format: {output}/cpm_live.pt and cpm_live.json")
+    if pruned.account.carried:
+        print(
+            f"carried along unchanged, since {pruned.config['architectures'][0]} does not use them: "
+            + listed(pruned.account.carried)
+        )
+    if companions.copied:
+        print(f"copied: {listed(companions.copied)}")
+    if companions.left:
+        print(f"not copied: {listed([f'{name} ({reason})' for name, reason in companions.left])}")
+    if not companions.has_tokenizer:
+        print("the model has no tokenizer files beside it; add yours to the folder")
+    for sentence in misread_by(pruned.config):
+        print(f"warning: {sentence}")
+    option = ", trust_remote_code=True" if pruned.needs_remote_code else ""
+    print(f"written: {output}  ({pruned.auto_class}.from_pretrained(…{option}))")
+
+
+def listed(names: Sequence[str], most: int = 12) -> str:
+    """The first names, and how many more there are."""
+    more = f", and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

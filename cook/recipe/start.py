@@ -1,0 +1,82 @@
+"""Starts a run: from the configuration files to the ranks that train, as the only run in its folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from cook.base.distributed import launched_rank, launched_world_size
+from cook.base.errors import UserError
+from cook.base.signals import ending_quietly
+from cook.base.watchdog import At
+from cook.config.load import load_config
+from cook.config.types import RunConfig, described_stage
+from cook.recipe.plan import Stage, plan_stage, recipe
+
+
+def start(
+    config: str, overrides: Sequence[str] = (), *, stage: str | None = None, resume: str = "auto", dry_run: bool = False
+) -> None:
+    """Trains one stage, or the whole recipe.
+
+    Args:
+        config: Path of a `bmcook.json`.
+        overrides: Changes to it, `KEY=VALUE`.
+        stage: A stage's name; `all`; None: the one stage that the two files describe.
+        resume: `auto`, `never`, or the folder of a checkpoint.
+        dry_run: Check everything and print the plan; nothing is written.
+
+    Raises:
+        UserError: something in the configuration or on the disk does not fit.
+        Interrupted: stopped by a signal, after saving.
+    """
+    if stage == "all" and resume not in ("auto", "never"):
+        raise UserError("--resume PATH belongs to one stage", got="--stage all", remedy="name the stage: --stage NAME")
+    # A plan made outside any launcher must not be held to the single rank that it happens to have.
+    unknown = dry_run and "WORLD_SIZE" not in os.environ
+    settings = load_config(config, list(overrides), world_size=None if unknown else launched_world_size())
+    stages = recipe(settings) if stage == "all" else [plan_stage(settings, stage or described_stage(settings))]  # type: ignore[arg-type]
+    if not stages:
+        raise UserError(f"{config}: there are no stages to run", remedy='list them under "stages"')
+    if dry_run:
+        from cook.recipe.dry_run import print_plan
+
+        if launched_rank() == 0:
+            print_plan(settings, stages, world_size=launched_world_size())
+        return
+    with ending_quietly():
+        _run(settings, stages, resume=resume)
+
+
+def _run(config: RunConfig, stages: Sequence[Stage], *, resume: str) -> None:
+    from cook.recipe.runner import is_finished, run_stage, say_finished
+
+    if all(is_finished(stage, resume) for stage in stages):
+        for stage in stages if launched_rank() == 0 else ():
+            say_finished(stage)
+        return
+    with ranks(config.output_dir, threads=config.training.threads, rank_timeout=config.training.rank_timeout) as at:
+        for stage in stages:
+            run_stage(stage, resume=resume, at=at)
+
+
+@contextmanager
+def ranks(folder: str, *, threads: int | None, rank_timeout: float) -> Iterator[At]:
+    """The process group of all ranks, watched, with the folder locked; gives what is told of steps and phases."""
+    # Only now: torch, deepspeed and a process group, none of which a mistake in the settings should wait for.
+    from cook.base.lock import run_lock
+    from cook.base.rendezvous import meet
+    from cook.base.versions import check_versions
+    from cook.base.watchdog import Watchdog
+    from cook.training.engine import initialise_processes, leave_processes
+
+    check_versions()
+    meeting = meet()
+    with Watchdog(rank_timeout, meeting) as watchdog:
+        initialise_processes(threads, meeting)
+        try:
+            with run_lock(folder) as watchdog.at_loss:
+                yield watchdog.at
+        finally:
+            leave_processes()

@@ -1,0 +1,80 @@
+"""One run on two hosts by the real torchrun: a rank, a host or the cable is lost; the same command goes on.
+
+Both have Debian's /etc/hosts, where a machine's own name is 127.0.1.1.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.recipe.tiny_run import read_log, write_run
+from tests.two_hosts import Host, TwoHosts, missing, torchrun, until
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+STEPS, BOUND = 120, 45.0
+
+
+def kill_rank(hosts: list[Host]) -> None:
+    os.kill(hosts[1].ranks()[0], signal.SIGKILL)
+
+
+def kill_first(hosts: list[Host]) -> None:
+    os.kill(hosts[0].ranks()[0], signal.SIGKILL)
+
+
+def cut(hosts: list[Host]) -> None:
+    hosts[1].cut()
+
+
+FAULTS: dict[Callable[[list[Host]], None], tuple[int, ...]] = {kill_rank: (0,), kill_first: (1,), cut: (0, 1)}
+"""What happens, and the hosts whose ranks must tell of it."""
+
+
+def test_whatever_is_lost_is_named_and_the_same_command_goes_on(tmp_path):
+    run, log = tmp_path / "run", tmp_path / "run" / "out" / "pretrain" / "log.jsonl"
+    write_run(
+        run,
+        ("pretrain",),
+        training__steps=STEPS,
+        training__save_every=10,
+        training__rank_timeout=6.0,
+        training__eval_rows=0,
+    )
+    with TwoHosts(tmp_path / "hosts") as hosts:
+        for number, (fault, tellers) in enumerate(FAULTS.items(), start=1):
+            programs = start(hosts, run)
+            wanted = 30 * number
+            assert until(lambda w=wanted: last_step(log) >= w, 90), [p.printed()[-3000:] for p in programs]
+            fault(hosts)
+            for teller in tellers:
+                assert until(lambda h=hosts[teller]: not h.ranks(), BOUND), f"{fault.__name__}: it waits for ever"
+                printed = programs[teller].printed()
+                lost = 1 - teller
+                named = re.search(rf"failed: rank {lost} .* on host-{'ab'[lost]}.*step \d+", printed)
+                assert named, f"{fault.__name__}\n{printed[-6000:]}"
+                if programs[teller].process.poll() is not None and "Root Cause" in printed:
+                    assert "exitcode  : 76" in printed, printed[-3000:]
+            # torchrun itself may wait for the other host for a quarter of an hour.
+            for host in hosts:
+                host.power_off()
+                host.mend()
+        programs = start(hosts, run)
+        codes = [program.ended(90) for program in programs]
+        assert codes == [0, 0], [p.printed()[-3000:] for p in programs]
+        assert re.search(r"going on from step \d+", programs[0].printed())
+    assert [r["step"] for r in read_log(run, "pretrain") if "loss" in r] == list(range(1, STEPS + 1))
+    assert (run / "out" / "pretrain" / "done.json").exists() and not (run / "out" / "run.lock").exists()
+
+
+def start(hosts: list[Host], run: Path) -> list:
+    return [host.start(torchrun(number, "--stage", "pretrain"), run) for number, host in enumerate(hosts)]
+
+
+def last_step(log: Path) -> int:
+    return log.read_text().count("\n") if log.exists() else 0

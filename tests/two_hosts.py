@@ -1,0 +1,196 @@
+"""Two machines on this one: network namespaces joined by a cable, each with a name and an /etc/hosts of its own.
+
+Nothing leaves them: there is no route to anywhere else. They share the disk, as machines of a cluster do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+ADDRESSES = ("10.77.0.1", "10.77.0.2")
+NAMES = ("host-a", "host-b")
+REPOSITORY = Path(__file__).resolve().parents[1]
+ENTER = 'hostname "$1" && mount --bind "$2" /etc/hosts && shift 2 && exec "$@"'
+
+
+def missing() -> str | None:
+    """Why there can be no two hosts here; None if there can."""
+    if os.geteuid() != 0:
+        return "two hosts need root, for network namespaces"
+    tools = {"ip": "iproute2", "unshare": "util-linux", "mount": "mount", "hostname": "hostname"}
+    if lacking := [package for tool, package in tools.items() if not shutil.which(tool)]:
+        return f"two hosts need: apt-get install {' '.join(lacking)}"
+    probe = subprocess.run(["unshare", "--net", "--uts", "--mount", "true"], capture_output=True, text=True)
+    return f"no namespaces can be made here: {probe.stderr.strip()}" if probe.returncode else None
+
+
+class Host:
+    """One of them.
+
+    Args:
+        number: 0 or 1.
+        folder: For its /etc/hosts and what its programs print.
+    """
+
+    def __init__(self, number: int, folder: Path):
+        self.name, self.address = NAMES[number], ADDRESSES[number]
+        self.namespace = f"cook-{os.getpid()}-{number}"
+        self.cable = f"veth{number}"
+        self.hosts = folder / f"hosts-{number}"
+        self.folder = folder
+        self.started: list[subprocess.Popen] = []
+        # Debian's default: a machine's own name is 127.0.1.1, the others have their addresses.
+        others = [f"{a} {n}\n" for a, n in zip(ADDRESSES, NAMES, strict=True) if n != self.name]
+        self.hosts.write_text(f"127.0.0.1 localhost\n127.0.1.1 {self.name}\n{''.join(others)}")
+
+    def start(self, command: Sequence[str], folder: Path, **variables: str) -> Program:
+        """Starts a program on this machine."""
+        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
+        environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", **variables}
+        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+        enter = ["ip", "netns", "exec", self.namespace, "unshare", "--uts", "--mount", "sh", "-c", ENTER, "sh"]
+        out = self.folder / f"out-{self.name}-{len(self.started)}"
+        with open(out, "wb") as file:
+            process = subprocess.Popen(
+                [*enter, self.name, str(self.hosts), *command],
+                cwd=folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
+        self.started.append(process)
+        return Program(process, out)
+
+    def pids(self) -> list[int]:
+        """What runs on this machine."""
+        return [int(pid) for pid in _ip("netns", "pids", self.namespace).split()]
+
+    def ranks(self, script: str = "train.py") -> list[int]:
+        """The processes of a training script, not their launchers."""
+        found = []
+        for pid in self.pids():
+            with contextlib.suppress(OSError):
+                arguments = (Path("/proc") / str(pid) / "cmdline").read_bytes().split(b"\0")
+                # torchrun and deepspeed name the script, too, after other arguments of their own.
+                if any(a.endswith(script.encode()) for a in arguments[1:3]) and b"-m" not in arguments:
+                    found.append(pid)
+        return found
+
+    def power_off(self) -> None:
+        """Ends all processes at once, and the cable with them: nobody says goodbye."""
+        self.cut()
+        for pid in self.pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def cut(self) -> None:
+        """Pulls the cable out: nothing comes, nothing goes, and nobody is told."""
+        _ip("-n", self.namespace, "link", "set", self.cable, "down")
+
+    def mend(self) -> None:
+        """Puts the cable back."""
+        _ip("-n", self.namespace, "link", "set", self.cable, "up")
+
+
+class Program:
+    """A program on one of the machines."""
+
+    def __init__(self, process: subprocess.Popen, out: Path):
+        self.process, self.out = process, out
+
+    def printed(self) -> str:
+        return self.out.read_text(errors="replace")
+
+    def ended(self, seconds: float) -> int | None:
+        """Its exit code, if it ends in time."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.process.wait(seconds)
+        return None
+
+
+class TwoHosts:
+    """Both, while it is entered; nothing is left of them afterwards."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.hosts = [Host(number, folder) for number in (0, 1)]
+
+    def __enter__(self) -> list[Host]:
+        one, other = self.hosts
+        for host in self.hosts:
+            _ip("netns", "add", host.namespace)
+        _ip(
+            "link",
+            "add",
+            one.cable,
+            "netns",
+            one.namespace,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            other.cable,
+            "netns",
+            other.namespace,
+        )
+        for host in self.hosts:
+            _ip("-n", host.namespace, "addr", "add", f"{host.address}/24", "dev", host.cable)
+            for link in ("lo", host.cable):
+                _ip("-n", host.namespace, "link", "set", link, "up")
+        return self.hosts
+
+    def __exit__(self, *_: object) -> None:
+        for host in self.hosts:
+            for pid in host.pids():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            for process in host.started:
+                process.wait()
+            _ip("netns", "del", host.namespace)
+
+
+def torchrun(number: int, *options: str, per_node: int = 1, port: int = 29500) -> list[str]:
+    """The command that starts a host's part of a run."""
+    return [
+        "torchrun",
+        "--nnodes",
+        "2",
+        "--nproc_per_node",
+        str(per_node),
+        "--node_rank",
+        str(number),
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_id",
+        "x",
+        "--rdzv_endpoint",
+        f"{NAMES[0]}:{port}",
+        str(REPOSITORY / "cook" / "train.py"),
+        "--config",
+        "bmcook.json",
+        *options,
+    ]
+
+
+def until(happened: Callable[[], bool], seconds: float) -> bool:
+    """Waits until something has happened; says whether it has."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _ip(*arguments: str) -> str:
+    return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
