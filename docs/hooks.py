@@ -1,7 +1,13 @@
-"""Hooks of mkdocs: pages may link to figures and pages of the repository outside `docs/`, as on a code host."""
+"""Hooks of mkdocs.
+
+Pages may link to figures and pages of the repository outside `docs/`, as on a code host, and name what is documented as
+users import it: `::: cook.plan`.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import posixpath
 import re
 from pathlib import Path
@@ -16,6 +22,7 @@ OUTSIDE = ("results/bench/**/*.png", "SECURITY.md", "CONTRIBUTING.md", "config/*
 FOLDER = "repository"
 """Where they are in the site."""
 SETTINGS = "reference/settings.md"
+_PUBLIC = re.compile(r"(^::: |\]\(#)cook\.(\w+)(?=$|\))", re.MULTILINE)
 _LINK = re.compile(r"(\]\()((?:\.\./)+[^)#\s]+)")
 
 
@@ -32,8 +39,9 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> str:
-    """Turns a link out of `docs/` into a link to the copy in the site."""
+    """Turns links out of `docs/` into links to the copies in the site, and public names of `cook` into their modules."""
     here = posixpath.dirname(page.file.src_uri)
+    markdown = _PUBLIC.sub(lambda found: f"{found[1]}{_homes()[found[2]]}.{found[2]}", markdown)
 
     def rewritten(match: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join("docs", here, match[2]))
@@ -42,3 +50,13 @@ def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> st
         return match[1] + posixpath.relpath(f"{FOLDER}/{target}", here or ".")
 
     return _LINK.sub(rewritten, markdown)
+
+
+@functools.cache
+def _homes() -> dict[str, str]:
+    """The module of each public name; `cook/__init__.py` imports nothing else, so this costs nothing."""
+    spec = importlib.util.spec_from_file_location("cook_names", ROOT / "cook" / "__init__.py")
+    assert spec is not None and spec.loader is not None
+    names = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(names)
+    return names._HOMES

@@ -19,6 +19,7 @@ import jsonschema
 import pytest
 import typer
 
+import cook
 from cook.cli import app
 from cook.config.types import STAGE_NAMES
 
@@ -28,7 +29,7 @@ SCHEMAS = ROOT / "cook" / "config" / "schemas"
 GENERATED = {DOCS / "reference" / name for name in ("command_line.md", "settings.md")}
 PAGES = sorted([*DOCS.rglob("*.md"), *(ROOT / "config").rglob("*.md"), *ROOT.glob("*.md")])
 COMMAND: Any = typer.main.get_command(app)
-IS_WHOLE = "train" in COMMAND.commands
+IS_WHOLE = "checkpoint" in COMMAND.commands
 """Whether all commands are there that the pages speak of."""
 SHELL = ("bash", "", "console")
 BLOCK = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -95,10 +96,10 @@ def test_the_site_can_be_read_without_a_network(site):
         assert not re.findall(rf"(?:url\(|@import\s)[\"']?{outside}", style.read_text(encoding="utf-8")), style
 
 
-def test_api_pages_show_every_public_function(site):
+def test_the_api_page_shows_all_public_names(site):
     text = (site / "reference" / "api.html").read_text(encoding="utf-8")
-    for name in ("plan", "learn_masks", "reshape", "verify", "attach", "PruningCallback"):
-        assert f'id="cook.api.{name}"' in text
+    for name in set(cook.__all__) - {"__version__"}:
+        assert f'id="{getattr(cook, name).__module__}.{name}"' in text
 
 
 # Pages
@@ -286,16 +287,15 @@ def started(line: str) -> list[str]:
 @pytest.fixture(scope="module")
 def first_job(tmp_path_factory) -> Path:
     """A folder in which the commands of the first page were typed, one after the other."""
-    if not IS_WHOLE:
-        pytest.skip("the cook command is not complete")
     folder = tmp_path_factory.mktemp("first")
     page = DOCS / "start" / "five_minutes.md"
     (folder / "make_tiny.py").write_text(blocks(page, "python")[1], encoding="utf-8")
     make, look = (block for block in blocks(page, "bash") if "tiny" in block or "small/model" in block)
     printed = "".join(run(*started(line), folder=folder) for line in make.replace("\\\n", " ").splitlines())
     assert "equal to rounding" in printed and "parameters before" in printed
-    measured = json.loads(run(*started(look.strip()), folder=folder))
-    assert measured["parameters"] < 0.72 * 1.05e6
+    if "eval" in COMMAND.commands:
+        measured = json.loads(run(*started(look.strip()), folder=folder))
+        assert measured["parameters"] < 0.72 * 1.05e6
     return folder
 
 
