@@ -39,7 +39,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> str:
-    """Turns links out of `docs/` into links to the copies in the site, and public names of `cook` into their modules."""
+    """Turns links out of `docs/` into links inside the site, and public names of `cook` into those of their modules."""
     here = posixpath.dirname(page.file.src_uri)
     markdown = _PUBLIC.sub(lambda found: f"{found[1]}{_homes()[found[2]]}.{found[2]}", markdown)
 
