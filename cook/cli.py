@@ -42,8 +42,8 @@ def main(command: str | None = None) -> None:
         command: The command that `sys.argv` has the options of; None: the first argument names it.
     """
     spin_briefly()
-    arguments = [command, *sys.argv[1:]] if command else sys.argv[1:]
-    run_entry(lambda: app(arguments, prog_name="cook", standalone_mode=True))
+    # Only inside: `run_entry` resolves `~` in the arguments.
+    run_entry(lambda: app([*([command] if command else []), *sys.argv[1:]], prog_name="cook"))
 
 
 def invoke(command: str, arguments: list[str] | None = None) -> Any:
@@ -290,6 +290,17 @@ def copy_recipe(
     scheme = folder / "l0_pruning.json"
     scheme.write_text(scheme.read_text().replace(old, new))
     print(f"{folder / 'bmcook.json'}: edit it, then run `cook plan --config {folder / 'bmcook.json'}`")
+
+
+@recipes.command("fit")
+def fit_recipe(
+    config: Annotated[str, typer.Argument(help="Path of a `bmcook.json` that trains from fresh weights.")],
+    minutes: Annotated[float, typer.Option(min=1, help="Wanted duration of training on this machine.")] = 9,
+) -> None:
+    """Print the path of a recipe that takes about so long here: the given one, or a copy with fewer steps."""
+    from cook.recipe.sizing import fitted_recipe
+
+    print(fitted_recipe(config, minutes=minutes))
 
 
 def _recipes() -> dict[str, Path]:

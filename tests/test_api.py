@@ -180,8 +180,8 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
         ({"parameters": 0.5}, "unknown parameters"),
         ({"params": 0.5, "dims": 0.5}, "give it alone"),
         ({"params": 0.01}, "cannot be reached"),
-        ({"dims": 0.0}, "a share from 0"),
-        ({"dims": 1.5}, "a share from 0"),
+        ({"dims": 0.0}, "a share above 0"),
+        ({"dims": 1.5}, "a share above 0"),
         ({"heads": 3}, "heads=3 cannot be reached"),
     ],
 )

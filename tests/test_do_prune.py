@@ -140,11 +140,11 @@ def test_a_file_that_cannot_grow_is_one_message_and_no_half_result(tmp_path, mon
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
         with pytest.raises(RunFailed, match=r"small: the model cannot be written: (.|\n)*run the same command again"):
-            reshape_run.main()
+            main()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert beside(tmp_path) == []
-    assert reshape_run.main() is None and load_file(tmp_path / "small" / "model.safetensors")
+    assert main() is None and load_file(tmp_path / "small" / "model.safetensors")
 
 
 def test_a_link_as_output(tmp_path, monkeypatch, capsys):

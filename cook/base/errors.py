@@ -107,8 +107,17 @@ def machine_trouble(error: BaseException) -> tuple[str, str] | None:
     return None
 
 
+def with_home(argument: str) -> str:
+    """A command-line argument with `~` and `~name` resolved where a path starts: at its beginning, after `=` or `,`.
+
+    Shells resolve only the first of these. A file whose name begins with `~` is written `./~file`.
+    """
+    return re.sub(r"(?<![^=,])~[^/,=]*", lambda found: os.path.expanduser(found[0]), argument)
+
+
 def run_entry(main: Callable[[], int | None]) -> None:
     """Runs a command's `main` and turns its outcome into the documented exit code, without a traceback for users."""
+    sys.argv[1:] = map(with_home, sys.argv[1:])
     try:
         code = main() or EXIT_OK
     except UserError as error:

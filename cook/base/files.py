@@ -75,8 +75,6 @@ def read_json(path: str | Path) -> Any:
     def finite(digits: str) -> float:
         return float(digits) if math.isfinite(float(digits)) else no_constant(digits)  # 1e999 is infinity to Python
 
-    if path.exists() and not path.is_file():  # a pipe would wait for a writer, and a device may have no end
-        raise UserError(f"{path}: cannot be read: not a regular file")
     try:
         text = path.read_text(encoding="utf-8-sig")
         return json.loads(text, object_pairs_hook=unique, parse_constant=no_constant, parse_float=finite)
@@ -100,18 +98,21 @@ def regular_file(path: str | Path, what: str = "file") -> Path:
         what: What kind of file is wanted, for the message.
 
     Raises:
-        UserError: there is none, or it is a folder, a pipe, a device or a socket.
+        UserError: there is none, it may not be read, or it is a folder, a pipe, a device or a socket.
     """
     path = Path(path)
     try:
         mode = path.stat().st_mode
+        if stat.S_ISREG(mode):
+            open(path, "rb").close()  # it may be another user's
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: there is no such {what}", remedy="check the path") from None
     except (OSError, ValueError) as error:  # a name with a NUL
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not stat.S_ISREG(mode):
         kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
-        raise UserError(f"{path}: cannot be read", wanted=f"a {what}", got=kinds.get(stat.S_IFMT(mode), "a device"))
+        got = kinds.get(stat.S_IFMT(mode), "a device")
+        raise UserError(f"{path}: cannot be read: not a regular file", wanted=f"a {what}", got=got)
     return path
 
 

@@ -82,11 +82,11 @@ def open_safetensors(files: Sequence[Path]) -> LazyTensors:
     readers: dict[str, Callable[[], torch.Tensor]] = {}
     shapes: dict[str, Shape] = {}
     for file in files:
-        if not file.is_file():
-            raise UserError(f"{file}: there is no such file", wanted="a folder with model.safetensors or its shards")
         try:
-            with safe_open(file, framework="pt") as opened:
+            with safe_open(regular_file(file), framework="pt") as opened:
                 found = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
+        except UserError:
+            raise
         except Exception as error:  # safetensors raises its own error type, and OSError for a short file
             raise UserError(f"{file}: not a safetensors file", got=error) from None
         twice = readers.keys() & found.keys()

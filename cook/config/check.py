@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from typing import Any
 
 from cook.base.errors import UserError
 from cook.config import check_data, check_distillation, check_paths, check_pattern, check_scheme, check_training
+from cook.config.declare import default_of
 from cook.config.facts import model_facts
-from cook.config.types import GatesConfig, LoggingConfig
+from cook.config.types import RunConfig
 
 DEFAULTS: dict[str, Any] = {
-    "seed": 0,
-    "deepspeed": {},
-    "distillation": None,
-    "logging": LoggingConfig(),
-    "pattern": None,
-    "coarse": None,
-    "fine": None,
-    "joint": None,
-    "gates": GatesConfig(),
-    "stages": (),
+    field.name: default for field in dataclasses.fields(RunConfig) if (default := default_of(field)) is not MISSING
 }
 """Sections that the files may leave out."""
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from cook.config.declare import Limits, Size, Text, UserPath, UserPaths
 
 DataType = Literal["python_stdlib", "text", "jsonl", "parquet", "arrow", "hub", "cpm_live", "downstream"]
 
@@ -15,44 +17,44 @@ class SourceConfig:
     type: DataType
     """Format of the source."""
 
-    paths: tuple[str, ...] = ()
+    paths: UserPaths = ()
     """Files, folders or glob patterns."""
 
-    name: str | None = None
-    """What logs call the source, and for `hub` the dataset's name. None: its type and place in the list."""
+    name: UserPath | None = None
+    """Name of the source in logs; for `hub` the dataset's name. None: its type and its place in the list."""
 
-    subset: str | None = None
-    """Which configuration of a Hub dataset, where it has several."""
+    subset: Text | None = None
+    """Configuration of a Hub dataset that has several."""
 
-    split: str = "train"
-    """Which split of a Hub dataset, or of an arrow folder that has several."""
+    split: Text = "train"
+    """Split of a Hub dataset, or of an arrow folder that has several."""
 
-    text_field: str = "text"
+    text_field: Text = "text"
     """Key or column that holds the text."""
 
-    held_out_paths: tuple[str, ...] = ()
+    held_out_paths: UserPaths = ()
     """A separate evaluation corpus of the same type for this source."""
 
-    weight: float | None = None
-    """How often its rows are read, in proportion to the other sources' weights; None in all: every row once an
-    epoch."""
+    weight: Annotated[float, Limits(exclusiveMinimum=0, maximum=10**6)] | None = None
+    """How often its rows are read, in proportion to the other sources' weights. None in all sources: every row is read
+    once per epoch."""
 
     streaming: bool = False
-    """True: read and tokenised while training runs, for what is too large to prepare before."""
+    """True: the text is read and tokenised during training, for a corpus too large to prepare before."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixingConfig:
     """Weights of the sources that follow their losses (LLM-Shearing)."""
 
-    every: int
+    every: Size
     """Steps between two updates of the weights."""
 
-    reference: dict[str, float]
-    """Loss that each source, by its name, is expected to come down to."""
+    reference: dict[str, Annotated[float, Limits(minimum=0, maximum=1000)]]
+    """Expected final loss of each source, by its name."""
 
-    rows: int = 64
-    """Held-out rows of each source that an update reads."""
+    rows: Size = 64
+    """Held-out rows of each source that are read for an update."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,48 +62,48 @@ class DataConfig:
     """The corpus, and how rows are cut from it."""
 
     type: DataType | None = None
-    """`python_stdlib`: the running Python's standard library; `text`: plain files; `jsonl`: one JSON object a line;
+    """`python_stdlib`: the running Python's standard library; `text`: plain files; `jsonl`: one JSON object per line;
     `parquet`: tables; `arrow`: folders of `save_to_disk`; `hub`: a dataset's name; `cpm_live`: folders of CPM-Live's
-    binary data; `downstream`: JSON lines with an input and a target. None: `sources` says it."""
+    binary data; `downstream`: JSON lines with an input and a target. None where `sources` is given."""
 
-    paths: tuple[str, ...] = ()
+    paths: UserPaths = ()
     """Files, folders or glob patterns of the corpus; empty for `python_stdlib` and `hub`."""
 
-    name: str | None = None
+    name: UserPath | None = None
     """Name of a Hub dataset, or a folder that looks like one."""
 
-    subset: str | None = None
-    """Which configuration of a Hub dataset, where it has several."""
+    subset: Text | None = None
+    """Configuration of a Hub dataset that has several."""
 
-    split: str = "train"
-    """Which split of a Hub dataset, or of an arrow folder that has several."""
+    split: Text = "train"
+    """Split of a Hub dataset, or of an arrow folder that has several."""
 
-    text_field: str = "text"
+    text_field: Text = "text"
     """Key that holds the text in a JSON line, column that holds it in a table."""
 
     streaming: bool = False
-    """True: read and tokenised while training runs, for what is too large to prepare before."""
+    """True: the text is read and tokenised during training, for a corpus too large to prepare before."""
 
-    sources: tuple[SourceConfig, ...] = ()
-    """Several sources in place of the one that the keys above describe."""
+    sources: Annotated[tuple[SourceConfig, ...], Limits(maxItems=1000)] = ()
+    """Several sources, in place of the one that the keys above describe."""
 
     mixing: MixingConfig | None = None
-    """Weights that follow the sources' losses. None: they stay as they are."""
+    """Weights that follow the sources' losses. None: the weights stay fixed."""
 
-    held_out: float = 0.03
-    """Fraction of the documents kept for evaluation, split by file or document; unused if `held_out_paths` is given."""
+    held_out: Annotated[float, Limits(minimum=0, exclusiveMaximum=1)] = 0.03
+    """Fraction of the documents kept for evaluation, split by file or document. Unused if `held_out_paths` is given."""
 
-    held_out_paths: tuple[str, ...] = ()
+    held_out_paths: UserPaths = ()
     """Files, folders or glob patterns of a separate evaluation corpus."""
 
-    max_length: int
-    """Tokens in a row, the prompt included."""
+    max_length: Size
+    """Tokens per row, prompt included."""
 
-    cache_dir: str | None = None
+    cache_dir: UserPath | None = None
     """Folder for the tokenised corpus. None: inside the output folder."""
 
-    workers: int = 0
-    """Processes a rank that build batches ahead; 0: the training process builds each batch itself."""
+    workers: Annotated[int, Limits(minimum=0, maximum=1024)] = 0
+    """Processes per rank that build batches ahead. 0: the training process builds each batch itself."""
 
     ledger: bool = False
-    """True: every rank notes which samples it reads, `ledger-<rank>.jsonl` in the stage's folder."""
+    """True: each rank records the samples that it reads, in `ledger-<rank>.jsonl` in the stage's folder."""

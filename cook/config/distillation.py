@@ -3,7 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from cook.config.declare import Limits, Scale, UserPath
+from cook.config.scheme import STAGE_NAMES
+
+ModulePairs = Annotated[
+    tuple[
+        Annotated[
+            str,
+            Limits(
+                title='"[post]student.module:[post]teacher.module", or [pre] for a module\'s input',
+                pattern="^\\[(pre|post)\\][A-Za-z0-9_.]+:\\[(pre|post)\\][A-Za-z0-9_.]+$",
+            ),
+        ],
+        ...,
+    ],
+    Limits(maxItems=10000),
+]
+TaughtStage = Annotated[str, Limits(enum=[name for name in STAGE_NAMES if name != "pretrain"])]
 
 TeacherDevice = Literal["auto", "cpu"]
 
@@ -15,35 +33,35 @@ OWN_TEACHER = "self"
 class DistillationConfig:
     """A dense teacher whose outputs the pruned model imitates."""
 
-    teacher: str
-    """Folder of the teacher model; or `self`: the model in training with all its gates open, without a second copy, in
-    mask stages whose weights are frozen. (A folder of that name is `./self`.)"""
+    teacher: UserPath
+    """Folder of the teacher model, or `self`: the model in training with all its gates open, without a second copy, in
+    mask stages whose weights are frozen. Write `./self` for a folder of that name."""
 
     teacher_device: TeacherDevice = "auto"
-    """`auto`: the teacher lies where the student is; `cpu`: its weights stay in the CPU's memory and visit the GPU one
-    module at a time."""
+    """`auto`: the teacher is on the student's device. `cpu`: its weights stay in the CPU's memory and are copied to the
+    GPU one module at a time."""
 
-    stages: tuple[str, ...] = ()
-    """Stages that have the teacher. Empty: all but pretrain."""
+    stages: Annotated[tuple[TaughtStage, ...], Limits(maxItems=10)] = ()
+    """Stages that use the teacher. Empty: all but pretrain."""
 
-    ce_scale: float = 0.0
+    ce_scale: Scale = 0.0
     """Weight of the cross entropy between the teacher's and the student's token distributions."""
 
-    ce_temp: float = 1.0
+    ce_temp: Annotated[float, Limits(exclusiveMinimum=0, maximum=1000)] = 1.0
     """Temperature that softens both distributions."""
 
-    mse_hidn_scale: float = 0.0
+    mse_hidn_scale: Scale = 0.0
     """Weight of the mean squared error between hidden states."""
 
-    mse_hidn_module: tuple[str, ...] = ()
+    mse_hidn_module: ModulePairs = ()
     """Pairs `[post]student.module:[post]teacher.module`; `[pre]` takes a module's input, `[post]` its output. Both
-    names count layers as the model did before any was removed: a pair means the same block in both."""
+    names count layers as before any was removed: a pair means the same block in both models."""
 
     mse_hidn_proj: bool = False
-    """True: where the widths of a pair differ, a linear map from the student's to the teacher's is learned."""
+    """True: where the widths of a pair differ, a linear map from the student's to the teacher's width is learned."""
 
-    mse_att_scale: float = 0.0
+    mse_att_scale: Scale = 0.0
     """Weight of the mean squared error between the outputs of attention blocks."""
 
-    mse_att_module: tuple[str, ...] = ()
+    mse_att_module: ModulePairs = ()
     """Pairs of attention blocks, written like `mse_hidn_module`."""

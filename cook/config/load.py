@@ -6,6 +6,7 @@ their own checks, but none of its keys is to blame any more.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,26 +17,21 @@ from cook.base.files import read_json
 from cook.config.check import Sections, cross_check
 from cook.config.corpus import DataConfig, MixingConfig, SourceConfig
 from cook.config.overrides import Override, apply_override, parse_override
-from cook.config.schema import Keys, schema_findings
+from cook.config.schema import Keys, load_schema, schema_findings, with_home
 from cook.config.scheme import PATTERN_METHODS
 from cook.config.types import (
-    CoarseConfig,
+    DERIVED,
+    SCHEME_SECTIONS,
     ConfigSource,
-    DistillationConfig,
-    FineConfig,
     GatesConfig,
-    JointConfig,
-    LoggingConfig,
-    ModelConfig,
-    PatternConfig,
     PruningConfig,
     RunConfig,
     StageEntry,
-    TokenizerConfig,
     TrainingConfig,
+    stage_of,
 )
 
-DEFAULT_SCHEME = "l0_pruning.json"
+DEFAULT_SCHEME = PruningConfig.l0_pruning
 COMPANIONS: tuple[tuple[str, ...], ...] = (("model", "config"), ("deepspeed",))
 """Objects of `bmcook.json` that may instead be the path of a JSON file."""
 UNREADABLE = object()
@@ -59,23 +55,28 @@ def load_config(
         UserErrors: All mistakes of both files and of the overrides, numbered.
     """
     assert world_size is None or world_size > 0, world_size
-    path = os.fspath(path)
+    path = os.path.expanduser(path)
     reader = _Reader(path)
     settings = reader.parse(overrides)
     bmcook = reader.read(path)
     if isinstance(bmcook, dict):
         _inline(reader, bmcook, [s for s in settings if not s.is_scheme])
+        bmcook = with_home(bmcook, load_schema("bmcook"))
     scheme_path = _scheme_path(path, bmcook)
     scheme = reader.read(scheme_path) if scheme_path else {}
     if isinstance(scheme, dict):
         reader.apply([s for s in settings if s.is_scheme], scheme)
+        scheme = with_home(scheme, load_schema("l0_pruning"))
 
     reader.check_schemas(bmcook, scheme, scheme_path)
     sections = _sections(bmcook, scheme, reader.invalid)
     reader.errors += cross_check(sections, world_size=world_size)
     if reader.errors:
         raise UserErrors(f"{path}: the configuration cannot be used", reader.errors)
-    return RunConfig(**sections.values, source=ConfigSource(bmcook=path, l0_pruning=scheme_path))
+    values = sections.values
+    stage = stage_of(values["pruning"], *(values.get(name) for name in ("coarse", "fine", "joint")))
+    assert stage is not None, "the checks let no stage pass without its section"
+    return RunConfig(**values, stage=stage, source=ConfigSource(bmcook=path, l0_pruning=scheme_path))
 
 
 class _Reader:
@@ -147,7 +148,7 @@ def _read_companion(reader: _Reader, bmcook: dict[str, Any], keys: tuple[str, ..
     path = node.get(keys[-1]) if isinstance(node, dict) else None
     if not isinstance(path, str) or not path:
         return
-    content = reader.read(path)
+    content = reader.read(os.path.expanduser(path))
     if isinstance(content, dict):
         node[keys[-1]] = content
     else:
@@ -170,28 +171,16 @@ def _scheme_path(path: str, bmcook: Any) -> str | None:
     return scheme if needed or os.path.exists(scheme) else None
 
 
-_BMCOOK: dict[str, Any] = {
-    "output_dir": None,
-    "seed": None,
-    "model": ModelConfig,
-    "tokenizer": TokenizerConfig,
-    "data": DataConfig,
-    "training": TrainingConfig,
-    "deepspeed": None,
-    "distillation": DistillationConfig,
-    "logging": LoggingConfig,
-    "pruning": PruningConfig,
-    "pattern": PatternConfig,
-    "stages": None,
-}
-_SCHEME: dict[str, Any] = {
-    "coarse-grained": CoarseConfig,
-    "fine-grained": FineConfig,
-    "joint": JointConfig,
-    "gates": GatesConfig,
-}
-_FIELDS = {"coarse-grained": "coarse", "fine-grained": "fine"}
-"""Sections whose name in the file is no Python name."""
+def _section(field: dataclasses.Field[Any]) -> Any:
+    """The dataclass of a field of RunConfig; None for a plain value."""
+    hint = _HINTS[field.name]
+    return next((each for each in (hint, *get_args(hint)) if dataclasses.is_dataclass(each)), None)
+
+
+_HINTS = get_type_hints(RunConfig)
+_ALL = {field.name: _section(field) for field in dataclasses.fields(RunConfig) if field.name not in DERIVED}
+_SCHEME = {key: _ALL[name] for key, name in SCHEME_SECTIONS.items()}
+_BMCOOK = {name: section for name, section in _ALL.items() if name not in SCHEME_SECTIONS.values()}
 
 
 def _sections(bmcook: Any, scheme: Any, invalid: set[str]) -> Sections:
@@ -200,8 +189,8 @@ def _sections(bmcook: Any, scheme: Any, invalid: set[str]) -> Sections:
     for content, known in ((bmcook, _BMCOOK), (scheme, _SCHEME)):
         for key in known.keys() - invalid:
             if key in content:
-                values[_FIELDS.get(key, key)] = _build(key, known[key], content[key])
-    return Sections(values=values, invalid=frozenset(_FIELDS.get(key, key) for key in invalid))
+                values[SCHEME_SECTIONS.get(key, key)] = _build(key, known[key], content[key])
+    return Sections(values=values, invalid=frozenset(SCHEME_SECTIONS.get(key, key) for key in invalid))
 
 
 def _build(key: str, section: Any, value: Any) -> Any:
@@ -211,7 +200,6 @@ def _build(key: str, section: Any, value: Any) -> Any:
     if section is None or value is None:
         return value
     fields = _typed(section, value)
-    fields.pop("l0_pruning", None)
     if section is DataConfig:
         fields["sources"] = tuple(SourceConfig(**_typed(SourceConfig, entry)) for entry in fields.get("sources", ()))
         if fields.get("mixing") is not None:

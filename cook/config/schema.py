@@ -1,10 +1,11 @@
-"""Checks a JSON value against one of the two schemas and says in plain words what is wrong, all of it at once."""
+"""Checks a JSON value against one of the schemas and says in plain words what is wrong, all of it at once."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +17,7 @@ import jsonschema
 from cook.base.errors import UserError
 from cook.base.files import read_json
 
-SchemaName = Literal["bmcook", "l0_pruning"]
+SchemaName = Literal["bmcook", "l0_pruning", "tasks"]
 Keys = tuple[str | int, ...]
 """Where a value stands: the keys and list indices that lead to it."""
 
@@ -65,7 +66,7 @@ class _Message:
 
 @cache
 def load_schema(name: SchemaName) -> dict[str, Any]:
-    """The JSON schema of `bmcook.json` or of `l0_pruning.json`. Callers must not change it."""
+    """The JSON schema of a file or of the task command's options, as `python -m cook.config` wrote it: read only."""
     return read_json(Path(__file__).parent / "schemas" / f"{name}.schema.json")
 
 
@@ -75,15 +76,24 @@ def dotted(keys: Sequence[str | int]) -> str:
 
 
 def subschema(name: SchemaName, keys: Sequence[str | int]) -> dict[str, Any]:
-    """The schema of the value at `keys`, its reference resolved; empty where the schema describes nothing."""
-    root = load_schema(name)
-    node = _resolved(root, root)
+    """The schema of the value at `keys`; empty where the schema describes nothing."""
+    node = load_schema(name)
     for key in keys:
-        below = node.get("items") if isinstance(key, int) else node.get("properties", {}).get(key)
-        if below is None:
-            return {}
-        node = _resolved(root, below)
+        node = node.get("items", {}) if isinstance(key, int) else node.get("properties", {}).get(key, {})
     return node
+
+
+def with_home(value: Any, node: dict[str, Any]) -> Any:
+    """A value with `~` resolved in every path that its schema describes. A file so named is written `./~file`."""
+    if isinstance(value, str):
+        return os.path.expanduser(value) if node.get("format") == "path" else value
+    inherited = {"format": "path"} if node.get("format") == "path" else {}  # all texts inside may be paths
+    if isinstance(value, dict):
+        below = node.get("properties", {})
+        return {key: with_home(entry, {**below.get(key, {}), **inherited}) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [with_home(entry, {**node.get("items", {}), **inherited}) for entry in value]
+    return value
 
 
 def wanted(node: dict[str, Any]) -> str:
@@ -149,13 +159,6 @@ _Validator = jsonschema.validators.extend(
     jsonschema.Draft202012Validator,
     type_checker=jsonschema.Draft202012Validator.TYPE_CHECKER.redefine("integer", _integer),
 )
-
-
-def _resolved(root: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
-    if "$ref" not in node:
-        return node
-    target = root["$defs"][node["$ref"].removeprefix("#/$defs/")]
-    return {**_resolved(root, target), **{key: value for key, value in node.items() if key != "$ref"}}
 
 
 def _walk(value: Any) -> Iterator[tuple[Keys, Any]]:

@@ -1,25 +1,28 @@
-"""What fine-tuning and pattern pruning on GLUE and SQuAD are told: one frozen dataclass, and the options made from it.
+"""The settings of fine-tuning and pattern pruning on GLUE and SQuAD, and the command-line options made from them.
 
-The dataclass is the only description: its fields are the command's options, its docstrings their help.
+The dataclass is the only description: `python -m cook.config` makes the schema from it, in which the command finds its
+options, their help and their limits.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
-import dataclasses
-import inspect
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from cook.base.errors import UserError, UserErrors
 from cook.base.files import read_json
+from cook.config.declare import Count, Fraction, Limits, Scale, Size, UserPath
+from cook.config.schema import load_schema, schema_findings
+from cook.config.scheme import PatternScore
 from cook.config.types import Precision, TrainingConfig
 
 TaskMode = Literal["pretrain", "prune", "export"]
+Positive = Annotated[float, Limits(exclusiveMinimum=0, maximum=10**6)]
+Sparsities = Annotated[tuple[float, ...], Limits(title="numbers, separated by spaces or commas")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,123 +30,123 @@ class TaskConfig:
     """A run on a task."""
 
     mode: TaskMode
-    """pretrain: fine-tune the dense model on the task; prune: score, mask, recover, stage by stage; export: write the
-    compact model"""
+    """`pretrain`: fine-tune the dense model on the task; `prune`: score, mask, recover, stage by stage; `export`: write
+    the compact model."""
 
     task_name: str
-    """CoLA, SST-2, MRPC, STS-B, QQP, MNLI, QNLI, RTE, WNLI, SQuAD1.1 or SQuAD2.0"""
+    """CoLA, SST-2, MRPC, STS-B, QQP, MNLI, QNLI, RTE, WNLI, SQuAD1.1 or SQuAD2.0."""
 
-    data_dir: str = "data/glue"
-    """folder of the tasks' folders, or for SQuAD of its JSON files"""
+    data_dir: UserPath = "data/glue"
+    """Folder of the tasks' folders, or for SQuAD of its JSON files."""
 
     model: str = ""
-    """pretrain: what to fine-tune: a Hugging Face folder or Hub name, or a folder as Google distributed BERT"""
+    """What `pretrain` fine-tunes: a Hugging Face folder or Hub name, or a folder as Google distributed BERT."""
 
-    output_dir: str = ""
-    """folder of all outputs; default: results/tasks/TASK"""
+    output_dir: UserPath = ""
+    """Folder of all outputs; default: results/tasks/TASK."""
 
-    finetuned: str = ""
-    """the dense model to prune; default: what `pretrain` left in the output folder"""
+    finetuned: UserPath = ""
+    """The dense model to prune; default: what `pretrain` left in the output folder."""
 
     pruning_type: str = "8"
-    """0 to 8, or a pattern's name, such as tile_wise_k, unstructured, m4n2_1d"""
+    """0 to 8, or a pattern's name, such as tile_wise_k, unstructured, m4n2_1d."""
 
-    granularity: int = 128
-    """G, columns of a tile"""
+    granularity: Size = 128
+    """G, columns of a tile."""
 
-    block: int = 32
-    """B, side of a block (type 5)"""
+    block: Size = 32
+    """B, side of a block (type 5)."""
 
-    vector: int = 16
-    """inputs of a vector (type 4)"""
+    vector: Size = 16
+    """Inputs of a vector (type 4)."""
 
-    score: str = "taylor_w2"
-    """importance of a weight: taylor_w2, taylor or magnitude"""
+    score: PatternScore = "taylor_w2"
+    """Importance of a weight: taylor_w2, taylor or magnitude."""
 
     quirks: str = ""
-    """historical behaviours to repeat: `historical` for all, or names separated by commas"""
+    """Historical behaviours to repeat: `historical` for all, or names separated by commas."""
 
-    sparsities: tuple[float, ...] = (50.0,)
-    """percent after each stage, rising"""
+    sparsities: Sparsities = (50.0,)
+    """Percent after each stage, rising."""
 
-    scoring_steps: int = 100
-    """batches that a stage's scores are taken over"""
+    scoring_steps: Size = 100
+    """Batches that a stage's scores are taken over."""
 
-    epochs: float = 3.0
-    """passes over the training data: of the fine-tuning, or of each stage's recovery"""
+    epochs: Positive = 3.0
+    """Passes over the training data: of the fine-tuning, or of each stage's recovery."""
 
-    train_batch_size: int = 32
-    """rows a step, over all devices"""
+    train_batch_size: Size = 32
+    """Rows a step, over all devices."""
 
-    micro_batch_size: int = 32
-    """rows that one device holds at a time, at most"""
+    micro_batch_size: Size = 32
+    """Rows that one device holds at a time, at most."""
 
-    eval_batch_size: int = 64
-    """rows of a batch in evaluations"""
+    eval_batch_size: Size = 64
+    """Rows of a batch in evaluations."""
 
-    learning_rate: float = 2e-5
-    """peak, reached after the warm-up, falling linearly to 0"""
+    learning_rate: Positive = 2e-5
+    """Peak, reached after the warm-up, falling linearly to 0."""
 
-    warmup: float = 0.1
-    """fraction of the steps in which the rate rises"""
+    warmup: Fraction = 0.1
+    """Fraction of the steps in which the rate rises."""
 
-    weight_decay: float = 0.01
-    """AdamW's, on matrices only"""
+    weight_decay: Fraction = 0.01
+    """AdamW's, on matrices only."""
 
-    clip: float = 1.0
-    """largest norm of the gradient"""
+    clip: Scale = 1.0
+    """Largest norm of the gradient."""
 
-    max_length: int = 128
-    """tokens of a row at most"""
+    max_length: Annotated[int, Limits(minimum=4, maximum=10**9)] = 128
+    """Tokens of a row at most."""
 
-    doc_stride: int = 128
-    """SQuAD: tokens between the starts of two windows on a long document"""
+    doc_stride: Size = 128
+    """SQuAD: tokens between the starts of two windows on a long document."""
 
-    max_query_length: int = 64
-    """SQuAD: tokens of a question at most"""
+    max_query_length: Size = 64
+    """SQuAD: tokens of a question at most."""
 
-    n_best: int = 20
-    """SQuAD: length of the n-best lists"""
+    n_best: Size = 20
+    """SQuAD: length of the n-best lists."""
 
-    max_answer_length: int = 30
-    """SQuAD: tokens of an answer at most"""
+    max_answer_length: Size = 30
+    """SQuAD: tokens of an answer at most."""
 
     null_threshold: float = 0.0
-    """SQuAD2.0: no answer is given where it scores higher than the best answer by more than this"""
+    """SQuAD2.0: no answer is given where it scores higher than the best answer by more than this."""
 
-    distillation: float = 0.0
-    """GLUE: weight of the divergence from the dense model's predictions in recoveries; 0: off"""
+    distillation: Scale = 0.0
+    """GLUE: weight of the divergence from the dense model's predictions in recoveries; 0: off."""
 
-    temperature: float = 2.0
-    """softens both predictions in the distillation"""
+    temperature: Positive = 2.0
+    """Softens both predictions in the distillation."""
 
     precision: Precision = "auto"
-    """auto (bf16 where the device has it), fp32, bf16 or fp16"""
+    """Auto (bf16 where the device has it), fp32, bf16 or fp16."""
 
-    deepspeed: str = ""
-    """file with a DeepSpeed config; default: ZeRO 0 on one device, 2 on several"""
+    deepspeed: UserPath = ""
+    """File with a DeepSpeed config; default: ZeRO 0 on one device, 2 on several."""
 
-    save_every: int = 0
-    """steps between checkpoints; 0: at the end of a training only"""
+    save_every: Count = 0
+    """Steps between checkpoints; 0: at the end of a training only."""
 
-    log_every: int = 10
-    """steps between log lines"""
+    log_every: Size = 10
+    """Steps between log lines."""
 
     tensorboard: bool = True
-    """true or false: scalars for TensorBoard"""
+    """True or false: scalars for TensorBoard."""
 
-    threads: int = 0
-    """CPU threads a process; 0: the machine's, shared out"""
+    threads: Count = 0
+    """CPU threads a process; 0: the machine's, shared out."""
 
-    rank_timeout: float = 300.0
-    """seconds after which a silent device or an unfinished step ends the run; ten times as many for a
-    first step or a save; 0: never"""
+    rank_timeout: Scale = 300.0
+    """Seconds after which a silent device or an unfinished step ends the run; ten times as many for a first step or a
+    save; 0: never."""
 
-    seed: int = 42
-    """of fresh weights, data order and dropout"""
+    seed: Count = 42
+    """Of fresh weights, data order and dropout."""
 
-    resume: str = "auto"
-    """auto: skip what is finished and go on from checkpoints; never: do it all again"""
+    resume: Literal["auto", "never"] = "auto"
+    """Auto: skip what is finished and go on from checkpoints; never: do it all again."""
 
     @property
     def is_squad(self) -> bool:
@@ -199,116 +202,54 @@ def parse_task_options(arguments: list[str] | None = None) -> TaskConfig:
     Raises:
         UserErrors: values that cannot be.
     """
+    options = load_schema("tasks")["properties"]
     parser = argparse.ArgumentParser(
         prog="cook/tasks.py",
         allow_abbrev=False,
         description=("Fine-tunes, prunes and exports an encoder on a GLUE task or SQuAD."),
     )
-    parser.add_argument("mode", choices=get_args(TaskMode), help=_helps()["mode"])
-    fields = [field for field in dataclasses.fields(TaskConfig) if field.name != "mode"]
-    for field in fields:
-        default = "" if field.default in ("", dataclasses.MISSING) else f" (default: {_shown(field.default)})"
-        parser.add_argument(
-            f"--{field.name}",
-            metavar=field.name.upper().split("_")[-1],
-            help=_helps()[field.name] + default,
-            required=field.default is dataclasses.MISSING,
-        )
+    parser.add_argument("mode", choices=get_args(TaskMode), help=options["mode"]["description"])
+    for name, node in options.items():
+        if name != "mode":
+            shown = _written(node.get("default", ""))
+            text = node["description"] + (f" (default: {shown})" if shown else "")
+            needed = "default" not in node
+            parser.add_argument(f"--{name}", metavar=name.upper().split("_")[-1], help=text, required=needed)
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # some launchers pass it
     given = vars(parser.parse_args(arguments))
-    values: dict[str, Any] = {"mode": given["mode"]}
-    errors: list[UserError] = []
-    for field in fields:
-        text = given[field.name]
-        if text is not None:
-            try:
-                values[field.name] = _parsed(field, text)
-            except UserError as error:
-                errors.append(error)
-    config = TaskConfig(**values)
-    errors += _mistakes(config)
+    values = {name: _parsed(node, given[name]) for name, node in options.items() if given[name] is not None}
+    findings = schema_findings(values, "tasks", "options")
+    invalid = {finding.section: finding.error.wanted for finding in findings}
+    errors = [
+        UserError(f"--{name}: not a usable value", wanted=wanted, got=repr(given[name]))
+        for name, wanted in invalid.items()
+    ]
+    sound = {name: value for name, value in values.items() if name not in invalid}
+    config = TaskConfig(**sound | {"sparsities": tuple(sound["sparsities"])} if "sparsities" in sound else sound)
+    if config.mode == "pretrain" and not config.model:
+        errors.append(UserError("--model: pretrain needs a model to fine-tune", wanted="a folder or a Hub name"))
+    if config.distillation and config.is_squad:
+        errors.append(UserError("--distillation: for GLUE tasks only", got=f"--task_name {config.task_name}"))
     if errors:
         raise UserErrors("options", errors)
     return config
 
 
-def _helps() -> dict[str, str]:
-    """The fields' docstrings, by name."""
-    body = ast.parse(inspect.getsource(TaskConfig)).body[0]
-    assert isinstance(body, ast.ClassDef)
-    found = {}
-    for field, text in zip(body.body, body.body[1:], strict=False):
-        is_text = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and is_text:
-            assert isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
-            found[field.target.id] = " ".join(str(text.value.value).split())
-    return found
+def _written(value: Any) -> str:
+    """A default as it is given on the command line."""
+    return " ".join(f"{item:g}" for item in value) if isinstance(value, list) else str(value).replace("%", "%%")
 
 
-def _shown(value: Any) -> str:
-    return " ".join(f"{item:g}" for item in value) if isinstance(value, tuple) else str(value).replace("%", "%%")
-
-
-def _parsed(field: dataclasses.Field, text: str) -> Any:
-    kind = str(field.type)
+def _parsed(node: dict[str, Any], text: str) -> Any:
+    """A value of the option's type; the text itself where it is none, for the schema to refuse."""
     try:
-        if kind.startswith("tuple"):
-            return tuple(float(part) for part in text.replace(",", " ").split())
-        if kind == "bool":
+        if node.get("type") == "array":
+            return [float(part) for part in text.replace(",", " ").split()]
+        if node.get("type") == "boolean":
             return {"true": True, "false": False}[text.lower()]
-        return {"int": int, "float": float}.get(kind, str)(text)
+        return {"integer": int, "number": float}.get(node.get("type", "string"), str)(text)
     except (ValueError, KeyError):
-        wanted = {"int": "a whole number", "float": "a number", "bool": "true or false"}.get(kind, "numbers")
-        raise UserError(f"--{field.name}: not a usable value", wanted=wanted, got=repr(text)) from None
-
-
-_LEAST = {
-    "granularity": 1,
-    "block": 1,
-    "vector": 1,
-    "scoring_steps": 1,
-    "train_batch_size": 1,
-    "micro_batch_size": 1,
-    "log_every": 1,
-    "eval_batch_size": 1,
-    "max_length": 4,
-    "doc_stride": 1,
-    "max_query_length": 1,
-    "n_best": 1,
-    "max_answer_length": 1,
-    "save_every": 0,
-    "threads": 0,
-    "rank_timeout": 0,
-    "seed": 0,
-    "weight_decay": 0,
-    "clip": 0,
-    "warmup": 0,
-    "distillation": 0,
-}
-_POSITIVE = ("epochs", "learning_rate", "temperature")
-
-
-def _mistakes(config: TaskConfig) -> list[UserError]:
-    found = []
-    for name, least in _LEAST.items():
-        value = getattr(config, name)
-        if not value >= least or value == float("inf"):
-            found.append(UserError(f"--{name}: out of range", wanted=f"at least {least}", got=value))
-    for name in _POSITIVE:
-        value = getattr(config, name)
-        if not 0 < value < float("inf"):
-            found.append(UserError(f"--{name}: out of range", wanted="a number above 0", got=value))
-    if config.warmup > 1:
-        found.append(UserError("--warmup: out of range", wanted="a fraction of 1", got=config.warmup))
-    for name, kind in (("precision", Precision), ("resume", Literal["auto", "never"])):
-        if getattr(config, name) not in get_args(kind):
-            wanted = ", ".join(get_args(kind))
-            found.append(UserError(f"--{name}: unknown value", wanted=wanted, got=repr(getattr(config, name))))
-    if config.mode == "pretrain" and not config.model:
-        found.append(UserError("--model: pretrain needs a model to fine-tune", wanted="a folder or a Hub name"))
-    if config.distillation and config.is_squad:
-        found.append(UserError("--distillation: for GLUE tasks only", got=f"--task_name {config.task_name}"))
-    return found
+        return text
 
 
 def settings_fingerprint(config: TaskConfig, names: tuple[str, ...]) -> str:

@@ -9,35 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from cook.config.corpus import DataConfig
+from cook.config.declare import Count, Fraction, KeysOf, Limits, Scale, Size, UserPath
 from cook.config.distillation import DistillationConfig
 from cook.config.scheme import (
     PATTERN_METHODS,
+    STAGE_NAMES,
     CoarseConfig,
     FineConfig,
     GatesConfig,
     JointConfig,
     MaskMethod,
     PatternConfig,
-    PruneMode,
+    StageName,
 )
-
-StageName = Literal[
-    "pretrain",
-    "layer_mask",
-    "layer_finetune",
-    "att_mask",
-    "att_finetune",
-    "ffn_mask",
-    "ffn_finetune",
-    "joint_mask",
-    "joint_finetune",
-    "pattern",
-    "random_baseline",
-]
-"""The stages of the recipe, each a training run of its own."""
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Schedule = Literal["cosine", "linear", "constant"]
@@ -46,22 +33,82 @@ SpikeMeasure = Literal["gradient_norm", "loss"]
 TokenizerType = Literal["sentencepiece", "hf", "jieba"]
 ModelType = Literal["cpm_ant", "hf"]
 
-STAGE_NAMES: tuple[StageName, ...] = get_args(StageName)
+
+MaskModules = Annotated[list[Annotated[list[bool], Limits(minItems=2, maxItems=2)]] | None, Limits(maxItems=10**5)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CpmLiveKeys:
+    """CPM-Live's configuration of a model, as its authors publish it."""
+
+    vocab_size: Size
+    """Rows of the token embedding."""
+
+    dim_model: Size
+    """Width of the residual stream."""
+
+    num_layers: Size
+    """Layers, each one attention block and one FFN block."""
+
+    num_heads: Size
+    """Attention heads per block."""
+
+    dim_head: Size
+    """Width of a head."""
+
+    dim_ff: Size
+    """Inner width of an FFN block."""
+
+    dropout_p: Annotated[float, Limits(minimum=0, exclusiveMaximum=1)] = 0.0
+    """Dropout probability."""
+
+    position_bias_num_buckets: Annotated[Size, Limits(multipleOf=4)]
+    """Buckets of the relative position bias, half of them per direction; a multiple of 4."""
+
+    position_bias_max_distance: Size
+    """Distance from which on all positions share the last bucket."""
+
+    eps: Annotated[float, Limits(exclusiveMinimum=0, maximum=1)]
+    """Number added to the variance in the layer norms."""
+
+    half: bool = True
+    """CPM-Live's switch for half precision weights. Unused: see `training.precision`."""
+
+    prompt_types: Annotated[Size, Limits(minimum=3)]
+    """Kinds of prompt, one per task. That of the causal language model is number 2."""
+
+    prompt_length: Size
+    """Prompt embeddings in front of every row."""
+
+    segment_types: Annotated[Size, Limits(minimum=3)]
+    """Segment embeddings. The text of the causal language model is segment 2."""
+
+    mask_modules: MaskModules = None
+    """A pair [attention, FFN] per layer, true for a block that is physically removed. None: no block is."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The model to train or prune: a description, pretrained weights, or both. At least one of the two is given."""
+    """The model to train or prune: a description, pretrained weights, or both."""
 
     type: ModelType
     """`cpm_ant`, or `hf`: the Hugging Face folder at `path`, of any family that has an adapter."""
 
-    config: dict[str, Any] | None = None
-    """CPM-Live's configuration keys. A path to a JSON file in `bmcook.json` has been replaced by the file's content.
-    None for `hf`, whose folder has a config.json."""
+    config: Annotated[
+        dict[str, Any] | None,
+        KeysOf(CpmLiveKeys),
+        Limits(
+            title="CPM-Live's keys, the path of a JSON file, or null",
+            type=["object", "string", "null"],
+            minLength=1,
+        ),
+    ] = None
+    """CPM-Live's configuration keys, or the path of a JSON file that holds them, whose content takes its place. None if
+    the folder at `path` has its own."""
 
-    path: str | None = None
-    """Pretrained weights: a Hugging Face folder, or a CPM-Live `.pt` file that `config` describes. None: random."""
+    path: UserPath | None = None
+    """Pretrained weights: a Hugging Face folder, or a CPM-Live `.pt` file that `config` describes. None: random
+    weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +116,13 @@ class TokenizerConfig:
     """The tokenizer that turns the corpus into ids."""
 
     type: TokenizerType
-    """`sentencepiece`: a `.model` file; `hf`: a folder that Hugging Face's AutoTokenizer reads; `jieba`: CPM-Ant's own,
-    a `vocab.txt`."""
+    """`sentencepiece`: a `.model` file, or one that the run trains; `hf`: a folder that Hugging Face's AutoTokenizer
+    reads; `jieba`: CPM-Ant's `vocab.txt`."""
 
-    path: str | None = None
-    """The tokenizer's file or folder. None (sentencepiece only): the run trains one on the corpus."""
+    path: UserPath | None = None
+    """The tokenizer's file or folder. None (`sentencepiece` only): the run trains one on the corpus."""
 
-    vocab_size: int
+    vocab_size: Size
     """Number of ids; at most the model's vocabulary."""
 
 
@@ -83,75 +130,77 @@ class TokenizerConfig:
 class TrainingConfig:
     """How one stage trains the weights. A stage's own overrides have the same keys."""
 
-    steps: int
-    """Optimizer steps, those included that are not applied."""
+    steps: Size
+    """Optimizer steps, including those that are not applied."""
 
-    train_batch_size: int
-    """Rows a step, over all ranks and accumulation steps: micro_batch_size × accumulation × ranks."""
+    train_batch_size: Size
+    """Rows per step, over all ranks and accumulation steps: micro_batch_size × accumulation × ranks."""
 
-    micro_batch_size: int
-    """Rows that one rank holds in memory at a time, at most: a rank's share of a step may be smaller."""
+    micro_batch_size: Size
+    """Most rows that one rank holds in memory at a time. Its share of a step may be smaller."""
 
-    learning_rate: float
+    learning_rate: Annotated[float, Limits(minimum=0, maximum=100)]
     """Peak learning rate of the weights."""
 
-    warmup: float = 0.05
+    warmup: Fraction = 0.05
     """Fraction of the steps in which the learning rate rises linearly to its peak."""
 
     schedule: Schedule = "cosine"
     """Shape of the decay after the warmup."""
 
-    min_learning_rate: float = 0.1
-    """Learning rate at the last step, as a fraction of the peak; unused by `constant`."""
+    min_learning_rate: Fraction = 0.1
+    """Learning rate at the last step, as a fraction of the peak. Unused by `constant`."""
 
-    weight_decay: float = 0.0
+    weight_decay: Fraction = 0.0
     """Decoupled weight decay (AdamW)."""
 
-    clip: float = 1.0
-    """Largest global gradient norm; 0 switches clipping off."""
+    clip: Scale = 1.0
+    """Largest global gradient norm. 0: no clipping."""
 
     precision: Precision = "auto"
-    """Arithmetic of the forward and backward passes; `auto`: bf16 where the device has it, else fp32."""
+    """Arithmetic of the forward and backward passes. `auto`: bf16 where the device has it, else fp32."""
 
     train_weights: bool = True
-    """False: only the gates learn, the weights stay as they are."""
+    """False: only the gates learn; the weights stay fixed."""
 
     activation_checkpointing: bool = False
-    """True: blocks are computed again in the backward pass instead of being kept in memory."""
+    """True: activations are computed again in the backward pass, instead of being kept in memory."""
 
-    log_every: int = 10
+    log_every: Size = 10
     """Steps between two log lines."""
 
-    save_every: int = 0
-    """Steps between two checkpoints; 0: only at the end of the stage."""
+    save_every: Count = 0
+    """Steps between two checkpoints. 0: only at the end of the stage."""
 
-    keep_checkpoints: int = 2
-    """How many of the newest checkpoints stay on disk."""
+    keep_checkpoints: Size = 2
+    """Number of newest checkpoints that stay on disk."""
 
-    eval_rows: int = 256
-    """Held-out rows that an evaluation reads; 0: no evaluation."""
+    eval_rows: Count = 256
+    """Held-out rows per evaluation. 0: no evaluation."""
 
-    max_bad_steps: int = 3
-    """Steps in a row that end the run when they fail: loss or gradient not finite, or a spike that is skipped."""
+    max_bad_steps: Size = 3
+    """Failed steps in a row that end the run. A step fails if its loss or gradient is not finite, or if it is skipped
+    as a spike."""
 
     spike: SpikeAction = "off"
-    """What happens to a step far above the recent ones: nothing, a note in the log, no update, or the run's end."""
+    """What happens at a step far above the recent ones: nothing, a note in the log, no update, or the end of the
+    run."""
 
     spike_measure: SpikeMeasure = "gradient_norm"
     """What is compared: the gradient's global norm, or the loss."""
 
-    spike_factor: float = 10.0
-    """How many times the median of the last `spike_window` updates is a spike."""
+    spike_factor: Annotated[float, Limits(exclusiveMinimum=1, maximum=10**6)] = 10.0
+    """A spike is more than this many times the median of the last `spike_window` updates."""
 
-    spike_window: int = 64
-    """Updates that the median is taken of; until there are as many nothing is a spike."""
+    spike_window: Annotated[int, Limits(minimum=1, maximum=10**4)] = 64
+    """Updates that the median is taken of. Until there are as many, no step is a spike."""
 
-    threads: int | None = None
-    """CPU threads a rank. None: the machine's cores shared out among its ranks."""
+    threads: Annotated[int, Limits(minimum=1, maximum=4096)] | None = None
+    """CPU threads per rank. None: the machine's cores divided by its ranks."""
 
-    rank_timeout: float = 300.0
+    rank_timeout: Scale = 300.0
     """Seconds after which a silent rank or an unfinished step ends the run; ten times as many for a first step, a save
-    or an evaluation; 0: never. Read from the `training` section alone."""
+    or an evaluation. 0: never. Read from the `training` section alone."""
 
     def rows_at_once(self, world_size: int) -> int:
         """Rows of a micro-batch: `micro_batch_size`, or a rank's whole share of the batch where that is smaller."""
@@ -163,24 +212,39 @@ class LoggingConfig:
     """Where a run reports to, beside its log file."""
 
     tensorboard: bool = True
-    """True: scalars for TensorBoard are written inside the output folder."""
+    """True: scalars for TensorBoard are written inside `output_dir`."""
+
+
+WeightSuffix = Annotated[
+    str,
+    Limits(
+        title="the end of a weight's name, such as self_attention.project_q.weight",
+        pattern="^[A-Za-z0-9_.]+$",
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PruningConfig:
-    """The `pruning` section: whether to prune, what, and at which grain."""
+    """Whether to prune, what, and at which grain."""
 
     is_pruning: bool
     """False: plain pretraining."""
 
-    pruning_mask_path: str | None = None
-    """Mask file (`.safetensors`) of a pattern: read and held if it is there, else made; None for other methods."""
+    pruning_mask_path: UserPath | None = None
+    """Mask file (`.safetensors`) of a pattern: read and held if it exists, else made and written. None for other
+    methods."""
 
-    pruned_module: tuple[str, ...]
-    """Suffixes of the weight names that may be pruned; nothing else is."""
+    pruned_module: Annotated[tuple[WeightSuffix, ...], Limits(minItems=1, maxItems=10**4)]
+    """Suffixes of the names of the weights that may be pruned. No other weight is."""
 
     mask_method: MaskMethod
-    """Grain of the single stage that the two files describe."""
+    """`coarse-grained`: whole attention and FFN blocks; `fine-grained`: heads or FFN dims inside the kept blocks;
+    `joint`: heads, dims and, where wanted, blocks at once; `pattern`: single weights, see the section `pattern`;
+    `m4n2_1d`, `m4n2_2d`: two of four weights along the inputs, or both ways."""
+
+    l0_pruning: UserPath = "l0_pruning.json"
+    """The scheme's file, relative to the folder of this one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,8 +254,8 @@ class StageEntry:
     name: StageName
     """Which stage."""
 
-    training: dict[str, Any] = field(default_factory=dict)
-    """Fields of TrainingConfig that this stage changes, already of the right type."""
+    training: Annotated[dict[str, Any], KeysOf(TrainingConfig, complete=False)] = field(default_factory=dict)
+    """Keys of `training` that this stage changes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,57 +269,79 @@ class ConfigSource:
     """The scheme; None if plain pretraining was asked for and there is no such file."""
 
 
+DEEPSPEED = {
+    "title": "a DeepSpeed configuration or the path of one",
+    "type": ["object", "string"],
+    "minLength": 1,
+    "format": "path",
+    "properties": {key: {"type": "object"} for key in ("zero_optimization", "bf16", "fp16")}
+    | {key: {"type": "object", "properties": {"params": {"type": "object"}}} for key in ("optimizer", "scheduler")},
+}
+"""What cook itself reads of the DeepSpeed configuration; `cook.training.deepspeed_checks` knows the rest."""
+
+DERIVED = ("stage", "source")
+"""Fields of RunConfig that stand in no file."""
+
+SCHEME_SECTIONS = {"coarse-grained": "coarse", "fine-grained": "fine", "joint": "joint", "gates": "gates"}
+"""Sections of the scheme, and the fields of RunConfig that hold them; the other fields are those of `bmcook.json`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything a run is told, checked as a whole. Made by `cook.config.load.load_config`."""
 
-    output_dir: str
-    """Folder for all that the run writes, the mask files apart, which have paths of their own."""
+    output_dir: UserPath
+    """Folder for all that the run writes, except the mask files, which have paths of their own."""
 
-    seed: int = 0
+    seed: Annotated[int, Limits(minimum=0, maximum=2**32 - 1)] = 0
     """Seed of the weights, the data order and the gates' noise."""
 
     model: ModelConfig
-    """The model."""
+    """The model to train or prune: a description, pretrained weights, or both."""
 
     tokenizer: TokenizerConfig
-    """The tokenizer."""
+    """The tokenizer that turns the corpus into ids."""
 
     data: DataConfig
-    """The corpus."""
+    """The corpus, and how rows are cut from it."""
 
     training: TrainingConfig
-    """The training of every stage that does not say otherwise; ask `training_for`."""
+    """How every stage trains the weights, unless it says otherwise."""
 
-    deepspeed: dict[str, Any] = field(default_factory=dict)
-    """A plain DeepSpeed configuration, its "auto" values not yet filled in."""
+    deepspeed: Annotated[dict[str, Any], DEEPSPEED] = field(default_factory=dict)
+    """A plain DeepSpeed configuration, or the path of one. "auto" values are filled in from `training`."""
 
     distillation: DistillationConfig | None = None
-    """The teacher, or None."""
+    """A dense teacher whose outputs the pruned model imitates. None: no teacher."""
 
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    """Reporting."""
+    """Where a run reports to, beside its log file."""
 
     pruning: PruningConfig
     """Whether to prune, what, and at which grain."""
 
     pattern: PatternConfig | None = None
-    """The pattern of single weights, where given."""
+    """The pattern in which single weights are pruned. None: no pattern."""
 
     coarse: CoarseConfig | None = None
-    """The scheme for whole blocks, where given."""
+    """Whole attention and FFN blocks."""
 
     fine: FineConfig | None = None
-    """The scheme for heads and dims, where given."""
+    """Heads and FFN dims inside the kept blocks."""
 
     joint: JointConfig | None = None
-    """The scheme for learning both at once, where given."""
+    """Heads, FFN dims and, where wanted, whole blocks learned in one stage. Sizes, targets and mask files are those of
+    `fine-grained`."""
 
     gates: GatesConfig = field(default_factory=GatesConfig)
-    """How gates learn."""
+    """How the gates learn."""
 
-    stages: tuple[StageEntry, ...] = ()
-    """The recipe, in order; empty if the files describe a single stage only."""
+    stages: Annotated[tuple[StageEntry, ...], Limits(maxItems=len(STAGE_NAMES))] = ()
+    """The recipe, in order. Empty: only the stage that the two files describe."""
+
+    stage: StageName
+    """The stage that this configuration describes: decoded once from `is_pruning`, `mask_method`, `train_mask` and
+    `prune_mode`, which nothing reads after the check."""
 
     source: ConfigSource
     """Where all this was read."""
@@ -267,13 +353,6 @@ def training_for(config: RunConfig, stage_name: str) -> TrainingConfig:
         if entry.name == stage_name:
             return dataclasses.replace(config.training, **entry.training)
     return config.training
-
-
-def described_stage(config: RunConfig) -> StageName:
-    """The one stage that `is_pruning`, `mask_method`, `train_mask` and `prune_mode` describe together."""
-    name = stage_of(config.pruning, config.coarse, config.fine, config.joint)
-    assert name is not None, "the loader lets no stage pass without its section"
-    return name
 
 
 def stage_of(
@@ -296,35 +375,15 @@ def stage_of(
 
 
 def for_stage(config: RunConfig, stage_name: StageName) -> RunConfig:
-    """The configuration whose switches describe `stage_name` and whose `training` holds that stage's overrides.
+    """The configuration of one stage: `stage` is its name, `training` holds its overrides.
 
-    Its `distillation` is None where the stage has no teacher. `random_baseline` finetunes a masked model, so its
-    switches are left as they stand.
+    Its `distillation` is None where the stage has no teacher.
     """
-    pruning, coarse, fine, joint = config.pruning, config.coarse, config.fine, config.joint
-    unit, _, kind = stage_name.partition("_")
-    if stage_name == "pretrain":
-        pruning = dataclasses.replace(pruning, is_pruning=False)
-    elif unit == "layer":
-        assert coarse is not None, "the loader lets no layer stage pass without the coarse-grained section"
-        pruning = dataclasses.replace(pruning, is_pruning=True, mask_method="coarse-grained")
-        coarse = dataclasses.replace(coarse, train_mask=kind == "mask")
-    elif unit == "pattern":
-        method = pruning.mask_method if pruning.mask_method in PATTERN_METHODS else "pattern"
-        pruning = dataclasses.replace(pruning, is_pruning=True, mask_method=method)
-    elif unit == "joint":
-        assert joint is not None, "the loader lets no joint stage pass without its section"
-        pruning = dataclasses.replace(pruning, is_pruning=True, mask_method="joint")
-        joint = dataclasses.replace(joint, train_mask=kind == "mask")
-    elif unit in ("att", "ffn"):
-        assert fine is not None, "the loader lets no att or ffn stage pass without the fine-grained section"
-        pruning = dataclasses.replace(pruning, is_pruning=True, mask_method="fine-grained")
-        mode: PruneMode = "att" if unit == "att" else "ffn"
-        fine = dataclasses.replace(fine, train_mask=kind == "mask", prune_mode=mode)
+    pruning = config.pruning
+    if stage_name == "pattern" and pruning.mask_method not in PATTERN_METHODS:
+        pruning = dataclasses.replace(pruning, mask_method="pattern")
     teacher = config.distillation
     if teacher is not None and (stage_name == "pretrain" or stage_name not in (teacher.stages or STAGE_NAMES)):
         teacher = None
     training = training_for(config, stage_name)
-    return dataclasses.replace(
-        config, pruning=pruning, coarse=coarse, fine=fine, joint=joint, training=training, distillation=teacher
-    )
+    return dataclasses.replace(config, stage=stage_name, pruning=pruning, training=training, distillation=teacher)

@@ -134,7 +134,7 @@ def matching_files(
     given: str, suffixes: tuple[str, ...] | None, left_out: LeftOut, *, compressed: bool = True
 ) -> list[tuple[Path, str]]:
     """The files that one path names, each with its name in the corpus, sorted; arguments as for `list_files`."""
-    path = Path(given).expanduser()
+    path = Path(given)
     passed = LeftOut()
     if path.is_file():
         return [(path, path.name)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,7 @@ def list_arrow_folders(paths: Sequence[str], split: str, digest: Callable[[Path]
     """
     found = []
     for given in paths:
-        folder = _arrow_folder(Path(given).expanduser(), split)
+        folder = _arrow_folder(Path(given), split)
         files = sorted(path for path in folder.iterdir() if path.is_file())
         content = "".join(f"{path.name} {digest(path)}\n" for path in files)
         whole = hashlib.sha256(content.encode()).hexdigest()
@@ -126,7 +125,7 @@ def load_hub(name: str, subset: str | None, split: str, *, streaming: bool) -> A
     from datasets import load_dataset
 
     try:
-        return load_dataset(os.path.expanduser(name), subset, split=split, streaming=streaming)
+        return load_dataset(name, subset, split=split, streaming=streaming)
     except (*UNREADABLE, RuntimeError) as error:  # ConnectionError is an OSError; a failed preparation a RuntimeError
         raise UserError(
             f"the dataset {name!r} cannot be opened: {_first_line(error)}",

@@ -14,11 +14,11 @@ import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from cook.base.errors import UserError
-from cook.base.tensor_files import read_model_config
-from cook.families.source import ModelSource, open_model
+from cook.base.tensor_files import open_safetensors_folder, read_model_config
+from cook.families.source import open_model
 from cook.models import ragged
 from cook.pruning.counts import kept_shapes
-from cook.pruning.family import ModelConfig
+from cook.pruning.family import ModelConfig, ModelSource
 from cook.pruning.units import PruningSpace
 
 LAYER = re.compile(r"(.*?)\.?(?<![^.])\d+\.")
@@ -119,25 +119,15 @@ def check_folder(
     Raises:
         UserError: a weight that is missing, left over or of another shape.
     """
-    written, config = open_model(folder), read_model_config(folder)
-    expected = {renamed.get(name, name): shape for name, shape in kept_shapes(space, kept).items()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in written.tensors.items()}
-    problems = [
-        f"{name!r} has the shape {shapes.get(name)}, not {shape}"
-        for name, shape in sorted(expected.items())
-        if shapes.get(name) != shape
-    ]
-    problems += [f"{name!r} is missing" for name in found.carried if name not in written.stored]
-    if len(written.stored) != len(expected) + len(found.carried):
-        problems.append(f"{len(written.stored)} tensors, not {len(expected)} and {len(found.carried)} carried along")
-    after = loading_report(config, {name: tuple(tensor.shape) for name, tensor in written.stored.items()})
-    if after is not None:
-        before = loading_report(source.config, {name: tuple(tensor.shape) for name, tensor in _files(source).items()})
-        lacked = set() if before is None else before["missing_keys"]
-        ignored = {*found.carried} if before is None else {*found.carried} & before["unexpected_keys"]
-        problems += [f"{name!r} is missing" for name in sorted(after["missing_keys"] - lacked)]
-        problems += [f"{name!r} has no place in it" for name in sorted(after["unexpected_keys"] - ignored)]
-        problems += [f"{entry[0]!r} has another shape" for entry in sorted(after["mismatched_keys"])]
+    config, files = read_model_config(folder), open_safetensors_folder(folder)
+    problems = _loading_problems(config, files, source, found)
+    if not problems:
+        try:
+            written = open_model(folder)
+        except UserError as error:
+            problems = [error.what.removeprefix(f"{folder}: ")]
+        else:
+            problems = _differences(written, kept_shapes(space, kept), renamed, found)
     if problems:
         raise UserError(
             f"{source.path}: pruned with these masks, the model is not what {_class_name(config)} loads",
@@ -146,6 +136,42 @@ def check_folder(
             remedy="nothing was written; the model's head or family cannot be pruned in this way"
             + ("" if config.get("model_type") != ragged.MODEL_TYPE else ": try --uniform"),
         )
+
+
+def _loading_problems(
+    config: ModelConfig, files: Mapping[str, torch.Tensor], source: ModelSource, found: Account
+) -> list[str]:
+    """What transformers misses, or has no place for, beyond what it says of the model before."""
+    after = loading_report(config, _shapes(files))
+    if after is None:
+        return []
+    before = loading_report(source.config, _shapes(_files(source)))
+    lacked = set() if before is None else before["missing_keys"]
+    ignored = {*found.carried} if before is None else {*found.carried} & before["unexpected_keys"]
+    problems = [f"{name!r} is missing" for name in sorted(after["missing_keys"] - lacked)]
+    problems += [f"{name!r} has no place in it" for name in sorted(after["unexpected_keys"] - ignored)]
+    return problems + [f"{entry[0]!r} has another shape" for entry in sorted(after["mismatched_keys"])]
+
+
+def _differences(
+    written: ModelSource, kept: Mapping[str, tuple[int, ...]], renamed: Mapping[str, str], found: Account
+) -> list[str]:
+    """How a written model differs from what should be left of the one before."""
+    expected = {renamed.get(name, name): shape for name, shape in kept.items()}
+    shapes = _shapes(written.tensors)
+    problems = [
+        f"{name!r} has the shape {shapes.get(name)}, not {shape}"
+        for name, shape in sorted(expected.items())
+        if shapes.get(name) != shape
+    ]
+    problems += [f"{name!r} is missing" for name in found.carried if name not in written.stored]
+    if len(written.stored) != len(expected) + len(found.carried):
+        problems.append(f"{len(written.stored)} tensors, not {len(expected)} and {len(found.carried)} carried along")
+    return problems
+
+
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def transformers_class(config: ModelConfig) -> tuple[type[PreTrainedModel], PreTrainedConfig] | None:

@@ -16,9 +16,8 @@ from cook.base.tensor_files import LazyTensors, read_model_config
 from cook.export.check import Account, account, auto_class, check_folder, transformers_class
 from cook.export.model_folder import write_live_format, write_model_folder
 from cook.export.publish import published
-from cook.families.source import Stored
 from cook.pruning.attach import AttachedGates
-from cook.pruning.family import ModelSource
+from cook.pruning.family import ModelSource, Stored
 from cook.pruning.mask_file import read_masks, write_mask_file
 from cook.pruning.mask_set import Masks, coarse_to_tensors, fine_to_tensors
 from cook.pruning.reshape import kept_units, reshaped

@@ -34,6 +34,8 @@ def print_plan(config: RunConfig, stages: Sequence[Stage], *, world_size: int) -
         "data": "; ".join(_described(source) for source in config.data.sources or (config.data,)),
         "ranks": world_size,
     }
+    for stage in stages:
+        check_settings(stage.config.training, stage.config.deepspeed, world_size=world_size)
     rows = []
     kept: dict[str, int] = {}
     for stage in stages:

@@ -1,4 +1,4 @@
-"""Reshaping: writes the small dense model that computes exactly what the masked one did (`python do_prune.py`)."""
+"""Reshaping: writes the small dense model that computes exactly what the masked one did (`cook reshape`)."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def find_job(options: ReshapeOptions) -> Job:
     if not stages:
         raise UserError(
             f"no stage has finished under {config.output_dir}",
-            remedy="train first (bash scripts/prune_cpm_ant.sh), or give --model and masks",
+            remedy="train first (cook train --stage all), or give --model and masks",
         )
     check_masks(stages[-1])
     own = masks_after(stages[-1])

@@ -11,7 +11,7 @@ from cook.base.errors import UserError
 from cook.base.signals import ending_quietly
 from cook.base.watchdog import At
 from cook.config.load import load_config
-from cook.config.types import RunConfig, described_stage
+from cook.config.types import RunConfig
 from cook.recipe.plan import Stage, plan_stage, recipe
 
 
@@ -36,7 +36,7 @@ def start(
     # A plan made outside any launcher must not be held to the single rank that it happens to have.
     unknown = dry_run and "WORLD_SIZE" not in os.environ
     settings = load_config(config, list(overrides), world_size=None if unknown else launched_world_size())
-    stages = recipe(settings) if stage == "all" else [plan_stage(settings, stage or described_stage(settings))]  # type: ignore[arg-type]
+    stages = recipe(settings) if stage == "all" else [plan_stage(settings, stage or settings.stage)]  # type: ignore[arg-type]
     if not stages:
         raise UserError(f"{config}: there are no stages to run", remedy='list them under "stages"')
     if dry_run:

@@ -11,7 +11,7 @@ import torch
 from cook.base.batches import Batch
 from cook.base.errors import UserError
 from cook.base.files import read_json, sha256
-from cook.config.types import RunConfig, described_stage
+from cook.config.types import RunConfig
 from cook.data.loader import held_out_batches
 from cook.data.token_loss import LABELS, model_inputs
 from cook.data.training_data import load_rows
@@ -47,7 +47,7 @@ def finished_stages(config: RunConfig, *, baseline: bool = False) -> list[Stage]
         config: The run.
         baseline: Whether to include the random baseline, which is a side branch.
     """
-    stages = recipe(config) or [plan_stage(config, described_stage(config))]
+    stages = recipe(config) or [plan_stage(config, config.stage)]
     return [s for s in stages if s.done.exists() and (baseline or not s.is_random_baseline)]
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
+from cook.config.scheme import PatternScore
 from cook.sparsity.matrices import PrunedMatrix
-from cook.sparsity.spec import Score
 
 GradientPairs = Iterable[tuple[str, torch.Tensor]]
 
@@ -31,7 +31,7 @@ class ScoreAccumulator:
         weights: Mapping[str, torch.Tensor],
         *,
         masks: Mapping[str, torch.Tensor] | None = None,
-        score: Score = "taylor_w2",
+        score: PatternScore = "taylor_w2",
     ):
         self.batches = 0
         self._score = score

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from cook.base.errors import UserError
-from cook.base.files import write_atomically, write_json
+from cook.base.files import regular_file, write_atomically, write_json
 
 SPECIAL = ("<pad>", "<unk>", "<mask>", "<sep>", "</n>", "</_>", "<s>", "</s>", "<d>", "</d>")
 """Ids 0 to 9. `</n>` stands for a line end and `</_>` for a space; the others never come out of a text."""
@@ -67,14 +67,10 @@ class JiebaTokenizer:
             UserError: The file cannot be read, is not UTF-8 or no CPM-Ant vocabulary, or neither rjieba nor jieba is
                 installed.
         """
-        if Path(path).exists() and not Path(path).is_file():
-            raise UserError(f"tokenizer.path: {path} is not a regular file", wanted="a vocab.txt")
         try:
             # Universal line ends, as transformers reads it: the ids are the numbers of the lines.
-            with open(path, encoding="utf-8-sig") as file:
+            with open(regular_file(path, "vocab.txt"), encoding="utf-8-sig") as file:
                 lines = [line.rstrip("\n") for line in file]
-        except OSError as error:
-            raise UserError(f"tokenizer.path: {path} cannot be read: {error.strerror}", wanted="a vocab.txt") from None
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 at byte {error.start}", wanted="a vocab.txt") from None
         return cls(lines, str(path))

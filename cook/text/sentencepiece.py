@@ -14,7 +14,7 @@ import numpy as np
 import sentencepiece
 
 from cook.base.errors import UserError
-from cook.base.files import write_atomically
+from cook.base.files import regular_file, write_atomically
 from cook.base.pool import num_cores
 from cook.text.hf_export import export_to_hugging_face, parse_model
 
@@ -67,15 +67,7 @@ class SentencePieceTokenizer:
         Raises:
             UserError: The file is missing, or not a sentencepiece model with beginning and end tokens.
         """
-        if Path(path).exists() and not Path(path).is_file():
-            raise UserError(f"tokenizer.path: {path} is not a regular file", wanted="a .model file")
-        try:
-            model = Path(path).read_bytes()
-        except OSError as error:
-            raise UserError(
-                f"tokenizer.path: {path} cannot be read: {error.strerror}", wanted="a .model file"
-            ) from None
-        return cls(model, str(path))
+        return cls(regular_file(path, ".model file").read_bytes(), str(path))
 
     def encode(self, text: str) -> list[int]:
         if self._space_bytes and SPACE in text:

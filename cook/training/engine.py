@@ -1,9 +1,8 @@
-"""The only file that imports DeepSpeed: builds an engine, reads and writes its weights and checkpoints."""
+"""The only file that runs DeepSpeed: builds an engine, reads and writes its weights and checkpoints."""
 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import warnings
@@ -22,6 +21,7 @@ from cook.base.rendezvous import Meeting, join, meet
 from cook.base.tensor_files import LazyTensors
 from cook.base.together import in_words, on_first_rank
 from cook.config.types import TrainingConfig
+from cook.training.deepspeed_checks import import_deepspeed, refusals
 from cook.training.held_zeros import HeldZeros
 from cook.training.optim import MakeOptimizer, pretraining_adamw
 from cook.training.partitions import Partitions
@@ -38,12 +38,10 @@ def initialise_processes(threads: int | None, meeting: Meeting | None = None) ->
         threads: CPU threads; None shares the cores among the ranks of this machine.
         meeting: Of all ranks, where they have met already.
     """
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", "0")
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_ranks))
-    deepspeed = _import_deepspeed()
+    deepspeed = import_deepspeed()
     # DeepSpeed calls what torch has renamed, thousands of times.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
     if torch.cuda.is_available():
@@ -62,15 +60,6 @@ def leave_processes() -> None:
     """Leaves the process group: a rank that ends without it is aborted while its connections still work."""
     if distributed.is_on():
         torch.distributed.destroy_process_group()
-
-
-def _import_deepspeed():
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    import deepspeed
-
-    # It sets its own logger up at import, and prints a page of settings at every start.
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    return deepspeed
 
 
 class Engine:
@@ -94,7 +83,7 @@ class Engine:
         make_optimizer: MakeOptimizer = pretraining_adamw,
         call_form: CallForm = as_it_is,
     ):
-        deepspeed = _import_deepspeed()
+        deepspeed = import_deepspeed()
         self._deepspeed, self._call_form = deepspeed, call_form
         self.precision = resolve_precision(training, deepspeed_config)
         world = distributed.world_size()
@@ -127,12 +116,13 @@ class Engine:
         names = {parameter: name for name, parameter in model.named_parameters()}
         groups = [trained] if optimizer is None else [group["params"] for group in optimizer.param_groups]
         self._optimized = [names[parameter] for group in groups for parameter in group]
-        self._engine, self._optimizer, *_ = deepspeed.initialize(
-            model=model,
-            model_parameters=trained,
-            optimizer=optimizer,
-            config=self.config,
-        )
+        with refusals(deepspeed_config):
+            self._engine, self._optimizer, *_ = deepspeed.initialize(
+                model=model,
+                model_parameters=trained,
+                optimizer=optimizer,
+                config=self.config,
+            )
         for name, buffer in buffers.items():
             owner, _, leaf = name.rpartition(".")
             setattr(self.module.get_submodule(owner), leaf, buffer.to(self.device))

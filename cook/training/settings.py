@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
-from cook.base.errors import UserError
+from cook.base.errors import UserError, UserErrors
+from cook.config.schema import shown
 from cook.config.types import TrainingConfig
+from cook.training.deepspeed_checks import deepspeed_mistakes, offloads
 
 AUTO = "auto"
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "bf16": (),
+    "fp16": (),
+    "zero_optimization": ("offload_optimizer", "offload_param"),
+    "optimizer": ("params",),
+    "scheduler": ("params",),
+}
+"""Objects of the DeepSpeed config that are read here, and the objects inside them."""
 
 
 def resolve_precision(training: TrainingConfig, deepspeed_config: Mapping[str, Any]) -> str:
@@ -59,7 +69,7 @@ def filled_config(
         del zero[key]  # DeepSpeed's own default is what "auto" means for buckets and thresholds
     if not training.train_weights:
         config.pop("scheduler", None)  # it would raise the learning rate from 0
-    if _offloads(zero) and "optimizer" not in config:
+    if offloads(zero) and "optimizer" not in config:
         # Offloaded states need DeepSpeed's own CPU Adam, which it builds from the config.
         config["optimizer"] = {"type": "AdamW", "params": {"betas": AUTO, "eps": AUTO}}
     if "optimizer" in config:
@@ -81,7 +91,7 @@ def filled_config(
     config.setdefault("steps_per_print", 10**9)
     left = _autos(config)
     if left:
-        raise UserError(f'DeepSpeed config: cook has no value for the "auto" at {left[0]}', remedy="write a value")
+        raise UserError(f'deepspeed.{left[0]}: cook has no value for this "auto"', remedy="write a value")
     return config
 
 
@@ -89,14 +99,34 @@ def check_settings(training: TrainingConfig, deepspeed_config: Mapping[str, Any]
     """The filled-in DeepSpeed config, made before anything is built or written.
 
     Raises:
-        UserError: an `auto` that has no value here, or a precision that contradicts the DeepSpeed config.
+        UserErrors: What DeepSpeed would refuse, each named by its key; an `auto` that has no value here; a precision
+            that contradicts the DeepSpeed config.
     """
-    precision = resolve_precision(training, deepspeed_config)
-    return filled_config(deepspeed_config, training, world_size=world_size, precision=precision)
+    mistakes = list(_misshapen(deepspeed_config))
+    if not mistakes:
+        precision = resolve_precision(training, deepspeed_config)
+        config = filled_config(deepspeed_config, training, world_size=world_size, precision=precision)
+        mistakes = deepspeed_mistakes(config) if deepspeed_config or precision == "fp16" else []
+        if not mistakes:
+            return config
+    raise UserErrors("the DeepSpeed configuration cannot be used", mistakes)
 
 
-def _offloads(zero: Mapping[str, Any]) -> bool:
-    return zero.get("offload_optimizer", {}).get("device", "none") != "none"
+def _misshapen(config: Mapping[str, Any]) -> Iterator[UserError]:
+    """Values that cook itself could not read."""
+    sections: dict[str, Any] = {}
+    for name, keys in SECTIONS.items():
+        section = config.get(name, {})
+        inner = section if isinstance(section, dict) else {}
+        sections |= {name: section} | {f"{name}.{key}": inner[key] for key in keys if inner.get(key) is not None}
+    for place, value in sections.items():
+        if not isinstance(value, dict):
+            yield UserError(f"deepspeed.{place}: not an object", got=shown(value))
+    zero = config.get("zero_optimization", {})
+    stage = zero.get("stage", AUTO) if isinstance(zero, dict) else AUTO
+    if stage != AUTO and (type(stage) is not int or stage not in range(4)):
+        wanted = '0, 1, 2, 3 or "auto"'
+        yield UserError("deepspeed.zero_optimization.stage: no such stage", wanted=wanted, got=shown(stage))
 
 
 def _autos(value: Any, place: str = "") -> list[str]:

@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 
-from cook.base.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError, UserErrors
+from cook.base.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError, UserErrors, run_entry, with_home
 
 
 def test_an_error_says_what_wanted_got_and_remedy():
@@ -52,3 +52,28 @@ def test_exit_codes(body, code, words):
     assert done.returncode == code and all(word in done.stderr for word in words)
     assert ("Traceback" in done.stderr) == (words[:1] == ["Traceback"])
     assert (EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_FAILED) == (2, 75, 1)  # documented
+
+
+def test_a_tilde_is_resolved_wherever_a_path_starts_in_an_argument(monkeypatch):
+    monkeypatch.setenv("HOME", "/h")
+    resolved = {
+        "~": "/h",
+        "~/a~b": "/h/a~b",
+        "--output=~/x": "--output=/h/x",
+        "model.path=~/m": "model.path=/h/m",
+        "a=~/m,coarse=~/c.pt": "a=/h/m,coarse=/h/c.pt",
+        "./~/x": "./~/x",
+        "a/~/b~": "a/~/b~",
+        "~nobody-of-this-name/x": "~nobody-of-this-name/x",
+        "--seed": "--seed",
+    }
+    assert {argument: with_home(argument) for argument in resolved} == resolved
+
+
+def test_every_command_resolves_its_arguments(monkeypatch):
+    monkeypatch.setenv("HOME", "/h")
+    monkeypatch.setattr("sys.argv", ["cook", "--model=~/m"])
+    seen = []
+    with pytest.raises(SystemExit):
+        run_entry(lambda: seen.extend(sys.argv))
+    assert seen == ["cook", "--model=/h/m"]

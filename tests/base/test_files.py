@@ -92,6 +92,17 @@ def test_what_is_no_ordinary_file_is_refused_without_reading(tmp_path):
             regular_file(path, "mask file")
 
 
+def test_a_file_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("content")
+
+    def refuse(path, _mode):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(files, "open", refuse, raising=False)  # root may read any file
+    with pytest.raises(UserError, match="a: cannot be read: Permission denied"):
+        regular_file(tmp_path / "a")
+
+
 def test_nan_is_not_written(tmp_path):
     with pytest.raises(ValueError):
         write_json(tmp_path / "a.json", {"x": float("nan")})

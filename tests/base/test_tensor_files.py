@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import zipfile
 
@@ -113,6 +114,14 @@ def test_bad_indexes_are_refused(tmp_path, index, word):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match=word):
         open_safetensors_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "a.safetensors"])
+def test_a_pipe_in_place_of_weights_is_refused_at_once(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
+    with pytest.raises(UserError, match=f"{name}: cannot be read: not a regular file"):
+        open_safetensors_folder(tmp_path)
 
 
 @pytest.mark.parametrize("cut", [0, 7, 8, 40, -1])

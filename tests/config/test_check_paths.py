@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 from pathlib import Path
 
@@ -124,3 +126,56 @@ def test_a_file_is_no_output_folder(errors_of, elsewhere):
 def test_masks_stay_out_of_the_program_too(errors_of, key):
     messages = errors_of(f"{key}={REPOSITORY}/config/mask.pt")
     assert any(message.startswith(f"{key}: config/ belongs to the program") for message in messages)
+
+
+def home_paths(tree):
+    """Every text of a tree of dataclasses, lists and mappings that still begins with `~`."""
+    if dataclasses.is_dataclass(tree):
+        tree = vars(tree)
+    below = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ()
+    return [tree] if isinstance(tree, str) and tree.startswith("~") else [p for node in below for p in home_paths(node)]
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(load, bmcook, scheme, elsewhere, monkeypatch):
+    home = elsewhere / "home"
+    (home / "m").mkdir(parents=True)
+    (home / "m" / "config.json").write_text("{}")
+    for name in ("a.jsonl", "held.jsonl", "t.model"):
+        (home / name).write_text("x")
+    (home / "ds.json").write_text('{"zero_optimization": {"offload_param": {"nvme_path": "~/nvme"}}}')
+    (home / "cpm.json").write_text(json.dumps(bmcook["model"]["config"]))
+    (home / "scheme.json").write_text(json.dumps(scheme).replace("results/tiny", "~/masks"))
+    bmcook["output_dir"], bmcook["deepspeed"] = "~/out", "~/ds.json"
+    bmcook["model"] |= {"path": "~/m", "config": "~/cpm.json"}
+    bmcook["tokenizer"]["path"] = "~/t.model"
+    bmcook["data"] |= {"type": "jsonl", "paths": ["~/a.jsonl", "~/*.jsonl"], "held_out_paths": ["~/held.jsonl"]}
+    bmcook["data"]["cache_dir"] = "~/cache"
+    bmcook["pruning"]["l0_pruning"] = "~/scheme.json"
+    bmcook["distillation"] = {"teacher": "~/m", "ce_scale": 1}
+    monkeypatch.setenv("HOME", str(home))
+    config = load()
+    assert home_paths(config) == []
+    assert config.output_dir == f"{home}/out" and config.source.l0_pruning == f"{home}/scheme.json"
+    assert config.data.paths == (f"{home}/a.jsonl", f"{home}/*.jsonl") and config.distillation.teacher == f"{home}/m"
+    assert config.coarse.coarse_mask == f"{home}/masks/layer.pt"
+    assert config.deepspeed["zero_optimization"]["offload_param"]["nvme_path"] == f"{home}/nvme"
+
+
+def test_a_tilde_of_the_sources_and_of_a_pattern(load, bmcook, elsewhere, monkeypatch):
+    (elsewhere / "a.txt").write_text("x")
+    (elsewhere / "old.safetensors").write_text("x")
+    monkeypatch.setenv("HOME", str(elsewhere))
+    bmcook["data"] = {"max_length": 32, "sources": [{"type": "text", "paths": ["~/a.txt"], "held_out_paths": ["~/*"]}]}
+    bmcook["stages"] = [{"name": "pattern"}]
+    bmcook["pruning"] |= {"mask_method": "pattern", "pruning_mask_path": "~/new.safetensors"}
+    bmcook["pattern"] = {"type": 7, "sparsity": 50, "previous_mask": "~/old.safetensors"}
+    config = load()
+    assert home_paths(config) == [] and config.pattern.previous_mask == f"{elsewhere}/old.safetensors"
+
+
+def test_a_missing_path_is_named_as_it_was_resolved(errors_of, bmcook, monkeypatch):
+    monkeypatch.setenv("HOME", "/nowhere")
+    bmcook["data"] |= {"type": "text", "paths": ["~/gone.txt", "./~/gone.txt", "~nobody-of-this-name/x"]}
+    [message] = errors_of()
+    for path in ("/nowhere/gone.txt", "./~/gone.txt", "~nobody-of-this-name/x"):
+        assert f": {path}\n" in message

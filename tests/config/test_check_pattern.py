@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from cook.config.types import described_stage, for_stage
+from cook.config.types import for_stage
 
 MASK = "results/tiny/pattern.safetensors"
 
@@ -18,7 +18,7 @@ def pattern(bmcook):
 def test_a_pattern_is_read(pattern, load):
     config = load('pattern.quirks=["revive"]')
     assert (config.pattern.type, config.pattern.sparsity, config.pattern.quirks) == ("tile_wise_k", 75.0, ("revive",))
-    assert described_stage(config) == "pattern"
+    assert config.stage == "pattern"
     assert for_stage(config, "pattern").pruning.mask_method == "pattern"
 
 
@@ -26,7 +26,7 @@ def test_a_pattern_is_read(pattern, load):
 def test_two_of_four_needs_no_section(pattern, load, method):
     del pattern["pattern"]
     config = load(f"pruning.mask_method={method}")
-    assert described_stage(for_stage(config, "pattern")) == "pattern"
+    assert for_stage(config, "pattern").stage == "pattern"
     assert for_stage(config, "pattern").pruning.mask_method == method
 
 

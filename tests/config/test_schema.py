@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import get_args
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, get_args
 
 import jsonschema
 import pytest
 
-from cook.config import corpus, scheme, types
-from cook.config.load import _BMCOOK, _SCHEME
+from cook.config import types
+from cook.config.__main__ import generated
+from cook.config.declare import KeysOf, Size, UserPath, object_schema
 from cook.config.schema import MAX_DEPTH, load_schema, schema_findings, shown, subschema, wanted
 
 
 def described_keys(node, place=()):
-    """Every key that a schema names, with its subschema as written."""
+    """Every key that a schema names, with its subschema."""
     for key, below in node.get("properties", {}).items():
         yield (*place, key), below
         yield from described_keys(below, (*place, key))
@@ -22,14 +24,26 @@ def described_keys(node, place=()):
         yield from described_keys(node["items"], (*place, 0))
 
 
-@pytest.mark.parametrize("name", ["bmcook", "l0_pruning"])
+@pytest.mark.parametrize("path", generated(), ids=lambda path: path.name)
+def test_the_committed_files_are_those_that_the_dataclasses_make(path):
+    assert path.read_text(encoding="utf-8") == generated()[path], "run python -m cook.config"
+
+
+@pytest.mark.parametrize("name", ["bmcook", "l0_pruning", "tasks"])
 def test_schemas_are_valid_and_describe_every_key(name):
     schema = load_schema(name)
     jsonschema.Draft202012Validator.check_schema(schema)
-    keys = list(described_keys(schema)) + list(described_keys(schema["$defs"].get("training", {})))
+    keys = list(described_keys(schema))
     assert len(keys) > 15
     for place, node in keys:
-        assert node.get("description", "").endswith("."), place
+        assert node.get("description", "").endswith(".") or place[0] == "deepspeed", place
+
+
+def test_the_reference_page_has_every_key():
+    [page] = [text for path, text in generated().items() if path.suffix == ".md"]
+    for name in ("bmcook", "l0_pruning", "tasks"):
+        for place, _ in described_keys(load_schema(name)):
+            assert place[0] == "deepspeed" and len(place) > 1 or f"| `{place[-1]}` |" in page, place
 
 
 @pytest.mark.parametrize("name", ["bmcook", "l0_pruning"])
@@ -39,46 +53,86 @@ def test_all_objects_but_deepspeeds_refuse_unknown_keys(name):
             assert node["additionalProperties"] is False, place
 
 
-SECTIONS = [("bmcook", key, cls) for key, cls in _BMCOOK.items() if cls] + [
-    ("l0_pruning", key, cls) for key, cls in _SCHEME.items()
-]
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    number: Size
+    """A number.
+
+    None of it is in another line."""
 
 
-@pytest.mark.parametrize("name, key, section", SECTIONS, ids=lambda value: value if isinstance(value, str) else "")
-def test_schema_and_dataclass_have_the_same_keys_and_defaults(name, key, section):
-    node = subschema(name, (key,))
-    fields = {field.name: field for field in dataclasses.fields(section)}
-    assert set(node["properties"]) - {"l0_pruning"} == set(fields)
-    for field in fields.values():
-        declared = subschema(name, (key, field.name))
-        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if needed:
-            assert field.name in node["required"] and "default" not in declared
-        elif (key, field.name) == ("model", "config"):
-            assert field.default is None
-        else:
-            default = list(field.default) if isinstance(field.default, tuple) else field.default
-            default = "auto" if key == "gates" and field.name in ("learning_rate", "ramp") else default
-            assert declared["default"] == default, field.name
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    name: Literal["a", "b"] | None = None
+    """True: a name."""
+    pair: tuple[int, float] = (1, 2)
+    """A pair."""
+    path: UserPath | None = None
+    """A path."""
+    inner: Inner | None = None
+    """Another."""
+    partial: Annotated[dict[str, Any], KeysOf(Inner, complete=False)] = field(default_factory=dict)
+    """Some of its keys."""
+    losses: dict[str, float]
+    """By name."""
+    derived: int = 0
 
 
-@pytest.mark.parametrize(
-    "literal, name, keys",
-    [
-        (types.StageName, "bmcook", ("stages", 0, "name")),
-        (types.Schedule, "bmcook", ("training", "schedule")),
-        (types.Precision, "bmcook", ("training", "precision")),
-        (corpus.DataType, "bmcook", ("data", "type")),
-        (types.TokenizerType, "bmcook", ("tokenizer", "type")),
-        (types.ModelType, "bmcook", ("model", "type")),
-        (types.MaskMethod, "bmcook", ("pruning", "mask_method")),
-        (types.PruneMode, "l0_pruning", ("fine-grained", "prune_mode")),
-        (scheme.Scope, "l0_pruning", ("fine-grained", "scope")),
-        (scheme.Scope, "l0_pruning", ("joint", "scope")),
-    ],
-)
-def test_schema_and_literal_have_the_same_words(literal, name, keys):
-    assert subschema(name, keys)["enum"] == list(get_args(literal))
+def test_kinds_become_keywords():
+    assert object_schema(Outer) == {
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["losses"],
+        "properties": {
+            "name": {"description": "true: a name.", "enum": ["a", "b", None], "default": None},
+            "pair": {
+                "description": "A pair.",
+                "type": "array",
+                "minItems": 2,
+                "maxItems": 2,
+                "items": {"type": "integer"},
+                "default": [1, 2],
+            },
+            "path": {
+                "description": "A path.",
+                "title": "a path or null",
+                "type": ["string", "null"],
+                "pattern": "^[^\\u0000]+$",
+                "format": "path",
+                "default": None,
+            },
+            "inner": {
+                "description": "Another.",
+                "type": ["object", "null"],
+                "additionalProperties": False,
+                "required": ["number"],
+                "default": None,
+                "properties": {
+                    "number": {
+                        "description": "A number. null of it is in another line.",
+                        "type": "integer",
+                        "minimum": 1,
+                        "maximum": 10**9,
+                    }
+                },
+            },
+            "partial": {
+                "description": "Some of its keys.",
+                "type": "object",
+                "additionalProperties": False,
+                "default": {},
+                "properties": {
+                    "number": {
+                        "description": "A number. null of it is in another line.",
+                        "type": "integer",
+                        "minimum": 1,
+                        "maximum": 10**9,
+                    }
+                },
+            },
+            "losses": {"description": "By name.", "type": "object", "additionalProperties": {"type": "number"}},
+        },
+    }
 
 
 def test_every_stage_but_pretraining_can_have_a_teacher():
@@ -88,7 +142,9 @@ def test_every_stage_but_pretraining_can_have_a_teacher():
 
 def test_root_keys_are_the_fields_of_the_run_config():
     names = {field.name for field in dataclasses.fields(types.RunConfig)}
-    assert set(load_schema("bmcook")["properties"]) | {"coarse", "fine", "joint", "gates", "source"} == names
+    named = set(load_schema("bmcook")["properties"]) | set(types.SCHEME_SECTIONS.values()) | set(types.DERIVED)
+    assert named == names
+    assert list(load_schema("l0_pruning")["properties"]) == list(types.SCHEME_SECTIONS)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import cook.config.load as load_module
 from cook.base.errors import UserErrors
 from cook.config.load import load_config
-from cook.config.types import STAGE_NAMES, described_stage, for_stage
+from cook.config.types import STAGE_NAMES, for_stage
 
 ROOT = Path(load_module.__file__).parents[2]
 SIZES = {  # attention blocks, FFN blocks, heads, dim_ff, parameters: the ladder as CPM-Ant's authors published it
@@ -73,7 +73,7 @@ def test_the_default_loads_as_it_is(in_root, world_size):
     assert [entry.name for entry in config.stages] == [
         name for name in STAGE_NAMES if name != "pattern" and not name.startswith("joint")
     ]
-    assert described_stage(config) == "layer_mask"
+    assert config.stage == "layer_mask"
     assert config.data.type == "python_stdlib" and config.tokenizer.path is None
     assert (config.fine.num_heads, config.fine.target_num_heads) == (16, 4)
     assert (config.fine.dim_ff, config.fine.target_dimff) == (700, 350)
@@ -95,7 +95,7 @@ def test_smollm2_lacks_nothing_but_its_folder(elsewhere, in_root, world_size):
     (elsewhere / "model" / "config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
     model = elsewhere / "model"
     config = load_config(path, [f"model.path={model}", f"tokenizer.path={model}"], world_size=world_size)
-    assert described_stage(config) == "ffn_mask" and config.model.type == "hf"
+    assert config.stage == "ffn_mask" and config.model.type == "hf"
     assert not for_stage(config, "ffn_mask").training.train_weights
     assert for_stage(config, "ffn_finetune").training.train_weights
     assert config.fine.target_dimff == round(0.7 * config.fine.dim_ff) and config.training.precision == "bf16"
@@ -121,11 +121,11 @@ def test_a_rung_loads_with_stand_ins(stand_ins, big, small, world_size):
     assert config.training.precision == "bf16" and config.training.activation_checkpointing
     before, after = SIZES[big], SIZES[small]
     if before[:2] != after[:2]:
-        assert described_stage(config) == "layer_mask"
+        assert config.stage == "layer_mask"
         wanted = 1 - block_parameters(small) / block_parameters(big)
         assert config.coarse.target_sparsity == pytest.approx(wanted, abs=5e-5)
     else:
-        assert described_stage(config) == "att_mask"
+        assert config.stage == "att_mask"
         assert (config.fine.num_heads, config.fine.dim_ff) == before[2:4]
         assert (config.fine.target_num_heads, config.fine.target_dimff) == after[2:4]
 

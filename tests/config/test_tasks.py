@@ -26,7 +26,7 @@ def test_the_help_describes_every_option(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(TaskConfig):
         assert field.name == "mode" or f"--{field.name}" in text
-    assert "historical behaviours to repeat" in text and "(default: 2e-05)" in text
+    assert "Historical behaviours to repeat" in text and "(default: 2e-05)" in text
 
 
 def test_all_mistakes_at_once():
@@ -41,7 +41,7 @@ def test_all_mistakes_at_once():
     [
         (["--distillation=1", "--task_name=SQuAD1.1"], "prune", "GLUE tasks only"),
         ([], "pretrain", "needs a model"),
-        (["--resume=maybe"], "prune", "auto, never"),
+        (["--resume=maybe"], "prune", '"auto", "never"'),
         (["--tensorboard=perhaps"], "prune", "true or false"),
         (["--sparsities=fifty"], "prune", "numbers"),
     ],

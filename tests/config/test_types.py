@@ -8,7 +8,7 @@ import inspect
 import pytest
 
 from cook.config import corpus, scheme, types
-from cook.config.types import STAGE_NAMES, described_stage, for_stage, training_for
+from cook.config.types import STAGE_NAMES, for_stage, training_for
 
 
 @pytest.mark.parametrize(
@@ -26,12 +26,14 @@ from cook.config.types import STAGE_NAMES, described_stage, for_stage, training_
     ],
 )
 def test_the_switches_describe_a_stage(load, settings, stage):
-    assert described_stage(load(*settings)) == stage
+    assert load(*settings).stage == stage
 
 
-@pytest.mark.parametrize("name", [name for name in STAGE_NAMES if name != "random_baseline"])
-def test_for_stage_sets_the_switches_that_describe_it(load, name):
-    assert described_stage(for_stage(load("joint.train_mask=false"), name)) == name
+@pytest.mark.parametrize("name", STAGE_NAMES)
+def test_the_configuration_of_a_stage_names_it(load, name):
+    config = for_stage(load("joint.train_mask=false"), name)
+    assert config.stage == name
+    assert config.pruning.mask_method == ("pattern" if name == "pattern" else "fine-grained")
 
 
 def test_overrides_of_a_stage(load):

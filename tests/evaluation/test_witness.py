@@ -13,7 +13,8 @@ from cook.evaluation.equality import difference, largest_difference
 from cook.evaluation.witness import masked_model, written_model, zero_units
 from cook.export.model_folder import write_model_folder
 from cook.export.pruned_folder import mask_model, prune_to_folder
-from cook.families.source import Stored, load_model, open_model
+from cook.families.source import load_model, open_model
+from cook.pruning.family import Stored
 from tests.models.cpm_ant_tiny import random_batch
 from tests.tiny_families import FAMILIES, tiny_source
 from tests.tiny_pruning import random_masks

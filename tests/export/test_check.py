@@ -89,34 +89,43 @@ def test_the_head_for_pairs_of_sentences_goes_along_exactly(tmp_path, name):
 
 
 @pytest.mark.parametrize("uniform", [False, True])
-def test_a_classifier_on_a_decoder_keeps_its_head(tmp_path, uniform):
-    saved(tmp_path / "gpt2", "GPT2ForSequenceClassification", GPT2Config(num_labels=3, **GPT2))
-    source = open_model(tmp_path / "gpt2")
+def test_a_model_with_a_carried_head_keeps_its_class(tmp_path, uniform):
+    saved(tmp_path / "bert", "BertForPreTraining", BertConfig(**BERT))
+    source = open_model(tmp_path / "bert")
     space, masks = uneven(source) if uniform else dims(source)
     filled, even = padded(source, space, masks) if uniform else (source, masks)
     result = prune_to_folder(filled, space, even, tmp_path / "small", record=masks)
-    assert result.config["architectures"] == ["GPT2ForSequenceClassification"]
-    assert result.auto_class == "AutoModelForSequenceClassification"
-    before = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "gpt2").eval()
+    assert result.config["architectures"] == ["BertForPreTraining"]
+    assert result.auto_class == "AutoModelForPreTraining"
+    before = transformers.AutoModelForPreTraining.from_pretrained(tmp_path / "bert").eval()
     for group in space.of("dimff"):
-        before.transformer.h[group.layer].mlp.c_proj.weight.data *= masks[group.name][:, None]
-    after = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "small").eval()
+        before.bert.encoder.layer[group.layer].output.dense.weight.data *= masks[group.name]
+    after = transformers.AutoModelForPreTraining.from_pretrained(tmp_path / "small").eval()
     ids = torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        a, b = before(input_ids=ids).logits, after(input_ids=ids).logits
-    assert (a - b).abs().max() <= 1e-5 * a.abs().max()
+        a, b = before(input_ids=ids), after(input_ids=ids)
+    for name in ("prediction_logits", "seq_relationship_logits"):
+        assert (a[name] - b[name]).abs().max() <= 1e-5 * a[name].abs().max()
 
 
 def test_a_head_that_the_result_cannot_hold_is_refused_by_name(tmp_path, monkeypatch):
-    saved(tmp_path / "gpt2", "GPT2ForSequenceClassification", GPT2Config(num_labels=3, **GPT2))
-    source = open_model(tmp_path / "gpt2")
+    saved(tmp_path / "bert", "BertForPreTraining", BertConfig(**BERT))
+    source = open_model(tmp_path / "bert")
     # A family whose table knows one class only, whatever the folder says.
-    plain = {"architectures": ["GPT2LMHeadModel"]}
+    plain = {"architectures": ["BertForMaskedLM"]}
     monkeypatch.setattr(prune, "_with_architecture", lambda config, before: config | plain)
     space, masks = dims(source)
-    with pytest.raises(UserError, match=r"score\.weight"):
+    with pytest.raises(UserError, match=r"cls\.seq_relationship"):
         prune_to_folder(source, space, masks, tmp_path / "small")
     assert not (tmp_path / "small").exists() and not list(tmp_path.glob(".small*"))
+
+
+@pytest.mark.parametrize("name", ["LlamaForSequenceClassification", "GPT2ForSequenceClassification"])
+def test_a_classifier_on_a_decoder_is_refused_by_name(tmp_path, name):
+    config = GPT2Config(num_labels=3, **GPT2) if name.startswith("GPT2") else LlamaConfig(num_labels=3, **BERT)
+    saved(tmp_path / "model", name, config)
+    with pytest.raises(UserError, match=name):
+        open_model(tmp_path / "model")
 
 
 def test_second_copies_of_tied_weights_are_left_out_and_counted(tmp_path):
@@ -132,17 +141,25 @@ def test_second_copies_of_tied_weights_are_left_out_and_counted(tmp_path):
     found = prune_to_folder(source, space, masks, tmp_path / "small").account
     assert set(found.duplicates) == {"lm_head.decoder.weight", "lm_head.decoder.bias"} and not found.carried
 
+    # A copy that differs is a weight of its own, as in stock transformers.
     changed_file(tmp_path / "roberta", lambda tensors: tensors["lm_head.decoder.bias"].add_(1))
     source = open_model(tmp_path / "roberta")
-    with pytest.raises(UserError, match=r"lm_head\.(decoder\.)?bias"):
-        account(source, space)
+    found = prune_to_folder(source, space, {n: torch.ones_like(m) for n, m in masks.items()}, tmp_path / "own").account
+    assert not found.duplicates and not found.carried
+    before, after = load_file(tmp_path / "roberta" / "model.safetensors"), load_file(tmp_path / "own/model.safetensors")
+    assert torch.equal(before["lm_head.decoder.bias"], after["lm_head.decoder.bias"])
+    ids = torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(1))
+    models = [transformers.RobertaForMaskedLM.from_pretrained(tmp_path / name).eval() for name in ("roberta", "own")]
+    with torch.no_grad():
+        a, b = (model(input_ids=ids).logits for model in models)
+    assert torch.equal(a, b)
 
 
 def test_a_strange_tensor_in_a_layer_is_refused(tmp_path):
     saved(tmp_path / "llama", "LlamaForCausalLM", LlamaConfig(**BERT))
     changed_file(tmp_path / "llama", lambda t: t.update({"model.layers.1.mlp.extra": torch.ones(2)}))
-    source = open_model(tmp_path / "llama")
     with pytest.raises(UserError, match=r"'model\.layers\.1\.mlp\.extra' has no place"):
+        source = open_model(tmp_path / "llama")
         prune_to_folder(source, *dims(source), tmp_path / "small")
     assert not (tmp_path / "small").exists()
 

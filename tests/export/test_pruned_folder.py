@@ -205,8 +205,9 @@ PEAK = """
     import dataclasses, sys
     import torch
     from pathlib import Path
-    from cook.families.source import Stored, open_model
+    from cook.families.source import open_model
     from cook.export.pruned_folder import prune_to_folder
+    from cook.pruning.family import Stored
 
     def run(path, output, *, eager=False, **kept):
         source = open_model(path)

@@ -10,7 +10,7 @@ import pytest
 
 from tests.recipe.tiny_run import ATT_FIRST, FFN_FIRST, REPOSITORY, Result, do_prune, run, train, write_run
 
-REPORT = [sys.executable, "-m", "cook.recipe", "--config", "bmcook.json"]
+REPORT = [sys.executable, "-m", "cook", "report", "--config", "bmcook.json"]
 
 
 @dataclass(frozen=True, kw_only=True)

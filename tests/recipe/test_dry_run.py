@@ -132,3 +132,11 @@ def test_an_unusable_deepspeed_config_is_found_before_the_run(config):
     loaded = config(deepspeed={"comms_logger": {"enabled": "auto"}})
     with pytest.raises(UserError, match="comms_logger.enabled"):
         print_plan(loaded, recipe(loaded), world_size=1)
+
+
+def test_what_deepspeed_would_refuse_is_found_before_the_plan(config, tmp_path, capsys):
+    loaded = config('deepspeed={"zero_optimization": {"stage": 2, "cpu_offload": true}}')
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"deepspeed\.zero_optimization\.cpu_offload"):
+        print_plan(loaded, recipe(loaded), world_size=1)
+    assert contents(tmp_path) == before and capsys.readouterr().out == ""

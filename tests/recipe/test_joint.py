@@ -22,7 +22,7 @@ from tests.recipe.tiny_run import MODEL, REPOSITORY, do_prune, read_log, run, tr
 STAGES = ("pretrain", "joint_mask", "joint_finetune", "random_baseline")
 PATHS = {kind: f"out/masks/{kind}.pt" for kind in ("layer", "heads", "dimff")}
 SHARE = 0.5
-REPORT = [sys.executable, "-m", "cook.recipe", "--config", "bmcook.json"]
+REPORT = [sys.executable, "-m", "cook", "report", "--config", "bmcook.json"]
 
 
 @pytest.fixture(scope="module")

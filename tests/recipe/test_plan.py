@@ -9,7 +9,7 @@ import pytest
 
 from cook.base.errors import UserError
 from cook.config.load import load_config
-from cook.config.types import RunConfig, described_stage
+from cook.config.types import RunConfig
 from cook.recipe.plan import MaskPaths, Stage, plan_stage, recipe
 from cook.recipe.summary import masks_after
 from tests.recipe.tiny_run import ATT_FIRST, FFN_FIRST, write_run
@@ -127,9 +127,9 @@ SWITCHES = [
 def test_the_switches_of_the_two_files_describe_each_stage(config, name, switches, stages):
     joint = {"joint": {"train_mask": True}}
     loaded = config(stages, **joint, **switches)
-    assert described_stage(loaded) == name
+    assert loaded.stage == name
     # Planning a stage sets the same switches again, whatever the files say.
-    assert described_stage(plan_stage(config(stages, **joint), name).config) == name
+    assert plan_stage(config(stages, **joint), name).config.stage == name
 
 
 @pytest.mark.parametrize(

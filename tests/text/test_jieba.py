@@ -126,7 +126,7 @@ def test_python_jieba_serves_where_rjieba_is_missing(vocab, tokenizer, monkeypat
         (b"<pad>\n<unk>\nthe\n", "line 3 is not '<mask>'"),
         (b"", "line 1 is not '<pad>'"),
         (b"<pad>\n<unk>\n\xff\n", "not UTF-8 at byte"),
-        (None, "cannot be read"),
+        (None, "there is no such vocab.txt"),
     ],
 )
 def test_files_that_are_no_vocabulary_are_refused(tmp_path, content, message):

@@ -92,14 +92,15 @@ def test_values_of_the_user_stay():
 
 
 def test_an_optimizer_takes_from_training_what_it_does_not_say():
-    assert filled({"optimizer": {"type": "Lamb"}})["optimizer"]["params"] == {"lr": 0.03, "weight_decay": 0.2}
+    config = filled_config({"optimizer": {"type": "Lamb"}}, TRAINING, world_size=4, precision="fp16")
+    assert config["optimizer"]["params"] == {"lr": 0.03, "weight_decay": 0.2}
     config = filled({"optimizer": {"type": "AdamW", "params": {"lr": 0.5, "torch_adam": True}}})
     assert config["optimizer"]["params"] == {"lr": 0.5, "weight_decay": 0.2, "torch_adam": True}
 
 
 @pytest.mark.parametrize("device", ["cpu", "nvme"])
 def test_offloaded_states_get_deepspeeds_own_adam(device):
-    config = filled({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": device}}})
+    config = filled({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": device, "nvme_path": "."}}})
     assert config["optimizer"] == {
         "type": "AdamW",
         "params": {"lr": 0.03, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.2},

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cook.base.errors import UserError
-from cook.base.files import write_atomically
+from cook.base.files import regular_file, write_atomically
 from cook.data.cpm_live.pickles import read_files, write_files
 from cook.data.cpm_live.symbols import PickleRefused
 
@@ -73,15 +73,10 @@ def read_meta(folder: str | Path) -> LiveMeta:
         UserError: There is none, it is damaged, or a file is missing or has not the size that its blocks need.
     """
     folder = Path(folder)
-    path = folder / META
-    try:
-        if path.stat().st_size > MAX_META_BYTES:
-            raise UserError(f"{path}: too large to be a list of files", wanted=f"at most {MAX_META_BYTES} bytes")
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read: {error.strerror}", wanted="a folder of CPM-Live binary data with its meta.bin"
-        ) from None
+    path = regular_file(folder / META, "file; a folder of CPM-Live binary data has one")
+    if path.stat().st_size > MAX_META_BYTES:
+        raise UserError(f"{path}: too large to be a list of files", wanted=f"at most {MAX_META_BYTES} bytes")
+    content = path.read_bytes()
     if content[:1] == b"\x80":
         version, files = 1, _read_version_1(path, content)
     elif content.lstrip()[:1] == b"{":

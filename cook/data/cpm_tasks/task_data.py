@@ -114,7 +114,7 @@ def live_folders(paths: Sequence[str]) -> list[Path]:
     """
     found: dict[Path, Path] = {}
     for given in paths:
-        path = Path(given).expanduser()
+        path = Path(given)
         matches = sorted(map(Path, glob.glob(str(path)))) if glob.has_magic(given) and not path.exists() else [path]
         if not matches:
             raise UserError(f"{given}: matches no folder", wanted="folders with meta.bin")

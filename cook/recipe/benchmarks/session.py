@@ -102,6 +102,8 @@ class Session:
         seed = derived_seed(self.config.seed, "order", name) % 2**32
         with EventLog(folder, self.config.tensorboard, enabled=writes) as log:
             on_first_rank(lambda: log.rewind(position.step if found else -1, position.log))
+            if not found and self.data.notes:
+                log.write({"step": 0, "data": list(self.data.notes)})
             engine.module.train()
             run = Run(
                 name=name,

@@ -57,7 +57,7 @@ def pattern_spec(config: TaskConfig) -> PatternSpec:
         granularity=config.granularity,
         block=config.block,
         vector=config.vector,
-        score=config.score,  # type: ignore[arg-type]
+        score=config.score,
         quirks=_quirks(config.quirks),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -116,4 +117,10 @@ def test_no_meta_at_all(folder, content, word):
 
 def test_a_missing_meta(tmp_path):
     with pytest.raises(UserError, match="a folder of CPM-Live binary data"):
+        read_meta(tmp_path)
+
+
+def test_a_pipe_in_place_of_the_meta_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "meta.bin")
+    with pytest.raises(UserError, match="not a regular file"):
         read_meta(tmp_path)

@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from cook.families.encoder import Encoder
+from cook.families.encoder import open_encoder
 from cook.sparsity.matrices import encoder_matrices
 from cook.sparsity.pattern_file import read_pattern_masks
 from tests.recipe.benchmarks.tiny_task import (
@@ -123,11 +123,13 @@ def test_what_is_refused(told, case, error):
 
 
 @pytest.mark.parametrize("family", ["Bert", "Roberta"])
-def test_the_longest_row_is_what_the_stock_model_reads(family):
+def test_the_longest_row_is_what_the_stock_model_reads(family, folder, tmp_path):
     config = getattr(transformers, f"{family}Config")(**CONFIG)
     model = getattr(transformers, f"{family}ForSequenceClassification")(config)
-    encoder = Encoder(config=config, head="classes", weights={}, fresh=(), notes=(), tokenizer=None)
-    longest = encoder.max_length
+    model.save_pretrained(tmp_path)
+    for path in (folder / "model").glob("tokenizer*"):
+        shutil.copy(path, tmp_path)
+    longest = open_encoder(str(tmp_path), "classes", ("negative", "positive"), seed=1).max_length
     assert longest > 40
     model(torch.full((1, longest), 7))
     with pytest.raises((IndexError, RuntimeError)):
@@ -215,6 +217,15 @@ def test_regression_and_two_evaluation_sets(told, folder):
     assert set(record(folder, "mnli/pretrain/done.json")["metrics"]) == {"acc", "acc-mm"}
     events = b"".join(path.read_bytes() for path in (folder / "mnli/pretrain/tensorboard").iterdir())
     assert b"fine-tuned/acc-mm" in events and b"train/loss" in events
+
+
+def test_the_log_tells_first_of_the_rows_that_were_left_out(told, folder):
+    first, second = map(json.loads, (folder / "mnli/pretrain/log.jsonl").read_text().splitlines()[:2])
+    assert first.keys() == {"step", "data"} and first["step"] == 0 and second["step"] == 1
+    files = [Path("data/MNLI", f"{name}.tsv") for name in ("train", "dev_matched", "dev_mismatched")]
+    for told_of, file in zip(first["data"], files, strict=True):
+        count = sum(line.endswith("\t-") for line in (folder / file).read_text().splitlines())
+        assert count > 5 and f"{file}: left out: rows without a gold label: {count} (" in told_of
 
 
 def test_squad(told, folder):

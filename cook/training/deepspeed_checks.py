@@ -1,0 +1,423 @@
+"""What DeepSpeed would refuse in a config, found before an engine is built; and the C++ that it builds, announced."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import fcntl
+import importlib.util
+import inspect
+import logging
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cook.base import distributed
+from cook.base.errors import UserError
+from cook.config.schema import shown
+
+OFFLOADED_KEYS = ("cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory")
+"""Old keys of ZeRO, which DeepSpeed rewrites only after cook has read the config."""
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+FRESH = 10.0
+"""Seconds after which the holder of a lock file must be visible."""
+LOCAL_FILE_SYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "overlay", "tmpfs")
+
+
+@cache
+def import_deepspeed() -> Any:
+    """DeepSpeed, quiet, with every build of an op announced."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+    from deepspeed.ops.op_builder.builder import OpBuilder
+
+    # It sets its own logger up at import, and prints a page of settings at every start.
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    OpBuilder.jit_load = _announced(OpBuilder.jit_load)
+    return deepspeed
+
+
+@contextlib.contextmanager
+def refusals(deepspeed_config: Mapping[str, Any]) -> Iterator[None]:
+    """What DeepSpeed raises over the keys of the user's config while it makes an engine, as a UserError."""
+    try:
+        yield
+    except (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
+        keys = sorted(deepspeed_config.keys() - set(BATCH_KEYS))
+        if not keys:
+            raise  # no value of the user's can have led to it
+        raise UserError(
+            f"deepspeed: DeepSpeed cannot make an engine of this configuration: {_first_line(error)}",
+            got=", ".join(f"deepspeed.{key}" for key in keys),
+            remedy="leave out one key after the other to find the one that it cannot use",
+        ) from error
+
+
+def deepspeed_mistakes(config: Mapping[str, Any]) -> list[UserError]:
+    """What DeepSpeed cannot use in a config whose `auto` values are filled in; each error names its key."""
+    import_deepspeed()
+    zero = {"zero_optimization": config["zero_optimization"]}
+    found = [*_old_keys(zero["zero_optimization"]), *_refused("zero_optimization", zero)]
+    beside = {} if found else zero  # some keys are possible at some ZeRO stages only
+    found += [error for key in config.keys() - zero.keys() for error in _refused(key, {**beside, key: config[key]})]
+    if not found:
+        found += _refused("", dict(config))
+    if not found:
+        for check in (_precision, _zero, _numbers, _monitors, _optimizer, _scheduler):
+            found += check(config)
+    return found
+
+
+def _refused(key: str, config: dict[str, Any]) -> Iterator[UserError]:
+    """The errors of DeepSpeed's own config classes."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from pydantic import ValidationError
+
+    place = f"deepspeed.{key}".rstrip(".")
+    try:
+        # Its check of the batch sizes depends on the number of ranks; cook has made its own.
+        rest = {key: value for key, value in config.items() if key not in BATCH_KEYS}
+        DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, **rest})
+    except ValidationError as refusal:
+        for error in refusal.errors():
+            keys = [str(part) for part in error["loc"]]
+            keys = keys[1:] if keys[:1] == [key] else keys
+            unknown = error["type"] == "extra_forbidden"
+            said = error["msg"].removeprefix("Value error, ")
+            what = "unknown key" if unknown else said[:1].lower() + said[1:]
+            got = None if unknown or isinstance(error["input"], dict) else repr(error["input"])
+            yield UserError(f"{'.'.join([place, *keys])}: {what}", got=got)
+    except (AttributeError, TypeError, ArithmeticError):
+        yield UserError(f"{place}: DeepSpeed cannot use this value", got=shown(config.get(key)))
+    except Exception as refusal:  # whatever DeepSpeed has chosen
+        yield UserError(f"{place}: DeepSpeed cannot use this: {_first_line(refusal)}", got=shown(config.get(key)))
+
+
+def _old_keys(zero: Any) -> Iterator[UserError]:
+    for key in OFFLOADED_KEYS if isinstance(zero, dict) else ():
+        if key in zero:
+            remedy = 'write "offload_optimizer": {"device": "cpu"} or "offload_param": {"device": "cpu"}'
+            yield UserError(f"deepspeed.zero_optimization.{key}: an old key of DeepSpeed", got=zero[key], remedy=remedy)
+
+
+def _precision(config: Mapping[str, Any]) -> Iterator[UserError]:
+    from deepspeed.accelerator import get_accelerator
+
+    supported = {"fp16": get_accelerator().is_fp16_supported, "bf16": get_accelerator().is_bf16_supported}
+    for name, is_supported in supported.items():
+        if config[name]["enabled"] and not is_supported():
+            yield UserError(
+                f"deepspeed.{name}.enabled, training.precision: this device cannot train in {name}",
+                wanted=f"fp32, auto or {'bf16' if name == 'fp16' else 'fp16'}",
+                got=name,
+                remedy="choose another precision; for a run on other devices, check the config on one of them",
+            )
+    dtype = "fp16" if config["fp16"]["enabled"] else "bf16" if config["bf16"]["enabled"] else "fp32"
+    types = config.get("data_types", {})
+    stage = config["zero_optimization"]["stage"]
+    for key, accepted in (
+        ("param_dtype", (None, dtype)),
+        ("grad_accum_dtype", (None, dtype) if stage == 0 else (None, "fp32", "bf16", "fp16")),
+    ):
+        if types.get(key) not in accepted:
+            wanted = f"left out, or {', '.join(name for name in accepted if name)}"
+            yield UserError(f"deepspeed.data_types.{key}: does not fit", wanted=wanted, got=shown(types[key]))
+
+
+def _zero(config: Mapping[str, Any]) -> Iterator[UserError]:
+    from deepspeed.accelerator import get_accelerator
+
+    zero = config["zero_optimization"]
+    for key in ("offload_optimizer", "offload_param"):
+        offload = zero.get(key) or {}
+        if offload.get("device") == "nvme" and not offload.get("nvme_path"):
+            yield UserError(f"deepspeed.zero_optimization.{key}.nvme_path: missing", wanted="a folder on the device")
+    if zero.get("legacy_stage1"):
+        yield UserError("deepspeed.zero_optimization.legacy_stage1: no longer supported", remedy="leave it out")
+    if zero.get("zenflow") is not None and not offloads(zero):
+        what = "deepspeed.zero_optimization.zenflow: needs the optimizer to be offloaded"
+        yield UserError(what, wanted='"offload_optimizer": {"device": "cpu"}')
+    quantized = [key for key in ("zero_quantized_weights", "zero_quantized_gradients") if zero.get(key)]
+    builder = get_accelerator().get_op_builder("QuantizerBuilder")
+    if quantized and zero["stage"] == 3 and (builder is None or builder.__name__ == "NotImplementedBuilder"):
+        yield UserError(f"deepspeed.zero_optimization.{quantized[0]}: not available on this device", wanted=False)
+    if zero["stage"] >= 2 and zero.get("reduce_scatter", True):
+        for key, neutral in (("gradient_predivide_factor", 1.0), ("prescale_gradients", False)):
+            if config.get(key, neutral) != neutral:
+                what = f"deepspeed.{key}: not possible at ZeRO stage {zero['stage']} with reduce_scatter"
+                yield UserError(what, wanted=str(neutral).lower(), got=shown(config[key]))
+
+
+def _numbers(config: Mapping[str, Any]) -> Iterator[UserError]:
+    """Values that DeepSpeed's classes take as they are, and that end a run in its middle."""
+    from deepspeed.utils.logging import log_levels
+
+    def whole(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+    def factor(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+    profiler = "flops_profiler"
+    for keys, fits, wanted in (
+        (("steps_per_print",), lambda value: value is None or whole(value), "an integer at least 1"),
+        (("gradient_predivide_factor",), factor, "a number above 0"),
+        (("gradient_clipping",), lambda value: value in (None, 0) or factor(value), "a number at least 0"),
+        (("vocabulary_size",), lambda value: value is None or whole(value), "an integer at least 1"),
+        (("log_level",), lambda value: value is None or value in log_levels, "one of " + ", ".join(log_levels)),
+        (("sequence_parallel_size",), lambda value: value == 1, "1: cook does not split sequences"),
+        (("tensor_parallel", "autotp_size"), lambda value: value in (0, 1), "1: cook does not split matrices"),
+        (("checkpoint", "load_universal"), lambda value: value is False, "false: cook resumes on any number of ranks"),
+        (("checkpoint", "writer"), lambda value: value is None, "left out: cook writes the checkpoints"),
+        (("datastates_ckpt",), lambda value: value is None, "left out: cook writes the checkpoints"),
+        ((profiler, "profile_step"), whole, "an integer at least 1"),
+        ((profiler, "module_depth"), lambda value: isinstance(value, int), "an integer"),
+        ((profiler, "top_modules"), whole, "an integer at least 1"),
+    ):
+        node: Any = config
+        for key in keys[:-1]:
+            node = node.get(key, {})
+        if keys[-1] in node and not fits(node[keys[-1]]):
+            yield UserError(f"deepspeed.{'.'.join(keys)}: not usable", wanted=wanted, got=shown(node[keys[-1]]))
+
+
+def _monitors(config: Mapping[str, Any]) -> Iterator[UserError]:
+    packages = {"wandb": "wandb", "comet": "comet_ml", "tensorboard": "tensorboard"}
+    for key, package in packages.items():
+        if config.get(key, {}).get("enabled") and importlib.util.find_spec(package) is None:
+            yield UserError(f"deepspeed.{key}.enabled: {package} is not installed", remedy=f"pip install {package}")
+
+
+def _optimizer(config: Mapping[str, Any]) -> Iterator[UserError]:
+    """The optimizer of the config, tried on two small parameters where torch has it, else by its arguments."""
+    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
+    if "optimizer" not in config:
+        return
+    section, zero = config["optimizer"], config["zero_optimization"]
+    name, place = section.get("type"), "deepspeed.optimizer.type"
+    known = [*DEEPSPEED_OPTIMIZERS, *_classes(torch.optim, torch.optim.Optimizer)]
+    if not isinstance(name, str) or (name.lower() not in DEEPSPEED_OPTIMIZERS and name not in known):
+        near = difflib.get_close_matches(name, known, n=1) if isinstance(name, str) else []
+        remedy = f"did you mean {near[0]!r}?" if near else None
+        yield UserError(f"{place}: there is no such optimizer", wanted=", ".join(known), got=shown(name), remedy=remedy)
+        return
+    values = dict(section.get("params") or {})
+    if "max_grad_norm" in values:
+        remedy = "write gradient_clipping"
+        yield UserError("deepspeed.optimizer.params.max_grad_norm: not a key of DeepSpeed's", remedy=remedy)
+        return
+    made: Callable[..., Any] | None = getattr(torch.optim, name, None)
+    ops = optimizer_ops(config)
+    if name.lower() in DEEPSPEED_OPTIMIZERS:
+        made = {"adagrad": torch.optim.Adagrad}.get(name.lower())
+        if name.lower().startswith("mu") and name.lower() != "muon" and importlib.util.find_spec("mup") is None:
+            yield UserError(f"{place}: {name} needs the package mup", got=name, remedy="pip install mup")
+            return
+        if name.lower() == "lamb" and not (config["fp16"]["enabled"] and not config["fp16"].get("loss_scale")):
+            yield UserError(f"{place}: {name} needs fp16 with a dynamic loss scale", got=name)
+            return
+        if name.lower() in ("adam", "adamw"):
+            own = ("torch_adam", "adam_w_mode", "fp32_optimizer_states")
+            values = {key: value for key, value in values.items() if key not in own}
+            made = torch.optim.AdamW
+    for op in ops:
+        yield from _unbuildable(op, name)
+    if made is not None and (tried := _tried(made, values)) is not None:
+        yield UserError(f"deepspeed.optimizer: {name} cannot be made: {tried}", got=shown(values))
+    elif made is not None and zero["stage"] and not ops and made not in ZERO_SUPPORTED_OPTIMIZERS:
+        if not config.get("zero_allow_untested_optimizer"):
+            remedy = 'set "zero_allow_untested_optimizer": true, or choose AdamW'
+            yield UserError(f"{place}: DeepSpeed has not tested {name} with ZeRO", got=name, remedy=remedy)
+
+
+def _scheduler(config: Mapping[str, Any]) -> Iterator[UserError]:
+    """The scheduler of the config, tried on a small optimizer."""
+    from deepspeed.runtime import lr_schedules
+
+    section = config.get("scheduler", {})
+    name, place = section.get("type"), "deepspeed.scheduler"
+    if name is None:
+        return
+    known = {key: getattr(lr_schedules, key) for key in lr_schedules.VALID_LR_SCHEDULES}
+    known = _classes(torch.optim.lr_scheduler, torch.optim.lr_scheduler.LRScheduler) | known
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, n=1)
+        remedy = f"did you mean {near[0]!r}?" if near else None
+        wanted = ", ".join(lr_schedules.VALID_LR_SCHEDULES)
+        yield UserError(f"{place}.type: there is no such schedule", wanted=wanted, got=shown(name), remedy=remedy)
+        return
+    if not isinstance(section.get("params"), dict):
+        yield UserError(f"{place}.params: missing", wanted=f"the settings of {name}")
+        return
+    made = known[name]
+    tried = _tried(lambda params, **values: made(torch.optim.AdamW(params), **values), section["params"])
+    if tried is not None:
+        yield UserError(f"{place}: {name} cannot be made: {tried}", got=shown(section["params"]))
+
+
+def _classes(module: Any, base: type) -> dict[str, Any]:
+    found = {name: made for name, made in vars(module).items() if inspect.isclass(made) and issubclass(made, base)}
+    return {name: made for name, made in found.items() if made is not base and not name.startswith("_")}
+
+
+def _tried(make: Callable[..., Any], values: Mapping[str, Any]) -> str | None:
+    """What goes wrong where an optimizer or a scheduler is made and makes a step; None if nothing does."""
+    parameters = [torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            make(parameters, **values).step()
+    except Exception as error:  # a user's value may lead to any
+        return _first_line(error)
+    return None
+
+
+def offloads(zero: Mapping[str, Any]) -> bool:
+    """Whether the optimizer's states are kept outside the device."""
+    return (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+
+
+def optimizer_ops(config: Mapping[str, Any]) -> list[str]:
+    """Builders of the C++ that the optimizer of a config needs."""
+    section = config.get("optimizer", {})
+    offloaded, name = offloads(config["zero_optimization"]), str(section.get("type")).lower()
+    if name in ("adam", "adamw", "muon") and not (section.get("params") or {}).get("torch_adam"):
+        return ["CPUAdamBuilder" if offloaded else "FusedAdamBuilder"]
+    if name == "adagrad" and offloaded:
+        return ["CPUAdagradBuilder"]
+    return {"lion": ["CPULionBuilder" if offloaded else "FusedLionBuilder"], "lamb": ["FusedLambBuilder"]}.get(name, [])
+
+
+def _unbuildable(op: str, name: str) -> Iterator[UserError]:
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.git_version_info import installed_ops
+    from torch.utils import cpp_extension
+
+    remedy = 'leave "optimizer" and "offload_optimizer" out: cook then uses AdamW of torch'
+    builder = get_accelerator().create_op_builder(op)
+    if builder is None or type(builder).__name__ == "NotImplementedBuilder":
+        yield UserError(f"deepspeed.optimizer.type: DeepSpeed has no {name} for this device", got=name, remedy=remedy)
+    elif not installed_ops.get(builder.name) and not _is_built(builder.name):
+        missing = [tool for tool in (os.environ.get("CXX", "c++"), "ninja") if shutil.which(tool) is None]
+        if torch.cuda.is_available() and cpp_extension.CUDA_HOME is None:
+            missing.append("CUDA's toolkit (nvcc)")
+        if missing:
+            what = f"deepspeed.optimizer.type: {name} is C++ that has to be built first, and {missing[0]} is missing"
+            yield UserError(what, wanted="a C++ compiler and ninja, for GPUs also nvcc", remedy=remedy)
+
+
+def _announced(jit_load: Callable[..., Any]) -> Callable[..., Any]:
+    """`OpBuilder.jit_load` that says what it builds, and does not wait for a process that is gone."""
+
+    def load(builder: Any, verbose: bool = True) -> Any:
+        del verbose  # its own words are for those who develop the op
+        library, start = _library(builder.name), time.monotonic()
+        _await_lock(library.parent / "lock", builder.name)
+        new = not library.exists()
+        if new:
+            _say(f"building DeepSpeed's {builder.name} (C++): once for this machine, usually one to three minutes")
+        try:
+            made = jit_load(builder, verbose=False)
+        except Exception as error:  # a compiler, a linker, a file system: torch and DeepSpeed have a class for each
+            raise UserError(
+                f"deepspeed.optimizer: DeepSpeed's {builder.name} could not be built: {_first_line(error)}",
+                remedy=f'see {library.parent}, or leave "optimizer" out: cook then uses AdamW of torch',
+            ) from error
+        if new:
+            _say(f"built {builder.name} in {time.monotonic() - start:.0f} s: {library}")
+        return made
+
+    return load
+
+
+def _await_lock(lock: Path, name: str) -> None:
+    """Waits while another process builds the same op; the lock of one that was killed is removed.
+
+    torch holds its lock file open as long as it builds, and waits for one without an end.
+    """
+    asked = False
+    while True:
+        handle = os.open(lock.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)  # two ranks must not both find it and remove the other's new one
+            if not lock.exists():
+                return
+            holder = _holder(lock)
+            if holder is None and time.time() - lock.stat().st_mtime > FRESH:
+                if not _is_local(lock):
+                    if not asked:
+                        _say(f"waiting for {lock}: if no machine builds {name}, remove this file")
+                    asked = True
+                else:
+                    _say(f"removing {lock}: the process that was building {name} is gone")
+                    lock.unlink()
+                    return
+            elif holder is not None and not asked:
+                _say(f"waiting for process {holder}, which builds {name}")
+                asked = True
+        except FileNotFoundError:
+            return
+        finally:
+            os.close(handle)
+        time.sleep(1)
+
+
+def _holder(lock: Path) -> int | None:
+    """The process of this machine that has the file open."""
+    real = os.path.realpath(lock)
+    for entry in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if os.readlink(entry) == real:
+                return int(entry.parts[2])
+        except OSError:
+            continue  # ended meanwhile, or another user's
+    return None
+
+
+def _is_local(path: Path) -> bool:
+    """Whether only this machine can hold a file there; False where nobody can know."""
+    device = path.stat().st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return False
+    kinds = [line.partition(" - ")[2].split()[0] for line in lines if line.split()[2] == wanted]
+    return bool(kinds) and kinds[0] in LOCAL_FILE_SYSTEMS
+
+
+def _library(name: str) -> Path:
+    from torch.utils import cpp_extension
+
+    return Path(cpp_extension._get_build_directory(name, False)) / f"{name}.so"
+
+
+def _is_built(name: str) -> bool:
+    """As `_library` says, without making its folder."""
+    from torch.utils import cpp_extension
+
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    roots = [Path(root)] if root else Path(cpp_extension.get_default_build_root()).glob("*")
+    return any((folder / name / f"{name}.so").exists() for folder in roots)
+
+
+def _say(text: str) -> None:
+    if distributed.local_rank() == 0:
+        print(text, flush=True)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
