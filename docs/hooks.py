@@ -21,20 +21,16 @@ OUTSIDE = ("results/bench/**/*.png", "SECURITY.md", "CONTRIBUTING.md", "config/*
 """Files outside `docs/` that the site contains; they are copied when it is built."""
 FOLDER = "repository"
 """Where they are in the site."""
-SETTINGS = "reference/settings.md"
 _PUBLIC = re.compile(r"(^::: |\]\(#)cook\.(\w+)(?=$|\))", re.MULTILINE)
 _LINK = re.compile(r"(\]\()((?:\.\./)+[^)#\s]+)")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Adds the files of the repository, and a page in place of the settings reference where it was not generated."""
+    """Adds the files of the repository."""
     for pattern in OUTSIDE:
         for file in sorted(ROOT.glob(pattern)):
             name = f"{FOLDER}/{file.relative_to(ROOT).as_posix()}"
             files.append(File.generated(config, name, abs_src_path=str(file)))
-    if files.get_file_from_path(SETTINGS) is None:
-        text = "# Settings\n\nThis page is generated: `python -m cook.config` writes it.\n"
-        files.append(File.generated(config, SETTINGS, content=text))
     return files
 
 

@@ -1,4 +1,4 @@
-"""The families and what works with them, as the table that the README shows."""
+"""The families and what works with them, as the table that the documentation shows."""
 
 from __future__ import annotations
 
