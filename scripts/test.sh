@@ -12,10 +12,10 @@ cd "$(dirname "$0")/.."
 if ! "$PYTHON" - <<'PY' 2>/dev/null; then
 import importlib.metadata as m, sys, tomllib
 pins = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dev"]
-sys.exit(any(m.version(pin.split("==")[0]) != pin.split("==")[1] for pin in pins))
+sys.exit(any(m.version(pin.split("==")[0]) != pin.split("==")[1] for pin in pins) or not m.version("mkdocs-material"))
 PY
   echo "installing what the tests need"
-  "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[dev]'
+  "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[dev,docs]'
 fi
 if [ "$PYTHON" = "$PWD/.venv/bin/python" ] && ! "$PYTHON" -c 'import triton' 2>/dev/null; then
   # torch brings it along only with CUDA; with it the GPU kernel is tested here too, in the interpreter.
@@ -31,6 +31,9 @@ fi
 "$PYTHON" -m ruff format --check --quiet .
 "$PYTHON" -m codespell_lib
 "$PYTHON" -m mypy
+site=$(mktemp -d)
+NO_MKDOCS_2_WARNING=1 "$PYTHON" -m mkdocs build --strict --quiet --site-dir "$site"
+rm -rf "$site"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 exec "$PYTHON" -m pytest --numprocesses "${WORKERS:-$(nproc)}" --dist worksteal --durations 25 \
   ${quick[@]+"${quick[@]}"} "$@"

@@ -1,4 +1,4 @@
-"""The table of families and what works with them."""
+"""The families and what works with them, as the table that the documentation shows."""
 
 from __future__ import annotations
 

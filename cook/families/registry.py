@@ -63,7 +63,7 @@ def by_config(config: Mapping[str, Any]) -> Adapter:
             wanted=known,
             remedy="for another family of transformers, fill in a cook.families.layout.Family (the names of its layer "
             "list, of the products of its attention and FFN blocks, of its norms, and of its config's sizes), and pass "
-            "stock_adapter(family) to cook.families.registry.register before cook starts; README: Other families",
+            "stock_adapter(family) to cook.families.registry.register before cook starts; documentation: Add a family",
         )
     return found
 
