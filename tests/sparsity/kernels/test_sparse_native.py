@@ -32,7 +32,7 @@ def forget():
 
 OLDER = ["-mno-avx512f", "-mno-avx", "-mno-avx512bf16"] if platform.machine() == "x86_64" else []
 FLOATS = torch.ones(1)
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(params=["", *OLDER])
@@ -244,7 +244,7 @@ def test_a_compiler_named_by_blanks_is_none_named(monkeypatch, tmp_path):
 @pytest.mark.parametrize("case", ["open to others", "damaged", "no home"])
 def test_where_nothing_can_be_kept_it_is_built_for_this_process(case, tmp_path):
     folder, environment = tmp_path / "cook", {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
-    code = "from cook.models import sparse_build as b; assert b.library().panel_outputs() in (4, 8)"
+    code = "from cook.sparsity.kernels import sparse_build as b; assert b.library().panel_outputs() in (4, 6, 8)"
     run = [sys.executable, "-c", code]
     if case == "no home":
         folder.write_text("a file where the folder should be")
