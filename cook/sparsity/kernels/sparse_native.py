@@ -91,7 +91,7 @@ def tile_panels(
         read = (own_inputs[:, None].long() * each + torch.arange(each)).flatten()
         if is_half and block % 2 and len(read) % 2:  # the last input once more, with weights of 0
             read, weight = torch.cat([read, read[-1:]]), F.pad(weight, (0, 1))
-        for panel in weight.tensor_split(-(-len(weight) // found.panel_outputs())):
+        for panel in weight.tensor_split(max(1, -(-len(weight) // found.panel_outputs()))):
             # Weights of an input, in bf16 of a pair, lie side by side: 32 bits of each output.
             words = panel.contiguous().view(torch.float32)
             weights.append(words.T.flatten())

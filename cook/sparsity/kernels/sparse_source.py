@@ -13,6 +13,7 @@ SOURCE = r"""
 #include <omp.h>
 #include <stdint.h>
 #include <string.h>
+#include <unistd.h>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
@@ -41,7 +42,7 @@ SOURCE = r"""
 #define VECTORS 3
 #endif
 #define MOST 8          /* vectors of rows at once in products of single weights */
-#define CACHE (1 << 18) /* bytes of lines that stay in a core's second cache beside the weights */
+#define AHEAD 8         /* inputs, that the next ones' memory is asked for before it is copied */
 #define SHARE (1 << 15) /* bytes of weights that stay in the first cache, or the second, from block to block */
 #define SHARES 8        /* that a thread's work is cut into, at least, when there are others */
 #define INLINE static inline __attribute__((always_inline))
@@ -67,9 +68,15 @@ typedef struct {
 const char *instructions(void) { return INSTRUCTIONS; }
 int64_t panel_outputs(void) { return PANEL; }
 
-/* Vectors of rows in a group of blocks: their lines, or in bf16 half as much and half for pairs, fit into the cache. */
+/* Vectors of rows in a group of blocks: their lines, or in bf16 half as much and half for pairs, take a quarter of the
+   second cache. */
 static int64_t group_vectors(int64_t inputs, int64_t most) {
-  int64_t blocks = CACHE / (4 * WIDTH * most * (inputs + 1));
+  int64_t cache = 0;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+  if (cache <= 0) cache = 1 << 19;
+  int64_t blocks = cache / 4 / (4 * WIDTH * most * (inputs + 1));
   return blocks > 1 ? blocks * most : most;
 }
 
@@ -83,7 +90,8 @@ INLINE void panel(const int nr, const int nv, const job *j, const float *lines, 
   for (int n = 0; n < nr; n++)
     for (int v = 0; v < nv; v++) sums[n][v] = j->biases[first + n] - (vec){};
   for (int64_t r = 0; r < count; r++) {
-    for (int v = 0; v < nv; v++) line[v] = *(const vec *)(lines + ((int64_t)read[r] * nv + v) * WIDTH);
+    const float *at = lines + (int64_t)read[r] * (nv * WIDTH);
+    for (int v = 0; v < nv; v++) line[v] = *(const vec *)(at + v * WIDTH);
     for (int n = 0; n < nr; n++) {
       vec weight = weights[r * nr + n] - (vec){};
       for (int v = 0; v < nv; v++) sums[n][v] += line[v] * weight;
@@ -95,14 +103,6 @@ INLINE void panel(const int nr, const int nv, const job *j, const float *lines, 
       for (int v = 0; v < nv; v++) *(vec *)(out + v * WIDTH) = sums[n][v];
     else
       memcpy(out, sums[n], 4 * width);
-  }
-}
-
-/* Lines of the inputs, nv vectors each, of the block of rows that starts at `row`. */
-INLINE void copy(const job *j, float *lines, int64_t nv, int64_t row, int64_t width) {
-  for (int64_t k = 0; k < j->inputs; k++, lines += nv * WIDTH) {
-    memcpy(lines, (const float *)j->x + k * j->x_stride + row, 4 * width);
-    for (int64_t i = width; i < nv * WIDTH; i++) lines[i] = 0;
   }
 }
 
@@ -146,25 +146,44 @@ INLINE void pair_up(uint32_t *pairs, const uint16_t *lines, const int32_t *read,
           | __builtin_convertvector(*(const half_vec *)two, pair_vec) << 16;
     }
 }
-
-INLINE void half_copy(const job *j, uint16_t *lines, int64_t nv, int64_t row, int64_t width) {
-  for (int64_t k = 0; k < j->inputs; k++, lines += nv * WIDTH) {
-    memcpy(lines, (const uint16_t *)j->x + k * j->x_stride + row, 2 * width);
-    for (int64_t i = width; i < nv * WIDTH; i++) lines[i] = 0;
-  }
-}
 #else
 int has_half(void) { return 0; }
-INLINE void half_copy(const job *j, void *lines, int64_t nv, int64_t row, int64_t width) {}
 INLINE void pair_up(void *pairs, const void *lines, const int32_t *read, int64_t count, int64_t nv) {}
 INLINE void half_panel(const int nr, const int nv, const job *j, const void *lines, const void *weights,
                        const int32_t *read, int64_t count, int64_t first, int64_t row, int64_t width) {}
 #endif
 
-/* The panels `from` to `to`, for nv vectors of rows from `row` on. `pairs` is room for pairs of a tile, or holds all. */
+/* The vectors of rows of a block: the group's from `start` to `stop` are dealt out to its blocks. */
+INLINE int64_t edge(int64_t start, int64_t stop, int64_t blocks, int64_t b) { return start + (stop - start) * b / blocks; }
+
+/* Lines of the inputs, block after block, a line apart: blocks of 2^n bytes would meet in the same few places of a
+   cache. */
+INLINE void copy(const int is_half, const job *j, char *lines, int64_t start, int64_t stop, int64_t blocks) {
+  const int64_t size = is_half ? 2 : 4, whole = j->rows / WIDTH, rest = j->rows % WIDTH * size;
+  for (int64_t k = 0; k < j->inputs; k++) {
+    const char *x = (const char *)j->x + k * j->x_stride * size;
+    if (k + AHEAD < j->inputs)
+      for (int64_t at = start * WIDTH * size; at < stop * WIDTH * size; at += 64)
+        __builtin_prefetch(x + AHEAD * j->x_stride * size + at);
+    for (int64_t b = 0, from = start, to; b < blocks; b++, from = to) {
+      to = edge(start, stop, blocks, b + 1);
+      char *line = lines + ((from - start) * (j->inputs + 1) + k * (to - from)) * WIDTH * size;
+      for (int64_t i = from; i < to; i++, line += WIDTH * size)
+        if (i < whole) {
+          memcpy(line, x + i * WIDTH * size, WIDTH * size);
+        } else {
+          memset(line, 0, WIDTH * size);
+          memcpy(line, x + i * WIDTH * size, rest);
+        }
+    }
+  }
+}
+
+/* The panels `from` to `to`, for nv vectors of rows from `row` on. `pairs` holds all pairs, or those of the tile that
+   reads from `paired_up` on. */
 INLINE void panels(const int most_outputs, const int most, const int is_half, const job *j, const void *lines,
-                   uint32_t *pairs, int64_t from, int64_t to, int64_t nv, int64_t row, int64_t width) {
-  int64_t paired_up = -1;
+                   uint32_t *pairs, int64_t paired_up, int64_t from, int64_t to, int64_t nv, int64_t row,
+                   int64_t width) {
   for (int64_t p = from; p < to; p++) {
     int64_t first = j->first_output[p], outputs = j->first_output[p + 1] - first, count = j->reads[p];
     const int32_t *read = j->read + j->first_read[p];
@@ -201,21 +220,20 @@ INLINE void part(const int most_outputs, const int most, const int is_half, cons
   int32_t *taken = (int32_t *)(j->scratch + j->threads * j->room); /* shares, of every group */
   for (int64_t i = 0; i < groups; i++) {
     int64_t g = (me * groups / threads + i) % groups, start = vectors * g / groups, stop = vectors * (g + 1) / groups;
-    int64_t blocks = (stop - start + most - 1) / most, is_copied = 0;
-    for (int64_t s; (s = __atomic_fetch_add(taken + g, 1, __ATOMIC_RELAXED)) < shares; is_copied = 1)
+    int64_t blocks = (stop - start + most - 1) / most, is_copied = 0, paired_up = -1;
+    for (int64_t s; (s = __atomic_fetch_add(taken + g, 1, __ATOMIC_RELAXED)) < shares; is_copied = 1) {
+      int64_t first = j->panels * s / shares, end = j->panels * (s + 1) / shares;
+      if (!is_copied) copy(is_half, j, lines, start, stop, blocks);
       for (int64_t b = 0; b < blocks; b++) {
-        int64_t from = start + (stop - start) * b / blocks, nv = start + (stop - start) * (b + 1) / blocks - from;
-        int64_t row = from * WIDTH, width = j->rows - row < nv * WIDTH ? j->rows - row : nv * WIDTH;
-        void *own_lines = lines + (is_half ? 2 : 4) * (from - start) * WIDTH * j->inputs;
-        uint32_t *own_pairs = pairs + (j->paired ? (from - start) * WIDTH * (j->inputs / 2) : 0);
-        if (!is_copied && is_half)
-          half_copy(j, own_lines, nv, row, width);
-        else if (!is_copied)
-          copy(j, own_lines, nv, row, width);
+        int64_t from = edge(start, stop, blocks, b), nv = edge(start, stop, blocks, b + 1) - from, row = from * WIDTH;
+        int64_t width = j->rows - row < nv * WIDTH ? j->rows - row : nv * WIDTH;
+        void *own_lines = lines + (is_half ? 2 : 4) * (from - start) * WIDTH * (j->inputs + 1);
+        uint32_t *own_pairs = pairs + (from - start) * WIDTH * ((j->inputs + 1) / 2);
         if (!is_copied && is_half && j->paired) pair_up(own_pairs, own_lines, 0, j->inputs / 2, nv);
-        panels(most_outputs, most, is_half, j, own_lines, own_pairs, j->panels * s / shares,
-               j->panels * (s + 1) / shares, nv, row, width);
+        panels(most_outputs, most, is_half, j, own_lines, own_pairs, paired_up, first, end, nv, row, width);
       }
+      paired_up = j->first_read[end - 1];
+    }
   }
 }
 
