@@ -53,6 +53,15 @@ class _Job(ctypes.Structure):
     _fields_ += [(name, ctypes.c_int64) for name in ("room", "threads")]
 
 
+def instructions() -> str | None:
+    """The vector instructions that the products were built for; None where there are no products."""
+    found = library()
+    if found is None:
+        return None
+    found.instructions.restype = ctypes.c_char_p
+    return found.instructions().decode()
+
+
 def has_native(x: torch.Tensor) -> bool:
     """Whether there are products for tensors like `x`: real, on a CPU, in a type that its processor multiplies."""
     if x.device.type != "cpu" or type(x) not in (torch.Tensor, torch.nn.Parameter):

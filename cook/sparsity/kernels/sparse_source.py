@@ -153,8 +153,10 @@ INLINE void half_panel(const int nr, const int nv, const job *j, const void *lin
                        const int32_t *read, int64_t count, int64_t first, int64_t row, int64_t width) {}
 #endif
 
-/* The vectors of rows of a block: the group's from `start` to `stop` are dealt out to its blocks. */
-INLINE int64_t edge(int64_t start, int64_t stop, int64_t blocks, int64_t b) { return start + (stop - start) * b / blocks; }
+/* Where a block begins: the group's vectors of rows from `start` to `stop` are dealt out to its blocks. */
+INLINE int64_t edge(int64_t start, int64_t stop, int64_t blocks, int64_t b) {
+  return start + (stop - start) * b / blocks;
+}
 
 /* Lines of the inputs, block after block, a line apart: blocks of 2^n bytes would meet in the same few places of a
    cache. */

@@ -120,6 +120,26 @@ def test_the_norm(processor, rows, dtype):
     torch.testing.assert_close(x_DM.T.double(), exact, **tolerance)
 
 
+def test_the_library_says_which_instructions_it_has(processor):
+    if processor == "-mno-avx512f" and "avx2" in Path("/proc/cpuinfo").read_text():
+        assert sparse_native.instructions() == "AVX2"
+    if processor == "-mno-avx" and platform.machine() == "x86_64":
+        assert sparse_native.instructions() == "128-bit vectors"
+
+
+def test_many_threads_share_a_few_groups_of_rows(processor):
+    layer, weight, bias = made(5, tile_mask(5, 300, [37, 64, 5, 90], False))
+    before = torch.get_num_threads()
+    torch.set_num_threads(7)
+    try:
+        for rows in (1, 100, 1000):
+            x_KM = torch.randn(300, rows, generator=torch.Generator().manual_seed(rows))
+            wanted = weight.double() @ x_KM.double() + bias.double()[:, None]
+            torch.testing.assert_close(native(layer, x_KM).double(), wanted, rtol=1e-5, atol=1e-4)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_activations_in_a_part_of_others():
     layer, weight, bias = made(2, tile_mask(2, 24, [8, 8], False))
     x_KM, out = torch.randn(24, 90), torch.full((16, 90), torch.nan)
