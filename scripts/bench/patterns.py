@@ -14,6 +14,7 @@ patterns_avx2.json. ONNX Runtime cannot be held, so it has no figures there.
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import os
 import random
@@ -111,7 +112,8 @@ def runtimes(
     from onnxruntime.quantization import quantize_dynamic
 
     path, small = f"{folder}/dense.onnx", f"{folder}/int8.onnx"
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():  # copies count versions, which the export wants
+        module, x = copy.deepcopy(module), x.clone()
         torch.onnx.export(module, (x,), path, input_names=["x"], dynamo=True, verbose=False)
     found: dict[str, Callable[[], Any] | str] = {}
     values = {"x": x.numpy()}
@@ -198,7 +200,7 @@ def compare(
     with tempfile.TemporaryDirectory() as folder:
         if threads is not None:
             module = torch.nn.Linear(layer.in_features, layer.out_features)
-            module.weight.data, module.bias.data = weight, bias
+            module.load_state_dict({"weight": weight, "bias": bias})
             sort_out(runtimes(module, x, folder, threads, options.isa), actions, words)
         taken = seconds(actions, options.repeats)
     found = {name: taken["dense"] / time for name, time in taken.items() if name != "dense"} | words
