@@ -31,14 +31,15 @@ class Panels:
     write: torch.Tensor
     biases: torch.Tensor
     first_weight: torch.Tensor
+    first_output: torch.Tensor
     first_read: torch.Tensor
-    first_panel: torch.Tensor
+    reads: torch.Tensor
     is_paired: bool = False
 
     def __post_init__(self) -> None:
         entries = self.inputs // 2 if self.is_paired else self.inputs
-        for what, values, least, count in (("read", self.read, 0, entries), ("write", self.write, -1, self.outputs)):
-            if len(values) and not (least <= int(values.min()) and int(values.max()) < count):
+        for what, values, count in (("read", self.read, entries), ("write", self.write, self.outputs)):
+            if len(values) and not (0 <= int(values.min()) and int(values.max()) < count):
                 raise ValueError(f"a damaged layer: to {what} {int(values.max())} of {count}")
 
 
@@ -46,10 +47,19 @@ class _Job(ctypes.Structure):
     """`job` of the source."""
 
     _fields_ = [(name, ctypes.c_void_p) for name in ("x", "y")]
-    _fields_ += [(name, ctypes.c_int64) for name in ("inputs", "rows", "x_stride", "y_stride", "tiles", "paired")]
-    _fields_ += [(name, ctypes.c_void_p) for name in ("first_weight", "first_read", "first_panel", "weights")]
-    _fields_ += [(name, ctypes.c_void_p) for name in ("read", "write", "biases", "scratch")]
+    _fields_ += [(name, ctypes.c_int64) for name in ("inputs", "rows", "x_stride", "y_stride", "panels", "paired")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("first_weight", "first_output", "first_read", "reads")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("weights", "read", "write", "biases", "scratch")]
     _fields_ += [(name, ctypes.c_int64) for name in ("room", "threads")]
+
+
+def instructions() -> str | None:
+    """The vector instructions that the products were built for; None where there are no products."""
+    found = library()
+    if found is None:
+        return None
+    found.instructions.restype = ctypes.c_char_p
+    return found.instructions().decode()
 
 
 def has_native(x: torch.Tensor) -> bool:
@@ -81,52 +91,58 @@ def tile_panels(
     """
     found = library()
     assert found is not None
-    size, pieces = found.panel_outputs(), []
+    weights, reads, writes, biases = [], [], [], []
+    first_weight, first_output, first_read, counts = [0], [0], [], []
+    at = 0
     for own_inputs, own_outputs, weight, bias in tiles:
-        is_half, is_paired = weight.dtype == torch.bfloat16, block % 2 == 0
-        at_once = 2 if is_half and is_paired else 1
-        each = max(1, block // at_once)
+        is_half = weight.dtype == torch.bfloat16
+        each = max(1, block // 2 if is_half and block % 2 == 0 else block)
         read = (own_inputs[:, None].long() * each + torch.arange(each)).flatten()
-        if is_half and len(read) % 2 and not is_paired:  # the last input once more, with weights of 0
+        if is_half and block % 2 and len(read) % 2:  # the last input once more, with weights of 0
             read, weight = torch.cat([read, read[-1:]]), F.pad(weight, (0, 1))
-        missing = -len(own_outputs) % size
-        panels = F.pad(weight, (0, 0, 0, missing)).unflatten(0, (-1, size))
-        if is_half:
-            panels = panels.unflatten(2, (-1, 2))
-        weights = panels.transpose(1, 2).contiguous().flatten()
-        write, biases = F.pad(own_outputs.long(), (0, missing), value=-1), F.pad(bias[:, 0].float(), (0, missing))
-        pieces.append((weights, read, write, biases))
-    weights, reads, writes, all_biases = zip(*pieces, strict=True)
-    is_half = weights[0].dtype == torch.bfloat16
+        for panel in weight.tensor_split(max(1, -(-len(weight) // found.panel_outputs()))):
+            # Weights of an input, in bf16 of a pair, lie side by side: 32 bits of each output.
+            words = panel.contiguous().view(torch.float32)
+            weights.append(words.T.flatten())
+            first_weight.append(first_weight[-1] + words.numel())
+            first_output.append(first_output[-1] + len(panel))
+            first_read.append(at)
+            counts.append(len(read))
+        at += len(read)
+        reads.append(read)
+        writes.append(own_outputs)
+        biases.append(bias[:, 0].float())
     return Panels(
         product="product_of_half_tiles" if is_half else "product_of_tiles",
         inputs=inputs,
         outputs=outputs,
-        weights=torch.cat(weights),
+        weights=torch.cat(weights).view(torch.bfloat16 if is_half else torch.float32),
         read=torch.cat(reads).int(),
         write=torch.cat(writes).int(),
-        biases=torch.cat(all_biases),
-        first_weight=_ends(len(w) // (2 if is_half else 1) for w in weights),
-        first_read=_ends(map(len, reads)),
-        first_panel=_ends(len(w) // size for w in writes),
+        biases=torch.cat(biases),
+        first_weight=torch.tensor(first_weight),
+        first_output=torch.tensor(first_output),
+        first_read=torch.tensor(first_read),
+        reads=torch.tensor(counts),
         is_paired=is_half and block % 2 == 0,
     )
 
 
 def entry_panels(weight_NK: torch.Tensor, bias: torch.Tensor) -> Panels:
     """The panels of single weights, from a matrix in compressed rows; float32."""
-    starts, outputs = weight_NK.crow_indices().long(), torch.arange(len(weight_NK))
+    starts, outputs = weight_NK.crow_indices().long(), torch.arange(len(weight_NK) + 1)
     return Panels(
         product="product_of_entries",
         inputs=weight_NK.shape[1],
         outputs=len(weight_NK),
         weights=weight_NK.values(),
         read=weight_NK.col_indices().int(),
-        write=outputs.int(),
+        write=outputs[:-1].int(),
         biases=bias.float(),
         first_weight=starts,
+        first_output=outputs,
         first_read=starts,
-        first_panel=torch.arange(len(weight_NK) + 1),
+        reads=starts.diff(),
     )
 
 
@@ -145,8 +161,9 @@ def multiply(panels: Panels, x_KM: torch.Tensor, out_NM: torch.Tensor) -> None:
         raise ValueError("activations whose rows do not lie side by side")
     found, threads = library(), torch.get_num_threads()
     assert found is not None
-    room = (panels.inputs + 1) * (found.entry_room() if panels.product == "product_of_entries" else found.tile_room())
-    scratch = WORKSPACE.get("scratch", (threads, room), panels.biases)
+    is_single = panels.product == "product_of_entries"
+    room = (found.entry_room if is_single else found.tile_room)(ctypes.c_int64(panels.inputs))
+    scratch = WORKSPACE.get("scratch", (threads * room + rows,), panels.biases)
     job = _Job(
         x=x_KM.data_ptr(),
         y=out_NM.data_ptr(),
@@ -154,14 +171,14 @@ def multiply(panels: Panels, x_KM: torch.Tensor, out_NM: torch.Tensor) -> None:
         rows=rows,
         x_stride=x_KM.stride(0),
         y_stride=out_NM.stride(0),
-        tiles=len(panels.first_panel) - 1,
+        panels=len(panels.reads),
         paired=panels.is_paired,
         scratch=scratch.data_ptr(),
         room=room,
         threads=threads,
         **{
             name: getattr(panels, name).data_ptr()
-            for name in ("first_weight", "first_read", "first_panel", "weights", "read", "write", "biases")
+            for name in ("first_weight", "first_output", "first_read", "reads", "weights", "read", "write", "biases")
         },
     )
     getattr(found, panels.product)(ctypes.byref(job))
@@ -188,8 +205,3 @@ def add_and_norm(x_DM: torch.Tensor, y_DM: torch.Tensor, norm: torch.nn.LayerNor
         ctypes.c_int64(threads),
     )
     return x_DM
-
-
-def _ends(lengths: Iterable[int]) -> torch.Tensor:
-    """Where each of these begins, and the last one ends."""
-    return torch.tensor([0, *lengths]).cumsum(0)

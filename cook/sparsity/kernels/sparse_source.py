@@ -2,6 +2,10 @@
 
 An export carries this file along. Tiles read lines of inputs where they are: nothing is gathered, and a line once
 loaded serves all outputs of a panel.
+
+A panel is a few outputs of a tile, whose sums fit into the registers for a block of rows. Blocks come in groups, whose
+lines fit into a core's cache: a panel's weights are read once per group. Threads take panels of a group as they come,
+so a thread that loses its core to another process holds up no more than the panels that it has.
 """
 
 SOURCE = r"""
@@ -9,27 +13,38 @@ SOURCE = r"""
 #include <omp.h>
 #include <stdint.h>
 #include <string.h>
+#include <unistd.h>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
 
+/* WIDTH: floats in a vector register. PANEL: outputs at once. VECTORS: vectors of rows at once. The PANEL x VECTORS
+   sums, the lines and a weight have to fit into the registers. */
 #if defined(__AVX512F__)
-#define WIDTH 16 /* floats in a vector register */
-#define PANEL 8  /* outputs at once: PANEL x TILE_VECTORS sums, the lines and a weight have to fit into the registers */
-#elif defined(__AVX2__)
-#define WIDTH 8
-#define PANEL 4
-#else
-#define WIDTH 4
-#ifdef __aarch64__
+#define INSTRUCTIONS "AVX-512"
+#define WIDTH 16
 #define PANEL 8
+#define VECTORS 3
+#elif defined(__AVX2__)
+#define INSTRUCTIONS "AVX2"
+#define WIDTH 8
+#define PANEL 6
+#define VECTORS 2 /* a line is 64 bytes, just what a cache moves at a time */
+#elif defined(__aarch64__)
+#define INSTRUCTIONS "NEON"
+#define WIDTH 4
+#define PANEL 8
+#define VECTORS 3
 #else
+#define INSTRUCTIONS "128-bit vectors"
+#define WIDTH 4
 #define PANEL 4
+#define VECTORS 3
 #endif
-#endif
-/* Vectors of rows at once, at most: in products of tiles, and of single weights. */
-#define TILE_VECTORS 3
-#define MOST 8
+#define MOST 8          /* vectors of rows at once in products of single weights */
+#define AHEAD 8         /* inputs, that the next ones' memory is asked for before it is copied */
+#define SHARE (1 << 15) /* bytes of weights that stay in the first cache, or the second, from block to block */
+#define SHARES 8        /* that a thread's work is cut into, at least, when there are others */
 #define INLINE static inline __attribute__((always_inline))
 typedef float vec __attribute__((vector_size(4 * WIDTH), aligned(4)));
 
@@ -37,23 +52,36 @@ typedef float vec __attribute__((vector_size(4 * WIDTH), aligned(4)));
 typedef struct {
   const void *x; /* [inputs, rows] */
   void *y;       /* [outputs, rows] */
-  int64_t inputs, rows, x_stride, y_stride, tiles;
+  int64_t inputs, rows, x_stride, y_stride, panels;
   int64_t paired; /* bf16: `read` names pairs (2i, 2i + 1) of inputs, not inputs */
-  /* Of every tile, and where the last one ends: its first weight, its first entry of `read`, its first panel. */
-  const int64_t *first_weight, *first_read, *first_panel;
-  const void *weights;  /* panel after panel, [inputs or pairs of the tile, outputs of the panel] */
-  const int32_t *read;  /* inputs, tile after tile */
-  const int32_t *write; /* outputs, panel after panel; -1 for none */
-  const float *biases;  /* likewise */
-  float *scratch;       /* for every thread `room` floats */
+  /* Of every panel, and where the last one ends: its first weight, its first entry of `write` and of `biases`. */
+  const int64_t *first_weight, *first_output;
+  const int64_t *first_read, *reads; /* of every panel: where the inputs of its tile begin in `read`, and how many */
+  const void *weights;               /* panel after panel, [inputs or pairs of the tile, outputs of the panel] */
+  const int32_t *read;               /* inputs, tile after tile */
+  const int32_t *write;              /* outputs, panel after panel */
+  const float *biases;               /* likewise */
+  float *scratch;                    /* for every thread `room` floats, and as many as there are rows */
   int64_t room, threads;
 } job;
 
+const char *instructions(void) { return INSTRUCTIONS; }
 int64_t panel_outputs(void) { return PANEL; }
 
-/* The room that an input takes: of single lines, or in bf16 half of it and half for pairs. */
-int64_t tile_room(void) { return TILE_VECTORS * WIDTH; }
-int64_t entry_room(void) { return MOST * WIDTH; }
+/* Vectors of rows in a group of blocks: their lines, or in bf16 half as much and half for pairs, take a quarter of the
+   second cache. */
+static int64_t group_vectors(int64_t inputs, int64_t most) {
+  int64_t cache = 0;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+  if (cache <= 0) cache = 1 << 19;
+  int64_t blocks = cache / 4 / (4 * WIDTH * most * (inputs + 1));
+  return blocks > 1 ? blocks * most : most;
+}
+
+int64_t tile_room(int64_t inputs) { return (inputs + 1) * group_vectors(inputs, VECTORS) * WIDTH; }
+int64_t entry_room(int64_t inputs) { return (inputs + 1) * group_vectors(inputs, MOST) * WIDTH; }
 
 /* nr outputs of nv vectors of rows, `width` rows in all; `lines` holds nv vectors of each of the inputs. */
 INLINE void panel(const int nr, const int nv, const job *j, const float *lines, const float *weights,
@@ -62,27 +90,19 @@ INLINE void panel(const int nr, const int nv, const job *j, const float *lines, 
   for (int n = 0; n < nr; n++)
     for (int v = 0; v < nv; v++) sums[n][v] = j->biases[first + n] - (vec){};
   for (int64_t r = 0; r < count; r++) {
-    for (int v = 0; v < nv; v++) line[v] = *(const vec *)(lines + ((int64_t)read[r] * nv + v) * WIDTH);
+    const float *at = lines + (int64_t)read[r] * (nv * WIDTH);
+    for (int v = 0; v < nv; v++) line[v] = *(const vec *)(at + v * WIDTH);
     for (int n = 0; n < nr; n++) {
       vec weight = weights[r * nr + n] - (vec){};
       for (int v = 0; v < nv; v++) sums[n][v] += line[v] * weight;
     }
   }
   for (int n = 0; n < nr; n++) {
-    if (j->write[first + n] < 0) continue;
     float *out = (float *)j->y + j->write[first + n] * j->y_stride + row;
     if (width == nv * WIDTH)
       for (int v = 0; v < nv; v++) *(vec *)(out + v * WIDTH) = sums[n][v];
     else
       memcpy(out, sums[n], 4 * width);
-  }
-}
-
-/* Lines of the inputs, nv vectors each, of the block of rows that starts at `row`. */
-INLINE void copy(const job *j, float *lines, int64_t nv, int64_t row, int64_t width) {
-  for (int64_t k = 0; k < j->inputs; k++, lines += nv * WIDTH) {
-    memcpy(lines, (const float *)j->x + k * j->x_stride + row, 4 * width);
-    for (int64_t i = width; i < nv * WIDTH; i++) lines[i] = 0;
   }
 }
 
@@ -95,8 +115,8 @@ int has_half(void) { return 1; }
 /* As `panel`; lines of pairs, one after the other where `read` is null. */
 INLINE void half_panel(const int nr, const int nv, const job *j, const uint32_t *lines, const uint32_t *weights,
                        const int32_t *read, int64_t count, int64_t first, int64_t row, int64_t width) {
-  __m512 sums[PANEL][TILE_VECTORS];
-  __m512i line[TILE_VECTORS];
+  __m512 sums[PANEL][VECTORS];
+  __m512i line[VECTORS];
   for (int n = 0; n < nr; n++)
     for (int v = 0; v < nv; v++) sums[n][v] = _mm512_set1_ps(j->biases[first + n]);
   for (int64_t r = 0; r < count; r++) {
@@ -108,8 +128,7 @@ INLINE void half_panel(const int nr, const int nv, const job *j, const uint32_t 
     }
   }
   for (int n = 0; n < nr; n++) {
-    if (j->write[first + n] < 0) continue;
-    uint16_t *out = (uint16_t *)j->y + j->write[first + n] * j->y_stride + row, rounded[TILE_VECTORS * WIDTH];
+    uint16_t *out = (uint16_t *)j->y + j->write[first + n] * j->y_stride + row, rounded[VECTORS * WIDTH];
     uint16_t *to = width == nv * WIDTH ? out : rounded;
     for (int v = 0; v < nv; v++)
       _mm256_storeu_si256((__m256i *)(to + v * WIDTH), (__m256i)_mm512_cvtneps_pbh(sums[n][v]));
@@ -127,83 +146,109 @@ INLINE void pair_up(uint32_t *pairs, const uint16_t *lines, const int32_t *read,
           | __builtin_convertvector(*(const half_vec *)two, pair_vec) << 16;
     }
 }
-
-INLINE void half_copy(const job *j, uint16_t *lines, int64_t nv, int64_t row, int64_t width) {
-  for (int64_t k = 0; k < j->inputs; k++, lines += nv * WIDTH) {
-    memcpy(lines, (const uint16_t *)j->x + k * j->x_stride + row, 2 * width);
-    for (int64_t i = width; i < nv * WIDTH; i++) lines[i] = 0;
-  }
-}
 #else
 int has_half(void) { return 0; }
-INLINE void half_copy(const job *j, void *lines, int64_t nv, int64_t row, int64_t width) {}
 INLINE void pair_up(void *pairs, const void *lines, const int32_t *read, int64_t count, int64_t nv) {}
 INLINE void half_panel(const int nr, const int nv, const job *j, const void *lines, const void *weights,
                        const int32_t *read, int64_t count, int64_t first, int64_t row, int64_t width) {}
 #endif
 
-/* The part of the work that is this thread's. Products are dealt out in order, so that a thread meets few blocks of
-   rows. It copies a block once: its lines then stay in the core's cache, and a tile reads those of its inputs there. */
-INLINE void part(const int nr, const int most, const int is_half, const job *j, int64_t me, int64_t threads) {
-  const int64_t overhead = 8; /* what a panel costs besides its products, in inputs */
-  int64_t vectors = (j->rows + WIDTH - 1) / WIDTH, blocks = (vectors + most - 1) / most, work = 0, done = 0;
-  int64_t even = (blocks + threads - 1) / threads * threads; /* no two threads copy the same block */
-  if (even <= vectors) blocks = even;
-  for (int64_t t = 0; t < j->tiles; t++)
-    work += (j->first_read[t + 1] - j->first_read[t] + overhead) * (j->first_panel[t + 1] - j->first_panel[t]);
-  double begin = (double)work * vectors * me / threads, end = (double)work * vectors * (me + 1) / threads;
-  void *lines = j->scratch + me * j->room;
-  for (int64_t b = 0; b < blocks; b++) {
-    int64_t from = vectors * b / blocks, nv = vectors * (b + 1) / blocks - from, row = from * WIDTH;
-    int64_t width = j->rows - row < nv * WIDTH ? j->rows - row : nv * WIDTH;
-    if (done + work * nv <= begin || done >= end) {
-      done += work * nv;
-      continue;
-    }
-    if (is_half)
-      half_copy(j, lines, nv, row, width);
-    else
-      copy(j, lines, nv, row, width);
-    uint32_t *pairs = (uint32_t *)lines + j->room / 2;
-    if (is_half && j->paired) pair_up(pairs, lines, 0, j->inputs / 2, nv);
-    for (int64_t t = 0; t < j->tiles; t++) {
-      int64_t count = j->first_read[t + 1] - j->first_read[t], first = j->first_panel[t], is_paired = j->paired;
-      const int32_t *read = j->read + j->first_read[t];
-      for (int64_t p = first; p < j->first_panel[t + 1]; p++, done += (count + overhead) * nv) {
-        if (done < begin || done >= end) continue;
-        if (is_half && !is_paired) pair_up(pairs, lines, read, count / 2, nv);
-        is_paired = 1;
-        int64_t products = is_half && !j->paired ? count / 2 : count;
-        const char *weights = (const char *)j->weights + 4 * (j->first_weight[t] + (p - first) * products * nr);
-#pragma GCC unroll 8
-        for (int v = 1; v <= most; v++) {
-          if (nv != v) continue;
-          if (is_half)
-            half_panel(nr, v, j, pairs, (const void *)weights, j->paired ? read : 0, products, p * nr, row, width);
-          else
-            panel(nr, v, j, lines, (const void *)weights, read, count, p * nr, row, width);
+/* Where a block begins: the group's vectors of rows from `start` to `stop` are dealt out to its blocks. */
+INLINE int64_t edge(int64_t start, int64_t stop, int64_t blocks, int64_t b) {
+  return start + (stop - start) * b / blocks;
+}
+
+/* Lines of the inputs, block after block, a line apart: blocks of 2^n bytes would meet in the same few places of a
+   cache. */
+INLINE void copy(const int is_half, const job *j, char *lines, int64_t start, int64_t stop, int64_t blocks) {
+  const int64_t size = is_half ? 2 : 4, whole = j->rows / WIDTH, rest = j->rows % WIDTH * size;
+  for (int64_t k = 0; k < j->inputs; k++) {
+    const char *x = (const char *)j->x + k * j->x_stride * size;
+    if (k + AHEAD < j->inputs)
+      for (int64_t at = start * WIDTH * size; at < stop * WIDTH * size; at += 64)
+        __builtin_prefetch(x + AHEAD * j->x_stride * size + at);
+    for (int64_t b = 0, from = start, to; b < blocks; b++, from = to) {
+      to = edge(start, stop, blocks, b + 1);
+      char *line = lines + ((from - start) * (j->inputs + 1) + k * (to - from)) * WIDTH * size;
+      for (int64_t i = from; i < to; i++, line += WIDTH * size)
+        if (i < whole) {
+          memcpy(line, x + i * WIDTH * size, WIDTH * size);
+        } else {
+          memset(line, 0, WIDTH * size);
+          memcpy(line, x + i * WIDTH * size, rest);
         }
-      }
     }
   }
 }
 
-void product_of_tiles(const job *j) {
-#pragma omp parallel num_threads(j->threads)
-  part(PANEL, TILE_VECTORS, 0, j, omp_get_thread_num(), omp_get_num_threads());
+/* The panels `from` to `to`, for nv vectors of rows from `row` on. `pairs` holds all pairs, or those of the tile that
+   reads from `paired_up` on. */
+INLINE void panels(const int most_outputs, const int most, const int is_half, const job *j, const void *lines,
+                   uint32_t *pairs, int64_t paired_up, int64_t from, int64_t to, int64_t nv, int64_t row,
+                   int64_t width) {
+  for (int64_t p = from; p < to; p++) {
+    int64_t first = j->first_output[p], outputs = j->first_output[p + 1] - first, count = j->reads[p];
+    const int32_t *read = j->read + j->first_read[p];
+    const void *weights = (const char *)j->weights + 4 * j->first_weight[p];
+    if (is_half && !j->paired) {
+      count /= 2;
+      if (j->first_read[p] != paired_up) pair_up(pairs, lines, read, count, nv);
+      paired_up = j->first_read[p];
+    }
+#pragma GCC unroll 8
+    for (int n = 1; n <= most_outputs; n++)
+#pragma GCC unroll 8
+      for (int v = 1; v <= most; v++) {
+        if (outputs != n || nv != v) continue;
+        if (is_half)
+          half_panel(n, v, j, pairs, weights, j->paired ? read : 0, count, first, row, width);
+        else
+          panel(n, v, j, lines, weights, read, count, first, row, width);
+      }
+  }
 }
 
-/* In bf16; of the tiles' inputs there is an even number. */
-void product_of_half_tiles(const job *j) {
-#pragma omp parallel num_threads(j->threads)
-  part(PANEL, TILE_VECTORS, 1, j, omp_get_thread_num(), omp_get_num_threads());
+/* What this thread does. It starts with groups of its own, and then helps with those of the others. It copies a
+   group's blocks once: their lines then stay in the core's cache, and a tile reads those of its inputs there. */
+INLINE void part(const int most_outputs, const int most, const int is_half, const job *j, int64_t me, int64_t threads) {
+  int64_t vectors = (j->rows + WIDTH - 1) / WIDTH, at_once = group_vectors(j->inputs, most);
+  int64_t groups = (vectors + at_once - 1) / at_once, even = (groups + threads - 1) / threads * threads;
+  if (even <= vectors) groups = even;
+  int64_t shares = 1 + 4 * j->first_weight[j->panels] / SHARE;
+  if (threads > 1 && shares < SHARES * threads / groups) shares = SHARES * threads / groups;
+  if (shares > j->panels) shares = j->panels;
+  char *lines = (char *)(j->scratch + me * j->room);
+  uint32_t *pairs = (uint32_t *)(j->scratch + me * j->room + j->room / 2);
+  int32_t *taken = (int32_t *)(j->scratch + j->threads * j->room); /* shares, of every group */
+  for (int64_t i = 0; i < groups; i++) {
+    int64_t g = (me * groups / threads + i) % groups, start = vectors * g / groups, stop = vectors * (g + 1) / groups;
+    int64_t blocks = (stop - start + most - 1) / most, is_copied = 0, paired_up = -1;
+    for (int64_t s; (s = __atomic_fetch_add(taken + g, 1, __ATOMIC_RELAXED)) < shares; is_copied = 1) {
+      int64_t first = j->panels * s / shares, end = j->panels * (s + 1) / shares;
+      if (!is_copied) copy(is_half, j, lines, start, stop, blocks);
+      for (int64_t b = 0; b < blocks; b++) {
+        int64_t from = edge(start, stop, blocks, b), nv = edge(start, stop, blocks, b + 1) - from, row = from * WIDTH;
+        int64_t width = j->rows - row < nv * WIDTH ? j->rows - row : nv * WIDTH;
+        void *own_lines = lines + (is_half ? 2 : 4) * (from - start) * WIDTH * (j->inputs + 1);
+        uint32_t *own_pairs = pairs + (from - start) * WIDTH * ((j->inputs + 1) / 2);
+        if (!is_copied && is_half && j->paired) pair_up(own_pairs, own_lines, 0, j->inputs / 2, nv);
+        panels(most_outputs, most, is_half, j, own_lines, own_pairs, paired_up, first, end, nv, row, width);
+      }
+      paired_up = j->first_read[end - 1];
+    }
+  }
 }
 
-/* Of tiles that have a single output: more rows at a time, since each line is read for that output alone. */
-void product_of_entries(const job *j) {
-#pragma omp parallel num_threads(j->threads)
-  part(1, MOST, 0, j, omp_get_thread_num(), omp_get_num_threads());
-}
+#define PRODUCT(name, most_outputs, most, is_half)                                           \
+  void name(const job *j) {                                                                  \
+    memset(j->scratch + j->threads * j->room, 0, 4 * j->rows);                               \
+    _Pragma("omp parallel num_threads(j->threads)")                                          \
+    part(most_outputs, most, is_half, j, omp_get_thread_num(), omp_get_num_threads());       \
+  }
+
+PRODUCT(product_of_tiles, PANEL, VECTORS, 0)
+PRODUCT(product_of_half_tiles, PANEL, VECTORS, 1) /* in bf16; tiles read even numbers of inputs */
+PRODUCT(product_of_entries, 1, MOST, 0)           /* of panels that have a single output: more rows at a time */
 
 #define COLUMNS 64 /* rows at once in a norm */
 

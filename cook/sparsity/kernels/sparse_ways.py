@@ -6,6 +6,7 @@ whole contiguous lines. K inputs, N outputs, M rows (tokens).
 
 from __future__ import annotations
 
+import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from .sparse_triton import has_triton, tile_products
 
 MOST_ENTRIES = 0.6
 """Share of weights over which a product with single weights has never won."""
+LEAST_GAIN = 0.95
+"""Share of the dense product's time that a way has to stay under; else the product is dense."""
 COLUMNS_AT_ONCE = 256
 """Rows of activations that stay in a core's cache together with the gathered ones."""
 
@@ -160,10 +163,7 @@ _CHOOSING = threading.Lock()
 
 
 def choose(plan: Plan, x: torch.Tensor, *, transposed: bool, repeats: int = 8) -> Way:
-    """The fastest way for activations like `x`, measured once for all layers of about the same sizes.
-
-    Sparse has to win by more than the measuring's noise: else it is the dense product.
-    """
+    """The fastest way for activations like `x`, measured once for all layers of about the same sizes."""
     layer, found = plan.layer, ways(plan, x if transposed else x.T)
     if len(found) == 1 or x.numel() == 0:
         return _dense
@@ -173,25 +173,39 @@ def choose(plan: Plan, x: torch.Tensor, *, transposed: bool, repeats: int = 8) -
     key = (*signature, *share, tuple(found), rows, transposed, x.dtype, x.device, torch.get_num_threads())
     with _CHOOSING:
         if key not in _CHOICES:
-            seconds = _seconds(plan, found, x, transposed, repeats)
-            best = min(seconds, key=lambda name: seconds[name])
-            _CHOICES[key] = best if seconds[best] < 0.95 * seconds["dense"] else "dense"
+            _CHOICES[key] = _fastest(_seconds(plan, found, x, transposed, repeats))
             plan.forget()
     return found[_CHOICES[key]]
 
 
-def _seconds(plan: Plan, found: dict[str, Way], x: torch.Tensor, transposed: bool, repeats: int) -> dict[str, float]:
-    """The least time of each way; they take turns, so that what else the machine does meets all of them."""
-    least = dict.fromkeys(found, float("inf"))
+def _fastest(seconds: dict[str, list[float]]) -> str:
+    """The way with the least time, if it wins surely: else "dense".
+
+    On a busy machine any single time may be wrong. A way has to win by its least time, in which the machine did the
+    least else, and in most rounds, in each of which the machine was about as busy for all ways.
+    """
+    best = min(seconds, key=lambda name: min(seconds[name]))
+    rounds = [own / dense for own, dense in zip(seconds[best], seconds["dense"], strict=True)]
+    share = max(min(seconds[best]) / min(seconds["dense"]), statistics.median(rounds))
+    return best if share < LEAST_GAIN else "dense"
+
+
+def _seconds(
+    plan: Plan, found: dict[str, Way], x: torch.Tensor, transposed: bool, repeats: int
+) -> dict[str, list[float]]:
+    """The times of each way, round by round; each round starts with another way, as it has to load what all read."""
+    taken: dict[str, list[float]] = {name: [] for name in found}
+    names = list(found)
     for turn in range(repeats + 1):
-        for name, way in found.items():
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
             _wait_for(x)
             start = time.perf_counter()
-            by(way, plan, x, transposed=transposed)
+            by(found[name], plan, x, transposed=transposed)
             _wait_for(x)
             if turn:  # the first one warms up
-                least[name] = min(least[name], time.perf_counter() - start)
-    return least
+                taken[name].append(time.perf_counter() - start)
+    return taken
 
 
 def _wait_for(x: torch.Tensor) -> None:

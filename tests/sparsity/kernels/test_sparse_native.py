@@ -32,7 +32,7 @@ def forget():
 
 OLDER = ["-mno-avx512f", "-mno-avx", "-mno-avx512bf16"] if platform.machine() == "x86_64" else []
 FLOATS = torch.ones(1)
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(params=["", *OLDER])
@@ -118,6 +118,26 @@ def test_the_norm(processor, rows, dtype):
     # fp32 sums of 48 numbers; bf16 is rounded once, half an ulp of 8 bits.
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-8, "atol": 1e-5}
     torch.testing.assert_close(x_DM.T.double(), exact, **tolerance)
+
+
+def test_the_library_says_which_instructions_it_has(processor):
+    if processor == "-mno-avx512f" and "avx2" in Path("/proc/cpuinfo").read_text():
+        assert sparse_native.instructions() == "AVX2"
+    if processor == "-mno-avx" and platform.machine() == "x86_64":
+        assert sparse_native.instructions() == "128-bit vectors"
+
+
+def test_many_threads_share_a_few_groups_of_rows(processor):
+    layer, weight, bias = made(5, tile_mask(5, 300, [37, 64, 5, 90], False))
+    before = torch.get_num_threads()
+    torch.set_num_threads(7)
+    try:
+        for rows in (1, 100, 1000):
+            x_KM = torch.randn(300, rows, generator=torch.Generator().manual_seed(rows))
+            wanted = weight.double() @ x_KM.double() + bias.double()[:, None]
+            torch.testing.assert_close(native(layer, x_KM).double(), wanted, rtol=1e-5, atol=1e-4)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_activations_in_a_part_of_others():
@@ -244,7 +264,7 @@ def test_a_compiler_named_by_blanks_is_none_named(monkeypatch, tmp_path):
 @pytest.mark.parametrize("case", ["open to others", "damaged", "no home"])
 def test_where_nothing_can_be_kept_it_is_built_for_this_process(case, tmp_path):
     folder, environment = tmp_path / "cook", {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
-    code = "from cook.models import sparse_build as b; assert b.library().panel_outputs() in (4, 8)"
+    code = "from cook.sparsity.kernels import sparse_build as b; assert b.library().panel_outputs() in (4, 6, 8)"
     run = [sys.executable, "-c", code]
     if case == "no home":
         folder.write_text("a file where the folder should be")
