@@ -50,7 +50,7 @@ MIXING = {"every": 5, "reference": {"text-0": 2.0, "wiki": 3.0}}
     [
         (given(), "data: no corpus is given"),
         (given(X, type="text"), "data.type: not allowed together with data.sources"),
-        (given(X, held_out_paths=["x.txt"]), "data.held_out_paths: unused"),
+        (given(X, held_out_paths=["x.txt"]), "data.held_out_paths: not allowed"),
         (given({"type": "text"}), "data.sources.0.paths: a text corpus needs its files"),
         (given({"type": "hub"}), "data.sources.0.name: missing"),
         (given({"type": "hub", "name": "a/b", "paths": ["x.txt"]}), "the hub corpus has no paths"),

@@ -156,8 +156,8 @@ def test_masks_do_not_share_a_file(errors_of, key, path):
     [
         ("target_num_heads=5", "fine-grained.target_num_heads: above num_heads\n  wanted: at most 4"),
         ("target_dimff=49", "fine-grained.target_dimff: above dim_ff\n  wanted: at most 48"),
-        ("num_heads=8", "fine-grained.num_heads: not the model's\n  wanted: 4,"),
-        ("dim_ff=47", "fine-grained.dim_ff: not the model's\n  wanted: 48,"),
+        ("num_heads=8", "fine-grained.num_heads: differs from the model\n  wanted: 4,"),
+        ("dim_ff=47", "fine-grained.dim_ff: differs from the model\n  wanted: 48,"),
         ("target_num_heads=0", "wrong value at 'fine-grained.target_num_heads'"),
         ("heads_mask=mask.bin", "wanted: a path that ends in .pt"),
         ("heads_mask=.pt", "wanted: a path that ends in .pt"),

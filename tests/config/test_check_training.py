@@ -165,7 +165,7 @@ def test_a_hugging_face_model_is_a_folder(errors_of, load, bmcook, elsewhere):
     (elsewhere / "model" / "config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
     assert load("fine-grained.coarse_mask=null", "stages=[]").model.type == "hf"
     assert "at most 128" in errors_of("tokenizer.vocab_size=129")[0]
-    assert "dim_ff: not the model's" in errors_of("fine-grained.dim_ff=40")[0]
+    assert "dim_ff: differs from the model" in errors_of("fine-grained.dim_ff=40")[0]
 
 
 def test_a_hugging_face_models_folder_describes_it(errors_of, bmcook, elsewhere):

@@ -170,7 +170,7 @@ def test_other_settings_do_not_go_on(unfinished, run):
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        (["--masked-share", "1.5"], "--masked-share is no share"),
+        (["--masked-share", "1.5"], "--masked-share is out of range"),
         (["--max-length", "37"], "at least 38 with a prompt of 4"),
         (["--block-size", "400"], "larger than a block"),
         (["--max-length", "4000", "--part-size", "1M"], "nothing to write"),
