@@ -157,7 +157,7 @@ def unfinished(tmp_path, corpus, tokenizer_path, run, monkeypatch):
 
 def test_only_what_is_missing_is_done_again(tmp_path, unfinished, run):
     before = (tmp_path / "out" / "part-00001").stat().st_mtime_ns
-    assert "going on: 2 of" in run(*unfinished)
+    assert "resuming: 2 of" in run(*unfinished)
     assert (tmp_path / "out" / "part-00001").stat().st_mtime_ns == before
     assert not (tmp_path / "out" / ".unfinished").exists()
 

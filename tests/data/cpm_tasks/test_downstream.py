@@ -81,7 +81,7 @@ def test_options_that_are_too_long_lose_their_beginning():
         ({"input": 3, "target": "x"}, "'input' is not a string"),
         ({"input": "x"}, "no key 'target'"),
         ({"input": "x", "target": 1}, "'target' is not a string"),
-        ({"input": "x", "target": "y" * 60}, "leaves no room"),
+        ({"input": "x", "target": "y" * 60}, "too long to leave any tokens"),
         ({"input": "x", "options": ["a"], "target": 0}, "not a list of texts"),
         ({"input": "x", "options": "ab", "target": 0}, "not a list of texts"),
         ({"input": "x", "options": ["a", 2], "target": 0}, "not a list of texts"),
