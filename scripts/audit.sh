@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Looks the pinned packages up in the public lists of known holes. Exit code 0: none known; 1: some are; 3: could not be
-# asked (no network, or an index without such a list), and only the oldest safe versions were checked.
+# Checks the pinned packages for known vulnerabilities. Exit code 0: none are known; 1: some are known; 3: the list was
+# not available (no network, or an index without such a list), and only the oldest safe versions were checked.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=scripts/setup.sh
@@ -14,11 +14,11 @@ fi
 pinned=$(mktemp)
 trap 'rm -f "$pinned"' EXIT
 grep '==' requirements.txt >"$pinned"
-# --strict: a package that could not be looked up must not pass as one without holes.
+# --strict: a package that could not be looked up must not count as safe.
 said=$("$PYTHON" -m pip_audit --strict --no-deps --disable-pip --progress-spinner off -r "$pinned" 2>&1)
 code=$?
 echo "$said"
 [ "$code" -eq 0 ] && exit 0
 case $said in *"Found "*"known vulnerabilit"*) exit 1 ;; esac
-echo "the list of known holes could not be asked: only the oldest safe versions were checked" >&2
+echo "the list of known vulnerabilities was not available: only the oldest safe versions were checked" >&2
 exit 3

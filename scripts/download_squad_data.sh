@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Fetches SQuAD 1.1 and 2.0 to data/squad, or to the folder named first. Started again it goes on where it broke off;
-# every file is compared with its published checksum.
+# Downloads SQuAD 1.1 and 2.0 to data/squad, or to the folder given as first argument. If it is interrupted, the same
+# command resumes the download. Every file is compared with its published checksum.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=scripts/setup.sh

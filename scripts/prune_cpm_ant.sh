@@ -3,9 +3,9 @@
 #
 #   bash scripts/prune_cpm_ant.sh [CONFIG] [options of cook/train.py, such as --set seed=1]
 #
-# Without CONFIG: config/bmcook.json, which needs no data and no download. Started again, it skips what is finished
-# and goes on from the last checkpoint of what is not. One process a GPU, one on a CPU; NUM_PROCESSES overrides it, and
-# LAUNCHER replaces the launcher (for a cluster: LAUNCHER="deepspeed --hostfile hosts").
+# Without CONFIG: config/bmcook.json, which needs no data and no download. If it is started again, it skips finished
+# stages and resumes the others from their last checkpoint. It starts one process per GPU, or one on a CPU.
+# NUM_PROCESSES overrides this. LAUNCHER replaces the launcher (on a cluster: LAUNCHER="deepspeed --hostfile hosts").
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=scripts/setup.sh
@@ -30,8 +30,9 @@ for option in "$@"; do
   previous=$option
 done
 
-# Runs a command in a process group of its own, and passes signals on to all of it: bash alone would end at SIGTERM and
-# leave the ranks behind, `deepspeed` too. SIGUSR1 (save and go on) is for the ranks; the launchers must outlive it.
+# Runs a command in its own process group, and forwards signals to the whole group. Without this, bash and `deepspeed`
+# would end at SIGTERM and leave the ranks behind. SIGUSR1 (save and continue) is for the ranks and must not end the
+# launchers.
 in_group() {
   local code=0 status caught=''
   set -m
@@ -62,7 +63,7 @@ fi
 gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
 processes=${NUM_PROCESSES:-$((gpus > 0 ? gpus : 1))}
 [ "$gpus" -gt 0 ] || export DS_ACCELERATOR=cpu
-# WORLD_SIZE tells the plan for how many ranks it is; a launcher of the user's own knows that alone.
+# WORLD_SIZE gives the plan the number of ranks. With the user's own launcher, only that launcher knows the number.
 [ -n "${LAUNCHER:-}" ] || plan_for=(env WORLD_SIZE="$processes")
 ${plan_for[@]+"${plan_for[@]}"} "$PYTHON" cook/train.py --config "$config" --stage all --dry-run ${settings[@]+"${settings[@]}"}
 case " $* " in *" --dry-run "*) exit 0 ;; esac

@@ -1,5 +1,5 @@
-# Sourced by the other scripts: leaves $PYTHON pointing at an environment with everything in requirements.txt.
-# An active environment that already has it is used as it is; otherwise .venv is made, or brought up to date.
+# Sourced by the other scripts. Sets $PYTHON to the Python of an environment with the packages of requirements.txt.
+# An active environment that has them is used unchanged. Otherwise .venv is made or updated.
 
 satisfied() { # exit status 0 if the interpreter $1 has all pinned requirements
   "$1" - <<'PY' 2>/dev/null
@@ -18,7 +18,7 @@ else
   if [ ! -x .venv/bin/python ] || [ "$(cat .venv/.requirements 2>/dev/null)" != "$wanted" ]; then
     if ! [ -x .venv/bin/python ]; then
       if ! "${PYTHON_BASE:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-        echo "error: cook needs Python 3.11 or newer; name one: PYTHON_BASE=python3.11 bash $0" >&2
+        echo "error: cook needs Python 3.11 or newer; set its path: PYTHON_BASE=python3.11 bash $0" >&2
         exit 2
       fi
       echo "setting up .venv from requirements.txt (a few minutes the first time)"

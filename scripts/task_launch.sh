@@ -1,11 +1,11 @@
 # Sourced by run.sh, continued_run.sh and run_squad.sh: starts cook/tasks.py on the device with their variables.
-# One process a GPU, one on a CPU; NUM_PROCESSES overrides it, and LAUNCHER replaces the launcher (for a cluster).
+# One process per GPU, or one on a CPU. NUM_PROCESSES overrides this, and LAUNCHER replaces the launcher (on a cluster).
 # shellcheck shell=bash disable=SC2154
 
 case ${1:-} in
   pretrain | prune | export) ;;
   *)
-    echo "error: $0 ${1:-}: say what to do: pretrain, prune or export" >&2
+    echo "error: $0 ${1:-}: the first argument must be pretrain, prune or export" >&2
     exit 2
     ;;
 esac

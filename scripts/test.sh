@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Sets up what is missing, then checks style and types and runs the tests.
+# Installs missing packages, checks style and types, and runs the tests.
 #
 #   bash scripts/test.sh [--quick] [options of pytest]
 #
-# --quick leaves out the slow tests: under two minutes, for the inner loop. WORKERS sets the number of test processes
+# --quick skips the slow tests and takes less than two minutes. WORKERS sets the number of test processes
 # (default: one per core, each with one thread).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -12,13 +12,13 @@ cd "$(dirname "$0")/.."
 if ! "$PYTHON" - <<'PY' 2>/dev/null; then
 import importlib.metadata as m, sys, tomllib
 pins = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dev"]
-sys.exit(any(m.version(pin.split("==")[0]) != pin.split("==")[1] for pin in pins) or not m.version("mkdocs-material"))
+sys.exit(any(m.version(pin.split("==")[0]) != pin.split("==")[1] for pin in pins))
 PY
-  echo "installing what the tests need"
-  "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[dev,docs]'
+  echo "installing the packages for the tests"
+  "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[dev]'
 fi
 if [ "$PYTHON" = "$PWD/.venv/bin/python" ] && ! "$PYTHON" -c 'import triton' 2>/dev/null; then
-  # torch brings it along only with CUDA; with it the GPU kernel is tested here too, in the interpreter.
+  # torch installs Triton only with CUDA. With it, the GPU kernel is tested here too, in Triton's interpreter.
   "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --retries 1 --timeout 15 triton==3.9.0 ||
     echo "Triton cannot be installed here: the test of the GPU kernel will be skipped"
 fi

@@ -45,5 +45,5 @@ def test_offline_downloads_say_what_to_do(tmp_path):
         ),
         script(tmp_path, "download_squad_data.sh", str(tmp_path / "squad"), **nowhere),
     ):
-        assert result.code == 2 and "could not be fetched" in result.err and "put the file at" in result.err, result
+        assert result.code == 2 and "the download failed" in result.err and "copy the file to" in result.err, result
         assert "Traceback" not in result.err

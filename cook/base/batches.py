@@ -1,4 +1,4 @@
-"""Batches: what a model is called with, by name; tensors, and here and there a switch."""
+"""Batches: the keyword arguments of a model's forward call, which are tensors and a few flags."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 
 Batch = dict[str, Any]
 CallForm = Callable[[Batch], Batch]
-"""Makes a model's call of a batch in CPM-Live's form, labels excepted: what a family takes differs."""
+"""Turns a batch in CPM-Live's form, without its labels, into the keyword arguments that a model family takes."""
 
 
 def as_it_is(batch: Batch) -> Batch:
-    """The call form of a model that takes the batch itself."""
+    """Returns `batch` unchanged: the call form of a model that takes CPM-Live's batches."""
     return batch
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
-    """The same with its tensors on `device`."""
+    """Returns a copy of `batch` whose tensors are on `device`."""
     return {
         name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for name, value in batch.items()

@@ -1,4 +1,4 @@
-"""Rank, world size and the few collectives that the house needs; all work in a single process too."""
+"""Rank, world size and the few collectives that the package needs. All of them also work in a single process."""
 
 from __future__ import annotations
 
@@ -26,41 +26,41 @@ def world_size() -> int:
 
 
 def launched_world_size() -> int:
-    """The number of ranks that the launcher announced, before any process group exists."""
+    """Returns the number of ranks that the launcher announced. No process group needs to exist."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def launched_rank() -> int:
-    """The rank that the launcher announced, before any process group exists."""
+    """Returns the rank that the launcher announced. No process group needs to exist."""
     return int(os.environ.get("RANK", "0"))
 
 
 def local_rank() -> int:
-    """This process's number on its node, as the launcher says."""
+    """Returns the rank of this process on its node, as announced by the launcher."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def say(text: str) -> None:
-    """Prints on the first rank. An output that takes nothing, a full disk perhaps, ends no run."""
+    """Prints on rank 0. Errors of the output, such as a full disk, are ignored: they must not end a run."""
     if rank() == 0:
         with contextlib.suppress(OSError):
             print(text, flush=True)
 
 
 def warn(text: str) -> None:
-    """Prints to standard error on the first rank, as `say` does to standard output."""
+    """Prints a warning to standard error on rank 0. Errors of the output are ignored, as in `say`."""
     if rank() == 0:
         with contextlib.suppress(OSError):
             print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def loopback() -> str:
-    """The name of this machine's loopback interface; empty if it has none."""
+    """Returns the name of this machine's loopback interface, or an empty string if it has none."""
     return next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), "")
 
 
 def free_port() -> int:
-    """A port of the loopback interface on which nothing listens now."""
+    """Returns a port of the loopback interface that is currently unused."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -79,7 +79,7 @@ def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
 
 
 def broadcast(value: Any, source: int = 0, group: Any = None) -> Any:
-    """The `source` rank's `value`, a small picklable object, on every rank."""
+    """Returns the `value` of rank `source`, a small picklable object, on every rank."""
     if world_size() == 1:
         return value
     box = [value]
@@ -88,7 +88,7 @@ def broadcast(value: Any, source: int = 0, group: Any = None) -> Any:
 
 
 def gather(value: Any, group: Any = None) -> list[Any]:
-    """Every rank's `value`, a small picklable object, in the order of the ranks."""
+    """Returns the `value` of every rank, a small picklable object, in rank order."""
     if world_size() == 1:
         return [value]
     box: list[Any] = [None] * world_size()
@@ -97,14 +97,15 @@ def gather(value: Any, group: Any = None) -> list[Any]:
 
 
 def side_group(timeout: timedelta) -> Any:
-    """A second group of all ranks, for collectives in a thread beside the training; None on a single rank."""
+    """Creates a second group of all ranks, for collectives in a background thread. Returns None on a single rank."""
     return dist.new_group(backend="gloo", timeout=timeout) if world_size() > 1 else None
 
 
 def leave_group(group: Any) -> None:
-    """Frees what `side_group` made; all ranks call it together.
+    """Frees a group made by `side_group`. All ranks must call it together.
 
-    `new_group` returns on a rank whose own connections stand. To free them at once ends a rank that still connects.
+    `new_group` returns as soon as the connections of its own rank exist. Without the barrier, freeing the group would
+    crash a rank that is still connecting.
     """
     if group is not None and is_on():
         dist.barrier(group)

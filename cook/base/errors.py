@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises, and the exit codes of every command."""
+"""Exceptions for the mistakes of users and for failed runs, and the exit codes of all commands."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from typing import Any
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 75  # stopped by a signal after saving a checkpoint: start again to go on
-EXIT_RANK_LOST = 76  # a rank died, froze or got stuck: start again to go on from the last checkpoint
+EXIT_INTERRUPTED = 75  # stopped by a signal after saving a checkpoint: the same command resumes
+EXIT_RANK_LOST = 76  # a rank died, froze or got stuck: the same command resumes from the last checkpoint
 
 
 class UserError(Exception):
-    """Something that the user can mend: a config value, a missing file, a mask of another model.
+    """An error that the user can fix, such as a bad config value, a missing file or a mask of another model.
 
     Args:
-        what: What went wrong, one sentence.
+        what: What went wrong, in one sentence.
         wanted: What would have been accepted.
         got: What was found instead.
-        remedy: What to do about it.
+        remedy: How to fix it.
     """
 
     def __init__(self, what: str, *, wanted: object = None, got: object = None, remedy: str | None = None):
@@ -39,7 +39,7 @@ class UserError(Exception):
 
 
 class UserErrors(UserError):
-    """Several mistakes reported at once, numbered."""
+    """Several errors, numbered and reported at once."""
 
     def __init__(self, title: str, errors: Sequence[UserError]):
         self.title, self.errors = title, tuple(errors)
@@ -47,30 +47,34 @@ class UserErrors(UserError):
         super().__init__(f"{title}: {len(self.errors)} error{'s' if len(self.errors) != 1 else ''}\n{listed}")
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.title, self.errors)  # one rank's errors travel to the others
+        return type(self), (self.title, self.errors)  # errors are sent to other ranks
 
 
 class RunFailed(Exception):
-    """The run cannot go on, through no mistake in its settings; what it saved before is intact."""
+    """The run cannot continue, and its settings are not the cause. Everything saved before is intact."""
 
 
 class RankLost(RunFailed):
-    """Another rank died, froze or failed, and this one cannot go on without it."""
+    """Another rank died, froze or failed, and this rank cannot continue without it."""
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop; everything needed to go on has been saved."""
+    """A signal stopped the run. Everything needed to resume has been saved."""
 
 
 @contextlib.contextmanager
 def library_errors(what: str, **more: Any) -> Iterator[None]:
-    """Turns whatever a library raises while it reads a user's file into a `UserError` that says `what`.
+    """Turns any exception that a library raises while it reads a user's file into a `UserError`.
 
-    Anything: libraries raise plain `Exception`, and a panic in Rust code derives from `BaseException` alone.
+    This includes `BaseException`, from which a panic in Rust code derives directly.
 
     Args:
         what: What could not be read.
         more: `wanted` and `remedy` of the error.
+
+    Raises:
+        UserError: the code inside raised an exception. `UserError`, `RunFailed`, `Interrupted` and the exceptions that
+            end a process pass through unchanged.
     """
     try:
         yield
@@ -82,7 +86,7 @@ def library_errors(what: str, **more: Any) -> Iterator[None]:
 
 def _reason(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [""]
-    # Messages of several lines end with the reason itself.
+    # The last line of a multi-line message gives the reason.
     return f"{type(error).__name__}: {lines[-1].strip()[:300]}" if lines[-1].strip() else type(error).__name__
 
 
@@ -91,32 +95,34 @@ _NO_FILES = re.compile(r"too many open files", re.IGNORECASE)
 
 
 def machine_trouble(error: BaseException) -> tuple[str, str] | None:
-    """What the machine refused, and the remedy; None where it is not to blame.
+    """Explains an error that was caused by the machine: a full or broken disk, an unwritable folder, too little memory
+    or too many open files.
 
-    A disk that is full or broken, a folder that cannot be written, too little memory, too few open files.
+    Returns:
+        What failed, and the remedy. None if the machine did not cause the error.
     """
     text = str(error)
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(text)):
         said = f": {text.splitlines()[0][:200]}" if text else ""
-        return f"out of memory{said}", "give it more memory, or take smaller batches"
+        return f"out of memory{said}", "give the process more memory, or use smaller batches"
     if _NO_FILES.search(text) and isinstance(error, OSError | RuntimeError):
         where = getattr(error, "filename", None)
         return f"{where or 'the process'}: Too many open files", "raise the limit with `ulimit -n`"
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'a file'}: {error.strerror}", "free some space or mend the disk or folder"
+        return f"{error.filename or 'a file'}: {error.strerror}", "free some space, or repair the disk or folder"
     return None
 
 
 def with_home(argument: str) -> str:
-    """A command-line argument with `~` and `~name` resolved where a path starts: at its beginning, after `=` or `,`.
+    """Expands `~` and `~name` in a command-line argument, at its beginning and after each `=` and `,`.
 
-    Shells resolve only the first of these. A file whose name begins with `~` is written `./~file`.
+    Shells expand only the first of these. To name a file that begins with `~`, write `./~file`.
     """
     return re.sub(r"(?<![^=,])~[^/,=]*", lambda found: os.path.expanduser(found[0]), argument)
 
 
 def run_entry(main: Callable[[], int | None]) -> None:
-    """Runs a command's `main` and turns its outcome into the documented exit code, without a traceback for users."""
+    """Runs the `main` of a command and exits with the documented code. Users see no traceback for their mistakes."""
     sys.argv[1:] = map(with_home, sys.argv[1:])
     try:
         code: int | str | None = main() or EXIT_OK
@@ -134,7 +140,7 @@ def run_entry(main: Callable[[], int | None]) -> None:
             raise
         code = _told(f"failed: {trouble[0]}\n{remedy_of(trouble[1])}", EXIT_FAILED)
     for stream in (sys.stdout, sys.stderr):
-        # A log on a full disk: Python would try once more at its end, and end with 120.
+        # If the log is on a full disk, Python would flush again when it exits, and exit with code 120.
         try:
             stream.flush()
         except OSError:
@@ -143,14 +149,14 @@ def run_entry(main: Callable[[], int | None]) -> None:
 
 
 def remedy_of(what: str) -> str:
-    """The last lines of a message about the machine."""
-    return f"  What was finished and saved before is intact.\n  remedy: {what}, then start the same command again"
+    """Returns the last lines of an error message about the machine; `what` is the remedy."""
+    return f"  Everything saved before is intact.\n  remedy: {what}, then run the same command again"
 
 
 def _told(text: str, code: int) -> int:
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
-    # torchrun's own summary quotes this file; its exit code is 1 whatever the ranks end with.
+    # torchrun quotes this file in its summary. Its own exit code is always 1, whatever code the ranks exit with.
     summary = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if summary:
         said = {"message": f"exit code {code}: {text}", "extraInfo": {"timestamp": str(int(time.time()))}}

@@ -1,4 +1,4 @@
-"""Named points at which a test can have a rank killed, as a power cut would; inert unless COOK_FAULT_POINT is set."""
+"""Named points at which a test can kill a rank, as a power failure would. Active only if COOK_FAULT_POINT is set."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 from cook.base import distributed
 
 VARIABLE = "COOK_FAULT_POINT"
-"""`NAME:RANK` or `NAME:RANK:NTH`: this rank ends by SIGKILL the NTH time (the first) that it comes to this point."""
+"""`NAME:RANK` or `NAME:RANK:NTH`: the rank is killed by SIGKILL the NTH time (default 1) that it reaches the point."""
 
 NAMES = (
     "save.begin",
@@ -32,13 +32,13 @@ NAMES = (
     "load.engine",
     "load.done",
 )
-"""In the order in which a run comes to them; see `cook/training/checkpoint.py` for what each lies between."""
+"""In the order in which a run reaches them. See `cook/training/checkpoint.py` for their exact places."""
 
 _passed = 0
 
 
 def point(name: str) -> None:
-    """Ends this process without any clearing up, if the environment asks for it at this point."""
+    """Kills this process without any cleanup, if the environment requests it at this point."""
     wanted = os.environ.get(VARIABLE)
     if wanted is None:
         return

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written aside, flushed to the disk, then renamed."""
+"""Atomic file writes, strict JSON reading, and content hashes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def fsync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Errors of the system inside say which file they are about: those of `write` and `fsync` do not."""
+    """Adds the file's path to an `OSError` raised inside. Errors of `write` and `fsync` do not name the file."""
     try:
         yield
     except OSError as error:
@@ -39,10 +39,10 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 def write_atomically(path: str | Path, content: bytes | str) -> None:
-    """Writes `content` to `path` so that a crash leaves the old file or the new one, never a part."""
+    """Writes `content` to `path`. A crash leaves the old file or the new one, never a partial file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")  # always the same: the next write takes away what a crash has left
+    aside = path.with_name(f".{path.name}.tmp")  # a fixed name: the next write replaces what a crash has left
     try:
         with naming(path), open(aside, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -55,25 +55,29 @@ def write_atomically(path: str | Path, content: bytes | str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes `value` as indented JSON, atomically; NaN and infinity are refused by name."""
+    """Writes `value` as indented JSON, atomically. NaN and infinity raise a `ValueError`."""
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: str | Path) -> Any:
-    """Reads strict JSON: duplicate keys, NaN and infinity, bad UTF-8 and too deep nesting are `UserError`s."""
+    """Reads a file of strict JSON.
+
+    Raises:
+        UserError: the file cannot be read, is not UTF-8, or contains duplicate keys, NaN, infinity or too deep nesting.
+    """
     path = regular_file(path)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = sorted(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         if twice:
-            raise UserError(f"{path}: the key {twice[0]!r} stands twice in one object", remedy="keep one of them")
+            raise UserError(f"{path}: the key {twice[0]!r} appears twice in one object", remedy="keep one of them")
         return dict(pairs)
 
     def no_constant(name: str) -> float:
         raise UserError(f"{path}: {name} is not a finite JSON number", remedy="write a finite number or null")
 
     def finite(digits: str) -> float:
-        return float(digits) if math.isfinite(float(digits)) else no_constant(digits)  # 1e999 is infinity to Python
+        return float(digits) if math.isfinite(float(digits)) else no_constant(digits)  # Python reads 1e999 as infinity
 
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -91,14 +95,17 @@ def read_json(path: str | Path) -> Any:
 
 
 def regular_file(path: str | Path, what: str = "file") -> Path:
-    """The path of an ordinary file, for a reader to open: a pipe or a device would be read without an end.
+    """Checks that `path` is a regular file. Reading a pipe or a device might never end.
 
     Args:
-        path: As the user gave it; links are followed.
-        what: What kind of file is wanted, for the message.
+        path: The path as the user wrote it. Links are followed.
+        what: The kind of file that is wanted, for the error message.
+
+    Returns:
+        The path.
 
     Raises:
-        UserError: there is none, it may not be read, or it is a folder, a pipe, a device or a socket.
+        UserError: the path does not exist, may not be read, or is a folder, pipe, device or socket.
     """
     path = Path(path)
     try:
@@ -117,19 +124,20 @@ def regular_file(path: str | Path, what: str = "file") -> Path:
 
 
 def sha256(path: str | Path) -> str:
-    """Hex SHA-256 of a file's content."""
+    """Returns the SHA-256 of a file's content, as a hexadecimal string."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 WHOLE_BYTES = 1 << 30
-"""A larger file is known by its size and as many bytes of it, in blocks of 1 MiB at even distances."""
+"""`content_hash` reads only this many bytes of a larger file, in evenly spaced blocks of 1 MiB."""
 
 
 def content_hash(path: str | Path) -> str:
-    """Hex SHA-256 that tells whether a model's file has been replaced, in seconds also for hundreds of gigabytes.
+    """Returns a SHA-256 that shows whether a model's file has been replaced, as a hexadecimal string.
 
-    It is remembered while the file's inode, size and times stay as they are.
+    A file larger than `WHOLE_BYTES` is sampled, so that hundreds of gigabytes take seconds. The hash is cached until
+    the file's inode, size or times change.
     """
     seen = os.stat(path)
     return _content_hash(str(path), seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
@@ -143,6 +151,6 @@ def _content_hash(path: str, _device: int, _inode: int, size: int, *_times: int)
     blocks = WHOLE_BYTES // block
     with open(path, "rb") as file:
         for number in range(blocks):
-            file.seek((size - block) * number // (blocks - 1))  # the first one begins the file, the last one ends it
+            file.seek((size - block) * number // (blocks - 1))  # from the first byte to the last
             digest.update(file.read(block))
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""One run a folder: a lock file that names the processes of the run, and outlives them only if they were killed."""
+"""The lock file that allows one run per folder. It names the processes of the run."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ NAME = "run.lock"
 
 @contextlib.contextmanager
 def run_lock(folder: str | Path) -> Iterator[Callable[[], None]]:
-    """Holds `folder/run.lock` while it is entered; all ranks enter it together.
+    """Holds `folder/run.lock`. All ranks must enter this context together.
 
-    The lock of a run that was killed is taken over only with proof that none of its processes is left: all of them ran
-    on the machines of this run's ranks and are gone, or they were an earlier start of the same Slurm job.
+    The lock of a killed run is taken over only if all of its processes are known to have ended: either they ran on the
+    machines of this run's ranks and no longer exist, or they belong to an earlier start of the same Slurm job.
 
     Yields:
-        What a rank calls that ends because another one is lost, and so without leaving this context.
+        A function that removes this rank from the lock. A rank calls it if it ends because another rank is lost, since
+        it then never leaves this context.
 
     Raises:
-        UserError: on every rank, if another run holds the folder, or may still hold it, or it cannot be written.
+        UserError: on every rank, if another run holds or may hold the folder, or if the folder cannot be written.
     """
     path = Path(folder) / NAME
     owner = _owner(distributed.gather(this_process()))
@@ -68,7 +69,7 @@ def _processes(held: Any) -> list[Process | None]:
 
 
 def _fates(held: Any) -> dict[Process, str]:
-    """What became of the processes that a lock names; each rank knows those of its own machine."""
+    """The fate of each process that a lock names. Each rank knows the processes of its own machine."""
     named = [process for process in _processes(held) if process]
     known = distributed.gather([process.fate() for process in named])
     return {
@@ -86,13 +87,13 @@ def _acquire(path: Path, owner: dict[str, Any], fates: dict[Process, str]) -> No
             path.unlink()
         try:
             _write(path, owner)
-        except FileExistsError:  # a run on another machine, where this one's flock may not be seen
+        except FileExistsError:  # by a run on another machine, which may not see this flock
             raise _refusal(path, _read(path), fates) from None
 
 
 def _write(path: Path, owner: dict[str, Any]) -> None:
-    # The file appears whole: a lock without a readable owner could never be proved stale.
-    aside = path.with_name(f".{NAME}.tmp")  # of a run that was killed here, it is simply written over
+    # The file must appear complete: a lock whose owner cannot be read could never be proved stale.
+    aside = path.with_name(f".{NAME}.tmp")  # overwrites what a run that was killed here has left
     try:
         with open(aside, "w", encoding="utf-8") as file:
             json.dump(owner, file)
@@ -116,7 +117,7 @@ def _place(aside: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Two runs of this machine that find the same stale lock must not both take it over."""
+    """Excludes other runs on this machine, so that two runs do not take over the same stale lock."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -142,7 +143,7 @@ def _is_gone(held: Any, mine: dict[str, Any], fates: dict[Process, str]) -> bool
 
 
 def _is_earlier_start(held: Any, mine: dict[str, str]) -> bool:
-    """Slurm starts a requeued job only after its earlier start has ended, on whatever machines that was."""
+    """Whether the lock belongs to an earlier start of this Slurm job. Slurm restarts a job only after it has ended."""
     if not isinstance(held, dict) or not mine["JOB_ID"] or held.keys() != mine.keys():
         return False
     same_job = all(held[key] == mine[key] for key in ("CLUSTER_NAME", "JOB_ID"))
@@ -156,32 +157,32 @@ def _refusal(path: Path, held: Any, fates: dict[Process, str]) -> UserError:
     names = ", ".join(f"{p.pid} on {p.host}" for p in (alive or processes)[:8]) or "unknown"
     if alive:
         return UserError(
-            f"{path.parent}: another run is at work in this folder",
-            got=f"process {names}",
+            f"{path.parent}: another run is using this folder",
+            got=f"running process {names}",
             remedy="wait for it, stop it, or choose another output_dir",
         )
     return UserError(
-        f"{path.parent}: another run may be at work in this folder",
-        got=f"{path} names process {names}, not seen here",
-        remedy=f"if you are sure that it has ended: rm '{path}'",
+        f"{path.parent}: another run may be using this folder",
+        got=f"{path} names process {names}, which cannot be checked from here",
+        remedy=f"if you are sure that this run has ended: rm '{path}'",
     )
 
 
 def _release(path: Path) -> None:
-    # Someone may have removed it by hand, and another run may have taken the folder since.
+    # The user may have removed the lock, and another run may hold the folder now.
     if this_process() in _processes(_read(path)):
         path.unlink(missing_ok=True)
 
 
 def _withdraw(path: Path) -> None:
-    """Takes this rank out of the lock; the last of its machine removes the file.
+    """Removes this rank from the lock. The last rank on its machine removes the file.
 
-    The ranks of other machines, which may be out of reach for ever, need no lock any more: a checkpoint is published by
-    all ranks together or by none, and they too end as soon as they miss this one.
+    The ranks on other machines may be unreachable forever, and no longer need the lock: a checkpoint is published by
+    all ranks together or not at all, and those ranks also end as soon as they notice that this one has ended.
     """
     with contextlib.suppress(OSError), _alone(path.parent):
         held, mine = _read(path), this_process()
-        if mine in _processes(held):  # else another run's
+        if mine in _processes(held):  # otherwise the lock belongs to another run
             others = [process for process in _processes(held) if process and process != mine]
             left = [process for process in others if process.fate() == "alive"]
             path.unlink()
@@ -190,14 +191,14 @@ def _withdraw(path: Path) -> None:
 
 
 def _make_folder(folder: Path) -> list[Path]:
-    """Makes a folder; returns those that were missing, the innermost first."""
+    """Makes a folder and its parents. Returns those that were missing, innermost first."""
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     return missing
 
 
 def _remove_empty(folders: list[Path] | None) -> None:
-    """Takes back folders made for the lock alone: what is refused leaves nothing."""
+    """Removes empty folders that were made for the lock, so that a refused run leaves nothing behind."""
     for folder in folders or ():
         with contextlib.suppress(OSError):
             folder.rmdir()

@@ -1,4 +1,4 @@
-"""Worker processes that end with the process that started them, however it ends."""
+"""Worker processes that end when their parent ends, even if the parent is killed."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Result = TypeVar("Result")
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """Returns the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def end_with_parent() -> None:
-    """Makes this worker end as soon as its parent is gone, even by SIGKILL."""
+    """Makes this worker end as soon as its parent has ended, even by SIGKILL."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -38,17 +38,20 @@ def in_order(
     initializer: Callable[..., None] | None = None,
     arguments: tuple = (),
 ) -> Iterator[Result]:
-    """`function(*job)` for every job, in the order of the jobs, computed by several processes.
+    """Computes `function(*job)` for every job in several processes, and yields the results in the order of the jobs.
 
-    They are started afresh, not forked: this process may hold threads and a device. With one worker all is done here.
-    Only a few jobs are taken ahead of the results that have been read.
+    The processes are spawned, not forked, because this process may hold threads and a device. With one worker, all jobs
+    run in this process. At most `2 * workers` jobs are submitted ahead of the results that have been read.
 
     Args:
-        function: Of a module, so that it can travel.
-        jobs: Its arguments.
-        workers: Processes.
+        function: A function at the top level of a module, so that it can be pickled.
+        jobs: The arguments of each call.
+        workers: The number of processes.
         initializer: Called once in each process, with `arguments`.
-        arguments: Of the initializer.
+        arguments: The arguments of `initializer`.
+
+    Yields:
+        The result of each job.
     """
     if workers <= 1:
         if initializer is not None:
@@ -77,7 +80,7 @@ def in_order(
 
 
 def _start(initializer: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent handles it
     end_with_parent()
     if initializer is not None:
         initializer(*arguments)

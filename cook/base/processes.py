@@ -1,4 +1,4 @@
-"""Which process is meant, and whether it is still there: a number alone says little, numbers are used again."""
+"""Identity of processes, and whether they still run. A PID alone is not enough, since PIDs are reused."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from typing import Any, Literal
 
 PROC = Path("/proc")
 LAUNCHED = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")
-"""Variables that torchrun's and DeepSpeed's ranks find set."""
+"""Environment variables that torchrun and DeepSpeed set for their ranks."""
 ADOPTERS = ("systemd", "init", "tini", "dumb-init", "docker-init")
-"""Who takes on the processes that a launcher leaves behind, beside process 1."""
+"""Names of processes, besides process 1, that become the parent of the processes that a launcher leaves behind."""
 SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "fish", "csh", "tcsh")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Process:
-    """One process, anywhere."""
+    """The identity of one process on any machine."""
 
     host: str
     boot: str
-    """The machine's boot and the process namespace: `pid` means something only inside it."""
+    """The machine's boot id and the PID namespace, in which `pid` is valid."""
     pid: int
     started: str
-    """When it started, in the clock ticks of its boot; empty where the system does not tell."""
+    """Start time in clock ticks since boot. Empty if the system does not provide it."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: Any) -> Process | None:
-        """The process that `as_json` described; None for anything else."""
+        """Returns the process that `as_json` described, or None for any other value."""
         kinds = {"host": str, "boot": str, "pid": int, "started": str}
         if not isinstance(value, dict) or value.keys() != kinds.keys():
             return None
@@ -41,7 +41,11 @@ class Process:
         return cls(**value)
 
     def fate(self) -> Literal["alive", "dead", "unknown"]:
-        """`dead` only with proof: the same machine, boot and namespace, and no such process there, or a zombie."""
+        """Returns whether the process still runs.
+
+        `dead` requires proof: the machine, boot and namespace are the same, and the process does not exist there or is
+        a zombie.
+        """
         if (self.host, self.boot) != (socket.gethostname(), _boot()):
             return "unknown"
         try:
@@ -49,27 +53,30 @@ class Process:
         except ProcessLookupError:
             return "dead"
         except PermissionError:
-            pass  # there is one, of another user
+            pass  # the process exists and belongs to another user
         except OverflowError:
             return "unknown"
         state, started, _ = _stat(self.pid)
         return "dead" if state in ("Z", "X") or started != self.started else "alive"
 
     def is_stopped(self) -> bool:
-        """Whether it is on this machine and frozen, as by SIGSTOP."""
+        """Returns whether the process is on this machine and stopped, as by SIGSTOP."""
         return self.fate() == "alive" and _stat(self.pid)[0] in ("T", "t")
 
 
 def this_process() -> Process:
-    """The caller's."""
+    """Returns the identity of the calling process."""
     return _process(os.getpid())
 
 
 def launchers() -> list[Process] | None:
-    """The processes whose end means the end of this rank; empty where no launcher is known, None if it has gone.
+    """Returns the launcher processes. This rank must end when one of them ends.
 
-    That is the nearest ancestor that can be torchrun or DeepSpeed's, else the parent unless it is a shell: a run that
-    was started by hand in the background outlives the shell.
+    The launcher is the nearest ancestor that can be torchrun's or DeepSpeed's. If there is none, it is the parent
+    process, unless the parent is a shell: a run that was started in the background outlives its shell.
+
+    Returns:
+        The processes. Empty if no launcher is known, None if the launcher has already ended.
     """
     ancestors = _ancestors()
     if any(name in os.environ for name in LAUNCHED):
@@ -83,8 +90,8 @@ def launchers() -> list[Process] | None:
         return []
     watched = [found]
     if "deepspeed.launcher.launch" in _command(found):
-        # `deepspeed` on one machine does not pass SIGTERM on to the process that starts the ranks: it just ends. On
-        # several, what starts the ranks is the shell of an ssh connection, and outlives it.
+        # On one machine, `deepspeed` ends on SIGTERM without passing it on to the process that starts the ranks. On
+        # several machines, the shell of an ssh connection starts the ranks, and outlives the connection.
         above = ancestors[ancestors.index(found) + 1 :]
         if os.environ.get("CROSS_SIZE") == "1" and above and (above[0] == 1 or _name(above[0]) in ADOPTERS):
             return None
@@ -94,7 +101,7 @@ def launchers() -> list[Process] | None:
 
 
 def _ancestors() -> list[int]:
-    """Parent, its parent and so on, as far as the system tells; at least the parent."""
+    """The parent process, its parent and so on, as far as the system provides them; at least the parent."""
     found = [os.getppid()]
     while (above := _stat(found[-1])[2]) > 0:
         found.append(above)
@@ -104,7 +111,7 @@ def _ancestors() -> list[int]:
 def _is_python(pid: int) -> bool:
     try:
         return "python" in os.path.basename(os.readlink(PROC / str(pid) / "exe"))
-    except OSError:  # another user's
+    except OSError:  # the process belongs to another user
         return "python" in _command(pid)
 
 
@@ -124,11 +131,11 @@ def _boot() -> str:
         boot = (PROC / "sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink(PROC / 'self/ns/pid')}"
     except OSError:
-        return ""  # no Linux: the host's name and the number must do
+        return ""  # not Linux: the host name and PID have to be enough
 
 
 def _stat(pid: int) -> tuple[str, str, int]:
-    """State, start and parent of a process (proc(5), fields 3, 22, 4); empty and 0 where the system does not tell."""
+    """State, start time and parent of a process (proc(5), fields 3, 22 and 4); empty and 0 if not available."""
     try:
         fields = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
         return fields[0], fields[19], int(fields[1])

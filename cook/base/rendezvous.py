@@ -1,6 +1,6 @@
-"""Where the ranks of a run meet: who has come, in bounded time, and by which interface they reach one another.
+"""The rendezvous of the ranks before a process group exists: waits for all ranks and chooses the network interface.
 
-All goes through the store that the launcher names (`MASTER_ADDR`, `MASTER_PORT`), before any process group exists.
+It uses the store that the launcher names in `MASTER_ADDR` and `MASTER_PORT`, and takes a bounded time.
 """
 
 from __future__ import annotations
@@ -25,42 +25,42 @@ from cook.base.errors import EXIT_RANK_LOST, RankLost, RunFailed, UserError
 from cook.base.processes import PROC, Process, this_process
 
 PATIENCE = 600.0
-"""Seconds in which all ranks must have come: a slow shared folder makes imports take minutes."""
+"""Seconds within which all ranks must connect. Imports from a slow shared folder can take minutes."""
 
 LATE = 15.0
-"""Seconds after that in which a call to the store that is under way may come back."""
+"""Additional seconds that a pending call to the store may take to return."""
 
-REMEDY = "  remedy: start again, the same command goes on from the last checkpoint"
+REMEDY = "  remedy: run the same command again; it resumes from the last checkpoint"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Meeting:
-    """Ranks that have met."""
+    """The result of a rendezvous."""
 
     store: dist.Store
-    """For the process group."""
+    """The store for the process group."""
     processes: list[Process]
-    """Of each rank."""
+    """The process of each rank."""
     ways: str
-    """By which interface and address this rank is reached, for messages."""
+    """The interface and address of this rank, for messages."""
 
 
 def join(backend: str, meeting: Meeting | None, patience: timedelta) -> None:
-    """Makes the process group of the ranks that have met, or one of this rank alone.
+    """Creates the process group of all ranks.
 
     Args:
         backend: `gloo` or `nccl`.
-        meeting: None without a launcher.
-        patience: The timeout of its collectives.
+        meeting: The result of `meet`. None without a launcher: the group has a single rank.
+        patience: The timeout of the group's collectives.
 
     Raises:
-        RunFailed: the ranks do not reach one another.
+        RunFailed: the ranks cannot connect to one another.
     """
     if meeting is None:
         os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
         if loopback():
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback())  # else the address of the machine's name
-        # The usual store listens on all interfaces, and a single rank has nobody to meet there.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback())  # the default is the address of the host name
+        # The default store would listen on all interfaces, which a single rank does not need.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=patience)
         return
     rank, world = launched_rank(), launched_world_size()
@@ -70,24 +70,31 @@ def join(backend: str, meeting: Meeting | None, patience: timedelta) -> None:
         raise RunFailed(
             f"rank {rank} cannot connect to the other ranks from {meeting.ways}: {str(error).splitlines()[0]}\n"
             "  remedy: set GLOO_SOCKET_IFNAME (NCCL_SOCKET_IFNAME on GPUs) on every machine to the interface that "
-            "reaches the others, and see that no firewall stands between them"
+            "reaches the others, and check that no firewall blocks the connection"
         ) from error
 
 
 def connect(seconds: float) -> dist.Store:
-    """A new connection to the store, for this package's own keys."""
+    """Opens a new connection to the store, under this package's own key prefix, with a timeout in seconds."""
     store = dist.TCPStore(*_endpoint(), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=seconds))
     return dist.PrefixStore("cook", store)
 
 
 def meet(seconds: float = PATIENCE) -> Meeting | None:
-    """Waits for all ranks that the launcher announced; None without a launcher.
+    """Waits for all ranks that the launcher announced.
 
     Sets `GLOO_SOCKET_IFNAME` and `NCCL_SOCKET_IFNAME` to the interface that reaches the other ranks, unless the user
-    has: both would else take the address of the machine's name, which /etc/hosts often gives as 127.0.1.1.
+    has set them. The default of both libraries is the address of the host name, which is often 127.0.1.1 in /etc/hosts.
+
+    Args:
+        seconds: How long to wait.
+
+    Returns:
+        The meeting. None without a launcher.
 
     Raises:
-        RankLost: some ranks have not come in time; it names them.
+        RankLost: some ranks have not connected in time. The message names them.
+        UserError: no interface is known that reaches the other machines.
     """
     if "RANK" not in os.environ:
         return None
@@ -104,7 +111,9 @@ def meet(seconds: float = PATIENCE) -> Meeting | None:
             came = [json.loads(told) for told in shared.multi_get([f"came/{each}" for each in range(world)])]
         except RuntimeError as error:  # the store's errors are of this kind
             host, port = _endpoint()
-            raise RankLost(f"rank 0, or what keeps the store at {host}:{port}, has gone: {error}\n{REMEDY}") from None
+            raise RankLost(
+                f"rank 0, or the process that hosts the store at {host}:{port}, has ended: {error}\n{REMEDY}"
+            ) from None
     processes = [Process.from_json(each["process"]) for each in came]
     assert all(processes)
     ways = _choose_interface(came, rank)
@@ -117,7 +126,7 @@ def _endpoint() -> tuple[str, int]:
 
 @contextlib.contextmanager
 def _bounded(seconds: float) -> Iterator[None]:
-    """Ends the process where a call hangs: a connection that is cut without a word never comes back."""
+    """Ends the process if a call hangs: a call over a silently dropped connection never returns."""
     host, port = _endpoint()
 
     def end() -> None:
@@ -146,7 +155,7 @@ def _store(rank: int, seconds: float) -> dist.Store:
 
 
 def _wait_for_store(host: str, port: int, seconds: float) -> None:
-    # Not by the store's own constructor: no signal is heard inside it.
+    # The constructor of the store would wait too, but would not handle signals meanwhile.
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -155,8 +164,8 @@ def _wait_for_store(host: str, port: int, seconds: float) -> None:
         except OSError as error:
             if time.monotonic() > deadline:
                 raise RankLost(
-                    f"rank 0 keeps no store at {host}:{port}: {error}, for {seconds:.0f} s\n"
-                    "  remedy: see why rank 0 has not started, and whether this machine reaches it; start again"
+                    f"no store of rank 0 at {host}:{port} after {seconds:.0f} s: {error}\n"
+                    "  remedy: check that rank 0 has started and that this machine can reach it, then start again"
                 ) from None
         time.sleep(0.2)
 
@@ -168,13 +177,13 @@ def _wait_for_all(store: dist.Store, world: int, seconds: float) -> None:
             missing = [rank for rank in range(world) if not store.check([f"came/{rank}"])]
             names = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
             raise RankLost(
-                f"only {came} of {world} ranks have come within {seconds:.0f} s; missing: rank {names}\n{REMEDY}"
+                f"only {came} of {world} ranks have connected within {seconds:.0f} s; missing: rank {names}\n{REMEDY}"
             )
         time.sleep(0.1 if world <= 64 else 1.0)
 
 
 def _network() -> str:
-    """What two processes on one machine share if they reach each other by its loopback interface."""
+    """The network namespace: processes that share it reach one another by the loopback interface."""
     try:
         return os.readlink(PROC / "self/ns/net")
     except OSError:
@@ -182,7 +191,7 @@ def _network() -> str:
 
 
 def _source_towards(host: str, port: int) -> str:
-    """The address of this machine from which packets to `host` leave; empty if there is no way."""
+    """The source address of packets from this machine to `host`; empty if there is no route."""
     for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM):
         with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as probe:
             probe.connect(address)  # sends nothing
@@ -195,13 +204,13 @@ def _is_local(address: str) -> bool:
 
 
 def _choose_interface(came: Sequence[dict[str, Any]], rank: int) -> str:
-    """Sets the interface for gloo and NCCL; returns it with its address."""
+    """Sets the interface for gloo and NCCL. Returns its name and address, for messages."""
     places = {(each["process"]["host"], each["process"]["boot"], each["network"]) for each in came}
     address = str(came[rank]["address"])
     if len(places) == 1 and loopback():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback())
         return f"{os.environ['GLOO_SOCKET_IFNAME']} (one machine)"
-    if _is_local(address):  # the machine that MASTER_ADDR is a name of: the way to any of the others
+    if _is_local(address):  # MASTER_ADDR is this machine: use the route to any of the others
         others = [each["address"] for each in came if not _is_local(each["address"])]
         address = _source_towards(others[0], 9) if others else ""
     by_address = {entry.address: name for name, entries in psutil.net_if_addrs().items() for entry in entries}

@@ -1,4 +1,4 @@
-"""Random numbers as functions of (seed, purpose, step), so that a resumed run draws what the whole one would have."""
+"""Seeds derived from (seed, purpose, step), so that a resumed run draws the same numbers as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-# torch takes seconds to load, and commands that only derive seeds have no need of it.
+# Importing torch takes seconds, and commands that only derive seeds do not need it.
 
 
 def derived_seed(seed: int, *purpose: object) -> int:
-    """A 63-bit seed that depends on all of its arguments."""
+    """Returns a 63-bit seed that depends on all arguments."""
     digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 def generator(seed: int, *purpose: object) -> torch.Generator:
-    """A CPU generator of its own for one purpose."""
+    """Returns a new CPU generator for one purpose, seeded with `derived_seed`."""
     import torch
 
     return torch.Generator().manual_seed(derived_seed(seed, *purpose))
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds the global generators of Python, numpy and torch (all devices)."""
+    """Seeds the global generators of Python, NumPy and torch (all devices)."""
     import torch
 
     random.seed(seed)
@@ -37,7 +37,7 @@ def seed_everything(seed: int) -> None:
 
 
 def rng_state() -> dict[str, torch.Tensor]:
-    """The state of all global generators of this rank: torch's (dropout draws from them), numpy's and Python's."""
+    """Returns the state of all global generators of this rank: torch's (used by dropout), NumPy's and Python's."""
     import torch
 
     _, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)
@@ -55,7 +55,7 @@ def rng_state() -> dict[str, torch.Tensor]:
 
 
 def restore_rng_state(state: dict[str, torch.Tensor]) -> None:
-    """Sets all generators to what `rng_state` found."""
+    """Restores the state of all generators that `rng_state` returned."""
     import torch
 
     torch.set_rng_state(state["cpu"])

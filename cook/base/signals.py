@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGUSR1 as requests that the loop looks at between steps; the launcher's end as a SIGTERM."""
+"""Signal handling: SIGTERM, SIGINT and SIGUSR1 become requests that the training loop checks between steps."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from cook.base.processes import launchers
 
 
 class Request(enum.IntFlag):
-    """What a signal asks of a run; requests of several ranks or signals add up."""
+    """What a signal requests. Requests of several ranks or signals are combined."""
 
     NOTHING = 0
     SAVE = 1
-    """Write a checkpoint after this step, and go on."""
+    """Write a checkpoint after this step and continue."""
     STOP = 2
-    """Write a checkpoint after this step, and end."""
+    """Write a checkpoint after this step and stop."""
     SETTLE = 4
-    """No signal's: a save in the background has failed on some rank, and all of them must hear of it."""
+    """Not from a signal: a background save has failed on some rank, and all ranks must handle it together."""
 
 
 HEARING = 10.0
-"""Seconds that a process whose launcher has gone has to end by itself, outside the training steps."""
+"""Seconds that a process may take to end by itself after its launcher has ended, outside the training steps."""
 
 MEANING = {signal.SIGTERM: Request.STOP, signal.SIGINT: Request.STOP, signal.SIGUSR1: Request.SAVE}
 
 
 class Signals:
-    """While it is entered, signals are remembered as requests instead of ending the process.
+    """A context in which signals are recorded as requests instead of ending the process.
 
-    However many come, and however often: a second Ctrl-C or a launcher's copy of the first never breaks off the saving.
+    Repeated signals change nothing: neither a second Ctrl-C nor the launcher's copy of the first interrupts a save.
     """
 
     def __init__(self) -> None:
@@ -50,8 +50,8 @@ class Signals:
         return self
 
     def take(self) -> Request:
-        """What has been asked since the last call; a stop stays asked."""
-        # A signal between the two lines would be lost if the flags were simply cleared.
+        """Returns the requests since the last call. A stop request stays set."""
+        # Clearing all flags would lose a signal that arrives between the two lines.
         asked = self._asked
         self._asked &= ~(asked & Request.SAVE)
         return asked
@@ -59,8 +59,8 @@ class Signals:
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         asked = MEANING[signal.Signals(number)]
         if asked not in self._asked:
-            then = "then stopping" if asked == Request.STOP else "and going on"
-            _say(f"{signal.Signals(number).name}: saving after this step, {then}")
+            then = "then stopping" if asked == Request.STOP else "then continuing"
+            _say(f"{signal.Signals(number).name}: saving a checkpoint after this step, {then}")
         self._asked |= asked
 
     def __exit__(self, *_: object) -> None:
@@ -71,18 +71,20 @@ class Signals:
 
 @contextlib.contextmanager
 def ending_quietly() -> Iterator[None]:
-    """Outside the training loop: SIGTERM and SIGINT raise `Interrupted`, SIGUSR1 finds nothing to save.
+    """Handles signals outside the training loop: SIGTERM and SIGINT raise `Interrupted`, SIGUSR1 prints a note.
 
-    Nothing is lost by ending there: a stage that is being set up or finished is gone on from its last checkpoint.
+    Nothing is lost by stopping there: a stage that is being set up or finished resumes from its last checkpoint.
     """
 
     def end(number: int, _frame: FrameType | None) -> None:
-        # A launcher that has seen another rank die sends SIGTERM while this one is on its way out for the same reason.
+        # A launcher that has seen another rank die sends SIGTERM while this rank already ends for the same reason.
         if not isinstance(sys.exc_info()[1], RuntimeError | RunFailed | Interrupted):
-            raise Interrupted(f"{signal.Signals(number).name} outside the training steps; the same command goes on")
+            raise Interrupted(
+                f"{signal.Signals(number).name} outside the training steps; the same command resumes the run"
+            )
 
     def nothing_to_save(_number: int, _frame: FrameType | None) -> None:
-        _say("SIGUSR1: there is nothing new to save now")
+        _say("SIGUSR1: nothing to save at this moment")
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -97,24 +99,28 @@ def ending_quietly() -> Iterator[None]:
 
 
 def heed_launcher() -> None:
-    """From here on the launcher's end ends this process too, as a SIGTERM does; a command's first call.
+    """Makes this process end when its launcher ends, as if it had received SIGTERM. A command calls this first.
 
-    Before the training steps there is nothing to save, and the main thread may wait inside a call that hears no signal,
-    for ranks that have gone: it has a few seconds. In the loop the ranks save first, and the watchdog sets the bound.
+    Outside the training loop there is nothing to save, and the main thread may be inside a call that does not handle
+    signals, waiting for ranks that have ended. The process then ends after `HEARING` seconds. Inside the loop the
+    ranks save a checkpoint first, and the watchdog limits the time.
+
+    Raises:
+        Interrupted: the launcher has already ended.
     """
     watched = launchers()
     if watched is None:
-        raise Interrupted("the launcher has gone before the run began")
+        raise Interrupted("the launcher ended before the run began")
 
     def watch() -> None:
         while all(process.fate() != "dead" for process in watched):
             time.sleep(0.5)
-        _say("the launcher has gone: stopping as if it had sent SIGTERM")
+        _say("the launcher has ended: stopping as if it had sent SIGTERM")
         os.kill(os.getpid(), signal.SIGTERM)
         while True:
             time.sleep(HEARING)
             if not isinstance(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), Signals):
-                _say("stopped: the launcher has gone, outside the training steps; the same command goes on")
+                _say("stopped: the launcher has ended, outside the training steps; the same command resumes the run")
                 os._exit(EXIT_INTERRUPTED)
 
     if watched:
@@ -122,6 +128,6 @@ def heed_launcher() -> None:
 
 
 def _say(text: str) -> None:
-    # print() may itself be what the signal interrupted, and is not reentrant.
+    # print() is not reentrant, and the signal may have interrupted it.
     with contextlib.suppress(OSError):
         os.write(2, f"{text}\n".encode())

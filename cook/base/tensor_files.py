@@ -1,4 +1,4 @@
-"""Named tensors, read one at a time and written in shards: no second copy of a model in memory."""
+"""Files of named tensors, read one tensor at a time and written in shards, without a second copy in memory."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from cook.base.files import fsync_folder, naming, read_json, regular_file, write
 Shape = tuple[int, ...]
 INDEX = "model.safetensors.index.json"
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-"""First bytes of a file that torch.save wrote before it wrote zip archives."""
+"""First bytes of the files that torch.save wrote before it used zip archives."""
 
 
 class LazyTensors(Mapping[str, torch.Tensor]):
-    """A mapping whose tensors are read when asked for.
+    """A mapping from names to tensors that reads a tensor on each access.
 
     Args:
-        readers: For every name, a function that reads its tensor.
-        shapes: By name, where the shape is known without reading the tensor.
+        readers: A function per name that reads the tensor.
+        shapes: The shapes that are known without reading the tensors, by name.
     """
 
     def __init__(self, readers: Mapping[str, Callable[[], torch.Tensor]], shapes: Mapping[str, Shape] | None = None):
@@ -45,19 +45,19 @@ class LazyTensors(Mapping[str, torch.Tensor]):
         return len(self._readers)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._readers  # Mapping's own would read the tensor
+        return name in self._readers  # the default would read the tensor
 
 
 def known_shape(tensors: Mapping[str, torch.Tensor], name: str) -> Shape | None:
-    """The shape of a tensor; None where only reading it would tell."""
+    """Returns the shape of a tensor, or None if it is unknown without reading the tensor."""
     return tensors.shapes.get(name) if isinstance(tensors, LazyTensors) else tuple(tensors[name].shape)
 
 
 def open_safetensors_folder(folder: Path) -> LazyTensors:
-    """The tensors of a Hugging Face folder: `model.safetensors`, else shards with an index, as transformers reads it.
+    """Opens the tensors of a Hugging Face folder: `model.safetensors`, or shards with an index, like transformers.
 
     Raises:
-        UserError: no such files, or an index that does not fit its shards.
+        UserError: the files are missing, or the index does not match the shards.
     """
     whole, index = folder / "model.safetensors", folder / INDEX
     if whole.is_file() or not index.is_file():
@@ -67,17 +67,17 @@ def open_safetensors_folder(folder: Path) -> LazyTensors:
     absent = [name for name in listed if name not in tensors]
     if absent:
         raise UserError(
-            f"{index}: lists {absent[0]!r}, which is in none of the shards",
-            remedy="download or save the folder again: shards and index are not of one model",
+            f"{index}: lists {absent[0]!r}, which none of the shards contains",
+            remedy="download or save the folder again: the index and the shards do not belong together",
         )
     return tensors
 
 
 def open_safetensors(files: Sequence[Path]) -> LazyTensors:
-    """The tensors of some safetensors files.
+    """Opens the tensors of several safetensors files.
 
     Raises:
-        UserError: a file is missing or damaged, or two files hold a tensor of the same name.
+        UserError: a file is missing or damaged, or two files contain a tensor of the same name.
     """
     readers: dict[str, Callable[[], torch.Tensor]] = {}
     shapes: dict[str, Shape] = {}
@@ -87,11 +87,11 @@ def open_safetensors(files: Sequence[Path]) -> LazyTensors:
                 found = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
         except UserError:
             raise
-        except Exception as error:  # safetensors raises its own error type, and OSError for a short file
+        except Exception as error:  # SafetensorError, or OSError for a file that is too short
             raise UserError(f"{file}: not a safetensors file", got=error) from None
         twice = readers.keys() & found.keys()
         if twice:
-            raise UserError(f"{file}: {min(twice)!r} is in another shard as well", remedy="save the folder again")
+            raise UserError(f"{file}: another shard also contains {min(twice)!r}", remedy="save the folder again")
         readers |= {name: _safetensors_reader(file, name) for name in found}
         shapes |= found
     return LazyTensors(readers, shapes)
@@ -101,7 +101,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     content = read_json(index)
     shards = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(shards, dict) or not shards:
-        raise UserError(f"{index}: not the index of a model's shards", wanted="an object `weight_map`: name to file")
+        raise UserError(f"{index}: not a safetensors index", wanted="an object `weight_map` that maps names to files")
     for file in shards.values():
         if not isinstance(file, str) or Path(file).name != file:
             raise UserError(f"{index}: names a shard outside its folder", got=repr(file))
@@ -117,24 +117,29 @@ def _safetensors_reader(file: Path, name: str) -> Callable[[], torch.Tensor]:
 
 
 def load_pt(path: Path, *, mmap: bool = False) -> dict:
-    """Reads a `.pt` file of plain tensors, never executing anything in it.
+    """Reads a `.pt` file of plain tensors, without running any code from it.
+
+    Args:
+        path: The file.
+        mmap: True: map the tensors from the file instead of reading them into memory.
 
     Raises:
-        UserError: not a zip archive written by `torch.save`, a compressed or oversized member, or a refused global.
+        UserError: the file is not a zip archive written by `torch.save`, has a compressed or oversized member, or
+            refers to a global that is not allowed.
     """
     path = regular_file(path)
     try:
         with zipfile.ZipFile(path) as archive:
-            # Members that overlap would unfold to more than the file holds.
+            # Overlapping members would expand to more bytes than the file has.
             if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
                 raise UserError(f"{path}: the archive's members claim more bytes than the file has")
             for member in archive.infolist():
-                # torch.save stores its members; a compressed one can only be a bomb or another program's file.
+                # torch.save does not compress. A compressed member is a zip bomb or comes from another program.
                 if member.compress_type != zipfile.ZIP_STORED or ".." in Path(member.filename).parts:
-                    raise UserError(f"{path}: the archive's member {member.filename!r} is not as torch.save writes it")
+                    raise UserError(f"{path}: torch.save would not have written the archive member {member.filename!r}")
                 if member.filename.endswith("data.pkl"):
                     if member.file_size > MAX_PICKLE_BYTES:
-                        raise UserError(f"{path}: {member.filename} is too large for the names of tensors")
+                        raise UserError(f"{path}: {member.filename} is too large for a list of tensor names")
                     _check_tuples(path, archive.read(member))
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except UserError:
@@ -145,20 +150,20 @@ def load_pt(path: Path, *, mmap: bool = False) -> dict:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: not a readable .pt file of tensors", got=reason) from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}", wanted="a dictionary of tensors")
+        raise UserError(f"{path}: contains a {type(content).__name__}", wanted="a dictionary of tensors")
     return content
 
 
 MAX_PICKLE_BYTES = 32 << 20
-"""Of names and shapes, not of values: hundreds of bytes per tensor."""
+"""Limit for the pickle, which holds names and shapes but no values: some hundred bytes per tensor."""
 MAX_TUPLE = 100_000
-"""Values in a tuple, those in its inner tuples included: torch.save writes a few."""
+"""Limit for the values in a tuple, including its inner tuples. torch.save writes only a few."""
 
 
 def _check_tuples(path: Path, pickled: bytes) -> None:
-    """Refuses tuples made of one and the same tuple over and over: as a dictionary's key they take years to hash."""
+    """Refuses deeply repeated tuples. Hashing one as a dictionary key could take years."""
     mark = 0
-    stack, memo = [1], dict[object, int]()  # how many values each object counts for
+    stack, memo = [1], dict[object, int]()  # number of values in each object
     for op, arg, _ in pickletools.genops(pickled):
         if op.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
             memo[len(memo) if op.name == "MEMOIZE" else arg] = stack[-1]
@@ -176,7 +181,7 @@ def _check_tuples(path: Path, pickled: bytes) -> None:
                 count += stack.pop() if stack else 0
             is_tuple = op.name.startswith("TUPLE")
             if is_tuple and count > MAX_TUPLE:
-                raise UserError(f"{path}: holds a tuple of more than {MAX_TUPLE} values", wanted="tensors by name")
+                raise UserError(f"{path}: contains a tuple of more than {MAX_TUPLE} values", wanted="tensors by name")
             stack += [count if is_tuple else 1 for _ in op.stack_after]
 
 
@@ -184,42 +189,50 @@ def _not_an_archive(path: Path) -> UserError:
     with path.open("rb") as opened:
         is_legacy = opened.read(len(LEGACY_MAGIC)) == LEGACY_MAGIC
     if not is_legacy:
-        return UserError(f"{path}: not a readable .pt file of tensors", got="no archive as torch.save writes it")
+        return UserError(f"{path}: not a readable .pt file of tensors", got="not a zip archive written by torch.save")
     return UserError(
-        f"{path}: in the format that torch.save wrote before PyTorch 1.6",
-        wanted="the zip archive that torch.save writes today",
+        f"{path}: this is the file format of torch.save before PyTorch 1.6",
+        wanted="the zip format of current torch.save",
         remedy="load it with torch.load(path, weights_only=True) and save it again with torch.save",
     )
 
 
 def save_pt(content: Any, path: Path) -> None:
-    """Writes what `load_pt` reads; a failure is an `OSError` that names the file.
+    """Writes a file for `load_pt`. A failed write raises an `OSError` that names the file.
 
-    By Python's own file: PyTorch's does not say why it could not write.
+    It uses a Python file object, because PyTorch's own writer does not report why a write failed.
     """
     with naming(path), open(path, "wb") as file:
         try:
             torch.save(content, file)
         except RuntimeError as error:
-            # What closes the archive fails in turn, at a place where it did not expect to be.
+            # After a failed write, closing the archive also fails, and hides the first error.
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
 
 
 def open_pt(path: Path) -> Mapping[str, torch.Tensor]:
-    """The tensors of a `.pt` state dict, mapped from the file rather than read into memory."""
+    """Opens a `.pt` state dict, with tensors mapped from the file instead of read into memory.
+
+    Raises:
+        UserError: as in `load_pt`, or a value is not a tensor.
+    """
     content = load_pt(path, mmap=True)
     strange = [name for name, value in content.items() if not isinstance(value, torch.Tensor)]
     if strange:
-        raise UserError(f"{path}: {strange[0]!r} is no tensor", wanted="a state dict: names and tensors")
+        raise UserError(f"{path}: {strange[0]!r} is not a tensor", wanted="a state dict: names and tensors")
     return content
 
 
 class ShardWriter:
-    """Writes tensors into a folder as they come, in safetensors shards of at most `shard_bytes`, and the index.
+    """A context manager that writes tensors to a folder one by one, as safetensors shards with an index.
 
-    Peak memory is one shard. Used as a context manager; `model.safetensors` alone when everything fits in one.
+    It holds at most one shard in memory. If all tensors fit in one shard, it writes `model.safetensors` alone.
+
+    Args:
+        folder: The folder to write to. Made if missing.
+        shard_bytes: Largest size of a shard, in bytes.
     """
 
     def __init__(self, folder: Path, shard_bytes: int = 2 << 30):
@@ -264,7 +277,7 @@ class ShardWriter:
         except BaseException:
             self._clear()
             raise
-        # What an earlier model left here would be read in place of this one, or beside it.
+        # Readers would open the files of an earlier model instead of, or together with, these.
         for stale in (*self.folder.glob("model*.safetensors"), *self.folder.glob(INDEX)):
             stale.unlink()
         count = len(self.files)
@@ -274,7 +287,7 @@ class ShardWriter:
             else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
         )
         for file, final in zip(self.files, finals, strict=True):
-            file.chmod(0o644)  # safetensors makes its files private; a model folder is for sharing
+            file.chmod(0o644)  # safetensors makes its files readable only by their owner
             file.replace(self.folder / final)
         if count > 1:
             weight_map = {name: final for names, final in zip(self.names, finals, strict=True) for name in names}
@@ -288,7 +301,11 @@ class ShardWriter:
 
 
 def read_model_config(folder: Path) -> dict:
-    """The `config.json` of a model folder."""
+    """Reads the `config.json` of a model folder.
+
+    Raises:
+        UserError: it cannot be read, or is not a JSON object.
+    """
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise UserError(f"{folder / 'config.json'}: not a JSON object", got=json.dumps(config)[:80])

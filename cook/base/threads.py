@@ -1,15 +1,15 @@
-"""How long idle CPU threads spin before they sleep; must be decided before torch is imported."""
+"""How long idle CPU threads spin before they sleep. This must be set before torch is imported."""
 
 from __future__ import annotations
 
 import os
 
 SPINS = 10_000
-"""Iterations that an OpenMP thread of GCC's runtime spins at a barrier before it sleeps, some 20 microseconds.
+"""Iterations that an OpenMP thread of GCC's runtime spins at a barrier before it sleeps: about 20 microseconds.
 
-Its default, 300,000, makes training beside another process 6 to 9 times slower: threads that spin take the core from
-the thread they wait for. Sleeping at once (`OMP_WAIT_POLICY=PASSIVE`) costs a quarter of the speed on a quiet machine.
-`scripts/bench/omp_waiting.py` measures both; `results/bench/omp_waiting.json` has the figures.
+With GCC's default of 300,000, training next to another busy process is 6 to 9 times slower, because spinning threads
+occupy the cores that the other threads need. Sleeping at once (`OMP_WAIT_POLICY=PASSIVE`) costs a quarter of the speed
+on an idle machine. `scripts/bench/omp_waiting.py` measures both; `results/bench/omp_waiting.json` has the figures.
 """
 SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 

@@ -1,6 +1,6 @@
-"""Work that ranks do by themselves between two collectives: where it fails on one rank, all ranks end, and alike.
+"""Work that each rank does by itself between two collectives. If it fails on one rank, all ranks raise the error.
 
-A rank that leaves alone lets the others wait in their next collective until a timeout, and they cannot say why.
+If only one rank raised it, the others would wait in their next collective until a timeout, without knowing why.
 """
 
 from __future__ import annotations
@@ -15,10 +15,16 @@ T = TypeVar("T")
 
 
 def on_all_ranks(action: Callable[[], T]) -> T:
-    """What `action` gives on this rank, once it has gone well on all; it must not use collectives.
+    """Runs `action` on every rank and waits until all have finished.
+
+    Args:
+        action: A function without collectives.
+
+    Returns:
+        The result of `action` on this rank.
 
     Raises:
-        UserError, RunFailed: on every rank, what it met on the first rank where it failed.
+        UserError, RunFailed: on every rank, the error of the first rank on which `action` failed.
     """
     result, error = _tried(action)
     _raise_first(distributed.gather(_for_all(error)), error)
@@ -27,10 +33,16 @@ def on_all_ranks(action: Callable[[], T]) -> T:
 
 
 def on_first_rank(action: Callable[[], T]) -> T:
-    """What `action` gives on the first rank, on every rank; it must not use collectives.
+    """Runs `action` on rank 0 and broadcasts its result.
+
+    Args:
+        action: A function without collectives. Its result must be small and picklable.
+
+    Returns:
+        The result of rank 0, on every rank.
 
     Raises:
-        UserError, RunFailed: on every rank, what it met.
+        UserError, RunFailed: on every rank, if `action` failed.
     """
     result, error = _tried(action) if distributed.rank() == 0 else (None, None)
     said, result = distributed.broadcast((_for_all(error), result))
@@ -39,7 +51,7 @@ def on_first_rank(action: Callable[[], T]) -> T:
 
 
 def in_words(error: Exception) -> str:
-    """What went wrong, on one line if the machine is to blame: files are named as in `machine_trouble`."""
+    """Returns the message of an error; for an error caused by the machine, that of `machine_trouble`."""
     trouble = machine_trouble(error)
     return trouble[0] if trouble else str(error) or type(error).__name__
 
@@ -47,7 +59,7 @@ def in_words(error: Exception) -> str:
 def _tried(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
         return action(), None
-    except Exception as error:  # whatever it is, all ranks must hear of it
+    except Exception as error:  # all ranks must raise it
         return None, error
 
 
@@ -65,5 +77,5 @@ def _raise_first(said: list[Exception | None], own: Exception | None) -> None:
     if first is None:
         return
     if own is not None and not isinstance(own, (UserError, RunFailed, Interrupted)) and not machine_trouble(own):
-        raise own  # a mistake of ours: where it happened, its traceback is worth more
+        raise own  # a bug: the original traceback is more useful
     raise first from own

@@ -1,9 +1,9 @@
-"""Ends a run in bounded time when one of its ranks has died, frozen or got stuck, and says which one, and where.
+"""The watchdog: ends a run in bounded time if a rank dies, freezes or gets stuck, and reports which rank and where.
 
-A collective waits for a lost rank as long as the process group's timeout, hours here, and then does not name it. So a
-thread on every rank tells the others how far its rank has come, through the store that the launcher's rendezvous keeps
-anyway (nothing more listens, and no shared folder's caches can lie about a heartbeat). Each rank watches the next one;
-whoever finds a rank lost tells all, and all end with `EXIT_RANK_LOST`.
+A collective would wait for a lost rank until the timeout of the process group, which is hours, and would not name the
+rank. Therefore a thread on every rank reports the progress of its rank through the store of the launcher's rendezvous.
+This needs no further open port, and no shared folder whose caches could delay a heartbeat. Each rank watches the next
+one. A rank that finds another one lost informs all ranks, and all end with `EXIT_RANK_LOST`.
 """
 
 from __future__ import annotations
@@ -30,54 +30,55 @@ from cook.base.processes import launchers
 from cook.base.rendezvous import REMEDY, Meeting, connect
 
 PATIENCE = {"preparing": math.inf, "starting": 10, "first step": 10, "step": 1, "saving": 10, "finishing": 10}
-"""Phases of a run, and how many timeouts each may take. A watchdog's thread is heard through all of them but the first:
-tokenising a corpus may hold the interpreter for an hour."""
+"""Phases of a run, and how many timeouts each may take. A rank may be silent without limit only in the first one:
+tokenising a corpus may hold the interpreter lock for an hour."""
 
 GRACE = 2.0
-"""Seconds in which a rank that has seen another one end may still end by itself, with its own message."""
+"""Seconds that a rank may take to end by itself, with its own message, after it has seen another rank end."""
 
 FAREWELL = 1.0
-"""Seconds in which a rank that ends tries to say so."""
+"""Seconds in which an ending rank tries to report that it ends."""
 
 LAST_CALL = 5.0
-"""Seconds in which a call to the store that is under way at the end may come back."""
+"""Seconds that a pending call to the store may take to return when the run ends."""
 
 CULPRIT_SECONDS = 16.0
-"""How long a rank whose collective has failed looks for the rank that is to blame; launchers kill after 30."""
+"""Seconds for which a rank with a failed collective looks for the rank that caused it. Launchers kill after 30."""
 
 SILENCE = 8.0
-"""Seconds without a word after which a rank is to blame for a collective that has failed, or for a SIGTERM that finds
-this rank waiting: launchers send it to the ranks that are left. Several times the longest interval."""
+"""Seconds of silence after which a rank is considered the cause of a failed collective, or of a SIGTERM that arrives
+while this rank waits: launchers send SIGTERM to the remaining ranks. It is several times the longest interval."""
 
 STARTING = 60.0
-"""Seconds that a rank may be silent at least while it starts: imports and connections hold the interpreter."""
+"""Seconds for which a rank may always be silent while it starts: imports and connections hold the interpreter lock."""
 
 CONNECTING = 60.0
 SLEPT = 10.0
-"""A watchdog that wakes this much too late was itself stopped, as by Slurm's suspension of a job or a laptop's lid."""
+"""A watchdog that wakes this many seconds late was stopped itself, for example by a suspended Slurm job or laptop."""
 
 At = Callable[[int, str], None]
-"""Told how far a run has come: the step, and one of the phases of PATIENCE."""
+"""A callback for progress: receives the step and one of the phases of PATIENCE."""
 
 PACKAGE = str(Path(__file__).resolve().parents[1])
 LOST_PEER = re.compile(r"gloo|nccl|c10d|connection|broken pipe|peer|socket", re.IGNORECASE)
 
 
 class Watchdog:
-    """Watches the other ranks while it is entered; does nothing on a single rank.
+    """A context manager that watches the other ranks. It does nothing on a single rank.
 
-    Two threads: one talks to the store, and hangs if the store does; the other judges by clocks and processes alone.
+    It uses two threads. One communicates with the store, and hangs if the store hangs. The other decides whether a rank
+    is lost, and uses only clocks and process states.
 
     Args:
-        timeout: Seconds that a rank may be silent, or a step may take; 0 switches the watch off.
-        meeting: Of the ranks; None for a single one.
+        timeout: Seconds for which a rank may be silent or a step may take. 0 switches the watchdog off.
+        meeting: The rendezvous of the ranks. None for a single rank.
     """
 
     def __init__(self, timeout: float, meeting: Meeting | None = None):
         self.timeout = timeout
         self.interval = max(0.1, min(2.0, timeout / 10))
         self.at_loss: Callable[[], None] = lambda: None
-        """Called before this rank ends because another one is lost; no context is left then."""
+        """Called before this rank ends because another one is lost. Context managers are not exited in that case."""
         self._processes = meeting.processes if meeting else []
         self._place: dict[str, Any] = {"step": 0, "phase": "starting", "moves": 0, "ended": None}
         self._told: dict[str, Any] = self._place
@@ -90,7 +91,7 @@ class Watchdog:
         self._told_to_stop: float | None = None
 
     def at(self, step: int, phase: str) -> None:
-        """Notes how far this rank's main thread has come; `phase` is one of PATIENCE."""
+        """Records the progress of this rank's main thread. `phase` is one of PATIENCE."""
         assert phase in PATIENCE, phase
         changed = phase != self._place["phase"]
         self._place = {**self._place, "step": step, "phase": phase, "moves": self._place["moves"] + 1}
@@ -118,15 +119,15 @@ class Watchdog:
     ) -> None:
         if not self._on:
             return
-        # A launcher that has seen a rank die stops the others. Looked for before the first rank, which may keep the
-        # store, hears that this one has ended.
+        # A launcher that has seen a rank die stops the others. Look for that rank before rank 0, which may host the
+        # store, learns that this rank has ended.
         found = self._look({}) if isinstance(error, Interrupted) else None
         reason: RankLost | Interrupted | None = found if isinstance(found, RankLost) else None
         self._place = {**self._place, "ended": f"{kind.__name__}: {error}".splitlines()[0] if kind else "well"}
         self._moved = time.monotonic()
         self._news.set()
         self._farewell.wait(FAREWELL)
-        # A lost connection is all that a collective, or a save that needs one, can say of a rank that has gone.
+        # After a rank has ended, a collective, or a save that needs one, reports only a lost connection.
         if isinstance(error, RuntimeError | RunFailed) and LOST_PEER.search(str(error)):
             reason = self._culprit()
         if isinstance(reason, RankLost):
@@ -136,7 +137,7 @@ class Watchdog:
             self._linger()
         self._stop.set()
         self._news.set()
-        for thread in self._threads:  # one that is inside the store when Python ends would abort the process
+        for thread in self._threads:  # a thread inside a store call would abort the process when Python exits
             thread.join(LAST_CALL)
         os.close(signal.set_wakeup_fd(self._wake_before))
         os.close(self._ears)
@@ -146,7 +147,7 @@ class Watchdog:
             raise reason from error
 
     def _reach(self) -> dist.Store:
-        """The store, by a connection of this object's own."""
+        """The store, over a separate connection of this watchdog."""
         if self._store is None:
             self._store = connect(CONNECTING)
         return self._store
@@ -165,13 +166,13 @@ class Watchdog:
         return self._known().get("verdict").decode() if self._known().check(["verdict"]) else None
 
     def _known(self) -> dist.Store:
-        # To connect to a store that has ended takes a minute; only the thread that talks may wait for that.
+        # Connecting to a store that has ended takes a minute. Only the communication thread may wait that long.
         if self._store is None:
             raise dist.DistNetworkError("the store is not connected")
         return self._store
 
     def _talk(self) -> None:
-        """Tells of this rank and hears of the next one, again and again."""
+        """Publishes the state of this rank and reads that of the next one, periodically."""
         beat = 0
         while not self._stop.is_set():
             beat += 1
@@ -195,25 +196,25 @@ class Watchdog:
         woken = time.monotonic()
         while not self._stop.wait(self.interval):
             now = time.monotonic()
-            if now - woken > 3 * self.interval + SLEPT:  # the whole machine or job was stopped: nobody is to blame
+            if now - woken > 3 * self.interval + SLEPT:  # the whole machine or job was suspended: no rank is at fault
                 self._heard = self._reached = self._moved = now
             woken = now
-            with contextlib.suppress(BlockingIOError):  # the main thread, inside a collective, hears no signal
+            with contextlib.suppress(BlockingIOError):  # inside a collective, the main thread handles no signal
                 if {signal.SIGTERM, signal.SIGINT} & set(os.read(self._ears, 64)):
                     self._told_to_stop = now
             lost = self._verdict or self._judge(now)
-            # What has ended by itself has said why, and this rank is about to hear of it in its own way.
+            # A rank that ended by itself has reported why, and this rank is about to end for that reason.
             if lost and not self._stop.wait(GRACE):
                 self._end(lost)
 
     def _judge(self, now: float) -> str | None:
-        """What is wrong with the run, if anything is."""
+        """Describes what is wrong with the run; None if nothing is."""
         told, next_rank = self._told, (self._rank + 1) % self._world
         silent, unreachable = now - self._heard, now - self._reached
         stopped = [rank for rank in (0, next_rank) if self._processes[rank].is_stopped()]
         patience = reach = self.timeout
         if any(launcher.fate() == "dead" for launcher in self._launchers):
-            reach *= PATIENCE[self._place["phase"]]  # torchrun's store has gone with it, and this rank is saving
+            reach *= PATIENCE[self._place["phase"]]  # torchrun's store ended with it, and this rank is saving
         elif self._told_to_stop is not None and now - self._told_to_stop > SILENCE:
             patience = reach = min(self.timeout, SILENCE)
         elif "starting" in (self._place["phase"], told["phase"]):
@@ -226,11 +227,11 @@ class Watchdog:
         elif self._place["phase"] == "preparing":
             return None
         elif unreachable > reach:
-            who = self._name(stopped[0]) if stopped else f"{self._name(0)}, or what keeps the store for it,"
+            who = self._name(stopped[0]) if stopped else f"{self._name(0)}, or the process that hosts its store,"
             lost = f"{who} has been silent for {unreachable:.0f} s"
         elif told["ended"] != "well" and told["phase"] != "preparing" and silent > patience:
             lost = f"{self._name(next_rank)} has been silent for {silent:.0f} s, {told['ended'] or _last_seen(told)}"
-        # A little later than silence, which says more.
+        # Slightly later than the check for silence, whose message says more.
         elif now - self._moved > self.timeout * PATIENCE[self._place["phase"]] + 3 * self.interval:
             return self._nobody_moves(now - self._moved)
         return lost and f"{lost}; {self._own_place()}"
@@ -246,7 +247,7 @@ class Watchdog:
         return rank != self._rank and self._processes[rank].fate() == "dead"
 
     def _nobody_moves(self, seconds: float) -> str:
-        """Who holds up the others: those that have come least far, and where their main threads are."""
+        """Names the ranks that have made the least progress, and where their main threads are."""
         try:
             places = self._ask_all()
         except RuntimeError:
@@ -254,11 +255,11 @@ class Watchdog:
         least = min(place["moves"] for place in places.values())
         behind = [rank for rank, place in places.items() if place["moves"] == least]
         stand = [f"\n  rank {rank} is {_last_seen(places[rank])}, in {places[rank]['at']}" for rank in behind[:8]]
-        held = f"nothing has moved for {seconds:.0f} s; {len(behind)} of {self._world} ranks have come least far:"
+        held = f"no progress for {seconds:.0f} s; {len(behind)} of {self._world} ranks are furthest behind:"
         return held + "".join(stand)
 
     def _culprit(self) -> RankLost | Interrupted | None:
-        """Why this rank's collective has failed, if that is found in time."""
+        """Finds why this rank's collective has failed; None if no reason is found in time."""
         begun = reached = time.monotonic()
         heard: dict[int, tuple[dict[str, Any], float]] = {}
         while (now := time.monotonic()) - begun < CULPRIT_SECONDS:
@@ -266,15 +267,15 @@ class Watchdog:
                 return found
             reached = max([reached, *(last for _, last in heard.values())])
             if now - reached > SILENCE:
-                return self._lost(0, "has died or is out of reach, or what keeps the store for it")
+                return self._lost(0, "has died or cannot be reached, or the process that hosts its store has")
             for rank, (place, last) in heard.items():
                 if reached - last > SILENCE:
-                    return self._lost(rank, f"has died or is out of reach, silent for {reached - last:.0f} s", place)
+                    return self._lost(rank, f"has died or cannot be reached, silent for {reached - last:.0f} s", place)
             time.sleep(0.2)
         return None
 
     def _look(self, heard: dict[int, tuple[dict[str, Any], float]]) -> RankLost | Interrupted | None:
-        """Looks once for a rank that has ended; `heard` takes what each rank at work has told, and when it was new."""
+        """Looks once for a rank that has ended. Records in `heard` each running rank's last report and its time."""
         places: dict[int, dict[str, Any]] = {}
         with contextlib.suppress(RuntimeError):
             if verdict := self._ask_verdict():
@@ -288,7 +289,7 @@ class Watchdog:
             if rank == self._rank and place:
                 heard[rank] = place, time.monotonic()  # the store answers
             elif ended and ended.startswith("Interrupted"):
-                return Interrupted(f"{self._name(rank)} was told to stop; the same command goes on")
+                return Interrupted(f"{self._name(rank)} was asked to stop; the same command resumes the run")
             elif place and ended and ended != "well" and not LOST_PEER.search(ended):
                 return RankLost(f"{self._name(rank)} has failed, {_last_seen(place)}: {ended}; {self._own_place()}")
             elif place and not ended and (rank not in heard or heard[rank][0] != place):
@@ -298,7 +299,7 @@ class Watchdog:
         return None
 
     def _linger(self) -> None:
-        """The store may end with this rank: the others must hear first why it ends."""
+        """Waits until the other ranks know why this one ends, since the store may end with this rank."""
         deadline = time.monotonic() + 2 * self.interval + GRACE
         with contextlib.suppress(RuntimeError):
             while time.monotonic() < deadline and not all(place["ended"] for place in self._ask_all().values()):
@@ -309,13 +310,13 @@ class Watchdog:
         return RankLost(f"{self._name(rank)} {how}{seen}; {self._own_place()}")
 
     def _lose(self) -> None:
-        """Calls `at_loss`, whose folder may hang with what was lost."""
+        """Calls `at_loss` in a thread, because its folder may be on a machine that was lost."""
         last = threading.Thread(target=self.at_loss, daemon=True)
         last.start()
         last.join(LAST_CALL)
 
     def _pass_on(self, verdict: str) -> None:
-        """Lets the others read a verdict; the store may end with this process."""
+        """Publishes a verdict and gives the others time to read it, since the store may end with this process."""
         with contextlib.suppress(RuntimeError):
             self._known().set("verdict", verdict)
         time.sleep(max(GRACE / 2, 2 * self.interval))
@@ -324,10 +325,10 @@ class Watchdog:
         _say(f"failed: {verdict}\n{REMEDY}")
         for process in self._processes:
             if process.is_stopped():
-                # It would hold its memory, and go on alone if it were woken.
+                # It would keep its memory, and continue alone if it were resumed.
                 with contextlib.suppress(OSError):
                     os.kill(process.pid, signal.SIGKILL)
-        # The store may be what hangs, and the main thread waits in a collective and hears nothing.
+        # The store may hang, and the main thread waits in a collective and handles no signal.
         telling = threading.Thread(target=self._pass_on, args=(verdict,), daemon=True)
         telling.start()
         telling.join(2 * self.interval + GRACE)
@@ -340,7 +341,7 @@ def _last_seen(place: dict[str, Any]) -> str:
 
 
 def _doing(thread: int) -> str:
-    """The innermost line of this package that a thread is in."""
+    """The innermost line of this package that a thread is executing."""
     frame: FrameType | None = sys._current_frames().get(thread)
     innermost = frame
     while frame is not None and not frame.f_code.co_filename.startswith(PACKAGE):

@@ -16,19 +16,22 @@ DRAFT = "https://json-schema.org/draft/2020-12/schema"
 TITLES = {
     "bmcook": (
         "bmcook.json",
-        "What to do: the model, the corpus, the training, whether to prune, and the recipe of stages. Relative paths "
+        "The run: the model, the corpus, the training, whether to prune, and the recipe of stages. Relative paths "
         "start at the current working directory unless a key says otherwise.",
     ),
     "l0_pruning": (
         "l0_pruning.json",
-        "The scheme: what the masks look like before and after, and where they are kept.",
+        "The pruning scheme: the sizes before and after pruning, and the paths of the mask files.",
     ),
-    "tasks": ("cook/tasks.py", "Options of the command that fine-tunes, prunes and exports an encoder on a task."),
+    "tasks": (
+        "cook/tasks.py",
+        "Options of the command that fine-tunes, prunes and exports an encoder on a GLUE task or SQuAD.",
+    ),
 }
 
 
 def schemas() -> dict[str, Schema]:
-    """The JSON schema of each file, and of the task command's options."""
+    """Builds the JSON schema of each file and of the task command's options, by name."""
     whole = object_schema(RunConfig)
     by_field = {field: key for key, field in SCHEME_SECTIONS.items()}
     parts: dict[str, Schema] = {"bmcook": {}, "l0_pruning": {}, "tasks": object_schema(TaskConfig)["properties"]}
@@ -50,7 +53,7 @@ def schemas() -> dict[str, Schema]:
 
 
 def page(schemas: dict[str, Schema]) -> str:
-    """The reference page, in Markdown."""
+    """Builds the reference page, in Markdown."""
     lines = ["# Settings", "", "<!-- Written by `python -m cook.config`. -->"]
     for schema in schemas.values():
         lines += ["", f"## {schema['title']}", "", schema["description"]]
@@ -81,14 +84,14 @@ def _cell(text: str) -> str:
 
 
 def generated() -> dict[Path, str]:
-    """What the repository's generated files hold, by path."""
+    """Returns the content of all generated files of the repository, by path."""
     made = schemas()
     files = {PACKAGE / "schemas" / f"{name}.schema.json": _lines(schema) + "\n" for name, schema in made.items()}
     return files | {PACKAGE.parents[1] / "docs" / "reference" / "settings.md": page(made)}
 
 
 def _lines(value: Any, key: str = "", indent: str = "") -> str:
-    """JSON with a key of the files on each line."""
+    """Formats a schema as JSON, with one line per setting."""
     text = json.dumps(value, ensure_ascii=False)
     if key != "properties" and '"properties":' not in text:
         return text

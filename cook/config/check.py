@@ -1,4 +1,4 @@
-"""Checks that no schema can express: values that must fit one another, the files on the disk, the number of ranks."""
+"""Checks that a schema cannot express: values that must fit together, files on disk, the number of ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cook.config.types import RunConfig
 DEFAULTS: dict[str, Any] = {
     field.name: default for field in dataclasses.fields(RunConfig) if (default := default_of(field)) is not MISSING
 }
-"""Sections that the files may leave out."""
+"""Default values of the sections that the files may omit."""
 
 CHECKS: tuple[Callable[..., Iterable[UserError]], ...] = (
     check_paths.output_is_safe,
@@ -44,26 +44,29 @@ CHECKS: tuple[Callable[..., Iterable[UserError]], ...] = (
     check_pattern.pattern_given,
     check_pattern.pattern_stands_alone,
 )
-"""Each names the sections that it reads by its parameters, and is left out if one of them is broken."""
+"""A check's parameters name the sections that it reads. A check is skipped if one of its sections is invalid."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sections:
-    """What could be built of a configuration, and what could not."""
+    """The valid and invalid sections of a configuration."""
 
     values: dict[str, Any]
-    """Fields of RunConfig by name, those that the files give."""
+    """The fields of RunConfig that the files contain, by name."""
 
     invalid: frozenset[str]
-    """Fields whose section has mistakes."""
+    """Names of the fields whose section has errors."""
 
 
 def cross_check(sections: Sections, *, world_size: int | None) -> list[UserError]:
-    """Runs every check whose sections are sound.
+    """Runs every check whose sections are valid.
 
     Args:
-        sections: The parts of the configuration.
-        world_size: Number of ranks, None if unknown.
+        sections: The sections of the configuration.
+        world_size: Number of ranks. None if unknown.
+
+    Returns:
+        All errors found.
     """
     known = {name: value for name, value in DEFAULTS.items() if name not in sections.invalid}
     known |= sections.values | {"world_size": world_size}

@@ -1,4 +1,4 @@
-"""Checks of the corpus: what a source needs, and what several sources need together."""
+"""Checks of the corpus: each source by itself, and several sources together."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from cook.config.types import TokenizerConfig, TrainingConfig
 
 WITHOUT_FILES = ("python_stdlib", "hub")
 TASK_TYPES = ("cpm_live", "downstream")
-"""Types whose records say themselves what is to be told."""
+"""Types whose records themselves mark what the model has to predict."""
 
 
 def data_has_a_source(data: DataConfig, training: TrainingConfig) -> Iterator[UserError]:
-    """There is a corpus to train on, and one to evaluate on where that is asked for."""
+    """Checks that there is a corpus to train on, and held-out data if an evaluation is requested."""
     if data.type is None and not data.sources:
-        yield UserError("data: there is no corpus", wanted="data.type with data.paths, or a list in data.sources")
+        yield UserError("data: no corpus is given", wanted="data.type with data.paths, or a list in data.sources")
     if data.sources:
         yield from _unused_beside_sources(data)
     elif data.type is not None:
@@ -28,7 +28,7 @@ def data_has_a_source(data: DataConfig, training: TrainingConfig) -> Iterator[Us
     held_out |= bool(data.sources) and all(source.held_out_paths for source in data.sources)
     if training.eval_rows and not held_out:
         remedy = "set data.held_out above 0, name data.held_out_paths, or set training.eval_rows to 0"
-        yield UserError("data.held_out: nothing is held out for the evaluation", got=0, remedy=remedy)
+        yield UserError("data.held_out: no data is held out for the evaluation", got=0, remedy=remedy)
 
 
 def _source_is_whole(where: str, source: DataConfig | SourceConfig) -> Iterator[UserError]:
@@ -47,20 +47,20 @@ def _source_is_whole(where: str, source: DataConfig | SourceConfig) -> Iterator[
 
 
 def binary_data_has_its_tokenizer(data: DataConfig, tokenizer: TokenizerConfig) -> Iterator[UserError]:
-    """Binary data is made of ids: no tokenizer can be trained on it."""
+    """Checks that binary data has a tokenizer. It consists of ids, so no tokenizer can be trained on it."""
     if tokenizer.path is None and "cpm_live" in (data.type, *(source.type for source in data.sources)):
         wanted = "the tokenizer that the data was made with"
-        yield UserError("tokenizer.path: missing, and cpm_live data is made of ids", wanted=wanted)
+        yield UserError("tokenizer.path: missing, and cpm_live data consists of ids", wanted=wanted)
 
 
 def _unused_beside_sources(data: DataConfig) -> Iterator[UserError]:
     for key in ("type", "paths", "name", "subset", "streaming", "held_out_paths"):
         if getattr(data, key):
-            yield UserError(f"data.{key}: unused where data.sources is given", remedy="move it into a source")
+            yield UserError(f"data.{key}: not allowed together with data.sources", remedy="move it into a source")
 
 
 def sources_fit_together(data: DataConfig) -> Iterator[UserError]:
-    """Weights for all sources or none, all streamed or none, names that tell them apart, losses to follow."""
+    """Checks that all sources or none have weights, that all or none are streamed, and that their names differ."""
     sources = data.sources
     weighed = [source.weight is not None for source in sources]
     if any(weighed) and not all(weighed):
@@ -78,17 +78,19 @@ def sources_fit_together(data: DataConfig) -> Iterator[UserError]:
     names = source_names(data)
     for name, count in Counter(names).items():
         if count > 1:
-            yield UserError(f"data.sources: {count} sources are called {name!r}", wanted="a name of its own for each")
+            yield UserError(
+                f"data.sources: {count} sources have the name {name!r}", wanted="a different name for each source"
+            )
     if data.mixing is not None:
         if len(sources) < 2 or not all(weighed):
-            yield UserError("data.mixing: there is nothing to mix", wanted="at least two data.sources with weights")
+            yield UserError("data.mixing: there are no sources to mix", wanted="at least two data.sources with weights")
         for name in [name for name in names if name not in data.mixing.reference]:
-            yield UserError(f"data.mixing.reference: no loss for the source {name!r}")
+            yield UserError(f"data.mixing.reference: the loss of the source {name!r} is missing")
         for name in sorted(data.mixing.reference.keys() - set(names)):
             yield UserError(f"data.mixing.reference: there is no source {name!r}", wanted=", ".join(names))
 
 
 def source_names(data: DataConfig) -> list[str]:
-    """What logs call the sources."""
+    """Returns the names of the sources in logs."""
     given = [":".join(part for part in (source.name, source.subset) if part) for source in data.sources]
     return [name or f"{data.sources[index].type}-{index}" for index, name in enumerate(given)]

@@ -14,11 +14,11 @@ from cook.config.types import CoarseConfig, FineConfig, ModelConfig, TokenizerCo
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TRACKED_FOLDERS = (".ci", ".git", ".venv", "config", "cook", "results/bench", "scripts", "tests")
-"""Folders of the repository that no run may write into."""
+"""Folders of the repository that a run must not write to."""
 
 
 def mask_paths(coarse: CoarseConfig | None, fine: FineConfig | None) -> dict[str, str]:
-    """The mask files that the scheme names, by their keys."""
+    """Returns the mask files that the scheme names, by their keys."""
     named = {"coarse-grained.coarse_mask": coarse.coarse_mask} if coarse is not None else {}
     if fine is not None:
         inner = {"coarse_mask": fine.coarse_mask, "heads_mask": fine.heads_mask, "dimff_mask": fine.dimff_mask}
@@ -29,7 +29,7 @@ def mask_paths(coarse: CoarseConfig | None, fine: FineConfig | None) -> dict[str
 def output_is_safe(
     output_dir: str, data: DataConfig, coarse: CoarseConfig | None, fine: FineConfig | None
 ) -> Iterator[UserError]:
-    """Nothing may be written at the filesystem's root, over the repository or into its tracked folders."""
+    """Checks that the run writes neither to the file system's root nor to the repository or its tracked folders."""
     for key, path in {"output_dir": output_dir, "data.cache_dir": data.cache_dir}.items():
         if path is not None:
             yield from refused_folder(key, path, str(path))
@@ -38,20 +38,20 @@ def output_is_safe(
 
 
 def refused_folder(key: str, path: str, folder: str) -> Iterator[UserError]:
-    """Mistakes in a folder that a run is to write to."""
+    """Yields an error for each reason why a run must not write to `folder`."""
     try:
         real = Path(os.path.realpath(folder))
     except (OSError, ValueError) as error:
         yield UserError(f"{key}: not a usable path: {error}", got=path)
         return
     if real == REPOSITORY or real in REPOSITORY.parents:
-        yield UserError(f"{key}: a run may not write over this folder", wanted="a folder of its own", got=path)
+        yield UserError(f"{key}: a run must not write to this folder", wanted="a separate folder", got=path)
     for tracked in TRACKED_FOLDERS:
         if real == REPOSITORY / tracked or REPOSITORY / tracked in real.parents:
             remedy = "choose a folder below results/ or outside the repository"
-            yield UserError(f"{key}: {tracked}/ belongs to the program itself", got=path, remedy=remedy)
+            yield UserError(f"{key}: {tracked}/ is a folder of the program itself", got=path, remedy=remedy)
     if os.path.lexists(real) and not os.path.isdir(real):
-        yield UserError(f"{key}: there is a file of this name", wanted="a folder", got=path)
+        yield UserError(f"{key}: this path is a file", wanted="a folder", got=path)
 
 
 def paths_exist(
@@ -61,7 +61,7 @@ def paths_exist(
     data: DataConfig,
     distillation: DistillationConfig | None,
 ) -> Iterator[UserError]:
-    """What is read must be there. One error lists all that is not; a path of the wrong kind has an error of its own."""
+    """Checks that the inputs exist. One error lists all missing paths; a path of the wrong kind has its own error."""
     named = [("model.path", model.path), ("tokenizer.path", tokenizer.path)]
     named += [(f"data.paths.{index}", path) for index, path in enumerate(data.paths)]
     named += [(f"data.held_out_paths.{index}", path) for index, path in enumerate(data.held_out_paths)]
@@ -70,13 +70,13 @@ def paths_exist(
             named += [(f"data.sources.{number}.{key}.{i}", path) for i, path in enumerate(getattr(source, key))]
     teacher = distillation.teacher if distillation is not None else OWN_TEACHER
     if teacher != OWN_TEACHER and not _is_inside(teacher, output_dir):
-        named.append(("distillation.teacher", teacher))  # inside, an earlier stage may write it
+        named.append(("distillation.teacher", teacher))  # a folder inside output_dir may be written by an earlier stage
     missing = [(key, path) for key, path in named if path is not None and not _found(path, key.startswith("data."))]
     if missing:
         listed = "".join(f"\n    {key}: {path}" for key, path in missing)
         yield UserError(
             f"{len(missing)} path(s) do not exist:{listed}",
-            remedy="put the files there, or name the right ones; relative paths start at the current working directory",
+            remedy="create these files or correct the paths; relative paths start at the current working directory",
         )
     gone = {key for key, _ in missing}
     if model.path is not None and "model.path" not in gone:
@@ -104,7 +104,7 @@ def _found(path: str, is_pattern: bool) -> bool:
             return True
         return is_pattern and glob.has_magic(path) and next(glob.iglob(path, recursive=True), None) is not None
     except (OSError, ValueError):
-        return False  # such a name cannot exist
+        return False  # not a possible file name
 
 
 def _is_inside(path: str, folder: str) -> bool:

@@ -1,4 +1,4 @@
-"""Checks of a pattern of single weights: what it needs, and beside which stages it can stand."""
+"""Checks of pattern pruning: the settings it needs, and the stages it can be combined with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cook.config.types import PATTERN_METHODS, PatternConfig, PruningConfig, Sta
 
 
 def uses_pattern(pruning: PruningConfig, stages: tuple[StageEntry, ...]) -> bool:
-    """Whether a pattern stage is in the recipe, or is what the files describe."""
+    """Returns whether the recipe contains a pattern stage, or the files describe one."""
     in_recipe = any(entry.name == "pattern" for entry in stages)
     return in_recipe or (pruning.is_pruning and pruning.mask_method in PATTERN_METHODS)
 
@@ -19,14 +19,14 @@ def uses_pattern(pruning: PruningConfig, stages: tuple[StageEntry, ...]) -> bool
 def pattern_given(
     pruning: PruningConfig, stages: tuple[StageEntry, ...], pattern: PatternConfig | None
 ) -> Iterator[UserError]:
-    """A pattern stage has its section and its mask file."""
+    """Checks that a pattern stage has its section and its mask file."""
     if not uses_pattern(pruning, stages):
         return
     if pattern is None and pruning.mask_method not in ("m4n2_1d", "m4n2_2d"):
-        yield UserError("pattern: missing", wanted="the section that names the pattern's type and sparsity")
+        yield UserError("pattern: missing", wanted="a section with the pattern's type and sparsity")
     path = pruning.pruning_mask_path
     if path is None or not path.endswith(".safetensors"):
-        wanted = "a path that ends in .safetensors: the mask is read there, or written if there is none"
+        wanted = "a path that ends in .safetensors; the mask is read from it if it exists, else written to it"
         yield UserError("pruning.pruning_mask_path: a pattern needs a mask file", wanted=wanted, got=path)
     else:
         yield from refused_folder("pruning.pruning_mask_path", path, os.path.dirname(path) or ".")
@@ -34,17 +34,17 @@ def pattern_given(
         if not os.path.isfile(pattern.previous_mask):
             yield UserError("pattern.previous_mask: there is no such file", got=pattern.previous_mask)
         elif path is not None and os.path.realpath(path) == os.path.realpath(pattern.previous_mask):
-            yield UserError("pattern.previous_mask: the file that this stage writes", wanted="another one", got=path)
+            yield UserError("pattern.previous_mask: this stage writes the same file", wanted="another file", got=path)
 
 
 def pattern_stands_alone(stages: tuple[StageEntry, ...]) -> Iterator[UserError]:
-    """Gates and patterns in one recipe would need masks of both kinds at once."""
+    """Checks that a recipe does not combine gates and patterns, which would need masks of both kinds at once."""
     names = [entry.name for entry in stages]
     others = [name for name in names if name not in ("pretrain", "pattern")]
     if "pattern" in names and others:
         yield UserError(
-            "stages: pattern stands beside stages that learn gates",
+            "stages: pattern cannot be combined with stages that learn gates",
             wanted="pretrain and pattern only",
             got=", ".join(names),
-            remedy="make the smaller model first, and prune it in a run of its own",
+            remedy="make the smaller model first, and prune its weights in a second run",
         )

@@ -1,4 +1,4 @@
-"""Checks of what is pruned: the order of the recipe, the sizes, and the masks that a stage needs."""
+"""Checks of the pruning scheme: the order of the stages, the sizes, and the masks that a stage needs."""
 
 from __future__ import annotations
 
@@ -16,22 +16,24 @@ METHODS = {"layer": "coarse-grained", "att": "fine-grained", "ffn": "fine-graine
 
 
 def mask_is_structured(pruning: PruningConfig, stages: tuple[StageEntry, ...]) -> Iterator[UserError]:
-    """A mask of single weights belongs to the methods that make one."""
+    """Checks that a mask of single weights is given only for a pattern method."""
     if pruning.pruning_mask_path is not None and not uses_pattern(pruning, stages):
         yield UserError(
-            f"pruning.pruning_mask_path: {pruning.mask_method} pruning has no unstructured mask",
+            f"pruning.pruning_mask_path: {pruning.mask_method} pruning does not use a mask of single weights",
             wanted="null",
             got=pruning.pruning_mask_path,
-            remedy="the masks of the other methods are named in the scheme",
+            remedy="name the masks of this method in the scheme",
         )
 
 
 def recipe_in_order(stages: tuple[StageEntry, ...]) -> Iterator[UserError]:
-    """Pretraining first, layers before what is inside them, a mask before its finetuning, the comparison last."""
+    """Checks the order of the stages: pretrain first, layers before heads and dims, a mask before its finetuning, and
+    the random baseline last.
+    """
     names = [entry.name for entry in stages]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        yield UserError(f"stages: {twice[0]} stands there twice", remedy="keep one of them")
+        yield UserError(f"stages: {twice[0]} is listed twice", remedy="keep one of them")
         return
     if "pretrain" in names and names[0] != "pretrain":
         yield UserError("stages: pretrain must come first", got=", ".join(names))
@@ -42,15 +44,19 @@ def recipe_in_order(stages: tuple[StageEntry, ...]) -> Iterator[UserError]:
     if at["layer"] and inner and max(at["layer"]) > min(inner):
         yield UserError("stages: the layer stages must come before the att and ffn stages", got=", ".join(names))
     if at["joint"] and (at["layer"] or inner):
-        remedy = "keep either: the joint stages learn all that the layer, att and ffn stages learn"
-        yield UserError("stages: joint stages stand beside staged ones", got=", ".join(names), remedy=remedy)
+        remedy = "keep one kind: the joint stages learn all masks of the layer, att and ffn stages"
+        yield UserError(
+            "stages: joint stages cannot be combined with layer, att and ffn stages",
+            got=", ".join(names),
+            remedy=remedy,
+        )
     for unit in UNITS:
         mask, finetune = f"{unit}_mask", f"{unit}_finetune"
         if mask in names and finetune in names and names.index(mask) > names.index(finetune):
             yield UserError(f"stages: {mask} must come before {finetune}", got=", ".join(names))
     if at["att"] and at["ffn"] and max(at["att"]) > min(at["ffn"]) and max(at["ffn"]) > min(at["att"]):
         remedy = "put both att stages before both ffn stages, or the other way round"
-        yield UserError("stages: the att and ffn stages are mixed", got=", ".join(names), remedy=remedy)
+        yield UserError("stages: the att and ffn stages are interleaved", got=", ".join(names), remedy=remedy)
 
 
 def sections_given(
@@ -60,22 +66,24 @@ def sections_given(
     fine: FineConfig | None,
     joint: JointConfig | None,
 ) -> Iterator[UserError]:
-    """Every stage that is asked for has its section in the scheme."""
+    """Checks that the scheme has a section for every requested stage."""
     used = _units_in_recipe(stages)
     needed = {"coarse-grained": ("layer",), "fine-grained": ("att", "ffn", "joint"), "joint": ("joint",)}
     given = {"coarse-grained": coarse, "fine-grained": fine, "joint": joint}
     for section, units in needed.items():
-        reasons = [f"it, for stages.{unit}_mask" for unit in units if unit in used]
+        reasons = [f"this section, for stages.{unit}_mask" for unit in units if unit in used]
         methods = sorted({METHODS[unit] for unit in units})
-        reasons += [f"it, for pruning.mask_method {method!r}" for method in methods if _describes(pruning, method)]
+        reasons += [
+            f"this section, for pruning.mask_method {method!r}" for method in methods if _describes(pruning, method)
+        ]
         if given[section] is None and reasons:
-            yield UserError(f"{section}: the scheme lacks this section", wanted=reasons[0])
+            yield UserError(f"{section}: missing from the scheme", wanted=reasons[0])
 
 
 def masks_given(
     pruning: PruningConfig, stages: tuple[StageEntry, ...], coarse: CoarseConfig | None, fine: FineConfig | None
 ) -> Iterator[UserError]:
-    """Every stage knows where its mask is kept, and no two masks share a file."""
+    """Checks that every stage has a path for its mask, and that no two masks share a file."""
     used = _units_in_recipe(stages)
     if fine is not None:
         described: set[str] = {fine.prune_mode} if _describes(pruning, "fine-grained") else set()
@@ -93,19 +101,19 @@ def masks_given(
     if coarse is not None and fine is not None and "layer" in used and used & {"att", "ffn"}:
         if fine.coarse_mask is not None and _file(fine.coarse_mask) != _file(coarse.coarse_mask):
             yield UserError(
-                "fine-grained.coarse_mask: not the mask that the recipe's layer stages make",
+                "fine-grained.coarse_mask: not the mask that the layer stages of the recipe write",
                 wanted=coarse.coarse_mask,
                 got=fine.coarse_mask,
             )
     seen: dict[str, str] = {}
     for key, path in mask_paths(coarse, fine).items():
         other = seen.setdefault(_file(path), key)
-        if key.partition(".")[2] != other.partition(".")[2]:  # both sections name the layer mask
-            yield UserError(f"{key}: the same file as {other}", wanted="a file for each mask", got=path)
+        if key.partition(".")[2] != other.partition(".")[2]:  # both sections may name the layer mask
+            yield UserError(f"{key}: the same file as {other}", wanted="a separate file for each mask", got=path)
 
 
 def sizes_fit(fine: FineConfig | None, facts: ModelFacts) -> Iterator[UserError]:
-    """Targets are at most what there is, and the scheme speaks of this model."""
+    """Checks that the targets do not exceed the sizes, and that the sizes are those of the model."""
     if fine is None:
         return
     for target, size in (("target_num_heads", "num_heads"), ("target_dimff", "dim_ff")):
@@ -113,13 +121,15 @@ def sizes_fit(fine: FineConfig | None, facts: ModelFacts) -> Iterator[UserError]
         if after > before:
             yield UserError(f"fine-grained.{target}: above {size}", wanted=f"at most {before}", got=after)
         if real is not None and before != real:
-            yield UserError(f"fine-grained.{size}: not the model's", wanted=f"{real}, as the model has", got=before)
+            yield UserError(
+                f"fine-grained.{size}: differs from the model", wanted=f"{real}, as in the model", got=before
+            )
 
 
 def layer_mask_given(
     pruning: PruningConfig, stages: tuple[StageEntry, ...], fine: FineConfig | None, facts: ModelFacts
 ) -> Iterator[UserError]:
-    """Fine-grained stages must know which blocks are kept."""
+    """Checks that fine-grained stages know which blocks are kept."""
     used = _units_in_recipe(stages)
     if fine is None or fine.coarse_mask is not None:
         return
@@ -127,14 +137,14 @@ def layer_mask_given(
         return
     if "layer" in used or facts.layers_removed is False:
         yield UserError(
-            "fine-grained.coarse_mask: missing, and the model's layers are not yet removed",
+            "fine-grained.coarse_mask: missing, and no layers have been removed from the model yet",
             wanted="the path of a layer mask",
-            remedy="name the mask of the layer stage, or give a model whose mask_modules says which blocks are gone",
+            remedy="name the mask of the layer stage, or use a model whose mask_modules lists the removed blocks",
         )
 
 
 def joint_budget_is_one(joint: JointConfig | None) -> Iterator[UserError]:
-    """The keys of a joint budget belong to its scope, and there is one budget."""
+    """Checks that the keys of a joint budget match its scope, and that there is only one budget."""
     if joint is None:
         return
     other = "block" if joint.scope == "global" else "global"
@@ -143,12 +153,12 @@ def joint_budget_is_one(joint: JointConfig | None) -> Iterator[UserError]:
         if getattr(joint, key) is not None:
             remedy = f'leave it out, or set joint.scope to "{other}"'
             if key == "target_sparsity":
-                remedy = "leave it out: a block of which no unit is left is removed"
-            yield UserError(f"joint.{key}: belongs to scope {other!r}", got=f"scope {joint.scope!r}", remedy=remedy)
+                remedy = "leave it out: a block without any units left is removed"
+            yield UserError(f"joint.{key}: valid only for scope {other!r}", got=f"scope {joint.scope!r}", remedy=remedy)
     if joint.target_params is not None and joint.target_flops is not None:
         yield UserError("joint: two budgets", wanted="target_params or target_flops, not both")
     if joint.scope == "global" and joint.flops_length is not None and joint.target_flops is None:
-        yield UserError("joint.flops_length: there is no target_flops that it could serve", remedy="leave it out")
+        yield UserError("joint.flops_length: unused, because target_flops is not set", remedy="leave it out")
 
 
 def _units_in_recipe(stages: tuple[StageEntry, ...]) -> set[str]:
@@ -156,7 +166,7 @@ def _units_in_recipe(stages: tuple[StageEntry, ...]) -> set[str]:
 
 
 def _describes(pruning: PruningConfig, method: str) -> bool:
-    """Whether the two files describe a single stage of this method."""
+    """Whether the two files describe a stage of this method."""
     return pruning.is_pruning and pruning.mask_method == method
 
 

@@ -1,4 +1,4 @@
-"""Checks of the model, the corpus, the batch sizes, and of what DeepSpeed is told beside them."""
+"""Checks of the model, the tokenizer, the batch sizes, and the DeepSpeed settings that must agree with them."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ DEEPSPEED_TWINS = {
     ("optimizer", "params", "lr"): "learning_rate",
     ("optimizer", "params", "weight_decay"): "weight_decay",
 }
-"""DeepSpeed's keys that say the same as a key of `training`."""
+"""DeepSpeed's keys that have the same meaning as a key of `training`."""
 
 
 def model_has_a_source(model: ModelConfig) -> Iterator[UserError]:
-    """A model is described by its configuration or by a folder; a `.pt` file describes nothing."""
+    """Checks that the model has a configuration or a folder. A `.pt` file contains only weights."""
     if model.type == "hf":
         if model.path is None or model.path.endswith((".pt", ".bin")):
             yield UserError("model.path: missing", wanted="the folder of a Hugging Face model", got=model.path)
         if model.config is not None:
-            yield UserError("model.config: a Hugging Face model's folder has its own", wanted="null")
+            yield UserError("model.config: the folder of a Hugging Face model has its own config", wanted="null")
         return
     if model.config is None and model.path is None:
         yield UserError("model: neither config nor path is given", wanted="at least one of them")
@@ -41,34 +41,34 @@ def model_has_a_source(model: ModelConfig) -> Iterator[UserError]:
         yield UserError("model.config: a .pt file does not describe its model", wanted="CPM-Live's keys or their JSON")
     pairs = (model.config or {}).get("mask_modules")
     if pairs is not None and model.config is not None and len(pairs) != model.config["num_layers"]:
-        wanted = f"{model.config['num_layers']} pairs, one a layer"
-        yield UserError("model.config.mask_modules: of another length than the model", wanted=wanted, got=len(pairs))
+        wanted = f"{model.config['num_layers']} pairs, one per layer"
+        yield UserError("model.config.mask_modules: wrong number of layers", wanted=wanted, got=len(pairs))
 
 
 def tokenizer_fits(tokenizer: TokenizerConfig, model: ModelConfig, facts: ModelFacts) -> Iterator[UserError]:
-    """Every id must have a row in the embedding."""
+    """Checks that every id of the tokenizer has a row in the embedding."""
     if model.type == "hf" and tokenizer.type == "sentencepiece" and tokenizer.path is None:
         yield UserError(
-            "tokenizer.path: missing, and a pretrained model does not know the ids of a tokenizer trained anew",
-            wanted='the model\'s own: type "hf" and its folder, or its sentencepiece file',
+            "tokenizer.path: missing; a pretrained model needs its own tokenizer, not a newly trained one",
+            wanted='the tokenizer of the model: type "hf" and its folder, or its sentencepiece file',
         )
     if tokenizer.type != "sentencepiece" and tokenizer.path is None:
         wanted = "the folder of a Hugging Face tokenizer" if tokenizer.type == "hf" else "CPM-Ant's vocab.txt"
         yield UserError("tokenizer.path: missing", wanted=wanted)
     if facts.vocab_size is not None and tokenizer.vocab_size > facts.vocab_size:
         yield UserError(
-            "tokenizer.vocab_size: more ids than the model knows",
+            "tokenizer.vocab_size: larger than the model's vocabulary",
             wanted=f"at most {facts.vocab_size} (the model's vocab_size)",
             got=tokenizer.vocab_size,
         )
 
 
 def rows_hold_the_prompt(data: DataConfig, facts: ModelFacts) -> Iterator[UserError]:
-    """A row holds the prompt and at least one token, and the model has a position for each."""
+    """Checks that a row has room for the prompt and at least one token, and that the model has enough positions."""
     if facts.max_positions is not None and data.max_length > facts.max_positions:
         yield UserError(
-            "data.max_length: more than the model was made for",
-            wanted=f"at most {facts.max_positions} (the model's positions)",
+            "data.max_length: more than the model's number of positions",
+            wanted=f"at most {facts.max_positions} (the model's max_position_embeddings)",
             got=data.max_length,
         )
     if facts.prompt_length is not None and data.max_length <= facts.prompt_length:
@@ -82,7 +82,7 @@ def rows_hold_the_prompt(data: DataConfig, facts: ModelFacts) -> Iterator[UserEr
 def batch_is_whole(
     training: TrainingConfig, stages: tuple[StageEntry, ...], world_size: int | None
 ) -> Iterator[UserError]:
-    """train_batch_size = micro_batch_size × accumulation steps × ranks, in whole numbers, in every stage."""
+    """Checks that train_batch_size = micro_batch_size × accumulation steps × ranks in every stage, in whole numbers."""
     for label, own in _trainings(training, stages, ("train_batch_size", "micro_batch_size")):
         at_once = own.rows_at_once(world_size or 1) * (world_size or 1)
         if own.train_batch_size % at_once:
@@ -91,7 +91,7 @@ def batch_is_whole(
             choices = " or ".join(str(size) for size in (lower, lower + at_once) if size)
             yield UserError(
                 f"{label}.train_batch_size: train_batch_size = micro_batch_size × accumulation steps × ranks "
-                "leaves no whole number of accumulation steps",
+                "does not give a whole number of accumulation steps",
                 wanted=f"a multiple of micro_batch_size {own.rows_at_once(world_size or 1)}{ranks} = {at_once}",
                 got=own.train_batch_size,
                 remedy=f"set it to {choices}, or choose another micro_batch_size",
@@ -101,7 +101,7 @@ def batch_is_whole(
 def deepspeed_agrees(
     training: TrainingConfig, stages: tuple[StageEntry, ...], deepspeed: dict[str, Any], world_size: int | None
 ) -> Iterator[UserError]:
-    """A number in the DeepSpeed configuration that `training` states as well must be the same number."""
+    """Checks that numbers that are in both `training` and the DeepSpeed configuration are equal."""
     for keys, field in DEEPSPEED_TWINS.items():
         value = _at(deepspeed, keys)
         if value is None or value == "auto":
@@ -109,7 +109,7 @@ def deepspeed_agrees(
         for label, own in _trainings(training, stages, (field,)):
             if not _is_number(value) or value != getattr(own, field):
                 yield UserError(
-                    f"deepspeed.{'.'.join(keys)}: disagrees with {label}.{field}",
+                    f"deepspeed.{'.'.join(keys)}: differs from {label}.{field}",
                     wanted=f'"auto" or {getattr(own, field)}',
                     got=_brief(value),
                 )
@@ -142,7 +142,7 @@ def _accumulation(
 def precision_agrees(
     training: TrainingConfig, stages: tuple[StageEntry, ...], deepspeed: dict[str, Any]
 ) -> Iterator[UserError]:
-    """DeepSpeed's bf16 and fp16 switches, where they are not "auto", must not contradict `training.precision`."""
+    """Checks that DeepSpeed's bf16 and fp16 switches, unless "auto", agree with `training.precision`."""
     switches = {name: _at(deepspeed, (name, "enabled")) for name in ("bf16", "fp16")}
     for name, value in switches.items():
         if value not in (None, "auto") and not isinstance(value, bool):
@@ -154,17 +154,17 @@ def precision_agrees(
         for name, value in switches.items():
             if isinstance(value, bool) and own.precision != "auto" and value != (own.precision == name):
                 yield UserError(
-                    f"deepspeed.{name}.enabled: disagrees with {label}.precision {own.precision!r}",
+                    f"deepspeed.{name}.enabled: differs from {label}.precision {own.precision!r}",
                     wanted=f'"auto" or {str(own.precision == name).lower()}',
                     got=str(value).lower(),
                 )
 
 
 def checkpoints_can_be_trusted(deepspeed: dict[str, Any]) -> Iterator[UserError]:
-    """DeepSpeed's switches that would leave a bad step unnoticed, a checkpoint in pieces or a resume inexact."""
+    """Refuses DeepSpeed switches that would hide bad steps, split checkpoints or make a resume inexact."""
     for keys, bad, why in (
-        (("zero_optimization", "compute_grad_norm"), False, "a gradient that is not finite would be applied"),
-        (("zero_optimization", "load_from_fp32_weights"), False, "a resumed run would begin from rounded weights"),
+        (("zero_optimization", "compute_grad_norm"), False, "a non-finite gradient would be applied"),
+        (("zero_optimization", "load_from_fp32_weights"), False, "a resumed run would start from rounded weights"),
         (("zero_optimization", "elastic_checkpoint"), True, "cook resumes on any number of ranks without it"),
         (("checkpoint", "use_node_local_storage"), True, "all ranks must see the whole checkpoint"),
     ):
@@ -175,7 +175,7 @@ def checkpoints_can_be_trusted(deepspeed: dict[str, Any]) -> Iterator[UserError]
 def _trainings(
     training: TrainingConfig, stages: tuple[StageEntry, ...], fields: tuple[str, ...]
 ) -> Iterator[tuple[str, TrainingConfig]]:
-    """`training` itself, and what becomes of it in every stage that changes one of `fields`."""
+    """`training` itself, and the training section of every stage that changes one of `fields`."""
     yield "training", training
     for entry in stages:
         if any(field in entry.training for field in fields):

@@ -1,4 +1,4 @@
-"""The `data` section of `bmcook.json`: the corpus, its sources, how they are mixed."""
+"""The `data` section of `bmcook.json`: the corpus, its sources, and how they are mixed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DataType = Literal["python_stdlib", "text", "jsonl", "parquet", "arrow", "hub", 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """One of several sources of the corpus; every key means what it means in `DataConfig`."""
+    """One of several sources of the corpus. Every key has the same meaning as in `DataConfig`."""
 
     type: DataType
     """Format of the source."""
@@ -21,7 +21,7 @@ class SourceConfig:
     """Files, folders or glob patterns."""
 
     name: UserPath | None = None
-    """Name of the source in logs; for `hub` the dataset's name. None: its type and its place in the list."""
+    """Name of the source in logs; for `hub` the dataset's name. None: its type and its index in the list."""
 
     subset: Text | None = None
     """Configuration of a Hub dataset that has several."""
@@ -36,30 +36,30 @@ class SourceConfig:
     """A separate evaluation corpus of the same type for this source."""
 
     weight: Annotated[float, Limits(exclusiveMinimum=0, maximum=10**6)] | None = None
-    """How often its rows are read, in proportion to the other sources' weights. None in all sources: every row is read
-    once per epoch."""
+    """Sampling weight of its rows, relative to the other sources. None in all sources: every row is read once per
+    epoch."""
 
     streaming: bool = False
-    """True: the text is read and tokenised during training, for a corpus too large to prepare before."""
+    """True: the text is read and tokenised during training, for a corpus too large to prepare in advance."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixingConfig:
-    """Weights of the sources that follow their losses (LLM-Shearing)."""
+    """Source weights that are adapted to the sources' losses (LLM-Shearing)."""
 
     every: Size
     """Steps between two updates of the weights."""
 
     reference: dict[str, Annotated[float, Limits(minimum=0, maximum=1000)]]
-    """Expected final loss of each source, by its name."""
+    """Expected final loss of each source in nats per token, by name."""
 
     rows: Size = 64
-    """Held-out rows of each source that are read for an update."""
+    """Held-out rows per source that are evaluated for an update."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The corpus, and how rows are cut from it."""
+    """The corpus, and how it is cut into rows."""
 
     type: DataType | None = None
     """`python_stdlib`: the running Python's standard library; `text`: plain files; `jsonl`: one JSON object per line;
@@ -79,31 +79,32 @@ class DataConfig:
     """Split of a Hub dataset, or of an arrow folder that has several."""
 
     text_field: Text = "text"
-    """Key that holds the text in a JSON line, column that holds it in a table."""
+    """Key of a JSON line, or column of a table, that holds the text."""
 
     streaming: bool = False
-    """True: the text is read and tokenised during training, for a corpus too large to prepare before."""
+    """True: the text is read and tokenised during training, for a corpus too large to prepare in advance."""
 
     sources: Annotated[tuple[SourceConfig, ...], Limits(maxItems=1000)] = ()
-    """Several sources, in place of the one that the keys above describe."""
+    """Several sources, instead of the single one that the keys above describe."""
 
     mixing: MixingConfig | None = None
-    """Weights that follow the sources' losses. None: the weights stay fixed."""
+    """Adapts the weights of the sources to their losses. None: the weights stay fixed."""
 
     held_out: Annotated[float, Limits(minimum=0, exclusiveMaximum=1)] = 0.03
-    """Fraction of the documents kept for evaluation, split by file or document. Unused if `held_out_paths` is given."""
+    """Fraction of the documents held out for evaluation, split by file or document. Unused if `held_out_paths` is
+    given."""
 
     held_out_paths: UserPaths = ()
     """Files, folders or glob patterns of a separate evaluation corpus."""
 
     max_length: Size
-    """Tokens per row, prompt included."""
+    """Tokens per row, including the prompt."""
 
     cache_dir: UserPath | None = None
     """Folder for the tokenised corpus. None: inside the output folder."""
 
     workers: Annotated[int, Limits(minimum=0, maximum=1024)] = 0
-    """Processes per rank that build batches ahead. 0: the training process builds each batch itself."""
+    """Worker processes per rank that build batches in advance. 0: the training process builds each batch itself."""
 
     ledger: bool = False
-    """True: each rank records the samples that it reads, in `ledger-<rank>.jsonl` in the stage's folder."""
+    """True: each rank records the samples that it reads in `ledger-<rank>.jsonl` in the stage's folder."""

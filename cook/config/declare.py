@@ -1,6 +1,6 @@
-"""How a settings dataclass says what a file may hold: kinds of values, and the JSON schema made from both.
+"""Annotated types for settings, and the JSON schemas that are generated from settings dataclasses.
 
-A field's type is a kind; its docstring is the description in the schema, in the reference page and in `--help`.
+The docstring of a field is its description in the schema, on the reference page and in `--help`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 
 class Limits(dict[str, Any]):
-    """JSON schema keywords of a kind."""
+    """JSON schema keywords of an annotated type."""
 
-    __hash__ = object.__hash__  # type: ignore[assignment]  # typing puts kinds into sets
+    __hash__ = object.__hash__  # type: ignore[assignment]  # typing puts annotations into sets
 
 
 Size = Annotated[int, Limits(minimum=1, maximum=10**9)]
@@ -28,7 +28,7 @@ Share = Annotated[float, Limits(exclusiveMinimum=0, exclusiveMaximum=1)]
 Scale = Annotated[float, Limits(minimum=0, maximum=10**6)]
 Text = Annotated[str, Limits(minLength=1, pattern="^[^\\u0000]+$")]
 UserPath = Annotated[str, Limits(title="a path", pattern="^[^\\u0000]+$", format="path")]
-"""A path as the user wrote it, but with `~` resolved; relative paths start at the current working directory."""
+"""A path as the user wrote it, with `~` expanded. Relative paths start at the current working directory."""
 MaskPath = Annotated[
     str, Limits(title="a path that ends in .pt", pattern="^[^\\u0000]*[^/\\u0000]\\.pt$", format="path")
 ]
@@ -40,14 +40,14 @@ TYPES = {int: "integer", float: "number", str: "string", bool: "boolean"}
 
 @dataclass(frozen=True)
 class KeysOf:
-    """Marks a mapping whose keys are the fields of a dataclass: not all of them need be there if not `complete`."""
+    """Marks a mapping whose keys are the fields of a dataclass. If not `complete`, all keys are optional."""
 
     section: type
     complete: bool = True
 
 
 def object_schema(section: type, *, complete: bool = True) -> Schema:
-    """The JSON schema of a dataclass; none of its keys is required if not `complete`."""
+    """Builds the JSON schema of a dataclass. If not `complete`, none of its keys is required."""
     hints, texts = get_type_hints(section, include_extras=True), docstrings(section)
     fields = [field for field in dataclasses.fields(section) if field.name in texts]
     required = [field.name for field in fields if complete and default_of(field) is dataclasses.MISSING]
@@ -57,7 +57,7 @@ def object_schema(section: type, *, complete: bool = True) -> Schema:
 
 
 def field_schema(field: dataclasses.Field[Any], hint: Any, text: str) -> Schema:
-    """The JSON schema of one field, its description and its default with it."""
+    """Builds the JSON schema of one field, including its description and default."""
     default = default_of(field)
     node = {"description": text} | _schema(hint)
     if default is dataclasses.MISSING or "default" in node:
@@ -66,12 +66,12 @@ def field_schema(field: dataclasses.Field[Any], hint: Any, text: str) -> Schema:
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
-    """A field's default; MISSING if it has none."""
+    """Returns the default of a field, or MISSING if it has none."""
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def docstrings(section: type) -> dict[str, str]:
-    """The docstrings under a dataclass's fields, by name, in the words of a JSON file."""
+    """Returns the docstrings of a dataclass's fields by name, with Python's constants written as in JSON."""
     body = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0]
     assert isinstance(body, ast.ClassDef)
     found = {}
@@ -107,7 +107,7 @@ def _schema(hint: Any) -> Schema:
 
 
 def _any_of(nodes: list[Schema]) -> Schema:
-    """One node in the place of several: kinds beside `null`, and numbers beside names."""
+    """Merges the schemas of a union into one node: a type or `null`, a number or a name."""
     merged: Schema = {}
     for node in nodes:
         merged |= {key: value for key, value in node.items() if key != "type"}

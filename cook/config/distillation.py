@@ -1,4 +1,4 @@
-"""The `distillation` section of `bmcook.json`."""
+"""The `distillation` section of `bmcook.json`: the teacher and the distillation losses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TaughtStage = Annotated[str, Limits(enum=[name for name in STAGE_NAMES if name !
 TeacherDevice = Literal["auto", "cpu"]
 
 OWN_TEACHER = "self"
-"""A `teacher` that is the model in training itself."""
+"""The `teacher` that stands for the model being trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,18 +34,18 @@ class DistillationConfig:
     """A dense teacher whose outputs the pruned model imitates."""
 
     teacher: UserPath
-    """Folder of the teacher model, or `self`: the model in training with all its gates open, without a second copy, in
-    mask stages whose weights are frozen. Write `./self` for a folder of that name."""
+    """Folder of the teacher model, or `self`: the model being trained with all gates open, without a second copy.
+    `self` is possible only in mask stages with frozen weights. Write `./self` for a folder of that name."""
 
     teacher_device: TeacherDevice = "auto"
-    """`auto`: the teacher is on the student's device. `cpu`: its weights stay in the CPU's memory and are copied to the
-    GPU one module at a time."""
+    """`auto`: the teacher is on the student's device. `cpu`: its weights stay in CPU memory and are copied to the GPU
+    one module at a time."""
 
     stages: Annotated[tuple[TaughtStage, ...], Limits(maxItems=10)] = ()
-    """Stages that use the teacher. Empty: all but pretrain."""
+    """Stages that use the teacher. Empty: all stages except pretrain."""
 
     ce_scale: Scale = 0.0
-    """Weight of the cross entropy between the teacher's and the student's token distributions."""
+    """Weight of the cross-entropy between the teacher's and the student's token distributions."""
 
     ce_temp: Annotated[float, Limits(exclusiveMinimum=0, maximum=1000)] = 1.0
     """Temperature that softens both distributions."""
@@ -54,11 +54,11 @@ class DistillationConfig:
     """Weight of the mean squared error between hidden states."""
 
     mse_hidn_module: ModulePairs = ()
-    """Pairs `[post]student.module:[post]teacher.module`; `[pre]` takes a module's input, `[post]` its output. Both
-    names count layers as before any was removed: a pair means the same block in both models."""
+    """Pairs `[post]student.module:[post]teacher.module`; `[pre]` is a module's input, `[post]` its output. Both names
+    use the layer numbers before any layer was removed, so that a pair means the same block in both models."""
 
     mse_hidn_proj: bool = False
-    """True: where the widths of a pair differ, a linear map from the student's to the teacher's width is learned."""
+    """True: if the widths of a pair differ, a linear map from the student's to the teacher's width is learned."""
 
     mse_att_scale: Scale = 0.0
     """Weight of the mean squared error between the outputs of attention blocks."""

@@ -1,4 +1,4 @@
-"""What a configuration tells about its model before any weight is read."""
+"""Sizes of a model that can be read from its configuration, without the weights."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from cook.config.stock import stock_config
 from cook.config.types import ModelConfig
 
 STOCK_NAMES = {"num_heads": "num_attention_heads", "dim_ff": "intermediate_size"}
-"""Fields that most Hugging Face classes name otherwise."""
+"""Fields that have other names in most Hugging Face classes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
-    """Sizes of a model; None wherever its description does not say, or says it in an unexpected form."""
+    """Sizes of a model. A size is None if the configuration lacks it or has it in an unexpected form."""
 
     vocab_size: int | None = None
-    """Ids that the model knows."""
+    """Number of ids in the model's vocabulary."""
 
     prompt_length: int | None = None
-    """Prompt embeddings in front of every row."""
+    """Number of prompt embeddings in front of every row."""
 
     num_heads: int | None = None
-    """Heads of every attention block, if they all have as many."""
+    """Heads per attention block, if all blocks have the same number."""
 
     dim_ff: int | None = None
-    """Dims of every FFN block, if they all have as many."""
+    """Dims per FFN block, if all blocks have the same number."""
 
     max_positions: int | None = None
-    """Positions that a Hugging Face model was made for."""
+    """Number of positions of a Hugging Face model."""
 
     layers_removed: bool | None = None
-    """Whether blocks are physically missing; None too where nobody asks for blocks to be removed first."""
+    """Whether blocks are physically missing. Also None for model types for which this does not matter."""
 
 
 def model_facts(model: ModelConfig) -> ModelFacts:
-    """Facts from `model.config`, else from the config.json of the folder at `model.path`.
+    """Reads the sizes from `model.config`, or else from the config.json in the folder `model.path`.
 
     Raises:
-        UserError: The folder's config.json is there but cannot be read.
+        UserError: The folder's config.json exists but cannot be read.
     """
     config: Any = model.config
     if config is None and model.path is not None:
@@ -59,7 +59,7 @@ def model_facts(model: ModelConfig) -> ModelFacts:
         return ModelFacts()
     made = _stock_object(config) if model.type == "hf" else None
     positions = getattr(made, "max_position_embeddings", None)
-    if "stock_type" in config:  # each layer has sizes of its own, which only an adapter can tell
+    if "stock_type" in config:  # the sizes differ per layer, and only the model family knows them
         return ModelFacts(vocab_size=_integer(config, "vocab_size"), max_positions=positions)
     heads, dims, removed = (config.get(name) for name in ("layer_heads", "layer_dim_ff", "mask_modules"))
     return ModelFacts(
@@ -75,13 +75,13 @@ def model_facts(model: ModelConfig) -> ModelFacts:
 
 
 def _stock_object(config: Mapping[str, Any]) -> Any:
-    """The config as its class in transformers has it, by the names that all classes share; None for a strange one."""
+    """The config as an object of its transformers class, which has common field names; None if this is impossible."""
     from transformers import CONFIG_MAPPING
 
     kind = config.get("stock_type", config.get("model_type"))
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         return None
-    with contextlib.suppress(UserError):  # opening the model says what is wrong
+    with contextlib.suppress(UserError):  # opening the model reports the error
         return stock_config(CONFIG_MAPPING[kind], config)
     return None
 
@@ -92,7 +92,7 @@ def _integer(config: Mapping[str, Any], name: str) -> int | None:
 
 
 def _common(per_layer: Any) -> int | None:
-    """The size that all layers share; a layer of size 0 or without entries has no such block."""
+    """The size that all layers share. Layers of size 0 or without entries have no such block and do not count."""
     if not isinstance(per_layer, list):
         return None
     sizes = {len(entry) if isinstance(entry, list) else entry for entry in per_layer if entry}

@@ -1,7 +1,7 @@
-"""Reads `bmcook.json` and its scheme into a `RunConfig`, or reports every mistake of both files at once.
+"""Reads `bmcook.json` and its scheme into a `RunConfig`, or reports all errors of both files at once.
 
-Nothing is written and nothing is built here: a configuration that passes can still meet a corpus or weights that fail
-their own checks, but none of its keys is to blame any more.
+This only reads files. A valid configuration can still fail later because of its corpus or weights, but not because of
+a key.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from cook.config.types import (
 
 DEFAULT_SCHEME = PruningConfig.l0_pruning
 COMPANIONS: tuple[tuple[str, ...], ...] = (("model", "config"), ("deepspeed",))
-"""Objects of `bmcook.json` that may instead be the path of a JSON file."""
+"""Objects of `bmcook.json` that may be given as the path of a JSON file."""
 UNREADABLE = object()
-"""Stands for a file that could not be read; null is what a file may hold."""
+"""Marks a file that could not be read. None cannot be used, since a file may contain null."""
 
 Section = TypeVar("Section")
 
@@ -46,13 +46,16 @@ def load_config(
     """Reads, checks and builds the configuration of a run.
 
     Args:
-        path: The `bmcook.json`. Its scheme is the file at `pruning.l0_pruning`, relative to this one's folder.
-        overrides: Settings `a.b=c` that change the files' values before the check; a path that starts with
+        path: The `bmcook.json`. Its scheme is the file `pruning.l0_pruning`, relative to the folder of `path`.
+        overrides: Settings `a.b=c` that change the files' values before the check. A key that starts with
             `coarse-grained`, `fine-grained`, `joint` or `gates` changes the scheme.
-        world_size: Number of ranks, where it is known: the batch sizes are then checked against it.
+        world_size: Number of ranks, against which the batch sizes are checked. None if unknown.
+
+    Returns:
+        The checked configuration.
 
     Raises:
-        UserErrors: All mistakes of both files and of the overrides, numbered.
+        UserErrors: All errors of both files and of the overrides, numbered.
     """
     assert world_size is None or world_size > 0, world_size
     path = os.path.expanduser(path)
@@ -80,7 +83,7 @@ def load_config(
 
 
 class _Reader:
-    """Collects the mistakes of one load, and which sections they make unusable."""
+    """Collects the errors of one load and the sections that they make invalid."""
 
     def __init__(self, path: str):
         self.path = path
@@ -89,13 +92,13 @@ class _Reader:
         self.set_by: dict[Keys, str] = {}
 
     def read(self, path: str) -> Any:
-        """The parsed file, or UNREADABLE after noting why."""
+        """Parses a file. If it cannot be read, records the error and returns UNREADABLE."""
         try:
             return read_json(path)
         except UserError as error:
             self.errors.append(error)
         except ValueError as error:
-            # A NUL in the path, or a number of thousands of digits.
+            # A NUL in the path, or a number with thousands of digits.
             self.errors.append(UserError(f"{path}: cannot be read: {error}"))
         return UNREADABLE
 
@@ -117,7 +120,7 @@ class _Reader:
                 self.invalid.add(setting.keys[0])
 
     def check_schemas(self, bmcook: Any, scheme: Any, scheme_path: str | None) -> None:
-        """Checks what could be read; a file that could not makes all its sections unusable."""
+        """Checks the files that could be read. A file that could not makes all of its sections invalid."""
         for value, name, label, known in (
             (bmcook, "bmcook", self.path, _BMCOOK),
             (scheme, "l0_pruning", scheme_path or DEFAULT_SCHEME, _SCHEME),
@@ -131,11 +134,11 @@ class _Reader:
 
 
 def _inline(reader: _Reader, bmcook: dict[str, Any], settings: Sequence[Override]) -> None:
-    """Applies the overrides to `bmcook` and puts the content of companion files in the place of their paths."""
+    """Applies the overrides to `bmcook`, and replaces the paths of companion files by their content."""
     for setting in settings:
         for keys in COMPANIONS:
             if setting.keys[: len(keys)] == keys and len(setting.keys) > len(keys):
-                _read_companion(reader, bmcook, keys)  # the setting changes something inside the file
+                _read_companion(reader, bmcook, keys)  # the setting changes a value inside that file
         reader.apply([setting], bmcook)
     for keys in COMPANIONS:
         _read_companion(reader, bmcook, keys)
@@ -152,14 +155,14 @@ def _read_companion(reader: _Reader, bmcook: dict[str, Any], keys: tuple[str, ..
     if isinstance(content, dict):
         node[keys[-1]] = content
     else:
-        del node[keys[-1]]  # else its absence of keys would be reported on top
+        del node[keys[-1]]  # avoids additional errors about missing keys
         reader.invalid.add(keys[0])
         if content is not UNREADABLE:
             reader.errors.append(UserError(f"{path}: not a JSON object", wanted=".".join(keys)))
 
 
 def _scheme_path(path: str, bmcook: Any) -> str | None:
-    """Where the scheme is; None if none is needed and none is there."""
+    """The path of the scheme. None if no scheme is needed and none exists."""
     bmcook = bmcook if isinstance(bmcook, dict) else {}
     pruning = bmcook["pruning"] if isinstance(bmcook.get("pruning"), dict) else {}
     stages = bmcook["stages"] if isinstance(bmcook.get("stages"), list) else []
@@ -184,7 +187,7 @@ _BMCOOK = {name: section for name, section in _ALL.items() if name not in SCHEME
 
 
 def _sections(bmcook: Any, scheme: Any, invalid: set[str]) -> Sections:
-    """The fields of RunConfig that could be built."""
+    """Builds the fields of RunConfig from the valid sections."""
     values: dict[str, Any] = {}
     for content, known in ((bmcook, _BMCOOK), (scheme, _SCHEME)):
         for key in known.keys() - invalid:
@@ -210,7 +213,7 @@ def _build(key: str, section: Any, value: Any) -> Any:
 
 
 def _typed(section: type, value: dict[str, Any]) -> dict[str, Any]:
-    """JSON's values as the types of the section's fields: whole numbers to floats, lists to tuples."""
+    """Converts JSON values to the types of the section's fields: whole numbers to floats, lists to tuples."""
     hints = get_type_hints(section)
     return {key: _converted(hints.get(key), entry) for key, entry in value.items()}
 

@@ -1,4 +1,4 @@
-"""`--set a.b=c`: changes to the two files from the command line, made before they are checked."""
+"""`--set a.b=c`: command-line overrides of the two configuration files, applied before the check."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from cook.config.schema import Keys, dotted, load_schema, shown
 
 @dataclass(frozen=True, kw_only=True)
 class Override:
-    """One `--set`."""
+    """One `--set` option."""
 
     keys: tuple[str, ...]
-    """The dotted path, taken apart."""
+    """The parts of the dotted path."""
 
     value: Any
-    """The new value: parsed as JSON, or the text itself where it is no JSON."""
+    """The new value, parsed as JSON. The text itself if it is not valid JSON."""
 
     text: str
     """As the user wrote it."""
 
     @property
     def is_scheme(self) -> bool:
-        """True if it changes the scheme; its top-level names exist nowhere in `bmcook.json`."""
+        """True if it changes the scheme, whose top-level names do not occur in `bmcook.json`."""
         return self.keys[0] in load_schema("l0_pruning")["properties"]
 
 
 def parse_override(text: str) -> Override:
-    """Reads one `a.b=c`.
+    """Parses an override `a.b=c`.
 
     Raises:
-        UserError: There is no `=`, or the path has an empty part.
+        UserError: The `=` is missing, or the path has an empty part.
     """
     path, equals, written = text.partition("=")
     keys = tuple(path.strip().split("."))
@@ -43,12 +43,15 @@ def parse_override(text: str) -> Override:
 
 
 def apply_override(root: dict[str, Any], override: Override) -> Keys:
-    """Writes an override's value into `root`, in place, and returns where it stands now.
+    """Applies an override to `root`, in place.
 
-    Missing and null objects on the way are made. A list takes an index or, for stages, a name.
+    Missing and null objects on the path are created. A list entry is selected by index or, for stages, by name.
+
+    Returns:
+        The keys and list indices of the changed value.
 
     Raises:
-        UserError: The path leads through a value that has no keys, or to a list entry that does not exist.
+        UserError: The path leads through a value without keys, or to a list entry that does not exist.
     """
     node: Any = root
     place: Keys = ()
@@ -63,7 +66,7 @@ def apply_override(root: dict[str, Any], override: Override) -> Keys:
 
 
 def _step(node: Any, key: str, override: Override, place: Keys) -> Any:
-    """The key or index by which `key` selects something in `node`."""
+    """The dictionary key or list index that `key` selects in `node`."""
     if isinstance(node, dict):
         return key
     if not isinstance(node, list):
@@ -87,11 +90,11 @@ def _step(node: Any, key: str, override: Override, place: Keys) -> Any:
 def _parse_value(written: str, text: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) != len(pairs):
-            raise UserError(f"--set {text}: a key stands twice in one object", remedy="keep one of them")
+            raise UserError(f"--set {text}: a key appears twice in one object", remedy="keep one of them")
         return dict(pairs)
 
     def no_constant(name: str) -> NoReturn:
-        raise ValueError(f"{name} is no JSON")
+        raise ValueError(f"{name} is not valid JSON")
 
     try:
         return json.loads(written, object_pairs_hook=unique, parse_constant=no_constant)

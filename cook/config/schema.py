@@ -1,4 +1,4 @@
-"""Checks a JSON value against one of the schemas and says in plain words what is wrong, all of it at once."""
+"""Checks a JSON value against a schema and reports all errors at once, in plain words."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from cook.base.files import read_json
 
 SchemaName = Literal["bmcook", "l0_pruning", "tasks"]
 Keys = tuple[str | int, ...]
-"""Where a value stands: the keys and list indices that lead to it."""
+"""The keys and list indices that lead to a value."""
 
 MAX_DEPTH = 32
-"""Deepest nesting that is still read as a configuration; the schemas need 6."""
+"""Maximal nesting depth of a configuration. The schemas need 6."""
 
 TYPE_NAMES = {
     "object": "an object",
@@ -47,13 +47,13 @@ LIMIT_NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One mistake, and the top-level section that cannot be used because of it."""
+    """One error, and the top-level section that it makes invalid."""
 
     section: str
-    """Top-level key; empty if the whole file is affected."""
+    """Top-level key. Empty if the whole file is affected."""
 
     error: UserError
-    """What to tell the user."""
+    """The error to report."""
 
 
 @dataclass(frozen=True)
@@ -66,17 +66,17 @@ class _Message:
 
 @cache
 def load_schema(name: SchemaName) -> dict[str, Any]:
-    """The JSON schema of a file or of the task command's options, as `python -m cook.config` wrote it: read only."""
+    """Loads the JSON schema of a file or of the task command's options. Callers must not modify it."""
     return read_json(Path(__file__).parent / "schemas" / f"{name}.schema.json")
 
 
 def dotted(keys: Sequence[str | int]) -> str:
-    """Keys as the user writes them for `--set`: `stages.0.training.steps`."""
+    """Joins keys as in `--set`, for example `stages.0.training.steps`."""
     return ".".join(str(key) for key in keys)
 
 
 def subschema(name: SchemaName, keys: Sequence[str | int]) -> dict[str, Any]:
-    """The schema of the value at `keys`; empty where the schema describes nothing."""
+    """Returns the schema of the value at `keys`, or an empty one if the schema does not describe it."""
     node = load_schema(name)
     for key in keys:
         node = node.get("items", {}) if isinstance(key, int) else node.get("properties", {}).get(key, {})
@@ -84,10 +84,13 @@ def subschema(name: SchemaName, keys: Sequence[str | int]) -> dict[str, Any]:
 
 
 def with_home(value: Any, node: dict[str, Any]) -> Any:
-    """A value with `~` resolved in every path that its schema describes. A file so named is written `./~file`."""
+    """Returns `value` with `~` expanded in every path that the schema describes.
+
+    To name a file that begins with `~`, write `./~file`.
+    """
     if isinstance(value, str):
         return os.path.expanduser(value) if node.get("format") == "path" else value
-    inherited = {"format": "path"} if node.get("format") == "path" else {}  # all texts inside may be paths
+    inherited = {"format": "path"} if node.get("format") == "path" else {}  # any string inside may be a path
     if isinstance(value, dict):
         below = node.get("properties", {})
         return {key: with_home(entry, {**below.get(key, {}), **inherited}) for key, entry in value.items()}
@@ -97,7 +100,7 @@ def with_home(value: Any, node: dict[str, Any]) -> Any:
 
 
 def wanted(node: dict[str, Any]) -> str:
-    """What a subschema accepts, in words."""
+    """Describes in words which values a schema accepts."""
     if "title" in node:
         return str(node["title"])
     if "enum" in node:
@@ -113,7 +116,7 @@ def wanted(node: dict[str, Any]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as an error message quotes it, shortened."""
+    """Formats a value for an error message, shortened if necessary."""
     if isinstance(value, dict):
         return f"an object with {len(value)} key(s)"
     if isinstance(value, list):
@@ -123,13 +126,17 @@ def shown(value: Any) -> str:
 
 
 def schema_findings(value: Any, name: SchemaName, label: str, set_by: dict[Keys, str] | None = None) -> list[Finding]:
-    """Every breach of a schema, in the order of the file.
+    """Finds all violations of a schema.
 
     Args:
-        value: The parsed file, overrides applied.
-        name: Which schema.
-        label: The file's path, for the messages.
-        set_by: For every value that an override wrote, the text of that override: it is blamed instead of the file.
+        value: The parsed file, with overrides applied.
+        name: The name of the schema.
+        label: The path of the file, for the messages.
+        set_by: For each value that an override set, the text of that override. Messages then name the override instead
+            of the file.
+
+    Returns:
+        The violations, in the order of the file.
     """
     deep = _too_deep(value)
     if deep is not None:
@@ -142,7 +149,7 @@ def schema_findings(value: Any, name: SchemaName, label: str, set_by: dict[Keys,
     for error in validator.iter_errors(value):
         place: Keys = tuple(error.absolute_path)
         for keys, message in _messages(error, place, name):
-            # One mistake may break several keywords at one place; `wanted` names them all together.
+            # One value may violate several keywords. `wanted` describes all of them, so one error is enough.
             found.setdefault(keys, _located(message, keys, label, set_by or {}))
     return [
         Finding(section=str(keys[0]) if keys else "", error=error)
@@ -162,7 +169,7 @@ _Validator = jsonschema.validators.extend(
 
 
 def _walk(value: Any) -> Iterator[tuple[Keys, Any]]:
-    # A stack of our own: deep nesting would break a recursive walk.
+    # Not recursive, since the nesting may be deeper than Python's recursion limit.
     stack: list[tuple[Keys, Any]] = [((), value)]
     while stack:
         keys, node = stack.pop()
@@ -177,12 +184,22 @@ def _too_deep(value: Any) -> Keys | None:
 
 
 def _unusable(value: Any) -> Iterator[tuple[Keys, _Message]]:
-    """Values that JSON can write and no run can use, wherever they stand."""
+    """Yields values that JSON can represent but no setting can have."""
     for keys, node in _walk(value):
-        if isinstance(node, float) and not math.isfinite(node):  # strict JSON has no infinity, but 1e999 is read as one
+        if isinstance(node, float) and not math.isfinite(
+            node
+        ):  # strict JSON has no infinity, but Python reads 1e999 as infinity
             yield keys, _Message("wrong value at", "a finite number", "a number too large to be stored")
         if isinstance(node, str) and any("\ud800" <= letter <= "\udfff" for letter in node):
-            yield keys, _Message("wrong value at", "text", shown(node), "half of a surrogate pair is no character")
+            yield (
+                keys,
+                _Message(
+                    "wrong value at",
+                    "text",
+                    shown(node),
+                    "remove the half of a surrogate pair, which is not a character",
+                ),
+            )
 
 
 def _messages(error: jsonschema.ValidationError, place: Keys, name: SchemaName) -> Iterator[tuple[Keys, _Message]]:
@@ -222,7 +239,7 @@ def _located(message: _Message, keys: Keys, label: str, set_by: dict[Keys, str])
 
 
 def _file_order(value: Any, keys: Keys) -> tuple[int, ...]:
-    """Sort key: the position at every level; a key that is missing comes after those that are there."""
+    """Sort key: the position at every level. Missing keys come after those in the file."""
     order = []
     for key in keys:
         if isinstance(value, dict):

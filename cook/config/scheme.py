@@ -1,4 +1,4 @@
-"""The sections of the scheme `l0_pruning.json`: what the masks look like before and after, and where they are kept."""
+"""The sections of the pruning scheme `l0_pruning.json`, and the `pattern` section of `bmcook.json`."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ StageName = Literal[
     "pattern",
     "random_baseline",
 ]
-"""The stages of the recipe, each a training run of its own."""
+"""The possible stages of a recipe. Each is a separate training run."""
 
 STAGE_NAMES: tuple[StageName, ...] = get_args(StageName)
 
 MaskMethod = Literal["coarse-grained", "fine-grained", "joint", "pattern", "m4n2_1d", "m4n2_2d"]
-"""`coarse-grained` prunes whole attention and FFN blocks, `fine-grained` prunes heads or FFN dims inside them, `joint`
-all at once; `pattern` prunes single weights in a pattern, `m4n2_1d` and `m4n2_2d` two of four weights."""
+"""`coarse-grained` prunes whole attention and FFN blocks, `fine-grained` prunes heads or FFN dims inside them, and
+`joint` prunes all of these at once. `pattern` prunes single weights in a pattern; `m4n2_1d` and `m4n2_2d` prune two of
+every four weights."""
 
 PATTERN_METHODS: tuple[MaskMethod, ...] = ("pattern", "m4n2_1d", "m4n2_2d")
 """The methods that prune single weights."""
 
 PatternScore = Literal["taylor_w2", "taylor", "magnitude"]
-"""What a weight is worth, from its value and its gradient."""
+"""How the importance of a weight is computed from its value and gradient."""
 
 NUMBERED = (
     "whole_head",
@@ -47,24 +48,24 @@ NUMBERED = (
 )
 """The patterns of types 0 to 8."""
 NAMES = (*NUMBERED, "unstructured", "m4n2_1d", "m4n2_2d")
-"""All patterns."""
+"""The names of all patterns."""
 
 PruneMode = Literal["att", "ffn"]
 """Which units a fine-grained stage prunes: attention heads or FFN dims."""
 
 
 RelaxationName = Literal["auto", "deterministic", "hard_concrete"]
-"""What stands for a 0/1 mask while it is learned."""
+"""The relaxation of a 0/1 mask while it is learned."""
 
 GatesStart = Literal["open", "taylor", "fisher"]
-"""How gates begin."""
+"""How gates are initialised."""
 
 HeadUnitChoice = Literal["auto", "kv_group", "query_head"]
-"""What a unit of attention is where query heads share keys and values."""
+"""The unit of attention that is pruned if query heads share keys and values."""
 
 Scope = Literal["block", "global"]
-"""Over what a budget is held: `block`, every block ends with the same number of units; `global`, one budget for all
-blocks, which come out uneven."""
+"""The scope of a budget. `block`: every block ends with the same number of units. `global`: one budget for all blocks,
+which may end with different sizes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +76,10 @@ class CoarseConfig:
     """True: the mask is learned together with the weights. False: it is read, made binary and fixed (finetuning)."""
 
     coarse_mask: MaskPath
-    """Layer mask file: written when learned, read when fixed."""
+    """Layer mask file. Written when the mask is learned, read when it is fixed."""
 
     target_sparsity: Share
-    """Share of the parameters of all attention and FFN blocks to remove."""
+    """Fraction of the parameters of all attention and FFN blocks to remove."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +90,8 @@ class FineConfig:
     """True: the mask is learned together with the weights. False: it is read, made binary and fixed (finetuning)."""
 
     coarse_mask: MaskPath | None = None
-    """Layer mask file that says which blocks are kept. None only if the model's layers are already physically
-    removed."""
+    """Layer mask file with the blocks that are kept. None is possible only if the layers have already been physically
+    removed from the model."""
 
     num_heads: Size
     """Attention heads per block before pruning."""
@@ -99,19 +100,19 @@ class FineConfig:
     """FFN dims per block before pruning."""
 
     target_num_heads: Size
-    """Heads that every kept attention block ends with."""
+    """Heads per kept attention block after pruning."""
 
     target_dimff: Size
-    """Dims that every kept FFN block ends with."""
+    """FFN dims per kept FFN block after pruning."""
 
     head_unit: HeadUnitChoice = "auto"
-    """Unit of removal where query heads share keys and values. `kv_group`: a key-value head with all its query heads;
-    `query_head`: query heads, equally many from each group; `auto`: groups if `target_num_heads` is a multiple of their
-    size, else query heads."""
+    """Unit that is removed if query heads share keys and values. `kv_group`: a key-value head with all of its query
+    heads. `query_head`: query heads, the same number from each group. `auto`: groups if `target_num_heads` is a
+    multiple of the group size, else query heads."""
 
     allow_remote_code: bool = False
-    """True: the targets may lead to a model that the family's stock class cannot hold. It is then exported with a
-    modeling file of its own."""
+    """True: the targets may lead to a model that the stock class of its family cannot represent. It is then exported
+    together with its own modeling file."""
 
     heads_mask: MaskPath | None = None
     """Head mask file: written by att mask training, read by all later stages."""
@@ -120,16 +121,16 @@ class FineConfig:
     """FFN mask file: written by ffn mask training, read by all later stages."""
 
     scope: Scope = "block"
-    """`block`: every kept block ends with the targets; `global`: the blocks share as many heads (or dims) as the
-    targets would leave in all, and end uneven."""
+    """`block`: every kept block ends with the targets. `global`: the blocks share the total number of heads (or dims)
+    that the targets give, and may end with different sizes."""
 
     prune_mode: PruneMode
-    """What the described stage prunes: `att`: heads; `ffn`: FFN dims."""
+    """The units that the described stage prunes. `att`: heads; `ffn`: FFN dims."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JointConfig:
-    """The scheme's `joint` section: heads, dims and, where wanted, blocks in one stage.
+    """The scheme's `joint` section: heads, dims and optionally blocks in one stage.
 
     Sizes, targets and mask files are those of `fine-grained`.
     """
@@ -138,21 +139,21 @@ class JointConfig:
     """True: the masks are learned together with the weights. False: they are read and fixed (finetuning)."""
 
     scope: Scope = "block"
-    """`block`: every kept block ends with the targets of `fine-grained`; `global`: one budget for all heads and dims of
-    the model, whose blocks end uneven."""
+    """`block`: every kept block ends with the targets of `fine-grained`. `global`: one budget for all heads and dims of
+    the model, whose blocks may end with different sizes."""
 
     target_sparsity: Share | None = None
-    """Scope `block`: share of the blocks' parameters to remove as whole blocks. None: all blocks stay."""
+    """Scope `block`: fraction of the blocks' parameters to remove as whole blocks. None: all blocks stay."""
 
     target_params: Share | None = None
-    """Scope `global`: share of the parameters of all heads and dims to keep. Where this and `target_flops` are None: as
-    many as even blocks would have with the targets of `fine-grained`."""
+    """Scope `global`: fraction of the parameters of all heads and dims to keep. If this and `target_flops` are None,
+    the budget is the number of parameters of equal blocks with the targets of `fine-grained`."""
 
     target_flops: Share | None = None
-    """Scope `global`: share of the forward FLOPs per token of all heads and dims to keep."""
+    """Scope `global`: fraction of the forward FLOPs per token of all heads and dims to keep."""
 
     flops_length: Size | None = None
-    """Keys that a query attends to, for `target_flops`. None: `data.max_length`."""
+    """Number of keys that a query attends to, for `target_flops`. None: `data.max_length`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,9 +161,9 @@ class GatesConfig:
     """The scheme's optional `gates` section: how masks are learned."""
 
     relaxation: RelaxationName = "auto"
-    """What a gate is during learning. `deterministic`: a number from 0 to 1, made binary at the end by a concave term;
-    `hard_concrete`: a noisy sample of the L0 distribution; `auto`: hard concrete where only blocks are learned, else
-    deterministic."""
+    """How gates are relaxed during learning. `deterministic`: a number from 0 to 1 that a concave term makes binary
+    towards the end. `hard_concrete`: a random sample of the hard concrete (L0) distribution. `auto`: hard concrete if
+    only blocks are learned, else deterministic."""
 
     learning_rate: Annotated[
         float | None,
@@ -175,7 +176,7 @@ class GatesConfig:
             default="auto",
         ),
     ] = None
-    """Learning rate of the gates. "auto": chosen by the number of steps of the stage."""
+    """Learning rate of the gates. "auto": derived from the number of steps of the stage."""
 
     ramp: Annotated[
         float | None,
@@ -188,22 +189,23 @@ class GatesConfig:
             default="auto",
         ),
     ] = None
-    """Fraction of the stage's steps in which the target rises from 0 to its final value. "auto": 0.4 for
-    deterministic gates, 0.6 for hard concrete ones."""
+    """Fraction of the stage's steps over which the sparsity target rises from 0 to its final value. "auto": 0.4 for
+    deterministic gates, 0.6 for hard concrete gates."""
 
     concavity: Annotated[float, Limits(minimum=0, maximum=100)] = 2.0
-    """Deterministic gates: final weight of the concave term, in root mean squares of a gate's gradient. In the last
-    steps it grows beyond this without bound."""
+    """Deterministic gates: final weight of the concave term, in units of the root mean square of a gate's gradient. In
+    the last steps it grows beyond this value without bound."""
 
     initial_log_alpha: Annotated[float, Limits(minimum=-4.6, maximum=4.6)] = 3.0
-    """Hard concrete gates: log_alpha before the first step. With 3 a gate is almost surely open."""
+    """Hard concrete gates: log_alpha before the first step. With 3, a gate is almost always open."""
 
     start: GatesStart = "open"
-    """`open`: all gates start alike. `taylor`, `fisher`: all gates stay open for the first `start_steps`, then start by
-    the rank of a score of the gradients gathered in these steps."""
+    """`open`: all gates start with the same value. `taylor`, `fisher`: all gates stay open for the first `start_steps`
+    steps, and then start with a value given by the rank of their score. The score is accumulated from the gradients of
+    these steps."""
 
     start_steps: Annotated[int, Limits(minimum=1, maximum=10**5)] = 8
-    """Steps in which the score is gathered, at most a quarter of the stage."""
+    """Steps over which the score is accumulated, at most a quarter of the stage."""
 
 
 PatternType = Annotated[int | str, Limits(enum=[*range(len(NUMBERED)), *NAMES])]
@@ -214,47 +216,47 @@ class Quirks:
     """Behaviours of the original system, each off by default: off is the corrected behaviour."""
 
     input_row_heads: bool = False
-    """Types 0 and 1: group the input rows of query, key and value, each by itself, so that no head disappears.
-    Corrected: a head is its output columns of the three and its input rows of the attention output, scored and removed
-    together."""
+    """Types 0 and 1: the input rows of query, key and value are grouped separately, so that no head disappears.
+    Corrected: a head consists of its output columns in the three matrices and its input rows in the attention output,
+    which are scored and removed together."""
 
     per_dimension_sparsity: bool = False
-    """Type 8: s is what each of the two dimensions loses, 1 − (1 − s)² in all.
-    Corrected: s is what the whole network loses, to the nearest row tile."""
+    """Type 8: s is the sparsity of each of the two dimensions, 1 − (1 − s)² in total.
+    Corrected: s is the sparsity of the whole network, to the nearest row tile."""
 
     raw_width_norms: bool = False
     """Type 8: column norms are divided by K and row-tile norms by the tile's raw width, which over-prunes wide
     matrices. Corrected: root mean squares over the kept width."""
 
     revive: bool = False
-    """Types 4 and 8: what an earlier stage pruned can come back, by a tie at zero or by tile cuts that moved.
-    Corrected: pruned stays pruned."""
+    """Types 4 and 8: weights that an earlier stage pruned can come back, because of ties at zero or shifted tiles.
+    Corrected: pruned weights stay pruned."""
 
     vector_keeps_all: bool = False
-    """Type 4: a sparsity that leaves less than one weight of a vector keeps the whole vector.
+    """Type 4: a sparsity that leaves less than one weight per vector keeps the whole vector.
     Corrected: at least one weight is kept."""
 
     whole_percents: bool = False
-    """The sparsity is cut down to a whole number: 62.5 means 62. Corrected: fractions count."""
+    """The sparsity is truncated to a whole percentage: 62.5 means 62. Corrected: fractions are used."""
 
     drifting_weights: bool = False
-    """Masks hold the gradients only: pruned weights drift under weight decay and stale moments.
+    """Masks zero only the gradients: pruned weights drift because of weight decay and old optimizer moments.
     Corrected: gradients, moments and weights of pruned entries are exactly 0."""
 
     empty_ratio_fails: bool = False
-    """A matrix that ends empty ends the run: the ratio of its size to what is left divides by zero.
-    Corrected: it is reported as 100% pruned."""
+    """The run fails if a matrix ends empty, because a ratio is divided by zero.
+    Corrected: the matrix is reported as 100% pruned."""
 
     total_of_stage: bool = False
-    """The total reduction that is reported is the stage's own. Corrected: it is against the dense model."""
+    """The reported total reduction is that of the stage. Corrected: it is relative to the dense model."""
 
     schedule_goes_on: bool = False
-    """The recovery's learning rate starts at the scoring steps' count, and reaches 0 too early.
-    Corrected: each stage's recovery has its own full schedule."""
+    """The learning rate schedule of the recovery starts after the scoring steps, and reaches 0 too early.
+    Corrected: the recovery of each stage has its own full schedule."""
 
     @classmethod
     def historical(cls) -> Quirks:
-        """All of them on: the original system's behaviour."""
+        """Returns the behaviour of the original system: all quirks on."""
         return cls(**{field.name: True for field in fields(cls)})
 
 
@@ -263,10 +265,10 @@ QuirkName = Annotated[str, Limits(enum=[field.name for field in fields(Quirks)])
 
 @dataclass(frozen=True, kw_only=True)
 class PatternConfig:
-    """The `pattern` section of `bmcook.json`: which single weights go, and how they are scored."""
+    """The `pattern` section of `bmcook.json`: which single weights are removed, and how they are scored."""
 
     type: PatternType
-    """0 to 8, or the pattern's name."""
+    """Number (0 to 8) or name of the pattern."""
 
     sparsity: Annotated[float, Limits(minimum=0, maximum=100)]
     """Percent of the weights of the matrices in `pruned_module` to remove."""
@@ -275,10 +277,10 @@ class PatternConfig:
     """Columns per tile."""
 
     local_granularities: tuple[Size, Size] = (32, 128)
-    """Type 6: columns per tile of query, key and value, and of the other matrices."""
+    """Type 6: columns per tile, first for query, key and value, then for the other matrices."""
 
     block: Size = 32
-    """Type 5: side of a block."""
+    """Type 5: side length of a block, in weights."""
 
     vector: Size = 16
     """Type 4: rows per vector."""
@@ -287,10 +289,10 @@ class PatternConfig:
     """`taylor_w2`: (g·W²)²; `taylor`: (g·W)²; `magnitude`: |W|."""
 
     scoring_steps: Size = 100
-    """Batches whose gradients are gathered with the weights frozen. `magnitude` needs none."""
+    """Steps with frozen weights over which the gradients for the scores are accumulated. Unused by `magnitude`."""
 
     previous_mask: UserPath | None = None
-    """Mask file of an earlier stage: what it prunes stays pruned."""
+    """Mask file of an earlier stage. The weights that it prunes stay pruned."""
 
     quirks: Annotated[tuple[QuirkName, ...], Limits(maxItems=20)] = ()
-    """Historical behaviours to repeat, by their names."""
+    """Names of historical behaviours to reproduce."""

@@ -1,4 +1,4 @@
-"""A config.json of stock transformers as its config object, whatever the file says."""
+"""Builds the config object of a stock transformers model from any config.json, safely."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PASSING = (
     "auto_map",
     "dtype",
     "torch_dtype",
-    # How and where a model runs. An attention implementation may be the name of a kernel to download and run.
+    # These select how and where a model runs. An attention implementation may name a kernel to download and run.
     "attn_implementation",
     "_attn_implementation",
     "_attn_implementation_internal",
@@ -28,16 +28,16 @@ PASSING = (
     "output_attentions",
     "output_hidden_states",
 )
-"""Fields that say nothing about the model's weights."""
+"""Fields that do not affect the model's weights."""
 LARGEST = {"num_hidden_layers": 10_000, "n_layer": 10_000, "num_layers": 10_000, "num_labels": 1_000_000}
-"""Numbers above which not even a config or a model without weights is made: each is as many Python objects."""
+"""Upper limits. Each of these counts is a number of Python objects, even for a config or a model without weights."""
 
 
 def check_counts(config: Mapping[str, Any]) -> None:
-    """Refuses numbers of layers and labels with which transformers would fill the memory.
+    """Refuses numbers of layers and labels with which transformers would exhaust the memory.
 
     Raises:
-        UserError: naming the field.
+        UserError: a number is too large. The message names the field.
     """
     for name, largest in LARGEST.items():
         value = config.get(name)
@@ -46,15 +46,15 @@ def check_counts(config: Mapping[str, Any]) -> None:
 
 
 def stock_config(kind: Any, config: Mapping[str, Any]) -> Any:
-    """The object of a config class.
+    """Creates an object of a config class.
 
     Args:
-        kind: The class, of transformers or derived from one.
-        config: What config.json holds; `PASSING` fields are left out.
+        kind: A config class of transformers, or one derived from it.
+        config: The content of config.json. `PASSING` fields are ignored.
 
     Raises:
-        UserError: a value that the class refuses.
+        UserError: the class refuses a value.
     """
     check_counts(config)
-    with library_errors("the model's config is refused by transformers"):
+    with library_errors("transformers refuses the model's config"):
         return kind(**{name: value for name, value in config.items() if name not in ("model_type", *PASSING)})

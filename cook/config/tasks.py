@@ -1,7 +1,6 @@
-"""The settings of fine-tuning and pattern pruning on GLUE and SQuAD, and the command-line options made from them.
+"""The settings of fine-tuning and pattern pruning on GLUE and SQuAD, and the command-line options generated from them.
 
-The dataclass is the only description: `python -m cook.config` makes the schema from it, in which the command finds its
-options, their help and their limits.
+`python -m cook.config` generates the schema from the dataclass. The command takes its options, help and limits from it.
 """
 
 from __future__ import annotations
@@ -27,126 +26,126 @@ Sparsities = Annotated[tuple[float, ...], Limits(title="numbers, separated by sp
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """A run on a task."""
+    """The settings of a run on a GLUE task or SQuAD."""
 
     mode: TaskMode
-    """`pretrain`: fine-tune the dense model on the task; `prune`: score, mask, recover, stage by stage; `export`: write
-    the compact model."""
+    """`pretrain`: fine-tune the dense model on the task. `prune`: score, mask and recover, stage by stage. `export`:
+    write the compact model."""
 
     task_name: str
     """CoLA, SST-2, MRPC, STS-B, QQP, MNLI, QNLI, RTE, WNLI, SQuAD1.1 or SQuAD2.0."""
 
     data_dir: UserPath = "data/glue"
-    """Folder of the tasks' folders, or for SQuAD of its JSON files."""
+    """Folder that contains the tasks' folders, or for SQuAD its JSON files."""
 
     model: str = ""
-    """What `pretrain` fine-tunes: a Hugging Face folder or Hub name, or a folder as Google distributed BERT."""
+    """The model that `pretrain` fine-tunes: a Hugging Face folder or Hub name, or a BERT folder from Google."""
 
     output_dir: UserPath = ""
-    """Folder of all outputs; default: results/tasks/TASK."""
+    """Folder for all outputs; default: results/tasks/TASK."""
 
     finetuned: UserPath = ""
-    """The dense model to prune; default: what `pretrain` left in the output folder."""
+    """The dense model to prune; default: the result of `pretrain` in the output folder."""
 
     pruning_type: str = "8"
-    """0 to 8, or a pattern's name, such as tile_wise_k, unstructured, m4n2_1d."""
+    """Number (0 to 8) or name of the pattern, such as tile_wise_k, unstructured, m4n2_1d."""
 
     granularity: Size = 128
-    """G, columns of a tile."""
+    """Columns per tile (G)."""
 
     block: Size = 32
-    """B, side of a block (type 5)."""
+    """Side length of a block (B, type 5)."""
 
     vector: Size = 16
-    """Inputs of a vector (type 4)."""
+    """Inputs per vector (type 4)."""
 
     score: PatternScore = "taylor_w2"
     """Importance of a weight: taylor_w2, taylor or magnitude."""
 
     quirks: str = ""
-    """Historical behaviours to repeat: `historical` for all, or names separated by commas."""
+    """Historical behaviours to reproduce: `historical` for all, or names separated by commas."""
 
     sparsities: Sparsities = (50.0,)
-    """Percent after each stage, rising."""
+    """Sparsity in percent after each stage, in ascending order."""
 
     scoring_steps: Size = 100
-    """Batches that a stage's scores are taken over."""
+    """Steps over which the scores of a stage are accumulated."""
 
     epochs: Positive = 3.0
-    """Passes over the training data: of the fine-tuning, or of each stage's recovery."""
+    """Epochs of the fine-tuning, or of the recovery of each stage."""
 
     train_batch_size: Size = 32
-    """Rows a step, over all devices."""
+    """Rows per step, over all ranks."""
 
     micro_batch_size: Size = 32
-    """Rows that one device holds at a time, at most."""
+    """Maximal number of rows that a rank processes at once."""
 
     eval_batch_size: Size = 64
-    """Rows of a batch in evaluations."""
+    """Rows per batch in evaluations."""
 
     learning_rate: Positive = 2e-5
-    """Peak, reached after the warm-up, falling linearly to 0."""
+    """Peak learning rate, reached after the warmup; it then falls linearly to 0."""
 
     warmup: Fraction = 0.1
-    """Fraction of the steps in which the rate rises."""
+    """Fraction of the steps in which the learning rate rises."""
 
     weight_decay: Fraction = 0.01
-    """AdamW's, on matrices only."""
+    """Weight decay of AdamW, on matrices only."""
 
     clip: Scale = 1.0
-    """Largest norm of the gradient."""
+    """Maximal gradient norm. 0: no clipping."""
 
     max_length: Annotated[int, Limits(minimum=4, maximum=10**9)] = 128
-    """Tokens of a row at most."""
+    """Maximal number of tokens per row."""
 
     doc_stride: Size = 128
-    """SQuAD: tokens between the starts of two windows on a long document."""
+    """SQuAD: tokens between the starts of two windows of a long document."""
 
     max_query_length: Size = 64
-    """SQuAD: tokens of a question at most."""
+    """SQuAD: maximal number of tokens in a question."""
 
     n_best: Size = 20
     """SQuAD: length of the n-best lists."""
 
     max_answer_length: Size = 30
-    """SQuAD: tokens of an answer at most."""
+    """SQuAD: maximal number of tokens in an answer."""
 
     null_threshold: float = 0.0
-    """SQuAD2.0: no answer is given where it scores higher than the best answer by more than this."""
+    """SQuAD2.0: the answer is empty if "no answer" scores higher than the best answer by more than this."""
 
     distillation: Scale = 0.0
-    """GLUE: weight of the divergence from the dense model's predictions in recoveries; 0: off."""
+    """GLUE: weight of the divergence from the dense model's predictions in recoveries. 0: off."""
 
     temperature: Positive = 2.0
-    """Softens both predictions in the distillation."""
+    """Temperature that softens both predictions in the distillation."""
 
     precision: Precision = "auto"
-    """Auto (bf16 where the device has it), fp32, bf16 or fp16."""
+    """Auto (bf16 if the device supports it), fp32, bf16 or fp16."""
 
     deepspeed: UserPath = ""
-    """File with a DeepSpeed config; default: ZeRO 0 on one device, 2 on several."""
+    """File with a DeepSpeed config; default: ZeRO stage 0 on one rank, 2 on several."""
 
     save_every: Count = 0
-    """Steps between checkpoints; 0: at the end of a training only."""
+    """Steps between checkpoints. 0: only at the end of a training."""
 
     log_every: Size = 10
     """Steps between log lines."""
 
     tensorboard: bool = True
-    """True or false: scalars for TensorBoard."""
+    """True or false: whether to write scalars for TensorBoard."""
 
     threads: Count = 0
-    """CPU threads a process; 0: the machine's, shared out."""
+    """CPU threads per rank. 0: the machine's cores divided by its ranks."""
 
     rank_timeout: Scale = 300.0
-    """Seconds after which a silent device or an unfinished step ends the run; ten times as many for a first step or a
-    save; 0: never."""
+    """Seconds after which a silent rank or an unfinished step ends the run; ten times as many for a first step or a
+    save. 0: never."""
 
     seed: Count = 42
-    """Of fresh weights, data order and dropout."""
+    """Seed of new weights, data order and dropout."""
 
     resume: Literal["auto", "never"] = "auto"
-    """Auto: skip what is finished and go on from checkpoints; never: do it all again."""
+    """Auto: skip finished stages and resume from checkpoints. Never: start over."""
 
     @property
     def is_squad(self) -> bool:
@@ -154,19 +153,22 @@ class TaskConfig:
 
     @property
     def folder(self) -> Path:
-        """Where everything goes."""
+        """The folder for all outputs."""
         return Path(self.output_dir or f"results/tasks/{self.task_name}")
 
     def steps(self, rows: int) -> int:
-        """Optimizer steps of the epochs over so many rows; the last batch is filled up with the next epoch's first."""
+        """Returns the number of optimizer steps for `rows` rows per epoch.
+
+        The last batch is filled with the first rows of the next epoch.
+        """
         return max(1, math.ceil(self.epochs * rows / self.train_batch_size))
 
     def training(self, steps: int, *, frozen: bool = False) -> TrainingConfig:
-        """The training section of one of the run's trainings.
+        """Returns the training settings of one training of the run.
 
         Args:
-            steps: Optimizer steps.
-            frozen: True: weights stay exactly as they are, for scores.
+            steps: Number of optimizer steps.
+            frozen: True: the weights do not change, for scoring.
         """
         return TrainingConfig(
             steps=steps,
@@ -187,7 +189,7 @@ class TaskConfig:
         )
 
     def deepspeed_config(self) -> dict[str, Any]:
-        """The DeepSpeed config, its "auto" values not yet filled in."""
+        """Reads the DeepSpeed config, with its "auto" values unchanged."""
         if not self.deepspeed:
             return {}
         content = read_json(self.deepspeed)
@@ -197,10 +199,10 @@ class TaskConfig:
 
 
 def parse_task_options(arguments: list[str] | None = None) -> TaskConfig:
-    """The config from a command line; all mistakes in it at once.
+    """Parses the command line.
 
     Raises:
-        UserErrors: values that cannot be.
+        UserErrors: all invalid values.
     """
     options = load_schema("tasks")["properties"]
     parser = argparse.ArgumentParser(
@@ -221,8 +223,7 @@ def parse_task_options(arguments: list[str] | None = None) -> TaskConfig:
     findings = schema_findings(values, "tasks", "options")
     invalid = {finding.section: finding.error.wanted for finding in findings}
     errors = [
-        UserError(f"--{name}: not a usable value", wanted=wanted, got=repr(given[name]))
-        for name, wanted in invalid.items()
+        UserError(f"--{name}: invalid value", wanted=wanted, got=repr(given[name])) for name, wanted in invalid.items()
     ]
     sound = {name: value for name, value in values.items() if name not in invalid}
     config = TaskConfig(**sound | {"sparsities": tuple(sound["sparsities"])} if "sparsities" in sound else sound)
@@ -236,12 +237,12 @@ def parse_task_options(arguments: list[str] | None = None) -> TaskConfig:
 
 
 def _written(value: Any) -> str:
-    """A default as it is given on the command line."""
+    """Formats a default as on the command line."""
     return " ".join(f"{item:g}" for item in value) if isinstance(value, list) else str(value).replace("%", "%%")
 
 
 def _parsed(node: dict[str, Any], text: str) -> Any:
-    """A value of the option's type; the text itself where it is none, for the schema to refuse."""
+    """Converts an option to its type. Returns the text itself if that fails, which the schema then refuses."""
     try:
         if node.get("type") == "array":
             return [float(part) for part in text.replace(",", " ").split()]
@@ -253,5 +254,5 @@ def _parsed(node: dict[str, Any], text: str) -> Any:
 
 
 def settings_fingerprint(config: TaskConfig, names: tuple[str, ...]) -> str:
-    """The values that an outcome depends on, as one text."""
+    """Returns the named settings as one string, for comparison with those of an earlier run."""
     return json.dumps({name: getattr(config, name) for name in names}, sort_keys=True)

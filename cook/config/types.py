@@ -1,8 +1,7 @@
-"""What a run is told to do, as frozen dataclasses: one a section of `bmcook.json` and of the scheme `l0_pruning.json`.
+"""The settings of a run: one frozen dataclass per section of `bmcook.json` and of the scheme `l0_pruning.json`.
 
-A component receives its own section, never the whole `RunConfig`. The defaults here are the only ones: the JSON schemas
-repeat them for the reader, and a test holds the two together. Paths are strings as the user wrote them; they are
-relative to the current working directory.
+A component receives its own section, never the whole `RunConfig`. All defaults are defined here; the JSON schemas are
+generated from them. Paths are strings as the user wrote them, relative to the current working directory.
 """
 
 from __future__ import annotations
@@ -39,16 +38,16 @@ MaskModules = Annotated[list[Annotated[list[bool], Limits(minItems=2, maxItems=2
 
 @dataclass(frozen=True, kw_only=True)
 class CpmLiveKeys:
-    """CPM-Live's configuration of a model, as its authors publish it."""
+    """CPM-Live's model configuration, as published by its authors."""
 
     vocab_size: Size
     """Rows of the token embedding."""
 
     dim_model: Size
-    """Width of the residual stream."""
+    """Hidden size: width of the residual stream."""
 
     num_layers: Size
-    """Layers, each one attention block and one FFN block."""
+    """Number of layers. Each has one attention block and one FFN block."""
 
     num_heads: Size
     """Attention heads per block."""
@@ -57,16 +56,16 @@ class CpmLiveKeys:
     """Width of a head."""
 
     dim_ff: Size
-    """Inner width of an FFN block."""
+    """FFN dimension: inner width of an FFN block."""
 
     dropout_p: Annotated[float, Limits(minimum=0, exclusiveMaximum=1)] = 0.0
     """Dropout probability."""
 
     position_bias_num_buckets: Annotated[Size, Limits(multipleOf=4)]
-    """Buckets of the relative position bias, half of them per direction; a multiple of 4."""
+    """Buckets of the relative position bias, half of them per direction. A multiple of 4."""
 
     position_bias_max_distance: Size
-    """Distance from which on all positions share the last bucket."""
+    """Distance from which all positions share the last bucket."""
 
     eps: Annotated[float, Limits(exclusiveMinimum=0, maximum=1)]
     """Number added to the variance in the layer norms."""
@@ -75,16 +74,16 @@ class CpmLiveKeys:
     """CPM-Live's switch for half precision weights. Unused: see `training.precision`."""
 
     prompt_types: Annotated[Size, Limits(minimum=3)]
-    """Kinds of prompt, one per task. That of the causal language model is number 2."""
+    """Number of prompt types, one per task. The causal language model uses number 2."""
 
     prompt_length: Size
     """Prompt embeddings in front of every row."""
 
     segment_types: Annotated[Size, Limits(minimum=3)]
-    """Segment embeddings. The text of the causal language model is segment 2."""
+    """Number of segment embeddings. The text of the causal language model is segment 2."""
 
     mask_modules: MaskModules = None
-    """A pair [attention, FFN] per layer, true for a block that is physically removed. None: no block is."""
+    """A pair [attention, FFN] per layer, true if the block is physically removed. None: no block is removed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +91,7 @@ class ModelConfig:
     """The model to train or prune: a description, pretrained weights, or both."""
 
     type: ModelType
-    """`cpm_ant`, or `hf`: the Hugging Face folder at `path`, of any family that has an adapter."""
+    """`cpm_ant`, or `hf`: the Hugging Face folder at `path`, of any supported model family."""
 
     config: Annotated[
         dict[str, Any] | None,
@@ -103,8 +102,8 @@ class ModelConfig:
             minLength=1,
         ),
     ] = None
-    """CPM-Live's configuration keys, or the path of a JSON file that holds them, whose content takes its place. None if
-    the folder at `path` has its own."""
+    """CPM-Live's configuration keys, or the path of a JSON file that contains them. None if the folder at `path` has a
+    config."""
 
     path: UserPath | None = None
     """Pretrained weights: a Hugging Face folder, or a CPM-Live `.pt` file that `config` describes. None: random
@@ -113,22 +112,22 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """The tokenizer that turns the corpus into ids."""
+    """The tokenizer that converts the corpus to ids."""
 
     type: TokenizerType
-    """`sentencepiece`: a `.model` file, or one that the run trains; `hf`: a folder that Hugging Face's AutoTokenizer
-    reads; `jieba`: CPM-Ant's `vocab.txt`."""
+    """`sentencepiece`: a `.model` file, or one that the run trains; `hf`: a folder for Hugging Face's AutoTokenizer;
+    `jieba`: CPM-Ant's `vocab.txt`."""
 
     path: UserPath | None = None
     """The tokenizer's file or folder. None (`sentencepiece` only): the run trains one on the corpus."""
 
     vocab_size: Size
-    """Number of ids; at most the model's vocabulary."""
+    """Number of ids, at most the model's vocabulary size."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How one stage trains the weights. A stage's own overrides have the same keys."""
+    """How a stage trains the weights. The overrides of a stage have the same keys."""
 
     steps: Size
     """Optimizer steps, including those that are not applied."""
@@ -137,7 +136,7 @@ class TrainingConfig:
     """Rows per step, over all ranks and accumulation steps: micro_batch_size × accumulation × ranks."""
 
     micro_batch_size: Size
-    """Most rows that one rank holds in memory at a time. Its share of a step may be smaller."""
+    """Maximal number of rows that a rank processes at once. Its share of a step may be smaller."""
 
     learning_rate: Annotated[float, Limits(minimum=0, maximum=100)]
     """Peak learning rate of the weights."""
@@ -146,7 +145,7 @@ class TrainingConfig:
     """Fraction of the steps in which the learning rate rises linearly to its peak."""
 
     schedule: Schedule = "cosine"
-    """Shape of the decay after the warmup."""
+    """Shape of the learning rate's decay after the warmup."""
 
     min_learning_rate: Fraction = 0.1
     """Learning rate at the last step, as a fraction of the peak. Unused by `constant`."""
@@ -155,16 +154,16 @@ class TrainingConfig:
     """Decoupled weight decay (AdamW)."""
 
     clip: Scale = 1.0
-    """Largest global gradient norm. 0: no clipping."""
+    """Maximal global gradient norm. 0: no clipping."""
 
     precision: Precision = "auto"
-    """Arithmetic of the forward and backward passes. `auto`: bf16 where the device has it, else fp32."""
+    """Precision of the forward and backward passes. `auto`: bf16 if the device supports it, else fp32."""
 
     train_weights: bool = True
-    """False: only the gates learn; the weights stay fixed."""
+    """False: only the gates are trained, and the weights stay fixed."""
 
     activation_checkpointing: bool = False
-    """True: activations are computed again in the backward pass, instead of being kept in memory."""
+    """True: activations are recomputed in the backward pass instead of being kept in memory."""
 
     log_every: Size = 10
     """Steps between two log lines."""
@@ -173,46 +172,46 @@ class TrainingConfig:
     """Steps between two checkpoints. 0: only at the end of the stage."""
 
     keep_checkpoints: Size = 2
-    """Number of newest checkpoints that stay on disk."""
+    """Number of most recent checkpoints to keep on disk."""
 
     eval_rows: Count = 256
     """Held-out rows per evaluation. 0: no evaluation."""
 
     max_bad_steps: Size = 3
-    """Failed steps in a row that end the run. A step fails if its loss or gradient is not finite, or if it is skipped
-    as a spike."""
+    """Number of consecutive failed steps that ends the run. A step fails if its loss or gradient is not finite, or if
+    it is skipped as a spike."""
 
     spike: SpikeAction = "off"
-    """What happens at a step far above the recent ones: nothing, a note in the log, no update, or the end of the
-    run."""
+    """What happens in a step whose `spike_measure` is far above the recent ones. `off`: nothing; `log`: it is logged;
+    `skip`: the update is skipped; `stop`: the run ends."""
 
     spike_measure: SpikeMeasure = "gradient_norm"
-    """What is compared: the gradient's global norm, or the loss."""
+    """The value that is compared: the global gradient norm or the loss."""
 
     spike_factor: Annotated[float, Limits(exclusiveMinimum=1, maximum=10**6)] = 10.0
     """A spike is more than this many times the median of the last `spike_window` updates."""
 
     spike_window: Annotated[int, Limits(minimum=1, maximum=10**4)] = 64
-    """Updates that the median is taken of. Until there are as many, no step is a spike."""
+    """Number of updates over which the median is taken. Before that many updates, no step is a spike."""
 
     threads: Annotated[int, Limits(minimum=1, maximum=4096)] | None = None
     """CPU threads per rank. None: the machine's cores divided by its ranks."""
 
     rank_timeout: Scale = 300.0
     """Seconds after which a silent rank or an unfinished step ends the run; ten times as many for a first step, a save
-    or an evaluation. 0: never. Read from the `training` section alone."""
+    or an evaluation. 0: never. Only the value in the `training` section is used."""
 
     def rows_at_once(self, world_size: int) -> int:
-        """Rows of a micro-batch: `micro_batch_size`, or a rank's whole share of the batch where that is smaller."""
+        """Returns the rows per micro-batch: `micro_batch_size`, or a rank's share of the batch if that is smaller."""
         return min(self.micro_batch_size, max(1, self.train_batch_size // world_size))
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    """Where a run reports to, beside its log file."""
+    """Outputs of a run in addition to its log file."""
 
     tensorboard: bool = True
-    """True: scalars for TensorBoard are written inside `output_dir`."""
+    """True: scalars for TensorBoard are written to `output_dir`."""
 
 
 WeightSuffix = Annotated[
@@ -226,25 +225,25 @@ WeightSuffix = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class PruningConfig:
-    """Whether to prune, what, and at which grain."""
+    """Whether to prune, and what."""
 
     is_pruning: bool
     """False: plain pretraining."""
 
     pruning_mask_path: UserPath | None = None
-    """Mask file (`.safetensors`) of a pattern: read and held if it exists, else made and written. None for other
-    methods."""
+    """Mask file (`.safetensors`) of a pattern. It is read and applied if it exists, else made and written. None for
+    other methods."""
 
     pruned_module: Annotated[tuple[WeightSuffix, ...], Limits(minItems=1, maxItems=10**4)]
-    """Suffixes of the names of the weights that may be pruned. No other weight is."""
+    """Suffixes of the names of the weights that may be pruned. No other weights are pruned."""
 
     mask_method: MaskMethod
     """`coarse-grained`: whole attention and FFN blocks; `fine-grained`: heads or FFN dims inside the kept blocks;
-    `joint`: heads, dims and, where wanted, blocks at once; `pattern`: single weights, see the section `pattern`;
-    `m4n2_1d`, `m4n2_2d`: two of four weights along the inputs, or both ways."""
+    `joint`: heads, dims and optionally blocks at once; `pattern`: single weights, see the section `pattern`;
+    `m4n2_1d`, `m4n2_2d`: two of every four weights, along the inputs or in both directions."""
 
     l0_pruning: UserPath = "l0_pruning.json"
-    """The scheme's file, relative to the folder of this one."""
+    """The file of the scheme, relative to the folder of this file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,7 +251,7 @@ class StageEntry:
     """One stage of the recipe."""
 
     name: StageName
-    """Which stage."""
+    """The name of the stage."""
 
     training: Annotated[dict[str, Any], KeysOf(TrainingConfig, complete=False)] = field(default_factory=dict)
     """Keys of `training` that this stage changes."""
@@ -260,13 +259,13 @@ class StageEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class ConfigSource:
-    """The two files that a configuration was read from."""
+    """The files that a configuration was read from."""
 
     bmcook: str
-    """What to do."""
+    """Path of `bmcook.json`."""
 
     l0_pruning: str | None
-    """The scheme; None if plain pretraining was asked for and there is no such file."""
+    """Path of the scheme. None if no scheme is needed and the file does not exist."""
 
 
 DEEPSPEED = {
@@ -277,10 +276,10 @@ DEEPSPEED = {
     "properties": {key: {"type": "object"} for key in ("zero_optimization", "bf16", "fp16")}
     | {key: {"type": "object", "properties": {"params": {"type": "object"}}} for key in ("optimizer", "scheduler")},
 }
-"""What cook itself reads of the DeepSpeed configuration; `cook.training.deepspeed_checks` knows the rest."""
+"""The parts of the DeepSpeed configuration that cook reads. `cook.training.deepspeed_checks` checks the rest."""
 
 DERIVED = ("stage", "source")
-"""Fields of RunConfig that stand in no file."""
+"""Fields of RunConfig that are not in a file."""
 
 SCHEME_SECTIONS = {"coarse-grained": "coarse", "fine-grained": "fine", "joint": "joint", "gates": "gates"}
 """Sections of the scheme, and the fields of RunConfig that hold them; the other fields are those of `bmcook.json`."""
@@ -288,37 +287,37 @@ SCHEME_SECTIONS = {"coarse-grained": "coarse", "fine-grained": "fine", "joint": 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything a run is told, checked as a whole. Made by `cook.config.load.load_config`."""
+    """The complete, checked configuration of a run. `cook.config.load.load_config` creates it."""
 
     output_dir: UserPath
-    """Folder for all that the run writes, except the mask files, which have paths of their own."""
+    """Folder for all outputs of the run, except the mask files, which have their own paths."""
 
     seed: Annotated[int, Limits(minimum=0, maximum=2**32 - 1)] = 0
-    """Seed of the weights, the data order and the gates' noise."""
+    """Seed of the initial weights, the data order and the noise of the gates."""
 
     model: ModelConfig
     """The model to train or prune: a description, pretrained weights, or both."""
 
     tokenizer: TokenizerConfig
-    """The tokenizer that turns the corpus into ids."""
+    """The tokenizer that converts the corpus to ids."""
 
     data: DataConfig
-    """The corpus, and how rows are cut from it."""
+    """The corpus, and how it is cut into rows."""
 
     training: TrainingConfig
-    """How every stage trains the weights, unless it says otherwise."""
+    """How the stages train the weights. A stage can override these settings."""
 
     deepspeed: Annotated[dict[str, Any], DEEPSPEED] = field(default_factory=dict)
-    """A plain DeepSpeed configuration, or the path of one. "auto" values are filled in from `training`."""
+    """A DeepSpeed configuration, or the path of one. "auto" values are filled in from `training`."""
 
     distillation: DistillationConfig | None = None
     """A dense teacher whose outputs the pruned model imitates. None: no teacher."""
 
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    """Where a run reports to, beside its log file."""
+    """Outputs of a run in addition to its log file."""
 
     pruning: PruningConfig
-    """Whether to prune, what, and at which grain."""
+    """Whether to prune, and what."""
 
     pattern: PatternConfig | None = None
     """The pattern in which single weights are pruned. None: no pattern."""
@@ -330,25 +329,25 @@ class RunConfig:
     """Heads and FFN dims inside the kept blocks."""
 
     joint: JointConfig | None = None
-    """Heads, FFN dims and, where wanted, whole blocks learned in one stage. Sizes, targets and mask files are those of
+    """Heads, FFN dims and optionally whole blocks, learned in one stage. Sizes, targets and mask files are those of
     `fine-grained`."""
 
     gates: GatesConfig = field(default_factory=GatesConfig)
-    """How the gates learn."""
+    """How the gates are trained."""
 
     stages: Annotated[tuple[StageEntry, ...], Limits(maxItems=len(STAGE_NAMES))] = ()
-    """The recipe, in order. Empty: only the stage that the two files describe."""
+    """The stages of the recipe, in order. Empty: only the stage that the two files describe."""
 
     stage: StageName
-    """The stage that this configuration describes: decoded once from `is_pruning`, `mask_method`, `train_mask` and
-    `prune_mode`, which nothing reads after the check."""
+    """The stage that this configuration describes. It is derived once from `is_pruning`, `mask_method`, `train_mask`
+    and `prune_mode`, which are not read after the check."""
 
     source: ConfigSource
-    """Where all this was read."""
+    """The files that the configuration was read from."""
 
 
 def training_for(config: RunConfig, stage_name: str) -> TrainingConfig:
-    """The training section with the overrides of one stage applied; unchanged for a stage that the recipe lacks."""
+    """Returns the training settings of a stage: `training` with the stage's overrides, if the recipe contains it."""
     for entry in config.stages:
         if entry.name == stage_name:
             return dataclasses.replace(config.training, **entry.training)
@@ -358,7 +357,7 @@ def training_for(config: RunConfig, stage_name: str) -> TrainingConfig:
 def stage_of(
     pruning: PruningConfig, coarse: CoarseConfig | None, fine: FineConfig | None, joint: JointConfig | None
 ) -> StageName | None:
-    """The stage that these sections describe; None where its own is missing."""
+    """Returns the stage that these sections describe, or None if the section of that stage is missing."""
     if not pruning.is_pruning:
         return "pretrain"
     if pruning.mask_method in PATTERN_METHODS:
@@ -375,9 +374,9 @@ def stage_of(
 
 
 def for_stage(config: RunConfig, stage_name: StageName) -> RunConfig:
-    """The configuration of one stage: `stage` is its name, `training` holds its overrides.
+    """Returns the configuration of one stage: `stage` is its name, and `training` includes its overrides.
 
-    Its `distillation` is None where the stage has no teacher.
+    `distillation` is None if the stage has no teacher.
     """
     pruning = config.pruning
     if stage_name == "pattern" and pruning.mask_method not in PATTERN_METHODS:

@@ -1,4 +1,4 @@
-"""Cached folders: whole or absent, rebuilt whenever what they were made from has changed.
+"""Cached folders, which are complete or absent, and are rebuilt if their inputs have changed.
 
 A folder's manifest lists the size of every file, the fingerprint of the inputs and a few facts. One builder works at a
 time in a cache; a killed builder leaves a folder aside that the next one removes.

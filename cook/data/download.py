@@ -1,4 +1,4 @@
-"""Fetching public data: resumed where it broke off, compared with a checksum before it is used."""
+"""Downloads of public data, with resume and checksums."""
 
 from __future__ import annotations
 
@@ -78,12 +78,12 @@ SQUAD_FILES = {
 
 
 def fetch(download: Download, folder: Path, say: Callable[[str], None] = print) -> Path:
-    """Fetches a file into `folder`, unless it is there; a part left by an earlier try is gone on from.
+    """Downloads a file to `folder`, unless it is already there. Resumes an incomplete download.
 
-    A file that was put there by hand counts, if its checksum is right.
+    A file that the user has put there is accepted if its checksum is right.
 
     Raises:
-        UserError: no network, or the content is not what the checksum says; with the way by hand.
+        UserError: there is no network, or the checksum is wrong. The message describes how to get the file by hand.
     """
     path, part = folder / download.name, folder / f"{download.name}.part"
     if path.is_file() and sha256(path) == download.sha256:
@@ -95,18 +95,18 @@ def fetch(download: Download, folder: Path, say: Callable[[str], None] = print) 
             _transfer(download, part, say)
         except (OSError, urllib.error.URLError) as error:  # URLError is an OSError; named for the reader
             raise UserError(
-                f"{download.url}: could not be fetched",
+                f"{download.url}: the download failed",
                 got=getattr(error, "reason", None) or error,
-                remedy=f"start again to go on from {_bytes(part)} bytes, or, without a network here, fetch that "
-                f"address elsewhere, put the file at {path}, and start again",
+                remedy=f"start again to resume from {_bytes(part)} bytes; without a network, download that address on "
+                f"another machine, copy the file to {path}, and start again",
             ) from None
     if (digest := sha256(part)) != download.sha256:
         part.unlink()
         raise UserError(
-            f"{download.url}: not the file that was published",
+            f"{download.url}: the file differs from the published one",
             wanted=f"sha256 {download.sha256}, {download.size} bytes",
             got=f"sha256 {digest}",
-            remedy="start again; if it stays so, the address now holds something else",
+            remedy="start again; if this happens again, the file at this address has changed",
         )
     os.replace(part, path)
     return path
@@ -124,7 +124,7 @@ def _transfer(download: Download, part: Path, say: Callable[[str], None]) -> Non
     request = urllib.request.Request(download.url, headers=headers)
     with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
         goes_on = answer.status == 206  # a server without ranges sends the whole file
-        say(f"{download.url}: {'going on from byte ' + str(have) if goes_on else f'{download.size} bytes'}")
+        say(f"{download.url}: {'resuming from byte ' + str(have) if goes_on else f'{download.size} bytes'}")
         with open(part, "ab" if goes_on else "wb") as file:
             while chunk := answer.read(CHUNK):
                 file.write(chunk)

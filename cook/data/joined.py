@@ -28,7 +28,7 @@ class JoinedRows:
         assert len(names) == len(parts) > 0 and (weights is None or len(weights) == len(parts))
         for name, part in zip(names, parts, strict=True):
             if not len(part):
-                raise UserError(f"the source {name} has no rows", remedy="give it more text, or leave it out")
+                raise UserError(f"the source {name} has no rows", remedy="add text to it, or remove it")
             if part.max_length != parts[0].max_length:
                 raise UserError(
                     f"the source {name} has rows of another length", wanted=parts[0].max_length, got=part.max_length

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 NAMED = 5
-"""So many names go along with a reason; the count tells of the others."""
+"""Maximal number of names listed per reason. The count includes the others."""
 
 
 class LeftOut:

@@ -1,4 +1,4 @@
-"""Which rows a step reads: a function of the seed and the step's number, not of ranks, workers or history."""
+"""The data loader. The rows of a step depend only on the seed and the step, not on ranks, workers or earlier steps."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class RowLoader:
     ):
         assert train_batch_size >= 1
         if not len(rows):
-            raise UserError("the corpus is too small: there is no row to train on", remedy="give more text")
+            raise UserError("the corpus is too small: it has no row to train on", remedy="use more text")
         self.rows, self.train_batch_size, self.seed, self.first = rows, train_batch_size, seed, first
         self._next_step = 0
         self._ledger, self._lengths = ledger, lengths
@@ -181,8 +181,8 @@ class RowLoader:
     def _share(self, step: int, rank: int, world_size: int, micro_batch_size: int) -> list[Plan]:
         if self.train_batch_size % (world_size * micro_batch_size):
             raise UserError(
-                "the global batch does not divide among the ranks",
-                wanted=f"train_batch_size a multiple of {world_size} ranks x {micro_batch_size} rows a micro-batch",
+                "the global batch cannot be divided evenly among the ranks",
+                wanted=f"train_batch_size a multiple of {world_size} ranks x {micro_batch_size} rows per micro-batch",
                 got=self.train_batch_size,
             )
         own = self._plan(step).part(np.arange(self.train_batch_size).reshape(world_size, -1)[rank])

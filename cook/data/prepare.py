@@ -28,7 +28,7 @@ from cook.text.tokenizer import Tokenizer
 FORMAT = 2
 """Raised whenever the same inputs would give other files."""
 
-UNKNOWN = "pieces of text that the tokenizer does not know (an unknown token stands for each)"
+UNKNOWN = "pieces of text that the tokenizer does not know (each is replaced by an unknown token)"
 NOT_SAMPLED = "characters beyond the sample of text that a tokenizer is trained on"
 TOKENIZER_SEED = 0
 MODEL = "sentencepiece.model"

@@ -1,4 +1,4 @@
-"""A line that tells how far a preparation has come: redrawn on a terminal, repeated every few seconds elsewhere."""
+"""The progress line of a data preparation: updated on a terminal, repeated every few seconds elsewhere."""
 
 from __future__ import annotations
 

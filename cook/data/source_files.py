@@ -80,7 +80,7 @@ def lines_of(stream: BinaryIO, path: Path | str, offset: int = 0) -> Iterator[tu
         if len(line) > MAX_LINE_BYTES:
             raise UserError(
                 f"{path}: the line that begins at offset {offset} is too long",
-                wanted=f"at most {MAX_LINE_BYTES >> 20} MB a line",
+                wanted=f"at most {MAX_LINE_BYTES >> 20} MB per line",
                 remedy="cut the document into several lines; if the file is plain text, read it as such",
             )
         yield offset, line
@@ -109,7 +109,7 @@ def list_files(
         paths: Files, folders or glob patterns.
         suffixes: Endings of the files that are read of a folder. None: any.
         digest: Stands for a file's content.
-        left_out: Is told of what is not read.
+        left_out: Records the files that are not read.
         compressed: Whether compressed files are read as well.
 
     Raises:

@@ -79,7 +79,7 @@ class StreamLoader:
         self._read(step)
         if len(self._share) % micro_batch_size:
             raise UserError(
-                "a rank's share of the batch does not divide into micro-batches",
+                "a rank's share of the batch cannot be divided into whole micro-batches",
                 wanted=f"a multiple of {micro_batch_size}",
                 got=len(self._share),
             )

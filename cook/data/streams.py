@@ -328,7 +328,7 @@ class StreamReader:
                 number, begin = number + 1, copy.deepcopy(dataset.state_dict())
             if not found:
                 raise UserError(
-                    f"the source {self._stream.name} has no text to train on", remedy="give more text, or leave it out"
+                    f"the source {self._stream.name} has no text to train on", remedy="add text to it, or remove it"
                 )
             epoch, number, begin, passed = epoch + 1, 0, None, {}
 

@@ -1,4 +1,4 @@
-"""The loss of a batch, summed over what it is to tell: tokens, and the right options of questions."""
+"""The loss of a batch, summed over its targets: tokens, and the right options of questions."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from cook.data.packing import NO_TARGET
 
 LABELS = ("targets", "choices", "choice_token", "rows")
-"""Keys of a batch that say what is to be told, and which rows these are; all others are the model's inputs."""
+"""Keys of a batch for the targets and the row numbers. All other keys are inputs of the model."""
 
 
 def model_inputs(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What the model takes of a batch."""
+    """Returns the inputs of the model from a batch."""
     return {key: value for key, value in batch.items() if key not in LABELS}
 
 

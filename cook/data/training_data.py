@@ -30,7 +30,7 @@ from cook.data.streams import Stream, StreamedData, open_stream
 from cook.text.tokenizer import Tokenizer
 
 POINTER = "data.json"
-"""File in the output folder that tells where the prepared data is."""
+"""File in the output folder that contains the location of the prepared data."""
 
 
 class TrainingData(NamedTuple):
@@ -92,7 +92,7 @@ def read_files(output_dir: str | Path) -> dict[str, list[Any]]:
 
 def changed_files(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What has become of the files of a corpus, one phrase each; empty if nothing has."""
-    changes = [f"{name}: gone" for name in before.keys() - now.keys()]
+    changes = [f"{name}: missing" for name in before.keys() - now.keys()]
     changes += [f"{name}: new" for name in now.keys() - before.keys()]
     for name in before.keys() & now.keys():
         (size, digest), (new_size, new_digest) = before[name], now[name]

@@ -1,16 +1,16 @@
-"""Stock transformers models whose layers differ: blocks that are missing, heads and inner sizes of a layer's own.
+"""Stock transformers models whose layers differ: missing blocks, and different numbers of heads or FFN dims per layer.
 
-The file needs torch and transformers (>= 5) alone and knows no model family: an exported model carries a copy of it, so
-that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works anywhere. It builds the stock model
-that `stock_type` names and then does to it what `structure` says:
+The file needs only torch and transformers (>= 5), and works for any model family. An exported model contains a copy of
+it, so that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works anywhere. It builds the stock
+model `stock_type` and then changes it as described by `structure`:
 
-    shapes      {weight: shape}           weights of another shape than the stock model's
-    attributes  {module: {name: number}}  what modules remember about those shapes; `config.name` sets the module's own
-                                          copy of the config
+    shapes      {weight: shape}           weights whose shape differs from the stock model
+    attributes  {module: {name: number}}  attributes of modules that depend on those shapes; `config.name` sets the
+                                          module's own copy of the config
     absent      {module: "pair"|"value"}  modules that add nothing; a pair is the output of an attention block
-    constant    {module: weight}          absent modules of which the last bias remains, and that bias
-    identity    [module, ...]             norms that lead to or from nothing
-    uneven_keys true|false                whether an attention block has other key-value heads than the config says
+    constant    {module: weight}          absent modules of which only the last bias remains, and that bias
+    identity    [module, ...]             norms that are no longer needed
+    uneven_keys true|false                whether some attention block has other key-value heads than the config
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ OWN_FIELDS = ("stock_type", "stock_class", "structure")
 
 
 class Absent(nn.Module):
-    """Stands where a block was: its output is zero, or the bias that its last product left.
+    """Replaces a removed block. Its output is zero, or the remaining bias of the block's last matrix product.
 
-    A missing attention block still counts the positions in the cache, from which the model takes its own.
+    A removed attention block still counts positions in the cache, from which the model derives its positions.
     """
 
     def __init__(self, kind: str, layer: int | None):
@@ -39,7 +39,7 @@ class Absent(nn.Module):
         self.kind, self.layer, self.bias_path = kind, layer, ""
 
     def keep_bias(self, path: str, bias: nn.Parameter) -> None:
-        """Gives the module the parameter `path`, relative to it."""
+        """Registers `bias` as the parameter `path`, relative to this module."""
         *parents, name = path.split(".")
         owner: nn.Module = self
         for parent in parents:
@@ -50,7 +50,7 @@ class Absent(nn.Module):
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         hidden = inputs[0] if inputs else named["hidden_states"]
-        # Without any axis, zero is added to all positions at no cost.
+        # A zero without axes is added to all positions at no cost.
         value = self.get_parameter(self.bias_path) if self.bias_path else hidden.new_zeros(())
         if self.kind == "value":
             return value
@@ -62,9 +62,9 @@ class Absent(nn.Module):
 
 
 def reshape_modules(model: PreTrainedModel, structure: dict[str, Any]) -> None:
-    """Changes a freshly built stock model to what `structure` says."""
+    """Changes a newly built stock model as described by `structure`."""
     for path, shape in structure["shapes"].items():
-        if path.endswith(".weight"):  # a bias has the size that follows from its weight's
+        if path.endswith(".weight"):  # the size of a bias follows from its weight
             name = path.removesuffix(".weight")
             model.set_submodule(name, _product_of(model.get_submodule(name), shape))
             model._init_weights(model.get_submodule(name))
@@ -90,7 +90,7 @@ def reshape_modules(model: PreTrainedModel, structure: dict[str, Any]) -> None:
 
 
 def _product_of(old: nn.Module, shape: list[int]) -> nn.Module:
-    # A new module and no new weight in the old one: what watches modules being built, as ZeRO-3 does, sees it too.
+    # A new module instead of a new weight in the old one, so that ZeRO-3, which hooks the construction, sees it too.
     if isinstance(old, nn.Linear):
         return nn.Linear(shape[1], shape[0], bias=old.bias is not None)
     assert isinstance(old, Conv1D), f"a weight of {type(old).__name__} has another shape"
@@ -99,7 +99,7 @@ def _product_of(old: nn.Module, shape: list[int]) -> nn.Module:
 
 @functools.cache
 def config_class(stock_type: str) -> type[PreTrainedConfig]:
-    """Derives from the stock config of that type; `OWN_FIELDS` stand beside its fields."""
+    """Returns a config class derived from the stock one of that type. `OWN_FIELDS` are its additional fields."""
 
     def __reduce__(self: PreTrainedConfig) -> tuple[Any, ...]:
         return _new_config, (stock_type,), self.__dict__
@@ -109,11 +109,11 @@ def config_class(stock_type: str) -> type[PreTrainedConfig]:
 
 
 def model_class(config: PreTrainedConfig, factory: type[RaggedModel] | None = None) -> type[PreTrainedModel]:
-    """The stock class for `config`, which reshapes itself when it has been built.
+    """Returns a class derived from the stock one for `config`, which reshapes itself after construction.
 
     Args:
         config: A config of `config_class`.
-        factory: The class that `auto_map` names for it; None: the one for `config.stock_class`.
+        factory: The class that `auto_map` names for it. None: the class for `config.stock_class`.
     """
     factory = factory or RaggedModel
     return _model_class(config.stock_type, factory.auto_class or config.stock_class, factory.__name__)
@@ -126,7 +126,7 @@ def _model_class(stock_type: str, auto_class: str, name: str) -> type[PreTrained
     def __init__(self: PreTrainedModel, config: PreTrainedConfig, *inputs: Any, **named: Any) -> None:
         stock.__init__(self, config, *inputs, **named)
         structure = config.structure
-        if auto_class == "AutoModel":  # paths begin inside of the model that the head of `stock_class` stands on
+        if auto_class == "AutoModel":  # paths are relative to the base model, without the head of `stock_class`
             structure = _without_prefix(structure, f"{stock.base_model_prefix}.")
         reshape_modules(self, structure)
 
@@ -141,7 +141,7 @@ def _model_class(stock_type: str, auto_class: str, name: str) -> type[PreTrained
     def __reduce__(self: PreTrainedModel) -> tuple[Any, ...]:
         return _new_model, (stock_type, auto_class, name), self.__dict__
 
-    # The name and module are those that `auto_map` gives: a model that is saved again finds its way back.
+    # The name and module are those in `auto_map`, so that a model that is saved again can be loaded.
     body = {"config_class": config_class(stock_type), "__module__": __name__}
     body |= {"__init__": __init__, "__reduce__": __reduce__}
     if hasattr(stock, "init_continuous_batching"):
@@ -152,7 +152,7 @@ def _model_class(stock_type: str, auto_class: str, name: str) -> type[PreTrained
 
 
 def _without_prefix(structure: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """The same with all paths relative to the module `prefix`."""
+    """Returns `structure` with all paths relative to the module `prefix`."""
 
     def short(value: Any) -> Any:
         if isinstance(value, dict):
@@ -175,7 +175,7 @@ def _new_model(stock_type: str, auto_class: str, name: str) -> PreTrainedModel:
 
 
 class RaggedConfig(PreTrainedConfig):
-    """What `auto_map` names; gives configs that derive from the stock one."""
+    """The config class that `auto_map` names. Creates configs that derive from the stock one."""
 
     model_type = MODEL_TYPE
 
@@ -185,11 +185,11 @@ class RaggedConfig(PreTrainedConfig):
 
 
 class RaggedModel(PreTrainedModel):
-    """What `auto_map` names; gives models of a class that derives from the stock one."""
+    """The model class that `auto_map` names. Creates models of a class that derives from the stock one."""
 
     config_class = RaggedConfig
     auto_class: str | None = None
-    """The class of transformers that asks for it; None: the config's `stock_class`."""
+    """The transformers auto class that loads it. None: the config's `stock_class`."""
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -210,7 +210,7 @@ class RaggedBase(RaggedModel):
 
 
 class RaggedClassifier(RaggedModel):
-    """The model with a head for whole texts, freshly initialised where the folder has none."""
+    """The model with a classification head for texts, newly initialised if the folder has none."""
 
     auto_class = "AutoModelForSequenceClassification"
 

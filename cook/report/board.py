@@ -1,6 +1,7 @@
-"""TensorBoard's event files, as bytes: whoever writes them learns at once where a disk takes nothing.
+"""The content of TensorBoard event files, as bytes.
 
-TensorBoard's own writer works in a thread, which dies with a traceback there.
+The caller writes the bytes, and so gets an error at once if the disk is full. TensorBoard's own writer uses a thread,
+which would die with a traceback.
 """
 
 from __future__ import annotations
@@ -20,14 +21,18 @@ PREFIX = "events.out.tfevents."
 
 
 def event_file_name(folder: Path) -> str:
-    """A name for the next file of `folder`. TensorBoard reads them in the order of their names."""
+    """Returns a name for the next file in `folder`. TensorBoard reads the files in the order of their names."""
     stamps = [path.name.removeprefix(PREFIX).split(".")[0] for path in folder.glob(f"{PREFIX}*")]
     stamp = max([int(time.time()), *(int(stamp) + 1 for stamp in stamps if stamp.isdecimal())])
     return f"{PREFIX}{stamp:010d}.{socket.gethostname()}.{os.getpid()}"
 
 
 def beginning(purge_step: int | None) -> bytes:
-    """What a file begins with; `purge_step`: earlier files are not believed about this step and later ones."""
+    """Returns the first records of a file.
+
+    Args:
+        purge_step: TensorBoard hides this step and later ones of earlier files. None: it hides nothing.
+    """
     head = _record(Event(wall_time=time.time(), file_version="brain.Event:2"))
     if purge_step is None:
         return head
@@ -36,7 +41,7 @@ def beginning(purge_step: int | None) -> bytes:
 
 
 def scalar_event(step: int, values: Mapping[str, float]) -> bytes:
-    """The scalars of a step, by tag."""
+    """Returns the record of a step's scalars, given by tag."""
     summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
     return _record(Event(wall_time=time.time(), step=step, summary=summary))
 

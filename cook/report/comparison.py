@@ -1,4 +1,4 @@
-"""Several evaluated models side by side: a table and a figure."""
+"""The table and the figure that compare several evaluated models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Record = Mapping[str, Any]
-"""What the evaluation measured of a model, with its `name`."""
+"""The measurements of one model, and its `name`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +27,9 @@ class _Metric:
     text: Callable[[float], str]
     colour: str
     better: str
-    """Which way is better, for the figure."""
+    """The better direction, for the figure."""
     ratio: bool
-    """Whether to say how many times the first model's it is."""
+    """Whether to show the ratio to the first model."""
 
 
 def _bytes(value: float) -> str:
@@ -39,7 +39,9 @@ def _bytes(value: float) -> str:
 PERPLEXITY = _Metric(
     key="perplexity", title="perplexity", text="{:.2f}".format, colour=BLUE, better="lower", ratio=False
 )
-BITS = _Metric(key="bits_per_byte", title="bits a byte", text="{:.3f}".format, colour=BLUE, better="lower", ratio=False)
+BITS = _Metric(
+    key="bits_per_byte", title="bits per byte", text="{:.3f}".format, colour=BLUE, better="lower", ratio=False
+)
 OTHERS = (
     _Metric(key="parameters", title="parameters", text=human_count, colour=ORANGE, better="fewer", ratio=True),
     _Metric(
@@ -63,17 +65,17 @@ OTHERS = (
 
 
 def _metrics(records: Sequence[Record], same_tokens: bool) -> list[_Metric]:
-    # Perplexities of other tokenizers are of other units: only bits a byte can be set side by side.
+    # Perplexities of different tokenizers have different units. Only bits per byte can be compared.
     metrics = [PERPLEXITY if same_tokens else BITS, *OTHERS]
     return [metric for metric in metrics if any(record.get(metric.key) is not None for record in records)]
 
 
 def comparison_table(records: Sequence[Record], *, same_tokens: bool) -> str:
-    """The models as rows of a Markdown table, in brackets how many times the first model's a number is.
+    """Formats the models as rows of a Markdown table, with the ratio to the first model in brackets.
 
     Args:
-        records: One a model, the one to compare with first.
-        same_tokens: Whether all models cut the text into the same tokens, so that losses and perplexities compare.
+        records: One record per model, the reference model first.
+        same_tokens: Whether all models use the same tokens, so that losses and perplexities can be compared.
     """
     metrics = _metrics(records, same_tokens)
     lead = ["model", "loss"] if same_tokens else ["model"]
@@ -93,13 +95,13 @@ def _cell(metric: _Metric, record: Record, first: Record) -> str:
 
 
 def plot_comparison(records: Sequence[Record], path: str | Path, *, same_tokens: bool, title: str) -> Path:
-    """Draws the models as rows of bars, one column a measure; the first model's value is a line through the others.
+    """Draws the models as rows of bars, with one column per metric. A line marks the value of the first model.
 
     Args:
-        records: One a model, the one to compare with first, on top.
+        records: One record per model, the reference model first.
         path: The image file.
         same_tokens: As for `comparison_table`.
-        title: What was scored.
+        title: The title of the figure.
 
     Returns:
         The path.
@@ -119,7 +121,7 @@ def plot_comparison(records: Sequence[Record], path: str | Path, *, same_tokens:
 def _draw_bars(axes: Axes, metric: _Metric, records: Sequence[Record]) -> None:
     values = [record.get(metric.key) for record in records]
     known = [value for value in values if value is not None]
-    # One model that was broken by its pruning must not flatten all others: perplexities span orders of magnitude.
+    # Perplexities span orders of magnitude. One model with a very bad value must not make the other bars invisible.
     steep = not metric.ratio and min(known) > 0 and max(known) > 20 * min(known)
     if steep:
         axes.set_xscale("log")

@@ -1,4 +1,4 @@
-"""What a run shows while it works: a live bar on a terminal, plain lines in a pipe, and tables that are never cut."""
+"""Console output of a run: a progress bar on a terminal, plain lines elsewhere, and tables without truncation."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from cook.report.tables import plain_table
 class Progress:
     """The progress of one stage.
 
-    On a terminal a live bar; elsewhere one line for the first step, then at most one every `every` seconds, and one
-    for the last step. The time to go is estimated from the steps of this run alone, not those before a resume.
+    On a terminal it shows a progress bar. Elsewhere it prints one line for the first step, then at most one every
+    `every` seconds, and one for the last step. The remaining time is estimated from the steps since the last resume.
 
     Args:
-        stage: The stage's name.
+        stage: The name of the stage.
         total_steps: The step at which the stage ends.
-        start_step: Steps that were done before this run.
-        enabled: False shows nothing: for all ranks but the first.
+        start_step: Number of steps before this run resumed.
+        enabled: False: print nothing. For all ranks except rank 0.
         every: Seconds between plain lines.
-        final_target: The target sparsity at the end of its schedule, if the stage learns masks.
-        unit: What the speed counts.
-        stream: Where to print; standard output if not given.
-        clock: Seconds, monotonic; replaced in tests.
+        final_target: The final sparsity target, if the stage learns masks.
+        unit: The unit that the speed counts per second.
+        stream: Where to print. Default: standard output.
+        clock: Returns monotonic seconds. Replaced in tests.
     """
 
     def __init__(
@@ -77,14 +77,14 @@ class Progress:
         expected: float | None = None,
         target: float | None = None,
     ) -> None:
-        """Shows that `step` steps of the stage are done.
+        """Shows the progress of the stage.
 
         Args:
-            step: Steps done, those before a resume included.
-            loss: The training loss, in nats a token.
-            tokens_per_second: Over all ranks.
-            expected: The expected sparsity now, 0 to 1.
-            target: The scheduled target for it now.
+            step: Number of finished steps, including those before a resume.
+            loss: The training loss in nats per token.
+            tokens_per_second: The speed over all ranks.
+            expected: The current expected sparsity, from 0 to 1.
+            target: The current sparsity target, from 0 to 1.
         """
         if not self._enabled:
             return
@@ -100,7 +100,7 @@ class Progress:
             _say(self._stream, "  ".join([self._stage, count, *numbers, remaining]))
 
     def note(self, text: str) -> None:
-        """Prints a line of its own, above the bar where there is one."""
+        """Prints a separate line, above the progress bar if there is one."""
         if not self._enabled:
             return
         if self._bar is not None:
@@ -109,7 +109,7 @@ class Progress:
             _say(self._stream, text)
 
     def close(self) -> None:
-        """Leaves the bar as it stands and gives the terminal back."""
+        """Stops the progress bar and leaves it on the terminal."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -123,12 +123,12 @@ class Progress:
         console = Console(file=self._stream)
         if not console.is_interactive:
             return
-        # Texts may hold brackets, which rich would read as markup.
+        # Texts may contain brackets, which rich would interpret as markup.
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=16),
             TextColumn("{task.completed}/{task.total}", markup=False),
-            # Wraps on a narrow terminal, where rich's default would cut the end off.
+            # Wraps on a narrow terminal, where rich would truncate it by default.
             TextColumn("{task.fields[numbers]}", markup=False, table_column=Column(overflow="fold")),
         )
         self._bar = RichProgress(*columns, console=console, refresh_per_second=4)
@@ -139,26 +139,26 @@ class Progress:
 def print_table(
     rows: Sequence[Mapping[str, object]], *, title: str | None = None, stream: TextIO | None = None
 ) -> None:
-    """Prints rows as a table: rich on a terminal, aligned plain text elsewhere; no text is ever cut.
+    """Prints rows as a table: with rich on a terminal, as aligned plain text elsewhere. No text is truncated.
 
     Args:
-        rows: Each maps a column's header to its value (None: an empty cell); the columns are those of all rows, in the
-            order in which they first appear.
+        rows: Each row maps column headers to values. None is an empty cell. Columns appear in the order of their first
+            use.
         title: A line above the table.
-        stream: Where to print; standard output if not given.
+        stream: Where to print. Default: standard output.
     """
     stream = stream or sys.stdout
     headers = list(dict.fromkeys(header for row in rows for header in row))
     cells = [["" if row.get(header) is None else str(row[header]) for header in headers] for row in rows]
     console = Console(file=stream)
     plain = plain_table(headers, cells) if headers else ""
-    # A terminal narrower than the table: rich would break words; plain lines wrap and stay whole.
+    # If the terminal is narrower than the table, rich would break words, so plain lines are printed instead.
     if headers and console.is_interactive and max(map(cell_len, plain.splitlines())) + 2 * len(headers) < console.width:
         table = Table(title=None if title is None else Text(title), title_justify="left")
         for column, header in enumerate(headers):
             table.add_column(Text(header), justify="right" if column else "left", overflow="fold")
         for row in cells:
-            table.add_row(*map(Text, row))  # Text: brackets in a cell are no markup
+            table.add_row(*map(Text, row))  # Text: brackets in a cell are not markup
         console.print(table)
         return
     _say(stream, "\n".join(part for part in (title, plain) if part))
@@ -171,7 +171,7 @@ def print_plan(
     title: str = "plan",
     stream: TextIO | None = None,
 ) -> None:
-    """Prints what a run is going to do: facts as `name: value` lines, then a table with one row a stage."""
+    """Prints the plan of a run: facts as `name: value` lines, then a table with one row per stage."""
     stream = stream or sys.stdout
     width = max((len(name) for name in facts), default=0) + 1
     lines = [f"{name + ':':<{width}} {value}" for name, value in facts.items()]
@@ -181,8 +181,8 @@ def print_plan(
 
 
 def _say(stream: TextIO, text: str) -> None:
-    # A stream that is not Unicode gets question marks for what it lacks: an arrow must not end a training run.
-    # Nor must an output that takes nothing, as a file on a full disk.
+    # Characters that the stream cannot encode become question marks, and errors such as a full disk are ignored:
+    # neither may end a training run.
     encoding = getattr(stream, "encoding", None) or "utf-8"
     with contextlib.suppress(OSError):
         print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)

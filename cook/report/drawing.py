@@ -1,4 +1,4 @@
-"""What the figures share: colours, an empty figure, a smoothed line, labels that do not overlap, saving."""
+"""Helpers for figures: colours, smoothing, label placement, and saving."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette: told apart with every kind of colour blindness.
+# Okabe and Ito's palette, which is safe for all kinds of colour blindness.
 BLUE, ORANGE, GREEN, VERMILION, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
 GREY, PALE, INK = "#8C8C8C", "#EDF1F5", "#222222"
 
@@ -22,8 +22,8 @@ DPI = 100
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of `width` by `height` inches with no pyplot behind it."""
-    # Matplotlib takes most of a second to import: only a run that draws pays.
+    """Creates an empty figure of `width` by `height` inches without pyplot."""
+    # Importing matplotlib takes most of a second, so only a run that draws imports it.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -33,7 +33,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, path: str | Path) -> Path:
-    """Writes the figure in the format that the file's suffix names, whole or not at all."""
+    """Writes the figure atomically, in the format of the file's suffix."""
     path = Path(path)
     image = io.BytesIO()
     figure.savefig(image, format=path.suffix.removeprefix(".") or "png", dpi=DPI)
@@ -42,14 +42,14 @@ def save(figure: Figure, path: str | Path) -> Path:
 
 
 def message_figure(text: str, path: str | Path) -> Path:
-    """A figure that says why there is nothing to draw."""
+    """Writes a figure that only contains `text`, for example why there is nothing to draw."""
     figure = new_figure(8, 2.5)
     figure.text(0.5, 0.5, text, ha="center", va="center", fontsize=12, color=INK)
     return save(figure, path)
 
 
 def tidy(axes: Axes) -> None:
-    """Light grid, no box."""
+    """Adds a light grid and removes the frame."""
     axes.grid(True, color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
@@ -57,7 +57,7 @@ def tidy(axes: Axes) -> None:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """The mean over a centred window, which does not lag: a thirtieth of the values, more of a short series."""
+    """Returns the mean over a centred window of a thirtieth of the values, or more for a short series."""
     sums = [0.0, *itertools.accumulate(values)]
     count = len(values)
     reach = max(count // 60, min(5, count // 8))
@@ -66,9 +66,9 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Positions at least `gap` apart within [low, high], in the order of `wanted` (ascending), each near its wish.
+    """Returns positions at least `gap` apart within [low, high], each close to its `wanted` position (ascending).
 
-    When they cannot fit they are spaced evenly and closer than `gap`.
+    If they do not fit, they are spaced evenly and closer than `gap`.
     """
     if not wanted:
         return []
@@ -76,7 +76,7 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
     places: list[float] = []
     for wish in wanted:
         places.append(max(wish, low if not places else places[-1] + gap))
-    # Pushing to the right may have left the range: push back from its end.
+    # The last positions may be above the range: move them back.
     limit = high
     for index in reversed(range(len(places))):
         places[index] = min(places[index], limit)
@@ -85,6 +85,6 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
 
 
 def numbers_of(records: Sequence[dict[str, Any]], x: str, y: str) -> tuple[list[float], list[float]]:
-    """The x and y values of the records that have both."""
+    """Returns the x and y values of the records that have both."""
     pairs = [(r[x], r[y]) for r in records if r.get(x) is not None and r.get(y) is not None]
     return [float(pair[0]) for pair in pairs], [float(pair[1]) for pair in pairs]

@@ -1,13 +1,13 @@
-"""The log of a stage: one JSON object a line, and the same scalars for TensorBoard.
+"""The log of a stage: one JSON object per line, and the same scalars for TensorBoard.
 
-A training record is `{"step", "loss", "learning_rate", "tokens", "tokens_per_second", "data_wait", "grad_norm"}` with
-`tokens` counted from the start of the stage and `data_wait` the share of the time since the last record that was spent
-waiting for data, and in stages that learn masks also `expected_sparsity`, `target_sparsity` and
-`lambda`: each maps a constraint's name to a float (`lambda` also to named floats, as `{"lambda1": …, "lambda2": …}`).
-A step that was not applied, or was a spike, also has `problem` and `samples`, what each rank read in it.
-An evaluation record is `{"step", "held_out_loss"}`, a change of the sources' weights `{"step", "source_loss",
-"source_weight"}`. The first one of a stage may be `{"step", "data"}`:
-sentences on what the rows hold and what was left out of them.
+A training record is `{"step", "loss", "learning_rate", "tokens", "tokens_per_second", "data_wait", "grad_norm"}`.
+`tokens` counts from the start of the stage. `data_wait` is the fraction of the time since the last record that was
+spent waiting for data. In stages that learn masks, the record also has `expected_sparsity`, `target_sparsity` and
+`lambda`. Each of these maps a constraint's name to a float (`lambda` also to named floats, as in
+`{"lambda1": …, "lambda2": …}`). A step that was not applied, or was a spike, also has `problem`, and `samples`: the
+samples that each rank read in it. An evaluation record is `{"step", "held_out_loss"}`. A change of the source weights
+is `{"step", "source_loss", "source_weight"}`. The first record of a stage may be `{"step", "data"}`: sentences about
+the content of the rows and about data that was left out.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from cook.base.files import naming, write_atomically
 LOG_NAME = "log.jsonl"
 TENSORBOARD_NAME = "tensorboard"
 
-# Above this many constraints TensorBoard gets their mean, minimum and maximum: hundreds of charts help nobody.
+# With more constraints, TensorBoard gets only their mean, minimum and maximum, because hundreds of charts are useless.
 MAX_CONSTRAINT_CHARTS = 8
 
 _CONSTRAINT_FIELDS = {"expected_sparsity": "expected", "target_sparsity": "target", "lambda": "lambda"}
@@ -38,20 +38,22 @@ _CONSTRAINT_FIELDS = {"expected_sparsity": "expected", "target_sparsity": "targe
 class EventLog:
     """Appends records to `folder/log.jsonl`, and their scalars to `folder/tensorboard`.
 
-    The files are opened by the first record. Use as a context manager, or call `close`. A file that cannot be written
-    ends no run: the user is warned, and what it did not take waits for the next record, or for `settle`.
+    The files are opened by the first record. Use it as a context manager, or call `close`. If a file cannot be written,
+    the run continues with a warning. The pending records are written with the next record or by `settle`.
 
     Args:
-        folder: The stage's folder; made when missing.
+        folder: The folder of the stage. Made if missing.
         tensorboard: Whether to write TensorBoard event files too.
-        enabled: False makes every method do nothing: for all ranks but the first.
+        enabled: False: all methods do nothing. For all ranks except rank 0.
     """
 
     def __init__(self, folder: str | Path, tensorboard: bool = True, enabled: bool = True):
         self.folder = Path(folder)
         self.path = self.folder / LOG_NAME
         self._tensorboard, self._enabled = tensorboard, enabled
-        self._lines = _Growing(self.path, "its records wait, and go into the checkpoints")
+        self._lines = _Growing(
+            self.path, "its records are kept in memory and stored in the checkpoints until it can be written"
+        )
         self._events: _Growing | None = None
         self._purge_step: int | None = None
         self._again: list[dict[str, Any]] = []
@@ -63,7 +65,7 @@ class EventLog:
         self.close()
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Appends one record and brings it to the file.
+        """Appends one record to the file.
 
         Values are numbers, zero-dimensional tensors or arrays, strings, None, and lists or mappings of these. A number
         that is not finite becomes null, and the record's `non_finite` maps its place (`lambda/heads.3`) to its name.
@@ -86,15 +88,15 @@ class EventLog:
             self._write_scalars(finite)
 
     def rewind(self, step: int, waiting: Sequence[str] = ()) -> None:
-        """Forgets every record after `step`, the step that the run goes on from; -1 forgets all (a fresh start).
+        """Removes all records after `step`.
 
-        An evaluation of that very step is forgotten too: it comes after the checkpoint, and is done again.
+        An evaluation at `step` is removed too, because it comes after the checkpoint and is repeated.
 
-        The file is replaced as a whole, so a crash leaves the old log or the new one. TensorBoard is told to hide what
-        its older event files say about that step and later ones, and is told again what the log keeps of that step.
+        The file is replaced atomically: a crash leaves the old log or the new one. TensorBoard hides what its earlier
+        event files contain for `step` and later steps. The records of `step` that the log keeps are written again.
 
         Args:
-            step: The step.
+            step: The step from which the run resumes. -1 removes all records.
             waiting: The lines that were `waiting` when the checkpoint was written.
 
         Raises:
@@ -114,11 +116,11 @@ class EventLog:
 
     @property
     def waiting(self) -> tuple[str, ...]:
-        """The lines that the file did not take yet, for a checkpoint to keep."""
+        """The lines that could not be written yet, to be stored in a checkpoint."""
         return tuple(line.decode().removesuffix("\n") for line in self._lines.waiting)
 
     def settle(self) -> None:
-        """Tries again to write the lines that wait.
+        """Tries again to write the pending lines.
 
         Raises:
             OSError: The file still cannot be written.
@@ -126,14 +128,14 @@ class EventLog:
         self._lines.settle()
 
     def close(self) -> None:
-        """Closes both files; a later `write` opens them again."""
+        """Closes both files. A later `write` opens them again."""
         self._lines.close()
         if self._events is not None:
             self._events.close()
             self._events = None
 
     def _write_scalars(self, record: Mapping[str, Any]) -> None:
-        # Importing it costs a second: not before it is needed.
+        # Importing this takes a second, so it is imported only if needed.
         from cook.report.board import beginning, event_file_name, scalar_event
 
         if self._events is None:
@@ -146,11 +148,11 @@ class EventLog:
 
 
 class _Growing:
-    """A file that grows by whole pieces. Those that it does not take, as on a full disk, wait in memory for the next.
+    """A file to which complete pieces are appended. Pieces that cannot be written wait in memory for the next one.
 
     Args:
-        path: The file: lines, or new.
-        hope: What becomes of what it does not take, for the warning.
+        path: The file. It must not exist, or contain lines.
+        hope: What happens to pieces that cannot be written, for the warning.
     """
 
     def __init__(self, path: Path, hope: str):
@@ -161,7 +163,7 @@ class _Growing:
         self._warned = False
 
     def add(self, piece: bytes) -> None:
-        """Appends a piece, after those that wait."""
+        """Appends a piece, after the pending ones."""
         self.waiting.append(piece)
         try:
             self.settle()
@@ -171,10 +173,10 @@ class _Growing:
             self._warned = True
 
     def settle(self) -> None:
-        """Writes what waits.
+        """Writes the pending pieces.
 
         Raises:
-            OSError: The file still takes nothing.
+            OSError: The file still cannot be written.
         """
         content = b"".join(self.waiting)
         if not content:
@@ -192,7 +194,7 @@ class _Growing:
         self._size, self.waiting = self._size + len(content), []
 
     def close(self) -> None:
-        """Closes the file; what still waits is forgotten."""
+        """Closes the file and discards pending pieces."""
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.close()
@@ -200,10 +202,11 @@ class _Growing:
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """The TensorBoard tags and values of a record, without the nulls.
+    """Returns the TensorBoard tags and values of a record, without nulls.
 
-    `loss` becomes `train/loss`; a constraint's numbers `sparsity/<constraint>/expected`, `…/target` and `…/lambda`
-    (`…/lambda1` where lambda is named), or those of the `mean`, `min` and `max` over more than 8 constraints.
+    `loss` becomes `train/loss`. The values of a constraint become `sparsity/<constraint>/expected`, `…/target` and
+    `…/lambda` (`…/lambda1` if lambda is named). With more than 8 constraints, only their `mean`, `min` and `max` are
+    returned.
     """
     tags: dict[str, float] = {}
     for name, value in record.items():
@@ -216,7 +219,7 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def by_part(values: Mapping[str, Any], default: str) -> dict[str, dict[str, float]]:
-    """Regroups `{constraint: float or {part: float}}` as `{part: {constraint: float}}`, without the nulls.
+    """Regroups `{constraint: float or {part: float}}` as `{part: {constraint: float}}`, without nulls.
 
     Args:
         values: A record's `expected_sparsity`, `target_sparsity` or `lambda`.
@@ -231,14 +234,14 @@ def by_part(values: Mapping[str, Any], default: str) -> dict[str, dict[str, floa
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """Reads a `log.jsonl`; a last line that is still being written, or was cut short by a crash, is left out.
+    """Reads a `log.jsonl`. An incomplete last line, as after a crash, is ignored.
 
     Raises:
-        UserError: There is no such file, or another line is not a JSON object with a step.
+        UserError: The file does not exist, or another line is not a JSON object with a step.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: there is no such log", remedy="give the log.jsonl of a stage that has run")
+        raise UserError(f"{path}: there is no such log", remedy="name the log.jsonl of a stage that has run")
     return [record for _, record in _records(path)]
 
 
@@ -256,13 +259,13 @@ def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
                     f"{path}: line {number} is not a log record",
                     wanted="a JSON object with a whole number as its step",
                     got=line[:80].decode("utf-8", "replace").rstrip("\n"),
-                    remedy="remove the line, or the file to start a new log",
+                    remedy="remove the line, or remove the file to start a new log",
                 )
             yield line, record
 
 
 def _whole_lines(path: Path) -> int:
-    """The bytes up to the last line end, behind which a crash may have left a part of a line."""
+    """The number of bytes up to the last line end. A crash may have left an incomplete line after it."""
     return path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
 
 

@@ -1,4 +1,4 @@
-"""The figures of a run over time: losses of all stages, sparsity and λ of the mask stages."""
+"""Figures of a run over time: the losses of all stages, and sparsity and λ of the mask stages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cook.report.human import human_count
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# A stage narrower than this share of the figure cannot be read.
+# Smallest width of a stage, as a share of the figure.
 MIN_STAGE_SHARE = 0.04
 
 StageLogs = Sequence[tuple[str, list[dict[str, Any]]]]
@@ -23,7 +23,7 @@ StageLogs = Sequence[tuple[str, list[dict[str, Any]]]]
 
 @dataclass(frozen=True, kw_only=True)
 class _Span:
-    """A stage's place on the axis of tokens."""
+    """The interval of a stage on the axis of tokens."""
 
     name: str
     start: float
@@ -41,7 +41,7 @@ class _Span:
 
     def held_out(self) -> tuple[list[float], list[float]]:
         steps, losses = drawing.numbers_of(self.records, "step", "held_out_loss")
-        # An evaluation has no tokens of its own: it stands where training was at its step.
+        # An evaluation has no token count, so it is drawn at the token count of its training step.
         done = sorted(zip(*drawing.numbers_of(self.records, "step", "tokens"), strict=True))
         return [self.start + max((t for s, t in done if s <= step), default=0.0) for step in steps], losses
 
@@ -50,10 +50,11 @@ def plot_losses(stages: StageLogs, path: str | Path, baseline: StageLogs = ()) -
     """Draws the training loss of all stages, and the held-out losses, over cumulative tokens.
 
     Args:
-        stages: Each stage's name and log, in the order in which they ran; `tokens` counts from the stage's start.
+        stages: The name and log of each stage, in the order in which they ran. `tokens` counts from the stage's start.
         path: The image file.
-        baseline: The logs of a randomly masked model. A stage of the same name as one of `stages` starts where that
-            does; any other follows the baseline's stage before it (the first: at the end of the first of `stages`).
+        baseline: The logs of a randomly masked model. A stage starts at the same place as the stage of the same name in
+            `stages`. Any other stage follows the previous one of the baseline, and the first one follows the first of
+            `stages`.
 
     Returns:
         The path.
@@ -113,7 +114,7 @@ def _draw_loss(axes: Axes, span: _Span, colour: str, style: str, who: str) -> No
 
 
 def _limit_losses(axes: Axes, spans: Sequence[_Span], others: Sequence[_Span]) -> None:
-    # The fall from a random model's loss takes a moment and would squeeze everything after it: let it leave the axes.
+    # The loss of a random model falls quickly and would squeeze the rest of the curve, so it may exceed the axes.
     first = spans[0]
     tokens, losses = first.losses()
     if len(losses) < 20:
@@ -132,7 +133,7 @@ def _limit_losses(axes: Axes, spans: Sequence[_Span], others: Sequence[_Span]) -
 
 
 def _scale_tokens(axes: Axes, spans: Sequence[_Span], end: float) -> None:
-    """Linear in tokens; where a stage would be a sliver, linear within each stage, with short stages widened."""
+    """Makes the axis linear in tokens. If a stage would be too narrow, the axis is linear only within each stage."""
     import numpy as np
 
     edges = [0.0] + [span.end for span in spans if span.end > span.start]
@@ -154,7 +155,7 @@ def _scale_tokens(axes: Axes, spans: Sequence[_Span], end: float) -> None:
 
 
 def _mark_stages(axes: Axes, spans: Sequence[_Span]) -> None:
-    """Shades every other stage and writes the names above, slanted, moved apart where stages are short."""
+    """Shades every second stage and writes the slanted names above, without overlap."""
     shown = axes.transLimits.transform
     scale = axes.xaxis.get_transform().transform
     edges = [[float(shown((float(scale(x)), 0))[0]) for x in (span.start, span.end)] for span in spans]
@@ -173,9 +174,9 @@ def _mark_stages(axes: Axes, spans: Sequence[_Span]) -> None:
 
 
 def plot_sparsity(stage_logs: StageLogs, path: str | Path) -> Path:
-    """Draws, one column a mask stage, expected against target sparsity (above) and λ (below) over steps.
+    """Draws expected and target sparsity (above) and λ (below) over the steps, with one column per mask stage.
 
-    Every constraint is a thin line, their mean a bold one, the target dashed. Stages that learn no masks are left out.
+    Each constraint is a thin line, their mean is bold, and the target is dashed. Stages without masks are left out.
 
     Returns:
         The path.
@@ -207,7 +208,7 @@ def plot_sparsity(stage_logs: StageLogs, path: str | Path) -> Path:
 
 
 def _spread(axes: Axes, records: Sequence[dict[str, Any]]) -> None:
-    # While a target rises faster than the gates can follow, λ leaves its usual size by orders of magnitude.
+    # While a target rises faster than the gates can follow, λ exceeds its usual size by orders of magnitude.
     parts = [by_part(record.get("lambda") or {}, "lambda") for record in records]
     values = [v for part in parts for numbers in part.values() for v in numbers.values() if v]
     sizes = sorted(map(abs, values))
@@ -217,7 +218,7 @@ def _spread(axes: Axes, records: Sequence[dict[str, Any]]) -> None:
 
 
 def _thinned(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    # More points than pixels make the drawing slow and no finer; the last one is what the stage ended with.
+    # More points than pixels only make drawing slower. The last point is always kept.
     stride = max(1, len(records) // 1000)
     return records[::-stride][::-1]
 

@@ -1,4 +1,4 @@
-"""Numbers as people read them: 7.42M parameters, 12.3k tokens/s, 1:02:03 to go."""
+"""Human-readable numbers and durations: 7.42M parameters, 12.3k tokens/s, 1:02:03."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _UNITS = ("", "k", "M", "B", "T")
 def human_count(value: float) -> str:
     """Formats a count with three significant digits and a decimal unit: 950, 12.3k, 7.42M, 9.39B.
 
-    Whole numbers below 1000 are printed exactly; not-a-number and infinity by their names.
+    Whole numbers below 1000 are exact. NaN and infinity are given by name.
     """
     if not math.isfinite(value):
         return str(float(value))
@@ -26,7 +26,7 @@ def human_count(value: float) -> str:
 
 
 def human_duration(seconds: float) -> str:
-    """Formats a time in seconds as m:ss, h:mm:ss or "3d 04:05:06"; unknown (not finite) is "-:--"."""
+    """Formats a time in seconds as m:ss, h:mm:ss or "3d 04:05:06". A non-finite time is "-:--"."""
     if not math.isfinite(seconds):
         return "-:--"
     whole = max(0, round(seconds))

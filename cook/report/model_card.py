@@ -1,4 +1,4 @@
-"""The README.md of an exported model folder, in the form that Hugging Face reads."""
+"""The README.md of an exported model folder, in the format of a Hugging Face model card."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from cook.report.tables import LadderRow, ladder_table
 
-# What `base_model` may hold in the front matter: a model's name on the hub. A path on a disk is no such thing.
+# The form of `base_model` in the front matter: a model's name on the Hub. A local path does not belong there.
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 _PLACEHOLDER = "PATH/TO/THIS/FOLDER"
@@ -17,54 +17,54 @@ _PLACEHOLDER = "PATH/TO/THIS/FOLDER"
 
 @dataclass(frozen=True, kw_only=True)
 class MaskFile:
-    """A mask file that went into the model."""
+    """A mask file that was applied to the model."""
 
     name: str
-    """Its file name."""
+    """The file name."""
     sha256: str
-    """Hex SHA-256 of its content."""
+    """SHA-256 of the content, hexadecimal."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """What is known of an exported model."""
+    """The content of a model card."""
 
     name: str
-    """The model's name, the title of the card."""
+    """The model's name, used as the title of the card."""
     rows: Sequence[LadderRow]
-    """The dense model first, this one last."""
+    """The compared models: the dense model first, this model last."""
     base_model: str | None = None
-    """A model's name on the hub ("owner/name") or a description of the dense model; None: trained from scratch."""
+    """A model's name on the Hub ("owner/name") or a description of the dense model. None: trained from scratch."""
     license: str
-    """The licence's identifier as Hugging Face writes it: "apache-2.0"; "other" when it is none of its list."""
+    """The licence's identifier on Hugging Face, such as "apache-2.0". "other" if it is not on their list."""
     license_note: str | None = None
-    """What a reader must know of the licence, of the weights or of the data."""
+    """A note about the licence of the weights or of the data."""
     languages: Sequence[str] = ()
     """ISO 639-1 codes of the training text."""
     training_data: str | None = None
-    """The corpus, in a sentence."""
+    """A sentence about the corpus."""
     commands: Sequence[str] = ()
     """The commands that made the model, in order."""
     masks: Sequence[MaskFile] = ()
     """The masks that were applied."""
     auto_class: str = "AutoModelForCausalLM"
-    """The class of transformers that loads the model."""
+    """The transformers class that loads the model."""
     pipeline: str = "text-generation"
-    """The task that a hub lists the model under."""
+    """The pipeline tag for the Hub."""
     trust_remote_code: bool
-    """Whether transformers needs the modeling file in the folder to load it."""
+    """Whether transformers needs the modeling file in the folder to load the model."""
     misread_by: Sequence[str] = ()
-    """A sentence for every other program that would misread the folder."""
+    """One sentence per program that would load the folder incorrectly."""
     max_difference: float | None = None
-    """Largest relative difference between the answers of the masked and of the reshaped model; None: not measured."""
+    """Largest relative difference between the outputs of the masked and the reshaped model. None: not measured."""
     difference_note: str = ""
-    """What it was measured on: "fp32, 4 batches of 8 × 128 held-out tokens"."""
+    """How it was measured, such as "fp32, 4 batches of 8 × 128 held-out tokens"."""
     versions: Sequence[tuple[str, str]] = ()
     """Libraries and their versions."""
 
 
 def model_card(card: ModelCard) -> str:
-    """The card as Markdown with YAML front matter."""
+    """Formats the card as Markdown with YAML front matter."""
     sections = [_front_matter(card), f"# {card.name}", _introduction(card)]
     sections += ["## Structure and loss", ladder_table(card.rows), _LOSS_NOTE] if card.rows else []
     sections += ["## Loading", _loading(card), "## Verification", _verification(card)]
@@ -87,7 +87,7 @@ _LOSS_NOTE = (
 
 
 def _front_matter(card: ModelCard) -> str:
-    # JSON strings are YAML strings: no value can break out of its line or change its type ("no" stays a string).
+    # JSON strings are valid YAML strings. No value can end its line or change its type ("no" stays a string).
     lines = ["library_name: transformers", f"pipeline_tag: {card.pipeline}", f"license: {json.dumps(card.license)}"]
     if card.languages:
         lines.append(f"language: {json.dumps(list(card.languages))}")
@@ -107,7 +107,7 @@ def _introduction(card: ModelCard) -> str:
 
 def _loading(card: ModelCard) -> str:
     options = ", trust_remote_code=True" if card.trust_remote_code else ""
-    # The tokenizer needs no code of the folder; unless told so, transformers asks for the model's.
+    # The tokenizer needs no code from the folder. Without this argument, transformers would ask about the model's code.
     plain = ", trust_remote_code=False" if card.trust_remote_code else ""
     code = "\n".join(
         [
@@ -118,9 +118,9 @@ def _loading(card: ModelCard) -> str:
         ]
     )
     why = (
-        "Stock transformers has no class for this shape: it runs the modeling file that the folder brings."
+        "Stock transformers has no class for this shape: it runs the modeling file in the folder."
         if card.trust_remote_code
-        else "Stock transformers loads it; no code of the folder is run."
+        else "Stock transformers loads it; no code from the folder is run."
     )
     warnings = [f"- Warning: {sentence}." for sentence in card.misread_by]
     return "\n\n".join([_fenced(code, "python"), why, *(["\n".join(warnings)] if warnings else [])])
@@ -128,11 +128,11 @@ def _loading(card: ModelCard) -> str:
 
 def _verification(card: ModelCard) -> str:
     if card.max_difference is None:
-        return "The answers of the masked and of the reshaped model were not compared."
+        return "The outputs of the masked and of the reshaped model were not compared."
     where = f" ({card.difference_note})" if card.difference_note else ""
     return (
         "The masked model and this reshaped one were run on the same batches"
-        f"{where}: largest relative difference of their answers {card.max_difference:.2e}."
+        f"{where}: largest relative difference of their outputs {card.max_difference:.2e}."
     )
 
 

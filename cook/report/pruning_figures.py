@@ -1,4 +1,4 @@
-"""Figures of pattern pruning: a task's metric against sparsity, and what each matrix has lost."""
+"""Figures of pattern pruning: a task's metric against sparsity, and the sparsity of each matrix."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ MARKERS = "osD^vPX"
 def plot_metric_curves(
     curves: Mapping[str, Curve], path: str | Path, *, metric: str, title: str, dense: float | None = None
 ) -> Path:
-    """Draws a metric against sparsity, a line a curve; the dense model's value as a dashed level.
+    """Draws a metric against sparsity, with one line per curve and a dashed line for the dense model.
 
     Args:
-        curves: Points by name.
-        path: A PNG file.
-        metric: Name of the vertical axis.
-        title: Above the figure.
-        dense: The dense model's metric, if known.
+        curves: Points (sparsity in percent, metric) by name.
+        path: The PNG file to write.
+        metric: Label of the vertical axis.
+        title: Title of the figure.
+        dense: The metric of the dense model, if known.
     """
     figure = drawing.new_figure(8.0, 4.8)
     axes = figure.subplots()
@@ -50,12 +50,12 @@ def plot_metric_curves(
 
 
 def plot_sparsity_by_matrix(sparsity: Mapping[tuple[int, str], float], path: str | Path, *, title: str) -> Path:
-    """Draws the pruned share of every matrix as a table of layers and roles.
+    """Draws the sparsity of every matrix as a table of layers and roles.
 
     Args:
-        sparsity: By layer and role, 0 to 1.
-        path: A PNG file.
-        title: Above the figure.
+        sparsity: Sparsity from 0 to 1, by layer and role.
+        path: The PNG file to write.
+        title: Title of the figure.
     """
     layers = sorted({layer for layer, _ in sparsity})
     roles = list(dict.fromkeys(role for _, role in sparsity))

@@ -1,4 +1,4 @@
-"""The report of a whole run: one Markdown file with the ladder and the figures."""
+"""The report of a run: one Markdown file with the table of models and the figures."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Figure:
     """An image of the report."""
 
     caption: str
-    """One sentence below it."""
+    """One sentence below the image."""
     path: Path
-    """Its file, anywhere; the report links to it relatively."""
+    """The image file. The report uses a relative link."""
 
 
 def write_report(
@@ -35,11 +35,11 @@ def write_report(
     """Writes `folder/report.md` and returns its path.
 
     Args:
-        folder: Made when missing.
-        rows: The ladder, the dense model first.
-        figures: Shown below the table in this order.
-        title: The headline.
-        notes: Paragraphs between the table and the figures: the machine, what was measured how.
+        folder: The folder to write to. Made if missing.
+        rows: The rows of the table, the dense model first.
+        figures: The figures, shown below the table in this order.
+        title: The title of the report.
+        notes: Paragraphs between the table and the figures, for example about the machine and the measurements.
     """
     path = Path(folder) / REPORT_NAME
     parts = [f"# {title}", ladder_table(rows), *notes]

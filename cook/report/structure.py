@@ -1,4 +1,4 @@
-"""The figure of what is kept, layer by layer."""
+"""The figure of the kept structure, layer by layer."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 def plot_structure(structure: Mapping[str, Any], path: str | Path) -> Path:
-    """Draws what is kept of every layer: its heads as cells, its FFN as a bar.
+    """Draws the kept parts of every layer: heads as cells, and the FFN as a bar.
 
     Args:
-        structure: `{"layers": [{"att": [0 or 1, …] or None, "ffn": [0 or 1, …] or None}, …]}` from the bottom layer up;
-            None (or an empty list) is a removed block, 1 a kept head or dimension.
+        structure: `{"layers": [{"att": [0 or 1, …] or None, "ffn": [0 or 1, …] or None}, …]}`, first layer first. 1 is
+            a kept head or dimension. None or an empty list is a removed block.
         path: The image file.
 
     Returns:
@@ -68,7 +68,7 @@ def _draw_heads(axes: Axes, rows: Sequence[Sequence[int]]) -> None:
     axes.set_xlim(-0.6, 1.06 * widest - 0.2)
     step = 1 if widest <= 16 else 2
     axes.set_xticks(range(0, widest, step), [str(head) for head in range(0, widest, step)], fontsize=8)
-    axes.set_xlabel("head (the count at the end is what is kept)")
+    axes.set_xlabel("head (the number at the end is the number of kept heads)")
     axes.set_title(_summary("attention", "heads", rows), fontsize=10, loc="left")
 
 

@@ -1,4 +1,4 @@
-"""Tables as text that is aligned in a terminal and renders as Markdown."""
+"""Text tables that are aligned in a terminal and valid Markdown."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ MISSING = "–"
 
 @dataclass(frozen=True, kw_only=True)
 class LadderRow:
-    """One model of the ladder, from the dense one down to the smallest."""
+    """One row of the table of models, which lists them from the dense model to the smallest."""
 
     model: str
-    """Its name."""
+    """Name of the model."""
     att_layers: int
-    """Attention blocks that are left."""
+    """Number of remaining attention blocks."""
     ffn_layers: int
-    """FFN blocks that are left."""
+    """Number of remaining FFN blocks."""
     heads: str
-    """Heads in an attention block: "4", or "2–6" where blocks differ."""
+    """Heads per attention block: "4", or "2–6" if blocks differ."""
     dim_ff: str
-    """Inner width of an FFN block: "350", or a range where blocks differ."""
+    """FFN dimension per block: "350", or a range if blocks differ."""
     parameters: int
-    """All parameters, embeddings included."""
+    """Total number of parameters, including embeddings."""
     held_out_loss: float | None
-    """Mean loss a token on text kept out of training, in nats; None if it was not measured."""
+    """Mean held-out loss in nats per token. None if it was not measured."""
     tokens_per_second: float | None
-    """Speed; None if it was not measured. Compare only numbers of one machine and run."""
+    """Speed. None if it was not measured. Only values from the same machine and run can be compared."""
 
 
 LADDER_HEADERS = ("model", "att layers", "ffn layers", "heads", "dim_ff", "parameters", "held-out loss", "tokens/s")
 
 
 def ladder_cells(row: LadderRow) -> tuple[str, ...]:
-    """The texts of one row, in the order of `LADDER_HEADERS`."""
+    """Returns the cells of one row, in the order of `LADDER_HEADERS`."""
     return (
         row.model,
         str(row.att_layers),
@@ -52,12 +52,12 @@ def ladder_cells(row: LadderRow) -> tuple[str, ...]:
 
 
 def ladder_table(rows: Sequence[LadderRow]) -> str:
-    """The ladder as a Markdown table whose columns are also aligned as plain text; ends without a newline."""
+    """Formats the models as a Markdown table with aligned columns, without a final newline."""
     return markdown_table(LADDER_HEADERS, [ladder_cells(row) for row in rows])
 
 
 def range_text(sizes: Sequence[int]) -> str:
-    """The size of all blocks in one text: "4" when they agree, "2–6" when not, a dash when there are none."""
+    """Formats the sizes of all blocks: "4" if they are equal, "2–6" if they differ, a dash if there are none."""
     if not sizes:
         return MISSING
     low, high = min(sizes), max(sizes)
@@ -65,7 +65,7 @@ def range_text(sizes: Sequence[int]) -> str:
 
 
 def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with padded cells: the first column to the left, the others to the right."""
+    """Formats a Markdown table with padded cells: the first column left-aligned, the others right-aligned."""
     escaped = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (headers, *rows)]
     widths = _widths(escaped)
     ruler = [("-" * width) if column == 0 else ("-" * (width - 1) + ":") for column, width in enumerate(widths)]
@@ -74,7 +74,7 @@ def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 
 
 def plain_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns under their headers, nothing cut: for logs and pipes."""
+    """Formats aligned columns without truncation, for logs and pipes."""
     texts = [[cell.replace("\n", " ") for cell in row] for row in (headers, *rows)]
     widths = _widths(texts)
     lines = [_padded(row, widths) for row in texts]

@@ -1,4 +1,4 @@
-"""Any Hugging Face tokenizer folder, behind the house's protocol."""
+"""Hugging Face tokenizer folders, behind the `Tokenizer` protocol."""
 
 from __future__ import annotations
 
@@ -23,18 +23,21 @@ resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[2]),) * 2)
 from tokenizers import Tokenizer
 Tokenizer.from_file(sys.argv[1]).encode_batch(["a", "The first words of a text, 123."])
 """
-"""Reads a tokenizer.json and uses it, in as many bytes of memory as the second argument says."""
+"""Reads a tokenizer.json and encodes a text. The second argument limits the memory, in bytes."""
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer that AutoTokenizer reads from a local folder; code in the folder is never run.
+    """A tokenizer that AutoTokenizer reads from a local folder. Code in the folder is never run.
 
-    Vocabularies without a beginning-of-text token (GPT-2's family) use their end-of-text token in its place, and the
-    same one for padding where none is defined.
+    If the vocabulary has no beginning-of-text token or no padding token (as in GPT-2's family), the end-of-text token
+    is used instead.
 
     Args:
         backend: The Hugging Face tokenizer.
-        origin: Where it came from, for messages.
+        origin: Its source, for messages.
+
+    Raises:
+        UserError: The tokenizer has no end-of-text token.
     """
 
     def __init__(self, backend: Any, origin: str):
@@ -42,14 +45,14 @@ class HuggingFaceTokenizer:
             raise UserError(
                 f"{origin}: the tokenizer has no end-of-text token",
                 wanted="an eos_token in tokenizer_config.json",
-                remedy="name the token that ends a document in the folder's tokenizer_config.json",
+                remedy="set eos_token in the folder's tokenizer_config.json to the token that ends a document",
             )
         self._backend = backend
         self.eos_id: int = backend.eos_token_id
         self.bos_id: int = backend.bos_token_id if backend.bos_token_id is not None else self.eos_id
         self.pad_id: int = backend.pad_token_id if backend.pad_token_id is not None else self.eos_id
         self.unk_id: int | None = backend.unk_token_id
-        # Ids may have holes, so the size of the embedding is the largest id, not the number of tokens.
+        # Ids may have gaps, so the vocabulary size follows from the largest id, not from the number of tokens.
         self.vocab_size: int = max(backend.get_vocab().values()) + 1
         self.fingerprint = _fingerprint(backend)
 
@@ -58,7 +61,7 @@ class HuggingFaceTokenizer:
         """Reads a tokenizer folder.
 
         Raises:
-            UserError: There is no such folder, or AutoTokenizer cannot read it.
+            UserError: The folder does not exist, or AutoTokenizer cannot read it.
         """
         folder = Path(path)
         if not folder.is_dir():
@@ -66,7 +69,7 @@ class HuggingFaceTokenizer:
         return cls(open_backend(str(folder), local_files_only=True), str(folder))
 
     def ordinary_tokens(self) -> dict[str, int]:
-        """Ids by token, without the special and other tokens that were added to the vocabulary."""
+        """Returns the ids by token, without special and other added tokens."""
         added = self._backend.added_tokens_encoder
         return {token: number for token, number in self._backend.get_vocab().items() if token not in added}
 
@@ -87,7 +90,7 @@ class HuggingFaceTokenizer:
         self._backend.save_pretrained(str(folder))
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        # verbose=False: a document longer than the model's context is no reason for a warning, it is cut later.
+        # verbose=False: a document longer than the model's context needs no warning, since it is cut later.
         encoded = self._backend(
             texts,
             add_special_tokens=False,
@@ -100,14 +103,14 @@ class HuggingFaceTokenizer:
 
 
 def open_backend(source: str, **options: Any) -> Any:
-    """Hugging Face's tokenizer of a folder or Hub name.
+    """Opens the Hugging Face tokenizer of a folder or Hub name.
 
     Args:
         source: The folder or name.
-        options: Of `AutoTokenizer.from_pretrained`; code in the folder is run only where they say so.
+        options: Options of `AutoTokenizer.from_pretrained`. Code in the folder is run only if they allow it.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the tokenizer cannot be read.
     """
     from transformers import AutoTokenizer
 
@@ -119,12 +122,12 @@ def open_backend(source: str, **options: Any) -> Any:
 
 
 def check_tokenizer_file(folder: Path) -> None:
-    """Reads a folder's tokenizer.json in a process of its own first, within bounds of memory and time.
+    """Tests a folder's tokenizer.json in a separate process with limits on memory and time.
 
-    A few lines can describe a normalizer that fills the memory, and the Rust code then ends its process.
+    A few lines of JSON can describe a normalizer that exhausts the memory, and the Rust code then aborts its process.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read within the limits.
     """
     file = folder / "tokenizer.json"
     if file.is_file():
@@ -141,7 +144,7 @@ def _check_once(file: Path, _time: int, _size: int) -> None:
         said = done.stderr.strip().splitlines()
         reason = None if done.returncode == 0 else said[-1][:300] if said else f"exit code {done.returncode}"
     except subprocess.TimeoutExpired:
-        reason = "no end"
+        reason = "still reading when the time was up"
     if reason is not None:
         raise UserError(
             f"{file.parent}: its tokenizer cannot be read",
@@ -152,6 +155,6 @@ def _check_once(file: Path, _time: int, _size: int) -> None:
 
 def _fingerprint(backend: Any) -> str:
     rust = getattr(backend, "backend_tokenizer", None)
-    # Tokenizers written in Python have no serialised form: their class and vocabulary stand for them.
+    # Tokenizers written in Python cannot be serialised. Their class and vocabulary are hashed instead.
     content = rust.to_str() if rust is not None else json.dumps(sorted(backend.get_vocab().items()))
     return hashlib.sha256(f"{type(backend).__name__}\n{content}".encode()).hexdigest()

@@ -1,10 +1,10 @@
-"""A sentencepiece model as Hugging Face tokenizer files that give the same ids without sentencepiece.
+"""Exports a sentencepiece model as Hugging Face tokenizer files that give the same ids without sentencepiece.
 
-sentencepiece merges the adjacent pair whose union has the best score; the tokenizers library merges by a ranked list of
-pairs. The list is therefore every way to split every piece into two pieces, ordered by the score of the union. Pieces
-are stored with real spaces instead of U+2581, so no replacing normaliser is needed and a literal U+2581 stays itself.
-The result is compared with the original on probe texts before anything is written. For unigram models two segmentations
-of exactly the same likelihood may be chosen differently; byte-pair models have no such freedom.
+sentencepiece merges the adjacent pair whose union has the best score. The tokenizers library merges by a ranked list of
+pairs. The exported list therefore contains every split of every piece into two pieces, ordered by the score of the
+piece. Pieces are stored with real spaces instead of U+2581. No replacing normaliser is needed, and a literal U+2581
+stays unchanged. The result is compared with the original on probe texts before anything is written. For unigram models,
+the choice between two segmentations of exactly the same likelihood may differ. For byte-pair models it cannot.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PROBES = (
 
 
 def parse_model(model: bytes) -> Any:
-    """The protocol buffer in a `.model` file: pieces with scores and kinds, trainer and normaliser settings."""
+    """Parses the protocol buffer of a `.model` file: pieces with scores and types, trainer and normaliser settings."""
     from sentencepiece import sentencepiece_model_pb2
 
     schema: Any = sentencepiece_model_pb2  # its classes are made at run time
@@ -46,11 +46,11 @@ def export_to_hugging_face(model: bytes, encode: Callable[[str], list[int]], fol
 
     Args:
         model: Content of a `.model` file.
-        encode: The tokenizer's own encoding, which the exported one must equal.
-        folder: Where to write; made if missing.
+        encode: The original encoding, which the exported tokenizer must reproduce.
+        folder: The folder to write to. Made if missing.
 
     Raises:
-        UserError: The model's type or normalisation cannot be expressed, or a probe text came out differently.
+        UserError: The model's type or normalisation cannot be exported, or the ids of a probe text differ.
     """
     proto = parse_model(model)
     tokenizer = _build(proto)
@@ -101,7 +101,7 @@ def _build(proto: Any) -> Any:
     if proto.normalizer_spec.remove_extra_whitespaces:
         from tokenizers import Regex
 
-        # Spaces only: normalizers.Strip would take line ends too.
+        # Spaces only: normalizers.Strip would also remove line ends.
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     undo: list[Any] = [decoders.ByteFallback(), decoders.Fuse()]
     if proto.normalizer_spec.add_dummy_prefix:
@@ -115,14 +115,14 @@ def _build(proto: Any) -> Any:
     tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in by_decree])
     special = [text for text, p in zip(pieces, proto.pieces, strict=True) if p.type in (kinds.CONTROL, kinds.UNKNOWN)]
     tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in special])
-    # The strings of special tokens inside a text are text. Not part of tokenizer.json: this is for the probes, and
-    # transformers does the same for `split_special_tokens` in tokenizer_config.json.
+    # Strings of special tokens inside a text are plain text. This setting is not saved in tokenizer.json. It is for the
+    # probes; transformers does the same because of `split_special_tokens` in tokenizer_config.json.
     tokenizer.encode_special_tokens = True
     return tokenizer
 
 
 def _merges(proto: Any, pieces: list[str]) -> list[tuple[str, str]]:
-    """Every split of every learned piece into two, best score first; where two splits overlap, the longer left part."""
+    """Every split of every learned piece into two, best score first; for the same piece, the longer left part first."""
     score = {
         text: piece.score
         for text, piece in zip(pieces, proto.pieces, strict=True)
@@ -138,7 +138,7 @@ def _merges(proto: Any, pieces: list[str]) -> list[tuple[str, str]]:
 
 
 def _scores(proto: Any, pieces: list[str]) -> list[tuple[str, float]]:
-    """Pieces with scores. Special and byte pieces are worse than any word: text that spells one stays text."""
+    """Pieces with scores. Special and byte pieces score below all others, so that text that spells one stays text."""
     kinds = proto.SentencePiece
     in_text = [piece.type in (kinds.NORMAL, kinds.USER_DEFINED) for piece in proto.pieces]
     worst = min((piece.score for piece, usable in zip(proto.pieces, in_text, strict=True) if usable), default=0.0)

@@ -1,4 +1,4 @@
-"""CPM-Ant's own tokenizer: jieba cuts a text into words, and the longest pieces of the vocabulary spell each word."""
+"""CPM-Ant's tokenizer: jieba cuts a text into words, and each word is spelled with the longest pieces that match."""
 
 from __future__ import annotations
 
@@ -14,27 +14,30 @@ from cook.base.errors import UserError
 from cook.base.files import regular_file, write_atomically, write_json
 
 SPECIAL = ("<pad>", "<unk>", "<mask>", "<sep>", "</n>", "</_>", "<s>", "</s>", "<d>", "</d>")
-"""Ids 0 to 9. `</n>` stands for a line end and `</_>` for a space; the others never come out of a text."""
+"""Ids 0 to 9. `</n>` stands for a line end and `</_>` for a space. Text is never encoded as one of the others."""
 
 STANDS_FOR = {"</n>": "\n", "</_>": " "}
 MAX_WORD_CHARS = 200
-"""A longer word is one unknown id, as in CPM-Live."""
+"""A longer word becomes a single unknown id, as in CPM-Live."""
 
 KEPT_WORDS = 1 << 18
-"""Words whose ids are remembered: text repeats itself, and a look-up costs a tenth of the spelling."""
+"""Number of words whose ids are cached. A look-up takes a tenth of the time of spelling a word."""
 
 
 class JiebaTokenizer:
-    """A vocabulary file, one piece a line, used as transformers' CpmAntTokenizer uses it.
+    """A tokenizer from a vocabulary file with one piece per line, like CpmAntTokenizer of transformers.
 
-    The ids are those of that class, which cuts without jieba's hidden Markov model; only a text that spells a special
-    token (`</s>`) differs: here it is the characters that it is. Characters outside the vocabulary become `<unk>`, so a
-    text does not always come back: the published vocabulary is made for Chinese.
+    The ids equal those of that class, which does not use jieba's hidden Markov model. The only difference is text that
+    spells a special token such as `</s>`: here it is encoded as plain characters. Characters outside the vocabulary
+    become `<unk>`, so decoding does not always restore the text. The published vocabulary is made for Chinese.
 
     Args:
-        lines: The vocabulary's lines; a line's number is its id.
-        origin: Where it came from, for messages.
-        cut: Cuts a text into words whose concatenation is the text; by default rjieba, or else jieba.
+        lines: The lines of the vocabulary. The line number, counted from 0, is the id.
+        origin: The source of the vocabulary, for messages.
+        cut: Cuts a text into words whose concatenation is the text. Default: rjieba if installed, else jieba.
+
+    Raises:
+        UserError: The first lines are not CPM-Ant's special tokens, or neither rjieba nor jieba is installed.
     """
 
     def __init__(self, lines: Sequence[str], origin: str, cut: Callable[[str], Iterable[str]] | None = None):
@@ -64,11 +67,11 @@ class JiebaTokenizer:
         """Reads a `vocab.txt`.
 
         Raises:
-            UserError: The file cannot be read, is not UTF-8 or no CPM-Ant vocabulary, or neither rjieba nor jieba is
-                installed.
+            UserError: The file cannot be read, is not UTF-8 or not a CPM-Ant vocabulary, or neither rjieba nor jieba
+                is installed.
         """
         try:
-            # Universal line ends, as transformers reads it: the ids are the numbers of the lines.
+            # Universal line ends, as in transformers, because the ids are line numbers.
             with open(regular_file(path, "vocab.txt"), encoding="utf-8-sig") as file:
                 lines = [line.rstrip("\n") for line in file]
         except UnicodeDecodeError as error:
@@ -88,14 +91,14 @@ class JiebaTokenizer:
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        # One core: Python spells the words. To use more, run `python -m cook.data preprocess` with several processes.
+        # Python spells the words on one core. `python -m cook.data preprocess` can use several processes.
         return [np.asarray(self.encode(text), dtype=np.int32) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(self._text_of[int(i)] for i in ids)
 
     def save(self, folder: str | Path) -> None:
-        """Writes `vocab.txt` and a `tokenizer_config.json` that names transformers' class (it puts `<s>` in front)."""
+        """Writes `vocab.txt` and a `tokenizer_config.json` for the class of transformers, which prepends `<s>`."""
         write_atomically(Path(folder) / "vocab.txt", "".join(f"{line}\n" for line in self._lines))
         settings = {"tokenizer_class": "CpmAntTokenizer", "split_special_tokens": True, "model_max_length": 10**30}
         write_json(Path(folder) / "tokenizer_config.json", settings)
@@ -116,7 +119,7 @@ class JiebaTokenizer:
 
 
 def _segmenter() -> tuple[Callable[[str], Iterable[str]], str]:
-    """The word cutter that is installed, and its name."""
+    """The installed word segmenter and its name."""
     try:
         rust = import_module("rjieba")
         return lambda text: rust.cut(text, False), "rjieba"
@@ -126,6 +129,6 @@ def _segmenter() -> tuple[Callable[[str], Iterable[str]], str]:
         python = import_module("jieba")
     except ImportError:
         raise UserError(
-            "tokenizer.type jieba needs a word cutter, and none is installed", remedy="pip install rjieba (or jieba)"
+            "tokenizer.type jieba needs a word segmenter, and none is installed", remedy="pip install rjieba (or jieba)"
         ) from None
     return lambda text: python.cut(text, cut_all=False, HMM=False), "jieba"

@@ -13,19 +13,18 @@ TOKENIZERS: dict[str, type[SentencePieceTokenizer] | type[HuggingFaceTokenizer] 
     "hf": HuggingFaceTokenizer,
     "jieba": JiebaTokenizer,
 }
-"""Tokenizer class by the configuration's `tokenizer.type`."""
+"""Tokenizer classes by `tokenizer.type`."""
 
 
 def load_tokenizer(type: str, path: str) -> Tokenizer:
     """Loads a tokenizer.
 
     Args:
-        type: `sentencepiece` (a `.model` file), `hf` (a folder that AutoTokenizer reads) or `jieba` (CPM-Ant's
-            `vocab.txt`).
+        type: `sentencepiece` (a `.model` file), `hf` (a folder for AutoTokenizer) or `jieba` (CPM-Ant's `vocab.txt`).
         path: The file or folder.
 
     Raises:
-        UserError: The type is unknown, or the path holds no such tokenizer.
+        UserError: The type is unknown, or the path does not contain such a tokenizer.
     """
     if type not in TOKENIZERS:
         raise UserError("tokenizer.type is unknown", wanted=" or ".join(sorted(TOKENIZERS)), got=repr(type))

@@ -1,4 +1,4 @@
-"""SentencePiece models: training one for code and prose, loading any, and exporting them to Hugging Face."""
+"""SentencePiece tokenizers: training, loading, and export to Hugging Face."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ SPACE = "\u2581"
 
 PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
 
-# Line ends, tabs and indentation are pieces by decree: they are frequent in code, and as fixed symbols they cut the
-# text at the same places here and in the exported tokenizer. Runs double in length, so any run takes few pieces.
+# Line ends, tabs and indentation are user-defined pieces. They are frequent in code, and fixed pieces cut the text at
+# the same places here and in the exported tokenizer. Lengths double, so that any run of them needs few pieces.
 WHITESPACE_PIECES = ("\n", "\n\n", "\t", "\t\t", "\t\t\t\t", SPACE * 2, SPACE * 4, SPACE * 8, SPACE * 16)
 
-MIN_VOCAB_SIZE = 4 + len(WHITESPACE_PIECES) + 256 + 64  # special ids, whitespace, bytes, and room for an alphabet
+MIN_VOCAB_SIZE = 4 + len(WHITESPACE_PIECES) + 256 + 64  # special ids, whitespace, bytes and an alphabet
 MAX_LINE_CHARS = 4096
-RARE = 0.01  # a character of this share of the text has a piece in any vocabulary
-MIN_COVERAGE, MAX_COVERAGE = 0.98, 0.9995  # sentencepiece takes nothing below 0.98
-TRAINING_THREADS = 4  # written into the model, so a number that differs between machines would change its bytes
+RARE = 0.01  # a character with at least this share of the text gets a piece in any vocabulary
+MIN_COVERAGE, MAX_COVERAGE = 0.98, 0.9995  # sentencepiece accepts no value below 0.98
+TRAINING_THREADS = 4  # fixed, because it is stored in the model and must not change its bytes between machines
 DEFAULT_SAMPLE_CHARS = 16 << 20
 
 
@@ -42,7 +42,10 @@ class SentencePieceTokenizer:
 
     Args:
         model: Content of a `.model` file.
-        origin: Where it came from, for messages.
+        origin: Its source, for messages.
+
+    Raises:
+        UserError: Not a sentencepiece model, or a model without beginning-of-text and end-of-text pieces.
     """
 
     def __init__(self, model: bytes, origin: str):
@@ -50,7 +53,9 @@ class SentencePieceTokenizer:
         try:
             self._processor.LoadFromSerializedProto(model)
         except (RuntimeError, TypeError) as error:
-            raise UserError(f"{origin}: not a sentencepiece model", remedy="give the .model file, whole") from error
+            raise UserError(
+                f"{origin}: not a sentencepiece model", remedy="check that it is a complete .model file"
+            ) from error
         self._model = model
         self.vocab_size: int = self._processor.get_piece_size()
         self.bos_id: int = self._required_id("beginning-of-text", self._processor.bos_id(), origin)
@@ -71,7 +76,7 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         if self._space_bytes and SPACE in text:
-            # sentencepiece takes a literal U+2581 for a space; spelled in bytes it survives the round trip.
+            # sentencepiece reads a literal U+2581 as a space. Encoded as bytes, it is decoded correctly.
             first, *others = (self._processor.encode(part) if part else [] for part in text.split(SPACE))
             return first + [i for part in others for i in (*self._space_bytes, *part)]
         return self._processor.encode(text)
@@ -87,10 +92,10 @@ class SentencePieceTokenizer:
         return self._processor.decode([int(i) for i in ids])
 
     def save(self, folder: str | Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json, and the `.model` itself beside them.
+        """Writes tokenizer.json, tokenizer_config.json and the `.model` file.
 
         Raises:
-            UserError: The model uses a feature that cannot be expressed there, so that the ids would differ.
+            UserError: The model uses a feature that these files cannot represent, so that the ids would differ.
         """
         export_to_hugging_face(self._model, self.encode, Path(folder))
         write_atomically(Path(folder) / "sentencepiece.model", self._model)
@@ -102,7 +107,7 @@ class SentencePieceTokenizer:
         return piece_id
 
     def _byte_ids(self, text: str) -> tuple[int, ...]:
-        # Only for models that keep text as it is; one that adds a prefix would add it to every part of a split text.
+        # Only for models without normalisation. A model that adds a prefix would add it to every part of a split text.
         normalizer = parse_model(self._model).normalizer_spec
         if normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces or normalizer.precompiled_charsmap:
             return ()
@@ -118,21 +123,21 @@ def train_sentencepiece(
     seed: int,
     sample_chars: int = DEFAULT_SAMPLE_CHARS,
 ) -> int:
-    """Trains a lossless byte-pair model for code and prose, English, Chinese or mixed; writes it whole or not at all.
+    """Trains a lossless byte-pair model for code and prose, in English, Chinese or both, and writes it atomically.
 
-    Byte-pair encoding with byte fallback; no normalisation and no added prefix, so white space survives; digits are
-    single pieces (numbers keep their places); line ends, tabs and indentation have pieces of their own. The same texts
-    in the same order, vocabulary size and seed give the same bytes. Special ids: pad 0, unk 1, `<s>` 2, `</s>` 3.
+    The model uses byte fallback, no normalisation and no added prefix, so that white space is preserved. Digits are
+    single pieces, and line ends, tabs and indentation have their own pieces. The same texts in the same order,
+    vocabulary size and seed give the same bytes. Special ids: pad 0, unk 1, `<s>` 2, `</s>` 3.
 
     Args:
         texts: Documents, read once.
         model_path: The `.model` file to write.
-        vocab_size: Number of ids, everything included.
-        seed: Chooses the lines of a corpus larger than `sample_chars`.
-        sample_chars: Train on a random sample of lines of at most this many characters.
+        vocab_size: Total number of ids.
+        seed: Seed for sampling lines from a corpus larger than `sample_chars`.
+        sample_chars: Largest size of the sample of lines to train on, in characters.
 
     Returns:
-        How many characters the sample leaves out.
+        The number of characters that are not in the sample.
 
     Raises:
         UserError: The vocabulary is too small for bytes and an alphabet, or too large for the corpus.
@@ -150,7 +155,7 @@ def train_sentencepiece(
     lines = _sample(counted(), sample_chars, random.Random(seed))
     if not lines:
         raise UserError("there is no text to train a tokenizer on", remedy="check data.paths")
-    # In Chinese a space may be too rare for a piece, and would be spelled in the bytes of sentencepiece's sign for it.
+    # In Chinese, a space may be too rare to get a piece, and would then be encoded as the three bytes of U+2581.
     rare_space = sum(line.count(" ") for line in lines) < RARE * sum(map(len, lines))
     options: dict[str, Any] = {"required_chars": SPACE} if rare_space else {}
     model = io.BytesIO()
@@ -179,19 +184,19 @@ def train_sentencepiece(
     except RuntimeError as error:
         raise UserError(
             f"no tokenizer of {vocab_size} pieces can be trained on this corpus ({len(lines)} lines): {error}",
-            remedy="raise tokenizer.vocab_size: the text has too many different characters for it"
+            remedy="raise tokenizer.vocab_size: the text has too many different characters"
             if "smaller than required_chars" in str(error)
-            else "lower tokenizer.vocab_size or give more text",
+            else "lower tokenizer.vocab_size, or use more text",
         ) from error
     write_atomically(model_path, model.getvalue())
     return seen - sum(map(len, lines))
 
 
 def _coverage(lines: Sequence[str], vocab_size: int) -> float:
-    """Share of the text whose characters get a piece of their own; the rest is spelled in bytes.
+    """The share of the text whose characters get their own pieces. All other characters are encoded as bytes.
 
-    99.95%, sentencepiece's advice for Chinese: rarer characters would waste ids. Less where the characters (thousands
-    in Chinese) would take more than half of a small vocabulary and leave no room for words.
+    The default is 99.95%, as sentencepiece recommends for Chinese: rarer characters would waste ids. The share is lower
+    if the characters (thousands in Chinese) would otherwise take more than half of a small vocabulary.
     """
     room = (vocab_size - MIN_VOCAB_SIZE) // 2 + 64
     if len(set().union(*lines)) <= room:
@@ -209,7 +214,7 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _sample(lines: Iterable[str], max_chars: int, rng: random.Random) -> list[str]:
-    """A uniform sample of lines of at most `max_chars`, in one pass: whenever it overflows, half of it is dropped."""
+    """A uniform sample of lines of at most `max_chars`, in one pass. Half of it is dropped whenever it overflows."""
     kept: list[str] = []
     chars, rate = 0, 1.0
     for line in lines:

@@ -1,4 +1,4 @@
-"""What the house asks of a tokenizer, whatever its origin."""
+"""The protocol that all tokenizers implement."""
 
 from __future__ import annotations
 
@@ -10,44 +10,44 @@ import numpy as np
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back. Neither direction adds or drops special tokens: text is text, ids are ids.
+    """Converts text to ids and back. Neither direction adds or removes special tokens.
 
-    The string of a special token inside a text (a document that happens to contain `</s>`) is encoded as the plain
-    characters that it is; only the caller places special ids.
+    If a text contains the string of a special token, such as `</s>`, it is encoded as plain characters. Only the caller
+    inserts special ids.
     """
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids: every id is in `range(vocab_size)`."""
+        """Number of ids. Every id is in `range(vocab_size)`."""
 
     @property
     def bos_id(self) -> int:
-        """Id that opens a sample."""
+        """Id at the beginning of a sample."""
 
     @property
     def eos_id(self) -> int:
-        """Id that closes a sample."""
+        """Id at the end of a sample."""
 
     @property
     def pad_id(self) -> int:
-        """Id that fills a batch."""
+        """Id for padding."""
 
     @property
     def unk_id(self) -> int | None:
-        """Id of text that the vocabulary cannot express; None where there is no such text."""
+        """Id for text that the vocabulary cannot represent. None if it can represent any text."""
 
     @property
     def fingerprint(self) -> str:
-        """Hex SHA-256 that changes whenever the ids of some text might."""
+        """Hexadecimal SHA-256 that changes if the ids of any text may change."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`."""
+        """Returns the ids of `text`."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of every text, one int32 array (num_tokens,) each; uses all cores that the process may use."""
+        """Returns the ids of each text as an int32 array of shape (num_tokens,). Uses all available cores."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`."""
+        """Returns the text of `ids`."""
 
     def save(self, folder: str | Path) -> None:
-        """Writes files into `folder` from which Hugging Face's AutoTokenizer, without cook, gives the same ids."""
+        """Writes files to `folder` with which Hugging Face's AutoTokenizer gives the same ids without cook."""

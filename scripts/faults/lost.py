@@ -101,7 +101,7 @@ def taken_folder(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
             first.output.write_text("")
             second = run(scene.run, OPTIONS)
             ended = first.wait()
-        refused = second.codes == [2, 2] and "another run is at work" in second.out
+        refused = second.codes == [2, 2] and "another run is using" in second.out
         same = set(ended.codes) == {0} and outcome(scene.run) == scene.outcomes[2]
         yield Trial(survived=refused and same, note=f"second run {second}\nfirst {ended}")
         scene.fresh("stopped")

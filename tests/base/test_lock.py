@@ -52,7 +52,7 @@ def test_a_folder_that_was_used_stays(tmp_path):
 def test_a_second_run_is_refused_and_the_first_keeps_its_lock(tmp_path):
     with run_lock(tmp_path):
         before = (tmp_path / NAME).read_bytes()
-        with pytest.raises(UserError, match="another run is at work") as caught, run_lock(tmp_path):
+        with pytest.raises(UserError, match="another run is using") as caught, run_lock(tmp_path):
             pass
         assert str(os.getpid()) in str(caught.value) and "choose another output_dir" in str(caught.value)
         assert (tmp_path / NAME).read_bytes() == before
@@ -68,7 +68,7 @@ def test_the_lock_of_dead_processes_is_taken_over(tmp_path):
 @pytest.mark.parametrize("processes", [(DEAD, this_process()), (DEAD, ELSEWHERE), (ELSEWHERE,), ()])
 def test_without_proof_that_all_are_dead_it_is_refused(tmp_path, processes):
     before = leave(tmp_path, *processes)
-    with pytest.raises(UserError, match="may be at work|is at work") as caught, run_lock(tmp_path):
+    with pytest.raises(UserError, match="may be using|is using") as caught, run_lock(tmp_path):
         pass
     assert (tmp_path / NAME).read_bytes() == before
     if this_process() not in processes:
@@ -78,7 +78,7 @@ def test_without_proof_that_all_are_dead_it_is_refused(tmp_path, processes):
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"processes": 3, "slurm": []}', '{"processes": [{"pid": 1}]}'])
 def test_a_lock_that_cannot_be_read_proves_nothing(tmp_path, content):
     (tmp_path / NAME).write_text(content)
-    with pytest.raises(UserError, match="may be at work"), run_lock(tmp_path):
+    with pytest.raises(UserError, match="may be using"), run_lock(tmp_path):
         pass
     assert (tmp_path / NAME).read_text() == content
 
@@ -104,7 +104,7 @@ def test_a_requeued_slurm_job_takes_over_its_own_lock_from_another_machine(tmp_p
         with run_lock(tmp_path):
             assert (tmp_path / NAME).read_bytes() != before
     else:
-        with pytest.raises(UserError, match="may be at work"), run_lock(tmp_path):
+        with pytest.raises(UserError, match="may be using"), run_lock(tmp_path):
             pass
 
 
@@ -127,7 +127,7 @@ def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", no_links)
     with run_lock(tmp_path):
         assert json.loads((tmp_path / NAME).read_text())["processes"]
-        with pytest.raises(UserError, match="is at work"), run_lock(tmp_path):
+        with pytest.raises(UserError, match="is using"), run_lock(tmp_path):
             pass
     assert list(tmp_path.iterdir()) == []
 
@@ -194,5 +194,5 @@ def test_ranks_on_the_machines_of_a_lock_prove_its_processes_dead(tmp_path, monk
         "cook.base.distributed.gather",
         lambda value: [value, ["unknown", "alive"][: len(value)]] if value and isinstance(value, list) else [value],
     )
-    with pytest.raises(UserError, match="is at work"), run_lock(tmp_path):
+    with pytest.raises(UserError, match="is using"), run_lock(tmp_path):
         pass

@@ -34,14 +34,14 @@ def test_without_a_launcher_there_is_nobody_to_meet(monkeypatch):
 
 def test_ranks_that_do_not_come_are_named(launched):
     begun = time.monotonic()
-    with pytest.raises(RankLost, match="only 1 of 2 ranks have come within 1 s; missing: rank 1"):
+    with pytest.raises(RankLost, match="only 1 of 2 ranks have connected within 1 s; missing: rank 1"):
         meet(1.0)
     assert time.monotonic() - begun < 10
 
 
 def test_a_first_rank_that_does_not_come_is_named(launched):
     launched.setenv("RANK", "1")
-    with pytest.raises(RankLost, match=r"rank 0 keeps no store at 127\.0\.0\.1:\d+"):
+    with pytest.raises(RankLost, match=r"no store of rank 0 at 127\.0\.0\.1:\d+"):
         meet(1.0)
 
 

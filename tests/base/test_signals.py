@@ -47,7 +47,8 @@ def test_it_says_what_it_heard_once(capfd):
     with Signals():
         send(signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1)
     assert capfd.readouterr().err == (
-        "SIGTERM: saving after this step, then stopping\nSIGUSR1: saving after this step, and going on\n"
+        "SIGTERM: saving a checkpoint after this step, then stopping\n"
+        "SIGUSR1: saving a checkpoint after this step, then continuing\n"
     )
 
 
@@ -63,7 +64,7 @@ def test_outside_the_steps_a_save_is_nothing(capfd):
             send(signal.SIGUSR1)
             assert signals.take() == Request.SAVE
         send(signal.SIGUSR1)
-    assert "nothing new to save" in capfd.readouterr().err
+    assert "nothing to save" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("manager", [Signals, ending_quietly])
@@ -119,7 +120,7 @@ def test_a_launcher_that_goes_takes_its_ranks_along_from_the_first_line(launcher
     script = [sys.executable, "-c", textwrap.dedent(ORPHAN), str(launcher), str(rank)]
     process = subprocess.run(["setsid", *script], capture_output=True, text=True, timeout=30)
     if rank:
-        assert "Interrupted the launcher has gone" in process.stdout or "at work" in process.stdout
+        assert "Interrupted the launcher has ended" in process.stdout or "at work" in process.stdout
     else:
-        assert "at work" in process.stdout and "the launcher has gone: stopping" in process.stderr
+        assert "at work" in process.stdout and "the launcher has ended: stopping" in process.stderr
     assert "still here" not in process.stdout

@@ -190,7 +190,7 @@ GOOD = torch_bytes({"a": torch.arange(3.0)})
         (GOOD[:-1], "not a readable"),
         (pickle.dumps({"a": 1}), "not a readable"),
         (torch_bytes([torch.ones(1)]), "wanted: a dictionary"),
-        (repacked(GOOD, compression=zipfile.ZIP_DEFLATED), "not as torch.save writes it"),
+        (repacked(GOOD, compression=zipfile.ZIP_DEFLATED), "torch.save would not have written"),
         (with_member(GOOD, "../../evil"), "evil"),
         (overlapping(GOOD), "claim more bytes"),
     ],
@@ -223,7 +223,7 @@ def test_old_torch_files_are_refused_plainly(tmp_path):
 def test_open_pt_wants_tensors_only(tmp_path):
     path = tmp_path / "a.pt"
     torch.save({"a": torch.ones(2), "step": 3}, path)
-    with pytest.raises(UserError, match="'step' is no tensor"):
+    with pytest.raises(UserError, match="'step' is not a tensor"):
         open_pt(path)
     torch.save({"a": torch.ones(2)}, path)
     assert torch.equal(open_pt(path)["a"], torch.ones(2))

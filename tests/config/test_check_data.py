@@ -27,7 +27,7 @@ def test_the_corpus(errors_of, files):
 
 
 def test_something_is_held_out_for_the_evaluation(errors_of, load, files):
-    assert "nothing is held out" in errors_of("data.held_out=0")[0]
+    assert "no data is held out" in errors_of("data.held_out=0")[0]
     assert load("data.held_out=0", "training.eval_rows=0")
     assert load("data.held_out=0", 'data.held_out_paths=["x.txt"]')
 
@@ -48,9 +48,9 @@ MIXING = {"every": 5, "reference": {"text-0": 2.0, "wiki": 3.0}}
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (given(), "data: there is no corpus"),
-        (given(X, type="text"), "data.type: unused where data.sources is given"),
-        (given(X, held_out_paths=["x.txt"]), "data.held_out_paths: unused"),
+        (given(), "data: no corpus is given"),
+        (given(X, type="text"), "data.type: not allowed together with data.sources"),
+        (given(X, held_out_paths=["x.txt"]), "data.held_out_paths: not allowed"),
         (given({"type": "text"}), "data.sources.0.paths: a text corpus needs its files"),
         (given({"type": "hub"}), "data.sources.0.name: missing"),
         (given({"type": "hub", "name": "a/b", "paths": ["x.txt"]}), "the hub corpus has no paths"),
@@ -62,9 +62,9 @@ MIXING = {"every": 5, "reference": {"text-0": 2.0, "wiki": 3.0}}
         (given(X | {"streaming": True}, workers=2), "streamed data has no workers"),
         (given({"type": "python_stdlib", "streaming": True}), "cannot be streamed"),
         (given({"type": "downstream", "paths": ["y.jsonl"], "streaming": True}), "is mapped, not streamed"),
-        (given({"type": "cpm_live", "paths": ["."]}), "tokenizer.path: missing, and cpm_live data is made of ids"),
-        (given(X | {"name": "wiki"}, Y), "2 sources are called 'wiki'"),
-        (given(X, mixing=MIXING), "there is nothing to mix"),
+        (given({"type": "cpm_live", "paths": ["."]}), "tokenizer.path: missing, and cpm_live data consists of ids"),
+        (given(X | {"name": "wiki"}, Y), "2 sources have the name 'wiki'"),
+        (given(X, mixing=MIXING), "there are no sources to mix"),
         (given(X | {"weight": 1}, Y | {"weight": 1}, mixing=MIXING | {"reference": {"w": 2}}), "the source 'wiki'"),
         (given(X | {"weight": 1}, Y | {"weight": 1}, mixing=MIXING | {"reference": {"w": 2}}), "no source 'w'"),
         (given(X | {"weihgt": 1}), "did you mean 'weight'"),

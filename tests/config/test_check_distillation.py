@@ -9,16 +9,16 @@ PAIR = '["[pre]a:[post]b"]'
     "settings, said",
     [
         ([], "ce_scale, mse_hidn_scale and mse_att_scale are all 0"),
-        (["distillation.mse_hidn_scale=1"], "mse_hidn_scale and mse_hidn_module belong together"),
-        (["distillation.mse_att_scale=1"], "mse_att_scale and mse_att_module belong together"),
-        (["distillation.ce_scale=1", f"distillation.mse_hidn_module={PAIR}"], "belong together"),
-        (["distillation.ce_scale=1", f"distillation.mse_att_module={PAIR}"], "belong together"),
+        (["distillation.mse_hidn_scale=1"], "mse_hidn_scale and mse_hidn_module must be given together"),
+        (["distillation.mse_att_scale=1"], "mse_att_scale and mse_att_module must be given together"),
+        (["distillation.ce_scale=1", f"distillation.mse_hidn_module={PAIR}"], "must be given together"),
+        (["distillation.ce_scale=1", f"distillation.mse_att_module={PAIR}"], "must be given together"),
         (["distillation.ce_scale=1", 'distillation.mse_hidn_module=["a:b"]'], "wrong value at"),
         (["distillation.ce_scale=1", "distillation.ce_temp=0"], "wrong value at"),
-        (["distillation.ce_scale=1", "distillation.mse_hidn_proj=true"], "there are no hidden states to map"),
+        (["distillation.ce_scale=1", "distillation.mse_hidn_proj=true"], "no hidden states are compared"),
         (["distillation.ce_scale=1", "distillation.teacher_device=disk"], "wrong value at"),
         (["distillation.ce_scale=1", 'distillation.stages=["pretrain"]'], "wrong value at"),
-        (["distillation.ce_scale=1", 'distillation.stages=["ffn_mask"]'], "ffn_mask is no stage of the recipe"),
+        (["distillation.ce_scale=1", 'distillation.stages=["ffn_mask"]'], "ffn_mask is not a stage of the recipe"),
     ],
 )
 def test_distillation(errors_of, bmcook, settings, said):
@@ -39,9 +39,9 @@ def test_all_mistakes_at_once(errors_of, bmcook):
         "are all 0",
         "mse_att_scale and",
         "no hidden states",
-        "no stage of the recipe",
+        "not a stage of the recipe",
         "no weights of its own",
-        "stand still",
+        "stay fixed",
     )
     messages = errors_of()
     assert len(messages) == len(said) and all(words in m for words, m in zip(said, messages, strict=True))
@@ -74,7 +74,7 @@ def test_a_model_teaches_itself_only_while_its_weights_stand_still(load, errors_
         assert load().distillation.teacher == "self"
     else:
         [message] = errors_of()
-        assert "the teacher would move with its student" in message and f"got:    {unfit}" in message
+        assert "the teacher would change with the student" in message and f"got:    {unfit}" in message
 
 
 def test_frozen_weights_of_the_one_stage_that_is_described(load, bmcook):

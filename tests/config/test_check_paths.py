@@ -114,18 +114,18 @@ def test_folders_that_a_run_may_write_into(load, folder):
 
 def test_a_link_into_the_repository_is_seen_through(errors_of, elsewhere):
     (elsewhere / "link").symlink_to(f"{REPOSITORY}/cook")
-    assert "cook/ belongs to the program" in errors_of("output_dir=link/new")[0]
+    assert "cook/ is a folder of the program" in errors_of("output_dir=link/new")[0]
 
 
 def test_a_file_is_no_output_folder(errors_of, elsewhere):
     (elsewhere / "file").write_text("x")
-    assert errors_of("output_dir=file")[0].startswith("output_dir: there is a file of this name")
+    assert errors_of("output_dir=file")[0].startswith("output_dir: this path is a file")
 
 
 @pytest.mark.parametrize("key", ["coarse-grained.coarse_mask", "fine-grained.heads_mask", "fine-grained.dimff_mask"])
 def test_masks_stay_out_of_the_program_too(errors_of, key):
     messages = errors_of(f"{key}={REPOSITORY}/config/mask.pt")
-    assert any(message.startswith(f"{key}: config/ belongs to the program") for message in messages)
+    assert any(message.startswith(f"{key}: config/ is a folder of the program") for message in messages)
 
 
 def home_paths(tree):

@@ -49,14 +49,14 @@ def test_mistakes(pattern, errors_of, override, said):
 def test_the_mask_that_is_read_is_not_the_one_that_is_written(pattern, errors_of, elsewhere):
     (elsewhere / "mask.safetensors").touch()
     [error] = errors_of("pattern.previous_mask=mask.safetensors", "pruning.pruning_mask_path=./mask.safetensors")
-    assert "pattern.previous_mask: the file that this stage writes" in error
+    assert "pattern.previous_mask: this stage writes the same file" in error
 
 
 def test_patterns_and_gates_are_not_mixed(pattern, errors_of):
     pattern["stages"].append({"name": "layer_mask"})
-    assert any("pattern stands beside stages that learn gates" in error for error in errors_of())
+    assert any("pattern cannot be combined with stages that learn gates" in error for error in errors_of())
 
 
 def test_other_methods_have_no_mask_of_single_weights(bmcook, errors_of):
     bmcook["pruning"]["pruning_mask_path"] = MASK
-    assert any("has no unstructured mask" in error for error in errors_of())
+    assert any("does not use a mask of single weights" in error for error in errors_of())

@@ -39,11 +39,11 @@ def test_recipes_in_order(load, names):
         (["att_finetune", "att_mask"], "att_mask must come before att_finetune"),
         ([*ATT, *LAYER], "the layer stages must come before"),
         (["layer_mask", "att_mask", "layer_finetune"], "the layer stages must come before"),
-        (["att_mask", "ffn_mask", "att_finetune", "ffn_finetune"], "the att and ffn stages are mixed"),
-        (["att_mask", "att_mask"], "att_mask stands there twice"),
+        (["att_mask", "ffn_mask", "att_finetune", "ffn_finetune"], "the att and ffn stages are interleaved"),
+        (["att_mask", "att_mask"], "att_mask is listed twice"),
         (["joint_finetune", "joint_mask"], "joint_mask must come before joint_finetune"),
-        ([*JOINT, *FFN], "joint stages stand beside staged ones"),
-        ([*LAYER, *JOINT], "joint stages stand beside staged ones"),
+        ([*JOINT, *FFN], "joint stages cannot be combined with"),
+        ([*LAYER, *JOINT], "joint stages cannot be combined with"),
     ],
 )
 def test_recipes_out_of_order(errors_of, names, said):
@@ -54,16 +54,18 @@ def test_recipes_out_of_order(errors_of, names, said):
 @pytest.mark.parametrize("method", ["coarse-grained", "fine-grained"])
 def test_an_unstructured_mask_is_refused(errors_of, method):
     [message] = errors_of("pruning.pruning_mask_path=mask.pt", f"pruning.mask_method={method}")
-    assert message.startswith(f"pruning.pruning_mask_path: {method} pruning has no unstructured mask\n  wanted: null")
+    assert message.startswith(
+        f"pruning.pruning_mask_path: {method} pruning does not use a mask of single weights\n  wanted: null"
+    )
 
 
 def test_the_described_stage_needs_its_section(errors_of, load, scheme):
     coarse = scheme.pop("coarse-grained")
     load("stages=[]")
-    assert "coarse-grained: the scheme lacks" in errors_of("stages=[]", "pruning.mask_method=coarse-grained")[0]
+    assert "coarse-grained: missing from the scheme" in errors_of("stages=[]", "pruning.mask_method=coarse-grained")[0]
     load("stages=[]", "pruning.mask_method=coarse-grained", "pruning.is_pruning=false")
     del scheme["fine-grained"]
-    assert "fine-grained: the scheme lacks" in errors_of("stages=[]")[0]
+    assert "fine-grained: missing from the scheme" in errors_of("stages=[]")[0]
     scheme["coarse-grained"] = coarse
     load("stages=[]", "pruning.mask_method=coarse-grained")
 
@@ -154,8 +156,8 @@ def test_masks_do_not_share_a_file(errors_of, key, path):
     [
         ("target_num_heads=5", "fine-grained.target_num_heads: above num_heads\n  wanted: at most 4"),
         ("target_dimff=49", "fine-grained.target_dimff: above dim_ff\n  wanted: at most 48"),
-        ("num_heads=8", "fine-grained.num_heads: not the model's\n  wanted: 4,"),
-        ("dim_ff=47", "fine-grained.dim_ff: not the model's\n  wanted: 48,"),
+        ("num_heads=8", "fine-grained.num_heads: differs from the model\n  wanted: 4,"),
+        ("dim_ff=47", "fine-grained.dim_ff: differs from the model\n  wanted: 48,"),
         ("target_num_heads=0", "wrong value at 'fine-grained.target_num_heads'"),
         ("heads_mask=mask.bin", "wanted: a path that ends in .pt"),
         ("heads_mask=.pt", "wanted: a path that ends in .pt"),
@@ -206,13 +208,14 @@ def test_all_mistakes_of_a_joint_budget_are_told_at_once(errors_of, load, scheme
         "joint.flops_length",
         "joint",
     ]
-    assert all("belongs to scope 'global'\n  got:    scope 'block'" in message for message in messages[:3])
+    assert all("valid only for scope 'global'\n  got:    scope 'block'" in message for message in messages[:3])
     scheme["joint"] |= {"scope": "global", "target_sparsity": 0.5}
     messages = errors_of()
-    assert messages[0].startswith("joint.target_sparsity: belongs to scope 'block'") and "two budgets" in messages[1]
-    assert "a block of which no unit is left is removed" in messages[0] and len(messages) == 2
+    assert messages[0].startswith("joint.target_sparsity: valid only for scope 'block'")
+    assert "two budgets" in messages[1]
+    assert "a block without any units left is removed" in messages[0] and len(messages) == 2
     scheme["joint"] |= {"target_sparsity": None, "target_flops": None}
-    assert errors_of()[0].startswith("joint.flops_length: there is no target_flops")
+    assert errors_of()[0].startswith("joint.flops_length: unused, because target_flops")
     scheme["joint"]["flops_length"] = None
     assert load().joint.target_params == 0.5
 

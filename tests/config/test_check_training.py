@@ -20,7 +20,7 @@ def test_a_pt_file_needs_its_description(errors_of, bmcook, elsewhere):
 
 def test_mask_modules_has_a_pair_a_layer(errors_of, load):
     assert load("model.config.mask_modules=[[false, false], [true, false]]")
-    assert "mask_modules: of another length" in errors_of("model.config.mask_modules=[[false, false]]")[0]
+    assert "mask_modules: wrong number of layers" in errors_of("model.config.mask_modules=[[false, false]]")[0]
 
 
 def test_the_tokenizer_fits_the_model(errors_of, load):
@@ -123,7 +123,7 @@ def test_accumulation_without_the_number_of_ranks(errors_of, load):
 
 def test_deepspeeds_numbers_hold_for_every_stage(errors_of):
     [message] = errors_of("deepspeed.optimizer.params.lr=0.01", "stages.att_mask.training.learning_rate=0.5")
-    assert "disagrees with stages.att_mask.training.learning_rate" in message
+    assert "differs from stages.att_mask.training.learning_rate" in message
 
 
 @pytest.mark.parametrize(
@@ -156,20 +156,20 @@ def test_a_hugging_face_model_is_a_folder(errors_of, load, bmcook, elsewhere):
     (elsewhere / "model" / "config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
     bmcook["model"] = {"type": "hf", "path": "model"}
     bmcook["tokenizer"]["path"] = None
-    assert any("trained anew" in error for error in errors_of())
+    assert any("newly trained" in error for error in errors_of())
     (elsewhere / "own.model").write_bytes(b"")
     bmcook["tokenizer"]["path"] = "own.model"
     positions = {"model_type": "llama", **sizes, "max_position_embeddings": 8}
     (elsewhere / "model" / "config.json").write_text(json.dumps(positions))
-    assert any(error.startswith("data.max_length: more than the model was made for") for error in errors_of())
+    assert any(error.startswith("data.max_length: more than the model's number of positions") for error in errors_of())
     (elsewhere / "model" / "config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
     assert load("fine-grained.coarse_mask=null", "stages=[]").model.type == "hf"
     assert "at most 128" in errors_of("tokenizer.vocab_size=129")[0]
-    assert "dim_ff: not the model's" in errors_of("fine-grained.dim_ff=40")[0]
+    assert "dim_ff: differs from the model" in errors_of("fine-grained.dim_ff=40")[0]
 
 
 def test_a_hugging_face_models_folder_describes_it(errors_of, bmcook, elsewhere):
     (elsewhere / "model").mkdir()
     (elsewhere / "model" / "config.json").write_text('{"model_type": "llama"}')
     bmcook["model"] |= {"type": "hf", "path": "model"}
-    assert any(error.startswith("model.config: a Hugging Face model's folder has its own") for error in errors_of())
+    assert any(error.startswith("model.config: the folder of a Hugging Face") for error in errors_of())

@@ -158,7 +158,7 @@ def test_mistakes_of_both_files_and_of_overrides_in_one_report(load, bmcook, sch
 @pytest.mark.parametrize(
     "content, said",
     [
-        ('{"seed": 1, "seed": 2}', "'seed' stands twice"),
+        ('{"seed": 1, "seed": 2}', "'seed' appears twice"),
         ('{"seed": NaN}', "NaN is not a finite JSON number"),
         ('{"seed": 1', "not valid JSON, line 1"),
         ("[" * 100_000, "nested too deeply"),

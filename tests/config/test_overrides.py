@@ -40,7 +40,7 @@ def test_not_a_setting(text):
 
 
 def test_doubled_keys_and_deep_nesting_are_refused():
-    with pytest.raises(UserError, match="stands twice"):
+    with pytest.raises(UserError, match="appears twice"):
         parse_override('a={"b": 1, "b": 2}')
     with pytest.raises(UserError, match="nested too deeply"):
         parse_override("a=" + "[" * 200_000)

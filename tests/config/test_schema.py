@@ -179,7 +179,7 @@ def test_a_missing_key_says_what_it_means():
     [finding] = schema_findings(value, "l0_pruning", "file.json")
     assert str(finding.error) == (
         "file.json: missing key 'coarse-grained.coarse_mask'\n"
-        "  wanted: Layer mask file: written when learned, read when fixed."
+        "  wanted: Layer mask file. Written when the mask is learned, read when it is fixed."
     )
     assert finding.section == "coarse-grained"
 

@@ -26,7 +26,7 @@ def test_the_help_describes_every_option(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(TaskConfig):
         assert field.name == "mode" or f"--{field.name}" in text
-    assert "Historical behaviours to repeat" in text and "(default: 2e-05)" in text
+    assert "Historical behaviours to reproduce" in text and "(default: 2e-05)" in text
 
 
 def test_all_mistakes_at_once():

@@ -65,7 +65,7 @@ def test_a_file_is_fetched_once(server, tmp_path):
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_broken_transfer_is_gone_on_from(server, tmp_path, ranges):
     server.sends, server.ranges = 1000, ranges
-    with pytest.raises(UserError, match="go on from 1000 bytes") as caught:
+    with pytest.raises(UserError, match="resume from 1000 bytes") as caught:
         fetch(download(server), tmp_path)
     assert str(tmp_path / "x.bin") in str(caught.value)  # the way by hand
     server.sends = None
@@ -74,7 +74,7 @@ def test_a_broken_transfer_is_gone_on_from(server, tmp_path, ranges):
 
 
 def test_another_content_is_refused_and_not_kept(server, tmp_path):
-    with pytest.raises(UserError, match="not the file that was published"):
+    with pytest.raises(UserError, match="the file differs from the published one"):
         fetch(download(server, sha256="0" * 64), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -84,7 +84,7 @@ def test_a_file_put_there_by_hand_counts(tmp_path):
     nowhere = Download(url="http://127.0.0.1:9/x.bin", sha256=hashlib.sha256(CONTENT).hexdigest(), size=len(CONTENT))
     assert fetch(nowhere, tmp_path).read_bytes() == CONTENT
     (tmp_path / "x.bin").write_bytes(b"other")
-    with pytest.raises(UserError, match="could not be fetched"):
+    with pytest.raises(UserError, match="the download failed"):
         fetch(nowhere, tmp_path)
 
 

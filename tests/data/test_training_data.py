@@ -210,7 +210,7 @@ def test_what_has_changed_since_is_named(data, tmp_path):
     load_rows(data, TokenizerSection(), prompt_length=4, output_dir=out)
     [change] = changed_files(before, read_files(out))
     assert change.startswith("corpus.jsonl: ") and "bytes" in change
-    assert changed_files({"a": [1, "x"]}, {"b": [1, "x"]}) == ["a: gone", "b: new"]
+    assert changed_files({"a": [1, "x"]}, {"b": [1, "x"]}) == ["a: missing", "b: new"]
 
 
 def test_what_the_rows_hold_and_what_was_left_out_is_told_on_every_start(data, tmp_path):

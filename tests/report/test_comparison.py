@@ -49,7 +49,7 @@ def test_the_table_says_how_many_times_the_first():
 
 def test_other_tokens_leave_perplexity_and_loss_out():
     head = comparison_table(RECORDS, same_tokens=False).splitlines()[0]
-    assert "bits a byte" in head and "perplexity" not in head and "loss" not in head
+    assert "bits per byte" in head and "perplexity" not in head and "loss" not in head
 
 
 def test_what_nobody_measured_has_no_column_and_a_broken_model_a_dash():

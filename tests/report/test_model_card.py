@@ -70,7 +70,7 @@ def test_the_body_says_all_that_is_known():
         f"- `layer_mask.pt`: sha256 `{'ab' * 32}`",
         "```bash\nbash scripts/prune_cpm_ant.sh\npython do_prune.py --verify\n```",
         'AutoModelForCausalLM.from_pretrained("PATH/TO/THIS/FOLDER", trust_remote_code=True)',
-        "(fp32, 4 batches): largest relative difference of their answers 2.34e-06.",
+        "(fp32, 4 batches): largest relative difference of their outputs 2.34e-06.",
         "## Licence\n\n`apache-2.0`. The corpus is under its own terms.\n",
         "torch 2.13.0",
         "Sources and prose of a standard library.",
@@ -80,7 +80,7 @@ def test_the_body_says_all_that_is_known():
 
 def test_what_is_unknown_is_left_out_or_said():
     text = model_card(ModelCard(name="x", rows=(), license="mit", trust_remote_code=False))
-    assert "trust_remote_code" not in text and "no code of the folder is run" in text
+    assert "trust_remote_code" not in text and "no code from the folder is run" in text
     assert "were not compared" in text
     assert not any(title in text for title in ("## Masks", "## Data", "## How it was made", "Versions", "None"))
 

@@ -24,7 +24,7 @@ from cook.data.left_out import LeftOut
 MAX_BYTES = 256 << 20
 """A larger file is refused: parsed, it takes many times its size in memory."""
 
-LOST = "questions whose answer stands neither at its answer_start nor at one other place of the context"
+LOST = "questions whose answer is neither at its answer_start nor at exactly one other place in the context"
 NO_ANSWER = (0, 0)
 """A window without the answer points at its first token, `[CLS]`."""
 
@@ -88,10 +88,10 @@ def read_squad(path: Path, *, for_training: bool) -> SquadFile:
             for q, entry in enumerate(_list(paragraph, "qas", place)):
                 questions.append(_question(entry, context, f"{place}.qas[{q}]"))
     if not questions:
-        raise UserError(f"{path}: holds no question")
+        raise UserError(f"{path}: contains no questions")
     ids = {question.id for question in questions}
     if len(ids) != len(questions):
-        raise UserError(f"{path}: two questions have one id", wanted="every id once")
+        raise UserError(f"{path}: two questions have the same id", wanted="unique ids")
     return _placed(questions, path) if for_training else SquadFile(tuple(questions), LeftOut(), 0)
 
 
@@ -196,7 +196,9 @@ def squad_windows(
         head = [cls_id, *asked[number][0][:max_query_length], sep_id]
         room = max_length - len(head) - 1
         if room < 1:
-            raise UserError("max_length leaves no room for the document", wanted=f"more than {len(head) + 1} tokens")
+            raise UserError(
+                "max_length is too small for any token of the document", wanted=f"more than {len(head) + 1} tokens"
+            )
         begins = _begins(len(ids), room, min(doc_stride, room))
         most = _most_context(begins, len(ids), room)
         span = _token_span(question, offsets)

@@ -44,8 +44,8 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         choices=("lines", "text", "jsonl"),
-        help="lines: a line is a document, <n> in it a line end (CPM-Live's); text: a file is a document; "
-        "jsonl: a line is an object (default: jsonl for .jsonl, .json and .ndjson files, lines for others)",
+        help="lines: one document per line, in which <n> is a line end (as in CPM-Live); text: one document per file; "
+        "jsonl: one object per line (default: jsonl for .jsonl, .json and .ndjson files, lines for others)",
     )
     parser.add_argument("--text-field", default="text", help="key of the text in an object (default: %(default)s)")
 
@@ -76,7 +76,7 @@ def open_tokenizer(arguments: argparse.Namespace) -> Tokenizer:
 
 
 def tokenizer_type(arguments: argparse.Namespace) -> str:
-    """The type that is given, or the one that the path tells."""
+    """Returns the given tokenizer type, or the one that follows from the path."""
     path = Path(arguments.tokenizer)
     told = "hf" if path.is_dir() else "jieba" if path.suffix == ".txt" else "sentencepiece"
     return arguments.tokenizer_type or told
@@ -86,7 +86,7 @@ def size(text: str) -> int:
     """Bytes, as a number that may end in K, M or G (of 1024)."""
     digits, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
     if not digits.isdecimal() or unit not in ("", "K", "M", "G"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size like 4096, 512K, 16M or 1G")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 4096, 512K, 16M or 1G")
     value = int(digits) * {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}[unit]
     if value < 16:
         raise argparse.ArgumentTypeError(f"{text} is too small")
@@ -119,7 +119,10 @@ def all_numbers(meta: LiveMeta, progress: Progress | None = None) -> Iterator[np
             try:
                 read_record(values)
             except BadRecord as bad:
-                raise UserError(f"{path}, record {number}: {bad}", remedy="inspect tells block and offset") from None
+                raise UserError(
+                    f"{path}, record {number}: {bad}",
+                    remedy="`python -m cook.data inspect` reports the block and offset",
+                ) from None
             if progress is not None:
                 progress.advance(values.nbytes)
             yield values

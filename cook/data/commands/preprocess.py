@@ -35,7 +35,9 @@ UNFINISHED = ".unfinished"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     common.add_inputs(parser)
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="a new folder, or one to go on with")
+    parser.add_argument(
+        "--output", required=True, metavar="FOLDER", help="a new folder, or the folder of an unfinished run to resume"
+    )
     common.add_tokenizer(parser, required=True)
     common.add_format(parser)
     positive = common.at_least(1)
@@ -60,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
     done = [part for part in parts if _finished(folder, part) is not None]
     todo = [part for part in parts if _finished(folder, part) is None]
     if done:
-        print(f"going on: {len(done)} of {len(parts)} parts are done")
+        print(f"resuming: {len(done)} of {len(parts)} parts are done")
     workers = max(1, min(arguments.workers, len(todo)))
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if workers == 1 else "false"
     named = (common.tokenizer_type(arguments), arguments.tokenizer)
@@ -82,7 +84,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         **{name: getattr(arguments, name) for name in Settings.__dataclass_fields__ if name != "format"},
     )
     if not 0.0 <= settings.masked_share <= 1.0:
-        raise UserError("--masked-share is no share", wanted="0 to 1", got=settings.masked_share)
+        raise UserError("--masked-share is out of range", wanted="0 to 1", got=settings.masked_share)
     if settings.piece < MIN_REST:
         wanted = f"at least {settings.prompt_length + 2 + MIN_REST} with a prompt of {settings.prompt_length}"
         raise UserError("--max-length leaves too little room for a piece", wanted=wanted, got=settings.max_length)
@@ -95,8 +97,8 @@ def _folder(output: str, job: str) -> Path:
     if state.is_file():
         if read_json(state).get("job") != job:
             raise UserError(
-                f"--output: {folder} holds an unfinished run with other inputs, settings or tokenizer",
-                remedy="give the same ones to go on, or remove the folder",
+                f"--output: {folder} contains an unfinished run with other inputs, settings or tokenizer",
+                remedy="use the same inputs, settings and tokenizer to resume, or remove the folder",
             )
         return folder
     folder = common.new_folder(output)

@@ -152,7 +152,7 @@ class LiveDataset:
             stat = os.stat(file.path)
             found = (stat.st_size, stat.st_mtime_ns)
         except OSError:
-            raise UserError(f"{place(Path(file.path), 0, 0)}: the file is gone", remedy="put it back") from None
+            raise UserError(f"{place(Path(file.path), 0, 0)}: the file no longer exists", remedy="restore it") from None
         if found != self._seen.setdefault(number, (file.size, file.mtime_ns)):
             block = self._first_changed_block(file, found[0])
             if block is not None:

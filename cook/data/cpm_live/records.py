@@ -11,19 +11,20 @@ from typing import NamedTuple
 import numpy as np
 
 MASKED_LM = 0
-"""Segment task: a random part of the segment is hidden and to be told; the rest is context."""
+"""Segment task: a random part of the segment is hidden and has to be predicted; the rest is context."""
 
 LM = 1
-"""Segment task: a stretch of random length at the segment's end is to be told, from left to right."""
+"""Segment task: the end of the segment, of random length, has to be predicted from left to right."""
 
 GENERATE, GENERATE_SECOND = 3, 4
-"""Segment tasks: with a segment of type 2 (or 3), all of the record but its first token is to be told."""
+"""Segment tasks: with a segment of type 2 (or 3), the whole record except its first token has to be predicted."""
 
 CONTEXT = 2
-"""Segment task: nothing is to be told."""
+"""Segment task: nothing has to be predicted."""
 
 TOLD = 90
-"""Segment task, cook's own: all of the segment is to be told, the first token too, by the position before it."""
+"""Segment task added by cook: the whole segment has to be predicted, including the first token, from the position
+before it."""
 
 WRONG_CHOICE, RIGHT_CHOICE = 100, 101
 """Segment tasks, cook's own: the segment is one option of a question, with a prompt of its own; the record is all of
@@ -87,10 +88,10 @@ def read_header(numbers: np.ndarray) -> tuple[int, tuple[Segment, ...]]:
         BadRecord: They contradict each other, or a task is unknown.
     """
     if len(numbers) < 5:
-        raise BadRecord(f"{len(numbers)} numbers are no record, which has at least 5")
+        raise BadRecord(f"{len(numbers)} numbers are not a record, which has at least 5")
     task, count = int(numbers[0]), int(numbers[1])
     if not 0 <= task < 1 << 31:
-        raise BadRecord(f"{task} is no task")
+        raise BadRecord(f"{task} is not a task")
     if not 1 <= count <= MAX_SEGMENTS or 2 + 3 * count > len(numbers):
         raise BadRecord(f"{count} segments do not go into {len(numbers)} numbers")
     segments = tuple(Segment(*triple) for triple in numbers[2 : 2 + 3 * count].reshape(count, 3).tolist())

@@ -68,7 +68,7 @@ def record_of(
     room = max_length - prompt_length - len(target)
     if room < 1:
         raise UserError(
-            f"{where}: the target leaves no room for the input",
+            f"{where}: the target is too long to leave any tokens for the input",
             wanted=f"at most {max_length - prompt_length - 1} tokens",
             got=len(target),
             remedy="set data.max_length higher, or leave the object out",
@@ -90,10 +90,10 @@ def _question(
 ) -> Record:
     options, right = value["options"], value.get("target")
     if not isinstance(options, list) or len(options) < 2 or not all(isinstance(option, str) for option in options):
-        raise UserError(f"{where}: 'options' is no list of texts", wanted="at least two strings")
+        raise UserError(f"{where}: 'options' is not a list of texts", wanted="at least two strings")
     if type(right) is not int or not 0 <= right < len(options):
         wanted = f"the number of the right option, 0 to {len(options) - 1}"
-        raise UserError(f"{where}: 'target' is no number of an option", wanted=wanted, got=repr(right)[:80])
+        raise UserError(f"{where}: 'target' is not the number of an option", wanted=wanted, got=repr(right)[:80])
     room = max_length // len(options) - prompt_length
     if room < 1:
         raise UserError(

@@ -151,7 +151,7 @@ def _check(data: LiveDataset, tokenizer: Tokenizer, limits: Mapping[str, int | N
         raise UserError(f"{data.files[0].path}: the data has no records", wanted="at least one")
     if data.largest_token >= tokenizer.vocab_size:
         raise UserError(
-            f"{data.place(data.largest_token_record)}: the record has a token outside of the vocabulary",
+            f"{data.place(data.largest_token_record)}: the record contains a token outside the vocabulary",
             wanted=f"below {tokenizer.vocab_size}",
             got=data.largest_token,
             remedy="name the tokenizer with which the data was made",
@@ -163,7 +163,7 @@ def _check(data: LiveDataset, tokenizer: Tokenizer, limits: Mapping[str, int | N
             found = int(values.argmax())
             number = found if column == "task" else int(np.searchsorted(data.segment_begin, found, side="right")) - 1
             raise UserError(
-                f"{data.place(number)}: the record has a {what} that the model does not know",
+                f"{data.place(number)}: the record contains a {what} that the model does not have",
                 wanted=f"below {limit} (the model's {name})",
                 got=int(values[found]),
             )

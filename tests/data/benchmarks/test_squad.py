@@ -101,7 +101,7 @@ def test_a_long_question_is_cut(tokenizer):
         (lambda c: c["data"][0]["paragraphs"][1].pop("context"), r"paragraphs\[1\]: no text 'context'"),
         (lambda c: c["data"][0]["paragraphs"][2]["qas"][1].pop("id"), r"paragraphs\[2\]\.qas\[1\]: no text 'id'"),
         (lambda c: c["data"][0]["paragraphs"][2]["qas"][1]["answers"][0].update(answer_start="3"), r"answers\[0\]"),
-        (lambda c: c["data"][0]["paragraphs"][0]["qas"][1].update(id="q1"), "one id"),
+        (lambda c: c["data"][0]["paragraphs"][0]["qas"][1].update(id="q1"), "the same id"),
         (lambda c: c["data"].clear(), "no question"),
         (lambda c: c["data"].append(3), r"data\[1\]: no list"),
     ],

@@ -157,7 +157,7 @@ def unfinished(tmp_path, corpus, tokenizer_path, run, monkeypatch):
 
 def test_only_what_is_missing_is_done_again(tmp_path, unfinished, run):
     before = (tmp_path / "out" / "part-00001").stat().st_mtime_ns
-    assert "going on: 2 of" in run(*unfinished)
+    assert "resuming: 2 of" in run(*unfinished)
     assert (tmp_path / "out" / "part-00001").stat().st_mtime_ns == before
     assert not (tmp_path / "out" / ".unfinished").exists()
 
@@ -170,7 +170,7 @@ def test_other_settings_do_not_go_on(unfinished, run):
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        (["--masked-share", "1.5"], "--masked-share is no share"),
+        (["--masked-share", "1.5"], "--masked-share is out of range"),
         (["--max-length", "37"], "at least 38 with a prompt of 4"),
         (["--block-size", "400"], "larger than a block"),
         (["--max-length", "4000", "--part-size", "1M"], "nothing to write"),

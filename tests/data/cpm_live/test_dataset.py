@@ -209,7 +209,7 @@ def test_a_file_that_changes_in_use(tmp_path):
     with pytest.raises(UserError, match=f"two, block {len(whole) // BLOCK}, offset {len(whole)}: changed since"):
         data.record(100)
     (folder / "two").unlink()
-    with pytest.raises(UserError, match="two, block 0, offset 0: the file is gone"):
+    with pytest.raises(UserError, match="two, block 0, offset 0: the file no longer exists"):
         data.record(100)
     data.record(0)
 

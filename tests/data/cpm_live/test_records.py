@@ -20,7 +20,7 @@ def test_there_and_back():
     [
         ([], "no record"),
         ([1, 1, 0, 1], "no record"),
-        ([-1, 1, 1, 1, 0, 5], "-1 is no task"),
+        ([-1, 1, 1, 1, 0, 5], "-1 is not a task"),
         ([1, 0, 1, 1, 0, 5], "0 segments"),
         ([1, 2, 1, 1, 0, 5], "2 segments"),
         ([1, 2**62, 1, 1, 0, 5], "segments"),

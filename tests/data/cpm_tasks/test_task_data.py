@@ -74,7 +74,7 @@ def test_downstream_lines(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (("tokens", 400), ["token outside of the vocabulary", "below 400", "got:    400"]),
+        (("tokens", 400), ["token outside the vocabulary", "below 400", "got:    400"]),
         (("task", 9), ["a task that the model does not know", "below 4 (the model's prompt_types)"]),
         (("type", 5), ["a segment type that the model does not know", "below 3 (the model's segment_types)"]),
     ],
