@@ -18,7 +18,7 @@ PLAIN = [name for name in FAMILIES if "," not in name]
 
 
 def test_the_readme_has_the_table():
-    assert families_table() in README.read_text(), "replace it by what `python -m cook.families` prints"
+    assert families_table() in README.read_text(), "replace it by what `cook families` prints"
 
 
 def test_every_family_is_tested():
