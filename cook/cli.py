@@ -165,6 +165,7 @@ def prune(
     Writes the two configuration files that it stands for, to be edited and run again with `cook train`. Stopped at any
     time, the same command resumes.
     """
+    from cook.recipe.dry_run import show_plan
     from cook.recipe.one_line import OneLineJob, parse_keep, write_recipe
     from cook.recipe.start import start
 
@@ -182,8 +183,9 @@ def prune(
         text_field=text_field,
         seed=seed,
     )
-    config = str(write_recipe(job))
-    start(config, [], stage="all", dry_run=True)
+    path, facts = write_recipe(job)
+    config = str(path)
+    show_plan(facts)
     if dry_run:
         return
     start(config, [], stage="all")

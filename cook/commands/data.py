@@ -102,7 +102,7 @@ def preprocess(
 @app.command()
 def inspect(
     folders: Sources,
-    tokenizer: Annotated[str | None, typer.Option(metavar="PATH", help="Show samples as this tokenizer's text.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(metavar="PATH", help="Shows the samples as text.")] = None,
     tokenizer_type: Type = None,
     samples: Annotated[int, typer.Option(min=0, help="Records to show.")] = 3,
     as_json: AsJson = False,

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cook.base.errors import UserError
-from cook.base.files import write_json
+from cook.base.errors import UserError, UserErrors
+from cook.base.files import read_json, write_json
 from cook.families.source import open_model
 from cook.pruning.budgets import KEEP_KEYS, Cost, Keep, check_keep, whole_budget
 from cook.pruning.family import ModelSource
 from cook.recipe.head_units import nearest_heads, reachable_heads
+from cook.recipe.start import make_plan
 
 DATA_TYPES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
 COMPRESSED = {".gz", ".bz2", ".zst"}
@@ -101,15 +103,59 @@ def local_model(name: str) -> Path:
         ) from None
 
 
-def write_recipe(job: OneLineJob) -> Path:
-    """Writes `recipe/bmcook.json` and `recipe/l0_pruning.json` below the output folder; returns the first one's path.
+def write_recipe(job: OneLineJob) -> tuple[Path, dict[str, Any]]:
+    """Writes `recipe/bmcook.json` and `recipe/l0_pruning.json` below the output folder, unless they are there.
+
+    Returns:
+        The path of the first one, and the plan (`cook.recipe.start.make_plan`).
 
     Raises:
-        UserError: unknown model or data, or a size that cannot be reached; nothing is written then.
+        UserError: unknown model or data, a size that cannot be reached, anything else that a plan finds, or the folder
+            has the recipe of another job; nothing is written then.
     """
+    files = _recipe_files(job)
+    folder = Path(job.output) / "recipe"
+    _check_same(folder, files)
+    with tempfile.TemporaryDirectory(prefix="cook-plan-") as aside:
+        for name, content in files.items():
+            write_json(Path(aside) / name, content)
+        try:
+            plan = make_plan(str(Path(aside) / "bmcook.json"))
+        except UserErrors as errors:
+            raise UserErrors("the recipe of these options cannot be used", errors.errors) from None
+    for name, content in files.items():
+        if not (folder / name).exists():
+            write_json(folder / name, content)
+    return folder / "bmcook.json", plan | {"config": str(folder / "bmcook.json")}
+
+
+def _check_same(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuses a folder whose recipe differs from the one to write: its checkpoints are of another job."""
+    differences = []
+    for name, content in files.items():
+        if (folder / name).is_file():
+            old, new = _flat(read_json(folder / name)), _flat(content)
+            keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+            differences += [f"{key}: {old.get(key)} there, {new.get(key)} by these options" for key in keys]
+    if differences:
+        raise UserError(
+            f"{folder}: has the recipe of another job",
+            got="; ".join(differences),
+            remedy=f"give the options as before to resume, or another --output, or remove {folder.parent}; "
+            f"an edited recipe is run by `cook train --config {folder / 'bmcook.json'} --stage all`",
+        )
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """The values of nested objects by dotted name."""
+    if not isinstance(value, Mapping):
+        return {name: list(value) if isinstance(value, tuple) else value}
+    return {key: each for k, v in value.items() for key, each in _flat(v, f"{name}.{k}" if name else str(k)).items()}
+
+
+def _recipe_files(job: OneLineJob) -> dict[str, Mapping[str, Any]]:
     source = open_model(local_model(job.model))
     scheme, stages = _scheme(job, source)
-    folder = Path(job.output) / "recipe"
     bmcook = {
         "output_dir": str(Path(job.output) / "run"),
         "seed": job.seed,
@@ -151,10 +197,7 @@ def write_recipe(job: OneLineJob) -> Path:
             *({"name": name, "training": {"steps": job.finetune_steps}} for name in stages[1:] if job.finetune_steps),
         ],
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "l0_pruning.json", scheme)
-    write_json(folder / "bmcook.json", bmcook)
-    return folder / "bmcook.json"
+    return {"l0_pruning.json": scheme, "bmcook.json": bmcook}
 
 
 def _scheme(job: OneLineJob, source: ModelSource) -> tuple[dict[str, Any], tuple[str, str]]:
