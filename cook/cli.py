@@ -134,7 +134,13 @@ def plan(config: Config = DEFAULT_CONFIG, set: Overrides = None, as_json: AsJson
 @app.command()
 def prune(
     model: Annotated[str, typer.Argument(help="A model folder, or a name on the Hugging Face Hub.")],
-    data: Annotated[list[str], typer.Option(help="A file or folder of text, JSON lines or parquet; may be repeated.")],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            help="A file or folder of text, JSON lines or parquet; may be repeated. A text file is one document: of a "
+            "single one nothing is kept for evaluation."
+        ),
+    ],
     keep: Annotated[
         list[str],
         typer.Option(

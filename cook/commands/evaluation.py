@@ -47,9 +47,9 @@ def compare(
     ],
     data: Data,
     settings: Settings,
-    output: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder for comparison.json and comparison.png.")
-    ] = Path("results/comparison"),
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for comparison.json and comparison.png.")] = Path(
+        "results/comparison"
+    ),
 ) -> None:
     """Compare several models on one text: a table, JSON and a figure. Ratios are to the first model."""
     settings = checked(settings)

@@ -156,16 +156,19 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
 def _recipe_files(job: OneLineJob) -> dict[str, Mapping[str, Any]]:
     source = open_model(local_model(job.model))
     scheme, stages = _scheme(job, source)
+    data_type, documents = _data(job.data)
+    # A text file is one document, and documents are held out whole.
+    can_hold_out = data_type != "text" or documents > 1
     bmcook = {
         "output_dir": str(Path(job.output) / "run"),
         "seed": job.seed,
         "model": {"type": "hf", "path": str(source.path)},
         "tokenizer": {"type": "hf", "path": str(source.path), "vocab_size": source.config["vocab_size"]},
         "data": {
-            "type": _data_type(job.data),
+            "type": data_type,
             "paths": list(job.data),
             "text_field": job.text_field,
-            "held_out": 0.03,
+            "held_out": 0.03 if can_hold_out else 0.0,
             "max_length": job.max_length,
         },
         "training": {
@@ -180,7 +183,7 @@ def _recipe_files(job: OneLineJob) -> dict[str, Mapping[str, Any]]:
             "log_every": 5,
             "save_every": 50,
             "keep_checkpoints": 1,
-            "eval_rows": 16,
+            "eval_rows": 16 if can_hold_out else 0,
         },
         "deepspeed": {"zero_optimization": {"stage": 2}},
         "distillation": _distillation(job, stages[0]),
@@ -262,21 +265,21 @@ def _matrices(source: ModelSource) -> list[str]:
     return sorted({path.split(f".{layer}.", 1)[1] for layer, path in pieces if len(space.shapes[path]) == 2})
 
 
-def _data_type(paths: tuple[str, ...]) -> str:
-    """The `data.type` of files and folders, by their endings.
+def _data(paths: tuple[str, ...]) -> tuple[str, int]:
+    """The `data.type` of files and folders, by their endings, and the number of files.
 
     Raises:
         UserError: something does not exist, or the formats differ.
     """
-    found: set[str] = set()
+    found: list[str] = []
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"--data {path}: there is no such file or folder", remedy="check the path")
         files = [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
-        found |= {DATA_TYPES.get(_ending(file), "text") for file in files if not file.name.startswith(".")}
-    if len(found) != 1:
-        raise UserError("--data: one format at a time", wanted="text, JSON lines or parquet", got=sorted(found))
-    return found.pop()
+        found += [DATA_TYPES.get(_ending(file), "text") for file in files if not file.name.startswith(".")]
+    if len(set(found)) != 1:
+        raise UserError("--data: one format at a time", wanted="text, JSON lines or parquet", got=sorted(set(found)))
+    return found[0], len(found)
 
 
 def _ending(file: Path) -> str:
