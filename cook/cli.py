@@ -49,7 +49,6 @@ def main(command: str | None = None) -> None:
         command: The command that `sys.argv` has the options of; None: the first argument names it.
     """
 
-
     def run() -> int:
         # Only here: `run_entry` resolves `~` in the arguments.
         try:

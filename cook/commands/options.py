@@ -30,7 +30,7 @@ def options_of(section: type) -> Callable[[Callable[..., None]], Callable[..., N
         for name, text in fields.items():
             default = getattr(section, name)
             names = [f"--{name.replace('_', '-')}"] if default is False else []  # others get --x and --no-x
-            annotation: Any = Annotated.__class_getitem__((hints[name], typer.Option(*names, help=text)))  # type: ignore[attr-defined]
+            annotation: Any = Annotated[hints[name], typer.Option(*names, help=text)]
             parameters.append(
                 inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
             )
