@@ -136,8 +136,8 @@ def prune(
     data: Annotated[
         list[str],
         typer.Option(
-            help="A file or folder of text, JSON lines or parquet; may be repeated. A text file is one document: of a "
-            "single one nothing is kept for evaluation."
+            help="A file or folder of text, JSON lines or parquet; may be repeated. A text file is one document; "
+            "at least two are needed, one of them for evaluation."
         ),
     ],
     keep: Annotated[

@@ -25,7 +25,7 @@ COMMANDS = {
     "compare": ("--data", "--output", "--window", "--no-speed"),
     "families": ("--json",),
     "recipes list": ("--json",),
-    "recipes copy": ("FOLDER",),
+    "recipes copy": ("folder",),
     "checkpoint ls": ("--json", "DIR"),
     "checkpoint verify": ("DIR",),
     "data tokenizer": ("--vocab-size", "--format"),
@@ -99,7 +99,7 @@ def test_a_copied_recipe_lacks_only_its_model(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
-    """A folder with `model/`, as transformers saves it, and `text.txt`."""
+    """A folder with `model/`, as transformers saves it, and `text/`."""
     folder = tmp_path_factory.mktemp("tiny")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -125,12 +125,14 @@ def tiny(tmp_path_factory) -> Path:
         pad_token_id=2,
     )
     LlamaForCausalLM(config).save_pretrained(folder / "model")
-    (folder / "text.txt").write_text(TEXT)
+    (folder / "text").mkdir()
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (folder / "text" / name).write_text(TEXT)
     return folder
 
 
 def prune(tiny: Path, output: Path, keep: str, *more: str) -> None:
-    given = [str(tiny / "model"), "--data", str(tiny / "text.txt"), "--output", str(output), "--keep", keep]
+    given = [str(tiny / "model"), "--data", str(tiny / "text"), "--output", str(output), "--keep", keep]
     invoke("prune", [*given, "--steps", "4", "--max-length", "64", *more])
 
 
@@ -174,6 +176,13 @@ def test_a_whole_budget_is_planned(tiny, tmp_path, capsys):
 def test_a_mistake_leaves_nothing_behind(tiny, tmp_path, keep, more):
     with pytest.raises(UserError):
         prune(tiny, tmp_path / "out", keep, *more)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_single_text_file_is_refused(tiny, tmp_path):
+    data = ["--data", str(tiny / "text" / "a.txt"), "--keep", "dims=0.5", "--output", str(tmp_path / "out")]
+    with pytest.raises(UserError, match="at least 2 text files"):
+        invoke("prune", [str(tiny / "model"), *data])
     assert not (tmp_path / "out").exists()
 
 

@@ -79,6 +79,6 @@ def test_the_installed_command(cook_command, tmp_path, tiny):  # noqa: F811
     cook_command(tmp_path, "recipes", "copy", "default", "mine")
     plan = json.loads(cook_command(tmp_path, "plan", "--config", "mine/bmcook.json", "--json"))
     assert plan["stages"][0]["stage"] == "pretrain"
-    data = ["--data", tiny / "text.txt", "--max-length", 64]
+    data = ["--data", tiny / "text", "--max-length", 64]
     cook_command(tmp_path, "prune", tiny / "model", *data, "--keep", "dims=0.5", "--steps", 2, "--output", "out")
     assert json.loads((tmp_path / "out" / "model" / "config.json").read_text())["intermediate_size"] == 32

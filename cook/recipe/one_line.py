@@ -157,8 +157,13 @@ def _recipe_files(job: OneLineJob) -> dict[str, Mapping[str, Any]]:
     source = open_model(local_model(job.model))
     scheme, stages = _scheme(job, source)
     data_type, documents = _data(job.data)
-    # A text file is one document, and documents are held out whole.
-    can_hold_out = data_type != "text" or documents > 1
+    if data_type == "text" and documents < 2:
+        raise UserError(
+            f"--data {job.data[0]}: a text file is one document, and one has to be kept for evaluation",
+            wanted="at least 2 text files",
+            got=documents,
+            remedy="split it into several files, or give JSON lines",
+        )
     bmcook = {
         "output_dir": str(Path(job.output) / "run"),
         "seed": job.seed,
@@ -168,7 +173,7 @@ def _recipe_files(job: OneLineJob) -> dict[str, Mapping[str, Any]]:
             "type": data_type,
             "paths": list(job.data),
             "text_field": job.text_field,
-            "held_out": 0.03 if can_hold_out else 0.0,
+            "held_out": 0.03,
             "max_length": job.max_length,
         },
         "training": {
@@ -183,7 +188,7 @@ def _recipe_files(job: OneLineJob) -> dict[str, Mapping[str, Any]]:
             "log_every": 5,
             "save_every": 50,
             "keep_checkpoints": 1,
-            "eval_rows": 16 if can_hold_out else 0,
+            "eval_rows": 16,
         },
         "deepspeed": {"zero_optimization": {"stage": 2}},
         "distillation": _distillation(job, stages[0]),
