@@ -11,9 +11,12 @@ from typing import Annotated, Any
 import typer
 
 import cook
-from cook.base.errors import UserError, run_entry
+from cook.base.errors import EXIT_FAILED, UserError, run_entry
 from cook.base.signals import heed_launcher
 from cook.base.threads import spin_briefly
+from cook.commands.data import app as data_commands
+from cook.commands.evaluation import compare, evaluate
+from cook.commands.options import AsJson
 from cook.config.types import STAGE_NAMES
 
 app = typer.Typer(
@@ -24,14 +27,18 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 recipes = typer.Typer(no_args_is_help=True, help="List and copy the recipes that come with cook.")
+checkpoint = typer.Typer(no_args_is_help=True, help="List and verify checkpoints.")
 app.add_typer(recipes, name="recipes")
+app.add_typer(data_commands, name="data")
+app.add_typer(checkpoint, name="checkpoint")
+app.command("eval")(evaluate)
+app.command()(compare)
 
 Config = Annotated[str, typer.Option("--config", help="What to do: the path of a `bmcook.json`.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, such as `training.steps=200`; may be repeated."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 DEFAULT_CONFIG = "config/bmcook.json"
 
 
@@ -41,9 +48,17 @@ def main(command: str | None = None) -> None:
     Args:
         command: The command that `sys.argv` has the options of; None: the first argument names it.
     """
+
+    def run() -> int:
+        # Only here: `run_entry` resolves `~` in the arguments.
+        try:
+            app([*([command] if command else []), *sys.argv[1:]], prog_name="cook")
+        except SystemExit as end:  # every command ends with it, and `run_entry` has output to flush
+            return int(end.code or 0)
+        return 0
+
     spin_briefly()
-    # Only inside: `run_entry` resolves `~` in the arguments.
-    run_entry(lambda: app([*([command] if command else []), *sys.argv[1:]], prog_name="cook"))
+    run_entry(run)
 
 
 def invoke(command: str, arguments: list[str] | None = None) -> None:
@@ -109,8 +124,13 @@ def train(
 
 
 @app.command()
-def plan(config: Config = DEFAULT_CONFIG, set: Overrides = None) -> None:
+def plan(config: Config = DEFAULT_CONFIG, set: Overrides = None, as_json: AsJson = False) -> None:
     """Check a recipe and print what it would do; nothing is written and no GPU is needed."""
+    if as_json:
+        from cook.recipe.start import make_plan
+
+        print(json.dumps(make_plan(config, set or [])))
+        return
     from cook.recipe.start import start
 
     start(config, set or [], stage="all", dry_run=True)
@@ -119,7 +139,13 @@ def plan(config: Config = DEFAULT_CONFIG, set: Overrides = None) -> None:
 @app.command()
 def prune(
     model: Annotated[str, typer.Argument(help="A model folder, or a name on the Hugging Face Hub.")],
-    data: Annotated[list[str], typer.Option(help="A file or folder of text, JSON lines or parquet; may be repeated.")],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            help="A file or folder of text, JSON lines or parquet; may be repeated. A text file is one document; "
+            "at least two are needed, one of them for evaluation."
+        ),
+    ],
     keep: Annotated[
         list[str],
         typer.Option(
@@ -150,6 +176,7 @@ def prune(
     Writes the two configuration files that it stands for, to be edited and run again with `cook train`. Stopped at any
     time, the same command resumes.
     """
+    from cook.recipe.dry_run import show_plan
     from cook.recipe.one_line import OneLineJob, parse_keep, write_recipe
     from cook.recipe.start import start
 
@@ -167,8 +194,9 @@ def prune(
         text_field=text_field,
         seed=seed,
     )
-    config = str(write_recipe(job))
-    start(config, [], stage="all", dry_run=True)
+    path, facts = write_recipe(job)
+    config = str(path)
+    show_plan(facts)
     if dry_run:
         return
     start(config, [], stage="all")
@@ -251,11 +279,39 @@ def report(
 
 
 @app.command()
-def families() -> None:
+def families(as_json: AsJson = False) -> None:
     """Print the table of model families and what works with them."""
-    from cook.families.overview import families_table
+    from cook.families.overview import families_table, family_facts
 
-    print(families_table())
+    print(json.dumps(family_facts()) if as_json else families_table())
+
+
+Checkpoints = Annotated[
+    Path, typer.Argument(metavar="DIR", help="A checkpoint, a stage's checkpoints, or a run's output folder.")
+]
+
+
+@checkpoint.command("ls")
+def list_checkpoints(folder: Checkpoints, as_json: AsJson = False) -> None:
+    """List checkpoints: their step, tokens, ranks, layout and size, and whether all files are there."""
+    from cook.training.listing import checkpoints, describe, table
+
+    found = [describe(path) for path in checkpoints(folder)]
+    print(json.dumps(found) if as_json else table(found))
+
+
+@checkpoint.command("verify")
+def verify_checkpoints(folder: Checkpoints) -> None:
+    """Compare every file of the checkpoints with its checksum; the exit code is 1 if one is not what was saved."""
+    from cook.training.listing import checkpoints, verified
+
+    whole = True
+    for path in checkpoints(folder):
+        is_whole, sentence = verified(path)
+        whole = whole and is_whole
+        print(sentence)
+    if not whole:
+        raise typer.Exit(EXIT_FAILED)
 
 
 @recipes.command("list")

@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parent
 SLOW = {
     "test_api.py",
+    "test_cli.py",
     "test_docs.py",
     "test_faults_script.py",
     "test_package.py",

@@ -12,7 +12,8 @@ import torch
 from cook.base.errors import UserError
 from cook.base.files import write_json
 from cook.evaluation.loading import Entry, Loaded
-from cook.evaluation.measure import Settings, measure_loss, measure_speed, text_ids
+from cook.evaluation.measure import measure_loss, measure_speed, text_ids
+from cook.evaluation.settings import Settings
 from cook.report.comparison import comparison_table, plot_comparison
 
 RATIOS = ("parameters", "prefill_tokens_per_second", "decode_tokens_per_second", "peak_memory_bytes")

@@ -1,10 +1,10 @@
-"""The measurements of `python -m cook.evaluation`, as one flat record per model."""
+"""What `cook eval` measures of a model, as one flat record."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,32 +13,8 @@ from cook.base.errors import UserError
 from cook.evaluation.loading import Entry, Loaded, load
 from cook.evaluation.memory import PeakMemory
 from cook.evaluation.scoring import Windowing, predicts_blindly, score
+from cook.evaluation.settings import Settings, device_of
 from cook.evaluation.speed import generation_speed
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Settings of the measurement."""
-
-    window: int = 512
-    """Tokens per window."""
-    stride: int | None = None
-    """See `cook.evaluation.scoring.Windowing`."""
-    bos: bool = False
-    """Whether each window begins with the tokenizer's beginning-of-sequence token."""
-    max_windows: int | None = None
-    batch_size: int = 8
-    """Windows per forward pass."""
-    dtype: str = "auto"
-    device: str = "cpu"
-    trust_remote_code: bool = False
-    speed: bool = True
-    """Whether to time prefill and decoding."""
-    prompts: int = 1
-    """Prompts per batch when timing."""
-    prompt_tokens: int = 128
-    new_tokens: int = 32
-    repeats: int = 5
 
 
 def measure_loss(entry: Entry, text: str, settings: Settings) -> tuple[Loaded, dict[str, Any]]:
@@ -47,8 +23,9 @@ def measure_loss(entry: Entry, text: str, settings: Settings) -> tuple[Loaded, d
     Raises:
         UserError: the model cannot be loaded, the text is too short, or the window is longer than the model's context.
     """
-    with PeakMemory(torch.device(settings.device)) as memory:
-        loaded = load(entry, trust_remote_code=settings.trust_remote_code, dtype=settings.dtype, device=settings.device)
+    device = device_of(settings)
+    with PeakMemory(torch.device(device)) as memory:
+        loaded = load(entry, trust_remote_code=settings.trust_remote_code, dtype=settings.dtype, device=device)
         windowing = _windowing(loaded, settings)
         ids = text_ids(loaded, text)
         if len(ids) > 1 and not predicts_blindly(loaded.model, ids):
@@ -131,3 +108,24 @@ def _check_positions(loaded: Loaded, wanted: int, option: str) -> None:
         raise UserError(
             f"{loaded.entry.folder}: the model has only {limit} positions", got=wanted, remedy=f"set {option} lower"
         )
+
+
+def read_texts(paths: Sequence[str]) -> str:
+    """Text files' contents, a line break between them.
+
+    Raises:
+        UserError: one is missing, not UTF-8, or all are empty.
+    """
+    text = "\n".join(map(_read_text, paths))
+    if not text.strip():
+        raise UserError("there is nothing to score", got=", ".join(paths))
+    return text
+
+
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -26,17 +27,15 @@ def _described(source: DataConfig | SourceConfig) -> str:
     return f"{source.type}" + (f" ({where})" if where else "") + (", streamed" if source.streaming else "")
 
 
-def print_plan(config: RunConfig, stages: Sequence[Stage], *, world_size: int) -> None:
-    """Prints the plan: stages, parameters before and after, tokens, memory per rank."""
-    facts = {
-        "config": config.source.bmcook,
-        "output": config.output_dir,
-        "data": "; ".join(_described(source) for source in config.data.sources or (config.data,)),
-        "ranks": world_size,
-    }
+def plan_facts(config: RunConfig, stages: Sequence[Stage], *, world_size: int) -> dict[str, Any]:
+    """What would run, as JSON: its inputs, and per stage what it learns, parameters before and after, tokens, memory.
+
+    Raises:
+        UserError: something does not fit that only the model, the masks or the batch sizes tell.
+    """
     for stage in stages:
         check_settings(stage.config.training, stage.config.deepspeed, world_size=world_size)
-    rows = []
+    rows: list[dict[str, Any]] = []
     kept: dict[str, int] = {}
     for stage in stages:
         inputs = open_inputs(stage, must_exist=False)
@@ -49,26 +48,46 @@ def print_plan(config: RunConfig, stages: Sequence[Stage], *, world_size: int) -
         rows.append(
             {
                 "stage": stage.name,
-                "weights from": inputs.origin,
-                "learns": _learned(stage),
+                "weights_from": inputs.origin,
+                "learns": [MASKS_OF[kind] for kind in stage.learns],
+                "uneven": bool(stage.uneven & set(stage.learns)),
                 "steps": training.steps,
-                "tokens": "≤ " + human_count(training.steps * training.train_batch_size * config.data.max_length),
-                "parameters before": human_count(before),
-                "after": human_count(parameters(inputs.space, kept)),
-                "memory per rank": _gigabytes(_state_bytes(stage, inputs.space, world_size)),
+                "tokens_at_most": training.steps * training.train_batch_size * config.data.max_length,
+                "parameters_before": before,
+                "parameters_after": parameters(inputs.space, kept),
+                "state_bytes_per_rank": round(_state_bytes(stage, inputs.space, world_size)),
             }
         )
-    print_table_of_stages(facts, rows)
+    return {
+        "config": config.source.bmcook,
+        "output": config.output_dir,
+        "data": "; ".join(_described(source) for source in config.data.sources or (config.data,)),
+        "ranks": world_size,
+        "stages": rows,
+    }
+
+
+def show_plan(facts: Mapping[str, Any]) -> None:
+    """Prints what `plan_facts` returned."""
+    rows = [
+        {
+            "stage": row["stage"],
+            "weights from": row["weights_from"],
+            "learns": (", ".join(row["learns"]) or "–") + (" (uneven)" if row["uneven"] else ""),
+            "steps": row["steps"],
+            "tokens": "≤ " + human_count(row["tokens_at_most"]),
+            "parameters before": human_count(row["parameters_before"]),
+            "after": human_count(row["parameters_after"]),
+            "memory per rank": f"{row['state_bytes_per_rank'] / 2**30:.2f} GiB",
+        }
+        for row in facts["stages"]
+    ]
+    print_table_of_stages({name: value for name, value in facts.items() if name != "stages"}, rows)
     print(
         "Tokens: all positions of all rows. Memory: weights, gradients and optimizer states; "
         "activations are not included. The result of a layer mask is estimated from its target, "
         "that of uneven blocks as if they were even."
     )
-
-
-def _learned(stage: Stage) -> str:
-    kinds = ", ".join(MASKS_OF[kind] for kind in stage.learns) or "–"
-    return f"{kinds} (uneven)" if stage.uneven & set(stage.learns) else kinds
 
 
 def _expected_kept(stage: Stage, inputs: Inputs) -> dict[str, int]:
@@ -98,7 +117,3 @@ def _state_bytes(stage: Stage, space: PruningSpace, world_size: int) -> float:
     shared = [states if zero >= 1 else 0, gradients if zero >= 2 else 0, weights if zero >= 3 else 0]
     own = weights + gradients + states - sum(shared)
     return count * (own + sum(shared) / world_size)
-
-
-def _gigabytes(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cook.base.errors import UserError
-from cook.base.files import write_json
+from cook.base.errors import UserError, UserErrors
+from cook.base.files import read_json, write_json
 from cook.families.source import open_model
 from cook.pruning.budgets import KEEP_KEYS, Cost, Keep, check_keep, whole_budget
 from cook.pruning.family import ModelSource
 from cook.recipe.head_units import nearest_heads, reachable_heads
+from cook.recipe.start import make_plan
 
 DATA_TYPES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
 COMPRESSED = {".gz", ".bz2", ".zst"}
@@ -101,22 +103,74 @@ def local_model(name: str) -> Path:
         ) from None
 
 
-def write_recipe(job: OneLineJob) -> Path:
-    """Writes `recipe/bmcook.json` and `recipe/l0_pruning.json` below the output folder; returns the first one's path.
+def write_recipe(job: OneLineJob) -> tuple[Path, dict[str, Any]]:
+    """Writes `recipe/bmcook.json` and `recipe/l0_pruning.json` below the output folder, unless they are there.
+
+    Returns:
+        The path of the first one, and the plan (`cook.recipe.start.make_plan`).
 
     Raises:
-        UserError: unknown model or data, or a size that cannot be reached; nothing is written in that case.
+        UserError: unknown model or data, a size that cannot be reached, anything else that a plan finds, or the folder
+            has the recipe of another job; nothing is written then.
     """
+    files = _recipe_files(job)
+    folder = Path(job.output) / "recipe"
+    _check_same(folder, files)
+    with tempfile.TemporaryDirectory(prefix="cook-plan-") as aside:
+        for name, content in files.items():
+            write_json(Path(aside) / name, content)
+        try:
+            plan = make_plan(str(Path(aside) / "bmcook.json"))
+        except UserErrors as errors:
+            raise UserErrors("the recipe of these options cannot be used", errors.errors) from None
+    for name, content in files.items():
+        if not (folder / name).exists():
+            write_json(folder / name, content)
+    return folder / "bmcook.json", plan | {"config": str(folder / "bmcook.json")}
+
+
+def _check_same(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuses a folder whose recipe differs from the one to write: its checkpoints are of another job."""
+    differences = []
+    for name, content in files.items():
+        if (folder / name).is_file():
+            old, new = _flat(read_json(folder / name)), _flat(content)
+            keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+            differences += [f"{key}: {old.get(key)} there, {new.get(key)} by these options" for key in keys]
+    if differences:
+        raise UserError(
+            f"{folder}: has the recipe of another job",
+            got="; ".join(differences),
+            remedy=f"give the options as before to resume, or another --output, or remove {folder.parent}; "
+            f"an edited recipe is run by `cook train --config {folder / 'bmcook.json'} --stage all`",
+        )
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """The values of nested objects by dotted name."""
+    if not isinstance(value, Mapping):
+        return {name: list(value) if isinstance(value, tuple) else value}
+    return {key: each for k, v in value.items() for key, each in _flat(v, f"{name}.{k}" if name else str(k)).items()}
+
+
+def _recipe_files(job: OneLineJob) -> dict[str, Mapping[str, Any]]:
     source = open_model(local_model(job.model))
     scheme, stages = _scheme(job, source)
-    folder = Path(job.output) / "recipe"
+    data_type, documents = _data(job.data)
+    if data_type == "text" and documents < 2:
+        raise UserError(
+            f"--data {job.data[0]}: a text file is one document, and one has to be kept for evaluation",
+            wanted="at least 2 text files",
+            got=documents,
+            remedy="split it into several files, or give JSON lines",
+        )
     bmcook = {
         "output_dir": str(Path(job.output) / "run"),
         "seed": job.seed,
         "model": {"type": "hf", "path": str(source.path)},
         "tokenizer": {"type": "hf", "path": str(source.path), "vocab_size": source.config["vocab_size"]},
         "data": {
-            "type": _data_type(job.data),
+            "type": data_type,
             "paths": list(job.data),
             "text_field": job.text_field,
             "held_out": 0.03,
@@ -151,10 +205,7 @@ def write_recipe(job: OneLineJob) -> Path:
             *({"name": name, "training": {"steps": job.finetune_steps}} for name in stages[1:] if job.finetune_steps),
         ],
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "l0_pruning.json", scheme)
-    write_json(folder / "bmcook.json", bmcook)
-    return folder / "bmcook.json"
+    return {"l0_pruning.json": scheme, "bmcook.json": bmcook}
 
 
 def _scheme(job: OneLineJob, source: ModelSource) -> tuple[dict[str, Any], tuple[str, str]]:
@@ -219,21 +270,21 @@ def _matrices(source: ModelSource) -> list[str]:
     return sorted({path.split(f".{layer}.", 1)[1] for layer, path in pieces if len(space.shapes[path]) == 2})
 
 
-def _data_type(paths: tuple[str, ...]) -> str:
-    """The `data.type` of files and folders, by their endings.
+def _data(paths: tuple[str, ...]) -> tuple[str, int]:
+    """The `data.type` of files and folders, by their endings, and the number of files.
 
     Raises:
         UserError: a path does not exist, or the formats differ.
     """
-    found: set[str] = set()
+    found: list[str] = []
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"--data {path}: there is no such file or folder", remedy="check the path")
         files = [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
-        found |= {DATA_TYPES.get(_ending(file), "text") for file in files if not file.name.startswith(".")}
-    if len(found) != 1:
-        raise UserError("--data: the formats differ", wanted="only text, JSON lines or parquet", got=sorted(found))
-    return found.pop()
+        found += [DATA_TYPES.get(_ending(file), "text") for file in files if not file.name.startswith(".")]
+    if len(set(found)) != 1:
+        raise UserError("--data: one format at a time", wanted="text, JSON lines or parquet", got=sorted(set(found)))
+    return found[0], len(found)
 
 
 def _ending(file: Path) -> str:

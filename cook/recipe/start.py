@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from cook.base.distributed import launched_rank, launched_world_size
 from cook.base.errors import UserError
@@ -31,24 +32,43 @@ def start(
         UserError: the configuration or a file is not valid.
         Interrupted: stopped by a signal, after saving.
     """
+    if dry_run:
+        if launched_rank() == 0:
+            from cook.recipe.dry_run import show_plan
+
+            show_plan(make_plan(config, overrides, stage=stage, resume=resume))
+        return
+    settings, stages = _read(config, overrides, stage, resume, launched_world_size())
+    with ending_quietly():
+        _run(settings, stages, resume=resume)
+
+
+def make_plan(
+    config: str, overrides: Sequence[str] = (), *, stage: str | None = "all", resume: str = "auto"
+) -> dict[str, Any]:
+    """Checks everything and returns the plan, as `cook.recipe.dry_run.plan_facts` does; nothing is written.
+
+    Raises:
+        UserError: as `start` does.
+    """
+    from cook.recipe.dry_run import plan_facts
+
+    # A plan made outside any launcher must not be held to the single rank that it happens to have.
+    known = launched_world_size() if "WORLD_SIZE" in os.environ else None
+    settings, stages = _read(config, overrides, stage, resume, known)
+    return plan_facts(settings, stages, world_size=launched_world_size())
+
+
+def _read(
+    config: str, overrides: Sequence[str], stage: str | None, resume: str, world_size: int | None
+) -> tuple[RunConfig, list[Stage]]:
     if stage == "all" and resume not in ("auto", "never"):
-        raise UserError(
-            "--resume PATH applies to a single stage", got="--stage all", remedy="name the stage: --stage NAME"
-        )
-    # A plan made without a launcher must not be checked against its single rank.
-    unknown = dry_run and "WORLD_SIZE" not in os.environ
-    settings = load_config(config, list(overrides), world_size=None if unknown else launched_world_size())
+        raise UserError("--resume PATH belongs to one stage", got="--stage all", remedy="name the stage: --stage NAME")
+    settings = load_config(config, list(overrides), world_size=world_size)
     stages = recipe(settings) if stage == "all" else [plan_stage(settings, stage or settings.stage)]  # type: ignore[arg-type]
     if not stages:
         raise UserError(f"{config}: there are no stages to run", remedy='list them under "stages"')
-    if dry_run:
-        from cook.recipe.dry_run import print_plan
-
-        if launched_rank() == 0:
-            print_plan(settings, stages, world_size=launched_world_size())
-        return
-    with ending_quietly():
-        _run(settings, stages, resume=resume)
+    return settings, stages
 
 
 def _run(config: RunConfig, stages: Sequence[Stage], *, resume: str) -> None:

@@ -91,7 +91,7 @@ class JiebaTokenizer:
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        # Python spells the words on one core. `python -m cook.data preprocess` can use several processes.
+        # One core: Python spells the words. To use more, run `cook data preprocess` with several processes.
         return [np.asarray(self.encode(text), dtype=np.int32) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:

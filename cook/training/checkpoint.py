@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from cook.base import distributed
-from cook.base.errors import UserError, run_entry
+from cook.base.errors import UserError
 from cook.base.faults import point
 from cook.base.files import read_json
 from cook.base.seeds import derived_seed, restore_rng_state, seed_everything
@@ -154,9 +154,3 @@ def stored_weights(folder: Path) -> Mapping[str, torch.Tensor]:
     if (folder / MANIFEST).is_file():
         verify(folder)
     return checkpoint_weights(folder)
-
-
-if __name__ == "__main__":
-    from cook.training.listing import main
-
-    run_entry(main)

@@ -1,39 +1,24 @@
-"""Listing and verifying checkpoints: `python -m cook.training.checkpoint ls|verify DIR`."""
+"""What checkpoints there are, and whether they are whole (`cook checkpoint`)."""
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
+from typing import Any
 
-from cook.base.errors import EXIT_FAILED, EXIT_OK, UserError
+from cook.base.errors import UserError
 from cook.report.human import human_count
 from cook.report.tables import markdown_table
 from cook.training.manifest import MANIFEST, folder_of, looks_whole, read_manifest, steps, verify
 
-
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; exit code 1 if `verify` finds a damaged checkpoint."""
-    parser = argparse.ArgumentParser(prog="python -m cook.training.checkpoint", description=__doc__)
-    parser.add_argument("command", choices=["ls", "verify"], help="list; or compare every file with the manifest")
-    parser.add_argument("folder", metavar="DIR", help="a checkpoint, a stage's checkpoints, or a run's output folder")
-    parsed = parser.parse_args(arguments)
-    folders = _checkpoints(Path(parsed.folder))
-    if parsed.command == "ls":
-        rows = [_row(folder) for folder in folders]
-        print(markdown_table(list(rows[0]), [list(row.values()) for row in rows]))
-        return EXIT_OK
-    problems = 0
-    for folder in folders:
-        try:
-            files = len(verify(folder)["files"])
-            print(f"{folder}: complete, {files} files")
-        except UserError as error:
-            problems += 1
-            print(f"{folder}: DAMAGED: {error.what}")
-    return EXIT_FAILED if problems else EXIT_OK
+COLUMNS = ("checkpoint", "step", "tokens", "ranks", "layout", "size", "state")
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder: a checkpoint itself, a stage's checkpoints, or a run's output folder.
+
+    Raises:
+        UserError: there are none.
+    """
     if (folder / MANIFEST).is_file() or folder.name.startswith("step-"):
         return [folder]
     roots = [folder, folder / "checkpoints", *sorted(folder.glob("*/checkpoints"))]
@@ -43,25 +28,39 @@ def _checkpoints(folder: Path) -> list[Path]:
     return found
 
 
-def _row(folder: Path) -> dict[str, str]:
+def describe(folder: Path) -> dict[str, Any]:
+    """A checkpoint's manifest in short, and whether its files are there with their sizes."""
     try:
         manifest = read_manifest(folder)
     except UserError as error:
-        return {
-            "checkpoint": str(folder),
-            "step": "",
-            "tokens": "",
-            "ranks": "",
-            "layout": "",
-            "size": "",
-            "state": f"damaged: {error.what.removeprefix(f'{folder}/')}",
-        }
+        return {"checkpoint": str(folder), "state": f"damaged: {error.what.removeprefix(f'{folder}/')}"}
     return {
         "checkpoint": str(folder),
-        "step": str(manifest["step"]),
-        "tokens": str(manifest["tokens"]),
-        "ranks": str(manifest["world_size"]),
-        "layout": ", ".join(f"{key} {value}" for key, value in manifest["layout"].items()),
-        "size": f"{human_count(sum(entry['size'] for entry in manifest['files'].values()))}B",
-        "state": "complete" if looks_whole(folder) else "damaged: a file is missing or has another size",
+        "step": manifest["step"],
+        "tokens": manifest["tokens"],
+        "ranks": manifest["world_size"],
+        "layout": manifest["layout"],
+        "size": sum(entry["size"] for entry in manifest["files"].values()),
+        "state": "all files there" if looks_whole(folder) else "damaged: a file is missing or of another size",
     }
+
+
+def table(described: list[dict[str, Any]]) -> str:
+    """What `describe` says of checkpoints, in Markdown."""
+    return markdown_table(list(COLUMNS), [[_cell(name, row.get(name)) for name in COLUMNS] for row in described])
+
+
+def verified(folder: Path) -> tuple[bool, str]:
+    """Whether every file is what was saved, by checksum, and a sentence about it."""
+    try:
+        return True, f"{folder}: whole, {len(verify(folder)['files'])} files"
+    except UserError as error:
+        return False, f"{folder}: NOT whole: {error.what}"
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if name == "layout":
+        return ", ".join(f"{key} {each}" for key, each in value.items())
+    return f"{human_count(value)}B" if name == "size" else str(value)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def command(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "cook.data", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "cook", "data", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
     )
 
 

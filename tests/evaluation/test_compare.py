@@ -7,8 +7,8 @@ import weakref
 import pytest
 
 from cook.base.errors import UserError
+from cook.cli import invoke
 from cook.evaluation import compare as room
-from cook.evaluation.__main__ import main
 from cook.export.model_folder import write_model_folder
 from cook.export.pruned_folder import prune_to_folder
 from cook.families.cpm_ant import ADAPTER
@@ -38,7 +38,7 @@ def ladder(tmp_path):
 
 
 def compare(tmp_path, *options):
-    main(["compare", *options, "--data", str(tmp_path / "text.txt"), "--output", str(tmp_path / "out")])
+    invoke("compare", [*options, "--data", str(tmp_path / "text.txt"), "--output", str(tmp_path / "out")])
     return json.loads((tmp_path / "out" / "comparison.json").read_text())
 
 
@@ -55,7 +55,7 @@ def test_dense_masked_reshaped_and_somebody_elses(tmp_path, ladder, stock_folder
     assert set(masked["masks"]) == {"coarse", "heads"} and "masks" not in theirs
     # The single command measures the same.
     capsys.readouterr()
-    main(["--model", str(stock_folder), "--data", str(tmp_path / "text.txt"), "--window", "10", "--no-speed"])
+    invoke("eval", ["--model", str(stock_folder), "--data", str(tmp_path / "text.txt"), "--window", "10", "--no-speed"])
     single = json.loads(capsys.readouterr().out)
     assert single["loss"] == theirs["loss"] and single["tokens"] == theirs["tokens"]
     assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
@@ -74,7 +74,9 @@ def test_other_tokens_are_compared_by_bytes(tmp_path, ladder, stock_folder, caps
     write_tokenizer(stock_folder, ("w0", *WORDS[2:], "w1"))
     got = compare(tmp_path, ladder[0], str(stock_folder), *QUICK, "--no-speed")
     out = capsys.readouterr().out
-    assert not got["same_tokens"] and "bits per byte" in out and "tokenizers differ" in out and "perplexity |" not in out
+    assert (
+        not got["same_tokens"] and "bits per byte" in out and "tokenizers differ" in out and "perplexity |" not in out
+    )
 
 
 def test_one_model_is_let_go_before_the_next_when_nothing_is_timed(tmp_path, ladder, monkeypatch):

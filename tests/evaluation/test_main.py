@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from cook.base.errors import UserError, run_entry
-from cook.evaluation.__main__ import main
+from cook.cli import invoke
 from cook.export.model_folder import write_model_folder
 from cook.export.pruned_folder import prune_to_folder
 from cook.families.source import load_model, open_model
@@ -58,7 +58,7 @@ def text(tmp_path):
 
 
 def evaluate(capsys, *options):
-    main([str(option) for option in options])
+    invoke("eval", [str(option) for option in options])
     return json.loads(capsys.readouterr().out)
 
 
@@ -122,14 +122,14 @@ def test_a_model_that_has_broken_down_is_still_json(folder, text, capsys, monkey
 def test_a_user_s_mistake_is_one_line_and_exit_code_2(folder, tmp_path, capsys):
     (tmp_path / "bad.txt").write_bytes(b"ab\xff")
     with pytest.raises(SystemExit) as stop:
-        run_entry(lambda: main(["--model", str(folder), "--data", str(tmp_path / "bad.txt")]))
+        run_entry(lambda: invoke("eval", ["--model", str(folder), "--data", str(tmp_path / "bad.txt")]))
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and "bad.txt: not UTF-8 at byte 2" in err and out == ""
 
 
 def test_the_command(folder, text):
     options = ["--data", text, "--window", "20", "--prompt-tokens", "8", "--new-tokens", "2"]
-    command = [sys.executable, "-m", "cook.evaluation", "--model", str(folder), *options]
+    command = [sys.executable, "-m", "cook", "eval", "--model", str(folder), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -152,15 +152,16 @@ def test_the_command(folder, text):
 )
 def test_mistakes(folder, text, options, words):
     with pytest.raises(UserError, match="(?s)" + words):
-        main(["--model", str(folder), "--data", text, "--no-speed", *options])
+        data = [] if "--data" in options else ["--data", text]
+        invoke("eval", ["--model", str(folder), *data, "--no-speed", *options])
 
 
 @pytest.mark.parametrize(
     "options", [["--window", "65"], ["--window", "8", "--prompt-tokens", "60", "--new-tokens", "5"]]
 )
 def test_more_positions_than_the_model_has(stock_folder, text, options):
-    with pytest.raises(UserError, match="the model has only 64 positions"):
-        main(["--model", str(stock_folder), "--data", text, *options])
+    with pytest.raises(UserError, match="the model has 64 positions"):
+        invoke("eval", ["--model", str(stock_folder), "--data", text, *options])
 
 
 @pytest.mark.parametrize("architecture", ["BertForMaskedLM", "BertModel", "BertForSequenceClassification"])
@@ -168,8 +169,8 @@ def test_encoders_have_no_perplexity(tmp_path, text, architecture):
     source = tiny_source("bert", architectures=[architecture])
     write_model_folder(tmp_path / "bert", source.adapter, source.config, source.tensors.items())
     write_tokenizer(tmp_path / "bert")
-    with pytest.raises(UserError, match="not a causal language model"):
-        main(["--model", str(tmp_path / "bert"), "--data", text, "--window", "20"])
+    with pytest.raises(UserError, match="is no causal language model"):
+        invoke("eval", ["--model", str(tmp_path / "bert"), "--data", text, "--window", "20"])
 
 
 @pytest.mark.parametrize("name", ["llama, tied", "gemma2", "gpt2", "gpt_neox", "opt, norms behind"])
@@ -208,7 +209,7 @@ def test_ids_that_the_model_does_not_know_are_refused(tmp_path):
     tokenizer.add_tokens([f"<new{number}>" for number in range(60)])  # ids up to 63, where the model has 61
     tokenizer.save_pretrained(folder)
     arguments = ["--model", str(folder), "--data", str(text), "--window", "16", "--no-speed"]
-    main(arguments)
+    invoke("eval", arguments)
     text.write_text("a b <new59> c " * 50)
-    with pytest.raises(UserError, match=r"the tokenizer gives the id 63, but the model has 61 ids[\s\S]*remedy"):
-        main(arguments)
+    with pytest.raises(UserError, match=r"the text has the id 63, and the model knows 61 ids[\s\S]*remedy"):
+        invoke("eval", arguments)

@@ -12,7 +12,7 @@ from cook.config.load import load_config
 from cook.config.types import RunConfig
 from cook.families.cpm_ant import ADAPTER
 from cook.pruning.units import PruningSpace
-from cook.recipe.dry_run import _state_bytes, print_plan
+from cook.recipe.dry_run import _state_bytes, plan_facts, show_plan
 from cook.recipe.plan import plan_stage, recipe
 from tests.recipe.tiny_run import ATT_FIRST, MODEL, contents, write_run
 
@@ -37,7 +37,7 @@ WHOLE = 3 * (ATT + FFN) + REST
 def test_the_plan_of_the_whole_recipe(config, tmp_path, capsys):
     loaded = config()
     before = contents(tmp_path)
-    print_plan(loaded, recipe(loaded), world_size=1)
+    show_plan(plan_facts(loaded, recipe(loaded), world_size=1))
     assert contents(tmp_path) == before
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
     # A third of 9 blocks' parameters at most 0.35: the last FFN block and the last attention block.
@@ -74,7 +74,7 @@ JOINT = ("pretrain", "joint_mask", "joint_finetune")
 )
 def test_the_plan_of_a_joint_recipe(config, capsys, joint, learns, removed):
     loaded = config(stages=JOINT, joint={"train_mask": True, **joint})
-    print_plan(loaded, recipe(loaded), world_size=1)
+    show_plan(plan_facts(loaded, recipe(loaded), world_size=1))
     lines = {line.split()[0]: " ".join(line.split()) for line in capsys.readouterr().out.splitlines() if line.strip()}
     whole, left = (f"{count / 1000:.1f}k" for count in (WHOLE, WHOLE - removed))
     assert f" {learns} 6 " in lines["joint_mask"] and f" {whole} {left} " in lines["joint_mask"]
@@ -83,7 +83,7 @@ def test_the_plan_of_a_joint_recipe(config, capsys, joint, learns, removed):
 
 def test_the_plan_of_uneven_heads(config, capsys):
     loaded = config("fine-grained.scope=global", stages=("pretrain", "layer_mask", "att_mask"))
-    print_plan(loaded, recipe(loaded), world_size=1)
+    show_plan(plan_facts(loaded, recipe(loaded), world_size=1))
     lines = {line.split()[0]: " ".join(line.split()) for line in capsys.readouterr().out.splitlines() if line.strip()}
     left = f"{(WHOLE - ATT - FFN - 2 * 2 * 4 * 32 * 8) / 1000:.1f}k"
     assert " layers 6 " in lines["layer_mask"] and " heads (uneven) 6 " in lines["att_mask"]
@@ -131,12 +131,12 @@ def test_an_absent_zero_stage_is_the_one_that_will_be_used(config):
 def test_an_unusable_deepspeed_config_is_found_before_the_run(config):
     loaded = config(deepspeed={"comms_logger": {"enabled": "auto"}})
     with pytest.raises(UserError, match="comms_logger.enabled"):
-        print_plan(loaded, recipe(loaded), world_size=1)
+        show_plan(plan_facts(loaded, recipe(loaded), world_size=1))
 
 
 def test_what_deepspeed_would_refuse_is_found_before_the_plan(config, tmp_path, capsys):
     loaded = config('deepspeed={"zero_optimization": {"stage": 2, "cpu_offload": true}}')
     before = contents(tmp_path)
     with pytest.raises(UserError, match=r"deepspeed\.zero_optimization\.cpu_offload"):
-        print_plan(loaded, recipe(loaded), world_size=1)
+        show_plan(plan_facts(loaded, recipe(loaded), world_size=1))
     assert contents(tmp_path) == before and capsys.readouterr().out == ""

@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from cook.data.__main__ import main
+from cook.cli import invoke
 from tests.recipe.tiny_run import read_log, train, write_run
 
 
@@ -29,8 +29,9 @@ def folder(tmp_path):
         tokenizer={"type": "sentencepiece", "path": "x.model", "vocab_size": 400},
     )
     made = [str(tmp_path / name) for name in ("docs/json.txt", "x.model", "live")]
-    main(["tokenizer", made[0], "--format", "text", "--output", made[1], "--vocab-size", "400"])
-    main(
+    invoke("data", ["tokenizer", made[0], "--format", "text", "--output", made[1], "--vocab-size", "400"])
+    invoke(
+        "data",
         [
             "preprocess",
             made[0],
@@ -48,7 +49,7 @@ def folder(tmp_path):
             "1M",
             "--workers",
             "1",
-        ]
+        ],
     )
     return tmp_path
 

@@ -1,15 +1,20 @@
-"""`python -m cook.training.checkpoint`: what there is, and whether it is whole."""
+"""`cook checkpoint`: what there is, and whether it is whole."""
 
 from __future__ import annotations
 
-import runpy
+import json
+import subprocess
 import sys
 
 import pytest
 
 from cook.base.errors import UserError
-from cook.training.listing import main
+from cook.cli import invoke
 from tests.training.fake_saves import damage, save, truncate
+
+
+def main(arguments):
+    return invoke("checkpoint", arguments) or 0
 
 
 def test_it_lists_a_runs_checkpoints(tmp_path, capsys):
@@ -37,11 +42,17 @@ def test_it_compares_contents(tmp_path, capsys):
     assert f"{one}: complete, 6 files" in out
 
 
-def test_the_command(tmp_path, monkeypatch, capsys):
-    with pytest.raises(UserError, match="no checkpoints"):
+def test_the_command(tmp_path):
+    with pytest.raises(UserError, match="no checkpoints here"):
         main(["ls", str(tmp_path)])
-    monkeypatch.setattr(sys, "argv", ["checkpoint", "verify", str(tmp_path / "step-7")])
-    monkeypatch.delitem(sys.modules, "cook.training.checkpoint", raising=False)
-    with pytest.raises(SystemExit) as end:
-        runpy.run_module("cook.training.checkpoint", run_name="__main__")
-    assert end.value.code == 1 and "there is no such file" in capsys.readouterr().out
+    command = [sys.executable, "-m", "cook", "checkpoint", "verify", str(tmp_path / "step-7")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "there is no such file" in done.stdout, done.stderr
+
+
+def test_a_program_reads_the_list(tmp_path, capsys):
+    folder = save(tmp_path, 3)
+    main(["ls", str(tmp_path), "--json"])
+    (row,) = json.loads(capsys.readouterr().out)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
+    assert (row["checkpoint"], row["step"], row["tokens"], row["size"]) == (str(folder), 3, 300, size)

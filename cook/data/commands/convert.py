@@ -5,7 +5,6 @@ A JSON line is `{"task": …, "segments": [[length, type, task], …], "tokens":
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,16 +20,12 @@ from cook.data.progress import Progress
 from cook.data.source_files import has_ending, lines_of, opened
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
-    parser.add_argument("source", metavar="SOURCE", help="folder with meta.bin, or a .jsonl file")
-    parser.add_argument("--output", required=True, metavar="TARGET", help="a new folder, or a new .jsonl file")
-    common.add_format(parser)
+def convert(source: Path, target: Path, *, version: int, block_size: int) -> None:
+    """Converts a folder of binary data or a `.jsonl` file; a target that ends in `.jsonl` is a file.
 
-
-def run(arguments: argparse.Namespace) -> None:
-    """Runs the command."""
-    source, target = Path(arguments.source), Path(arguments.output)
+    Raises:
+        UserError: no such source, or the target exists.
+    """
     meta = None if has_ending(source.name, JSONL_SUFFIXES) else read_meta(source)
     if meta is None and not source.is_file():
         raise UserError(f"{source}: there is no such file", wanted="a folder of binary data, or a .jsonl file")
@@ -40,8 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
         if has_ending(target.name, JSONL_SUFFIXES, compressed=False):
             count = _to_lines(records, target)
         else:
-            folder, options = common.new_folder(arguments.output), {"version": arguments.version}
-            infos = common.write_folder(folder, records, **options, block_size=arguments.block_size)
+            infos = common.write_folder(common.new_folder(target), records, version=version, block_size=block_size)
             count = sum(info.nlines for info in infos)
     print(f"{target}: {count} records")
 

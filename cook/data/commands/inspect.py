@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cook.base.errors import UserError
-from cook.base.pool import num_cores
-from cook.data.commands import common
 from cook.data.cpm_live import records as tasks
 from cook.data.cpm_live.dataset import LiveDataset, open_live
 from cook.data.cpm_live.meta import read_meta
@@ -34,21 +31,15 @@ BAR = 40
 SHOWN_CHARS = 200
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="folders with meta.bin")
-    common.add_tokenizer(parser, required=False)
-    parser.add_argument("--samples", type=common.at_least(0), default=3, help="records to show (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="one JSON object and nothing else on standard output")
-    parser.add_argument("--workers", type=common.at_least(1), default=num_cores(), help="processes (%(default)s)")
+def inspect(folders: Sequence[Path], *, tokenizer: Tokenizer | None, samples: int, workers: int) -> dict[str, Any]:
+    """The facts of all folders together, and `samples` records; with a tokenizer, their text.
 
-
-def run(arguments: argparse.Namespace) -> None:
-    """Runs the command."""
-    tokenizer = common.open_tokenizer(arguments) if arguments.tokenizer else None
-    metas = [read_meta(folder) for folder in arguments.folders]
+    Raises:
+        UserError: the data is damaged, or of another tokenizer.
+    """
+    metas = [read_meta(folder) for folder in folders]
     with tempfile.TemporaryDirectory(prefix="cook-inspect-") as cache:
-        data = open_live(arguments.folders, Path(cache), arguments.workers)
+        data = open_live([str(folder) for folder in folders], Path(cache), workers)
         files = [
             {"file": str(meta.folder / file.file_name), "version": meta.version, "blocks": file.num_blocks}
             | {"block_size": file.block_size, "records": file.nlines, "masked": file.mask}
@@ -56,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
             for file in meta.files
         ]
         facts = {"files": files, **describe(data)}
-        chosen = np.unique(np.linspace(0, max(len(data) - 1, 0), arguments.samples).astype(int)).tolist()
+        chosen = np.unique(np.linspace(0, max(len(data) - 1, 0), samples).astype(int)).tolist()
         facts["samples"] = [sample(data, number, tokenizer) for number in chosen if number < len(data)]
     if tokenizer is not None and data.largest_token >= tokenizer.vocab_size:
         raise UserError(
@@ -65,10 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
             got=data.largest_token,
             remedy="name the tokenizer with which the data was made",
         )
-    if arguments.json:
-        print(json.dumps(facts, ensure_ascii=False))
-    else:
-        show(facts)
+    return facts
 
 
 def describe(data: LiveDataset) -> dict[str, Any]:

@@ -6,31 +6,27 @@ first folder or in the one that is asked for.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from cook.data.commands import common
-from cook.data.cpm_live.meta import VERSIONS, FileInfo, LiveMeta, read_meta, write_meta
+from cook.data.cpm_live.meta import FileInfo, LiveMeta, read_meta, write_meta
 from cook.data.progress import Progress
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
-    parser.add_argument("sources", nargs="+", metavar="FOLDER", help="folders with meta.bin")
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="a new folder")
-    parser.add_argument("--version", type=int, choices=VERSIONS, help="of the output (default: the first folder's)")
+def merge(sources: Sequence[Path], output: Path, *, version: int | None) -> None:
+    """Merges folders into a new one; version None: that of the first folder.
 
-
-def run(arguments: argparse.Namespace) -> None:
-    """Runs the command."""
-    metas = [read_meta(folder) for folder in arguments.sources]
-    version = arguments.version or metas[0].version
+    Raises:
+        UserError: a source is not a folder of binary data, or the output is not empty.
+    """
+    metas = [read_meta(folder) for folder in sources]
+    version = version or metas[0].version
     block_size = metas[0].files[0].block_size
     assert block_size is not None
-    folder = common.new_folder(arguments.output)
+    folder = common.new_folder(output)
     shown = [(meta, file) for meta in metas for file in meta.shown]
     same = all(meta.version == version and file.block_size == block_size for meta, file in shown)
     with Progress("merging", sum(file.nbytes for _, file in shown), unit="MB", scale=1e6) as progress:

@@ -6,24 +6,25 @@ any number of workers writes the same bytes, and a killed run goes on with the p
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from cook.base.errors import Interrupted, UserError
 from cook.base.files import read_json, write_json
-from cook.base.pool import in_order, num_cores
+from cook.base.pool import in_order
 from cook.data.cache import fingerprint_of
 from cook.data.commands import common
-from cook.data.commands.pieces import COUNTS, Part, Settings, format_of, input_files, parts_of, records_of
+from cook.data.commands.pieces import COUNTS, Part, Settings, input_files, parts_of, records_of
 from cook.data.corpus import MIN_REST
 from cook.data.cpm_live.meta import FileInfo, write_meta
 from cook.data.cpm_live.writer import LiveWriter
 from cook.data.left_out import LeftOut
 from cook.data.progress import Progress
+from cook.text.open_tokenizer import load_tokenizer
 from cook.text.tokenizer import Tokenizer
 
 FORMAT = 2
@@ -32,40 +33,46 @@ FORMAT = 2
 UNFINISHED = ".unfinished"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
-    common.add_inputs(parser)
-    parser.add_argument(
-        "--output", required=True, metavar="FOLDER", help="a new folder, or the folder of an unfinished run to resume"
-    )
-    common.add_tokenizer(parser, required=True)
-    common.add_format(parser)
-    positive = common.at_least(1)
-    parser.add_argument("--max-length", type=positive, default=1024, help="of a row, with its prompt (%(default)s)")
-    parser.add_argument("--prompt-length", type=common.at_least(0), default=32, help="the model's (%(default)s)")
-    parser.add_argument("--masked-share", type=float, default=0.5, help="of the pieces, for masked LM (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="chooses which pieces are masked (%(default)s)")
-    parser.add_argument("--workers", type=common.at_least(1), default=num_cores(), help="processes (%(default)s)")
-    parser.add_argument("--part-size", type=common.size, default=64 << 20, metavar="BYTES", help="of input (64M)")
+def preprocess(
+    inputs: Sequence[str],
+    output: Path,
+    *,
+    tokenizer: str,
+    tokenizer_type: str | None,
+    settings: Settings,
+    workers: int,
+    part_size: int,
+) -> None:
+    """Writes the records of `inputs` to `output`, or resumes there.
 
+    Args:
+        inputs: Files, folders or glob patterns.
+        output: A new folder, or one with an unfinished run of the same job.
+        tokenizer: Its file or folder.
+        tokenizer_type: `hf`, `sentencepiece` or `jieba`; None: the path tells.
+        settings: What the records depend on.
+        workers: Processes.
+        part_size: Bytes of input per part.
 
-def run(arguments: argparse.Namespace) -> None:
-    """Runs the command."""
-    settings = _settings(arguments)
-    tokenizer = common.open_tokenizer(arguments)
+    Raises:
+        UserError: a setting out of its range, no documents, or an output that holds something else.
+        Interrupted: by the user; what is done is kept.
+    """
+    _check(settings)
+    named = common.tokenizer_type(tokenizer, tokenizer_type), tokenizer
+    fingerprint = load_tokenizer(*named).fingerprint
     passed = LeftOut()
-    files = input_files(arguments.inputs, settings.format, passed)
-    parts = parts_of(files, arguments.part_size)
+    files = input_files(inputs, settings.format, passed)
+    parts = parts_of(files, part_size)
     seen = [[name, path.stat().st_size, path.stat().st_mtime_ns] for path, name in files]
-    job = fingerprint_of(FORMAT, asdict(settings), tokenizer.fingerprint, seen, arguments.part_size)
-    folder = _folder(arguments.output, job)
+    job = fingerprint_of(FORMAT, asdict(settings), fingerprint, seen, part_size)
+    folder = _folder(output, job)
     done = [part for part in parts if _finished(folder, part) is not None]
     todo = [part for part in parts if _finished(folder, part) is None]
     if done:
-        print(f"resuming: {len(done)} of {len(parts)} parts are done")
-    workers = max(1, min(arguments.workers, len(todo)))
+        print(f"going on: {len(done)} of {len(parts)} parts are done")
+    workers = max(1, min(workers, len(todo)))
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if workers == 1 else "false"
-    named = (common.tokenizer_type(arguments), arguments.tokenizer)
     total = sum(part.end - part.begin for part in parts)
     with Progress("preprocessing", total, unit="MB", scale=1e6) as progress:
         progress.advance(sum(part.end - part.begin for part in done))
@@ -78,21 +85,15 @@ def run(arguments: argparse.Namespace) -> None:
     _finish(folder, parts, settings, passed)
 
 
-def _settings(arguments: argparse.Namespace) -> Settings:
-    settings = Settings(
-        format=arguments.format or format_of(arguments.inputs),
-        **{name: getattr(arguments, name) for name in Settings.__dataclass_fields__ if name != "format"},
-    )
+def _check(settings: Settings) -> None:
     if not 0.0 <= settings.masked_share <= 1.0:
         raise UserError("--masked-share is out of range", wanted="0 to 1", got=settings.masked_share)
     if settings.piece < MIN_REST:
         wanted = f"at least {settings.prompt_length + 2 + MIN_REST} with a prompt of {settings.prompt_length}"
         raise UserError("--max-length leaves too little room for a piece", wanted=wanted, got=settings.max_length)
-    return settings
 
 
-def _folder(output: str, job: str) -> Path:
-    folder = Path(output)
+def _folder(folder: Path, job: str) -> Path:
     state = folder / UNFINISHED / "job.json"
     if state.is_file():
         if read_json(state).get("job") != job:
@@ -101,7 +102,7 @@ def _folder(output: str, job: str) -> Path:
                 remedy="use the same inputs, settings and tokenizer to resume, or remove the folder",
             )
         return folder
-    folder = common.new_folder(output)
+    folder = common.new_folder(folder)
     write_json(state, {"job": job})
     return folder
 
@@ -120,8 +121,6 @@ _tokenizer: Tokenizer | None = None  # of a worker process; loading it may take 
 
 def _load_tokenizer(type: str, path: str) -> None:
     global _tokenizer
-    from cook.text.open_tokenizer import load_tokenizer
-
     _tokenizer = load_tokenizer(type, path)
 
 

@@ -6,7 +6,6 @@ each bucket is sorted in memory and written. The order depends on the seed alone
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -25,32 +24,28 @@ MAX_BUCKETS = 512
 """Files that are open at once."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
-    parser.add_argument("source", metavar="FOLDER", help="folder with meta.bin")
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="a new folder")
-    parser.add_argument("--seed", type=int, default=0, help="of the order (default: %(default)s)")
-    parser.add_argument("--memory", type=common.size, default=1 << 30, metavar="BYTES", help="to use, about (1G)")
+def shuffle(source: Path, output: Path, *, seed: int, memory: int) -> None:
+    """Writes the records of `source` to a new folder in the order of a seed, with about `memory` bytes of memory.
 
-
-def run(arguments: argparse.Namespace) -> None:
-    """Runs the command."""
-    meta = read_meta(arguments.source)
+    Raises:
+        UserError: the source is not binary data, the output is not empty, or the memory too small.
+    """
+    meta = read_meta(source)
     total = sum(file.nbytes for file in meta.shown)
     buckets = 1
-    while total / buckets > arguments.memory / 2:  # sorting copies a bucket
+    while total / buckets > memory / 2:  # sorting copies a bucket
         buckets *= 2
     if buckets > MAX_BUCKETS:
         least = f"{-(-2 * total // MAX_BUCKETS >> 20)}M"
-        raise UserError("--memory is too small for this data", wanted=f"at least {least}", got=arguments.memory)
-    folder = common.new_folder(arguments.output)
+        raise UserError("--memory is too small for this data", wanted=f"at least {least}", got=memory)
+    folder = common.new_folder(output)
     aside = folder / ".buckets"
     aside.mkdir()
     block_size = meta.files[0].block_size
     assert block_size is not None
     try:
         with Progress("shuffling", 2 * total, unit="MB", scale=1e6) as progress:
-            sizes = _deal(common.all_numbers(meta, progress), aside, buckets, arguments.seed)
+            sizes = _deal(common.all_numbers(meta, progress), aside, buckets, seed)
             shuffled = _sorted(aside, sizes, progress)
             infos = common.write_folder(folder, shuffled, version=meta.version, block_size=block_size)
     except BaseException:
@@ -60,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     count = sum(info.nlines for info in infos)
-    print(f"{folder}: {count} records in {len(infos)} file(s), in the order of seed {arguments.seed}")
+    print(f"{folder}: {count} records in {len(infos)} file(s), in the order of seed {seed}")
 
 
 def _deal(records: Iterator[np.ndarray], aside: Path, buckets: int, seed: int) -> list[list[tuple[int, int]]]:

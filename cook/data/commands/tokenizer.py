@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cook.base.errors import UserError
-from cook.data.commands import common
 from cook.data.commands.pieces import documents, format_of, input_files, parts_of
 from cook.data.left_out import LeftOut
 from cook.data.prepare import NOT_SAMPLED
@@ -17,31 +15,28 @@ from cook.text.sentencepiece import train_sentencepiece
 _PART = 64 << 20
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
-    common.add_inputs(parser)
-    parser.add_argument("--output", required=True, metavar="FILE", help="a new .model file")
-    parser.add_argument("--vocab-size", required=True, type=common.at_least(1), help="number of ids")
-    parser.add_argument("--seed", type=int, default=0, help="chooses lines of a large corpus (default: %(default)s)")
+def train_tokenizer(
+    inputs: Sequence[str], target: Path, *, format: str | None, text_field: str, vocab_size: int, seed: int
+) -> None:
+    """Trains on the documents of `inputs` and writes `target`.
 
-
-def run(arguments: argparse.Namespace) -> None:
-    """Runs the command."""
-    target = Path(arguments.output)
+    Raises:
+        UserError: the target exists, or there is no text to read.
+    """
     if target.exists():
         raise UserError(f"--output: {target} is there already", wanted="a new file")
-    format = arguments.format or format_of(arguments.inputs)
+    format = format or format_of(inputs)
     left_out = LeftOut()
-    parts = parts_of(input_files(arguments.inputs, format, left_out), _PART)
+    parts = parts_of(input_files(inputs, format, left_out), _PART)
     with Progress("reading", sum(part.end - part.begin for part in parts), unit="MB", scale=1e6) as progress:
 
         def texts() -> Iterator[str]:
             for part in parts:
-                yield from documents(part, format, arguments.text_field)
+                yield from documents(part, format, text_field)
                 progress.advance(part.end - part.begin)
 
-        unseen = train_sentencepiece(texts(), target, vocab_size=arguments.vocab_size, seed=arguments.seed)
+        unseen = train_sentencepiece(texts(), target, vocab_size=vocab_size, seed=seed)
         left_out.add(NOT_SAMPLED, unseen)
-    print(f"{target}: {arguments.vocab_size} ids")
+    print(f"{target}: {vocab_size} ids")
     for sentence in left_out.sentences("the input"):
         print(sentence)

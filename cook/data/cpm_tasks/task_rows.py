@@ -140,7 +140,7 @@ def pack_records(
             f"the longest is at {data.place(int(record_N[longest]))}",
             wanted=f"at most {max_length} positions, prompt included",
             got=int(size_N[longest]),
-            remedy=f"set data.max_length to {int(size_N[longest])}, or cut the records shorter (python -m cook.data)",
+            remedy=f"set data.max_length to {int(size_N[longest])}, or cut the records shorter (cook data)",
         )
     places = first_fit(size_N, max_length)
     num_rows = int(places.row_N.max(initial=-1)) + 1

@@ -102,7 +102,7 @@ def tile_panels(
             read, weight = torch.cat([read, read[-1:]]), F.pad(weight, (0, 1))
         for panel in weight.tensor_split(max(1, -(-len(weight) // found.panel_outputs()))):
             # Weights of an input, in bf16 of a pair, lie side by side: 32 bits of each output.
-            words = panel.contiguous().view(torch.float32)
+            words = panel.clone(memory_format=torch.contiguous_format).view(torch.float32)
             weights.append(words.T.flatten())
             first_weight.append(first_weight[-1] + words.numel())
             first_output.append(first_output[-1] + len(panel))

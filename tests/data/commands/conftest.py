@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cook.data.__main__ import main
+from cook.cli import invoke
 from cook.text.sentencepiece import SentencePieceTokenizer, train_sentencepiece
 from tests.data.cpm_live import reference
 
@@ -28,7 +28,7 @@ def run(capsys):
     """Runs a command; returns what it printed."""
 
     def run(*arguments):
-        main([str(argument) for argument in arguments])
+        invoke("data", [str(argument) for argument in arguments])
         return capsys.readouterr().out
 
     return run

@@ -117,7 +117,7 @@ def test_a_killed_run_goes_on(tmp_path, corpus, tokenizer_path, run):
     run(*command, "--workers", 1, "--output", tmp_path / "whole")
     out = tmp_path / "killed"
     process = subprocess.Popen(
-        [sys.executable, "-m", "cook.data", *command, "--workers", "2", "--output", str(out)],
+        [sys.executable, "-m", "cook", "data", *command, "--workers", "2", "--output", str(out)],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

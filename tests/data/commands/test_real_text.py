@@ -10,7 +10,7 @@ import json
 import numpy as np
 import pytest
 
-from cook.data.__main__ import main
+from cook.cli import invoke
 from cook.data.cpm_live.dataset import open_live
 from cook.data.cpm_tasks.task_data import open_task_rows
 from cook.data.token_loss import count_targets
@@ -35,10 +35,10 @@ def made(request, tmp_path_factory):
         texts, format = [real_text.enwik8(10_000_000)], "text"
     (folder / "corpus.txt").write_text("\n".join(texts), encoding="utf-8", newline="")
     corpus, model, live = (str(folder / name) for name in ("corpus.txt", "x.model", "live"))
-    main(["tokenizer", corpus, "--output", model, "--vocab-size", "8000", "--format", format])
+    invoke("data", ["tokenizer", corpus, "--output", model, "--vocab-size", "8000", "--format", format])
     command = ["preprocess", corpus, "--tokenizer", model, "--format", format, "--part-size", "3M", *OPTIONS]
-    main([*command, "--output", live, "--workers", "2"])
-    main([*command, "--output", str(folder / "alone"), "--workers", "1"])
+    invoke("data", [*command, "--output", live, "--workers", "2"])
+    invoke("data", [*command, "--output", str(folder / "alone"), "--workers", "1"])
     return folder, texts
 
 
@@ -67,13 +67,13 @@ def test_two_workers_write_what_one_does(made):
 
 def test_commands_keep_every_record(made, tmp_path, capsys):
     folder, _ = made
-    main(["shuffle", str(folder / "live"), "--output", str(tmp_path / "shuffled"), "--memory", "4M"])
-    main(["convert", str(tmp_path / "shuffled"), "--output", str(tmp_path / "two"), "--version", "2"])
-    main(["merge", str(tmp_path / "two"), str(folder / "live"), "--output", str(tmp_path / "merged")])
+    invoke("data", ["shuffle", str(folder / "live"), "--output", str(tmp_path / "shuffled"), "--memory", "4M"])
+    invoke("data", ["convert", str(tmp_path / "shuffled"), "--output", str(tmp_path / "two"), "--version", "2"])
+    invoke("data", ["merge", str(tmp_path / "two"), str(folder / "live"), "--output", str(tmp_path / "merged")])
     capsys.readouterr()
     facts = []
     for path in (folder / "live", tmp_path / "merged"):
-        main(["inspect", str(path), "--json", "--tokenizer", str(folder / "x.model")])
+        invoke("data", ["inspect", str(path), "--json", "--tokenizer", str(folder / "x.model")])
         facts.append(json.loads(capsys.readouterr().out))
     assert facts[1]["records"] == 2 * facts[0]["records"] and facts[1]["tokens"] == 2 * facts[0]["tokens"]
     data = open_live([tmp_path / "merged"], tmp_path / "cache")

@@ -1,0 +1,94 @@
+"""How a model is evaluated: the options of `cook eval` and `cook compare`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from cook.base.errors import UserError, UserErrors
+from cook.config.declare import Limits, object_schema
+
+Size = Annotated[int, Limits(minimum=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How to measure."""
+
+    window: Annotated[int, Limits(minimum=2)] = 512
+    """Tokens that the model sees at once."""
+
+    stride: Size | None = None
+    """Tokens from one window to the next; what overlaps is context only. Default: disjoint windows, whose first token
+    and whose incomplete rest are not counted."""
+
+    bos: bool = False
+    """Begin each window with the tokenizer's beginning-of-sequence token, as Gemma needs it."""
+
+    max_windows: Size | None = None
+    """Score only this many windows."""
+
+    batch_size: Size = 8
+    """Windows per forward pass."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """`auto`: as stored; bfloat16 on a GPU."""
+
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`, …; `auto`: a GPU if there is one."""
+
+    speed: bool = True
+    """Time prefill and decoding."""
+
+    prompts: Size = 1
+    """Prompts per batch when these are timed."""
+
+    prompt_tokens: Size = 128
+    """Tokens per prompt."""
+
+    new_tokens: Size = 32
+    """Tokens to decode per prompt."""
+
+    repeats: Size = 5
+    """Rounds of timing."""
+
+    trust_remote_code: bool = False
+    """Let a modeling file in the model's folder run."""
+
+
+def checked(settings: Settings) -> Settings:
+    """The settings with their device chosen.
+
+    Raises:
+        UserErrors: values out of their range, all at once.
+    """
+    values, properties = dataclasses.asdict(settings), object_schema(Settings)["properties"]
+    errors = [
+        UserError(f"--{name.replace('_', '-')} is too small", wanted=f"at least {least}", got=value)
+        for name, value in values.items()
+        if value is not None and (least := properties[name].get("minimum")) is not None and value < least
+    ]
+    longest = settings.window - settings.bos
+    if settings.stride is not None and settings.stride > longest:
+        what = "--stride would leave tokens out between the windows"
+        errors.append(UserError(what, wanted=f"at most {longest}", got=settings.stride))
+    device = device_of(settings)
+    try:
+        import torch
+
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        errors.append(UserError(f"--device {device} cannot be used", got=str(error).splitlines()[0]))
+    if errors:
+        raise UserErrors("the command line cannot be used", errors)
+    return dataclasses.replace(settings, device=device)
+
+
+def device_of(settings: Settings) -> str:
+    """The device that the settings name."""
+    import torch
+
+    if settings.device != "auto":
+        return settings.device
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,194 @@
+"""The `cook` command: help, usage errors, recipes, and a model pruned by one command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+import pytest
+import torch
+import typer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from cook.base.errors import UserError
+from cook.cli import app, invoke
+
+COMMANDS = {
+    "train": ("--config", "--set", "--stage", "--resume", "--dry-run"),
+    "plan": ("--config", "--set", "--json"),
+    "prune": ("--data", "--keep", "--output", "--steps", "--teacher"),
+    "reshape": ("--model", "--coarse-mask", "--verify", "--uniform"),
+    "report": ("--config", "--output"),
+    "eval": ("--model", "--data", "--window", "--no-speed", "--trust-remote-code"),
+    "compare": ("--data", "--output", "--window", "--no-speed"),
+    "families": ("--json",),
+    "recipes list": ("--json",),
+    "recipes copy": ("folder",),
+    "checkpoint ls": ("--json", "DIR"),
+    "checkpoint verify": ("DIR",),
+    "data tokenizer": ("--vocab-size", "--format"),
+    "data preprocess": ("--tokenizer", "--masked-share", "--block-size"),
+    "data inspect": ("--samples", "--json"),
+    "data shuffle": ("--memory", "--seed"),
+    "data merge": ("--version", "--output"),
+    "data convert": ("--block-size", "--output"),
+}
+TEXT = "the model reads a row of text and learns which heads and dims it can do without. " * 60
+
+
+def names(command: click.Command, prefix: str = "") -> list[str]:
+    if not hasattr(command, "commands"):
+        return [prefix.strip()]
+    return [name for key, each in command.commands.items() for name in names(each, f"{prefix} {key}")]
+
+
+def told(capsys, *arguments: object) -> tuple[int, str, str]:
+    """Exit code, output and errors of a command as a shell sees them."""
+    from cook.base.errors import run_entry
+
+    def run() -> int:
+        try:
+            app([str(argument) for argument in arguments], prog_name="cook")
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    with pytest.raises(SystemExit) as end:
+        run_entry(run)
+    return end.value.code, *capsys.readouterr()
+
+
+def test_every_command_is_tested():
+    assert set(names(typer.main.get_command(app))) == {*COMMANDS, "tasks"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_the_options(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, _ = told(capsys, *command.split(), "--help")
+    assert code == 0 and [option for option in COMMANDS[command] if option not in out] == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nothing"], ["plan", "--nothing"], ["prune"], ["data", "merge"], ["eval", "--window", "x"]]
+)
+def test_usage_errors_end_with_2(arguments, capsys):
+    code, out, err = told(capsys, *arguments)
+    assert code == 2 and "Usage" in err and "Traceback" not in out + err
+
+
+def test_programs_read_recipes_and_families(capsys):
+    invoke("recipes", ["list", "--json"])
+    assert {"default", "smollm2"} <= set(json.loads(capsys.readouterr().out))
+    invoke("families", ["--json"])
+    assert {"Llama, SmolLM2"} <= {row["family"] for row in json.loads(capsys.readouterr().out)}
+
+
+def test_a_copied_recipe_lacks_only_its_model(tmp_path, capsys):
+    invoke("recipes", ["copy", "smollm2", str(tmp_path / "mine")])
+    with pytest.raises(UserError) as error:
+        invoke("plan", ["--config", str(tmp_path / "mine" / "bmcook.json")])
+    assert "model" in str(error.value) and "2." not in str(error.value)
+    with pytest.raises(UserError, match="exists"):
+        invoke("recipes", ["copy", "smollm2", str(tmp_path / "mine")])
+    with pytest.raises(UserError, match="no recipe 'nothing'"):
+        invoke("recipes", ["copy", "nothing", str(tmp_path / "other")])
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """A folder with `model/`, as transformers saves it, and `text/`."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<s>", "</s>", "<pad>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, special_tokens=special, show_progress=False
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    ends = dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **ends).save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        intermediate_size=64,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    (folder / "text").mkdir()
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (folder / "text" / name).write_text(TEXT)
+    return folder
+
+
+def prune(tiny: Path, output: Path, keep: str, *more: str) -> None:
+    given = [str(tiny / "model"), "--data", str(tiny / "text"), "--output", str(output), "--keep", keep]
+    invoke("prune", [*given, "--steps", "4", "--max-length", "64", *more])
+
+
+def test_a_model_is_pruned_by_one_command(tiny, tmp_path, capfd):
+    more = ("--teacher", "self", "--finetune-steps", "2")
+    prune(tiny, tmp_path / "out", "dims=0.5", *more)
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    assert small.config.intermediate_size == 32 and type(small) is LlamaForCausalLM
+    ids = AutoTokenizer.from_pretrained(tmp_path / "out" / "model")("the model")["input_ids"]
+    assert small(torch.tensor([ids])).logits.shape == (1, len(ids), 300)
+    assert (tmp_path / "out" / "report" / "report.md").is_file()
+    capfd.readouterr()
+    prune(tiny, tmp_path / "out", "dims=0.5", *more)
+    assert "already finished" in "".join(capfd.readouterr())
+    with pytest.raises(UserError, match=r"(?s)another job.*target_dimff: 32 there, 16 by these options.*remedy"):
+        prune(tiny, tmp_path / "out", "dims=0.25", *more)
+
+
+def test_a_whole_budget_is_planned(tiny, tmp_path, capsys):
+    prune(tiny, tmp_path / "out", "params=0.8", "--dry-run")
+    capsys.readouterr()
+    invoke("plan", ["--config", str(tmp_path / "out" / "recipe" / "bmcook.json"), "--json"])
+    (stage,) = json.loads(capsys.readouterr().out)["stages"]
+    whole = sum(p.numel() for p in LlamaForCausalLM.from_pretrained(tiny / "model").parameters())
+    assert stage["parameters_before"] == whole and stage["parameters_after"] == pytest.approx(0.8 * whole, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("keep", "more"),
+    [
+        ("dims", ()),
+        ("dims=x", ()),
+        ("nothing=0.5", ()),
+        ("dims=0", ()),
+        ("params=1.5", ()),
+        ("dims=0.5", ("--keep", "dims=0.6")),
+        ("dims=0.5", ("--data", "missing.txt")),
+        ("dims=0.5", ("--teacher", "missing")),
+    ],
+)
+def test_a_mistake_leaves_nothing_behind(tiny, tmp_path, keep, more):
+    with pytest.raises(UserError):
+        prune(tiny, tmp_path / "out", keep, *more)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_single_text_file_is_refused(tiny, tmp_path):
+    data = ["--data", str(tiny / "text" / "a.txt"), "--keep", "dims=0.5", "--output", str(tmp_path / "out")]
+    with pytest.raises(UserError, match="at least 2 text files"):
+        invoke("prune", [str(tiny / "model"), *data])
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_model_is_told(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    data = ["--data", str(tmp_path / "text.txt"), "--keep", "dims=0.5", "--output", str(tmp_path / "out")]
+    with pytest.raises(UserError, match="there is no such model folder"):
+        invoke("prune", [str(tmp_path / "missing"), *data])
+    assert not (tmp_path / "out").exists()
