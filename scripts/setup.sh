@@ -14,7 +14,7 @@ PY
 if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && satisfied python; then
   PYTHON=$(command -v python)
 else
-  wanted=$(cat requirements.txt pyproject.toml | cksum)
+  wanted=$(cksum requirements.txt)
   if [ ! -x .venv/bin/python ] || [ "$(cat .venv/.requirements 2>/dev/null)" != "$wanted" ]; then
     if ! [ -x .venv/bin/python ]; then
       if ! "${PYTHON_BASE:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
@@ -26,8 +26,6 @@ else
     fi
     satisfied .venv/bin/python ||
       .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-    # The `cook` command, for this checkout.
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
     echo "$wanted" > .venv/.requirements
   fi
   PYTHON=$PWD/.venv/bin/python

@@ -9,13 +9,23 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=scripts/setup.sh
 . scripts/setup.sh
-if ! "$PYTHON" - <<'PY' 2>/dev/null; then
-import importlib.metadata as m, sys, tomllib
-pins = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dev"]
-sys.exit(any(m.version(pin.split("==")[0]) != pin.split("==")[1] for pin in pins))
+# The `dev` extra of pyproject.toml, without cook itself: tests make sure that exports load where cook is not installed.
+pins=$("$PYTHON" - <<'PY'
+import importlib.metadata as m, tomllib
+for pin in tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dev"]:
+    name, version = pin.split("==")
+    try:
+        found = m.version(name)
+    except m.PackageNotFoundError:
+        found = None
+    if found != version:
+        print(pin)
 PY
+)
+if [ -n "$pins" ]; then
   echo "installing the packages for the tests"
-  "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[dev]'
+  # shellcheck disable=SC2086  # one word per package
+  "$PYTHON" -m pip install --quiet --disable-pip-version-check $pins
 fi
 if [ "$PYTHON" = "$PWD/.venv/bin/python" ] && ! "$PYTHON" -c 'import triton' 2>/dev/null; then
   # torch installs Triton only with CUDA. With it, the GPU kernel is tested here too, in Triton's interpreter.

@@ -78,7 +78,7 @@ def test_every_kind_of_model_is_verified_and_named_right(
     model = saved(tmp_path / "model", name, config)
     assert prune(monkeypatch, model, "--verify", dims=dims) is None
     out = capsys.readouterr().out
-    assert "equal to rounding" in out and f"transformers' {name} with the masked units set to zero" in out
+    assert "equal to rounding" in out and f"{name} of transformers with the masked units set to zero" in out
     assert f"({auto_class}.from_pretrained(" in out.splitlines()[-1]
     card = (tmp_path / "small" / "README.md").read_text()
     assert f"pipeline_tag: {pipeline}\n" in card and f"model = {auto_class}.from_pretrained(" in card

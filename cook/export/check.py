@@ -65,9 +65,17 @@ def account(source: ModelSource, space: PruningSpace) -> Account:
     patterns = (r"\.rotary_emb\.inv_freq$", r"\.masked_bias$", *(model._keys_to_ignore_on_load_unexpected or ()))
     layers = {found[1] for group in space.groups if (found := LAYER.match(group.gate.module))}
     prefix = f"{model.base_model_prefix}."
+    names = {file: own for own, file in source.adapter.file_names(source.config).items()}
     carried, duplicates, recomputed = [], [], []
     for name in rest:
-        own = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in tied or n in tables), name)
+        own = next(
+            (
+                n
+                for n in (names.get(name, name), name, prefix + name, name.removeprefix(prefix))
+                if n in tied or n in tables
+            ),
+            name,
+        )
         layer = LAYER.match(name)
         if own in tied:
             if not torch.equal(files[name], source.tensors[tied[own]]):

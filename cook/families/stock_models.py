@@ -203,7 +203,8 @@ def file_names(family: Family, config: ModelConfig) -> dict[str, str]:
     if any(isinstance(entry, WeightConverter) for entry in conversions):
         return {}  # transformers also reads the model's own keys
     renamings: list[Any] = [e.reverse_transform() for e in reversed(conversions) if not isinstance(e, PrefixChange)]
-    return {name: renamed for name in weight_shapes(model) if (renamed := apply_renamings(name, renamings)) != name}
+    names = {**weight_shapes(model), **dict(model.named_parameters(remove_duplicate=False))}  # tied ones too
+    return {name: renamed for name in names if (renamed := apply_renamings(name, renamings)) != name}
 
 
 def _keys(family: Family, config: ModelConfig, model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:

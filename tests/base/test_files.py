@@ -37,7 +37,7 @@ def test_json_comes_back(tmp_path_factory, value):
 @pytest.mark.parametrize(
     ("text", "word"),
     [
-        ('{"a": 1, "b": {"c": 1, "c": 2}}', "'c' stands twice"),
+        ('{"a": 1, "b": {"c": 1, "c": 2}}', "'c' appears twice"),
         ('{"a": NaN}', "NaN"),
         ('{"a": -Infinity}', "-Infinity"),
         ('{"a": 1e999}', "1e999"),

@@ -139,11 +139,11 @@ RACE = r"""
     start, end = time.monotonic() + 0.2, time.monotonic() + 1.2
     for _ in range(5):
         if not os.fork():
-            time.sleep(start - time.monotonic())
+            time.sleep(max(0.0, start - time.monotonic()))
             try:
                 with run_lock(sys.argv[1]):
                     os.write(1, b"won\n")
-                    time.sleep(end - time.monotonic())
+                    time.sleep(max(0.0, end - time.monotonic()))
             except UserError:
                 os.write(1, b"refused\n")
             os._exit(0)

@@ -35,7 +35,7 @@ def test_a_rank_that_is_gone_is_named_with_its_step_and_ends_the_others(results,
     assert codes[int(rank)] == -9 and [c for r, c in enumerate(codes) if r != int(rank)] == [76, 76], out
     word = "has been silent" if how == "frozen" else "has died"
     assert re.search(rf"failed: rank {rank}\b.*{word}", out), out
-    assert re.search(rf"step ({BAD_STEP - 1}|{BAD_STEP})\b", out) and "the same command goes on" in out
+    assert re.search(rf"step ({BAD_STEP - 1}|{BAD_STEP})\b", out) and "run the same command again" in out
     assert "Traceback" not in out
 
 

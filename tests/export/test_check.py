@@ -144,6 +144,7 @@ def test_second_copies_of_tied_weights_are_left_out_and_counted(tmp_path):
     # A copy that differs is a weight of its own, as in stock transformers.
     changed_file(tmp_path / "roberta", lambda tensors: tensors["lm_head.decoder.bias"].add_(1))
     source = open_model(tmp_path / "roberta")
+    space, masks = dims(source)
     found = prune_to_folder(source, space, {n: torch.ones_like(m) for n, m in masks.items()}, tmp_path / "own").account
     assert not found.duplicates and not found.carried
     before, after = load_file(tmp_path / "roberta" / "model.safetensors"), load_file(tmp_path / "own/model.safetensors")

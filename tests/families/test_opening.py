@@ -257,8 +257,12 @@ def test_heads_of_other_tasks_go_along_with_an_encoder(tmp_path, cls):
     prune_to_folder(source, space, full_masks(space), tmp_path / "out")
     before, after = stored(tmp_path / "m"), stored(tmp_path / "out")
     assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
-    prune_to_folder(source, space, {"layers.1.dimff": torch.zeros(20)}, tmp_path / "ragged")
-    carried = set(account(source, space).carried)
+    carried, masks = set(account(source, space).carried), {"layers.1.dimff": torch.zeros(20)}
+    if cls == "BertForPreTraining":  # the ragged class has no second head, so its weights would be lost
+        with pytest.raises(UserError, match="nothing was written"):
+            prune_to_folder(source, space, masks, tmp_path / "ragged")
+        return
+    prune_to_folder(source, space, masks, tmp_path / "ragged")
     assert stored(tmp_path / "ragged").keys() >= carried != set()
     ragged = open_model(tmp_path / "ragged")
     assert set(account(ragged, ragged.adapter.space(ragged.config)).carried) == carried

@@ -201,7 +201,7 @@ def hostile_folders(root: Path) -> dict[str, str]:
     many = block([header, *((f"a{n:05d}".encode(), b"") for n in range(4000))])
     made("one block 30000 times", "before the end", raw_table([many], [(0, 30_000)]))
     empty = block([]) + bytes(1 << 20)
-    made("an empty block 30000 times", "sound", raw_table([block([header]), empty], [(0, 1), (1, 30_000)]))
+    made("an empty block 30000 times", "valid index", raw_table([block([header]), empty], [(0, 1), (1, 30_000)]))
     made("names out of order", "not in order", raw_table([block([header, entry, entry])], [(0, 1)]))
     made("a dimension that is a number", "no message", extra={WORD: nested(2, whole(2, 7))})
     made("a million dimensions", "no tensor has", extra={WORD: nested(2, nested(2, whole(1, 2**62)) * 50_000)})

@@ -33,7 +33,7 @@ def test_the_matrices_of_a_stock_encoder():
     assert one["attention_output"].path == "bert.encoder.layer.10.attention.output.dense.weight"
     assert (one["intermediate"].inputs, one["intermediate"].outputs) == (12, 20)
     assert all(shapes[m.path] == m.shape for m in matrices)
-    with pytest.raises(UserError, match="no weights"):
+    with pytest.raises(UserError, match="not the weights"):
         encoder_matrices({"pooler.dense.weight": (4, 4)}, head_size=4)
 
 

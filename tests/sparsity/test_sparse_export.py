@@ -142,7 +142,7 @@ def test_heads_are_gone_from_the_sparse_model_and_zeros_in_a_stock_one(tmp_path)
     stock = export_sparse(tmp_path / "masked", tmp_path / "stock", masks, stock=True)
     entry = json.loads((tmp_path / "sparse" / "config.json").read_text())["sparse_layers"][0]
     assert entry["heads"] == 2 and entry["qkv"]["outputs"] == 3 * 2 * 16
-    assert "4 of 8 heads are gone" in sparse.notes[0] and "stay as zeros" in stock.notes[0]
+    assert "4 of 8 heads are removed" in sparse.notes[0] and "stay as zeros" in stock.notes[0]
     small = AutoModelForSequenceClassification.from_pretrained(tmp_path / "stock").eval()
     with torch.no_grad():
         close(small(IDS).logits, model(IDS).logits)

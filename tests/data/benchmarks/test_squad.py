@@ -89,7 +89,7 @@ def test_an_answer_that_a_window_cuts_is_not_its_target(tokenizer):
 def test_a_long_question_is_cut(tokenizer):
     rows, found = windows(tokenizer, question("good film", "film", text="who made it in the town"), max_query_length=2)
     assert found[0].first == 4 and rows.batch(np.array([0]))["input_ids"].shape[1] == 7
-    with pytest.raises(UserError, match="no room"):
+    with pytest.raises(UserError, match="too small for any token"):
         windows(tokenizer, question("good film", "film"), max_length=5)
 
 

@@ -130,7 +130,7 @@ def test_a_killed_run_goes_on(tmp_path, corpus, tokenizer_path, run):
     assert not (out / "meta.bin").exists() or process.returncode == 0
     notes = {path: path.stat().st_mtime_ns for path in out.glob(".unfinished/part-*.json")}
     printed = run(*command, "--workers", 1, "--output", out) if process.returncode == -signal.SIGKILL else "going on"
-    assert "going on" in printed and (notes or process.returncode == 0)
+    assert "resuming" in printed and (notes or process.returncode == 0)
     assert content(out) == content(tmp_path / "whole")
 
 

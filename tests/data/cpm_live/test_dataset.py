@@ -131,7 +131,7 @@ def test_a_block_without_an_end(tmp_path, version):
         ([1, 1, 2, 1, 55, 5, 5], "task is 55"),
         ([1, 1, 2, 1, 0, 5, -5], "the token -5"),
         ([1, 1, 2, 1, 0, 5, 2**40], "the token 1099511627776"),
-        ([1, 1], "no record"),
+        ([1, 1], "not a record"),
     ],
 )
 def test_a_bad_record(tmp_path, bad, word):

@@ -18,8 +18,8 @@ def test_there_and_back():
 @pytest.mark.parametrize(
     ("numbers", "word"),
     [
-        ([], "no record"),
-        ([1, 1, 0, 1], "no record"),
+        ([], "not a record"),
+        ([1, 1, 0, 1], "not a record"),
         ([-1, 1, 1, 1, 0, 5], "-1 is not a task"),
         ([1, 0, 1, 1, 0, 5], "0 segments"),
         ([1, 2, 1, 1, 0, 5], "2 segments"),

@@ -75,8 +75,8 @@ def test_downstream_lines(tmp_path):
     ("change", "words"),
     [
         (("tokens", 400), ["token outside the vocabulary", "below 400", "got:    400"]),
-        (("task", 9), ["a task that the model does not know", "below 4 (the model's prompt_types)"]),
-        (("type", 5), ["a segment type that the model does not know", "below 3 (the model's segment_types)"]),
+        (("task", 9), ["a task that the model does not have", "below 4 (the model's prompt_types)"]),
+        (("type", 5), ["a segment type that the model does not have", "below 3 (the model's segment_types)"]),
     ],
 )
 def test_what_the_model_does_not_know_is_named_before_the_first_step(tmp_path, change, words):
