@@ -219,7 +219,7 @@ def hostile_folders(root: Path) -> dict[str, str]:
     made("a huge shape", "no weights|lack|read", extra={WORD: nested(2, nested(2, whole(1, 1 << 38)))})
     made("nothing", "magic", b"")
     made("restarts", "restarts", raw_table([block([header])[:-4] + b"\xff" * 4], [(0, 1)]))
-    made("not a name", "sound", table([header, (b"\xff\xfe", b"")]))
+    made("not a name", "valid index", table([header, (b"\xff\xfe", b"")]))
     sparse = made("an index of 100 GB", "too large")
     os.truncate(sparse / "m.ckpt.index", 100 << 30)
     data = "m.ckpt.data-00000-of-00001"
