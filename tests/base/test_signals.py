@@ -122,5 +122,5 @@ def test_a_launcher_that_goes_takes_its_ranks_along_from_the_first_line(launcher
     if rank:
         assert "Interrupted the launcher ended" in process.stdout or "at work" in process.stdout
     else:
-        assert "at work" in process.stdout and "the launcher ended: stopping" in process.stderr
+        assert "at work" in process.stdout and "the launcher has ended: stopping" in process.stderr
     assert "still here" not in process.stdout

@@ -147,7 +147,7 @@ def test_the_command(folder, text):
         (["--window", "20", "--bos"], "no beginning-of-sequence token"),
         (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
         (["--data", "missing.txt"], "missing.txt: cannot be read"),
-        (["--data", "/dev/null"], "text files are empty"),
+        (["--data", "/dev/null"], "nothing to score"),
     ],
 )
 def test_mistakes(folder, text, options, words):
@@ -160,7 +160,7 @@ def test_mistakes(folder, text, options, words):
     "options", [["--window", "65"], ["--window", "8", "--prompt-tokens", "60", "--new-tokens", "5"]]
 )
 def test_more_positions_than_the_model_has(stock_folder, text, options):
-    with pytest.raises(UserError, match="the model has 64 positions"):
+    with pytest.raises(UserError, match="only 64 positions"):
         invoke("eval", ["--model", str(stock_folder), "--data", text, *options])
 
 
@@ -169,7 +169,7 @@ def test_encoders_have_no_perplexity(tmp_path, text, architecture):
     source = tiny_source("bert", architectures=[architecture])
     write_model_folder(tmp_path / "bert", source.adapter, source.config, source.tensors.items())
     write_tokenizer(tmp_path / "bert")
-    with pytest.raises(UserError, match="is no causal language model"):
+    with pytest.raises(UserError, match="not a causal language model"):
         invoke("eval", ["--model", str(tmp_path / "bert"), "--data", text, "--window", "20"])
 
 
@@ -211,5 +211,5 @@ def test_ids_that_the_model_does_not_know_are_refused(tmp_path):
     arguments = ["--model", str(folder), "--data", str(text), "--window", "16", "--no-speed"]
     invoke("eval", arguments)
     text.write_text("a b <new59> c " * 50)
-    with pytest.raises(UserError, match=r"the text has the id 63, and the model knows 61 ids[\s\S]*remedy"):
+    with pytest.raises(UserError, match=r"the tokenizer gives the id 63, but the model has 61 ids[\s\S]*remedy"):
         invoke("eval", arguments)

@@ -70,7 +70,7 @@ def preprocess(
     done = [part for part in parts if _finished(folder, part) is not None]
     todo = [part for part in parts if _finished(folder, part) is None]
     if done:
-        print(f"going on: {len(done)} of {len(parts)} parts are done")
+        print(f"resuming: {len(done)} of {len(parts)} parts are done")
     workers = max(1, min(workers, len(todo)))
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if workers == 1 else "false"
     total = sum(part.end - part.begin for part in parts)
