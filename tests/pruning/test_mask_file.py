@@ -130,7 +130,7 @@ BAD = {
     "unknown key": ({"heads_z": torch.ones(2, 4), "head_z": torch.ones(2, 4)}, "unknown key 'head_z'"),
     "key of another type": ({"heads_z": torch.ones(2, 4), 7: torch.ones(1)}, "unknown key 7"),
     "coarse for fine": (COARSE, "lacks 'heads_z'"),
-    "no dictionary": (torch.ones(2, 4), "holds a Tensor"),
+    "no dictionary": (torch.ones(2, 4), "contains a Tensor"),
 }
 
 
