@@ -65,7 +65,7 @@ limit that is enough."""
 @pytest.fixture(scope="module")
 def told(tmp_path_factory) -> tuple[dict[str, Any], Result]:
     output = tmp_path_factory.mktemp("faults") / "faults.json"
-    result = run([sys.executable, SCRIPT, "--kills", "2", "--output", str(output)], REPOSITORY, timeout=900)
+    result = run([sys.executable, SCRIPT, "--kills", "2", "--output", str(output)], REPOSITORY, timeout=2400)
     assert output.exists(), result
     return {row["fault"]: row for row in json.loads(output.read_text())["rows"]}, result
 
