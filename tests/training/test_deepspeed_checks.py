@@ -176,7 +176,7 @@ def test_the_lock_of_a_build_that_was_killed_is_removed(tmp_path, capsys):
     old(lock)
     _await_lock(lock, "op")
     assert not lock.exists()
-    assert f"removing {lock}: the process that was building op is gone" in capsys.readouterr().out
+    assert f"removing {lock}: the process that was building op has ended" in capsys.readouterr().out
 
 
 def test_a_build_that_is_at_work_is_waited_for_by_name(tmp_path, capsys):
