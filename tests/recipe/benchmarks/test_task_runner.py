@@ -110,7 +110,7 @@ def masks(*path: str | Path) -> dict[str, torch.Tensor]:
         ("pretrain otherwise", "finished with other settings"),
         ("no trained head", "no trained head for SST-2"),
         ("other classes", "contradiction, entailment, neutral, not 0, 1 (negative, positive)"),
-        ("ids beyond", "token ids that the model does not have"),
+        ("ids beyond", "token ids that the model lacks"),
         ("granularity", "24"),
         ("falling", "must increase"),
         ("quirk", "unknown name 'rev'"),
