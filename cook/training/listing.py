@@ -41,7 +41,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "ranks": manifest["world_size"],
         "layout": manifest["layout"],
         "size": sum(entry["size"] for entry in manifest["files"].values()),
-        "state": "all files there" if looks_whole(folder) else "damaged: a file is missing or of another size",
+        "state": "complete" if looks_whole(folder) else "damaged: a file is missing or has another size",
     }
 
 
@@ -53,9 +53,9 @@ def table(described: list[dict[str, Any]]) -> str:
 def verified(folder: Path) -> tuple[bool, str]:
     """Whether every file is what was saved, by checksum, and a sentence about it."""
     try:
-        return True, f"{folder}: whole, {len(verify(folder)['files'])} files"
+        return True, f"{folder}: complete, {len(verify(folder)['files'])} files"
     except UserError as error:
-        return False, f"{folder}: NOT whole: {error.what}"
+        return False, f"{folder}: DAMAGED: {error.what}"
 
 
 def _cell(name: str, value: Any) -> str:

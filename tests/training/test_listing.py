@@ -14,7 +14,12 @@ from tests.training.fake_saves import damage, save, truncate
 
 
 def main(arguments):
-    return invoke("checkpoint", arguments) or 0
+    """The exit code."""
+    try:
+        invoke("checkpoint", arguments)
+    except SystemExit as stop:
+        return stop.code
+    return 0
 
 
 def test_it_lists_a_runs_checkpoints(tmp_path, capsys):
@@ -43,7 +48,7 @@ def test_it_compares_contents(tmp_path, capsys):
 
 
 def test_the_command(tmp_path):
-    with pytest.raises(UserError, match="no checkpoints here"):
+    with pytest.raises(UserError, match="no checkpoints"):
         main(["ls", str(tmp_path)])
     command = [sys.executable, "-m", "cook", "checkpoint", "verify", str(tmp_path / "step-7")]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -191,7 +191,7 @@ def test_a_bad_step_is_named_and_left_out_and_the_schedules_wait_for_the_next(ru
     assert sorted(records) == [1, 3, 4, 6, 8, 9]
     assert records[3]["problem"] == "the loss on rank 1 is not finite" and records[3]["samples"] == {"0": ["train:102"]}
     assert records[3]["loss"] is None and not records[3]["applied"] and "problem" not in records[8]
-    assert "x step 4: the loss on rank 1 is not finite; samples of rank 0: train:103" in capsys.readouterr().err
+    assert "x step 4: the loss on rank 1 is not finite; samples read by rank 0: train:103" in capsys.readouterr().err
 
 
 TRAINING_OF_9 = TrainingConfig(
