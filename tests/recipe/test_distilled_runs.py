@@ -71,8 +71,8 @@ def test_a_model_teaches_itself_what_its_dense_copy_on_disk_would(tmp_path):
     write_frozen_run(itself)
     done = train(itself, "--stage", "all")
     assert done.code == 0, done
-    assert "layer_mask: the model is its own teacher, all masks open" in done.out
-    assert "att_mask: the model is its own teacher, all masks open" in done.out
+    assert "layer_mask: the model is its own teacher, with all masks open" in done.out
+    assert "att_mask: the model is its own teacher, with all masks open" in done.out
     removed = json.loads((itself / "out/att_mask/done.json").read_text())["structure"]["layers"]
     dead = [pair for pair, layer in zip(ATTENTION, removed, strict=True) if layer["att"] is None]
     assert dead and f"a mask removes the student's block: {', '.join(dead)}\n" in done.out

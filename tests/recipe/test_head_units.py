@@ -81,7 +81,7 @@ def test_query_heads_leave_a_single_key_value_head(name):
         ),
         (4, fine(2, "query_head"), "4, 8", 'set head_unit to "auto"'),
         (4, fine(6, "query_head"), "4, 8", 'set head_unit to "auto" and allow_remote_code to true'),
-        (4, fine(3, remote=True), "2, 4, 6, 8 (whole key-value groups); or 4, 8 (as many", None),
+        (4, fine(3, remote=True), "2, 4, 6, 8 (whole key-value groups); or 4, 8 (the same number", None),
     ],
 )
 def test_a_refusal_names_what_would_be_taken(kv_heads, section, wanted, remedy):
