@@ -101,6 +101,10 @@ def small_disk(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
         yield wrong or goes_on(scene, at_least=12, note="a small disk")
 
 
+ABORTED = -6
+"""Exit code of a rank without descriptors or memory for gloo's threads: its C++ ends the process."""
+
+
 def limits(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
     """Few open files, little memory, on one rank or on both."""
     for number in range(trials):
@@ -122,7 +126,7 @@ def limits(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
         note = f"{amount} {'open files' if files else 'more bytes'} on ranks {limited}"
         if ended.codes == [0, 0]:
             yield Trial(survived=True, note=f"{note}: that is enough", counts=False)
-        elif "Traceback" in ended.out or not set(ended.codes) <= {1, 2, 76}:
+        elif "Traceback" in ended.out or not set(ended.codes) <= {1, 2, 76, ABORTED}:
             yield Trial(survived=False, note=f"{note}: {ended}")
         else:
             yield goes_on(scene, at_least=8, note=note)

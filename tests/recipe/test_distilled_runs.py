@@ -63,6 +63,7 @@ def learned(folder: Path) -> list[dict[str, Any]]:
         {key: value for key, value in record.items() if key not in ("tokens_per_second", "data_wait")}
         for stage in MASKS
         for record in read_log(folder, stage)
+        if "data" not in record
     ]
 
 
