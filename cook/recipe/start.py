@@ -63,7 +63,9 @@ def _read(
     config: str, overrides: Sequence[str], stage: str | None, resume: str, world_size: int | None
 ) -> tuple[RunConfig, list[Stage]]:
     if stage == "all" and resume not in ("auto", "never"):
-        raise UserError("--resume PATH applies to a single stage", got="--stage all", remedy="name the stage: --stage NAME")
+        raise UserError(
+            "--resume PATH applies to a single stage", got="--stage all", remedy="name the stage: --stage NAME"
+        )
     settings = load_config(config, list(overrides), world_size=world_size)
     stages = recipe(settings) if stage == "all" else [plan_stage(settings, stage or settings.stage)]  # type: ignore[arg-type]
     if not stages:
