@@ -26,6 +26,7 @@ COMMANDS = {
     "families": ("--json",),
     "recipes list": ("--json",),
     "recipes copy": ("folder",),
+    "recipes fit": ("--minutes",),
     "checkpoint ls": ("--json", "DIR"),
     "checkpoint verify": ("DIR",),
     "data tokenizer": ("--vocab-size", "--format"),
