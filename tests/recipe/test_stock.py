@@ -101,7 +101,7 @@ def test_a_ragged_model_frozen_under_zero_3_on_two_ranks(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"fine__target_num_heads": 3}, ["target_num_heads", "2, 4, 8 (whole key-value groups)", "4, 8 (as many"]),
+        ({"fine__target_num_heads": 3}, ["target_num_heads", "2, 4, 8 (whole key-value groups)", "4, 8 (the same number"]),
         ({"fine__target_num_heads": 6}, ["target_num_heads", "allow_remote_code"]),
         ({"fine__target_num_heads": 2, "fine__head_unit": "query_head"}, ["wanted: 4, 8"]),
         ({"fine__num_heads": 4}, ["fine-grained.num_heads", "8"]),
@@ -143,5 +143,5 @@ def test_the_unit_follows_from_the_target(tmp_path, monkeypatch, target, choice,
 def test_an_encoder_is_no_model_for_this_job(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_stock_run(tmp_path, name="bert", fine__num_heads=4)
-    with pytest.raises(UserError, match="BERT does not predict the next token"):
+    with pytest.raises(UserError, match="BERT is not a causal language model"):
         open_inputs(plan_stage(load_config("bmcook.json"), "att_mask"))
