@@ -354,17 +354,6 @@ def copy_recipe(
     print(f"{folder / 'bmcook.json'}: edit it, then run `cook plan --config {folder / 'bmcook.json'}`")
 
 
-@recipes.command("fit")
-def fit_recipe(
-    config: Annotated[str, typer.Argument(help="Path of a `bmcook.json` that trains from fresh weights.")],
-    minutes: Annotated[float, typer.Option(min=1, help="Wanted duration of training on this machine.")] = 9,
-) -> None:
-    """Print the path of a recipe that takes about so long here: the given one, or a copy with fewer steps."""
-    from cook.recipe.sizing import fitted_recipe
-
-    print(fitted_recipe(config, minutes=minutes))
-
-
 def _recipes() -> dict[str, Path]:
     """Folders of recipes by name: those of the installed package, or of the checkout."""
     here = Path(cook.__file__).parent

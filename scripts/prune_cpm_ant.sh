@@ -55,11 +55,6 @@ in_group() {
   return "$code"
 }
 
-# On a slow machine the default recipe gets fewer steps, so that it still takes about 10 minutes.
-if [ "$config" = config/bmcook.json ] && [ ${#settings[@]} -eq 0 ] && [ -z "${LAUNCHER:-}" ]; then
-  config=$("$PYTHON" -m cook recipes fit "$config")
-fi
-
 gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
 processes=${NUM_PROCESSES:-$((gpus > 0 ? gpus : 1))}
 [ "$gpus" -gt 0 ] || export DS_ACCELERATOR=cpu

@@ -26,7 +26,6 @@ COMMANDS = {
     "families": ("--json",),
     "recipes list": ("--json",),
     "recipes copy": ("folder",),
-    "recipes fit": ("--minutes",),
     "checkpoint ls": ("--json", "DIR"),
     "checkpoint verify": ("DIR",),
     "data tokenizer": ("--vocab-size", "--format"),
