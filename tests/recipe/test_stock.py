@@ -101,7 +101,10 @@ def test_a_ragged_model_frozen_under_zero_3_on_two_ranks(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"fine__target_num_heads": 3}, ["target_num_heads", "2, 4, 8 (whole key-value groups)", "4, 8 (the same number"]),
+        (
+            {"fine__target_num_heads": 3},
+            ["target_num_heads", "2, 4, 8 (whole key-value groups)", "4, 8 (the same number"],
+        ),
         ({"fine__target_num_heads": 6}, ["target_num_heads", "allow_remote_code"]),
         ({"fine__target_num_heads": 2, "fine__head_unit": "query_head"}, ["wanted: 4, 8"]),
         ({"fine__num_heads": 4}, ["fine-grained.num_heads", "8"]),
