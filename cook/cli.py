@@ -13,7 +13,6 @@ import typer
 import cook
 from cook.base.errors import EXIT_FAILED, UserError, run_entry
 from cook.base.signals import heed_launcher
-from cook.base.threads import spin_briefly
 from cook.commands.data import app as data_commands
 from cook.commands.evaluation import compare, evaluate
 from cook.commands.options import AsJson
@@ -57,7 +56,6 @@ def main(command: str | None = None) -> None:
             return int(end.code or 0)
         return 0
 
-    spin_briefly()
     run_entry(run)
 
 
