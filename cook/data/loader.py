@@ -36,7 +36,7 @@ class RowLoader:
         workers: Processes that build batches ahead; 0: this one builds each batch when it is asked for.
         ledger: A folder; every batch handed out is noted there, `ledger-<rank>.jsonl`. None: no ledger.
         lengths: (num_rows,) tokens of each row, where a batch is as wide as its longest row: a rank's share of a step
-            is then cut into micro-batches of rows of like length. Which rows a rank reads in a step does not change.
+            is then cut into micro-batches of rows of similar length. Each rank still reads the same rows in a step.
 
     Raises:
         UserError: There are no rows.
