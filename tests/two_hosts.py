@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tests.recipe.tiny_run import own_environment
+
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 NAMES = ("host-a", "host-b")
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -53,16 +55,13 @@ class Host:
 
     def start(self, command: Sequence[str], folder: Path, **variables: str) -> Program:
         """Starts a program on this machine."""
-        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
-        environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", **variables}
-        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
         enter = ["ip", "netns", "exec", self.namespace, "unshare", "--uts", "--mount", "sh", "-c", ENTER, "sh"]
         out = self.folder / f"out-{self.name}-{len(self.started)}"
         with open(out, "wb") as file:
             process = subprocess.Popen(
                 [*enter, self.name, str(self.hosts), *command],
                 cwd=folder,
-                env=environment,
+                env=own_environment(**variables),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,

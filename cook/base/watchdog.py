@@ -246,12 +246,24 @@ class Watchdog:
     def _is_dead(self, rank: int) -> bool:
         return rank != self._rank and self._processes[rank].fate() == "dead"
 
-    def _nobody_moves(self, seconds: float) -> str:
-        """Names the ranks that have made the least progress, and where their main threads are."""
-        try:
-            places = self._ask_all()
-        except RuntimeError:
-            places = {self._rank: {**self._place, "at": _doing(self._main)}}
+    def _nobody_moves(self, seconds: float) -> str | None:
+        """Names the ranks that have made the least progress, and where their main threads are.
+
+        Returns None if the store does not answer: the process that hosts it is then reported as silent.
+        """
+        places: dict[int, dict[str, Any]] = {}
+
+        def ask() -> None:
+            try:
+                places.update(self._ask_all())
+            except RuntimeError:
+                places[self._rank] = {**self._place, "at": _doing(self._main)}
+
+        asking = threading.Thread(target=ask, daemon=True)  # a call to the store of a stopped process never returns
+        asking.start()
+        asking.join(GRACE)
+        if not places:
+            return None
         least = min(place["moves"] for place in places.values())
         behind = [rank for rank, place in places.items() if place["moves"] == least]
         stand = [f"\n  rank {rank} is {_last_seen(places[rank])}, in {places[rank]['at']}" for rank in behind[:8]]

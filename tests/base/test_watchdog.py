@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,14 @@ def test_a_single_rank_is_not_watched(monkeypatch):
             watchdog.at(1, phase)
     with pytest.raises(AssertionError):
         watchdog.at(1, "sleeping")
+
+
+def test_a_store_that_never_answers_does_not_stop_the_watchdog(monkeypatch):
+    # The store of a stopped process blocks every call. The thread that decides must not wait for it.
+    watchdog = Watchdog(1.0)
+    watchdog._rank, watchdog._world = 1, 2
+    answer = threading.Event()
+    monkeypatch.setattr("cook.base.watchdog.GRACE", 0.1)
+    monkeypatch.setattr(watchdog, "_ask_all", lambda: answer.wait(60) and {})
+    assert watchdog._nobody_moves(5.0) is None
+    answer.set()

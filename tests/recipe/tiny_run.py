@@ -66,6 +66,15 @@ class Result:
         return f"exit code {self.code}\n--- stdout\n{self.out[-6000:]}\n--- stderr\n{self.err[-6000:]}"
 
 
+def own_environment(**variables: str) -> dict[str, str]:
+    """The environment of a program: without what a process group of this process has set in its own."""
+    group = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    environment = {name: value for name, value in os.environ.items() if name not in group}
+    environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", **variables}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    return environment
+
+
 def run(command: Sequence[str], folder: Path, *, timeout: float = 120, stop: Any = None, **variables: str) -> Result:
     """Runs a command of this project in `folder`; on a timeout it is killed with all that it started.
 
@@ -76,13 +85,10 @@ def run(command: Sequence[str], folder: Path, *, timeout: float = 120, stop: Any
         stop: A function of the process, called before waiting for it (to send a signal).
         variables: Added to the environment.
     """
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", **variables}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     process = subprocess.Popen(
         command,
         cwd=folder,
-        env=environment,
+        env=own_environment(**variables),
         text=True,
         start_new_session=True,
         stdout=subprocess.PIPE,

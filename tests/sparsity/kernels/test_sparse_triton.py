@@ -13,10 +13,10 @@ import torch
 from cook.sparsity.kernels import sparse_ways
 from cook.sparsity.kernels.sparse_triton import has_triton
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CODE = """
 import torch, torch.nn.functional as F
-from cook.models import sparse_ways
+from cook.sparsity.kernels import sparse_ways
 from cook.sparsity.tiles import sparse_linear, tiles_of
 from tests.sparsity.kernels.test_sparse_layers import tile_mask
 for seed, (inputs, widths, rows, uneven, block) in enumerate(CASES):
