@@ -255,7 +255,7 @@ def tasks(context: typer.Context) -> None:
     """Fine-tune, prune or export an encoder on a GLUE task or SQuAD: `cook tasks pretrain|prune|export`."""
     heed_launcher()
     from cook.config.tasks import parse_task_options
-    from cook.recipe.benchmarks.start import start_task
+    from cook.recipe.start import start_task
 
     start_task(parse_task_options(context.args))
 

@@ -27,7 +27,7 @@ SLOW = {
     "export/test_check.py",
     "test_do_prune.py",
     "pruning/test_reshape.py",
-    "recipe/benchmarks/test_task_runner.py",
+    "recipe/benchmarks/test_task_stages.py",
     "recipe/test_distillation.py",
     "recipe/test_distilled_runs.py",
     "recipe/test_joint.py",

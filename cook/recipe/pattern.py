@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -17,11 +18,9 @@ from cook.base.files import sha256
 from cook.base.tensor_files import LazyTensors
 from cook.base.together import on_all_ranks, on_first_rank
 from cook.base.watchdog import At
-from cook.config.types import TrainingConfig
-from cook.data.training_data import TrainingData
 from cook.recipe.inputs import Inputs
 from cook.recipe.plan import Stage
-from cook.recipe.stage_data import open_loader
+from cook.recipe.stage_data import Loader
 from cook.report.events import EventLog
 from cook.sparsity.matrices import PrunedMatrix, matrices_of, restricted
 from cook.sparsity.pattern_file import read_pattern_masks, write_pattern_masks
@@ -72,21 +71,20 @@ def masked_weights(weights: Mapping[str, torch.Tensor], masks: Masks) -> LazyTen
 def pattern_masks(
     stage: Stage,
     inputs: Inputs,
-    data: TrainingData,
+    open_batches: Callable[[], Loader],
     build: Callable[[], torch.nn.Module],
     at: At,
-    *,
-    anew: bool = False,
+    resume: str,
 ) -> Masks:
     """The mask of a pattern stage, by path; empty for other stages.
 
     Args:
         stage: The plan.
         inputs: The model.
-        data: The calibration data for the scores: the first training rows of the stage.
+        open_batches: Opens the calibration data for the scores: the first training rows of the stage.
         build: Builds the model.
         at: Called at every step, for a watchdog.
-        anew: True: a mask that an earlier run made in the run's output folder is made again. A mask elsewhere was
+        resume: `never`: a mask that an earlier run made in the run's output folder is made again. A mask elsewhere was
             given to the run and is used.
 
     Raises:
@@ -94,12 +92,11 @@ def pattern_masks(
     """
     if stage.pattern_mask is None:
         return {}
-    path = Path(stage.pattern_mask)
-    allowed = stage.config.pruning.pruned_module
-    matrices = restricted(matrices_of(inputs.space), allowed, inputs.adapter.aliases)
-    anew = anew and path.resolve().is_relative_to(Path(stage.config.output_dir).resolve())
+    path, spec = Path(stage.pattern_mask), pattern_spec(stage)
+    matrices = restricted(matrices_of(inputs.space), stage.config.pruning.pruned_module, inputs.adapter.aliases)
+    anew = resume == "never" and path in stage.traces()
     if anew or not distributed.broadcast(path.exists()):
-        made = _made(stage, inputs, data, build, at, matrices)
+        made = _made(stage, spec, inputs, matrices, open_batches, build, at)
         on_first_rank(lambda: write_pattern_masks(path, made, stage.pattern_settings()))
     masks, record = on_all_ranks(lambda: read_pattern_masks(path, matrices))
     if record != _plain(stage.pattern_settings()):
@@ -109,10 +106,32 @@ def pattern_masks(
             got=record,
             remedy="delete it to make a new one, set another pruning_mask_path, or start from it with previous_mask",
         )
-    spec = pattern_spec(stage)
     table = sparsity_table(matrices, masks, quirks=spec.quirks)
     say(f"{stage.name}: {spec.name}, {100 * table.total:.2f}% of {len(matrices)} matrices pruned")
     return masks
+
+
+def gather_scores(scorer: ScoreAccumulator, matrices: Sequence[PrunedMatrix], run: Run) -> None:
+    """Adds the gradients of a short training, whose learning rate is 0, to the scores.
+
+    Args:
+        scorer: The scores.
+        matrices: The matrices that are scored.
+        run: The training, which saves nothing.
+    """
+    paths = [matrix.path for matrix in matrices]
+    run.engine.on_gradients = lambda: scorer.add(run.engine.full_gradients(paths))
+    with EventLog(run.checkpoints, tensorboard=False, enabled=False) as log:
+        train(run, Position(step=0, tokens=0), log)
+
+
+def check_divisible(matrices: Sequence[PrunedMatrix], spec: PatternSpec) -> None:
+    """Checks that the pattern divides every matrix evenly, before hours of scoring.
+
+    Raises:
+        UserError: a size does not divide evenly.
+    """
+    make_masks({m.path: torch.ones(m.shape) for m in matrices}, tuple(matrices), spec, sparsity=0.0)
 
 
 def _plain(settings: dict) -> dict:
@@ -122,16 +141,15 @@ def _plain(settings: dict) -> dict:
 
 def _made(
     stage: Stage,
+    spec: PatternSpec,
     inputs: Inputs,
-    data: TrainingData,
+    matrices: tuple[PrunedMatrix, ...],
+    open_batches: Callable[[], Loader],
     build: Callable[[], torch.nn.Module],
     at: At,
-    matrices: tuple[PrunedMatrix, ...],
 ) -> Masks:
-    spec, pattern = pattern_spec(stage), stage.config.pattern
-    sparsity = pattern.sparsity if pattern else 50.0
-    # A size that does not divide evenly must be reported before hours of scoring.
-    make_masks({m.path: torch.ones(m.shape) for m in matrices}, matrices, spec, sparsity=0.0)
+    pattern = stage.config.pattern
+    check_divisible(matrices, spec)
     previous = None
     if pattern and pattern.previous_mask:
         previous, _ = read_pattern_masks(pattern.previous_mask, matrices)
@@ -139,50 +157,28 @@ def _made(
     scorer = ScoreAccumulator(matrices, inputs.weights, masks=previous, score=spec.score)
     if spec.score != "magnitude":
         assert pattern is not None
-        _gather(stage, inputs, data, build, at, pattern.scoring_steps, scorer, matrices)
+        training = dataclasses.replace(
+            stage.config.training,
+            steps=pattern.scoring_steps,
+            learning_rate=0.0,
+            weight_decay=0.0,
+            warmup=0.0,
+            schedule="constant",
+            train_weights=True,
+        )
+        settings = {key: value for key, value in stage.config.deepspeed.items() if key != "scheduler"}
+        engine = Engine(build, inputs.weights, training, settings, call_form=inputs.adapter.inputs)
+        with closing(open_batches()) as batches:
+            run = Run(
+                name=f"{stage.name}, scores",
+                engine=engine,
+                batches=batches,
+                training=training,
+                checkpoints=stage.folder,
+                saves=False,
+                at=at,
+            )
+            gather_scores(scorer, matrices, run)
+        engine.close()
+    sparsity = pattern.sparsity if pattern else 50.0
     return make_masks(scorer.scores(), matrices, spec, sparsity=sparsity, previous=previous)
-
-
-def _gather(
-    stage: Stage,
-    inputs: Inputs,
-    data: TrainingData,
-    build: Callable[[], torch.nn.Module],
-    at: At,
-    steps: int,
-    scorer: ScoreAccumulator,
-    matrices: tuple[PrunedMatrix, ...],
-) -> None:
-    """Runs the steps whose gradients are scored, with learning rate 0, on a separate engine."""
-    training = _frozen(stage.config.training, steps)
-    settings = {key: value for key, value in stage.config.deepspeed.items() if key != "scheduler"}
-    engine = Engine(build, inputs.weights, training, settings, call_form=inputs.adapter.inputs)
-    paths = [matrix.path for matrix in matrices]
-    engine.on_gradients = lambda: scorer.add(engine.full_gradients(paths))
-    loader = open_loader(stage, data, ledger=False)
-    run = Run(
-        name=f"{stage.name}, scores",
-        engine=engine,
-        batches=loader,
-        training=training,
-        attached=None,
-        gates=None,
-        extra_loss=None,
-        checkpoints=stage.folder,
-        saves=False,
-        at=at,
-        fingerprint="",
-        on_save=lambda: None,
-    )
-    with EventLog(stage.folder, tensorboard=False, enabled=False) as log:
-        try:
-            train(run, Position(step=0, tokens=0), log)
-        finally:
-            loader.close()
-    engine.close()
-
-
-def _frozen(training: TrainingConfig, steps: int) -> TrainingConfig:
-    return dataclasses.replace(
-        training, steps=steps, learning_rate=0.0, weight_decay=0.0, warmup=0.0, schedule="constant", train_weights=True
-    )

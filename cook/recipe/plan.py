@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from cook.base.errors import UserError
+from cook.config.distillation import OWN_TEACHER
 from cook.config.types import RunConfig, StageName, for_stage, training_for
 from cook.pruning.units import Kind
+from cook.recipe.sources import DONE, model_files
 
 LEARNS: dict[str, tuple[Kind, ...]] = {
     "layer_mask": ("layer",),
@@ -19,8 +21,6 @@ LEARNS: dict[str, tuple[Kind, ...]] = {
     "joint_mask": ("layer", "heads", "dimff"),
 }
 """The masks that a stage learns and writes."""
-DONE = "done.json"
-"""The file that a finished stage writes: its inputs and its results."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +82,30 @@ class Stage:
         if joint and joint.scope == "global" and "joint" in units:
             return set(kinds)
         return {kind for kind, unit in kinds.items() if fine and fine.scope == "global" and unit in units}
+
+    @property
+    def redo(self) -> str:
+        return f"--stage {self.name}"
+
+    def source_files(self) -> list[Path]:
+        """The start model, the teacher, and the masks that the stage reads."""
+        config, before = self.config, self.done_before
+        models = [config.model.path] if config.model.path and not (before and before.exists()) else []
+        if config.distillation and config.distillation.teacher != OWN_TEACHER:
+            models.append(config.distillation.teacher)
+        masks = self.inherited_masks()
+        if self.pattern_mask and config.pattern and config.pattern.previous_mask:
+            masks.append(config.pattern.previous_mask)
+        return [file for path in models for file in model_files(Path(path))] + [Path(path) for path in masks]
+
+    def inherited_masks(self) -> list[str]:
+        """The mask files that stay fixed during the stage."""
+        return [path for path in vars(self.fixed).values() if path]
+
+    def traces(self) -> list[Path]:
+        """The pattern mask, if this run makes it."""
+        mask, output = self.pattern_mask, Path(self.config.output_dir).resolve()
+        return [Path(mask)] if mask and Path(mask).resolve().is_relative_to(output) else []
 
     def _targets(self) -> list[Any]:
         """The targets that determine the stage's outcome; a random baseline depends on the targets of all stages."""

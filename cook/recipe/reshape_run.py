@@ -34,7 +34,8 @@ from cook.pruning.mask_set import Masks, kept_counts
 from cook.pruning.pad import padded
 from cook.pruning.units import PruningSpace
 from cook.recipe.plan import MaskPaths, Stage
-from cook.recipe.summary import check_masks, finished_stages, ladder_row, masks_after, sample_batches
+from cook.recipe.sources import check_masks
+from cook.recipe.summary import finished_stages, ladder_row, masks_after, sample_batches
 from cook.report.human import human_count
 from cook.report.model_card import MaskFile, ModelCard, model_card
 from cook.report.tables import markdown_table

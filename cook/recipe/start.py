@@ -12,6 +12,7 @@ from cook.base.errors import UserError
 from cook.base.signals import ending_quietly
 from cook.base.watchdog import At
 from cook.config.load import load_config
+from cook.config.tasks import TaskConfig
 from cook.config.types import RunConfig
 from cook.recipe.plan import Stage, plan_stage, recipe
 
@@ -74,7 +75,8 @@ def _read(
 
 
 def _run(config: RunConfig, stages: Sequence[Stage], *, resume: str) -> None:
-    from cook.recipe.runner import is_finished, run_stage, say_finished
+    from cook.recipe.language_model import LanguageModelRun
+    from cook.recipe.runner import is_finished, say_finished
 
     if all(is_finished(stage, resume) for stage in stages):
         for stage in stages if launched_rank() == 0 else ():
@@ -82,7 +84,33 @@ def _run(config: RunConfig, stages: Sequence[Stage], *, resume: str) -> None:
         return
     with ranks(config.output_dir, threads=config.training.threads, rank_timeout=config.training.rank_timeout) as at:
         for stage in stages:
-            run_stage(stage, resume=resume, at=at)
+            LanguageModelRun(stage, resume=resume, at=at).run()
+
+
+def start_task(config: TaskConfig) -> None:
+    """Runs one mode of a benchmark run: fine-tuning, pruning or export of an encoder.
+
+    Raises:
+        UserError: an option or a file is not valid.
+        Interrupted: stopped by a signal, after saving.
+    """
+    with ending_quietly():
+        import transformers
+
+        from cook.recipe.benchmarks.task import task_info
+        from cook.recipe.benchmarks.task_export import run_export
+        from cook.recipe.benchmarks.task_plan import prune_stages
+        from cook.recipe.benchmarks.task_stages import run_pretrain, run_prune
+
+        task_info(config)
+        if config.mode != "pretrain":
+            prune_stages(config)
+        # transformers would repeat its notes on missing heads and its progress bars in every stage.
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        run_mode = {"pretrain": run_pretrain, "prune": run_prune, "export": run_export}[config.mode]
+        with ranks(str(config.folder), threads=config.threads or None, rank_timeout=config.rank_timeout) as at:
+            run_mode(config, at)
 
 
 @contextmanager

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from cook.base.batches import Batch
 from cook.base.errors import UserError
-from cook.base.files import read_json, sha256
+from cook.base.files import read_json
 from cook.config.types import RunConfig
 from cook.data.loader import held_out_batches
 from cook.data.token_loss import LABELS, model_inputs
@@ -54,21 +53,6 @@ def finished_stages(config: RunConfig, *, baseline: bool = False) -> list[Stage]
 def masks_after(stage: Stage) -> MaskPaths:
     """The mask files of a stage's model: fixed and learned ones."""
     return dataclasses.replace(stage.fixed, **{kind: path for kind, path in vars(stage.writes).items() if path})
-
-
-def check_masks(stage: Stage) -> None:
-    """Checks that no mask was overwritten since the stage finished.
-
-    Raises:
-        UserError: a mask file is not the one that the stage was trained with.
-    """
-    for path, digest in done_record(stage)["masks"].items():
-        if not Path(path).is_file() or sha256(path) != digest:
-            raise UserError(
-                f"{path}: this is not the mask that {stage.name} was trained with",
-                wanted=f"sha256 {digest}",
-                remedy="another run has overwritten it: give each run its own mask paths, and redo the stage",
-            )
 
 
 def done_record(stage: Stage) -> dict[str, Any]:

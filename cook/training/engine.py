@@ -154,6 +154,10 @@ class Engine:
         """The model itself."""
         return self._engine.module
 
+    def described(self) -> str:
+        """Precision, ZeRO stage, ranks and device, for messages."""
+        return f"{self.precision}, ZeRO {self.zero_stage}, {distributed.world_size()} rank(s) on {self.device.type}"
+
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights in the forward pass."""

@@ -57,17 +57,17 @@ class Run:
     engine: Engine
     batches: Batches
     training: TrainingConfig
-    attached: AttachedGates | None
-    gates: Gates | None
+    attached: AttachedGates | None = None
+    gates: Gates | None = None
     task_loss: TaskLoss = token_loss
-    extra_loss: ExtraLoss | None
+    extra_loss: ExtraLoss | None = None
     projections: Projections | None = None
     """The projections that `extra_loss` learns."""
     checkpoints: Path
     saves: bool = True
     """False: no checkpoints, for a short run that starts over if it is interrupted."""
-    fingerprint: str
-    on_save: Callable[[], None]
+    fingerprint: str = ""
+    on_save: Callable[[], None] = lambda: None
     """Called after each checkpoint, on every rank; writes the current masks."""
     at: At = lambda _step, _phase: None
     """Called at the start of every step and save, for a watchdog."""

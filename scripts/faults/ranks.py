@@ -28,7 +28,7 @@ def warm_up() -> None:
     import setuptools  # noqa: F401
 
     import cook.base.watchdog  # noqa: F401
-    import cook.recipe.runner  # noqa: F401
+    import cook.recipe.language_model  # noqa: F401
 
     assert len(deepspeed.ops.__compatible_ops__)  # looked up once, with a compiler's help
 

@@ -78,7 +78,8 @@ def test_it_is_resumed_with_the_mask_that_it_made(finished):
 def masks_of(folder, *overrides, anew=False):
     """The masks of the pattern stage with changed settings, made in this process: magnitudes need no training."""
     stage = plan_stage(load_config("bmcook.json", overrides), "pattern")
-    return pattern_masks(stage, open_inputs(stage), None, None, lambda step, phase: None, anew=anew)
+    resume = "never" if anew else "auto"
+    return pattern_masks(stage, open_inputs(stage), None, None, lambda step, phase: None, resume)
 
 
 def test_a_mask_of_other_settings_is_not_taken(finished, monkeypatch):

@@ -82,7 +82,7 @@ def test_a_file_replaced_in_place_is_refused_by_name(stage, name):
 
 @pytest.mark.parametrize("name", REPLACED)
 def test_a_finished_stage_is_not_taken_for_one_of_other_files(stage, name):
-    done = {"fingerprint": stage.fingerprint(), "follows": None}
+    done = {"fingerprint": stage.fingerprint(), "follows": None, "masks": {}}
     stage.done.write_text(json.dumps(done))
     assert is_finished(stage, "auto")
     flip(Path(name))

@@ -9,7 +9,8 @@ import torch
 from cook.base.errors import UserError
 from cook.base.files import sha256, write_json
 from cook.families.source import load_model
-from cook.recipe.summary import check_masks, sample_batches
+from cook.recipe.sources import check_masks
+from cook.recipe.summary import sample_batches
 from tests.tiny_families import FAMILIES, tiny_source
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,12 +12,9 @@ import numpy as np
 import torch
 
 from cook.base import distributed
-from cook.base.distributed import say
-from cook.base.errors import UserError
-from cook.base.files import read_json, write_atomically, write_json
+from cook.base.files import write_atomically, write_json
 from cook.base.seeds import derived_seed, seed_everything
 from cook.base.together import on_first_rank
-from cook.base.watchdog import At
 from cook.config.tasks import TaskConfig
 from cook.config.types import TrainingConfig
 from cook.data.loader import RowLoader
@@ -26,14 +22,8 @@ from cook.distill.distiller import RowDistiller
 from cook.evaluation.predict import predict
 from cook.families.encoder import Encoder, write_encoder
 from cook.recipe.benchmarks.task import Scores, TaskData, TaskInfo
-from cook.report.events import EventLog
-from cook.training.checkpoint import find_checkpoint, load_checkpoint
 from cook.training.engine import Engine
-from cook.training.loop import Run, train
 from cook.training.optim import finetuning_adamw
-from cook.training.saver import Position
-
-DONE = "done.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +35,6 @@ class Session:
     data: TaskData
     encoder: Encoder
     """The architecture and the tokenizer; the weights of a stage are given to `engine`."""
-    at: At = lambda _step, _phase: None
-    """Called at the start of every step and save, for a watchdog."""
     _predicted: list[torch.Tensor] = field(default_factory=list, repr=False)
     """The session's model's predictions for the training rows, computed on first use."""
 
@@ -63,72 +51,21 @@ class Session:
             settings.pop("scheduler", None)  # it would change the learning rate of 0
         return Engine(self.encoder.build, weights, training, settings, finetuning_adamw)
 
-    def fit(
-        self,
-        engine: Engine,
-        training: TrainingConfig,
-        folder: Path,
-        name: str,
-        *,
-        identity: str,
-        keeps: bool = True,
-        start_step: int = 0,
-        imitates: bool = False,
-    ) -> None:
-        """Runs the loop to the training's last step, from a checkpoint in `folder` if there is one.
+    def batches(self, name: str) -> RowLoader:
+        """The training rows. Each training has its own shuffle: two stages read their rows in different orders."""
+        return RowLoader(
+            self.data.train,
+            train_batch_size=self.config.train_batch_size,
+            seed=derived_seed(self.config.seed, "order", name) % 2**32,
+            lengths=self.data.train.lengths,
+        )
 
-        Args:
-            engine: The model.
-            training: The training settings.
-            folder: The folder of the log and the checkpoints.
-            name: The name shown in messages.
-            identity: Hash of everything that the outcome depends on; a checkpoint with another identity is refused.
-            keeps: False: no log and no checkpoints.
-            start_step: The training begins after this step.
-            imitates: Whether to distil from the session's model, as set in the config.
-        """
-        position = Position(step=start_step, updates=start_step, tokens=0)
-        checkpoints = folder / "checkpoints"
-        found = find_checkpoint(checkpoints, self.config.resume) if keeps else None
-        if found:
-            position = load_checkpoint(*found, engine, None, fingerprint=identity)
-            say(f"{name}: resuming from step {position.step}")
-        distiller = None
-        if imitates and self.config.distillation:
-            logits_RC = self._dense_logits(engine)
-            distiller = RowDistiller(logits_RC, scale=self.config.distillation, temperature=self.config.temperature)
-        writes = keeps and distributed.rank() == 0
-        # Each training has its own shuffle: two stages read their rows in different orders.
-        seed = derived_seed(self.config.seed, "order", name) % 2**32
-        with EventLog(folder, self.config.tensorboard, enabled=writes) as log:
-            on_first_rank(lambda: log.rewind(position.step if found else -1, position.log))
-            if not found and self.data.notes:
-                log.write({"step": 0, "data": list(self.data.notes)})
-            engine.module.train()
-            run = Run(
-                name=name,
-                engine=engine,
-                training=training,
-                attached=None,
-                gates=None,
-                batches=RowLoader(
-                    self.data.train,
-                    train_batch_size=training.train_batch_size,
-                    seed=seed,
-                    lengths=self.data.train.lengths,
-                ),
-                task_loss=self.info.loss,
-                extra_loss=distiller,
-                checkpoints=checkpoints,
-                saves=keeps,
-                fingerprint=identity,
-                on_save=lambda: None,
-                unit="rows",
-                at=self.at,
-            )
-            train(run, position, log)
-            on_first_rank(log.settle)
-        self.at(training.steps, "preparing")  # an evaluation may take long
+    def distiller(self, engine: Engine) -> RowDistiller | None:
+        """Distils from the session's model, if the config asks for it."""
+        if not self.config.distillation:
+            return None
+        logits_RC = self._dense_logits(engine)
+        return RowDistiller(logits_RC, scale=self.config.distillation, temperature=self.config.temperature)
 
     def _dense_logits(self, engine: Engine) -> torch.Tensor:
         """The predictions of the session's model for the training rows, `[rows, classes]`, computed once."""
@@ -171,27 +108,11 @@ class Session:
         engine.module.train()
         return {name: round(value, 4) for name, value in metrics.items()}
 
-    def log(self, folder: Path, metrics: Mapping[str, Mapping[str, float]]) -> None:
-        """Adds evaluations to a training's log: `after_recovery/acc` and the like at its last step."""
-        record = {
-            f"{when.replace(' ', '_')}/{name}": value
-            for when, values in metrics.items()
-            for name, value in values.items()
-        }
-        with EventLog(folder, self.config.tensorboard, enabled=distributed.rank() == 0) as log:
-            log.write({"step": self.steps, **record})
-            on_first_rank(log.settle)
-
     def save(self, engine: Engine, folder: Path) -> dict[str, torch.Tensor]:
         """Writes the model folder; returns the weights, on every rank."""
         weights = dict(engine.full_weights())
         on_first_rank(lambda: write_encoder(folder, self.encoder.config, weights.items(), self.encoder.tokenizer))
         return weights
-
-
-def identity_of(*parts: object) -> str:
-    """Hash of everything that an outcome depends on."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def weights_identity(weights: Mapping[str, torch.Tensor]) -> str:
@@ -201,24 +122,6 @@ def weights_identity(weights: Mapping[str, torch.Tensor]) -> str:
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(weights[name].numpy()).view(np.uint8).data)
     return digest.hexdigest()
-
-
-def finished(folder: Path, identity: str, resume: str) -> dict | None:
-    """The record of a finished training with this identity; None if it has not finished.
-
-    Raises:
-        UserError: the training finished with other settings or other data.
-    """
-    path = folder / DONE
-    if resume == "never" or not path.is_file():
-        return None
-    record = read_json(path)
-    if not isinstance(record, dict) or record.get("identity") != identity:
-        raise UserError(
-            f"{path}: finished with other settings, other data or another model to start from",
-            remedy="choose another --output_dir, restore the settings, or redo it with --resume never",
-        )
-    return record
 
 
 def write_results(path: Path, sections: Mapping[str, Mapping[str, float]]) -> None:

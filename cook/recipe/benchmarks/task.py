@@ -112,6 +112,21 @@ def load_task(config: TaskConfig, tokenizer: Any) -> TaskData:
     return _load_squad(config, tokenizer) if config.is_squad else _load_glue(config, tokenizer)
 
 
+def task_files(config: TaskConfig) -> dict[str, Path]:
+    """The files of a task: `train`, and per evaluation the ending of its metrics' names.
+
+    Raises:
+        UserError: no such task.
+    """
+    folder = Path(config.data_dir)
+    if config.is_squad:
+        version = _squad_version(config)
+        return {"train": folder / f"train-v{version}.json", "": folder / f"dev-v{version}.json"}
+    task = glue_task(config.task_name)
+    evaluated = {suffix: folder / task.folder / name for suffix, name in (task.evaluated or {"": "dev.tsv"}).items()}
+    return {"train": folder / task.folder / "train.tsv"} | evaluated
+
+
 def _squad_version(config: TaskConfig) -> str:
     version = config.task_name.lower().removeprefix("squad").strip("-_ v")
     if version not in ("1.1", "2.0"):
@@ -120,11 +135,7 @@ def _squad_version(config: TaskConfig) -> str:
 
 
 def _load_glue(config: TaskConfig, tokenizer: Any) -> TaskData:
-    task = glue_task(config.task_name)
-    folder = Path(config.data_dir) / task.folder
-    files = {"train": folder / "train.tsv"}
-    suffixes = task.evaluated or {"": "dev.tsv"}
-    files |= {suffix: folder / name for suffix, name in suffixes.items()}
+    task, files = glue_task(config.task_name), task_files(config)
     read = {key: read_glue(task, path) for key, path in files.items()}
     rows = {
         key: glue_rows(task, found.rows, tokenizer, config.max_length, found.left_out) for key, found in read.items()
@@ -132,7 +143,8 @@ def _load_glue(config: TaskConfig, tokenizer: Any) -> TaskData:
     notes = [note for key, found in read.items() for note in found.left_out.sentences(str(files[key]))]
     evaluations = tuple(
         Evaluation(rows=rows[suffix], score=partial(_score_glue, task.name, suffix, rows[suffix].targets_R))
-        for suffix in suffixes
+        for suffix in files
+        if suffix != "train"
     )
     return TaskData(train=rows["train"], evaluations=evaluations, notes=tuple(notes))
 
@@ -145,7 +157,7 @@ def _score_glue(task: str, suffix: str, targets: np.ndarray, outputs: Outputs) -
 
 
 def _load_squad(config: TaskConfig, tokenizer: Any) -> TaskData:
-    version, folder = _squad_version(config), Path(config.data_dir)
+    version, files = _squad_version(config), tuple(task_files(config).values())
     windows_of = partial(
         squad_windows,
         tokenizer=tokenizer,
@@ -153,7 +165,6 @@ def _load_squad(config: TaskConfig, tokenizer: Any) -> TaskData:
         doc_stride=config.doc_stride,
         max_query_length=config.max_query_length,
     )
-    files = [folder / f"{split}-v{version}.json" for split in ("train", "dev")]
     for path in files:
         if not path.is_file():
             remedy = "download the data with `bash scripts/download_squad_data.sh`, or set its folder with --data_dir"
@@ -175,12 +186,12 @@ def _load_squad(config: TaskConfig, tokenizer: Any) -> TaskData:
     def score(outputs: Outputs) -> Scores:
         starts, ends = [values[0] for values in outputs], [values[1] for values in outputs]
         answers = choose_answers(questions, windows, starts, ends, options)
-        files: dict[str, Any] = {"predictions.json": answers.predictions, "nbest_predictions.json": answers.n_best}
+        written: dict[str, Any] = {"predictions.json": answers.predictions, "nbest_predictions.json": answers.n_best}
         if version == "1.1":
-            return Scores(metrics=squad_v1_metrics(questions, answers.predictions), files=files)
-        files["null_odds.json"] = answers.null_odds
+            return Scores(metrics=squad_v1_metrics(questions, answers.predictions), files=written)
+        written["null_odds.json"] = answers.null_odds
         threshold = options.null_threshold
         metrics = squad_v2_metrics(questions, answers.best_texts, answers.null_odds, threshold)
-        return Scores(metrics=metrics, files=files)
+        return Scores(metrics=metrics, files=written)
 
     return TaskData(train=train, evaluations=(Evaluation(rows=rows, score=score),), notes=tuple(notes))

@@ -18,8 +18,8 @@ from cook.evaluation.predict import predict
 from cook.evaluation.speed import forward_seconds, median_seconds
 from cook.families.encoder import load_encoder
 from cook.recipe.benchmarks import task_plan as plan
-from cook.recipe.benchmarks.session import DONE, Session, write_results
-from cook.recipe.benchmarks.task_runner import MASKS, open_session, pruned_matrices
+from cook.recipe.benchmarks.session import Session, write_results
+from cook.recipe.benchmarks.task_stages import open_session, pruned_matrices
 from cook.report.human import human_count
 from cook.sparsity.matrices import PrunedMatrix
 from cook.sparsity.pattern_file import read_pattern_masks
@@ -35,16 +35,20 @@ def run_export(config: TaskConfig, at: At) -> None:
         UserError: no stage has finished, or this kind of model cannot be exported.
     """
     spec = plan.pattern_spec(config)
-    done = [stage for stage in plan.prune_stages(config) if (stage.folder / DONE).is_file()]
+    done = [stage for stage in plan.prune_stages(config) if stage.done.is_file()]
     if not done:
         raise UserError(
             f"{plan.prune_folder(config)}: no stage has finished", remedy="run the mode prune first, with these options"
         )
     stage, output = done[-1], plan.prune_folder(config) / "export"
     masked = stage.folder / "model"
-    session = open_session(config, str(masked), at)
+    at(0, "preparing")
+    session = open_session(config, str(masked))
+    for note in (*session.encoder.notes, *session.data.notes):
+        say(note)
+    at(0, "starting")
     matrices: tuple[PrunedMatrix, ...] = pruned_matrices(session.encoder)
-    masks, _ = read_pattern_masks(stage.folder / MASKS, matrices)
+    masks, _ = read_pattern_masks(stage.masks, matrices)
     block = spec.block if spec.name == "block_wise" else None
     result = export_sparse(masked, output, masks, block=block)
     for name in ("masks.safetensors", "eval_results.txt"):

@@ -8,7 +8,7 @@ from typing import Any
 from cook.base.files import read_json, write_atomically, write_json
 from cook.config.tasks import TaskConfig
 from cook.recipe.benchmarks import task_plan as plan
-from cook.recipe.benchmarks.session import DONE, write_results
+from cook.recipe.benchmarks.session import write_results
 from cook.recipe.benchmarks.task import TaskInfo
 from cook.report.pruning_figures import plot_metric_curves, plot_sparsity_by_matrix
 from cook.report.tables import MISSING, markdown_table
@@ -27,7 +27,7 @@ def write_prune_report(config: TaskConfig, info: TaskInfo, spec: PatternSpec, so
         source: The dense model.
     """
     root = plan.prune_folder(config)
-    records = [read_json(s.folder / DONE) for s in plan.prune_stages(config) if (s.folder / DONE).is_file()]
+    records = [read_json(stage.done) for stage in plan.prune_stages(config) if stage.done.is_file()]
     table = stage_table(records, info.main_metric)
     print(f"\n{table}\n", flush=True)
     last, metric = records[-1], info.main_metric

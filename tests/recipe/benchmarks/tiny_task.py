@@ -152,7 +152,7 @@ def main() -> None:
     from cook.base.errors import UserError
     from cook.config.tasks import parse_task_options
     from cook.recipe.benchmarks.task_export import run_export
-    from cook.recipe.benchmarks.task_runner import run_pretrain, run_prune
+    from cook.recipe.benchmarks.task_stages import run_pretrain, run_prune
     from cook.training.engine import initialise_processes, leave_processes
 
     initialise_processes(1)

@@ -1,4 +1,4 @@
-"""Fine-tuning and pruning in stages, on one rank and on two: what is written, what stays, what is gone on from."""
+"""Fine-tuning and pruning in stages, on one rank and on two: what is written, what stays, what is resumed."""
 
 from __future__ import annotations
 
@@ -250,7 +250,7 @@ def again(told, folder, tmp_path_factory) -> dict[str, Any]:
     return before | {"told": told}
 
 
-def test_a_killed_stage_is_gone_on_from(again, folder):
+def test_a_killed_stage_is_resumed(again, folder):
     told, stage = again["told"]["again"], folder / "out" / STAGES[1]
     assert told["error"] == "" and "50%: already finished" in told["out"]
     assert "scores" not in told["out"]  # the masks were there
@@ -259,7 +259,7 @@ def test_a_killed_stage_is_gone_on_from(again, folder):
 
 
 def test_masks_that_were_written_over_are_noticed(again):
-    assert "not the masks that the stage wrote" in again["told"]["other masks"]["error"]
+    assert "this is not the mask that tile_wise_kn 50% was trained with" in again["told"]["other masks"]["error"]
 
 
 @pytest.mark.parametrize("stage", STAGES)

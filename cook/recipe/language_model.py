@@ -1,0 +1,228 @@
+"""A stage of a language model: its inputs, data, training, evaluation, and what it writes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from cook.base import distributed
+from cook.base.distributed import say
+from cook.base.errors import UserError
+from cook.base.files import sha256
+from cook.base.seeds import derived_seed, seed_everything
+from cook.base.together import on_all_ranks, on_first_rank
+from cook.base.watchdog import At
+from cook.data.loader import held_out_batches
+from cook.data.training_data import TrainingData, load_rows
+from cook.evaluation.perplexity import held_out_loss
+from cook.export.model_folder import copy_generation_config, write_model_folder, write_tokenizer
+from cook.families.source import unfilled_model
+from cook.pruning.attach import AttachedGates
+from cook.pruning.counts import parameters
+from cook.pruning.gates import Gates
+from cook.pruning.mask_file import write_mask_file
+from cook.pruning.mask_set import FINE_KEYS, coarse_to_tensors, fine_to_tensors, kept_counts
+from cook.recipe.distillation import check_teacher_tokenizer, make_distiller, open_distillation
+from cook.recipe.inputs import final_masks, make_gates, open_inputs
+from cook.recipe.kept_structure import describe_structure
+from cook.recipe.pattern import masked_weights, pattern_identity, pattern_masks, pattern_spec
+from cook.recipe.plan import Stage
+from cook.recipe.runner import StageRun, follows
+from cook.recipe.stage_data import SourceMixer, check_corpus, open_loader, rows_before
+from cook.training.engine import Engine, write_gathered
+from cook.training.loop import Run
+from cook.training.saver import Position
+from cook.training.settings import check_settings
+
+
+class LanguageModelRun(StageRun):
+    """Pretraining, mask training, finetuning with fixed masks, a pattern, or the random baseline."""
+
+    def __init__(self, stage: Stage, *, resume: str, at: At):
+        super().__init__(stage, resume=resume, at=at, tensorboard=stage.config.logging.tensorboard)
+        self.stage = stage
+
+    def open(self) -> None:
+        stage = self.stage
+        check_settings(stage.config.training, stage.config.deepspeed, world_size=distributed.world_size())
+        self.inputs = on_all_ranks(lambda: open_inputs(stage))
+        self.distillation = on_all_ranks(lambda: open_distillation(stage, self.inputs))
+
+    def load(self) -> None:
+        config, model = self.stage.config, self.inputs.model_config
+        options: dict[str, Any] = {
+            "prompt_length": model.get("prompt_length", 0),
+            "output_dir": config.output_dir,
+            "seed": config.seed,
+            "limits": {key: model.get(key) for key in ("prompt_types", "segment_types")},
+        }
+        # The first rank prepares the data, the others read its result.
+        on_first_rank(lambda: load_rows(config.data, config.tokenizer, **options) and None)
+        self.data: TrainingData = on_all_ranks(lambda: load_rows(config.data, config.tokenizer, build=False, **options))
+        if self.data.tokenizer.vocab_size > model["vocab_size"]:
+            raise UserError(
+                "the tokenizer has more ids than the model",
+                wanted=f"at most {model['vocab_size']}",
+                got=self.data.tokenizer.vocab_size,
+            )
+        for note in self.data.notes:
+            say(note)
+        trains_tokenizer = not config.tokenizer.path
+        if self.distillation and self.distillation.source and trains_tokenizer:
+            check_teacher_tokenizer(self.distillation.source.path, self.data.tokenizer)
+
+    def prepare(self) -> list[Any]:
+        stage, inputs = self.stage, self.inputs
+        self._seed()
+        self.zeros = pattern_masks(
+            stage, inputs, lambda: open_loader(stage, self.data, ledger=False), self._build, self.at, self.resume
+        )
+        if self.zeros:
+            self._seed()  # Scoring draws random numbers; a run that reads existing masks does not.
+            assert inputs.weights is not None
+            self.inputs = replace(inputs, weights=masked_weights(inputs.weights, self.zeros))
+        fixed = [[name, mask.tolist()] for name, mask in sorted(inputs.fixed.items())]
+        start = follows(stage) or inputs.origin
+        return [self.data.train.fingerprint, start, fixed, *pattern_identity(stage)]
+
+    def train(self) -> Callable[[], dict[str, Any]]:
+        stage, inputs, data = self.stage, self.inputs, self.data
+        training = stage.config.training
+        engine = Engine(self._build, inputs.weights, training, stage.config.deepspeed, call_form=inputs.adapter.inputs)
+        if self.zeros:
+            engine.hold_zeros(self.zeros, gradients_only=pattern_spec(stage).quirks.drifting_weights)
+        gates, attached = make_gates(stage, inputs), self._attach(engine)
+        distiller = make_distiller(self.distillation, stage, engine, attached)
+        say(self._opening(engine))
+        loader = open_loader(stage, data)
+        run = Run(
+            name=stage.name,
+            engine=engine,
+            batches=loader,
+            training=training,
+            attached=attached,
+            gates=gates,
+            extra_loss=distiller,
+            projections=distiller.projections if distiller else None,
+            checkpoints=stage.folder / "checkpoints",
+            fingerprint=self.identity,
+            on_save=lambda: self._write_masks(gates),
+            at=self.at,
+            after_step=SourceMixer(stage, loader, data, engine, self.log, self.at).after_step,
+        )
+        try:
+            position = self.fit(run, notes=data.notes, begin=lambda resumed: check_corpus(stage, resumed=resumed))
+        finally:
+            loader.close()
+        self.at(position.step, "finishing")
+        if distiller:
+            distiller.remove()
+        loss = self._evaluate(engine, attached, gates, position)
+        self._write_model(engine)
+        state = loader.state_dict()  # for some loaders a collective
+        attached.remove()
+        engine.close()
+
+        def finish() -> dict[str, Any]:
+            self._write_masks(gates)
+            return self._record(gates, position, state, loss)
+
+        return finish
+
+    def _seed(self) -> None:
+        seed_everything(derived_seed(self.stage.config.seed, self.stage.name, distributed.rank()))
+
+    def _build(self) -> torch.nn.Module:
+        inputs = self.inputs
+        if inputs.weights is not None:
+            return unfilled_model(inputs.adapter, inputs.model_config)
+        # The same fresh weights on every rank and for every world size.
+        with torch.random.fork_rng():
+            torch.manual_seed(derived_seed(self.stage.config.seed, "weights"))
+            return inputs.adapter.build(inputs.model_config)
+
+    def _attach(self, engine: Engine) -> AttachedGates:
+        inputs = self.inputs
+        names = {group.name for group in inputs.learned} | set(inputs.fixed)
+        groups = [group for group in inputs.space.groups if group.name in names]
+        fixed = {name: mask.to(engine.device) for name, mask in inputs.fixed.items()}
+        return AttachedGates(engine.module, groups, fixed)
+
+    def _opening(self, engine: Engine) -> str:
+        stage, training = self.stage, self.stage.config.training
+        held = [kind for kind in ("layer", "heads", "dimff") if getattr(stage.fixed, kind)]
+        does = [f"learns {' and '.join(stage.learns)} masks"] if stage.learns else []
+        does += ["applies a pattern"] if stage.pattern_mask else []
+        does += (
+            [f"applies {' and '.join(held)} masks"] if held else ["random masks"] if stage.is_random_baseline else []
+        )
+        return (
+            f"\n{stage.name}: {training.steps} steps × {training.train_batch_size} rows, "
+            f"{', '.join(does) or 'no masks'}, from {self.inputs.origin}; {engine.described()}"
+        )
+
+    def _write_masks(self, gates: Gates | None) -> None:
+        if gates is None or distributed.rank() != 0:
+            return
+        inputs, writes = self.inputs, self.stage.writes
+        masks = final_masks(self.stage, inputs, gates)
+        if writes.layer:
+            write_mask_file(writes.layer, coarse_to_tensors(inputs.space, masks))
+        files = {kind: path for kind, path in (("heads", writes.heads), ("dimff", writes.dimff)) if path}
+        tensors = fine_to_tensors(inputs.space, masks) if files else {}
+        for kind, path in files.items():
+            elsewhere = {FINE_KEYS[other] for other in files if other != kind}
+            write_mask_file(path, {key: tensor for key, tensor in tensors.items() if key not in elsewhere})
+
+    def _evaluate(
+        self, engine: Engine, attached: AttachedGates, gates: Gates | None, position: Position
+    ) -> float | None:
+        """The held-out loss with binary masks, which stay attached."""
+        attached.set({name: mask.to(engine.device) for name, mask in (gates.binary() if gates else {}).items()})
+        training = self.stage.config.training
+        if not training.eval_rows:
+            return None
+        engine.module.eval()
+        ranks = distributed.rank(), distributed.world_size()
+        batches = held_out_batches(self.data.held_out, training.micro_batch_size, training.eval_rows, *ranks)
+        loss = held_out_loss(engine, batches, engine.device)
+        self.log.write({"step": position.step, "held_out_loss": loss})
+        say(f"{self.stage.name}: held-out loss {loss:.4f}")
+        return loss
+
+    def _write_model(self, engine: Engine) -> None:
+        folder, inputs = self.stage.folder / "model", self.inputs
+
+        def write(weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+            try:
+                write_model_folder(folder, inputs.adapter, inputs.model_config, weights)
+                write_tokenizer(folder, self.data.tokenizer)
+                if inputs.folder is not None:
+                    copy_generation_config(inputs.folder, folder)
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)  # an incomplete model could be taken for a complete one
+                raise
+
+        write_gathered(engine, write)
+
+    def _record(
+        self, gates: Gates | None, position: Position, state: dict[str, Any], loss: float | None
+    ) -> dict[str, Any]:
+        stage, inputs = self.stage, self.inputs
+        masks = final_masks(stage, inputs, gates)
+        files = (*vars(stage.fixed).values(), *vars(stage.writes).values(), stage.pattern_mask)
+        return {
+            "steps": position.step,
+            "tokens": position.tokens,
+            "rows": rows_before(stage) + position.step * stage.config.training.train_batch_size,
+            "data": state,
+            "held_out_loss": loss,
+            "parameters": parameters(inputs.space, kept_counts(masks)),
+            "structure": describe_structure(inputs.space, masks),
+            "head_unit": inputs.head_unit,
+            "masks": {path: sha256(path) for path in files if path},
+        }
