@@ -15,7 +15,8 @@ from cook.base.errors import EXIT_FAILED, UserError, run_entry
 from cook.base.signals import heed_launcher
 from cook.commands.data import app as data_commands
 from cook.commands.evaluation import compare, evaluate
-from cook.commands.options import AsJson
+from cook.commands.options import AsJson, options_of
+from cook.config.one_line import OneLineJob
 from cook.config.types import STAGE_NAMES
 
 app = typer.Typer(
@@ -135,38 +136,10 @@ def plan(config: Config = DEFAULT_CONFIG, set: Overrides = None, as_json: AsJson
 
 
 @app.command()
+@options_of(OneLineJob)
 def prune(
-    model: Annotated[str, typer.Argument(help="A model folder, or a name on the Hugging Face Hub.")],
-    data: Annotated[
-        list[str],
-        typer.Option(
-            help="A file or folder of text, JSON lines or parquet; may be repeated. A text file is one document; "
-            "at least two are needed, one of them for evaluation."
-        ),
-    ],
-    keep: Annotated[
-        list[str],
-        typer.Option(
-            metavar="KEY=VALUE",
-            help="What to keep: `params=0.7` or `flops=0.7` of the whole model, or any of `blocks=0.8`, `heads=0.5`, "
-            "`dims=0.7` (shares, or numbers of heads and dims per block).",
-        ),
-    ],
-    output: Annotated[
-        str, typer.Option(help="Folder for everything: `recipe/`, `run/`, `model/` (the small model), `report/`.")
-    ],
-    steps: Annotated[
-        int, typer.Option(min=1, help="Steps in which the masks are learned, with the weights frozen.")
-    ] = 100,
-    finetune_steps: Annotated[int, typer.Option(min=0, help="Steps of finetuning afterwards.")] = 0,
-    teacher: Annotated[
-        str | None, typer.Option(help="`self` (the model with nothing removed), or the folder of another model.")
-    ] = None,
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 512,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 2,
-    learning_rate: Annotated[float, typer.Option(help="Of the weights, in finetuning.")] = 3e-5,
-    text_field: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
-    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
+    model: Annotated[str, typer.Argument()],
+    settings: OneLineJob,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write the recipe, print the plan and stop.")] = False,
 ) -> None:
     """Prune a model with one command: plan, learn masks, reshape, verify, report.
@@ -175,31 +148,17 @@ def prune(
     time, the same command resumes.
     """
     from cook.recipe.dry_run import show_plan
-    from cook.recipe.one_line import OneLineJob, parse_keep, write_recipe
+    from cook.recipe.one_line import write_recipe
     from cook.recipe.start import start
 
-    job = OneLineJob(
-        model=model,
-        data=tuple(data),
-        keep=parse_keep(keep),
-        output=output,
-        steps=steps,
-        finetune_steps=finetune_steps,
-        teacher=teacher,
-        max_length=max_length,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        text_field=text_field,
-        seed=seed,
-    )
-    path, facts = write_recipe(job)
+    path, facts = write_recipe(settings)
     config = str(path)
     show_plan(facts)
     if dry_run:
         return
     start(config, [], stage="all")
-    reshape(config=config, output=str(Path(output) / "model"), verify=True)
-    report(config=config, output=str(Path(output) / "report"))
+    reshape(config=config, output=str(Path(settings.output) / "model"), verify=True)
+    report(config=config, output=str(Path(settings.output) / "report"))
 
 
 @app.command()

@@ -179,11 +179,12 @@ def test_a_mistake_leaves_nothing_behind(tiny, tmp_path, keep, more):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_single_text_file_is_refused(tiny, tmp_path):
+def test_a_single_text_file_is_enough(tiny, tmp_path, capfd):
     data = ["--data", str(tiny / "text" / "a.txt"), "--keep", "dims=0.5", "--output", str(tmp_path / "out")]
-    with pytest.raises(UserError, match="at least 2 text files"):
-        invoke("prune", [str(tiny / "model"), *data])
-    assert not (tmp_path / "out").exists()
+    invoke("prune", [str(tiny / "model"), *data, "--steps", "2", "--max-length", "32"])
+    assert "a single document: its last" in "".join(capfd.readouterr())
+    assert json.loads((tmp_path / "out/run/ffn_mask/done.json").read_text())["held_out_loss"] > 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").config.intermediate_size == 32
 
 
 def test_an_unknown_model_is_told(tmp_path):

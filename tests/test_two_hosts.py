@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.recipe.tiny_run import read_log, write_run
-from tests.two_hosts import Host, TwoHosts, missing, torchrun, until
+from tests.two_hosts import Host, TwoHosts, deepspeed, missing, missing_ssh, start_ssh, torchrun, until
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 STEPS, BOUND = 120, 45.0
@@ -69,6 +69,33 @@ def test_whatever_is_lost_is_named_and_the_same_command_goes_on(tmp_path):
         assert codes == [0, 0], [p.printed()[-3000:] for p in programs]
         assert re.search(r"resuming from step \d+", programs[0].printed())
     assert [r["step"] for r in read_log(run, "pretrain") if "loss" in r] == list(range(1, STEPS + 1))
+    assert (run / "out" / "pretrain" / "done.json").exists() and not (run / "out" / "run.lock").exists()
+
+
+@pytest.mark.skipif(missing_ssh() is not None, reason=str(missing_ssh()))
+def test_deepspeed_over_ssh_trains_on_two_hosts_and_resumes_after_a_lost_rank(tmp_path):
+    run, log = tmp_path / "run", tmp_path / "run" / "out" / "pretrain" / "log.jsonl"
+    write_run(
+        run,
+        ("pretrain",),
+        training__steps=60,
+        training__save_every=10,
+        training__rank_timeout=6.0,
+        training__eval_rows=0,
+    )
+    with TwoHosts(tmp_path / "hosts") as hosts:
+        reach = start_ssh(hosts, tmp_path / "ssh")
+        command = deepspeed(tmp_path / "hostfile", "--stage", "pretrain")
+        program = hosts[0].start(command, run, **reach)
+        assert until(lambda: last_step(log) >= 20, 120), program.printed()[-6000:]
+        kill_rank(hosts)
+        assert until(lambda: not hosts[0].ranks(), BOUND), program.printed()[-6000:]
+        assert program.ended(BOUND) not in (None, 0), program.printed()[-6000:]
+        assert re.search(r"failed: rank 1 .* on host-b.*step \d+", program.printed()), program.printed()[-6000:]
+        program = hosts[0].start(command, run, **reach)
+        assert program.ended(120) == 0, program.printed()[-6000:]
+        assert re.search(r"resuming from step \d+", program.printed())
+    assert [r["step"] for r in read_log(run, "pretrain") if "loss" in r] == list(range(1, 61))
     assert (run / "out" / "pretrain" / "done.json").exists() and not (run / "out" / "run.lock").exists()
 
 

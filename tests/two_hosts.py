@@ -19,6 +19,7 @@ from tests.recipe.tiny_run import own_environment
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 NAMES = ("host-a", "host-b")
 REPOSITORY = Path(__file__).resolve().parents[1]
+SBIN_PATH = f"{os.environ['PATH']}{os.pathsep}/usr/sbin{os.pathsep}/sbin"
 ENTER = 'hostname "$1" && mount --bind "$2" /etc/hosts && shift 2 && exec "$@"'
 
 
@@ -178,6 +179,54 @@ def torchrun(number: int, *options: str, per_node: int = 1, port: int = 29500) -
         "bmcook.json",
         *options,
     ]
+
+
+def missing_ssh() -> str | None:
+    """Why `deepspeed` cannot reach two hosts here; None if it can."""
+    lacking = [tool for tool in ("ssh", "sshd", "ssh-keygen", "pdsh") if not shutil.which(tool, path=SBIN_PATH)]
+    return f"needs: apt-get install openssh-server pdsh ({', '.join(lacking)} missing)" if lacking else None
+
+
+def start_ssh(hosts: Sequence[Host], folder: Path) -> dict[str, str]:
+    """Starts sshd on every host, with keys of its own. Returns the variables with which `ssh` reaches the hosts."""
+    folder.mkdir()
+    for name in ("key", "host_key"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
+    for host in hosts:
+        config = folder / f"sshd-{host.name}"
+        settings = {
+            "ListenAddress": host.address,
+            "HostKey": folder / "host_key",
+            "AuthorizedKeysFile": folder / "key.pub",
+            "PidFile": "none",
+            "UsePAM": "no",
+            "StrictModes": "no",
+            "PermitRootLogin": "prohibit-password",
+            "PasswordAuthentication": "no",
+        }
+        config.write_text("".join(f"{name} {value}\n" for name, value in settings.items()))
+        sshd = shutil.which("sshd", path=SBIN_PATH)
+        # sshd wants an empty folder of this name; /run of this machine stays as it is.
+        run = f"mount -t tmpfs none /run && mkdir /run/sshd && exec {sshd} -D -e -f {config}"
+        host.start(["sh", "-c", run], folder)
+    ssh, real = folder / "bin" / "ssh", shutil.which("ssh")
+    ssh.parent.mkdir()
+    options = (
+        "StrictHostKeyChecking=no",
+        "UserKnownHostsFile=/dev/null",
+        "LogLevel=ERROR",
+        f"IdentityFile={folder}/key",
+    )
+    ssh.write_text(f'#!/bin/sh\nexec {real} -F none {" ".join(f"-o {option}" for option in options)} "$@"\n')
+    ssh.chmod(0o755)
+    return {"PATH": f"{ssh.parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def deepspeed(hostfile: Path, *options: str, port: int = 29501) -> list[str]:
+    """The command that starts a run on all hosts of a hostfile, from the first one."""
+    hostfile.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
+    launcher = ["deepspeed", "--hostfile", str(hostfile), "--master_addr", ADDRESSES[0], "--master_port", str(port)]
+    return [*launcher, str(REPOSITORY / "cook" / "train.py"), "--config", "bmcook.json", *options]
 
 
 def until(happened: Callable[[], bool], seconds: float) -> bool:

@@ -2,40 +2,62 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
-from cook.config.declare import docstrings
+from cook.config.declare import Limits, docstrings
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 
 
 def options_of(section: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command one option per field of a dataclass; the command gets an instance of it as `settings`."""
+    """Gives a command one option per field of a dataclass; the command gets an instance of it as `settings`.
+
+    A field that the command itself declares, as an argument without help, gets its help from the field's docstring.
+    """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        fields, hints = docstrings(section), get_type_hints(section)
+        texts, hints = docstrings(section), get_type_hints(section, include_extras=True)
 
         @functools.wraps(command)
         def with_settings(**given: Any) -> None:
-            own = {name: given.pop(name) for name in fields}
-            command(**given, settings=section(**own))
+            own = {name: given.pop(name) for name in texts}
+            lists = {name: tuple(value) for name, value in own.items() if isinstance(value, list)}
+            command(**given, settings=section(**own | lists))
 
         signature = inspect.signature(command, eval_str=True)
-        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in signature.parameters.values() if p.name != "settings"]
-        for name, text in fields.items():
-            default = getattr(section, name)
-            names = [f"--{name.replace('_', '-')}"] if default is False else []  # others get --x and --no-x
-            annotation: Any = Annotated[hints[name], typer.Option(*names, help=text)]
-            parameters.append(
-                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        parameters = {p.name: p.replace(kind=p.KEYWORD_ONLY) for p in signature.parameters.values()}
+        del parameters["settings"]
+        for field in dataclasses.fields(section):
+            if field.name in parameters:
+                parameters[field.name].annotation.__metadata__[0].help = texts[field.name]
+                continue
+            default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+            parameters[field.name] = inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=default,
+                annotation=_option(field.name, hints[field.name], default, texts[field.name]),
             )
-        with_settings.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        with_settings.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
+        with_settings.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
+        with_settings.__annotations__ = {p.name: p.annotation for p in parameters.values()} | {"return": None}
         return with_settings
 
     return decorate
+
+
+def _option(name: str, hint: Any, default: Any, text: str) -> Any:
+    kind, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    limits: dict[str, Any] = next((mark for mark in marks if isinstance(mark, Limits)), {})
+    if get_origin(kind) is tuple:
+        kind = list[get_args(kind)[0]]  # type: ignore[misc]
+    names = [f"--{name.replace('_', '-')}"] if default is False else []  # others get --x and --no-x
+    option = typer.Option(
+        *names, help=text, min=limits.get("minimum"), max=limits.get("maximum"), metavar=limits.get("metavar")
+    )
+    return Annotated[kind, option]

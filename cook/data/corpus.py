@@ -163,22 +163,19 @@ def split(names: Iterable[str], fraction: float) -> np.ndarray:
         fraction: Expected share of held-out documents, in (0, 1).
 
     Returns:
-        bool (num_documents,), True where held out.
+        bool (num_documents,), True where held out. A single document is not held out.
 
     Raises:
-        UserError: There are fewer than two documents, or the fraction is not between 0 and 1.
+        UserError: There is no document, or the fraction is not between 0 and 1.
     """
     if not 0.0 < fraction < 1.0:
         raise UserError("data.held_out is not a fraction", wanted="between 0 and 1, both excluded", got=fraction)
     place = np.fromiter((unit_hash(name) for name in names), dtype=np.float64)
-    if len(place) < 2:
-        raise UserError(
-            "the corpus has too few documents to hold one out",
-            wanted="at least 2",
-            got=len(place),
-            remedy="give more files, or a separate evaluation corpus in data.held_out_paths",
-        )
+    if not len(place):
+        raise UserError("the corpus has no documents", remedy="give files with text in data.paths")
     held_out = place < fraction
+    if len(place) == 1:
+        return np.zeros(1, bool)
     if not held_out.any():
         held_out[place.argmin()] = True
     elif held_out.all():

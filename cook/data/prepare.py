@@ -45,6 +45,16 @@ class SplitCorpus:
 
     evaluation: Corpus | None
     fingerprint: str
+    share: float = 0.0
+    """Share of a single document that is held out: its end."""
+
+    @property
+    def notes(self) -> list[str]:
+        """How a single document is split; nothing for other corpora."""
+        if not self.share:
+            return []
+        kept, held_out = (len(document.text) for document, _ in self.documents())
+        return [f"a single document: its last {held_out:,} of {kept + held_out:,} characters are held out"]
 
     @property
     def left_out(self) -> LeftOut:
@@ -60,6 +70,12 @@ class SplitCorpus:
 
     def documents(self) -> Iterator[tuple[Document, bool]]:
         """Every document, and whether it is held out."""
+        if self.share:
+            (document,) = self.corpus.documents()
+            cut = break_before(document.text, 1.0 - self.share)
+            yield Document(document.name, document.text[:cut]), False
+            yield Document(f"{document.name}, end", document.text[cut:]), True
+            return
         yield from zip(self.corpus.documents(), self.is_held_out.tolist(), strict=True)
         if self.evaluation is not None:
             yield from ((document, True) for document in self.evaluation.documents())
@@ -86,8 +102,26 @@ def open_split(data: Any) -> SplitCorpus:
         num_documents = sum(1 for _ in corpus.documents())
         key = fingerprint_of(FORMAT, corpus.fingerprint(), evaluation.fingerprint())
         return SplitCorpus(corpus, np.zeros(num_documents, bool), evaluation, key)
-    is_held_out = split((document.name for document in corpus.documents()), data.held_out)
-    return SplitCorpus(corpus, is_held_out, None, fingerprint_of(FORMAT, corpus.fingerprint(), data.held_out))
+    names = [document.name for document in corpus.documents()]
+    is_held_out, share = split(names, data.held_out), 0.0
+    parts = [FORMAT, corpus.fingerprint(), data.held_out]
+    if len(names) == 1:
+        share, parts = data.held_out, [*parts, "end"]
+    return SplitCorpus(corpus, is_held_out, None, fingerprint_of(*parts), share)
+
+
+def break_before(text: str, fraction: float) -> int:
+    """The position at `fraction` of a text, moved back to the nearest paragraph, line or word that begins before it.
+
+    A break is at most a tenth of the text away. Without one the text is cut between two characters.
+    """
+    place = max(1, min(len(text) - 1, int(len(text) * fraction)))
+    earliest = max(0, place - max(1, len(text) // 10))
+    for mark in ("\n\n", "\n", " "):
+        found = text.rfind(mark, earliest, place)
+        if found > 0:
+            return found + len(mark)
+    return place
 
 
 def open_evaluation(data: Any) -> Corpus:

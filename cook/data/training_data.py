@@ -172,6 +172,7 @@ class _Opening:
                 parts = PARTS if number in texts else ("held_out",)
                 place = self._rows(tokens, tokenizer, parts)
                 notes += found.left_out.sentences(where)
+                notes += [f"{where}: {note}" for note in texts[number].notes] if number in texts else []
                 notes += _notes(tokens, place, parts, where)
             else:
                 tasks = self._open_tasks(view, tokenizer, build=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cook.base.errors import UserError, UserErrors
 from cook.base.files import read_json, write_json
+from cook.config.one_line import OneLineJob
 from cook.families.source import open_model
 from cook.pruning.budgets import KEEP_KEYS, Cost, Keep, check_keep, whole_budget
 from cook.pruning.family import ModelSource
@@ -20,48 +20,7 @@ DATA_TYPES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet
 COMPRESSED = {".gz", ".bz2", ".zst"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class OneLineJob:
-    """The options of `cook prune`."""
-
-    model: str
-    """A model folder, or a name on the Hugging Face Hub."""
-
-    data: tuple[str, ...]
-    """Files or folders of text, JSON lines or parquet."""
-
-    keep: Keep
-    """What to keep, such as `{"params": 0.7}`."""
-
-    output: str
-    """Folder for everything the job writes: `recipe/`, `run/`, `model/` (the small model), `report/`."""
-
-    steps: int = 100
-    """Steps in which the masks are learned, with the weights frozen."""
-
-    finetune_steps: int = 0
-    """Steps of finetuning with the masks fixed, afterwards."""
-
-    teacher: str | None = None
-    """`self` (the model with nothing removed), a model folder, or None."""
-
-    max_length: int = 512
-    """Tokens per row."""
-
-    batch_size: int = 2
-    """Rows per step."""
-
-    learning_rate: float = 3e-5
-    """Learning rate of the weights in finetuning."""
-
-    text_field: str = "text"
-    """Key or column that holds the text of JSON lines and tables."""
-
-    seed: int = 0
-    """Random seed."""
-
-
-def parse_keep(values: list[str]) -> dict[str, float]:
+def parse_keep(values: Sequence[str]) -> dict[str, float]:
     """`["dims=0.7", "heads=6"]` as shares (with a decimal point) and numbers (without one).
 
     Raises:
@@ -154,23 +113,16 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
 
 
 def _recipe_files(job: OneLineJob) -> dict[str, Mapping[str, Any]]:
+    keep = parse_keep(job.keep)
     source = open_model(local_model(job.model))
-    scheme, stages = _scheme(job, source)
-    data_type, documents = _data(job.data)
-    if data_type == "text" and documents < 2:
-        raise UserError(
-            f"--data {job.data[0]}: a text file is one document, and one has to be kept for evaluation",
-            wanted="at least 2 text files",
-            got=documents,
-            remedy="split it into several files, or give JSON lines",
-        )
+    scheme, stages = _scheme(job, keep, source)
     bmcook = {
         "output_dir": str(Path(job.output) / "run"),
         "seed": job.seed,
         "model": {"type": "hf", "path": str(source.path)},
         "tokenizer": {"type": "hf", "path": str(source.path), "vocab_size": source.config["vocab_size"]},
         "data": {
-            "type": data_type,
+            "type": _data_type(job.data),
             "paths": list(job.data),
             "text_field": job.text_field,
             "held_out": 0.03,
@@ -208,9 +160,9 @@ def _recipe_files(job: OneLineJob) -> dict[str, Mapping[str, Any]]:
     return {"l0_pruning.json": scheme, "bmcook.json": bmcook}
 
 
-def _scheme(job: OneLineJob, source: ModelSource) -> tuple[dict[str, Any], tuple[str, str]]:
+def _scheme(job: OneLineJob, keep: Keep, source: ModelSource) -> tuple[dict[str, Any], tuple[str, str]]:
     """The pruning scheme, and the names of the mask stage and of the finetuning after it."""
-    adapter, config, keep = source.adapter, source.config, job.keep
+    adapter, config = source.adapter, source.config
     masks = Path(job.output) / "run" / "masks"
     space = adapter.space(config)
     heads = next((g.size * g.members for g in space.groups if g.kind == "heads"), 1)
@@ -270,8 +222,8 @@ def _matrices(source: ModelSource) -> list[str]:
     return sorted({path.split(f".{layer}.", 1)[1] for layer, path in pieces if len(space.shapes[path]) == 2})
 
 
-def _data(paths: tuple[str, ...]) -> tuple[str, int]:
-    """The `data.type` of files and folders, by their endings, and the number of files.
+def _data_type(paths: tuple[str, ...]) -> str:
+    """The `data.type` of files and folders, by their endings.
 
     Raises:
         UserError: a path does not exist, or the formats differ.
@@ -284,7 +236,7 @@ def _data(paths: tuple[str, ...]) -> tuple[str, int]:
         found += [DATA_TYPES.get(_ending(file), "text") for file in files if not file.name.startswith(".")]
     if len(set(found)) != 1:
         raise UserError("--data: one format at a time", wanted="text, JSON lines or parquet", got=sorted(set(found)))
-    return found[0], len(found)
+    return found[0]
 
 
 def _ending(file: Path) -> str:

@@ -120,7 +120,7 @@ def test_a_part_without_a_row_is_refused(tmp_path):
     folder.mkdir()
     for name in ("a", "b", "c"):
         (folder / name).write_text("")
-    with pytest.raises(UserError, match="too few documents"):
+    with pytest.raises(UserError, match="has no documents"):
         rows_of(folder, tmp_path)
     with pytest.raises(UserError, match="train part of the corpus has no text"):
         rows_of(folder, tmp_path, held_out_paths=(str(corpus_file),))
@@ -128,6 +128,25 @@ def test_a_part_without_a_row_is_refused(tmp_path):
     (folder / "b").write_text("long enough for a row " * 9)
     with pytest.raises(UserError, match="data.max_length"):
         rows_of(folder, tmp_path, max_length=12)
+
+
+@pytest.mark.parametrize("mark", ["\n\n", "\n", " ", "x"])
+def test_the_end_of_a_single_document_is_held_out(tmp_path, mark):
+    # Every word occurs once, so that a training text that held a held-out word would be seen.
+    text = mark.join(f"w{number}" for number in range(1000))
+    (tmp_path / "book.txt").write_text(text)
+    corpus = prepare.open_split(section((str(tmp_path / "book.txt"),), held_out=0.1))
+    folder = prepare.prepare_tokens(corpus, Letters(), tmp_path / "cache")
+    (train,), (held_out,) = (read_part(folder, part) for part in ("train", "held_out"))
+    assert train + held_out == text and 0.85 < len(train) / len(text) <= 0.9
+    assert (train.endswith(mark) and held_out.startswith("w")) or mark == "x"
+    assert list(corpus.training_texts()) == [train]
+    assert f"its last {len(held_out):,} of {len(text):,} characters are held out" in corpus.notes[0]
+
+
+@pytest.mark.parametrize("text", ["ab", "\n\n\n", "a b"])
+def test_both_parts_of_the_shortest_document_have_text(text):
+    assert 0 < prepare.break_before(text, 0.97) < len(text)
 
 
 def test_a_tokenizer_is_trained_once_on_training_documents_alone(corpus_folder, tmp_path, monkeypatch):
