@@ -16,7 +16,7 @@ _HOMES = {
     "reshape": "cook.api",
     "verify": "cook.api",
     "attach": "cook.api",
-    "PruningCallback": "cook.api",
+    "PruningCallback": "cook.trainer_callback",
     "load_config": "cook.config.load",
     "open_model": "cook.families.source",
     "read_masks": "cook.pruning.mask_file",

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from cook.base.errors import UserError
 from cook.base.seeds import derived_seed, generator
@@ -33,8 +32,6 @@ from cook.report.human import human_count
 from cook.report.tables import markdown_table
 
 Batch = Mapping[str, torch.Tensor]
-GATES_FILE = "cook_gates.pt"
-"""In the checkpoints of a transformers `Trainer`."""
 TEACHER_WEIGHT, TEACHER_TEMPERATURE = 2.0, 2.0
 """Of the divergence from the teacher, beside the language-modelling loss; measured in `results/bench/quality.json`."""
 
@@ -254,83 +251,6 @@ def verify(
         small.train(small_was)
 
 
-class PruningCallback(TrainerCallback):
-    """Attaches gates when training begins, moves them at each optimizer step, and holds the masks at the end.
-
-    The gates are saved into each checkpoint of the trainer and restored when it resumes.
-
-    ```python
-    callback = cook.PruningCallback(keep={"dims": 0.7})
-    Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
-    small = cook.reshape(model, callback.masks)
-    ```
-
-    Args:
-        keep: What to keep, as for `cook.plan`.
-        steps: Optimizer steps in which the masks are learned; None: all of the training.
-        seed: Of the gates' noise; None: the trainer's.
-    """
-
-    def __init__(self, keep: Keep, *, steps: int | None = None, seed: int | None = None):
-        self._keep, self._steps, self._seed = keep, steps, seed
-        self.gates: LiveGates | None = None
-
-    @property
-    def masks(self) -> dict[str, torch.Tensor]:
-        """The masks as 0 and 1, by group name; what they would be now, while training runs."""
-        assert self.gates is not None, "training has not begun"
-        return self.gates.masks()
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        seed = args.seed if self._seed is None else self._seed
-        self.gates = attach(kwargs["model"], self._keep, steps=self._steps or state.max_steps, seed=seed)
-        if state.global_step:
-            saved = self._file(args, state)
-            self.gates.load_state_dict(torch.load(saved, weights_only=True))
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._forward()
-
-    def on_substep_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._forward()
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        assert self.gates is not None
-        if self.gates.step < self.gates.gates.steps:
-            self.gates.after_backward()
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        assert self.gates is not None
-        if state.is_world_process_zero:
-            torch.save(self.gates.state_dict(), self._file(args, state))
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        assert self.gates is not None
-        self.gates.hold()
-
-    def _forward(self) -> None:
-        assert self.gates is not None
-        if self.gates.step < self.gates.gates.steps:
-            self.gates.before_forward()
-        else:
-            self.gates.hold()
-
-    @staticmethod
-    def _file(args: TrainingArguments, state: TrainerState) -> Path:
-        assert args.output_dir is not None
-        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / GATES_FILE
-
-
 def _family(model: torch.nn.Module) -> tuple[Adapter, dict[str, Any]]:
     config = _config(model)
     adapter = by_config(config)
@@ -342,7 +262,7 @@ def _config(model: torch.nn.Module) -> dict[str, Any]:
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):
         raise UserError(f"{type(model).__name__}: not a transformers model", wanted="a model with a config")
-    return config.to_dict()
+    return dict(config.to_dict())
 
 
 def _source(model: torch.nn.Module, masks: Masks) -> tuple[ModelSource, PruningSpace]:

@@ -6,11 +6,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from cook.base.batches import Batch
 from cook.base.errors import UserError
 from cook.families.layout import Attention, ConfigNames, Family, FeedForward
 from cook.families.stock import masked_inputs, stock_adapter
 from cook.families.stock_models import architecture
-from cook.pruning.family import Batch, ModelConfig
+from cook.pruning.family import ModelConfig
 
 FAMILY = Family(
     family="BERT",

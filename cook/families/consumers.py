@@ -33,13 +33,13 @@ class Misreading:
 
 def _has_own_head_size(config: ModelConfig) -> bool:
     """Whether the head size differs from hidden size / heads, as after removing heads."""
-    return config["hidden_size"] != config["head_dim"] * config["num_attention_heads"]
+    return bool(config["hidden_size"] != config["head_dim"] * config["num_attention_heads"])
 
 
 def _has_own_layer_types(config: ModelConfig) -> bool:
     """Whether windowed and full layers are in another order than the family's, as after removing layers."""
     rest = {name: value for name, value in config.items() if name != "layer_types"}
-    return config["layer_types"] != config_object(rest).layer_types
+    return bool(config["layer_types"] != config_object(rest).layer_types)
 
 
 HEAD_SIZE = "head_dim = hidden_size / num_attention_heads"

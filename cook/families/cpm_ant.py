@@ -13,7 +13,7 @@ from cook.base.errors import UserError
 from cook.families import cpm_ant_formats
 from cook.models import cpm_ant
 from cook.pruning.family import Abilities, Adapter, KeptUnits, ModelConfig, Modeling, Shrunk
-from cook.pruning.units import GatePoint, PruningSpace, UnitGroup, WeightSlice
+from cook.pruning.units import GatePoint, PruningSpace, Site, UnitGroup, WeightSlice
 
 MODEL_TYPE = cpm_ant.CpmAntConfig.model_type
 LOGITS = "input_embedding.weight"
@@ -45,7 +45,16 @@ def _feed_forward(layer: int, dim_ff: int, shapes: Mapping[str, Any]) -> list[Un
     return _block_and_units(layer, "ffn", block, f"{block}.ffn.w_out", (*ins, out), dim_ff, 1, shapes)
 
 
-def _block_and_units(layer, site, block, last_module, slices, size, width, shapes) -> list[UnitGroup]:
+def _block_and_units(
+    layer: int,
+    site: Site,
+    block: str,
+    last_module: str,
+    slices: tuple[WeightSlice, ...],
+    size: int,
+    width: int,
+    shapes: Mapping[str, Any],
+) -> list[UnitGroup]:
     weights = [path for path in shapes if path.startswith(f"{block}.")]
     return [
         UnitGroup(

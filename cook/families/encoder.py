@@ -50,7 +50,8 @@ class Encoder:
 
     def build(self) -> torch.nn.Module:
         """Builds a model of this config; its weights are not loaded yet."""
-        return _auto_class(self.head).from_config(self.config)
+        model: torch.nn.Module = _auto_class(self.head).from_config(self.config)
+        return model
 
 
 def open_encoder(
@@ -173,7 +174,8 @@ def _output_weights(model: torch.nn.Module, config: Any) -> tuple[str, ...]:
 
 def load_encoder(folder: Path, head: Head) -> torch.nn.Module:
     """Loads a model in fp32 and eval mode from a folder that cook wrote, whose modeling file may run."""
-    return _hub(_auto_class(head), str(folder), dtype=torch.float32, trust_remote_code=True).eval()
+    model: torch.nn.Module = _hub(_auto_class(head), str(folder), dtype=torch.float32, trust_remote_code=True)
+    return model.eval()
 
 
 def write_encoder(

@@ -54,7 +54,8 @@ def config_object(config: ModelConfig) -> PreTrainedConfig:
         UserError: the family's config class refuses a value.
     """
     kind: Any = ragged.config_class(config["stock_type"]) if is_ragged(config) else CONFIG_MAPPING[config["model_type"]]
-    return stock_config(kind, config)
+    made: PreTrainedConfig = stock_config(kind, config)
+    return made
 
 
 def check_sizes(family: Family, made: PreTrainedConfig) -> None:
@@ -102,8 +103,10 @@ def build(family: Family, config: ModelConfig) -> torch.nn.Module:
     made = config_object(config)
     check_sizes(family, made)
     if is_ragged(config):
-        return ragged.model_class(made)._from_config(made, dtype=torch.float32)
-    return getattr(transformers, family.auto_class).from_config(made, dtype=torch.float32)
+        model: torch.nn.Module = ragged.model_class(made)._from_config(made, dtype=torch.float32)
+    else:
+        model = getattr(transformers, family.auto_class).from_config(made, dtype=torch.float32)
+    return model
 
 
 def skeleton(family: Family, config: ModelConfig) -> torch.nn.Module:

@@ -47,7 +47,7 @@ class Part:
 def head_dim_of(family: Family, config: PreTrainedConfig) -> int:
     """Features per head."""
     explicit = getattr(config, family.names.head_dim, None) if family.names.head_dim else None
-    return explicit or getattr(config, family.names.hidden) // getattr(config, family.names.heads)
+    return int(explicit or getattr(config, family.names.hidden) // getattr(config, family.names.heads))
 
 
 def heads_of(family: Family, head_dim: int, model: torch.nn.Module, layer: str) -> Heads | None:
@@ -86,7 +86,15 @@ def space(family: Family, config: ModelConfig, head_unit: HeadUnit) -> PruningSp
     return PruningSpace(num_layers=num_layers, shapes=shapes, groups=tuple(groups), logits_weight=logits)
 
 
-def _attention(family, head_dim, head_unit, model, shapes, number, layer) -> list[UnitGroup]:
+def _attention(
+    family: Family,
+    head_dim: int,
+    head_unit: HeadUnit,
+    model: torch.nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    number: int,
+    layer: str,
+) -> list[UnitGroup]:
     table, found = family.attention, heads_of(family, head_dim, model, layer)
     if found is None:
         return []
@@ -115,7 +123,9 @@ def _attention(family, head_dim, head_unit, model, shapes, number, layer) -> lis
     return _block_and_units(table, "att", shapes, number, layer, slices, width, units)
 
 
-def _feed_forward(family, model, shapes, number, layer) -> list[UnitGroup]:
+def _feed_forward(
+    family: Family, model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]], number: int, layer: str
+) -> list[UnitGroup]:
     table = family.ffn
     path = f"{layer}.{table.out}.weight"
     if path not in shapes:
@@ -160,7 +170,7 @@ def _out_slice(model: torch.nn.Module, path: str, width: int) -> WeightSlice:
 def _block_and_units(
     table: Attention | FeedForward,
     site: Site,
-    shapes,
+    shapes: Mapping[str, tuple[int, ...]],
     number: int,
     layer: str,
     slices: tuple[WeightSlice, ...],

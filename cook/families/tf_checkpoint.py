@@ -120,7 +120,7 @@ def open_tf_checkpoint(prefix: Path) -> dict[str, TfTensor]:
 
 def masked_checksum(data: bytes) -> int:
     """The CRC-32C as TensorFlow and LevelDB store it: a checksum of checksums would otherwise be a weak one."""
-    value = google_crc32c.value(data)
+    value: int = google_crc32c.value(data)
     return (((value >> 15) | (value << 17)) + CHECKSUM_MASK) & 0xFFFFFFFF
 
 

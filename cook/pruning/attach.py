@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -63,15 +64,17 @@ class AttachedGates:
         assert value.shape == (group.size,), f"{group.name} has {group.size} units, its mask is {tuple(value.shape)}"
         return value.repeat_interleave(group.gate.repeat) if group.gate.repeat > 1 else value
 
-    def _input_hook(self, name: str):
-        def gate_input(_module: torch.nn.Module, inputs: tuple) -> tuple | None:
+    def _input_hook(self, name: str) -> Callable[..., tuple[Any, ...] | None]:
+        def gate_input(_module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
             z = self._values.get(name)
             return None if z is None else (inputs[0] * z.to(inputs[0].dtype), *inputs[1:])
 
         return gate_input
 
-    def _output_hook(self, name: str):
-        def gate_output(_module: torch.nn.Module, _inputs: tuple, output: torch.Tensor) -> torch.Tensor | None:
+    def _output_hook(self, name: str) -> Callable[..., torch.Tensor | None]:
+        def gate_output(
+            _module: torch.nn.Module, _inputs: tuple[Any, ...], output: torch.Tensor
+        ) -> torch.Tensor | None:
             z = self._values.get(name)
             return None if z is None else output * z.to(output.dtype)
 

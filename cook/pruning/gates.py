@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from cook.base import distributed
 from cook.config.scheme import GatesStart
 from cook.pruning.controller import Constraint, GateController, ramp
 from cook.pruning.relaxation import Deterministic, Relaxation
@@ -136,3 +137,14 @@ class Gates:
         self.values, self.score = state["values"].clone(), state["score"].clone()
         self.start_sparsity, self.gathered = state["start_sparsity"].clone(), int(state["gathered"])
         self.controller.load_state_dict(state)
+
+
+def averaged_gradient(z: torch.Tensor, loss_scale: float) -> torch.Tensor:
+    """∂L/∂z of the global batch, the same on every rank, `[gates]` float32 on the CPU.
+
+    Args:
+        z: The gates of the step, after the backward pass.
+        loss_scale: The factor by which the loss was multiplied before the backward pass, as with fp16.
+    """
+    assert z.grad is not None, "the loss does not depend on the gates"
+    return distributed.all_reduce_sum(z.grad.float() / (loss_scale * distributed.world_size())).cpu()

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from cook.base import distributed
 from cook.pruning.attach import AttachedGates
-from cook.pruning.gates import Gates
+from cook.pruning.gates import Gates, averaged_gradient
 from cook.pruning.units import PruningSpace, UnitGroup
 
 
@@ -68,10 +67,7 @@ class LiveGates:
             False if a gradient is not finite on some rank: the gates did not move and the step is not counted.
         """
         assert self._z is not None, "after_backward without before_forward"
-        assert self._z.grad is not None, "the loss does not depend on the gates"
-        gradient = self._z.grad.float() / (loss_scale * distributed.world_size())
-        gradient = distributed.all_reduce_sum(gradient).cpu()
-        self._z = None
+        gradient, self._z = averaged_gradient(self._z, loss_scale), None
         if not bool(torch.isfinite(gradient).all()):
             return False
         self.step += 1

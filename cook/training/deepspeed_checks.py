@@ -1,34 +1,28 @@
-"""Checks of the DeepSpeed config before an engine is built, and messages while DeepSpeed builds C++ code."""
+"""Import of DeepSpeed, and checks of its config before an engine is made."""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
-import fcntl
 import importlib.util
 import inspect
 import logging
 import os
 import shutil
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from cook.base import distributed
 from cook.base.errors import UserError
 from cook.config.schema import shown
+from cook.training.deepspeed_builds import announced, first_line, is_built
 
 OFFLOADED_KEYS = ("cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory")
 """Deprecated keys of ZeRO; DeepSpeed replaces them only after cook has read the config."""
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-FRESH = 10.0
-"""Seconds within which the process that holds a lock file must be visible."""
-LOCAL_FILE_SYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "overlay", "tmpfs")
 
 
 @cache
@@ -42,7 +36,7 @@ def import_deepspeed() -> Any:
 
     # It configures its logger at import, and prints a page of settings at every start.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    OpBuilder.jit_load = _announced(OpBuilder.jit_load)
+    OpBuilder.jit_load = announced(OpBuilder.jit_load)
     return deepspeed
 
 
@@ -56,7 +50,7 @@ def refusals(deepspeed_config: Mapping[str, Any]) -> Iterator[None]:
         if not keys:
             raise  # not caused by any value of the user's
         raise UserError(
-            f"deepspeed: DeepSpeed cannot make an engine of this configuration: {_first_line(error)}",
+            f"deepspeed: DeepSpeed cannot make an engine of this configuration: {first_line(error)}",
             got=", ".join(f"deepspeed.{key}" for key in keys),
             remedy="remove one key at a time to find the one that it cannot use",
         ) from error
@@ -99,7 +93,7 @@ def _refused(key: str, config: dict[str, Any]) -> Iterator[UserError]:
     except (AttributeError, TypeError, ArithmeticError):
         yield UserError(f"{place}: DeepSpeed cannot use this value", got=shown(config.get(key)))
     except Exception as refusal:  # DeepSpeed raises many kinds of errors
-        yield UserError(f"{place}: DeepSpeed cannot use this: {_first_line(refusal)}", got=shown(config.get(key)))
+        yield UserError(f"{place}: DeepSpeed cannot use this: {first_line(refusal)}", got=shown(config.get(key)))
 
 
 def _old_keys(zero: Any) -> Iterator[UserError]:
@@ -283,7 +277,7 @@ def _tried(make: Callable[..., Any], values: Mapping[str, Any]) -> str | None:
             warnings.simplefilter("ignore")
             make(parameters, **values).step()
     except Exception as error:  # a user's value may cause any error
-        return _first_line(error)
+        return first_line(error)
     return None
 
 
@@ -312,114 +306,10 @@ def _unbuildable(op: str, name: str) -> Iterator[UserError]:
     builder = get_accelerator().create_op_builder(op)
     if builder is None or type(builder).__name__ == "NotImplementedBuilder":
         yield UserError(f"deepspeed.optimizer.type: DeepSpeed has no {name} for this device", got=name, remedy=remedy)
-    elif not installed_ops.get(builder.name) and not _is_built(builder.name):
+    elif not installed_ops.get(builder.name) and not is_built(builder.name):
         missing = [tool for tool in (os.environ.get("CXX", "c++"), "ninja") if shutil.which(tool) is None]
         if torch.cuda.is_available() and cpp_extension.CUDA_HOME is None:
             missing.append("CUDA's toolkit (nvcc)")
         if missing:
             what = f"deepspeed.optimizer.type: {name} is C++ code that must be built first, and {missing[0]} is missing"
             yield UserError(what, wanted="a C++ compiler and ninja, for GPUs also nvcc", remedy=remedy)
-
-
-def _announced(jit_load: Callable[..., Any]) -> Callable[..., Any]:
-    """`OpBuilder.jit_load` that prints what it builds and does not wait for a process that has ended."""
-
-    def load(builder: Any, verbose: bool = True) -> Any:
-        del verbose  # its own output is for developers of the op
-        library, start = _library(builder.name), time.monotonic()
-        _await_lock(library.parent / "lock", builder.name)
-        new = not library.exists()
-        if new:
-            _say(f"building DeepSpeed's {builder.name} (C++): once per machine, usually one to three minutes")
-        try:
-            made = jit_load(builder, verbose=False)
-        except Exception as error:  # compiler, linker, file system: each has its own class of errors
-            raise UserError(
-                f"deepspeed.optimizer: DeepSpeed's {builder.name} could not be built: {_first_line(error)}",
-                remedy=f'see {library.parent}, or remove "optimizer": cook then uses AdamW of torch',
-            ) from error
-        if new:
-            _say(f"built {builder.name} in {time.monotonic() - start:.0f} s: {library}")
-        return made
-
-    return load
-
-
-def _await_lock(lock: Path, name: str) -> None:
-    """Waits while another process builds the same op; removes the lock of a process that was killed.
-
-    torch keeps its lock file open while it builds, and waits for an existing lock file without a timeout.
-    """
-    asked = False
-    while True:
-        handle = os.open(lock.parent, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)  # two ranks must not both find it and remove each other's new lock
-            if not lock.exists():
-                return
-            holder = _holder(lock)
-            if holder is None and time.time() - lock.stat().st_mtime > FRESH:
-                if not _is_local(lock):
-                    if not asked:
-                        _say(f"waiting for {lock}: if no machine builds {name}, remove this file")
-                    asked = True
-                else:
-                    _say(f"removing {lock}: the process that was building {name} has ended")
-                    lock.unlink()
-                    return
-            elif holder is not None and not asked:
-                _say(f"waiting for process {holder}, which builds {name}")
-                asked = True
-        except FileNotFoundError:
-            return
-        finally:
-            os.close(handle)
-        time.sleep(1)
-
-
-def _holder(lock: Path) -> int | None:
-    """The process on this machine that has the file open."""
-    real = os.path.realpath(lock)
-    for entry in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            if os.readlink(entry) == real:
-                return int(entry.parts[2])
-        except OSError:
-            continue  # the process has ended, or belongs to another user
-    return None
-
-
-def _is_local(path: Path) -> bool:
-    """Whether only this machine can open a file there; False if that is unknown."""
-    device = path.stat().st_dev
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    try:
-        lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    except OSError:
-        return False
-    kinds = [line.partition(" - ")[2].split()[0] for line in lines if line.split()[2] == wanted]
-    return bool(kinds) and kinds[0] in LOCAL_FILE_SYSTEMS
-
-
-def _library(name: str) -> Path:
-    from torch.utils import cpp_extension
-
-    return Path(cpp_extension._get_build_directory(name, False)) / f"{name}.so"
-
-
-def _is_built(name: str) -> bool:
-    """Whether `_library` exists, without creating its folder."""
-    from torch.utils import cpp_extension
-
-    root = os.environ.get("TORCH_EXTENSIONS_DIR")
-    roots = [Path(root)] if root else Path(cpp_extension.get_default_build_root()).glob("*")
-    return any((folder / name / f"{name}.so").exists() for folder in roots)
-
-
-def _say(text: str) -> None:
-    if distributed.local_rank() == 0:
-        print(text, flush=True)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

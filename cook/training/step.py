@@ -16,7 +16,7 @@ from cook.base.signals import Request
 from cook.data.token_loss import model_inputs
 from cook.distill.projections import Projections
 from cook.pruning.attach import AttachedGates
-from cook.pruning.gates import Gates
+from cook.pruning.gates import Gates, averaged_gradient
 from cook.training.engine import Engine
 from cook.training.task_loss import TaskLoss, token_loss
 
@@ -108,7 +108,7 @@ def train_step(
         if number < len(micro_batches):
             engine.step()
 
-    z_gradient = _averaged_gate_gradient(engine, z)
+    z_gradient = averaged_gradient(z, engine.loss_scale) if z is not None else None
     map_gradient = _averaged(engine, projections.gradient()) if projections else None
     wishes = loss_sum.new_tensor([float(request in asked) for request in Request])
     health = torch.cat([torch.stack([loss_sum.nan_to_num(), bad.float()]), wishes])
@@ -159,16 +159,6 @@ def _losses(
     output = engine(**model_inputs(batch))
     loss = task_loss(output, batch)
     return loss, loss if extra_loss is None else loss + extra_loss(batch, output.logits)
-
-
-def _averaged_gate_gradient(engine: Engine, z: torch.Tensor | None) -> torch.Tensor | None:
-    """∂L/∂z of the global batch, the same on every rank, `[gates]` float32 on the CPU."""
-    if z is None:
-        return None
-    assert z.grad is not None, "the loss does not depend on the gates"
-    averaged = _averaged(engine, z.grad.float())
-    assert averaged is not None
-    return averaged.cpu()
 
 
 def _averaged(engine: Engine, gradient: torch.Tensor | None) -> torch.Tensor | None:

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from cook.base.errors import UserError, UserErrors
-from cook.training import deepspeed_checks
-from cook.training.deepspeed_checks import _announced, _await_lock, import_deepspeed, refusals
+from cook.training import deepspeed_builds
+from cook.training.deepspeed_builds import _await_lock, announced
+from cook.training.deepspeed_checks import import_deepspeed, refusals
 from cook.training.settings import check_settings
 from tests.training.tiny_training import TRAINING
 
@@ -194,7 +195,7 @@ def test_a_build_that_is_at_work_is_waited_for_by_name(tmp_path, capsys):
 
 def test_a_lock_on_a_shared_file_system_is_only_named(tmp_path, capsys, monkeypatch):
     lock = old(tmp_path / "op" / "lock")
-    monkeypatch.setattr(deepspeed_checks, "LOCAL_FILE_SYSTEMS", ())
+    monkeypatch.setattr(deepspeed_builds, "LOCAL_FILE_SYSTEMS", ())
     monkeypatch.setattr(time, "sleep", lambda _: lock.unlink())
     _await_lock(lock, "op")
     assert f"waiting for {lock}: if no machine builds op, remove this file" in capsys.readouterr().out
@@ -211,10 +212,10 @@ def test_a_build_is_announced_once(tmp_path, capsys, monkeypatch):
         (tmp_path / "some_op" / "some_op.so").touch()
         return "op"
 
-    assert _announced(jit_load)(Builder()) == "op"
+    assert announced(jit_load)(Builder()) == "op"
     said = capsys.readouterr().out
     assert "building DeepSpeed's some_op (C++): once per machine" in said and "built some_op in 0 s" in said
-    assert _announced(jit_load)(Builder()) == "op" and capsys.readouterr().out == ""
+    assert announced(jit_load)(Builder()) == "op" and capsys.readouterr().out == ""
 
 
 def test_a_build_that_fails_says_where_and_what_else_to_do(tmp_path, monkeypatch):
@@ -224,11 +225,11 @@ def test_a_build_that_fails_says_where_and_what_else_to_do(tmp_path, monkeypatch
         raise RuntimeError("Error building extension 'some_op': c++ not found\n...")
 
     with pytest.raises(UserError, match="could not be built: Error building extension 'some_op'") as caught:
-        _announced(jit_load)(Builder())
+        announced(jit_load)(Builder())
     assert str(tmp_path / "some_op") in caught.value.remedy
 
 
-def test_deepspeeds_own_builders_are_announced():
+def test_deepspeeds_own_builders_areannounced():
     import_deepspeed()
     from deepspeed.ops.op_builder.builder import OpBuilder
 
