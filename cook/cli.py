@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import typer
 import cook
 from cook.base.errors import EXIT_FAILED, UserError, run_entry
 from cook.base.signals import heed_launcher
+from cook.base.waiting import choose_waiting
 from cook.commands.data import app as data_commands
 from cook.commands.evaluation import compare, evaluate
 from cook.commands.options import AsJson, options_of
@@ -79,6 +81,11 @@ def invoke(command: str, arguments: list[str] | None = None) -> None:
             raise
 
 
+def _choose_waiting() -> None:
+    if (sentence := choose_waiting()) and os.environ.get("LOCAL_RANK", "0") == "0":
+        print(sentence, flush=True)
+
+
 def _version(asked: bool) -> None:
     if asked:
         print(cook.__version__)
@@ -115,6 +122,7 @@ def train(
 ) -> None:
     """Train one stage, or the whole recipe. Start it with `deepspeed` or `torchrun` for several processes."""
     heed_launcher()
+    _choose_waiting()
     from cook.recipe.start import start
 
     if stage not in (None, "all", *STAGE_NAMES):
@@ -147,6 +155,7 @@ def prune(
     Writes the two configuration files that it stands for, to be edited and run again with `cook train`. Stopped at any
     time, the same command resumes.
     """
+    _choose_waiting()
     from cook.recipe.dry_run import show_plan
     from cook.recipe.one_line import write_recipe
     from cook.recipe.start import start
@@ -213,6 +222,7 @@ def reshape(
 def tasks(context: typer.Context) -> None:
     """Fine-tune, prune or export an encoder on a GLUE task or SQuAD: `cook tasks pretrain|prune|export`."""
     heed_launcher()
+    _choose_waiting()
     from cook.config.tasks import parse_task_options
     from cook.recipe.start import start_task
 

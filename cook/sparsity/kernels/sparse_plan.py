@@ -98,8 +98,16 @@ class Plan:
     @cached_property
     def panels(self) -> Panels:
         """The tiles for the native product."""
+        return self._panels(self.weight.dtype)
+
+    @cached_property
+    def wide_panels(self) -> Panels:
+        """The same in fp32."""
+        return self._panels(torch.float32)
+
+    def _panels(self, dtype: torch.dtype) -> Panels:
         return tile_panels(
-            [(t.inputs, t.outputs, t.weight, t.bias) for t in self.tiles],
+            [(t.inputs, t.outputs, t.weight.to(dtype), t.bias) for t in self.tiles],
             inputs=self.layer.in_features,
             outputs=self.layer.out_features,
             block=self.layer.block,
@@ -136,7 +144,7 @@ class Plan:
 
     def forget(self) -> None:
         """Lets go of the layouts that were made to be measured; the one that is chosen is made again."""
-        for layout in ("dense", "panels", "entries", "buckets", "bucket_outputs"):
+        for layout in ("dense", "panels", "wide_panels", "entries", "buckets", "bucket_outputs"):
             self.__dict__.pop(layout, None)
 
     def compact(self, out_NM: torch.Tensor) -> torch.Tensor:

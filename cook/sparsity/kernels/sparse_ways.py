@@ -47,6 +47,8 @@ def ways(plan: Plan, x_KM: torch.Tensor) -> dict[str, Way]:
         found["native"] = _native
         if len(plan.tiles) == 1 and plan.share < MOST_ENTRIES and x_KM.dtype == torch.float32:
             found["entries"] = _entries
+    elif x_KM.dtype == plan.weight.dtype == torch.bfloat16 and has_native(x_KM.new_empty(0, dtype=torch.float32)):
+        found["native in fp32"] = _native_in_fp32
     return found
 
 
@@ -142,6 +144,15 @@ def _triton(plan: Plan, x_KM: torch.Tensor, out_NM: torch.Tensor) -> None:
 
 def _native(plan: Plan, x_KM: torch.Tensor, out_NM: torch.Tensor) -> None:
     multiply(plan.panels, _in_lines(x_KM), out_NM)
+    plan.fill_bare(out_NM)
+
+
+def _native_in_fp32(plan: Plan, x_KM: torch.Tensor, out_NM: torch.Tensor) -> None:
+    """For bf16 on a processor that does not multiply it: its products are much slower than those in fp32."""
+    wide = WORKSPACE.get("wide", x_KM.shape, plan.wide_panels.biases).copy_(x_KM)
+    product = WORKSPACE.get("wide product", out_NM.shape, wide)
+    multiply(plan.wide_panels, wide, product)
+    out_NM.copy_(product)
     plan.fill_bare(out_NM)
 
 
