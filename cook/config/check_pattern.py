@@ -7,13 +7,12 @@ from collections.abc import Iterator
 
 from cook.base.errors import UserError
 from cook.config.check_paths import refused_folder
-from cook.config.types import PATTERN_METHODS, PatternConfig, PruningConfig, StageEntry
+from cook.config.types import PatternConfig, PruningConfig, StageEntry, method_of
 
 
 def uses_pattern(pruning: PruningConfig, stages: tuple[StageEntry, ...]) -> bool:
     """Returns whether the recipe contains a pattern stage, or the files describe one."""
-    in_recipe = any(entry.name == "pattern" for entry in stages)
-    return in_recipe or (pruning.is_pruning and pruning.mask_method in PATTERN_METHODS)
+    return method_of(pruning) == "pattern" or any(entry.name == "pattern" for entry in stages)
 
 
 def pattern_given(

@@ -9,7 +9,15 @@ from cook.base.errors import UserError
 from cook.config.check_paths import mask_paths
 from cook.config.check_pattern import uses_pattern
 from cook.config.facts import ModelFacts
-from cook.config.types import CoarseConfig, FineConfig, JointConfig, PruningConfig, StageEntry
+from cook.config.types import (
+    CoarseConfig,
+    FineConfig,
+    JointConfig,
+    PruningConfig,
+    StageEntry,
+    method_of,
+    stage_of,
+)
 
 UNITS = ("layer", "att", "ffn", "joint")
 METHODS = {"layer": "coarse-grained", "att": "fine-grained", "ffn": "fine-grained", "joint": "joint"}
@@ -74,7 +82,7 @@ def sections_given(
         reasons = [f"this section, for stages.{unit}_mask" for unit in units if unit in used]
         methods = sorted({METHODS[unit] for unit in units})
         reasons += [
-            f"this section, for pruning.mask_method {method!r}" for method in methods if _describes(pruning, method)
+            f"this section, for pruning.mask_method {method!r}" for method in methods if method_of(pruning) == method
         ]
         if given[section] is None and reasons:
             yield UserError(f"{section}: missing from the scheme", wanted=reasons[0])
@@ -86,9 +94,8 @@ def masks_given(
     """Checks that every stage has a path for its mask, and that no two masks share a file."""
     used = _units_in_recipe(stages)
     if fine is not None:
-        described: set[str] = {fine.prune_mode} if _describes(pruning, "fine-grained") else set()
-        described |= {"joint"} if _describes(pruning, "joint") else set()
-        inner = (used | described) & {"att", "ffn", "joint"}
+        described = str(stage_of(pruning, coarse, fine, None) or method_of(pruning))
+        inner = (used | {described.partition("_")[0]}) & {"att", "ffn", "joint"}
         if fine.heads_mask is None and inner:
             wanted = "the path of the head mask: att mask training writes it, ffn mask training reads it"
             yield UserError("fine-grained.heads_mask: missing", wanted=wanted)
@@ -133,7 +140,7 @@ def layer_mask_given(
     used = _units_in_recipe(stages)
     if fine is None or fine.coarse_mask is not None:
         return
-    if not (used & {"att", "ffn"} or _describes(pruning, "fine-grained")):
+    if not (used & {"att", "ffn"} or method_of(pruning) == "fine-grained"):
         return
     if "layer" in used or facts.layers_removed is False:
         yield UserError(
@@ -163,11 +170,6 @@ def joint_budget_is_one(joint: JointConfig | None) -> Iterator[UserError]:
 
 def _units_in_recipe(stages: tuple[StageEntry, ...]) -> set[str]:
     return {entry.name.partition("_")[0] for entry in stages} & set(UNITS)
-
-
-def _describes(pruning: PruningConfig, method: str) -> bool:
-    """Whether the two files describe a stage of this method."""
-    return pruning.is_pruning and pruning.mask_method == method
 
 
 def _file(path: str) -> str:

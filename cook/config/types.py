@@ -354,17 +354,25 @@ def training_for(config: RunConfig, stage_name: str) -> TrainingConfig:
     return config.training
 
 
+def method_of(pruning: PruningConfig) -> str | None:
+    """Returns the method that the files describe, "pattern" for all patterns; None if they describe no pruning."""
+    if not pruning.is_pruning:
+        return None
+    return "pattern" if pruning.mask_method in PATTERN_METHODS else pruning.mask_method
+
+
 def stage_of(
     pruning: PruningConfig, coarse: CoarseConfig | None, fine: FineConfig | None, joint: JointConfig | None
 ) -> StageName | None:
     """Returns the stage that these sections describe, or None if the section of that stage is missing."""
-    if not pruning.is_pruning:
+    method = method_of(pruning)
+    if method is None:
         return "pretrain"
-    if pruning.mask_method in PATTERN_METHODS:
+    if method == "pattern":
         return "pattern"
-    if pruning.mask_method == "coarse-grained":
+    if method == "coarse-grained":
         return None if coarse is None else "layer_mask" if coarse.train_mask else "layer_finetune"
-    if pruning.mask_method == "joint":
+    if method == "joint":
         return None if joint is None else "joint_mask" if joint.train_mask else "joint_finetune"
     if fine is None:
         return None

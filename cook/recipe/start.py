@@ -83,8 +83,28 @@ def _run(config: RunConfig, stages: Sequence[Stage], *, resume: str) -> None:
             say_finished(stage)
         return
     with ranks(config.output_dir, threads=config.training.threads, rank_timeout=config.training.rank_timeout) as at:
-        for stage in stages:
+        for number, stage in enumerate(stages, start=1):
             LanguageModelRun(stage, resume=resume, at=at).run()
+            _say_remaining(stage, stages[number:])
+
+
+def _say_remaining(stage: Stage, later: Sequence[Stage]) -> None:
+    """Prints how long the later stages will take at the speed of the one that has finished."""
+    from cook.base.distributed import say
+    from cook.base.files import read_json
+    from cook.report.human import human_duration
+
+    def tokens(planned: Stage) -> int:
+        training = planned.config.training
+        return training.steps * training.train_batch_size * planned.config.data.max_length
+
+    seconds = float(read_json(stage.done)["seconds"])
+    if later and seconds:
+        rest = sum(map(tokens, later)) * seconds / tokens(stage)
+        say(
+            f"{stage.name} took {human_duration(seconds)}; at this speed the other {len(later)} stages take "
+            f"{human_duration(rest)}"
+        )
 
 
 def start_task(config: TaskConfig) -> None:

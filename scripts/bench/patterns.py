@@ -1,6 +1,7 @@
 """Pruned matrices against dense ones: tile-wise, tile-wise on both sides, blocks, and a whole BERT-base encoder.
 
-    python scripts/bench/patterns.py [--isa avx2] [--threads 1 2] [--rows 128 1024] [--sparsity 75] [--quick]
+    python scripts/bench/patterns.py [--isa avx2] [--threads 1 2] [--rows 128 1024] [--sparsity 75] [--dtypes float32]
+        [--quick]
 
 One run compares the ways of computing with dense `F.linear` (the encoder: with the stock one), interleaved, medians.
 `chosen` is what the layer picks by itself. `nothing pruned` is the native product of a full matrix: how much of a gain
@@ -140,7 +141,7 @@ def runtimes(
 def matrix_rows(options: argparse.Namespace, threads: int, device: str) -> list[dict[str, Any]]:
     """A line a pattern, shape, number of rows and precision."""
     rows = []
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (getattr(torch, name) for name in options.dtypes):
         name = str(dtype).removeprefix("torch.")
         for pattern in PATTERNS:
             for shape in SHAPES:
@@ -250,7 +251,7 @@ def encoder_rows(options: argparse.Namespace, threads: int, device: str) -> list
             masked.save_pretrained(f"{folder}/masked")
             export_sparse(f"{folder}/masked", f"{folder}/small", masks)
             small = AutoModel.from_pretrained(f"{folder}/small", trust_remote_code=True, add_pooling_layer=False)
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (getattr(torch, name) for name in options.dtypes):
             pair = {"stock": masked.to(device, dtype), "small": small.eval().to(device, dtype)}
             for count in options.rows:
                 ids = torch.randint(0, config.vocab_size, (max(1, count // 128), min(128, count)), device=device)
@@ -327,6 +328,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rows", type=int, nargs="+", default=[128, 1024])
     parser.add_argument("--sparsity", type=float, default=75.0)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=41)
     parser.add_argument("--crossover", type=float, nargs="+", default=[10, 20, 30, 40, 50, 60, 70, 80, 90])
