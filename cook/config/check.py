@@ -9,7 +9,7 @@ from dataclasses import MISSING, dataclass
 from typing import Any
 
 from cook.base.errors import UserError
-from cook.config import check_data, check_distillation, check_paths, check_pattern, check_scheme, check_training
+from cook.config import check_data, check_distillation, check_paths, check_scheme, check_training
 from cook.config.declare import default_of
 from cook.config.facts import model_facts
 from cook.config.types import RunConfig
@@ -41,8 +41,8 @@ CHECKS: tuple[Callable[..., Iterable[UserError]], ...] = (
     check_scheme.sizes_fit,
     check_scheme.layer_mask_given,
     check_scheme.joint_budget_is_one,
-    check_pattern.pattern_given,
-    check_pattern.pattern_stands_alone,
+    check_scheme.pattern_given,
+    check_scheme.pattern_stands_alone,
 )
 """A check's parameters name the sections that it reads. A check is skipped if one of its sections is invalid."""
 

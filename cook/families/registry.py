@@ -6,21 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from cook.base.errors import UserError
-from cook.families import bert, cpm_ant, gemma, gpt2, gpt_neox, llama, opt, phi, qwen
+from cook.families import bert, cpm_ant, decoders
 from cook.models import ragged
 from cook.pruning.family import Adapter
 
-OWN: tuple[Adapter, ...] = (
-    cpm_ant.ADAPTER,
-    *llama.ADAPTERS,
-    *qwen.ADAPTERS,
-    *gemma.ADAPTERS,
-    *phi.ADAPTERS,
-    *gpt2.ADAPTERS,
-    *gpt_neox.ADAPTERS,
-    *opt.ADAPTERS,
-    *bert.ADAPTERS,
-)
+OWN: tuple[Adapter, ...] = (cpm_ant.ADAPTER, *decoders.ADAPTERS, *bert.ADAPTERS)
 _added: list[Adapter] = []
 
 

@@ -11,13 +11,13 @@ z ∈ [0, 1] multiplies the unit; a constraint counts the openness.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from cook.base.seeds import generator
-from cook.pruning.hard_concrete import probability_open, sample, uniform_noise
 
 
 class Relaxation(Protocol):
@@ -144,3 +144,27 @@ class HardConcrete:
 
     def binarization_gradient(self, values: torch.Tensor, hold: float) -> torch.Tensor:  # noqa: ARG002
         return torch.zeros_like(values)
+
+
+BETA = 2 / 3
+GAMMA = -0.1
+ZETA = 1.1
+EPSILON = 1e-6
+SHIFT = -BETA * math.log(-GAMMA / ZETA)
+"""P(z ≠ 0) = σ(logα + SHIFT): the probability that the stretched variable is above 0."""
+
+
+def uniform_noise(size: int, generator: torch.Generator) -> torch.Tensor:
+    """u ~ U(ε, 1 − ε), float32 `[size]`."""
+    return torch.rand(size, generator=generator) * (1 - 2 * EPSILON) + EPSILON
+
+
+def sample(log_alpha: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Gates z ∈ [0, 1] for noise `u`, differentiable in `log_alpha`; same shape, float32 (eq. 10 and 11)."""
+    s = torch.sigmoid((torch.logit(u) + log_alpha) / BETA)
+    return (s * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+
+def probability_open(log_alpha: torch.Tensor) -> torch.Tensor:
+    """P(z ≠ 0) for each gate (eq. 12)."""
+    return torch.sigmoid(log_alpha + SHIFT)

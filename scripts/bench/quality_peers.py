@@ -10,8 +10,7 @@ import torch.nn.functional as F
 
 from cook.pruning.controller import Constraint
 from cook.pruning.gates import Gates
-from cook.pruning.hard_concrete import probability_open, sample, uniform_noise
-from cook.pruning.relaxation import HardConcrete
+from cook.pruning.relaxation import HardConcrete, probability_open, sample, uniform_noise
 from cook.pruning.units import UnitGroup
 
 ONE_SHOT = ("random", "magnitude", "taylor", "fisher", "activation × weight", "fluctuation", "block influence")

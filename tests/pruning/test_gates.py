@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from cook.pruning.controller import Constraint
 from cook.pruning.gates import Gates
-from cook.pruning.hard_concrete import sample
-from cook.pruning.relaxation import Deterministic, HardConcrete
+from cook.pruning.relaxation import Deterministic, HardConcrete, sample
 
 RELAXATIONS = [Deterministic(), HardConcrete()]
 

@@ -12,8 +12,7 @@ from cook.base.errors import UserError
 from cook.config.tasks import TaskConfig
 from cook.recipe.benchmarks.task import task_files
 from cook.recipe.sources import DONE, model_files
-from cook.sparsity.schedule import check_schedule
-from cook.sparsity.spec import PatternSpec, Quirks
+from cook.sparsity.spec import PatternSpec, Quirks, check_schedule
 
 DATA_SETTINGS = ("task_name", "max_length", "doc_stride", "max_query_length")
 FIT_SETTINGS = (
