@@ -26,9 +26,10 @@ def options_of(section: type) -> Callable[[Callable[..., None]], Callable[..., N
 
         @functools.wraps(command)
         def with_settings(**given: Any) -> None:
-            own = {name: given.pop(name) for name in texts}
+            own = {name: given[name] for name in texts}
             lists = {name: tuple(value) for name, value in own.items() if isinstance(value, list)}
-            command(**given, settings=section(**own | lists))
+            rest = {name: value for name, value in given.items() if name in signature.parameters}
+            command(**rest, settings=section(**own | lists))
 
         signature = inspect.signature(command, eval_str=True)
         parameters = {p.name: p.replace(kind=p.KEYWORD_ONLY) for p in signature.parameters.values()}
@@ -57,7 +58,5 @@ def _option(name: str, hint: Any, default: Any, text: str) -> Any:
     if get_origin(kind) is tuple:
         kind = list[get_args(kind)[0]]  # type: ignore[misc]
     names = [f"--{name.replace('_', '-')}"] if default is False else []  # others get --x and --no-x
-    option = typer.Option(
-        *names, help=text, min=limits.get("minimum"), max=limits.get("maximum"), metavar=limits.get("metavar")
-    )
-    return Annotated[kind, option]
+    # Limits are not passed on: typer would report one invalid value at a time.
+    return Annotated[kind, typer.Option(*names, help=text, metavar=limits.get("metavar"))]

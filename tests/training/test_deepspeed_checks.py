@@ -229,8 +229,8 @@ def test_a_build_that_fails_says_where_and_what_else_to_do(tmp_path, monkeypatch
     assert str(tmp_path / "some_op") in caught.value.remedy
 
 
-def test_deepspeeds_own_builders_areannounced():
+def test_deepspeeds_own_builders_are_announced():
     import_deepspeed()
     from deepspeed.ops.op_builder.builder import OpBuilder
 
-    assert OpBuilder.jit_load.__qualname__.startswith("_announced")
+    assert OpBuilder.jit_load.__qualname__.startswith("announced")
