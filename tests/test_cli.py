@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import click
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from cook.base.errors import UserError
 from cook.cli import app, invoke
+from tests.recipe.tiny_run import REPOSITORY, run
 
 COMMANDS = {
     "train": ("--config", "--set", "--stage", "--resume", "--dry-run"),
@@ -179,10 +181,11 @@ def test_a_mistake_leaves_nothing_behind(tiny, tmp_path, keep, more):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_single_text_file_is_enough(tiny, tmp_path, capfd):
+def test_a_single_text_file_is_enough(tiny, tmp_path):
     data = ["--data", str(tiny / "text" / "a.txt"), "--keep", "dims=0.5", "--output", str(tmp_path / "out")]
-    invoke("prune", [str(tiny / "model"), *data, "--steps", "2", "--max-length", "32"])
-    assert "a single document: its last" in "".join(capfd.readouterr())
+    options = [*data, "--steps", "2", "--max-length", "32"]
+    done = run([sys.executable, "-m", "cook", "prune", str(tiny / "model"), *options], REPOSITORY)
+    assert done.code == 0 and "a single document: its last" in done.out, done
     assert json.loads((tmp_path / "out/run/ffn_mask/done.json").read_text())["held_out_loss"] > 0
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").config.intermediate_size == 32
 
