@@ -181,13 +181,17 @@ def test_a_mistake_leaves_nothing_behind(tiny, tmp_path, keep, more):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_single_text_file_is_enough(tiny, tmp_path):
-    data = ["--data", str(tiny / "text" / "a.txt"), "--keep", "dims=0.5", "--output", str(tmp_path / "out")]
-    options = [*data, "--steps", "2", "--max-length", "32"]
-    done = run([sys.executable, "-m", "cook", "prune", str(tiny / "model"), *options], REPOSITORY)
-    assert done.code == 0 and "a single document: its last" in done.out, done
-    assert json.loads((tmp_path / "out/run/ffn_mask/done.json").read_text())["held_out_loss"] > 0
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").config.intermediate_size == 32
+def test_a_single_text_file_is_enough_and_a_program_can_train_twice(tiny, tmp_path):
+    arguments = [str(tiny / "model"), "--data", str(tiny / "text" / "a.txt"), "--steps", "2", "--max-length", "32"]
+    lines = ["from cook.cli import invoke"]
+    for keep in ("dims=0.5", "heads=0.5"):
+        output = str(tmp_path / keep.partition("=")[0])
+        lines.append(f"invoke('prune', {[*arguments, '--keep', keep, '--output', output]!r})")
+    done = run([sys.executable, "-W", "ignore", "-c", "\n".join(lines)], REPOSITORY)
+    assert done.code == 0 and done.out.count("a single document: its last") >= 2, done
+    assert json.loads((tmp_path / "dims/run/ffn_mask/done.json").read_text())["held_out_loss"] > 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "dims" / "model").config.intermediate_size == 32
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "heads" / "model").config.num_attention_heads == 4
 
 
 def test_an_unknown_model_is_told(tmp_path):

@@ -59,7 +59,9 @@ def initialise_processes(threads: int | None, meeting: Meeting | None = None) ->
 def leave_processes() -> None:
     """Destroys the process group; without this a rank that ends is aborted while its connections still work."""
     if distributed.is_on():
-        torch.distributed.destroy_process_group()
+        # DeepSpeed also drops its own references to groups, so that a program can train twice.
+        comm = import_deepspeed().comm
+        (comm if comm.is_initialized() else torch.distributed).destroy_process_group()
 
 
 class Engine:
