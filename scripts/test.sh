@@ -46,5 +46,5 @@ NO_MKDOCS_2_WARNING=1 "$PYTHON" -m mkdocs build --strict --quiet --site-dir "$si
 rm -rf "$site"
 workers=${WORKERS:-$(env -u OMP_NUM_THREADS nproc)}  # nproc reports OMP_NUM_THREADS where it is set
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
-exec "$PYTHON" -m pytest --numprocesses "$workers" --dist loadfile --durations 25 \
+exec "$PYTHON" -m pytest --numprocesses "$workers" --dist loadfile --no-loadscope-reorder --durations 25 \
   ${quick[@]+"${quick[@]}"} "$@"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ from transformers import (
 
 import cook
 from cook.base.errors import UserError
+from tests.recipe.tiny_run import own_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -242,7 +242,7 @@ def test_a_resumed_trainer_ends_with_the_gates_of_the_uninterrupted_one(tmp_path
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_the_examples_run(path):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = own_environment(PYTHONPATH=str(ROOT))
     done = subprocess.run(
         [sys.executable, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=240, env=environment
     )

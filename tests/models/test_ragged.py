@@ -107,11 +107,13 @@ def test_another_process_reads_the_pickle(tmp_path):
         import sys, torch
         from transformers.dynamic_module_utils import init_hf_modules
         init_hf_modules()
+        torch.set_num_threads(int(sys.argv[2]))  # the order of sums depends on it
         model, ids, logits = torch.load(sys.argv[1], weights_only=False)
         assert torch.equal(model(input_ids=ids).logits, logits)
     """
+    code, threads = "\n".join(line.strip() for line in script.splitlines()), str(torch.get_num_threads())
     done = subprocess.run(
-        [sys.executable, "-c", "\n".join(line.strip() for line in script.splitlines()), str(tmp_path / "model.pt")],
+        [sys.executable, "-c", code, str(tmp_path / "model.pt"), threads],
         cwd=tmp_path,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
         capture_output=True,
