@@ -9,7 +9,7 @@ from dataclasses import MISSING, dataclass
 from typing import Any
 
 from cook.base.errors import UserError
-from cook.config import check_data, check_distillation, check_paths, check_scheme, check_training
+from cook.config import check_inputs, check_scheme, check_training
 from cook.config.declare import default_of
 from cook.config.facts import model_facts
 from cook.config.types import RunConfig
@@ -20,20 +20,20 @@ DEFAULTS: dict[str, Any] = {
 """Default values of the sections that the files may omit."""
 
 CHECKS: tuple[Callable[..., Iterable[UserError]], ...] = (
-    check_paths.output_is_safe,
-    check_paths.paths_exist,
+    check_inputs.output_is_safe,
+    check_inputs.paths_exist,
     check_training.model_has_a_source,
     check_training.tokenizer_fits,
-    check_data.data_has_a_source,
-    check_data.sources_fit_together,
-    check_data.binary_data_has_its_tokenizer,
+    check_inputs.data_has_a_source,
+    check_inputs.sources_fit_together,
+    check_inputs.binary_data_has_its_tokenizer,
     check_training.rows_hold_the_prompt,
     check_training.batch_is_whole,
     check_training.deepspeed_agrees,
     check_training.precision_agrees,
     check_training.checkpoints_can_be_trusted,
-    check_distillation.distillation_does_something,
-    check_distillation.teacher_can_teach,
+    check_training.distillation_does_something,
+    check_training.teacher_can_teach,
     check_scheme.mask_is_structured,
     check_scheme.recipe_in_order,
     check_scheme.sections_given,
@@ -53,7 +53,6 @@ class Sections:
 
     values: dict[str, Any]
     """The fields of RunConfig that the files contain, by name."""
-
     invalid: frozenset[str]
     """Names of the fields whose section has errors."""
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 
 from cook.base.errors import UserError
-from cook.config.check_paths import mask_paths, refused_folder
+from cook.config.check_inputs import mask_paths, refused_folder
 from cook.config.facts import ModelFacts
 from cook.config.types import (
     CoarseConfig,
@@ -17,6 +17,7 @@ from cook.config.types import (
     StageEntry,
     method_of,
     stage_of,
+    two_of_four,
 )
 
 UNITS = ("layer", "att", "ffn", "joint")
@@ -27,7 +28,7 @@ def mask_is_structured(pruning: PruningConfig, stages: tuple[StageEntry, ...]) -
     """Checks that a mask of single weights is given only for a pattern method."""
     if pruning.pruning_mask_path is not None and not uses_pattern(pruning, stages):
         yield UserError(
-            f"pruning.pruning_mask_path: {pruning.mask_method} pruning does not use a mask of single weights",
+            f"pruning.pruning_mask_path: {method_of(pruning) or 'plain'} pruning does not use a mask of single weights",
             wanted="null",
             got=pruning.pruning_mask_path,
             remedy="name the masks of this method in the scheme",
@@ -187,7 +188,7 @@ def pattern_given(
     """Checks that a pattern stage has its section and its mask file."""
     if not uses_pattern(pruning, stages):
         return
-    if pattern is None and pruning.mask_method not in ("m4n2_1d", "m4n2_2d"):
+    if pattern is None and two_of_four(pruning) is None:
         yield UserError("pattern: missing", wanted="a section with the pattern's type and sparsity")
     path = pruning.pruning_mask_path
     if path is None or not path.endswith(".safetensors"):

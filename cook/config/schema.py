@@ -51,7 +51,6 @@ class Finding:
 
     section: str
     """Top-level key. Empty if the whole file is affected."""
-
     error: UserError
     """The error to report."""
 

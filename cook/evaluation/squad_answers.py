@@ -20,13 +20,10 @@ class AnswerOptions:
 
     n_best: int = 20
     """Number of start, end and answer candidates to keep."""
-
     max_answer_length: int = 30
     """Largest number of tokens of an answer."""
-
     allows_no_answer: bool
     """True for SQuAD 2.0."""
-
     null_threshold: float = 0.0
     """The answer is empty if the null score exceeds the best answer's score by more than this."""
 

@@ -14,8 +14,7 @@ import torch
 from cook.base.errors import UserError
 from cook.base.tensor_files import LazyTensors, read_model_config
 from cook.export.check import Account, account, auto_class, check_folder, transformers_class
-from cook.export.model_folder import write_live_format, write_model_folder
-from cook.export.publish import published
+from cook.export.model_folder import published, write_live_format, write_model_folder
 from cook.pruning.attach import AttachedGates
 from cook.pruning.family import ModelSource, Stored
 from cook.pruning.mask_file import read_masks, write_mask_file

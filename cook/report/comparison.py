@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cook.report import drawing
 from cook.report.drawing import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, VERMILION
-from cook.report.human import human_count
-from cook.report.tables import MISSING, markdown_table
+from cook.report.tables import MISSING, human_count, markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

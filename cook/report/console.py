@@ -17,8 +17,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column, Table
 from rich.text import Text
 
-from cook.report.human import human_count, human_duration
-from cook.report.tables import plain_table
+from cook.report.tables import human_count, human_duration, plain_table
 
 
 class Progress:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cook.report import drawing
 from cook.report.drawing import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, VERMILION
 from cook.report.events import by_part
-from cook.report.human import human_count
+from cook.report.tables import human_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
