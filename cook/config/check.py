@@ -58,15 +58,7 @@ class Sections:
 
 
 def cross_check(sections: Sections, *, world_size: int | None) -> list[UserError]:
-    """Runs every check whose sections are valid.
-
-    Args:
-        sections: The sections of the configuration.
-        world_size: Number of ranks. None if unknown.
-
-    Returns:
-        All errors found.
-    """
+    """Runs every check whose sections are valid, and returns all errors. `world_size` is None if unknown."""
     known = {name: value for name, value in DEFAULTS.items() if name not in sections.invalid}
     known |= sections.values | {"world_size": world_size}
     errors: list[UserError] = []

@@ -82,9 +82,8 @@ def sources_fit_together(data: DataConfig) -> Iterator[UserError]:
     names = source_names(data)
     for name, count in Counter(names).items():
         if count > 1:
-            yield UserError(
-                f"data.sources: {count} sources have the name {name!r}", wanted="a different name for each source"
-            )
+            what = f"data.sources: {count} sources have the name {name!r}"
+            yield UserError(what, wanted="a different name for each source")
     if data.mixing is not None:
         if len(sources) < 2 or not all(weighed):
             yield UserError("data.mixing: there are no sources to mix", wanted="at least two data.sources with weights")
@@ -151,11 +150,11 @@ def paths_exist(
 ) -> Iterator[UserError]:
     """Checks that the inputs exist. One error lists all missing paths; a path of the wrong kind has its own error."""
     named = [("model.path", model.path), ("tokenizer.path", tokenizer.path)]
-    named += [(f"data.paths.{index}", path) for index, path in enumerate(data.paths)]
-    named += [(f"data.held_out_paths.{index}", path) for index, path in enumerate(data.held_out_paths)]
-    for number, source in enumerate(data.sources):
+    corpora: dict[str, DataConfig | SourceConfig] = {"data": data}
+    corpora |= {f"data.sources.{number}": source for number, source in enumerate(data.sources)}
+    for where, corpus in corpora.items():
         for key in ("paths", "held_out_paths"):
-            named += [(f"data.sources.{number}.{key}.{i}", path) for i, path in enumerate(getattr(source, key))]
+            named += [(f"{where}.{key}.{index}", path) for index, path in enumerate(getattr(corpus, key))]
     teacher = distillation.teacher if distillation is not None else OWN_TEACHER
     if teacher != OWN_TEACHER and not _is_inside(teacher, output_dir):
         named.append(("distillation.teacher", teacher))  # a folder inside output_dir may be written by an earlier stage

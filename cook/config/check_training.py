@@ -10,6 +10,7 @@ from cook.base.errors import UserError
 from cook.config.corpus import DataConfig
 from cook.config.distillation import OWN_TEACHER, DistillationConfig
 from cook.config.facts import ModelFacts
+from cook.config.schema import shown
 from cook.config.types import (
     CoarseConfig,
     FineConfig,
@@ -44,9 +45,10 @@ def model_has_a_source(model: ModelConfig) -> Iterator[UserError]:
         yield UserError("model: neither config nor path is given", wanted="at least one of them")
     elif model.config is None and str(model.path).endswith((".pt", ".bin")):
         yield UserError("model.config: a .pt file does not describe its model", wanted="CPM-Live's keys or their JSON")
-    pairs = (model.config or {}).get("mask_modules")
-    if pairs is not None and model.config is not None and len(pairs) != model.config["num_layers"]:
-        wanted = f"{model.config['num_layers']} pairs, one per layer"
+    config = model.config or {}
+    pairs = config.get("mask_modules")
+    if pairs is not None and len(pairs) != config["num_layers"]:
+        wanted = f"{config['num_layers']} pairs, one per layer"
         yield UserError("model.config.mask_modules: wrong number of layers", wanted=wanted, got=len(pairs))
 
 
@@ -61,27 +63,19 @@ def tokenizer_fits(tokenizer: TokenizerConfig, model: ModelConfig, facts: ModelF
         wanted = "the folder of a Hugging Face tokenizer" if tokenizer.type == "hf" else "CPM-Ant's vocab.txt"
         yield UserError("tokenizer.path: missing", wanted=wanted)
     if facts.vocab_size is not None and tokenizer.vocab_size > facts.vocab_size:
-        yield UserError(
-            "tokenizer.vocab_size: larger than the model's vocabulary",
-            wanted=f"at most {facts.vocab_size} (the model's vocab_size)",
-            got=tokenizer.vocab_size,
-        )
+        what, wanted = "tokenizer.vocab_size: larger than the model's vocabulary", f"at most {facts.vocab_size} "
+        yield UserError(what, wanted=wanted + "(the model's vocab_size)", got=tokenizer.vocab_size)
 
 
 def rows_hold_the_prompt(data: DataConfig, facts: ModelFacts) -> Iterator[UserError]:
     """Checks that a row has room for the prompt and at least one token, and that the model has enough positions."""
-    if facts.max_positions is not None and data.max_length > facts.max_positions:
-        yield UserError(
-            "data.max_length: more than the model's number of positions",
-            wanted=f"at most {facts.max_positions} (the model's max_position_embeddings)",
-            got=data.max_length,
-        )
-    if facts.prompt_length is not None and data.max_length <= facts.prompt_length:
-        yield UserError(
-            "data.max_length: the prompt leaves no room for text",
-            wanted=f"more than {facts.prompt_length} (the model's prompt_length)",
-            got=data.max_length,
-        )
+    length, positions, prompt = data.max_length, facts.max_positions, facts.prompt_length
+    if positions is not None and length > positions:
+        wanted = f"at most {positions} (the model's max_position_embeddings)"
+        yield UserError("data.max_length: more than the model's number of positions", wanted=wanted, got=length)
+    if prompt is not None and length <= prompt:
+        wanted = f"more than {prompt} (the model's prompt_length)"
+        yield UserError("data.max_length: the prompt leaves no room for text", wanted=wanted, got=length)
 
 
 def batch_is_whole(
@@ -112,11 +106,11 @@ def deepspeed_agrees(
         if value is None or value == "auto":
             continue
         for label, own in _trainings(training, stages, (field,)):
-            if not _is_number(value) or value != getattr(own, field):
+            if isinstance(value, bool) or value != getattr(own, field):
                 yield UserError(
                     f"deepspeed.{'.'.join(keys)}: differs from {label}.{field}",
                     wanted=f'"auto" or {getattr(own, field)}',
-                    got=_brief(value),
+                    got=shown(value),
                 )
     accumulation = deepspeed.get("gradient_accumulation_steps", "auto")
     if accumulation != "auto":
@@ -126,10 +120,9 @@ def deepspeed_agrees(
 def _accumulation(
     training: TrainingConfig, stages: tuple[StageEntry, ...], accumulation: Any, world_size: int | None
 ) -> Iterator[UserError]:
-    key = "deepspeed.gradient_accumulation_steps"
+    key, got = "deepspeed.gradient_accumulation_steps", shown(accumulation)
     if not isinstance(accumulation, int) or isinstance(accumulation, bool) or accumulation < 1:
-        wanted = '"auto" or an integer at least 1'
-        yield UserError(f"{key}: not a number of steps", wanted=wanted, got=_brief(accumulation))
+        yield UserError(f"{key}: not a number of steps", wanted='"auto" or an integer at least 1', got=got)
         return
     for label, own in _trainings(training, stages, ("train_batch_size", "micro_batch_size")):
         one_rank = own.rows_at_once(world_size or 1) * accumulation
@@ -139,7 +132,7 @@ def _accumulation(
             yield UserError(
                 f"{key}: train_batch_size = micro_batch_size × accumulation steps × ranks does not hold in {label}",
                 wanted=f"{own.train_batch_size} = {own.micro_batch_size} × accumulation steps × {ranks}",
-                got=_brief(accumulation),
+                got=got,
                 remedy='write "auto"',
             )
 
@@ -151,18 +144,15 @@ def precision_agrees(
     switches = {name: _at(deepspeed, (name, "enabled")) for name in ("bf16", "fp16")}
     for name, value in switches.items():
         if value not in (None, "auto") and not isinstance(value, bool):
-            wanted = 'true, false or "auto"'
-            yield UserError(f"deepspeed.{name}.enabled: not a switch", wanted=wanted, got=_brief(value))
+            what = f"deepspeed.{name}.enabled: not a switch"
+            yield UserError(what, wanted='true, false or "auto"', got=shown(value))
     if switches["bf16"] is True and switches["fp16"] is True:
         yield UserError("deepspeed: bf16 and fp16 are both enabled", wanted="at most one of them")
     for label, own in _trainings(training, stages, ("precision",)):
         for name, value in switches.items():
             if isinstance(value, bool) and own.precision != "auto" and value != (own.precision == name):
-                yield UserError(
-                    f"deepspeed.{name}.enabled: differs from {label}.precision {own.precision!r}",
-                    wanted=f'"auto" or {str(own.precision == name).lower()}',
-                    got=str(value).lower(),
-                )
+                what = f"deepspeed.{name}.enabled: differs from {label}.precision {own.precision!r}"
+                yield UserError(what, wanted=f'"auto" or {shown(own.precision == name)}', got=shown(value))
 
 
 def checkpoints_can_be_trusted(deepspeed: dict[str, Any]) -> Iterator[UserError]:
@@ -174,7 +164,7 @@ def checkpoints_can_be_trusted(deepspeed: dict[str, Any]) -> Iterator[UserError]
         (("checkpoint", "use_node_local_storage"), True, "all ranks must see the whole checkpoint"),
     ):
         if _at(deepspeed, keys) is bad:
-            yield UserError(f"deepspeed.{'.'.join(keys)}: {why}", wanted=str(not bad).lower(), remedy="leave it out")
+            yield UserError(f"deepspeed.{'.'.join(keys)}: {why}", wanted=shown(not bad), remedy="leave it out")
 
 
 def _trainings(
@@ -192,15 +182,6 @@ def _at(tree: dict[str, Any], keys: tuple[str, ...]) -> Any:
     for key in keys:
         node = node.get(key) if isinstance(node, dict) else None
     return node
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def distillation_does_something(distillation: DistillationConfig | None) -> Iterator[UserError]:
@@ -221,8 +202,7 @@ def distillation_does_something(distillation: DistillationConfig | None) -> Iter
                 got=f"scale {scale:g} with {len(modules)} module(s)",
             )
     if distillation.mse_hidn_proj and not hidden:
-        what = "distillation.mse_hidn_proj: no hidden states are compared"
-        yield UserError(what, wanted="mse_hidn_scale above 0")
+        yield UserError("distillation.mse_hidn_proj: no hidden states are compared", wanted="mse_hidn_scale above 0")
 
 
 def teacher_can_teach(
@@ -244,8 +224,8 @@ def teacher_can_teach(
     if distillation.teacher != OWN_TEACHER:
         return
     if distillation.teacher_device != "auto":
-        got = distillation.teacher_device
-        yield UserError('distillation.teacher_device: "self" has no weights of its own', wanted="auto", got=got)
+        what = 'distillation.teacher_device: "self" has no weights of its own'
+        yield UserError(what, wanted="auto", got=distillation.teacher_device)
     if not stages and (described := stage_of(pruning, coarse, fine, joint)):
         trainings = {described: training}
     unfit = [

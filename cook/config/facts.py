@@ -115,11 +115,7 @@ LARGEST = {"num_hidden_layers": 10_000, "n_layer": 10_000, "num_layers": 10_000,
 
 
 def check_counts(config: Mapping[str, Any]) -> None:
-    """Refuses numbers of layers and labels with which transformers would exhaust the memory.
-
-    Raises:
-        UserError: a number is too large. The message names the field.
-    """
+    """Raises UserError for numbers of layers or labels with which transformers would exhaust the memory."""
     for name, largest in LARGEST.items():
         value = config.get(name)
         if isinstance(value, int) and value > largest:
@@ -127,11 +123,7 @@ def check_counts(config: Mapping[str, Any]) -> None:
 
 
 def stock_config(kind: Any, config: Mapping[str, Any]) -> Any:
-    """Creates an object of a config class.
-
-    Args:
-        kind: A config class of transformers, or one derived from it.
-        config: The content of config.json. `PASSING` fields are ignored.
+    """Creates an object of a config class of transformers from a config.json, without its `PASSING` fields.
 
     Raises:
         UserError: the class refuses a value.

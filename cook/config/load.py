@@ -258,12 +258,9 @@ def parse_override(text: str) -> Override:
 
 
 def apply_override(root: dict[str, Any], override: Override) -> Keys:
-    """Applies an override to `root`, in place.
+    """Applies an override to `root`, in place, and returns the keys and list indices of the changed value.
 
     Missing and null objects on the path are created. A list entry is selected by index or, for stages, by name.
-
-    Returns:
-        The keys and list indices of the changed value.
 
     Raises:
         UserError: The path leads through a value without keys, or to a list entry that does not exist.
@@ -285,9 +282,8 @@ def _step(node: Any, key: str, override: Override, place: Keys) -> Any:
     if isinstance(node, dict):
         return key
     if not isinstance(node, list):
-        raise UserError(
-            f"--set {override.text}: {dotted(place)!r} has no keys", wanted="an object or a list", got=shown(node)
-        )
+        what = f"--set {override.text}: {dotted(place)!r} has no keys"
+        raise UserError(what, wanted="an object or a list", got=shown(node))
     if key.isascii() and key.isdigit() and len(key) < 10:
         index = int(key)
     else:
@@ -295,10 +291,8 @@ def _step(node: Any, key: str, override: Override, place: Keys) -> Any:
         index = names.index(key) if key in names else len(node)
     if index >= len(node):
         named = [entry["name"] for entry in node if isinstance(entry, dict) and isinstance(entry.get("name"), str)]
-        raise UserError(
-            f"--set {override.text}: {dotted(place)!r} has no entry {key!r}",
-            wanted=f"an index below {len(node)}" + (f" or one of {', '.join(named)}" if named else ""),
-        )
+        wanted = f"an index below {len(node)}" + (f" or one of {', '.join(named)}" if named else "")
+        raise UserError(f"--set {override.text}: {dotted(place)!r} has no entry {key!r}", wanted=wanted)
     return index
 
 

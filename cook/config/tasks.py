@@ -155,12 +155,7 @@ class TaskConfig:
         return max(1, math.ceil(self.epochs * rows / self.train_batch_size))
 
     def training(self, steps: int, *, frozen: bool = False) -> TrainingConfig:
-        """Returns the training settings of one training of the run.
-
-        Args:
-            steps: Number of optimizer steps.
-            frozen: True: the weights do not change, for scoring.
-        """
+        """Returns the settings of one training of `steps` optimizer steps. `frozen`: the weights do not change."""
         return TrainingConfig(
             steps=steps,
             train_batch_size=self.train_batch_size,
@@ -190,11 +185,7 @@ class TaskConfig:
 
 
 def parse_task_options(arguments: list[str] | None = None) -> TaskConfig:
-    """Parses the command line.
-
-    Raises:
-        UserErrors: all invalid values.
-    """
+    """Parses the command line. Raises UserErrors with all invalid values."""
     options = load_schema("tasks")["properties"]
     parser = argparse.ArgumentParser(
         prog="cook/tasks.py",
@@ -213,9 +204,7 @@ def parse_task_options(arguments: list[str] | None = None) -> TaskConfig:
     values = {name: _parsed(node, given[name]) for name, node in options.items() if given[name] is not None}
     findings = schema_findings(values, "tasks", "options")
     invalid = {finding.section: finding.error.wanted for finding in findings}
-    errors = [
-        UserError(f"--{name}: invalid value", wanted=wanted, got=repr(given[name])) for name, wanted in invalid.items()
-    ]
+    errors = [UserError(f"--{name}: invalid value", wanted=w, got=repr(given[name])) for name, w in invalid.items()]
     sound = {name: value for name, value in values.items() if name not in invalid}
     config = TaskConfig(**sound | {"sparsities": tuple(sound["sparsities"])} if "sparsities" in sound else sound)
     if config.mode == "pretrain" and not config.model:

@@ -49,7 +49,7 @@ def difference(first: Sequence[Answers], second: Sequence[Answers]) -> float:
 
 
 def largest_difference(first: torch.nn.Module, second: torch.nn.Module, batches: Iterable[Batch]) -> float:
-    """`difference` of two models that are both in memory."""
+    """`difference` of two models in memory."""
     batches = list(batches)
     return difference(answers(first, batches), answers(second, batches))
 
@@ -80,8 +80,7 @@ def masked_model(
 ) -> tuple[torch.nn.Module, str]:
     """Returns the whole model with its masked units set to zero, and a description of how it was loaded.
 
-    transformers loads the folder with its own class, and the weights of the masked units are set to zero. cook reads
-    and masks only families that transformers does not have, and weights that are not in a folder.
+    transformers loads the folder with its own class where it has one; else cook reads and masks the model.
     """
     found = transformers_class(source.config) if (source.path / "config.json").is_file() else None
     if found is None:

@@ -57,14 +57,14 @@ def measure_speed(models: Sequence[Loaded], text: str, settings: Settings) -> li
     Raises:
         UserError: prompt and new tokens are longer than a model's context.
     """
-    prompts = {}
+    prompts, by_number = {}, {}
+    wanted = settings.prompts * settings.prompt_tokens
     for number, loaded in enumerate(models):
         _check_positions(loaded, settings.prompt_tokens + settings.new_tokens, "--prompt-tokens")
         ids = text_ids(loaded, text)
-        wanted = settings.prompts * settings.prompt_tokens
         repeated = ids.repeat(math.ceil(wanted / len(ids)))[:wanted]
         prompts[str(number)] = repeated.view(settings.prompts, settings.prompt_tokens)
-    by_number = {str(number): loaded.model for number, loaded in enumerate(models)}
+        by_number[str(number)] = loaded.model
     speeds = generation_speed(by_number, prompts, new_tokens=settings.new_tokens, repeats=settings.repeats)
     return [speed.as_record() for speed in speeds.values()]
 
@@ -118,38 +118,31 @@ def read_texts(paths: Sequence[str]) -> str:
     Raises:
         UserError: one is missing, not UTF-8, or all are empty.
     """
-    text = "\n".join(map(_read_text, paths))
-    if not text.strip():
+    texts = []
+    for path in paths:
+        try:
+            texts.append(Path(path).read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            remedy = "convert it to UTF-8"
+            raise UserError(f"{path}: not UTF-8 at byte {error.start}", remedy=remedy) from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if not any(text.strip() for text in texts):
         raise UserError("there is nothing to score", got=", ".join(paths))
-    return text
-
-
-def _read_text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    return "\n".join(texts)
 
 
 RATIOS = ("parameters", "prefill_tokens_per_second", "decode_tokens_per_second", "peak_memory_bytes")
 
 
 def compare(entries: Sequence[Entry], text: str, settings: Settings, *, files: Sequence[str]) -> dict[str, Any]:
-    """Measures the models.
+    """Measures several models, of which the first is the reference.
 
     With timing, all models are in memory together, so that they can take turns. Without timing, each model is freed
     before the next is loaded.
 
-    Args:
-        entries: The models; the first one is the reference.
-        text: The text to score.
-        settings: The settings of the measurement.
-        files: The files that the text comes from, for the record.
-
     Returns:
-        `{"data", "settings", "same_tokens", "models": [record of a model with its name and ratios to the first]}`.
+        `{"data": files, "settings", "same_tokens", "models": [record with the model's name and ratios to the first]}`.
 
     Raises:
         UserError: two models have the same name, or a model cannot be measured.
@@ -173,25 +166,18 @@ def compare(entries: Sequence[Entry], text: str, settings: Settings, *, files: S
         for record, speed in zip(records, measure_speed(models, text, settings), strict=True):
             record.update(speed)
     for record in records:
-        record["ratio_to_first"] = {
-            key: record[key] / records[0][key] for key in RATIOS if record.get(key) and records[0].get(key)
-        }
-    return {
-        "data": list(files),
-        "settings": dataclasses.asdict(settings),
-        "same_tokens": same_tokens,
-        "models": records,
-    }
+        known = [key for key in RATIOS if record.get(key) and records[0].get(key)]
+        record["ratio_to_first"] = {key: record[key] / records[0][key] for key in known}
+    settled = dataclasses.asdict(settings)
+    return {"data": list(files), "settings": settled, "same_tokens": same_tokens, "models": records}
 
 
 def write_comparison(comparison: dict[str, Any], folder: Path) -> None:
     """Prints the table; writes `comparison.json` and `comparison.png` into `folder`."""
     records, same_tokens = comparison["models"], comparison["same_tokens"]
-    first = records[0]
-    settings = comparison["settings"]
-    steps = f", stride {settings['stride']}" if settings["stride"] else ""
-    title = f"{', '.join(Path(file).name for file in comparison['data'])}: {first['method']}, {settings['window']} "
-    title += f"tokens{steps}"
+    settings, files = comparison["settings"], ", ".join(Path(file).name for file in comparison["data"])
+    stride = f", stride {settings['stride']}" if settings["stride"] else ""
+    title = f"{files}: {records[0]['method']}, {settings['window']} tokens{stride}"
     print(comparison_table(records, same_tokens=same_tokens))
     if not same_tokens:
         print("The models' tokenizers differ, so their losses and perplexities per token cannot be compared.")

@@ -13,12 +13,12 @@ import numpy as np
 from cook.data.benchmarks.squad import Question
 
 Metrics = dict[str, float]
+Scores = Mapping[str, float]
+"""A number per question, by id."""
 
 
 def glue_metrics(task: str, predictions: np.ndarray, targets: np.ndarray) -> Metrics:
-    """All metrics of a task, as fractions.
-
-    A correlation that is undefined because all predictions are equal counts as 0.
+    """All metrics of a GLUE task, as fractions. A correlation of equal predictions, which is undefined, counts as 0.
 
     Args:
         task: The task's name in `cook.data.benchmarks.glue.GLUE_TASKS`.
@@ -86,10 +86,7 @@ def exact_match(prediction: str, answer: str) -> float:
 def f1(prediction: str, answer: str, *, empty_counts: bool) -> float:
     """Harmonic mean of precision and recall over words.
 
-    Args:
-        prediction: The answer given.
-        answer: The reference.
-        empty_counts: True for version 2.0, where two texts without words agree; in 1.1 they score 0.
+    `empty_counts` is for version 2.0, where two texts without words agree; in 1.1 they score 0.
     """
     given, wanted = normalised(prediction).split(), normalised(answer).split()
     if empty_counts and not (given and wanted):
@@ -153,28 +150,20 @@ def _percent(values: Sequence[float]) -> float:
     return 100.0 * sum(values) / len(values) if values else 0.0
 
 
-def _with_threshold(
-    scores: Mapping[str, float], odds: Mapping[str, float], answerable: Mapping[str, bool], threshold: float
-) -> dict[str, float]:
+def _with_threshold(scores: Scores, odds: Scores, answerable: Mapping[str, bool], threshold: float) -> dict[str, float]:
     return {
         key: float(not answerable[key]) if odds.get(key, 0.0) > threshold else score for key, score in scores.items()
     }
 
 
 def _best(
-    predictions: Mapping[str, str],
-    scores: Mapping[str, float],
-    odds: Mapping[str, float],
-    answerable: Mapping[str, bool],
+    predictions: Mapping[str, str], scores: Scores, odds: Scores, answerable: Mapping[str, bool]
 ) -> tuple[float, float]:
     """The best score over all thresholds, in percent, and its threshold: starts without answers, adds one by one."""
     current = best = float(sum(not has for has in answerable.values()))
     threshold = 0.0
     for key in sorted(scores, key=lambda key: odds.get(key, 0.0)):
-        if answerable[key]:
-            current += scores[key]
-        else:
-            current -= 1.0 if predictions[key] else 0.0
+        current += scores[key] if answerable[key] else -float(bool(predictions[key]))
         if current > best:
             best, threshold = current, odds.get(key, 0.0)
     return 100.0 * best / max(1, len(scores)), threshold

@@ -74,9 +74,6 @@ def checked(settings: Settings) -> Settings:
 
 
 def device_of(settings: Settings) -> str:
-    """The device that the settings name."""
     import torch
 
-    if settings.device != "auto":
-        return settings.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"

@@ -25,9 +25,9 @@ LARGEST_TIMED = 2_000_000_000
 def median_seconds(
     actions: Mapping[str, Callable[[], object]], device: torch.device, *, repeats: int = 5
 ) -> dict[str, float]:
-    """Measures the median seconds of each action.
+    """Measures the median seconds of each action, in turns; one warm-up round is not counted.
 
-    The actions take turns, so that changes of the machine's speed affect all alike; one warm-up round is not counted.
+    Turns let changes of the machine's speed affect all alike.
     """
     times: dict[str, list[float]] = {name: [] for name in actions}
     for number in range(repeats + 1):
@@ -43,11 +43,7 @@ def median_seconds(
 
 @torch.no_grad()
 def forward_seconds(
-    models: Mapping[str, torch.nn.Module],
-    batches: Sequence[Batch],
-    device: torch.device,
-    *,
-    repeats: int = 5,
+    models: Mapping[str, torch.nn.Module], batches: Sequence[Batch], device: torch.device, *, repeats: int = 5
 ) -> dict[str, float]:
     """Median seconds of one pass over `batches` for each model."""
     inputs = [on_device(model_inputs(batch), device) for batch in batches]
@@ -105,19 +101,18 @@ class GenerationSpeed:
 def generation_speed(
     models: Mapping[str, torch.nn.Module], prompts: Mapping[str, torch.Tensor], *, new_tokens: int, repeats: int = 5
 ) -> dict[str, GenerationSpeed]:
-    """Median prefill and decode times of each model; the models take turns, after one round that is not counted.
+    """Median prefill and decode times of each model over `repeats` rounds, after one round that is not counted.
 
     Args:
-        models: Causal language models that can keep a cache.
+        models: Causal language models that can keep a cache. They take turns.
         prompts: For each model its token ids, (rows, prompt), on its device.
         new_tokens: Tokens to decode per row after the first.
-        repeats: Number of rounds; the median is reported.
+        repeats: Number of rounds.
 
     Raises:
         UserError: a model has no cache.
     """
-    prefills: dict[str, list[float]] = {name: [] for name in models}
-    decodes: dict[str, list[float]] = {name: [] for name in models}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     for number in range(repeats + 1):
         for name, model in models.items():
             ids, device = prompts[name], prompts[name].device
@@ -135,18 +130,13 @@ def generation_speed(
                 out = model(input_ids=following, past_key_values=out.past_key_values, use_cache=True)
             _wait(device)
             if number:
-                prefills[name].append(middle - start)
-                decodes[name].append(time.perf_counter() - middle)
-    return {
-        name: GenerationSpeed(
-            rows=prompts[name].shape[0],
-            prompt=prompts[name].shape[1],
-            new_tokens=new_tokens,
-            prefill=statistics.median(prefills[name]),
-            decode=statistics.median(decodes[name]),
-        )
-        for name in models
-    }
+                times[name].append((middle - start, time.perf_counter() - middle))
+    speeds = {}
+    for name in models:
+        rows, length = prompts[name].shape
+        prefill, decode = (statistics.median(values) for values in zip(*times[name], strict=True))
+        speeds[name] = GenerationSpeed(rows=rows, prompt=length, new_tokens=new_tokens, prefill=prefill, decode=decode)
+    return speeds
 
 
 def _wait(device: torch.device) -> None:
@@ -162,8 +152,7 @@ RESET_PEAK = "5"  # proc(5): resets the peak resident set size to the current on
 class PeakMemory:
     """A context that measures the peak memory inside it, minus the memory at its start.
 
-    On a GPU: bytes of tensors, from PyTorch's allocator. On a CPU: the process's resident memory, from
-    Linux.
+    On a GPU: bytes of tensors, from PyTorch's allocator. On a CPU: the process's resident memory, from Linux.
     """
 
     bytes: int | None = None
@@ -183,14 +172,11 @@ class PeakMemory:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._before is None:
-            return
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-            peak = torch.cuda.max_memory_allocated(self._device)
-        else:
-            peak = _status("VmHWM")
-        self.bytes = max(0, peak - self._before)
+        if self._before is not None:
+            _wait(self._device)
+            on_gpu = self._device.type == "cuda"
+            peak = torch.cuda.max_memory_allocated(self._device) if on_gpu else _status("VmHWM")
+            self.bytes = max(0, peak - self._before)
 
 
 def _start_of_resident() -> int | None:

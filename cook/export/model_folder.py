@@ -138,7 +138,7 @@ def write_tokenizer(folder: Path, tokenizer: SavesTokenizer) -> None:
 
 
 def copy_generation_config(source: Path, folder: Path) -> None:
-    """Copies the generation config of another model folder, if it has one."""
+    """Copies the generation config of another model folder, if there is one."""
     if (source / "generation_config.json").is_file():
         shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
 

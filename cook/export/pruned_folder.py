@@ -44,13 +44,13 @@ def prune_to_folder(
 ) -> Pruned:
     """Reshapes a model tensor by tensor into `output`, which appears only once it is complete and checked.
 
-    Peak memory is one source tensor and one output shard.
+    Peak memory is one source tensor and one output shard. An earlier export at `output` is replaced.
 
     Args:
         source: The masked model.
         space: The model's space.
         masks: 0/1 per unit, by group name.
-        output: The folder to write; an earlier export there is replaced.
+        output: The folder to write.
         record: Masks to store in the folder instead of `masks`.
 
     Raises:

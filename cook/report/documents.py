@@ -38,10 +38,10 @@ def write_report(
 
     Args:
         folder: The folder to write to. Made if missing.
-        rows: The rows of the table, the dense model first.
-        figures: The figures, shown below the table in this order.
+        rows: The models, the dense model first.
+        figures: Shown below the table, in this order.
         title: The title of the report.
-        notes: Paragraphs between the table and the figures, for example about the machine and the measurements.
+        notes: Paragraphs between the table and the figures.
     """
     path = Path(folder) / REPORT_NAME
     parts = [f"# {title}", ladder_table(rows), *notes]
@@ -52,6 +52,10 @@ def write_report(
     return path
 
 
+_LOSS_NOTE = (
+    "Held-out loss is the mean over tokens, in nats, of text kept out of training. "
+    "Speeds compare only within this table."
+)
 # The form of `base_model` in the front matter: a model's name on the Hub. A local path does not belong there.
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -123,12 +127,6 @@ def model_card(card: ModelCard) -> str:
     return "\n\n".join([*sections, "## Licence", licence]) + "\n"
 
 
-_LOSS_NOTE = (
-    "Held-out loss is the mean over tokens, in nats, of text kept out of training. "
-    "Speeds compare only within this table."
-)
-
-
 def _front_matter(card: ModelCard) -> str:
     # JSON strings are valid YAML strings. No value can end its line or change its type ("no" stays a string).
     lines = ["library_name: transformers", f"pipeline_tag: {card.pipeline}", f"license: {json.dumps(card.license)}"]
@@ -152,21 +150,16 @@ def _loading(card: ModelCard) -> str:
     options = ", trust_remote_code=True" if card.trust_remote_code else ""
     # The tokenizer needs no code from the folder. Without this argument, transformers would ask about the model's code.
     plain = ", trust_remote_code=False" if card.trust_remote_code else ""
-    code = "\n".join(
-        [
-            f"from transformers import {card.auto_class}, AutoTokenizer",
-            "",
-            f'tokenizer = AutoTokenizer.from_pretrained("{_PLACEHOLDER}"{plain})',
-            f'model = {card.auto_class}.from_pretrained("{_PLACEHOLDER}"{options})',
-        ]
+    code = (
+        f"from transformers import {card.auto_class}, AutoTokenizer\n\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("{_PLACEHOLDER}"{plain})\n'
+        f'model = {card.auto_class}.from_pretrained("{_PLACEHOLDER}"{options})'
     )
-    why = (
-        "Stock transformers has no class for this shape: it runs the modeling file in the folder."
-        if card.trust_remote_code
-        else "Stock transformers loads it; no code from the folder is run."
-    )
-    warnings = [f"- Warning: {sentence}." for sentence in card.misread_by]
-    return "\n\n".join([_fenced(code, "python"), why, *(["\n".join(warnings)] if warnings else [])])
+    why = "Stock transformers loads it; no code from the folder is run."
+    if card.trust_remote_code:
+        why = "Stock transformers has no class for this shape: it runs the modeling file in the folder."
+    warnings = "\n".join(f"- Warning: {sentence}." for sentence in card.misread_by)
+    return "\n\n".join(part for part in (_fenced(code, "python"), why, warnings) if part)
 
 
 def _verification(card: ModelCard) -> str:

@@ -19,10 +19,7 @@ def plot_structure(structure: Mapping[str, Any], path: str | Path) -> Path:
     Args:
         structure: `{"layers": [{"att": [0 or 1, …] or None, "ffn": [0 or 1, …] or None}, …]}`, first layer first. 1 is
             a kept head or dimension. None or an empty list is a removed block.
-        path: The image file.
-
-    Returns:
-        The path.
+        path: The image file, which is also returned.
     """
     layers = structure["layers"]
     if not layers:
@@ -116,15 +113,7 @@ def _summary(block: str, units: str, rows: Sequence[Sequence[int]]) -> str:
 Curve = Sequence[tuple[float, float]]
 """Points (sparsity in percent, metric)."""
 
-COLOURS = (
-    drawing.BLUE,
-    drawing.VERMILION,
-    drawing.GREEN,
-    drawing.ORANGE,
-    drawing.PURPLE,
-    drawing.INK,
-    drawing.GREY,
-)
+COLOURS = (BLUE, drawing.VERMILION, drawing.GREEN, drawing.ORANGE, drawing.PURPLE, INK, GREY)
 MARKERS = "osD^vPX"
 
 
@@ -135,7 +124,7 @@ def plot_metric_curves(
 
     Args:
         curves: Points (sparsity in percent, metric) by name.
-        path: The PNG file to write.
+        path: The PNG file, which is also returned.
         metric: Label of the vertical axis.
         title: Title of the figure.
         dense: The metric of the dense model, if known.
@@ -156,13 +145,7 @@ def plot_metric_curves(
 
 
 def plot_sparsity_by_matrix(sparsity: Mapping[tuple[int, str], float], path: str | Path, *, title: str) -> Path:
-    """Draws the sparsity of every matrix as a table of layers and roles.
-
-    Args:
-        sparsity: Sparsity from 0 to 1, by layer and role.
-        path: The PNG file to write.
-        title: Title of the figure.
-    """
+    """Draws the sparsity of every matrix, from 0 to 1 by layer and role, as a table. Returns the path of the PNG."""
     layers = sorted({layer for layer, _ in sparsity})
     roles = list(dict.fromkeys(role for _, role in sparsity))
     values = [[sparsity.get((layer, role), float("nan")) for role in roles] for layer in layers]

@@ -21,7 +21,7 @@ def human_count(value: float) -> str:
     if abs(value) < 1000 and float(value).is_integer():
         return str(int(value))
     size = abs(value)
-    # The unit is chosen after rounding, so that 999,950 is 1.00M and never 1000k.
+    # Rounding comes before the choice of the unit, so that 999,950 is 1.00M and never 1000k.
     rounded = float(f"{size:.2e}") if size >= 1000 or size >= 999.5 else size
     power = min(int(math.log10(rounded) + 1e-9) // 3, len(_UNITS) - 1) if rounded >= 1 else 0
     scaled = rounded / 1000**power

@@ -59,19 +59,15 @@ class Tokenizer(Protocol):
 
 
 TOKENIZERS: dict[str, type[SentencePieceTokenizer] | type[HuggingFaceTokenizer] | type[JiebaTokenizer]] = {
-    "sentencepiece": SentencePieceTokenizer,
-    "hf": HuggingFaceTokenizer,
-    "jieba": JiebaTokenizer,
+    "sentencepiece": SentencePieceTokenizer,  # a .model file
+    "hf": HuggingFaceTokenizer,  # a folder for AutoTokenizer
+    "jieba": JiebaTokenizer,  # CPM-Ant's vocab.txt
 }
 """Tokenizer classes by `tokenizer.type`."""
 
 
 def load_tokenizer(type: str, path: str) -> Tokenizer:
-    """Loads a tokenizer.
-
-    Args:
-        type: `sentencepiece` (a `.model` file), `hf` (a folder for AutoTokenizer) or `jieba` (CPM-Ant's `vocab.txt`).
-        path: The file or folder.
+    """Loads a tokenizer of a type from `TOKENIZERS`.
 
     Raises:
         UserError: The type is unknown, or the path does not contain such a tokenizer.

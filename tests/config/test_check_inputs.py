@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import cook.config.check_inputs as check_paths
+from cook.config import check_inputs
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_impossible_names_are_missing(errors_of, bmcook, name):
     assert errors_of()[0].startswith("1 path(s) do not exist")
 
 
-REPOSITORY = str(Path(check_paths.__file__).parents[2])
+REPOSITORY = str(Path(check_inputs.__file__).parents[2])
 
 
 @pytest.mark.parametrize(
