@@ -55,16 +55,14 @@ def model_has_a_source(model: ModelConfig) -> Iterator[UserError]:
 def tokenizer_fits(tokenizer: TokenizerConfig, model: ModelConfig, facts: ModelFacts) -> Iterator[UserError]:
     """Checks that every id of the tokenizer has a row in the embedding."""
     if model.type == "hf" and tokenizer.type == "sentencepiece" and tokenizer.path is None:
-        yield UserError(
-            "tokenizer.path: missing; a pretrained model needs its own tokenizer, not a newly trained one",
-            wanted='the tokenizer of the model: type "hf" and its folder, or its sentencepiece file',
-        )
+        what = "tokenizer.path: missing; a pretrained model needs its own tokenizer, not a newly trained one"
+        yield UserError(what, wanted='the tokenizer of the model: type "hf" and its folder, or its sentencepiece file')
     if tokenizer.type != "sentencepiece" and tokenizer.path is None:
         wanted = "the folder of a Hugging Face tokenizer" if tokenizer.type == "hf" else "CPM-Ant's vocab.txt"
         yield UserError("tokenizer.path: missing", wanted=wanted)
     if facts.vocab_size is not None and tokenizer.vocab_size > facts.vocab_size:
-        what, wanted = "tokenizer.vocab_size: larger than the model's vocabulary", f"at most {facts.vocab_size} "
-        yield UserError(what, wanted=wanted + "(the model's vocab_size)", got=tokenizer.vocab_size)
+        what, wanted = "tokenizer.vocab_size: larger than the model's vocabulary", f"at most {facts.vocab_size}"
+        yield UserError(what, wanted=f"{wanted} (the model's vocab_size)", got=tokenizer.vocab_size)
 
 
 def rows_hold_the_prompt(data: DataConfig, facts: ModelFacts) -> Iterator[UserError]:
@@ -83,7 +81,8 @@ def batch_is_whole(
 ) -> Iterator[UserError]:
     """Checks that train_batch_size = micro_batch_size × accumulation steps × ranks in every stage, in whole numbers."""
     for label, own in _trainings(training, stages, ("train_batch_size", "micro_batch_size")):
-        at_once = own.rows_at_once(world_size or 1) * (world_size or 1)
+        rows = own.rows_at_once(world_size or 1)
+        at_once = rows * (world_size or 1)
         if own.train_batch_size % at_once:
             ranks = f" × {world_size} ranks" if world_size else ""
             lower = own.train_batch_size // at_once * at_once
@@ -91,7 +90,7 @@ def batch_is_whole(
             yield UserError(
                 f"{label}.train_batch_size: train_batch_size = micro_batch_size × accumulation steps × ranks "
                 "does not give a whole number of accumulation steps",
-                wanted=f"a multiple of micro_batch_size {own.rows_at_once(world_size or 1)}{ranks} = {at_once}",
+                wanted=f"a multiple of micro_batch_size {rows}{ranks} = {at_once}",
                 got=own.train_batch_size,
                 remedy=f"set it to {choices}, or choose another micro_batch_size",
             )

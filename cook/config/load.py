@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
@@ -94,31 +95,33 @@ class _Reader:
 
     def read(self, path: str) -> Any:
         """Parses a file. If it cannot be read, records the error and returns UNREADABLE."""
+        with self.collecting():
+            try:
+                return read_json(path)
+            except ValueError as error:  # a NUL in the path, or a number with thousands of digits
+                raise UserError(f"{path}: cannot be read: {error}") from None
+        return UNREADABLE
+
+    @contextmanager
+    def collecting(self, *sections: str) -> Iterator[None]:
+        """Records a UserError that is raised inside, and the sections that it makes invalid."""
         try:
-            return read_json(path)
+            yield
         except UserError as error:
             self.errors.append(error)
-        except ValueError as error:
-            # A NUL in the path, or a number with thousands of digits.
-            self.errors.append(UserError(f"{path}: cannot be read: {error}"))
-        return UNREADABLE
+            self.invalid |= set(sections)
 
     def parse(self, overrides: Sequence[str]) -> list[Override]:
         parsed = []
         for text in overrides:
-            try:
+            with self.collecting():
                 parsed.append(parse_override(text))
-            except UserError as error:
-                self.errors.append(error)
         return parsed
 
     def apply(self, settings: Sequence[Override], root: dict[str, Any]) -> None:
         for setting in settings:
-            try:
+            with self.collecting(setting.keys[0]):
                 self.set_by[apply_override(root, setting)] = setting.text
-            except UserError as error:
-                self.errors.append(error)
-                self.invalid.add(setting.keys[0])
 
     def check_schemas(self, bmcook: Any, scheme: Any, scheme_path: str | None) -> None:
         """Checks the files that could be read. A file that could not makes all of its sections invalid."""

@@ -29,9 +29,8 @@ from cook.base.files import naming, write_atomically
 LOG_NAME = "log.jsonl"
 TENSORBOARD_NAME = "tensorboard"
 
-# With more constraints, TensorBoard gets only their mean, minimum and maximum, because hundreds of charts are useless.
 MAX_CONSTRAINT_CHARTS = 8
-
+"""With more constraints, TensorBoard gets only their mean, minimum and maximum: hundreds of charts are useless."""
 _CONSTRAINT_FIELDS = {"expected_sparsity": "expected", "target_sparsity": "target", "lambda": "lambda"}
 
 
@@ -191,8 +190,7 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
     """Returns the TensorBoard tags and values of a record, without nulls.
 
     `loss` becomes `train/loss`. The values of a constraint become `sparsity/<constraint>/expected`, `…/target` and
-    `…/lambda` (`…/lambda1` if lambda is named). With more than 8 constraints, only their `mean`, `min` and `max` are
-    returned.
+    `…/lambda` (`…/lambda1` if lambda is named).
     """
     tags: dict[str, float] = {}
     for name, value in record.items():
@@ -249,7 +247,7 @@ def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 
 def _whole_lines(path: Path) -> int:
-    """The number of bytes up to the last line end. A crash may have left an incomplete line after it."""
+    """The number of bytes up to the last line end, after which a crash may have left an incomplete line."""
     return path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
 
 

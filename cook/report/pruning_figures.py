@@ -88,18 +88,15 @@ def _draw_dims(axes: Axes, rows: Sequence[Sequence[int]]) -> None:
     axes.set_title(_summary("FFN", "dims", rows), fontsize=10, loc="left")
 
 
-def _cell(axes: Axes, x: float, layer: int, width: float, *, filled: bool) -> None:
+def _cell(axes: Axes, x: float, layer: int, width: float, *, filled: bool, **look: Any) -> None:
     from matplotlib.patches import Rectangle
 
-    face, edge = (BLUE, BLUE) if filled else ("white", GREY)
-    axes.add_patch(Rectangle((x, layer - 0.36), width, 0.72, facecolor=face, edgecolor=edge, linewidth=0.8))
+    colours = {"facecolor": BLUE if filled else "white", "edgecolor": BLUE if filled else GREY}
+    axes.add_patch(Rectangle((x, layer - 0.36), width, 0.72, linewidth=0.8, **colours | look))
 
 
 def _removed(axes: Axes, layer: int, x: float, width: float, label: str) -> None:
-    from matplotlib.patches import Rectangle
-
-    place = (x, layer - 0.36)
-    axes.add_patch(Rectangle(place, width, 0.72, facecolor="#F4F4F4", edgecolor="#BBBBBB", linewidth=0.8, hatch="////"))
+    _cell(axes, x, layer, width, filled=False, facecolor="#F4F4F4", edgecolor="#BBBBBB", hatch="////")
     box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
     axes.text(x + width / 2, layer, label, ha="center", va="center", fontsize=8, color=INK, bbox=box)
 

@@ -36,13 +36,9 @@ DEFAULT_SAMPLE_CHARS = 16 << 20
 
 
 class SentencePieceTokenizer:
-    """A sentencepiece model.
+    """A sentencepiece model from the content of a `.model` file; `origin` is its source, for messages.
 
     With a model trained by `train_sentencepiece`, `decode(encode(text)) == text` for every text.
-
-    Args:
-        model: Content of a `.model` file.
-        origin: Its source, for messages.
 
     Raises:
         UserError: Not a sentencepiece model, or a model without beginning-of-text and end-of-text pieces.
@@ -53,9 +49,8 @@ class SentencePieceTokenizer:
         try:
             self._processor.LoadFromSerializedProto(model)
         except (RuntimeError, TypeError) as error:
-            raise UserError(
-                f"{origin}: not a sentencepiece model", remedy="check that it is a complete .model file"
-            ) from error
+            remedy = "check that it is a complete .model file"
+            raise UserError(f"{origin}: not a sentencepiece model", remedy=remedy) from error
         self._model = model
         self.vocab_size: int = self._processor.get_piece_size()
         self.bos_id: int = self._processor.bos_id()
@@ -95,7 +90,7 @@ class SentencePieceTokenizer:
         """Writes tokenizer.json, tokenizer_config.json and the `.model` file.
 
         Raises:
-            UserError: The model uses a feature that these files cannot represent, so that the ids would differ.
+            UserError: These files cannot represent the model, so that the ids would differ.
         """
         export_to_hugging_face(self._model, self.encode, Path(folder))
         write_atomically(Path(folder) / "sentencepiece.model", self._model)
