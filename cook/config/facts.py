@@ -37,8 +37,7 @@ class ModelFacts:
 def model_facts(model: ModelConfig) -> ModelFacts:
     """Reads the sizes from `model.config`, or else from the config.json in the folder `model.path`.
 
-    Raises:
-        UserError: The folder's config.json exists but cannot be read.
+    Raises UserError if that file exists but cannot be read.
     """
     config: Any = model.config
     if config is None and model.path is not None:
@@ -52,16 +51,14 @@ def model_facts(model: ModelConfig) -> ModelFacts:
     if not isinstance(config, dict):
         return ModelFacts()
     made = _stock_object(config) if model.type == "hf" else None
-    positions = getattr(made, "max_position_embeddings", None)
+    positions, stock_heads = (getattr(made, key, None) for key in ("max_position_embeddings", "num_attention_heads"))
     if "stock_type" in config:  # the sizes differ per layer, and only the model family knows them
         return ModelFacts(vocab_size=_integer(config, "vocab_size"), max_positions=positions)
     heads, dims, removed = (config.get(name) for name in ("layer_heads", "layer_dim_ff", "mask_modules"))
     return ModelFacts(
         vocab_size=_integer(config, "vocab_size"),
         prompt_length=_integer(config, "prompt_length"),
-        num_heads=(_integer(config, "num_heads") or getattr(made, "num_attention_heads", None))
-        if heads is None
-        else _common(heads),
+        num_heads=_integer(config, "num_heads") or stock_heads if heads is None else _common(heads),
         dim_ff=_integer(config, "dim_ff") if dims is None else _common(dims),
         max_positions=positions,
         layers_removed=None if model.type == "hf" else _any_removed(removed),

@@ -53,9 +53,6 @@ def load_config(
             `coarse-grained`, `fine-grained`, `joint` or `gates` changes the scheme.
         world_size: Number of ranks, against which the batch sizes are checked. None if unknown.
 
-    Returns:
-        The checked configuration.
-
     Raises:
         UserErrors: All errors of both files and of the overrides, numbered.
     """
@@ -248,11 +245,7 @@ class Override:
 
 
 def parse_override(text: str) -> Override:
-    """Parses an override `a.b=c`.
-
-    Raises:
-        UserError: The `=` is missing, or the path has an empty part.
-    """
+    """Parses an override `a.b=c`. Raises UserError if the `=` is missing, or the path has an empty part."""
     path, equals, written = text.partition("=")
     keys = tuple(path.strip().split("."))
     if not equals or not all(keys):

@@ -16,7 +16,7 @@ from cook.data.token_loss import count_targets, model_inputs, summed_cross_entro
 
 @torch.no_grad()
 def held_out_loss(forward: Callable[..., Any], batches: Iterable[Batch], device: torch.device) -> float:
-    """Mean cross entropy in nats per target token, over the batches of all ranks.
+    """Mean cross entropy in nats per target token; the same for any world size and batch size.
 
     Args:
         forward: Takes a batch by name and returns an object with `.logits` (batch, len, vocab).
@@ -39,12 +39,7 @@ def predict(
 ) -> list[tuple[np.ndarray, ...]]:
     """The named outputs of every row, in the rows' order, on every rank; all ranks call it together.
 
-    Args:
-        forward: The model, in eval mode.
-        rows: The rows.
-        names: Names of the outputs to keep, such as `("logits",)`; each is `[B, …]`.
-        batch_size: Rows per batch and rank.
-        device: The device of the model.
+    `names` are outputs such as `("logits",)`, each `[B, …]`. `batch_size` is per rank.
     """
     found: dict[int, tuple[np.ndarray, ...]] = {}
     with torch.no_grad():

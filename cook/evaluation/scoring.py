@@ -119,14 +119,10 @@ def predicts_blindly(model: Callable[..., Any], ids: torch.Tensor) -> bool:
 
 @torch.no_grad()
 def score(model: Callable[..., Any], ids: torch.Tensor, windowing: Windowing, *, batch_size: int) -> Score:
-    """Scores a text.
+    """Scores a text, given as token ids `(count,)` on the model's device, with `batch_size` windows per forward pass.
 
-    Args:
-        model: Takes `input_ids` (batch, window) and `use_cache`, and returns an object with `.logits` (batch, window,
-            vocabulary).
-        ids: The text's tokens, `(count,)`, on the model's device.
-        windowing: How the text is cut into windows.
-        batch_size: Windows per forward pass.
+    The model takes `input_ids` (batch, window) and `use_cache`, and returns an object with `.logits` (batch, window,
+    vocabulary).
     """
     total, predicted, seen, seconds = 0.0, 0, 0, 0.0
     front = [] if windowing.bos is None else [windowing.bos]

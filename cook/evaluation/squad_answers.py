@@ -55,12 +55,8 @@ def choose_answers(
 ) -> Answers:
     """Chooses the answers to all questions.
 
-    Args:
-        questions: The questions.
-        windows: All their windows, in any order.
-        start_logits: For each window `[tokens of its row]`, with or without padding.
-        end_logits: The same for ends.
-        options: How to choose.
+    `windows` are those of all questions, in any order. `start_logits` and `end_logits` are `[tokens of its row]` for
+    each window, with or without padding.
     """
     by_question: list[list[int]] = [[] for _ in questions]
     for number, window in enumerate(windows):

@@ -51,8 +51,7 @@ class Companions:
     @property
     def has_tokenizer(self) -> bool:
         """Whether a file of a tokenizer is among those copied."""
-        begins = ("tokenizer", "vocab", "spiece", "sentencepiece", "merges")
-        return any(name.startswith(begins) for name in self.copied)
+        return any(name.startswith(("tokenizer", "vocab", "spiece", "sentencepiece", "merges")) for name in self.copied)
 
 
 def copy_companions(source: Path, folder: Path) -> Companions:
@@ -133,9 +132,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 def name_tokenizer_class(folder: Path, stock_type: str) -> None:
     """Writes the tokenizer's class into its config if AutoTokenizer would have derived it from the model type.
 
-    Args:
-        folder: A model folder with a model type that transformers does not know.
-        stock_type: The original model type.
+    The model type of `folder` is one that transformers does not know; `stock_type` is the original one.
     """
     file = folder / "tokenizer_config.json"
     settings: Any = read_json(file) if file.is_file() else {}

@@ -22,11 +22,8 @@ from cook.pruning.family import Adapter
 def published(output: Path, *, source: Path) -> Iterator[Path]:
     """A context with a folder to write a model into; it replaces `output` if the block ends without an error.
 
-    After an error the folder is removed, and an earlier export at `output` is unchanged.
-
-    Args:
-        output: The folder of the model. If it is a link to a folder, the folder is replaced and the link stays.
-        source: The model that is read, which must not be replaced.
+    After an error the folder is removed, and an earlier export at `output` is unchanged. If `output` is a link to a
+    folder, the folder is replaced and the link stays. `source` is the model that is read, which must not be replaced.
 
     Raises:
         UserError: `output` exists and is not an earlier export.
@@ -146,8 +143,7 @@ def copy_generation_config(source: Path, folder: Path) -> None:
 def write_live_format(folder: Path, adapter: Adapter, config: Mapping[str, Any], stem: str) -> str | None:
     """Adds the family's own `.pt` and JSON files to a model folder, if that format can store the model.
 
-    Returns:
-        None if written, else a sentence why the format cannot store this model, or "" if the family has no format.
+    Returns None if it can, else a sentence why not, or "" if the family has no format.
     """
     live = adapter.live_config(config) if adapter.live_config else ""
     if isinstance(live, str):

@@ -12,10 +12,7 @@ _UNITS = ("", "k", "M", "B", "T")
 
 
 def human_count(value: float) -> str:
-    """Formats a count with three significant digits and a decimal unit: 950, 12.3k, 7.42M, 9.39B.
-
-    Whole numbers below 1000 are exact. NaN and infinity are given by name.
-    """
+    """Formats a count: exact if whole and below 1000, else three digits and a decimal unit: 12.3k, 7.42M, 9.39B."""
     if not math.isfinite(value):
         return str(float(value))
     if abs(value) < 1000 and float(value).is_integer():
@@ -33,8 +30,7 @@ def human_duration(seconds: float) -> str:
     """Formats a time in seconds as m:ss, h:mm:ss or "3d 04:05:06". A non-finite time is "-:--"."""
     if not math.isfinite(seconds):
         return "-:--"
-    whole = max(0, round(seconds))
-    minutes, second = divmod(whole, 60)
+    minutes, second = divmod(max(0, round(seconds)), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
     if days:

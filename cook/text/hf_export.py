@@ -38,12 +38,9 @@ def parse_model(model: bytes) -> Any:
 
 
 def export_to_hugging_face(model: bytes, encode: Callable[[str], list[int]], folder: Path) -> None:
-    """Writes tokenizer.json and tokenizer_config.json.
+    """Writes tokenizer.json and tokenizer_config.json for the content of a `.model` file.
 
-    Args:
-        model: Content of a `.model` file.
-        encode: The original encoding, which the exported tokenizer must reproduce.
-        folder: The folder to write to. Made if missing.
+    `encode` is the original encoding, which the exported tokenizer must reproduce.
 
     Raises:
         UserError: The model's type or normalisation cannot be exported, or the ids of a probe text differ.
@@ -53,12 +50,9 @@ def export_to_hugging_face(model: bytes, encode: Callable[[str], list[int]], fol
     for probe in PROBES:
         wanted, got = encode(probe), tokenizer.encode(probe, add_special_tokens=False).ids
         if wanted != got:
-            raise UserError(
-                f"this sentencepiece model cannot be exported to Hugging Face: {probe!r} would get other ids",
-                wanted=wanted,
-                got=got,
-                remedy="use the model's own Hugging Face folder, with tokenizer.type: hf",
-            )
+            what = f"this sentencepiece model cannot be exported to Hugging Face: {probe!r} would get other ids"
+            remedy = "use the model's own Hugging Face folder, with tokenizer.type: hf"
+            raise UserError(what, wanted=wanted, got=got, remedy=remedy)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     write_json(folder / "tokenizer_config.json", _settings(proto.trainer_spec))
