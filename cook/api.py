@@ -28,8 +28,7 @@ from cook.pruning.mask_set import Masks
 from cook.pruning.relaxation import Deterministic, HardConcrete, Relaxation
 from cook.pruning.units import HeadUnit, Kind, PruningSpace, UnitGroup
 from cook.recipe.head_units import nearest_heads
-from cook.report.human import human_count
-from cook.report.tables import markdown_table
+from cook.report.tables import human_count, markdown_table
 
 Batch = Mapping[str, torch.Tensor]
 TEACHER_WEIGHT, TEACHER_TEMPERATURE = 2.0, 2.0
@@ -193,7 +192,10 @@ def learn_masks(
                 total = loss + TEACHER_WEIGHT * _divergence(live, model, teacher, batch, output.logits)
             total.backward()
             if not live.after_backward():
-                raise UserError(f"step {live.step + 1}: the gradient of the gates is not finite")
+                raise UserError(
+                    f"step {live.step + 1}: the gradient of the gates is not finite",
+                    remedy="check the batches and the model for NaN or infinity, or use fp32 or bf16 instead of fp16",
+                )
             if on_step is not None:
                 on_step(live.step, float(loss.detach()), live.sparsity)
         return live.masks()

@@ -18,7 +18,7 @@ from cook.base.waiting import choose_waiting
 from cook.commands.data import app as data_commands
 from cook.commands.evaluation import compare, evaluate
 from cook.commands.options import AsJson, options_of
-from cook.config.one_line import OneLineJob
+from cook.config.tasks import OneLineJob
 from cook.config.types import STAGE_NAMES
 
 app = typer.Typer(

@@ -111,7 +111,7 @@ def inspect(
     """Print what binary data holds: files, records, tasks, lengths, samples. Every record is read and checked."""
     from cook.data.commands.common import tokenizer_type as type_of
     from cook.data.commands.inspect import inspect, show
-    from cook.text.open_tokenizer import load_tokenizer
+    from cook.text.tokenizer import load_tokenizer
 
     opened = load_tokenizer(type_of(tokenizer, tokenizer_type), tokenizer) if tokenizer else None
     facts = inspect(folders, tokenizer=opened, samples=samples, workers=workers)

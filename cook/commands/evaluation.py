@@ -53,9 +53,8 @@ def compare(
 ) -> None:
     """Compare several models on one text: a table, JSON and a figure. Ratios are to the first model."""
     settings = checked(settings)
-    from cook.evaluation.compare import compare, write_comparison
     from cook.evaluation.loading import parse_entry
-    from cook.evaluation.measure import read_texts
+    from cook.evaluation.measure import compare, read_texts, write_comparison
 
     comparison = compare([parse_entry(model) for model in models], read_texts(data), settings, files=data)
     write_comparison(comparison, output)

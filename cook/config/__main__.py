@@ -13,20 +13,12 @@ from cook.config.types import DERIVED, SCHEME_SECTIONS, RunConfig
 
 PACKAGE = Path(__file__).parent
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
-TITLES = {
-    "bmcook": (
-        "bmcook.json",
-        "The run: the model, the corpus, the training, whether to prune, and the recipe of stages. Relative paths "
-        "start at the current working directory unless a key says otherwise.",
-    ),
-    "l0_pruning": (
-        "l0_pruning.json",
-        "The pruning scheme: the sizes before and after pruning, and the paths of the mask files.",
-    ),
-    "tasks": (
-        "cook/tasks.py",
-        "Options of the command that fine-tunes, prunes and exports an encoder on a GLUE task or SQuAD.",
-    ),
+TITLES = {"bmcook": "bmcook.json", "l0_pruning": "l0_pruning.json", "tasks": "cook/tasks.py"}
+DESCRIPTIONS = {
+    "bmcook": "The run: the model, the corpus, the training, whether to prune, and the recipe of stages. Relative "
+    "paths start at the current working directory unless a key says otherwise.",
+    "l0_pruning": "The pruning scheme: the sizes before and after pruning, and the paths of the mask files.",
+    "tasks": "Options of the command that fine-tunes, prunes and exports an encoder on a GLUE task or SQuAD.",
 }
 
 
@@ -44,7 +36,7 @@ def schemas() -> dict[str, Schema]:
             parts["bmcook"][name] = node
     required = {"bmcook": [key for key in whole["required"] if key not in DERIVED], "tasks": ["mode", "task_name"]}
     return {
-        name: {"$schema": DRAFT, "title": TITLES[name][0], "description": TITLES[name][1], "type": "object"}
+        name: {"$schema": DRAFT, "title": TITLES[name], "description": DESCRIPTIONS[name], "type": "object"}
         | {"additionalProperties": False}
         | ({"required": required[name]} if name in required else {})
         | {"properties": properties}

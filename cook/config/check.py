@@ -9,7 +9,7 @@ from dataclasses import MISSING, dataclass
 from typing import Any
 
 from cook.base.errors import UserError
-from cook.config import check_data, check_distillation, check_paths, check_scheme, check_training
+from cook.config import check_inputs, check_scheme, check_training
 from cook.config.declare import default_of
 from cook.config.facts import model_facts
 from cook.config.types import RunConfig
@@ -20,20 +20,20 @@ DEFAULTS: dict[str, Any] = {
 """Default values of the sections that the files may omit."""
 
 CHECKS: tuple[Callable[..., Iterable[UserError]], ...] = (
-    check_paths.output_is_safe,
-    check_paths.paths_exist,
+    check_inputs.output_is_safe,
+    check_inputs.paths_exist,
     check_training.model_has_a_source,
     check_training.tokenizer_fits,
-    check_data.data_has_a_source,
-    check_data.sources_fit_together,
-    check_data.binary_data_has_its_tokenizer,
+    check_inputs.data_has_a_source,
+    check_inputs.sources_fit_together,
+    check_inputs.binary_data_has_its_tokenizer,
     check_training.rows_hold_the_prompt,
     check_training.batch_is_whole,
     check_training.deepspeed_agrees,
     check_training.precision_agrees,
     check_training.checkpoints_can_be_trusted,
-    check_distillation.distillation_does_something,
-    check_distillation.teacher_can_teach,
+    check_training.distillation_does_something,
+    check_training.teacher_can_teach,
     check_scheme.mask_is_structured,
     check_scheme.recipe_in_order,
     check_scheme.sections_given,
@@ -53,21 +53,12 @@ class Sections:
 
     values: dict[str, Any]
     """The fields of RunConfig that the files contain, by name."""
-
     invalid: frozenset[str]
     """Names of the fields whose section has errors."""
 
 
 def cross_check(sections: Sections, *, world_size: int | None) -> list[UserError]:
-    """Runs every check whose sections are valid.
-
-    Args:
-        sections: The sections of the configuration.
-        world_size: Number of ranks. None if unknown.
-
-    Returns:
-        All errors found.
-    """
+    """Runs every check whose sections are valid, and returns all errors. `world_size` is None if unknown."""
     known = {name: value for name, value in DEFAULTS.items() if name not in sections.invalid}
     known |= sections.values | {"world_size": world_size}
     errors: list[UserError] = []

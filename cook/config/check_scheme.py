@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from os.path import normpath
 
 from cook.base.errors import UserError
-from cook.config.check_paths import mask_paths, refused_folder
+from cook.config.check_inputs import mask_paths, refused_folder
 from cook.config.facts import ModelFacts
 from cook.config.types import (
     CoarseConfig,
@@ -17,6 +18,7 @@ from cook.config.types import (
     StageEntry,
     method_of,
     stage_of,
+    two_of_four,
 )
 
 UNITS = ("layer", "att", "ffn", "joint")
@@ -26,12 +28,10 @@ METHODS = {"layer": "coarse-grained", "att": "fine-grained", "ffn": "fine-graine
 def mask_is_structured(pruning: PruningConfig, stages: tuple[StageEntry, ...]) -> Iterator[UserError]:
     """Checks that a mask of single weights is given only for a pattern method."""
     if pruning.pruning_mask_path is not None and not uses_pattern(pruning, stages):
-        yield UserError(
-            f"pruning.pruning_mask_path: {pruning.mask_method} pruning does not use a mask of single weights",
-            wanted="null",
-            got=pruning.pruning_mask_path,
-            remedy="name the masks of this method in the scheme",
-        )
+        kind = f"{method} pruning" if (method := method_of(pruning)) else "a run without pruning"
+        what = f"pruning.pruning_mask_path: {kind} does not use a mask of single weights"
+        remedy = "name the masks of this method in the scheme" if method else "leave it out"
+        yield UserError(what, wanted="null", got=pruning.pruning_mask_path, remedy=remedy)
 
 
 def recipe_in_order(stages: tuple[StageEntry, ...]) -> Iterator[UserError]:
@@ -39,32 +39,30 @@ def recipe_in_order(stages: tuple[StageEntry, ...]) -> Iterator[UserError]:
     the random baseline last.
     """
     names = [entry.name for entry in stages]
+    order = ", ".join(names)
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         yield UserError(f"stages: {twice[0]} is listed twice", remedy="keep one of them")
         return
     if "pretrain" in names and names[0] != "pretrain":
-        yield UserError("stages: pretrain must come first", got=", ".join(names))
+        yield UserError("stages: pretrain must come first", got=order)
     if "random_baseline" in names and names[-1] != "random_baseline":
-        yield UserError("stages: random_baseline must come last", got=", ".join(names))
+        yield UserError("stages: random_baseline must come last", got=order)
     at = {unit: [i for i, name in enumerate(names) if name.partition("_")[0] == unit] for unit in UNITS}
     inner = at["att"] + at["ffn"]
     if at["layer"] and inner and max(at["layer"]) > min(inner):
-        yield UserError("stages: the layer stages must come before the att and ffn stages", got=", ".join(names))
+        yield UserError("stages: the layer stages must come before the att and ffn stages", got=order)
     if at["joint"] and (at["layer"] or inner):
         remedy = "keep one kind: the joint stages learn all masks of the layer, att and ffn stages"
-        yield UserError(
-            "stages: joint stages cannot be combined with layer, att and ffn stages",
-            got=", ".join(names),
-            remedy=remedy,
-        )
+        what = "stages: joint stages cannot be combined with layer, att and ffn stages"
+        yield UserError(what, got=order, remedy=remedy)
     for unit in UNITS:
         mask, finetune = f"{unit}_mask", f"{unit}_finetune"
         if mask in names and finetune in names and names.index(mask) > names.index(finetune):
-            yield UserError(f"stages: {mask} must come before {finetune}", got=", ".join(names))
+            yield UserError(f"stages: {mask} must come before {finetune}", got=order)
     if at["att"] and at["ffn"] and max(at["att"]) > min(at["ffn"]) and max(at["ffn"]) > min(at["att"]):
         remedy = "put both att stages before both ffn stages, or the other way round"
-        yield UserError("stages: the att and ffn stages are interleaved", got=", ".join(names), remedy=remedy)
+        yield UserError("stages: the att and ffn stages are interleaved", got=order, remedy=remedy)
 
 
 def sections_given(
@@ -75,17 +73,16 @@ def sections_given(
     joint: JointConfig | None,
 ) -> Iterator[UserError]:
     """Checks that the scheme has a section for every requested stage."""
-    used = _units_in_recipe(stages)
-    needed = {"coarse-grained": ("layer",), "fine-grained": ("att", "ffn", "joint"), "joint": ("joint",)}
-    given = {"coarse-grained": coarse, "fine-grained": fine, "joint": joint}
-    for section, units in needed.items():
-        reasons = [f"this section, for stages.{unit}_mask" for unit in units if unit in used]
-        methods = sorted({METHODS[unit] for unit in units})
-        reasons += [
-            f"this section, for pruning.mask_method {method!r}" for method in methods if method_of(pruning) == method
-        ]
-        if given[section] is None and reasons:
-            yield UserError(f"{section}: missing from the scheme", wanted=reasons[0])
+    used, method = _units_in_recipe(stages), method_of(pruning)
+    for section, given, units in (
+        ("coarse-grained", coarse, ("layer",)),
+        ("fine-grained", fine, ("att", "ffn", "joint")),
+        ("joint", joint, ("joint",)),
+    ):
+        reasons = [f"stages.{unit}_mask" for unit in units if unit in used]
+        reasons += [f"pruning.mask_method {method!r}"] if method in {METHODS[unit] for unit in units} else []
+        if given is None and reasons:
+            yield UserError(f"{section}: missing from the scheme", wanted=f"this section, for {reasons[0]}")
 
 
 def masks_given(
@@ -106,15 +103,12 @@ def masks_given(
             wanted = "the path of the layer mask: joint mask training writes it too"
             yield UserError("fine-grained.coarse_mask: missing", wanted=wanted)
     if coarse is not None and fine is not None and "layer" in used and used & {"att", "ffn"}:
-        if fine.coarse_mask is not None and _file(fine.coarse_mask) != _file(coarse.coarse_mask):
-            yield UserError(
-                "fine-grained.coarse_mask: not the mask that the layer stages of the recipe write",
-                wanted=coarse.coarse_mask,
-                got=fine.coarse_mask,
-            )
+        if fine.coarse_mask is not None and normpath(fine.coarse_mask) != normpath(coarse.coarse_mask):
+            what = "fine-grained.coarse_mask: not the mask that the layer stages of the recipe write"
+            yield UserError(what, wanted=coarse.coarse_mask, got=fine.coarse_mask)
     seen: dict[str, str] = {}
     for key, path in mask_paths(coarse, fine).items():
-        other = seen.setdefault(_file(path), key)
+        other = seen.setdefault(normpath(path), key)
         if key.partition(".")[2] != other.partition(".")[2]:  # both sections may name the layer mask
             yield UserError(f"{key}: the same file as {other}", wanted="a separate file for each mask", got=path)
 
@@ -128,9 +122,8 @@ def sizes_fit(fine: FineConfig | None, facts: ModelFacts) -> Iterator[UserError]
         if after > before:
             yield UserError(f"fine-grained.{target}: above {size}", wanted=f"at most {before}", got=after)
         if real is not None and before != real:
-            yield UserError(
-                f"fine-grained.{size}: differs from the model", wanted=f"{real}, as in the model", got=before
-            )
+            what = f"fine-grained.{size}: differs from the model"
+            yield UserError(what, wanted=f"{real}, as in the model", got=before)
 
 
 def layer_mask_given(
@@ -138,11 +131,9 @@ def layer_mask_given(
 ) -> Iterator[UserError]:
     """Checks that fine-grained stages know which blocks are kept."""
     used = _units_in_recipe(stages)
-    if fine is None or fine.coarse_mask is not None:
-        return
-    if not (used & {"att", "ffn"} or method_of(pruning) == "fine-grained"):
-        return
-    if "layer" in used or facts.layers_removed is False:
+    fits = fine is None or fine.coarse_mask is not None
+    is_fine = used & {"att", "ffn"} or method_of(pruning) == "fine-grained"
+    if is_fine and not fits and ("layer" in used or facts.layers_removed is False):
         yield UserError(
             "fine-grained.coarse_mask: missing, and no layers have been removed from the model yet",
             wanted="the path of a layer mask",
@@ -172,10 +163,6 @@ def _units_in_recipe(stages: tuple[StageEntry, ...]) -> set[str]:
     return {entry.name.partition("_")[0] for entry in stages} & set(UNITS)
 
 
-def _file(path: str) -> str:
-    return os.path.normpath(path)
-
-
 def uses_pattern(pruning: PruningConfig, stages: tuple[StageEntry, ...]) -> bool:
     """Returns whether the recipe contains a pattern stage, or the files describe one."""
     return method_of(pruning) == "pattern" or any(entry.name == "pattern" for entry in stages)
@@ -187,7 +174,7 @@ def pattern_given(
     """Checks that a pattern stage has its section and its mask file."""
     if not uses_pattern(pruning, stages):
         return
-    if pattern is None and pruning.mask_method not in ("m4n2_1d", "m4n2_2d"):
+    if pattern is None and two_of_four(pruning) is None:
         yield UserError("pattern: missing", wanted="a section with the pattern's type and sparsity")
     path = pruning.pruning_mask_path
     if path is None or not path.endswith(".safetensors"):
@@ -207,9 +194,6 @@ def pattern_stands_alone(stages: tuple[StageEntry, ...]) -> Iterator[UserError]:
     names = [entry.name for entry in stages]
     others = [name for name in names if name not in ("pretrain", "pattern")]
     if "pattern" in names and others:
-        yield UserError(
-            "stages: pattern cannot be combined with stages that learn gates",
-            wanted="pretrain and pattern only",
-            got=", ".join(names),
-            remedy="make the smaller model first, and prune its weights in a second run",
-        )
+        what = "stages: pattern cannot be combined with stages that learn gates"
+        remedy = "make the smaller model first, and prune its weights in a second run"
+        yield UserError(what, wanted="pretrain and pattern only", got=", ".join(names), remedy=remedy)

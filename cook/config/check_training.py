@@ -1,4 +1,4 @@
-"""Checks of the model, the tokenizer, the batch sizes, and the DeepSpeed settings that must agree with them."""
+"""Checks of the model, the tokenizer, the batch sizes, the DeepSpeed settings and the distillation."""
 
 from __future__ import annotations
 
@@ -8,15 +8,21 @@ from typing import Any
 
 from cook.base.errors import UserError
 from cook.config.corpus import DataConfig
+from cook.config.distillation import OWN_TEACHER, DistillationConfig
 from cook.config.facts import ModelFacts
+from cook.config.schema import shown
 from cook.config.types import (
+    CoarseConfig,
+    FineConfig,
+    JointConfig,
     ModelConfig,
+    PruningConfig,
     StageEntry,
     TokenizerConfig,
     TrainingConfig,
+    stage_of,
 )
 
-DEEPSPEED_BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 DEEPSPEED_TWINS = {
     ("train_batch_size",): "train_batch_size",
     ("train_micro_batch_size_per_gpu",): "micro_batch_size",
@@ -39,44 +45,35 @@ def model_has_a_source(model: ModelConfig) -> Iterator[UserError]:
         yield UserError("model: neither config nor path is given", wanted="at least one of them")
     elif model.config is None and str(model.path).endswith((".pt", ".bin")):
         yield UserError("model.config: a .pt file does not describe its model", wanted="CPM-Live's keys or their JSON")
-    pairs = (model.config or {}).get("mask_modules")
-    if pairs is not None and model.config is not None and len(pairs) != model.config["num_layers"]:
-        wanted = f"{model.config['num_layers']} pairs, one per layer"
+    config = model.config or {}
+    pairs = config.get("mask_modules")
+    if pairs is not None and len(pairs) != config["num_layers"]:
+        wanted = f"{config['num_layers']} pairs, one per layer"
         yield UserError("model.config.mask_modules: wrong number of layers", wanted=wanted, got=len(pairs))
 
 
 def tokenizer_fits(tokenizer: TokenizerConfig, model: ModelConfig, facts: ModelFacts) -> Iterator[UserError]:
     """Checks that every id of the tokenizer has a row in the embedding."""
     if model.type == "hf" and tokenizer.type == "sentencepiece" and tokenizer.path is None:
-        yield UserError(
-            "tokenizer.path: missing; a pretrained model needs its own tokenizer, not a newly trained one",
-            wanted='the tokenizer of the model: type "hf" and its folder, or its sentencepiece file',
-        )
+        what = "tokenizer.path: missing; a pretrained model needs its own tokenizer, not a newly trained one"
+        yield UserError(what, wanted='the tokenizer of the model: type "hf" and its folder, or its sentencepiece file')
     if tokenizer.type != "sentencepiece" and tokenizer.path is None:
         wanted = "the folder of a Hugging Face tokenizer" if tokenizer.type == "hf" else "CPM-Ant's vocab.txt"
         yield UserError("tokenizer.path: missing", wanted=wanted)
     if facts.vocab_size is not None and tokenizer.vocab_size > facts.vocab_size:
-        yield UserError(
-            "tokenizer.vocab_size: larger than the model's vocabulary",
-            wanted=f"at most {facts.vocab_size} (the model's vocab_size)",
-            got=tokenizer.vocab_size,
-        )
+        what, wanted = "tokenizer.vocab_size: larger than the model's vocabulary", f"at most {facts.vocab_size}"
+        yield UserError(what, wanted=f"{wanted} (the model's vocab_size)", got=tokenizer.vocab_size)
 
 
 def rows_hold_the_prompt(data: DataConfig, facts: ModelFacts) -> Iterator[UserError]:
     """Checks that a row has room for the prompt and at least one token, and that the model has enough positions."""
-    if facts.max_positions is not None and data.max_length > facts.max_positions:
-        yield UserError(
-            "data.max_length: more than the model's number of positions",
-            wanted=f"at most {facts.max_positions} (the model's max_position_embeddings)",
-            got=data.max_length,
-        )
-    if facts.prompt_length is not None and data.max_length <= facts.prompt_length:
-        yield UserError(
-            "data.max_length: the prompt leaves no room for text",
-            wanted=f"more than {facts.prompt_length} (the model's prompt_length)",
-            got=data.max_length,
-        )
+    length, positions, prompt = data.max_length, facts.max_positions, facts.prompt_length
+    if positions is not None and length > positions:
+        wanted = f"at most {positions} (the model's max_position_embeddings)"
+        yield UserError("data.max_length: more than the model's number of positions", wanted=wanted, got=length)
+    if prompt is not None and length <= prompt:
+        wanted = f"more than {prompt} (the model's prompt_length)"
+        yield UserError("data.max_length: the prompt leaves no room for text", wanted=wanted, got=length)
 
 
 def batch_is_whole(
@@ -84,7 +81,8 @@ def batch_is_whole(
 ) -> Iterator[UserError]:
     """Checks that train_batch_size = micro_batch_size × accumulation steps × ranks in every stage, in whole numbers."""
     for label, own in _trainings(training, stages, ("train_batch_size", "micro_batch_size")):
-        at_once = own.rows_at_once(world_size or 1) * (world_size or 1)
+        rows = own.rows_at_once(world_size or 1)
+        at_once = rows * (world_size or 1)
         if own.train_batch_size % at_once:
             ranks = f" × {world_size} ranks" if world_size else ""
             lower = own.train_batch_size // at_once * at_once
@@ -92,7 +90,7 @@ def batch_is_whole(
             yield UserError(
                 f"{label}.train_batch_size: train_batch_size = micro_batch_size × accumulation steps × ranks "
                 "does not give a whole number of accumulation steps",
-                wanted=f"a multiple of micro_batch_size {own.rows_at_once(world_size or 1)}{ranks} = {at_once}",
+                wanted=f"a multiple of micro_batch_size {rows}{ranks} = {at_once}",
                 got=own.train_batch_size,
                 remedy=f"set it to {choices}, or choose another micro_batch_size",
             )
@@ -107,11 +105,11 @@ def deepspeed_agrees(
         if value is None or value == "auto":
             continue
         for label, own in _trainings(training, stages, (field,)):
-            if not _is_number(value) or value != getattr(own, field):
+            if isinstance(value, bool) or value != getattr(own, field):
                 yield UserError(
                     f"deepspeed.{'.'.join(keys)}: differs from {label}.{field}",
                     wanted=f'"auto" or {getattr(own, field)}',
-                    got=_brief(value),
+                    got=shown(value),
                 )
     accumulation = deepspeed.get("gradient_accumulation_steps", "auto")
     if accumulation != "auto":
@@ -121,10 +119,9 @@ def deepspeed_agrees(
 def _accumulation(
     training: TrainingConfig, stages: tuple[StageEntry, ...], accumulation: Any, world_size: int | None
 ) -> Iterator[UserError]:
-    key = "deepspeed.gradient_accumulation_steps"
+    key, got = "deepspeed.gradient_accumulation_steps", shown(accumulation)
     if not isinstance(accumulation, int) or isinstance(accumulation, bool) or accumulation < 1:
-        wanted = '"auto" or an integer at least 1'
-        yield UserError(f"{key}: not a number of steps", wanted=wanted, got=_brief(accumulation))
+        yield UserError(f"{key}: not a number of steps", wanted='"auto" or an integer at least 1', got=got)
         return
     for label, own in _trainings(training, stages, ("train_batch_size", "micro_batch_size")):
         one_rank = own.rows_at_once(world_size or 1) * accumulation
@@ -134,7 +131,7 @@ def _accumulation(
             yield UserError(
                 f"{key}: train_batch_size = micro_batch_size × accumulation steps × ranks does not hold in {label}",
                 wanted=f"{own.train_batch_size} = {own.micro_batch_size} × accumulation steps × {ranks}",
-                got=_brief(accumulation),
+                got=got,
                 remedy='write "auto"',
             )
 
@@ -146,18 +143,15 @@ def precision_agrees(
     switches = {name: _at(deepspeed, (name, "enabled")) for name in ("bf16", "fp16")}
     for name, value in switches.items():
         if value not in (None, "auto") and not isinstance(value, bool):
-            wanted = 'true, false or "auto"'
-            yield UserError(f"deepspeed.{name}.enabled: not a switch", wanted=wanted, got=_brief(value))
+            what = f"deepspeed.{name}.enabled: not a switch"
+            yield UserError(what, wanted='true, false or "auto"', got=shown(value))
     if switches["bf16"] is True and switches["fp16"] is True:
         yield UserError("deepspeed: bf16 and fp16 are both enabled", wanted="at most one of them")
     for label, own in _trainings(training, stages, ("precision",)):
         for name, value in switches.items():
             if isinstance(value, bool) and own.precision != "auto" and value != (own.precision == name):
-                yield UserError(
-                    f"deepspeed.{name}.enabled: differs from {label}.precision {own.precision!r}",
-                    wanted=f'"auto" or {str(own.precision == name).lower()}',
-                    got=str(value).lower(),
-                )
+                what = f"deepspeed.{name}.enabled: differs from {label}.precision {own.precision!r}"
+                yield UserError(what, wanted=f'"auto" or {shown(own.precision == name)}', got=shown(value))
 
 
 def checkpoints_can_be_trusted(deepspeed: dict[str, Any]) -> Iterator[UserError]:
@@ -169,7 +163,7 @@ def checkpoints_can_be_trusted(deepspeed: dict[str, Any]) -> Iterator[UserError]
         (("checkpoint", "use_node_local_storage"), True, "all ranks must see the whole checkpoint"),
     ):
         if _at(deepspeed, keys) is bad:
-            yield UserError(f"deepspeed.{'.'.join(keys)}: {why}", wanted=str(not bad).lower(), remedy="leave it out")
+            yield UserError(f"deepspeed.{'.'.join(keys)}: {why}", wanted=shown(not bad), remedy="leave it out")
 
 
 def _trainings(
@@ -189,10 +183,73 @@ def _at(tree: dict[str, Any], keys: tuple[str, ...]) -> Any:
     return node
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def distillation_does_something(distillation: DistillationConfig | None) -> Iterator[UserError]:
+    """Checks that at least one loss has a weight, and that each loss on states names its modules."""
+    if distillation is None:
+        return
+    hidden, attention = distillation.mse_hidn_scale, distillation.mse_att_scale
+    if not (distillation.ce_scale or hidden or attention):
+        remedy = 'set "distillation" to null to train without a teacher'
+        what = "distillation: ce_scale, mse_hidn_scale and mse_att_scale are all 0"
+        yield UserError(what, wanted="at least one above 0", remedy=remedy)
+    named = (("hidn", hidden, distillation.mse_hidn_module), ("att", attention, distillation.mse_att_module))
+    for kind, scale, modules in named:
+        if bool(scale) != bool(modules):
+            yield UserError(
+                f"distillation: mse_{kind}_scale and mse_{kind}_module must be given together",
+                wanted="a scale above 0 with at least one module, or neither",
+                got=f"scale {scale:g} with {len(modules)} module(s)",
+            )
+    if distillation.mse_hidn_proj and not hidden:
+        yield UserError("distillation.mse_hidn_proj: no hidden states are compared", wanted="mse_hidn_scale above 0")
 
 
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def teacher_can_teach(
+    distillation: DistillationConfig | None,
+    training: TrainingConfig,
+    stages: tuple[StageEntry, ...],
+    pruning: PruningConfig,
+    coarse: CoarseConfig | None,
+    fine: FineConfig | None,
+    joint: JointConfig | None,
+) -> Iterator[UserError]:
+    """Checks that the recipe has the distillation's stages, and that weights stay fixed if the teacher is `self`."""
+    if distillation is None:
+        return
+    trainings = {entry.name: dataclasses.replace(training, **entry.training) for entry in stages}
+    for name in distillation.stages if stages else ():
+        if name not in trainings:
+            yield UserError(f"distillation.stages: {name} is not a stage of the recipe", wanted=", ".join(trainings))
+    if distillation.teacher != OWN_TEACHER:
+        return
+    if distillation.teacher_device != "auto":
+        what = 'distillation.teacher_device: "self" has no weights of its own'
+        yield UserError(what, wanted="auto", got=distillation.teacher_device)
+    if not stages and (described := stage_of(pruning, coarse, fine, joint)):
+        trainings = {described: training}
+    unfit = [
+        f"{name} ({why})"
+        for name, own in trainings.items()
+        if name != "pretrain" and name in (distillation.stages or trainings) and (why := unfit_for_itself(name, own))
+    ]
+    if unfit:
+        yield own_teacher_moves(", ".join(unfit))
+
+
+def unfit_for_itself(stage_name: str, training: TrainingConfig) -> str | None:
+    """Returns why a model cannot be its own teacher in a stage, or None if it can."""
+    if not stage_name.endswith("_mask"):
+        return "it learns no mask"
+    return "it trains weights" if training.train_weights else None
+
+
+def own_teacher_moves(where: str) -> UserError:
+    """Returns the error for a model that would be its own teacher while its weights are trained."""
+    return UserError(
+        'distillation.teacher: "self" is the dense model only while its weights stay fixed; in these stages the '
+        "weights are trained, and the teacher would change with the student",
+        wanted="mask stages with train_weights false",
+        got=where,
+        remedy='list only mask stages in distillation.stages and set "train_weights": false in their training, or set '
+        "distillation.teacher to the folder of a dense model",
+    )

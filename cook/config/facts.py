@@ -1,4 +1,4 @@
-"""Sizes of a model that can be read from its configuration, without the weights."""
+"""What a model's config.json says, read without the weights."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cook.base.errors import UserError
+from cook.base.errors import UserError, library_errors
 from cook.base.files import read_json
-from cook.config.stock import stock_config
 from cook.config.types import ModelConfig
 
 STOCK_NAMES = {"num_heads": "num_attention_heads", "dim_ff": "intermediate_size"}
@@ -23,19 +22,14 @@ class ModelFacts:
 
     vocab_size: int | None = None
     """Number of ids in the model's vocabulary."""
-
     prompt_length: int | None = None
     """Number of prompt embeddings in front of every row."""
-
     num_heads: int | None = None
     """Heads per attention block, if all blocks have the same number."""
-
     dim_ff: int | None = None
     """Dims per FFN block, if all blocks have the same number."""
-
     max_positions: int | None = None
     """Number of positions of a Hugging Face model."""
-
     layers_removed: bool | None = None
     """Whether blocks are physically missing. Also None for model types for which this does not matter."""
 
@@ -43,8 +37,7 @@ class ModelFacts:
 def model_facts(model: ModelConfig) -> ModelFacts:
     """Reads the sizes from `model.config`, or else from the config.json in the folder `model.path`.
 
-    Raises:
-        UserError: The folder's config.json exists but cannot be read.
+    Raises UserError if that file exists but cannot be read.
     """
     config: Any = model.config
     if config is None and model.path is not None:
@@ -58,16 +51,14 @@ def model_facts(model: ModelConfig) -> ModelFacts:
     if not isinstance(config, dict):
         return ModelFacts()
     made = _stock_object(config) if model.type == "hf" else None
-    positions = getattr(made, "max_position_embeddings", None)
+    positions, stock_heads = (getattr(made, key, None) for key in ("max_position_embeddings", "num_attention_heads"))
     if "stock_type" in config:  # the sizes differ per layer, and only the model family knows them
         return ModelFacts(vocab_size=_integer(config, "vocab_size"), max_positions=positions)
     heads, dims, removed = (config.get(name) for name in ("layer_heads", "layer_dim_ff", "mask_modules"))
     return ModelFacts(
         vocab_size=_integer(config, "vocab_size"),
         prompt_length=_integer(config, "prompt_length"),
-        num_heads=(_integer(config, "num_heads") or getattr(made, "num_attention_heads", None))
-        if heads is None
-        else _common(heads),
+        num_heads=_integer(config, "num_heads") or stock_heads if heads is None else _common(heads),
         dim_ff=_integer(config, "dim_ff") if dims is None else _common(dims),
         max_positions=positions,
         layers_removed=None if model.type == "hf" else _any_removed(removed),
@@ -106,3 +97,34 @@ def _any_removed(mask_modules: Any) -> bool | None:
     if not isinstance(mask_modules, list):
         return None
     return any(pair is True or isinstance(pair, list) and True in pair for pair in mask_modules)
+
+
+PASSING = frozenset(
+    "transformers_version _name_or_path auto_map dtype torch_dtype return_dict torchscript output_attentions "
+    # These select how and where a model runs. An attention implementation may name a kernel to download and run.
+    "output_hidden_states attn_implementation _attn_implementation _attn_implementation_internal fusion_config "
+    "experts_implementation _experts_implementation _experts_implementation_internal distributed_config "
+    "use_kernels".split()
+)
+"""Fields that do not affect the model's weights."""
+LARGEST = {"num_hidden_layers": 10_000, "n_layer": 10_000, "num_layers": 10_000, "num_labels": 1_000_000}
+"""Upper limits. Each of these counts is a number of Python objects, even for a config or a model without weights."""
+
+
+def check_counts(config: Mapping[str, Any]) -> None:
+    """Raises UserError for numbers of layers or labels with which transformers would exhaust the memory."""
+    for name, largest in LARGEST.items():
+        value = config.get(name)
+        if isinstance(value, int) and value > largest:
+            raise UserError(f"the model's config: {name} is too large", wanted=f"at most {largest:,}", got=value)
+
+
+def stock_config(kind: Any, config: Mapping[str, Any]) -> Any:
+    """Creates an object of a config class of transformers from a config.json, without its `PASSING` fields.
+
+    Raises:
+        UserError: the class refuses a value.
+    """
+    check_counts(config)
+    with library_errors("transformers refuses the model's config"):
+        return kind(**{name: value for name, value in config.items() if name not in ("model_type", *PASSING)})

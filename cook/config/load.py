@@ -7,18 +7,19 @@ a key.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 from cook.base.errors import UserError, UserErrors
 from cook.base.files import read_json
 from cook.config.check import Sections, cross_check
 from cook.config.corpus import DataConfig, MixingConfig, SourceConfig
-from cook.config.overrides import Override, apply_override, parse_override
-from cook.config.schema import Keys, load_schema, schema_findings, with_home
-from cook.config.scheme import PATTERN_METHODS
+from cook.config.schema import Keys, dotted, load_schema, schema_findings, shown, with_home
 from cook.config.types import (
     DERIVED,
     SCHEME_SECTIONS,
@@ -28,6 +29,7 @@ from cook.config.types import (
     RunConfig,
     StageEntry,
     TrainingConfig,
+    decoded,
     stage_of,
 )
 
@@ -50,9 +52,6 @@ def load_config(
         overrides: Settings `a.b=c` that change the files' values before the check. A key that starts with
             `coarse-grained`, `fine-grained`, `joint` or `gates` changes the scheme.
         world_size: Number of ranks, against which the batch sizes are checked. None if unknown.
-
-    Returns:
-        The checked configuration.
 
     Raises:
         UserErrors: All errors of both files and of the overrides, numbered.
@@ -93,31 +92,33 @@ class _Reader:
 
     def read(self, path: str) -> Any:
         """Parses a file. If it cannot be read, records the error and returns UNREADABLE."""
+        with self.collecting():
+            try:
+                return read_json(path)
+            except ValueError as error:  # a NUL in the path, or a number with thousands of digits
+                raise UserError(f"{path}: cannot be read: {error}") from None
+        return UNREADABLE
+
+    @contextmanager
+    def collecting(self, *sections: str) -> Iterator[None]:
+        """Records a UserError that is raised inside, and the sections that it makes invalid."""
         try:
-            return read_json(path)
+            yield
         except UserError as error:
             self.errors.append(error)
-        except ValueError as error:
-            # A NUL in the path, or a number with thousands of digits.
-            self.errors.append(UserError(f"{path}: cannot be read: {error}"))
-        return UNREADABLE
+            self.invalid |= set(sections)
 
     def parse(self, overrides: Sequence[str]) -> list[Override]:
         parsed = []
         for text in overrides:
-            try:
+            with self.collecting():
                 parsed.append(parse_override(text))
-            except UserError as error:
-                self.errors.append(error)
         return parsed
 
     def apply(self, settings: Sequence[Override], root: dict[str, Any]) -> None:
         for setting in settings:
-            try:
+            with self.collecting(setting.keys[0]):
                 self.set_by[apply_override(root, setting)] = setting.text
-            except UserError as error:
-                self.errors.append(error)
-                self.invalid.add(setting.keys[0])
 
     def check_schemas(self, bmcook: Any, scheme: Any, scheme_path: str | None) -> None:
         """Checks the files that could be read. A file that could not makes all of its sections invalid."""
@@ -168,7 +169,7 @@ def _scheme_path(path: str, bmcook: Any) -> str | None:
     stages = bmcook["stages"] if isinstance(bmcook.get("stages"), list) else []
     named = pruning.get("l0_pruning")
     scheme = str(Path(path).parent / (named if isinstance(named, str) else DEFAULT_SCHEME))
-    has_scheme = pruning.get("is_pruning") is True and pruning.get("mask_method") not in PATTERN_METHODS
+    has_scheme = pruning.get("is_pruning") is True and decoded(pruning.get("mask_method")) != "pattern"
     needed = isinstance(named, str) or has_scheme
     needed |= any(isinstance(stage, dict) and stage.get("name") not in ("pretrain", "pattern") for stage in stages)
     return scheme if needed or os.path.exists(scheme) else None
@@ -224,3 +225,85 @@ def _converted(hint: Any, value: Any) -> Any:
     if isinstance(value, int) and not isinstance(value, bool) and float in (get_args(hint) or (hint,)):
         return float(value)
     return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Override:
+    """A command-line override `--set a.b=c`, applied before the check."""
+
+    keys: tuple[str, ...]
+    """The parts of the dotted path."""
+    value: Any
+    """The new value, parsed as JSON. The text itself if it is not valid JSON."""
+    text: str
+    """As the user wrote it."""
+
+    @property
+    def is_scheme(self) -> bool:
+        """True if it changes the scheme, whose top-level names do not occur in `bmcook.json`."""
+        return self.keys[0] in load_schema("l0_pruning")["properties"]
+
+
+def parse_override(text: str) -> Override:
+    """Parses an override `a.b=c`. Raises UserError if the `=` is missing, or the path has an empty part."""
+    path, equals, written = text.partition("=")
+    keys = tuple(path.strip().split("."))
+    if not equals or not all(keys):
+        raise UserError(f"--set {text}: not a setting", wanted="a.b=value", got=text)
+    return Override(keys=keys, value=_parse_value(written, text), text=text)
+
+
+def apply_override(root: dict[str, Any], override: Override) -> Keys:
+    """Applies an override to `root`, in place, and returns the keys and list indices of the changed value.
+
+    Missing and null objects on the path are created. A list entry is selected by index or, for stages, by name.
+
+    Raises:
+        UserError: The path leads through a value without keys, or to a list entry that does not exist.
+    """
+    node: Any = root
+    place: Keys = ()
+    for key in override.keys[:-1]:
+        step = _step(node, key, override, place)
+        if isinstance(node, dict) and node.get(step) is None:
+            node[step] = {}
+        node, place = node[step], (*place, step)
+    last = _step(node, override.keys[-1], override, place)
+    node[last] = override.value
+    return (*place, last)
+
+
+def _step(node: Any, key: str, override: Override, place: Keys) -> Any:
+    """The dictionary key or list index that `key` selects in `node`."""
+    if isinstance(node, dict):
+        return key
+    if not isinstance(node, list):
+        what = f"--set {override.text}: {dotted(place)!r} has no keys"
+        raise UserError(what, wanted="an object or a list", got=shown(node))
+    if key.isascii() and key.isdigit() and len(key) < 10:
+        index = int(key)
+    else:
+        names = [entry.get("name") if isinstance(entry, dict) else None for entry in node]
+        index = names.index(key) if key in names else len(node)
+    if index >= len(node):
+        named = [entry["name"] for entry in node if isinstance(entry, dict) and isinstance(entry.get("name"), str)]
+        wanted = f"an index below {len(node)}" + (f" or one of {', '.join(named)}" if named else "")
+        raise UserError(f"--set {override.text}: {dotted(place)!r} has no entry {key!r}", wanted=wanted)
+    return index
+
+
+def _parse_value(written: str, text: str) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) != len(pairs):
+            raise UserError(f"--set {text}: a key appears twice in one object", remedy="keep one of them")
+        return dict(pairs)
+
+    def no_constant(name: str) -> NoReturn:
+        raise ValueError(f"{name} is not valid JSON")
+
+    try:
+        return json.loads(written, object_pairs_hook=unique, parse_constant=no_constant)
+    except ValueError:
+        return written
+    except RecursionError:
+        raise UserError(f"--set {text[:60]}...: nested too deeply") from None

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jsonschema
 
@@ -51,13 +51,10 @@ class Finding:
 
     section: str
     """Top-level key. Empty if the whole file is affected."""
-
     error: UserError
-    """The error to report."""
 
 
-@dataclass(frozen=True)
-class _Message:
+class _Message(NamedTuple):
     problem: str
     wanted: str | None
     got: str | None = None
@@ -126,34 +123,26 @@ def shown(value: Any) -> str:
 
 
 def schema_findings(value: Any, name: SchemaName, label: str, set_by: dict[Keys, str] | None = None) -> list[Finding]:
-    """Finds all violations of a schema.
+    """Finds all violations of a schema, in the order of the file.
 
     Args:
         value: The parsed file, with overrides applied.
         name: The name of the schema.
         label: The path of the file, for the messages.
-        set_by: For each value that an override set, the text of that override. Messages then name the override instead
-            of the file.
-
-    Returns:
-        The violations, in the order of the file.
+        set_by: The override that set a value, by its keys. Messages then name the override instead of the file.
     """
     deep = _too_deep(value)
     if deep is not None:
         what = f"{label}: nested deeper than {MAX_DEPTH} levels below {dotted(deep[:3])!r}"
         return [Finding(section="", error=UserError(what))]
-    validator = _Validator(load_schema(name))
-    found: dict[Keys, UserError] = {}
-    for keys, message in _unusable(value):
-        found[keys] = _located(message, keys, label, set_by or {})
-    for error in validator.iter_errors(value):
-        place: Keys = tuple(error.absolute_path)
-        for keys, message in _messages(error, place, name):
+    found: dict[Keys, _Message] = dict(_unusable(value))
+    for error in _Validator(load_schema(name)).iter_errors(value):
+        for keys, message in _messages(error, tuple(error.absolute_path), name):
             # One value may violate several keywords. `wanted` describes all of them, so one error is enough.
-            found.setdefault(keys, _located(message, keys, label, set_by or {}))
+            found.setdefault(keys, message)
     return [
-        Finding(section=str(keys[0]) if keys else "", error=error)
-        for keys, error in sorted(found.items(), key=lambda item: _file_order(value, item[0]))
+        Finding(section=str(keys[0]) if keys else "", error=_located(found[keys], keys, label, set_by or {}))
+        for keys in sorted(found, key=lambda keys: _file_order(value, keys))
     ]
 
 
@@ -186,20 +175,12 @@ def _too_deep(value: Any) -> Keys | None:
 def _unusable(value: Any) -> Iterator[tuple[Keys, _Message]]:
     """Yields values that JSON can represent but no setting can have."""
     for keys, node in _walk(value):
-        if isinstance(node, float) and not math.isfinite(
-            node
-        ):  # strict JSON has no infinity, but Python reads 1e999 as infinity
+        # Strict JSON has no infinity, but Python reads 1e999 as infinity.
+        if isinstance(node, float) and not math.isfinite(node):
             yield keys, _Message("wrong value at", "a finite number", "a number too large to be stored")
         if isinstance(node, str) and any("\ud800" <= letter <= "\udfff" for letter in node):
-            yield (
-                keys,
-                _Message(
-                    "wrong value at",
-                    "text",
-                    shown(node),
-                    "remove the half of a surrogate pair, which is not a character",
-                ),
-            )
+            remedy = "remove the half of a surrogate pair, which is not a character"
+            yield keys, _Message("wrong value at", "text", shown(node), remedy)
 
 
 def _messages(error: jsonschema.ValidationError, place: Keys, name: SchemaName) -> Iterator[tuple[Keys, _Message]]:
@@ -233,9 +214,8 @@ def _located(message: _Message, keys: Keys, label: str, set_by: dict[Keys, str])
     blamed = [text for path, text in set_by.items() if keys[: len(path)] == path[: shorter(path)]]
     origin = f"--set {blamed[-1]}" if blamed else label
     where = repr(dotted(keys)) if keys else "the top"
-    return UserError(
-        f"{origin}: {message.problem} {where}", wanted=message.wanted, got=message.got, remedy=message.remedy
-    )
+    details = message._asdict()
+    return UserError(f"{origin}: {details.pop('problem')} {where}", **details)
 
 
 def _file_order(value: Any, keys: Keys) -> tuple[int, ...]:

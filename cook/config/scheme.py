@@ -21,51 +21,39 @@ StageName = Literal[
     "random_baseline",
 ]
 """The possible stages of a recipe. Each is a separate training run."""
-
 STAGE_NAMES: tuple[StageName, ...] = get_args(StageName)
-
 MaskMethod = Literal["coarse-grained", "fine-grained", "joint", "pattern", "m4n2_1d", "m4n2_2d"]
-"""`coarse-grained` prunes whole attention and FFN blocks, `fine-grained` prunes heads or FFN dims inside them, and
-`joint` prunes all of these at once. `pattern` prunes single weights in a pattern; `m4n2_1d` and `m4n2_2d` prune two of
-every four weights."""
-
+"""See `PruningConfig.mask_method`."""
 PATTERN_METHODS: tuple[MaskMethod, ...] = ("pattern", "m4n2_1d", "m4n2_2d")
 """The methods that prune single weights."""
-
 PatternScore = Literal["taylor_w2", "taylor", "magnitude"]
 """How the importance of a weight is computed from its value and gradient."""
-
-NUMBERED = (
-    "whole_head",
-    "head_size",
-    "granularity",
-    "joint_qkv",
-    "vector_wise",
-    "block_wise",
-    "local_kn",
-    "tile_wise_k",
-    "tile_wise_kn",
+NUMBERED = tuple(
+    "whole_head head_size granularity joint_qkv vector_wise block_wise local_kn tile_wise_k tile_wise_kn".split()
 )
 """The patterns of types 0 to 8."""
 NAMES = (*NUMBERED, "unstructured", "m4n2_1d", "m4n2_2d")
 """The names of all patterns."""
-
 PruneMode = Literal["att", "ffn"]
 """Which units a fine-grained stage prunes: attention heads or FFN dims."""
-
-
 RelaxationName = Literal["auto", "deterministic", "hard_concrete"]
 """The relaxation of a 0/1 mask while it is learned."""
-
 GatesStart = Literal["open", "taylor", "fisher"]
 """How gates are initialised."""
-
 HeadUnitChoice = Literal["auto", "kv_group", "query_head"]
 """The unit of attention that is pruned if query heads share keys and values."""
-
 Scope = Literal["block", "global"]
 """The scope of a budget. `block`: every block ends with the same number of units. `global`: one budget for all blocks,
 which may end with different sizes."""
+
+
+class NumberOrAuto(Limits):
+    """JSON schema keywords of a number for which "auto", the default, is written instead."""
+
+    def __init__(self, title: str, **limits: float):
+        super().__init__(
+            title=f'{title}, or "auto"', type=["number", "string"], **limits, pattern="^auto$", default="auto"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +62,8 @@ class CoarseConfig:
 
     train_mask: bool
     """True: the mask is learned together with the weights. False: it is read, made binary and fixed (finetuning)."""
-
     coarse_mask: MaskPath
     """Layer mask file. Written when the mask is learned, read when it is fixed."""
-
     target_sparsity: Share
     """Fraction of the parameters of all attention and FFN blocks to remove."""
 
@@ -88,42 +74,31 @@ class FineConfig:
 
     train_mask: bool
     """True: the mask is learned together with the weights. False: it is read, made binary and fixed (finetuning)."""
-
     coarse_mask: MaskPath | None = None
     """Layer mask file with the blocks that are kept. None is possible only if the layers have already been physically
     removed from the model."""
-
     num_heads: Size
     """Attention heads per block before pruning."""
-
     dim_ff: Size
     """FFN dims per block before pruning."""
-
     target_num_heads: Size
     """Heads per kept attention block after pruning."""
-
     target_dimff: Size
     """FFN dims per kept FFN block after pruning."""
-
     head_unit: HeadUnitChoice = "auto"
     """Unit that is removed if query heads share keys and values. `kv_group`: a key-value head with all of its query
     heads. `query_head`: query heads, the same number from each group. `auto`: groups if `target_num_heads` is a
     multiple of the group size, else query heads."""
-
     allow_remote_code: bool = False
     """True: the targets may lead to a model that the stock class of its family cannot represent. It is then exported
     together with its own modeling file."""
-
     heads_mask: MaskPath | None = None
     """Head mask file: written by att mask training, read by all later stages."""
-
     dimff_mask: MaskPath | None = None
     """FFN mask file: written by ffn mask training, read by all later stages."""
-
     scope: Scope = "block"
     """`block`: every kept block ends with the targets. `global`: the blocks share the total number of heads (or dims)
     that the targets give, and may end with different sizes."""
-
     prune_mode: PruneMode
     """The units that the described stage prunes. `att`: heads; `ffn`: FFN dims."""
 
@@ -137,21 +112,16 @@ class JointConfig:
 
     train_mask: bool
     """True: the masks are learned together with the weights. False: they are read and fixed (finetuning)."""
-
     scope: Scope = "block"
     """`block`: every kept block ends with the targets of `fine-grained`. `global`: one budget for all heads and dims of
     the model, whose blocks may end with different sizes."""
-
     target_sparsity: Share | None = None
     """Scope `block`: fraction of the blocks' parameters to remove as whole blocks. None: all blocks stay."""
-
     target_params: Share | None = None
     """Scope `global`: fraction of the parameters of all heads and dims to keep. If this and `target_flops` are None,
     the budget is the number of parameters of equal blocks with the targets of `fine-grained`."""
-
     target_flops: Share | None = None
     """Scope `global`: fraction of the forward FLOPs per token of all heads and dims to keep."""
-
     flops_length: Size | None = None
     """Number of keys that a query attends to, for `target_flops`. None: `data.max_length`."""
 
@@ -164,46 +134,22 @@ class GatesConfig:
     """How gates are relaxed during learning. `deterministic`: a number from 0 to 1 that a concave term makes binary
     towards the end. `hard_concrete`: a random sample of the hard concrete (L0) distribution. `auto`: hard concrete if
     only blocks are learned, else deterministic."""
-
     learning_rate: Annotated[
-        float | None,
-        Limits(
-            title='a number above 0 and up to 100, or "auto"',
-            type=["number", "string"],
-            exclusiveMinimum=0,
-            maximum=100,
-            pattern="^auto$",
-            default="auto",
-        ),
+        float | None, NumberOrAuto("a number above 0 and up to 100", exclusiveMinimum=0, maximum=100)
     ] = None
     """Learning rate of the gates. "auto": derived from the number of steps of the stage."""
-
-    ramp: Annotated[
-        float | None,
-        Limits(
-            title='a number from 0 to 1, or "auto"',
-            type=["number", "string"],
-            minimum=0,
-            maximum=1,
-            pattern="^auto$",
-            default="auto",
-        ),
-    ] = None
+    ramp: Annotated[float | None, NumberOrAuto("a number from 0 to 1", minimum=0, maximum=1)] = None
     """Fraction of the stage's steps over which the sparsity target rises from 0 to its final value. "auto": 0.4 for
     deterministic gates, 0.6 for hard concrete gates."""
-
     concavity: Annotated[float, Limits(minimum=0, maximum=100)] = 2.0
     """Deterministic gates: final weight of the concave term, in units of the root mean square of a gate's gradient. In
     the last steps it grows beyond this value without bound."""
-
     initial_log_alpha: Annotated[float, Limits(minimum=-4.6, maximum=4.6)] = 3.0
     """Hard concrete gates: log_alpha before the first step. With 3, a gate is almost always open."""
-
     start: GatesStart = "open"
     """`open`: all gates start with the same value. `taylor`, `fisher`: all gates stay open for the first `start_steps`
     steps, and then start with a value given by the rank of their score. The score is accumulated from the gradients of
     these steps."""
-
     start_steps: Annotated[int, Limits(minimum=1, maximum=10**5)] = 8
     """Steps over which the score is accumulated, at most a quarter of the stage."""
 
@@ -219,37 +165,28 @@ class Quirks:
     """Types 0 and 1: the input rows of query, key and value are grouped separately, so that no head disappears.
     Corrected: a head consists of its output columns in the three matrices and its input rows in the attention output,
     which are scored and removed together."""
-
     per_dimension_sparsity: bool = False
     """Type 8: s is the sparsity of each of the two dimensions, 1 − (1 − s)² in total.
     Corrected: s is the sparsity of the whole network, to the nearest row tile."""
-
     raw_width_norms: bool = False
     """Type 8: column norms are divided by K and row-tile norms by the tile's raw width, which over-prunes wide
     matrices. Corrected: root mean squares over the kept width."""
-
     revive: bool = False
     """Types 4 and 8: weights that an earlier stage pruned can come back, because of ties at zero or shifted tiles.
     Corrected: pruned weights stay pruned."""
-
     vector_keeps_all: bool = False
     """Type 4: a sparsity that leaves less than one weight per vector keeps the whole vector.
     Corrected: at least one weight is kept."""
-
     whole_percents: bool = False
     """The sparsity is truncated to a whole percentage: 62.5 means 62. Corrected: fractions are used."""
-
     drifting_weights: bool = False
     """Masks zero only the gradients: pruned weights drift because of weight decay and old optimizer moments.
     Corrected: gradients, moments and weights of pruned entries are exactly 0."""
-
     empty_ratio_fails: bool = False
     """The run fails if a matrix ends empty, because a ratio is divided by zero.
     Corrected: the matrix is reported as 100% pruned."""
-
     total_of_stage: bool = False
     """The reported total reduction is that of the stage. Corrected: it is relative to the dense model."""
-
     schedule_goes_on: bool = False
     """The learning rate schedule of the recovery starts after the scoring steps, and reaches 0 too early.
     Corrected: the recovery of each stage has its own full schedule."""
@@ -269,30 +206,21 @@ class PatternConfig:
 
     type: PatternType
     """Number (0 to 8) or name of the pattern."""
-
     sparsity: Annotated[float, Limits(minimum=0, maximum=100)]
     """Percent of the weights of the matrices in `pruned_module` to remove."""
-
     granularity: Size = 128
     """Columns per tile."""
-
     local_granularities: tuple[Size, Size] = (32, 128)
     """Type 6: columns per tile, first for query, key and value, then for the other matrices."""
-
     block: Size = 32
     """Type 5: side length of a block, in weights."""
-
     vector: Size = 16
     """Type 4: rows per vector."""
-
     score: PatternScore = "taylor_w2"
     """`taylor_w2`: (g·W²)²; `taylor`: (g·W)²; `magnitude`: |W|."""
-
     scoring_steps: Size = 100
     """Steps with frozen weights over which the gradients for the scores are accumulated. Unused by `magnitude`."""
-
     previous_mask: UserPath | None = None
     """Mask file of an earlier stage. The weights that it prunes stay pruned."""
-
     quirks: Annotated[tuple[QuirkName, ...], Limits(maxItems=20)] = ()
     """Names of historical behaviours to reproduce."""

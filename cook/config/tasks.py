@@ -1,12 +1,11 @@
-"""The settings of fine-tuning and pattern pruning on GLUE and SQuAD, and the command-line options generated from them.
+"""Settings of the commands without a configuration file: `cook prune`, and pattern pruning on GLUE and SQuAD.
 
-`python -m cook.config` generates the schema from the dataclass. The command takes its options, help and limits from it.
+The JSON schema is generated from `TaskConfig`. The command takes its options, help and limits from the schema.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,39 @@ from cook.config.declare import Count, Fraction, Limits, Scale, Size, UserPath
 from cook.config.schema import load_schema, schema_findings
 from cook.config.scheme import PatternScore
 from cook.config.types import Precision, TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneLineJob:
+    """A model pruned by one command."""
+
+    model: str
+    """A model folder, or a name on the Hugging Face Hub."""
+    data: tuple[str, ...]
+    """A file or folder of text, JSON lines or parquet; may be repeated. The end of a single text file is held out for
+    evaluation; of several documents, some are."""
+    keep: Annotated[tuple[str, ...], Limits(metavar="KEY=VALUE")]
+    """What to keep: `params=0.7` or `flops=0.7` of the whole model, or any of `blocks=0.8`, `heads=0.5`, `dims=0.7`
+    (shares, or numbers of heads and dims per block)."""
+    output: str
+    """Folder for everything: `recipe/`, `run/`, `model/` (the small model), `report/`."""
+    steps: Size = 100
+    """Steps in which the masks are learned, with the weights frozen."""
+    finetune_steps: Count = 0
+    """Steps of finetuning with the masks fixed, afterwards."""
+    teacher: str | None = None
+    """`self` (the model with nothing removed), or the folder of another model."""
+    max_length: Annotated[int, Limits(minimum=2)] = 512
+    """Tokens per row."""
+    batch_size: Size = 2
+    """Rows per step."""
+    learning_rate: Scale = 3e-5
+    """Learning rate of the weights in finetuning."""
+    text_field: str = "text"
+    """Key or column that holds the text of JSON lines and tables."""
+    seed: Count = 0
+    """Random seed."""
+
 
 TaskMode = Literal["pretrain", "prune", "export"]
 Positive = Annotated[float, Limits(exclusiveMinimum=0, maximum=10**6)]
@@ -31,119 +63,81 @@ class TaskConfig:
     mode: TaskMode
     """`pretrain`: fine-tune the dense model on the task. `prune`: score, mask and recover, stage by stage. `export`:
     write the compact model."""
-
     task_name: str
     """CoLA, SST-2, MRPC, STS-B, QQP, MNLI, QNLI, RTE, WNLI, SQuAD1.1 or SQuAD2.0."""
-
     data_dir: UserPath = "data/glue"
     """Folder that contains the tasks' folders, or for SQuAD its JSON files."""
-
     model: str = ""
     """The model that `pretrain` fine-tunes: a Hugging Face folder or Hub name, or a BERT folder from Google."""
-
     output_dir: UserPath = ""
     """Folder for all outputs; default: results/tasks/TASK."""
-
     finetuned: UserPath = ""
     """The dense model to prune; default: the result of `pretrain` in the output folder."""
-
     pruning_type: str = "8"
     """Number (0 to 8) or name of the pattern, such as tile_wise_k, unstructured, m4n2_1d."""
-
     granularity: Size = 128
     """Columns per tile (G)."""
-
     block: Size = 32
     """Side length of a block (B, type 5)."""
-
     vector: Size = 16
     """Inputs per vector (type 4)."""
-
     score: PatternScore = "taylor_w2"
     """Importance of a weight: taylor_w2, taylor or magnitude."""
-
     quirks: str = ""
     """Historical behaviours to reproduce: `historical` for all, or names separated by commas."""
-
     sparsities: Sparsities = (50.0,)
     """Sparsity in percent after each stage, in ascending order."""
-
     scoring_steps: Size = 100
     """Steps over which the scores of a stage are accumulated."""
-
     epochs: Positive = 3.0
     """Epochs of the fine-tuning, or of the recovery of each stage."""
-
     train_batch_size: Size = 32
     """Rows per step, over all ranks."""
-
     micro_batch_size: Size = 32
     """Maximal number of rows that a rank processes at once."""
-
     eval_batch_size: Size = 64
     """Rows per batch in evaluations."""
-
     learning_rate: Positive = 2e-5
     """Peak learning rate, reached after the warmup; it then falls linearly to 0."""
-
     warmup: Fraction = 0.1
     """Fraction of the steps in which the learning rate rises."""
-
     weight_decay: Fraction = 0.01
     """Weight decay of AdamW, on matrices only."""
-
     clip: Scale = 1.0
     """Maximal gradient norm. 0: no clipping."""
-
     max_length: Annotated[int, Limits(minimum=4, maximum=10**9)] = 128
     """Maximal number of tokens per row."""
-
     doc_stride: Size = 128
     """SQuAD: tokens between the starts of two windows of a long document."""
-
     max_query_length: Size = 64
     """SQuAD: maximal number of tokens in a question."""
-
     n_best: Size = 20
     """SQuAD: length of the n-best lists."""
-
     max_answer_length: Size = 30
     """SQuAD: maximal number of tokens in an answer."""
-
     null_threshold: float = 0.0
     """SQuAD2.0: the answer is empty if "no answer" scores higher than the best answer by more than this."""
-
     distillation: Scale = 0.0
     """GLUE: weight of the divergence from the dense model's predictions in recoveries. 0: off."""
-
     temperature: Positive = 2.0
     """Temperature that softens both predictions in the distillation."""
-
     precision: Precision = "auto"
     """Auto (bf16 if the device supports it), fp32, bf16 or fp16."""
-
     deepspeed: UserPath = ""
     """File with a DeepSpeed config; default: ZeRO stage 0 on one rank, 2 on several."""
-
     save_every: Count = 0
     """Steps between checkpoints. 0: only at the end of a training."""
-
     log_every: Size = 10
     """Steps between log lines."""
-
     tensorboard: bool = True
     """True or false: whether to write scalars for TensorBoard."""
-
     threads: Count = 0
     """CPU threads per rank. 0: the machine's cores divided by its ranks."""
-
     rank_timeout: Scale = 300.0
     """Seconds after which a silent rank or an unfinished step ends the run; ten times as many for a first step or a
     save. 0: never."""
-
     seed: Count = 42
     """Seed of new weights, data order and dropout."""
-
     resume: Literal["auto", "never"] = "auto"
     """Auto: skip finished stages and resume from checkpoints. Never: start over."""
 
@@ -157,19 +151,11 @@ class TaskConfig:
         return Path(self.output_dir or f"results/tasks/{self.task_name}")
 
     def steps(self, rows: int) -> int:
-        """Returns the number of optimizer steps for `rows` rows per epoch.
-
-        The last batch is filled with the first rows of the next epoch.
-        """
+        """Returns the optimizer steps for `rows` rows per epoch. The next epoch's first rows fill the last batch."""
         return max(1, math.ceil(self.epochs * rows / self.train_batch_size))
 
     def training(self, steps: int, *, frozen: bool = False) -> TrainingConfig:
-        """Returns the training settings of one training of the run.
-
-        Args:
-            steps: Number of optimizer steps.
-            frozen: True: the weights do not change, for scoring.
-        """
+        """Returns the settings of one training of `steps` optimizer steps. `frozen`: the weights do not change."""
         return TrainingConfig(
             steps=steps,
             train_batch_size=self.train_batch_size,
@@ -199,16 +185,12 @@ class TaskConfig:
 
 
 def parse_task_options(arguments: list[str] | None = None) -> TaskConfig:
-    """Parses the command line.
-
-    Raises:
-        UserErrors: all invalid values.
-    """
+    """Parses the command line. Raises UserErrors with all invalid values."""
     options = load_schema("tasks")["properties"]
     parser = argparse.ArgumentParser(
         prog="cook/tasks.py",
         allow_abbrev=False,
-        description=("Fine-tunes, prunes and exports an encoder on a GLUE task or SQuAD."),
+        description="Fine-tunes, prunes and exports an encoder on a GLUE task or SQuAD.",
     )
     parser.add_argument("mode", choices=get_args(TaskMode), help=options["mode"]["description"])
     for name, node in options.items():
@@ -222,9 +204,7 @@ def parse_task_options(arguments: list[str] | None = None) -> TaskConfig:
     values = {name: _parsed(node, given[name]) for name, node in options.items() if given[name] is not None}
     findings = schema_findings(values, "tasks", "options")
     invalid = {finding.section: finding.error.wanted for finding in findings}
-    errors = [
-        UserError(f"--{name}: invalid value", wanted=wanted, got=repr(given[name])) for name, wanted in invalid.items()
-    ]
+    errors = [UserError(f"--{name}: invalid value", wanted=w, got=repr(given[name])) for name, w in invalid.items()]
     sound = {name: value for name, value in values.items() if name not in invalid}
     config = TaskConfig(**sound | {"sparsities": tuple(sound["sparsities"])} if "sparsities" in sound else sound)
     if config.mode == "pretrain" and not config.model:
@@ -251,8 +231,3 @@ def _parsed(node: dict[str, Any], text: str) -> Any:
         return {"integer": int, "number": float}.get(node.get("type", "string"), str)(text)
     except (ValueError, KeyError):
         return text
-
-
-def settings_fingerprint(config: TaskConfig, names: tuple[str, ...]) -> str:
-    """Returns the named settings as one string, for comparison with those of an earlier run."""
-    return json.dumps({name: getattr(config, name) for name in names}, sort_keys=True)

@@ -31,8 +31,6 @@ SpikeAction = Literal["off", "log", "skip", "stop"]
 SpikeMeasure = Literal["gradient_norm", "loss"]
 TokenizerType = Literal["sentencepiece", "hf", "jieba"]
 ModelType = Literal["cpm_ant", "hf"]
-
-
 MaskModules = Annotated[list[Annotated[list[bool], Limits(minItems=2, maxItems=2)]] | None, Limits(maxItems=10**5)]
 
 
@@ -42,46 +40,32 @@ class CpmLiveKeys:
 
     vocab_size: Size
     """Rows of the token embedding."""
-
     dim_model: Size
     """Hidden size: width of the residual stream."""
-
     num_layers: Size
     """Number of layers. Each has one attention block and one FFN block."""
-
     num_heads: Size
     """Attention heads per block."""
-
     dim_head: Size
     """Width of a head."""
-
     dim_ff: Size
     """FFN dimension: inner width of an FFN block."""
-
     dropout_p: Annotated[float, Limits(minimum=0, exclusiveMaximum=1)] = 0.0
     """Dropout probability."""
-
     position_bias_num_buckets: Annotated[Size, Limits(multipleOf=4)]
     """Buckets of the relative position bias, half of them per direction. A multiple of 4."""
-
     position_bias_max_distance: Size
     """Distance from which all positions share the last bucket."""
-
     eps: Annotated[float, Limits(exclusiveMinimum=0, maximum=1)]
     """Number added to the variance in the layer norms."""
-
     half: bool = True
     """CPM-Live's switch for half precision weights. Unused: see `training.precision`."""
-
     prompt_types: Annotated[Size, Limits(minimum=3)]
     """Number of prompt types, one per task. The causal language model uses number 2."""
-
     prompt_length: Size
     """Prompt embeddings in front of every row."""
-
     segment_types: Annotated[Size, Limits(minimum=3)]
     """Number of segment embeddings. The text of the causal language model is segment 2."""
-
     mask_modules: MaskModules = None
     """A pair [attention, FFN] per layer, true if the block is physically removed. None: no block is removed."""
 
@@ -92,19 +76,15 @@ class ModelConfig:
 
     type: ModelType
     """`cpm_ant`, or `hf`: the Hugging Face folder at `path`, of any supported model family."""
-
     config: Annotated[
         dict[str, Any] | None,
         KeysOf(CpmLiveKeys),
         Limits(
-            title="CPM-Live's keys, the path of a JSON file, or null",
-            type=["object", "string", "null"],
-            minLength=1,
+            title="CPM-Live's keys, the path of a JSON file, or null", type=["object", "string", "null"], minLength=1
         ),
     ] = None
     """CPM-Live's configuration keys, or the path of a JSON file that contains them. None if the folder at `path` has a
     config."""
-
     path: UserPath | None = None
     """Pretrained weights: a Hugging Face folder, or a CPM-Live `.pt` file that `config` describes. None: random
     weights."""
@@ -117,10 +97,8 @@ class TokenizerConfig:
     type: TokenizerType
     """`sentencepiece`: a `.model` file, or one that the run trains; `hf`: a folder for Hugging Face's AutoTokenizer;
     `jieba`: CPM-Ant's `vocab.txt`."""
-
     path: UserPath | None = None
     """The tokenizer's file or folder. None (`sentencepiece` only): the run trains one on the corpus."""
-
     vocab_size: Size
     """Number of ids, at most the model's vocabulary size."""
 
@@ -131,72 +109,50 @@ class TrainingConfig:
 
     steps: Size
     """Optimizer steps, including those that are not applied."""
-
     train_batch_size: Size
     """Rows per step, over all ranks and accumulation steps: micro_batch_size × accumulation × ranks."""
-
     micro_batch_size: Size
     """Maximal number of rows that a rank processes at once. Its share of a step may be smaller."""
-
     learning_rate: Annotated[float, Limits(minimum=0, maximum=100)]
     """Peak learning rate of the weights."""
-
     warmup: Fraction = 0.05
     """Fraction of the steps in which the learning rate rises linearly to its peak."""
-
     schedule: Schedule = "cosine"
     """Shape of the learning rate's decay after the warmup."""
-
     min_learning_rate: Fraction = 0.1
     """Learning rate at the last step, as a fraction of the peak. Unused by `constant`."""
-
     weight_decay: Fraction = 0.0
     """Decoupled weight decay (AdamW)."""
-
     clip: Scale = 1.0
     """Maximal global gradient norm. 0: no clipping."""
-
     precision: Precision = "auto"
     """Precision of the forward and backward passes. `auto`: bf16 if the device supports it, else fp32."""
-
     train_weights: bool = True
     """False: only the gates are trained, and the weights stay fixed."""
-
     activation_checkpointing: bool = False
     """True: activations are recomputed in the backward pass instead of being kept in memory."""
-
     log_every: Size = 10
     """Steps between two log lines."""
-
     save_every: Count = 0
     """Steps between two checkpoints. 0: only at the end of the stage."""
-
     keep_checkpoints: Size = 2
     """Number of most recent checkpoints to keep on disk."""
-
     eval_rows: Count = 256
     """Held-out rows per evaluation. 0: no evaluation."""
-
     max_bad_steps: Size = 3
     """Number of consecutive failed steps that ends the run. A step fails if its loss or gradient is not finite, or if
     it is skipped as a spike."""
-
     spike: SpikeAction = "off"
     """What happens in a step whose `spike_measure` is far above the recent ones. `off`: nothing; `log`: it is logged;
     `skip`: the update is skipped; `stop`: the run ends."""
-
     spike_measure: SpikeMeasure = "gradient_norm"
     """The value that is compared: the global gradient norm or the loss."""
-
     spike_factor: Annotated[float, Limits(exclusiveMinimum=1, maximum=10**6)] = 10.0
     """A spike is more than this many times the median of the last `spike_window` updates."""
-
     spike_window: Annotated[int, Limits(minimum=1, maximum=10**4)] = 64
     """Number of updates over which the median is taken. Before that many updates, no step is a spike."""
-
     threads: Annotated[int, Limits(minimum=1, maximum=4096)] | None = None
     """CPU threads per rank. None: the machine's cores divided by its ranks."""
-
     rank_timeout: Scale = 300.0
     """Seconds after which a silent rank or an unfinished step ends the run; ten times as many for a first step, a save
     or an evaluation. 0: never. Only the value in the `training` section is used."""
@@ -215,11 +171,7 @@ class LoggingConfig:
 
 
 WeightSuffix = Annotated[
-    str,
-    Limits(
-        title="the end of a weight's name, such as self_attention.project_q.weight",
-        pattern="^[A-Za-z0-9_.]+$",
-    ),
+    str, Limits(title="the end of a weight's name, such as self_attention.project_q.weight", pattern="^[A-Za-z0-9_.]+$")
 ]
 
 
@@ -229,19 +181,15 @@ class PruningConfig:
 
     is_pruning: bool
     """False: plain pretraining."""
-
     pruning_mask_path: UserPath | None = None
     """Mask file (`.safetensors`) of a pattern. It is read and applied if it exists, else made and written. None for
     other methods."""
-
     pruned_module: Annotated[tuple[WeightSuffix, ...], Limits(minItems=1, maxItems=10**4)]
     """Suffixes of the names of the weights that may be pruned. No other weights are pruned."""
-
     mask_method: MaskMethod
     """`coarse-grained`: whole attention and FFN blocks; `fine-grained`: heads or FFN dims inside the kept blocks;
     `joint`: heads, dims and optionally blocks at once; `pattern`: single weights, see the section `pattern`;
     `m4n2_1d`, `m4n2_2d`: two of every four weights, along the inputs or in both directions."""
-
     l0_pruning: UserPath = "l0_pruning.json"
     """The file of the scheme, relative to the folder of this file."""
 
@@ -252,7 +200,6 @@ class StageEntry:
 
     name: StageName
     """The name of the stage."""
-
     training: Annotated[dict[str, Any], KeysOf(TrainingConfig, complete=False)] = field(default_factory=dict)
     """Keys of `training` that this stage changes."""
 
@@ -263,7 +210,6 @@ class ConfigSource:
 
     bmcook: str
     """Path of `bmcook.json`."""
-
     l0_pruning: str | None
     """Path of the scheme. None if no scheme is needed and the file does not exist."""
 
@@ -291,57 +237,40 @@ class RunConfig:
 
     output_dir: UserPath
     """Folder for all outputs of the run, except the mask files, which have their own paths."""
-
     seed: Annotated[int, Limits(minimum=0, maximum=2**32 - 1)] = 0
     """Seed of the initial weights, the data order and the noise of the gates."""
-
     model: ModelConfig
     """The model to train or prune: a description, pretrained weights, or both."""
-
     tokenizer: TokenizerConfig
     """The tokenizer that converts the corpus to ids."""
-
     data: DataConfig
     """The corpus, and how it is cut into rows."""
-
     training: TrainingConfig
     """How the stages train the weights. A stage can override these settings."""
-
     deepspeed: Annotated[dict[str, Any], DEEPSPEED] = field(default_factory=dict)
     """A DeepSpeed configuration, or the path of one. "auto" values are filled in from `training`."""
-
     distillation: DistillationConfig | None = None
     """A dense teacher whose outputs the pruned model imitates. None: no teacher."""
-
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Outputs of a run in addition to its log file."""
-
     pruning: PruningConfig
     """Whether to prune, and what."""
-
     pattern: PatternConfig | None = None
     """The pattern in which single weights are pruned. None: no pattern."""
-
     coarse: CoarseConfig | None = None
     """Whole attention and FFN blocks."""
-
     fine: FineConfig | None = None
     """Heads and FFN dims inside the kept blocks."""
-
     joint: JointConfig | None = None
     """Heads, FFN dims and optionally whole blocks, learned in one stage. Sizes, targets and mask files are those of
     `fine-grained`."""
-
     gates: GatesConfig = field(default_factory=GatesConfig)
     """How the gates are trained."""
-
     stages: Annotated[tuple[StageEntry, ...], Limits(maxItems=len(STAGE_NAMES))] = ()
     """The stages of the recipe, in order. Empty: only the stage that the two files describe."""
-
     stage: StageName
     """The stage that this configuration describes. It is derived once from `is_pruning`, `mask_method`, `train_mask`
     and `prune_mode`, which are not read after the check."""
-
     source: ConfigSource
     """The files that the configuration was read from."""
 
@@ -354,11 +283,19 @@ def training_for(config: RunConfig, stage_name: str) -> TrainingConfig:
     return config.training
 
 
+def decoded(mask_method: Any) -> Any:
+    """Decodes `mask_method`, also an unchecked one: "pattern" for every method that prunes single weights."""
+    return "pattern" if mask_method in PATTERN_METHODS else mask_method
+
+
 def method_of(pruning: PruningConfig) -> str | None:
-    """Returns the method that the files describe, "pattern" for all patterns; None if they describe no pruning."""
-    if not pruning.is_pruning:
-        return None
-    return "pattern" if pruning.mask_method in PATTERN_METHODS else pruning.mask_method
+    """Returns the decoded method that the files describe. None if they describe no pruning."""
+    return decoded(pruning.mask_method) if pruning.is_pruning else None
+
+
+def two_of_four(pruning: PruningConfig) -> str | None:
+    """Returns the 2:4 pattern that `mask_method` names itself. None if the section `pattern` describes the pattern."""
+    return pruning.mask_method if pruning.mask_method in ("m4n2_1d", "m4n2_2d") else None
 
 
 def stage_of(
@@ -366,10 +303,8 @@ def stage_of(
 ) -> StageName | None:
     """Returns the stage that these sections describe, or None if the section of that stage is missing."""
     method = method_of(pruning)
-    if method is None:
-        return "pretrain"
-    if method == "pattern":
-        return "pattern"
+    if method is None or method == "pattern":
+        return "pattern" if method else "pretrain"
     if method == "coarse-grained":
         return None if coarse is None else "layer_mask" if coarse.train_mask else "layer_finetune"
     if method == "joint":
@@ -386,11 +321,8 @@ def for_stage(config: RunConfig, stage_name: StageName) -> RunConfig:
 
     `distillation` is None if the stage has no teacher.
     """
-    pruning = config.pruning
-    if stage_name == "pattern" and pruning.mask_method not in PATTERN_METHODS:
-        pruning = dataclasses.replace(pruning, mask_method="pattern")
     teacher = config.distillation
     if teacher is not None and (stage_name == "pretrain" or stage_name not in (teacher.stages or STAGE_NAMES)):
         teacher = None
     training = training_for(config, stage_name)
-    return dataclasses.replace(config, stage=stage_name, pruning=pruning, training=training, distillation=teacher)
+    return dataclasses.replace(config, stage=stage_name, training=training, distillation=teacher)

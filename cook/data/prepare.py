@@ -21,9 +21,8 @@ from cook.data.documents import Document
 from cook.data.left_out import LeftOut
 from cook.data.packing import pack_to_folder, text_capacity
 from cook.data.progress import Progress
-from cook.text.open_tokenizer import load_tokenizer
 from cook.text.sentencepiece import train_sentencepiece
-from cook.text.tokenizer import Tokenizer
+from cook.text.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 2
 """Raised whenever the same inputs would give other files."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from cook.base.errors import UserError
 from cook.base.files import read_json, write_json
-from cook.config.check_data import TASK_TYPES, source_names
+from cook.config.check_inputs import TASK_TYPES, source_names
 from cook.config.corpus import DataConfig
 from cook.data.cache import fingerprint_of, read_manifest
 from cook.data.cpm_tasks.task_data import TaskData, open_task_rows

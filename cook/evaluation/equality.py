@@ -1,14 +1,22 @@
-"""The difference between two models' outputs on the same batches."""
+"""The difference between two models' outputs, and the reference models that a reshaped model is compared with."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 
 from cook.base.batches import Batch
+from cook.base.tensor_files import read_model_config
 from cook.data.token_loss import model_inputs
+from cook.export.check import quiet, transformers_class
+from cook.export.pruned_folder import mask_model
+from cook.families.source import load_model, open_model
+from cook.pruning.family import ModelSource
+from cook.pruning.mask_set import Masks
+from cook.pruning.units import PruningSpace
 
 Answers = dict[str, torch.Tensor]
 """A model's outputs for one batch, by name: logits, span logits, or the hidden states of an encoder without a head."""
@@ -41,7 +49,7 @@ def difference(first: Sequence[Answers], second: Sequence[Answers]) -> float:
 
 
 def largest_difference(first: torch.nn.Module, second: torch.nn.Module, batches: Iterable[Batch]) -> float:
-    """`difference` of two models that are both in memory."""
+    """`difference` of two models in memory."""
     batches = list(batches)
     return difference(answers(first, batches), answers(second, batches))
 
@@ -65,3 +73,63 @@ def _call(model: torch.nn.Module, inputs: Batch) -> Batch:
         return inputs
     # Its rows are the choices of one question, and it does not accept 2D attention masks.
     return {name: inputs[name][None] for name in ("input_ids", "position_ids") if name in inputs}
+
+
+def masked_model(
+    source: ModelSource, space: PruningSpace, masks: Masks, dtype: torch.dtype
+) -> tuple[torch.nn.Module, str]:
+    """Returns the whole model with its masked units set to zero, and a description of how it was loaded.
+
+    transformers loads the folder with its own class where it has one; else cook reads and masks the model.
+    """
+    found = transformers_class(source.config) if (source.path / "config.json").is_file() else None
+    if found is None:
+        model = load_model(source, dtype)
+        mask_model(model, space, masks)
+        return model, "the model as read and masked by cook"
+    model = _loaded(source.path, found[0], dtype)
+    zero_units(model, space, masks)
+    return model, f"{found[0].__name__} of transformers with the masked units set to zero"
+
+
+def written_model(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+    """Loads a reshaped model as its users do."""
+    found = transformers_class(read_model_config(folder))
+    return load_model(open_model(folder), dtype) if found is None else _loaded(folder, found[0], dtype)
+
+
+def _loaded(folder: Path, made: type, dtype: torch.dtype) -> torch.nn.Module:
+    with quiet():
+        # A config may name another attention implementation, which would be downloaded.
+        model: torch.nn.Module = made.from_pretrained(  # type: ignore[attr-defined]
+            folder,
+            dtype=dtype,
+            attn_implementation="sdpa" if made._supports_sdpa else "eager",  # type: ignore[attr-defined]
+        )
+    return model.eval()
+
+
+@torch.no_grad()
+def zero_units(model: torch.nn.Module, space: PruningSpace, masks: Masks) -> None:
+    """Sets the output weights of masked units to zero; for a masked block the biases too."""
+    weights = dict(model.named_parameters())
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+
+    def weight(path: str) -> torch.Tensor:
+        return next(weights[p] for p in (path, path.removeprefix(prefix), prefix + path) if p in weights)
+
+    lasts = {(g.site, g.layer): g.slices[-1] for g in (*space.groups, *space.unprunable) if g.kind != "layer"}
+    for group in space.groups:
+        mask = masks.get(group.name)
+        if mask is None or mask.all():
+            continue
+        last = lasts[group.site, group.layer]
+        if group.kind == "layer":
+            weight(last.path).zero_()
+            for path in group.residue:
+                if path.endswith(".bias"):
+                    weight(path).zero_()
+        else:
+            kept = mask.repeat_interleave(last.block)
+            shape = [-1 if dim == last.dim else 1 for dim in range(2)]
+            weight(last.path).mul_(kept.view(shape))

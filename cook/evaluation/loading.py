@@ -63,18 +63,13 @@ class Loaded:
 
     @property
     def device(self) -> torch.device:
-        """The device of the model."""
         return next(self.model.parameters()).device
 
 
 def load(entry: Entry, *, trust_remote_code: bool, dtype: str = "auto", device: str = "cpu") -> Loaded:
     """Loads a model and its tokenizer; families that cook knows need no remote code.
 
-    Args:
-        entry: The model that the user named.
-        trust_remote_code: Whether a modeling file in the folder may run.
-        dtype: `auto` (as stored; bfloat16 on a GPU) or the name of a floating type.
-        device: The device to load it to.
+    `dtype` is `auto` (as stored; bfloat16 on a GPU) or the name of a floating type.
 
     Raises:
         UserError: the model or the tokenizer cannot be loaded, or the masks belong to another model.
@@ -107,7 +102,6 @@ def load(entry: Entry, *, trust_remote_code: bool, dtype: str = "auto", device: 
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
-    """The folder's tokenizer."""
     from transformers import PreTrainedTokenizerFast
 
     if not (folder / "tokenizer.json").is_file():

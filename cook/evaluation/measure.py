@@ -1,7 +1,8 @@
-"""What `cook eval` measures of a model, as one flat record."""
+"""What `cook eval` measures of a model, and what `cook compare` reports of several."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 import torch
 
 from cook.base.errors import UserError
+from cook.base.files import write_json
 from cook.evaluation.loading import Entry, Loaded, load
-from cook.evaluation.memory import PeakMemory
 from cook.evaluation.scoring import Windowing, predicts_blindly, score
 from cook.evaluation.settings import Settings, device_of
-from cook.evaluation.speed import generation_speed
+from cook.evaluation.speed import PeakMemory, generation_speed
+from cook.report.comparison import comparison_table, plot_comparison
 
 
 def measure_loss(entry: Entry, text: str, settings: Settings) -> tuple[Loaded, dict[str, Any]]:
@@ -55,14 +57,14 @@ def measure_speed(models: Sequence[Loaded], text: str, settings: Settings) -> li
     Raises:
         UserError: prompt and new tokens are longer than a model's context.
     """
-    prompts = {}
+    prompts, by_number = {}, {}
+    wanted = settings.prompts * settings.prompt_tokens
     for number, loaded in enumerate(models):
         _check_positions(loaded, settings.prompt_tokens + settings.new_tokens, "--prompt-tokens")
         ids = text_ids(loaded, text)
-        wanted = settings.prompts * settings.prompt_tokens
         repeated = ids.repeat(math.ceil(wanted / len(ids)))[:wanted]
         prompts[str(number)] = repeated.view(settings.prompts, settings.prompt_tokens)
-    by_number = {str(number): loaded.model for number, loaded in enumerate(models)}
+        by_number[str(number)] = loaded.model
     speeds = generation_speed(by_number, prompts, new_tokens=settings.new_tokens, repeats=settings.repeats)
     return [speed.as_record() for speed in speeds.values()]
 
@@ -116,16 +118,70 @@ def read_texts(paths: Sequence[str]) -> str:
     Raises:
         UserError: one is missing, not UTF-8, or all are empty.
     """
-    text = "\n".join(map(_read_text, paths))
-    if not text.strip():
+    texts = []
+    for path in paths:
+        try:
+            texts.append(Path(path).read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            remedy = "convert it to UTF-8"
+            raise UserError(f"{path}: not UTF-8 at byte {error.start}", remedy=remedy) from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if not any(text.strip() for text in texts):
         raise UserError("there is nothing to score", got=", ".join(paths))
-    return text
+    return "\n".join(texts)
 
 
-def _read_text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+RATIOS = ("parameters", "prefill_tokens_per_second", "decode_tokens_per_second", "peak_memory_bytes")
+
+
+def compare(entries: Sequence[Entry], text: str, settings: Settings, *, files: Sequence[str]) -> dict[str, Any]:
+    """Measures several models, of which the first is the reference.
+
+    With timing, all models are in memory together, so that they can take turns. Without timing, each model is freed
+    before the next is loaded.
+
+    Returns:
+        `{"data": files, "settings", "same_tokens", "models": [record with the model's name and ratios to the first]}`.
+
+    Raises:
+        UserError: two models have the same name, or a model cannot be measured.
+    """
+    names = [entry.name for entry in entries]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"two models are called {twice[0]!r}", remedy="give each a name: NAME=DIR")
+    records: list[dict[str, Any]] = []
+    models: list[Loaded] = []
+    first_ids, same_tokens = torch.empty(0), True
+    for entry in entries:
+        loaded, record = measure_loss(entry, text, settings)
+        records.append({"name": entry.name} | record)
+        ids = text_ids(loaded, text).cpu()
+        first_ids = first_ids if len(records) > 1 else ids
+        same_tokens = same_tokens and torch.equal(ids, first_ids)
+        models += [loaded] if settings.speed else []
+        del loaded
+    if settings.speed:
+        for record, speed in zip(records, measure_speed(models, text, settings), strict=True):
+            record.update(speed)
+    for record in records:
+        known = [key for key in RATIOS if record.get(key) and records[0].get(key)]
+        record["ratio_to_first"] = {key: record[key] / records[0][key] for key in known}
+    settled = dataclasses.asdict(settings)
+    return {"data": list(files), "settings": settled, "same_tokens": same_tokens, "models": records}
+
+
+def write_comparison(comparison: dict[str, Any], folder: Path) -> None:
+    """Prints the table; writes `comparison.json` and `comparison.png` into `folder`."""
+    records, same_tokens = comparison["models"], comparison["same_tokens"]
+    settings, files = comparison["settings"], ", ".join(Path(file).name for file in comparison["data"])
+    stride = f", stride {settings['stride']}" if settings["stride"] else ""
+    title = f"{files}: {records[0]['method']}, {settings['window']} tokens{stride}"
+    print(comparison_table(records, same_tokens=same_tokens))
+    if not same_tokens:
+        print("The models' tokenizers differ, so their losses and perplexities per token cannot be compared.")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "comparison.json", comparison)
+    plot_comparison(records, folder / "comparison.png", same_tokens=same_tokens, title=title)
+    print(f"written: {folder}/comparison.json, {folder}/comparison.png")

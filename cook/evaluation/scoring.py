@@ -22,11 +22,11 @@ class Windowing:
     size: int
     """Tokens per window."""
     stride: int | None = None
-    """None: disjoint windows (Frantar et al. 2022, GPTQ, and later pruning papers); the first
-    token of a window is not predicted, and an incomplete last window is left out. A number: each window begins that
-    many tokens after the previous one, and only tokens that earlier windows did not predict count (Baevski
-    and Auli 2019; "sliding window" in Press et al. 2021; the documentation of transformers): every token of the text
-    but the first is predicted exactly once, from the second window on with at least `size - stride` before it."""
+    """None: disjoint windows (Frantar et al. 2022, GPTQ, and later pruning papers); the first token of a window is not
+    predicted, and an incomplete last window is left out. A number: each window begins that many tokens after the
+    previous one, and only tokens that earlier windows did not predict count (Baevski and Auli 2019; "sliding window" in
+    Press et al. 2021). Every token of the text but the first is then predicted exactly once, from the second window on
+    with at least `size - stride` tokens before it."""
     bos: int | None = None
     """An id put in front of every window, so that its first token is predicted too; it counts in `size`."""
     limit: int | None = None
@@ -103,11 +103,8 @@ def batches(found: Sequence[Span], batch_size: int) -> Iterator[list[Span]]:
 def predicts_blindly(model: Callable[..., Any], ids: torch.Tensor) -> bool:
     """Whether the model is causal: changing a token does not change the logits before it.
 
-    An encoder sees the tokens that it would have to predict, so its score would be meaningless.
-
-    Args:
-        model: As for `score`; a model without `.logits` for every token counts as not causal.
-        ids: At least two tokens, `(count,)`.
+    An encoder sees the tokens that it would have to predict, so its score would be meaningless. A model without
+    `.logits` for every token counts as not causal. `ids` are at least two tokens, `(count,)`.
     """
     row = ids[None, :16]
     other = row.clone()
@@ -122,14 +119,10 @@ def predicts_blindly(model: Callable[..., Any], ids: torch.Tensor) -> bool:
 
 @torch.no_grad()
 def score(model: Callable[..., Any], ids: torch.Tensor, windowing: Windowing, *, batch_size: int) -> Score:
-    """Scores a text.
+    """Scores a text, given as token ids `(count,)` on the model's device, with `batch_size` windows per forward pass.
 
-    Args:
-        model: Takes `input_ids` (batch, window) and `use_cache`, and returns an object with `.logits` (batch, window,
-            vocabulary).
-        ids: The text's tokens, `(count,)`, on the model's device.
-        windowing: How the text is cut into windows.
-        batch_size: Windows per forward pass.
+    The model takes `input_ids` (batch, window) and `use_cache`, and returns an object with `.logits` (batch, window,
+    vocabulary).
     """
     total, predicted, seen, seconds = 0.0, 0, 0, 0.0
     front = [] if windowing.bos is None else [windowing.bos]

@@ -18,41 +18,29 @@ class Settings:
 
     window: Annotated[int, Limits(minimum=2)] = 512
     """Tokens that the model sees at once."""
-
     stride: Size | None = None
     """Tokens from one window to the next; what overlaps is context only. Default: disjoint windows, whose first token
     and whose incomplete rest are not counted."""
-
     bos: bool = False
     """Begin each window with the tokenizer's beginning-of-sequence token, as Gemma needs it."""
-
     max_windows: Size | None = None
     """Score only this many windows."""
-
     batch_size: Size = 8
     """Windows per forward pass."""
-
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """`auto`: as stored; bfloat16 on a GPU."""
-
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, …; `auto`: a GPU if there is one."""
-
     speed: bool = True
     """Time prefill and decoding."""
-
     prompts: Size = 1
     """Prompts per batch when these are timed."""
-
     prompt_tokens: Size = 128
     """Tokens per prompt."""
-
     new_tokens: Size = 32
     """Tokens to decode per prompt."""
-
     repeats: Size = 5
     """Rounds of timing."""
-
     trust_remote_code: bool = False
     """Let a modeling file in the model's folder run."""
 
@@ -86,9 +74,6 @@ def checked(settings: Settings) -> Settings:
 
 
 def device_of(settings: Settings) -> str:
-    """The device that the settings name."""
     import torch
 
-    if settings.device != "auto":
-        return settings.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"

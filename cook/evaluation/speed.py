@@ -1,13 +1,16 @@
-"""Speed measurements for comparisons within one run: forward passes, prefill and decoding."""
+"""Speed and peak memory, for comparisons within one run."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import inspect
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -22,9 +25,9 @@ LARGEST_TIMED = 2_000_000_000
 def median_seconds(
     actions: Mapping[str, Callable[[], object]], device: torch.device, *, repeats: int = 5
 ) -> dict[str, float]:
-    """Measures the median seconds of each action.
+    """Measures the median seconds of each action, in turns; one warm-up round is not counted.
 
-    The actions take turns, so that changes of the machine's speed affect all alike; one warm-up round is not counted.
+    Turns let changes of the machine's speed affect all alike.
     """
     times: dict[str, list[float]] = {name: [] for name in actions}
     for number in range(repeats + 1):
@@ -40,11 +43,7 @@ def median_seconds(
 
 @torch.no_grad()
 def forward_seconds(
-    models: Mapping[str, torch.nn.Module],
-    batches: Sequence[Batch],
-    device: torch.device,
-    *,
-    repeats: int = 5,
+    models: Mapping[str, torch.nn.Module], batches: Sequence[Batch], device: torch.device, *, repeats: int = 5
 ) -> dict[str, float]:
     """Median seconds of one pass over `batches` for each model."""
     inputs = [on_device(model_inputs(batch), device) for batch in batches]
@@ -102,19 +101,18 @@ class GenerationSpeed:
 def generation_speed(
     models: Mapping[str, torch.nn.Module], prompts: Mapping[str, torch.Tensor], *, new_tokens: int, repeats: int = 5
 ) -> dict[str, GenerationSpeed]:
-    """Median prefill and decode times of each model; the models take turns, after one round that is not counted.
+    """Median prefill and decode times of each model over `repeats` rounds, after one round that is not counted.
 
     Args:
-        models: Causal language models that can keep a cache.
+        models: Causal language models that can keep a cache. They take turns.
         prompts: For each model its token ids, (rows, prompt), on its device.
         new_tokens: Tokens to decode per row after the first.
-        repeats: Number of rounds; the median is reported.
+        repeats: Number of rounds.
 
     Raises:
         UserError: a model has no cache.
     """
-    prefills: dict[str, list[float]] = {name: [] for name in models}
-    decodes: dict[str, list[float]] = {name: [] for name in models}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     for number in range(repeats + 1):
         for name, model in models.items():
             ids, device = prompts[name], prompts[name].device
@@ -132,20 +130,69 @@ def generation_speed(
                 out = model(input_ids=following, past_key_values=out.past_key_values, use_cache=True)
             _wait(device)
             if number:
-                prefills[name].append(middle - start)
-                decodes[name].append(time.perf_counter() - middle)
-    return {
-        name: GenerationSpeed(
-            rows=prompts[name].shape[0],
-            prompt=prompts[name].shape[1],
-            new_tokens=new_tokens,
-            prefill=statistics.median(prefills[name]),
-            decode=statistics.median(decodes[name]),
-        )
-        for name in models
-    }
+                times[name].append((middle - start, time.perf_counter() - middle))
+    speeds = {}
+    for name in models:
+        rows, length = prompts[name].shape
+        prefill, decode = (statistics.median(values) for values in zip(*times[name], strict=True))
+        speeds[name] = GenerationSpeed(rows=rows, prompt=length, new_tokens=new_tokens, prefill=prefill, decode=decode)
+    return speeds
 
 
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+STATUS = Path("/proc/self/status")
+CLEAR = Path("/proc/self/clear_refs")
+RESET_PEAK = "5"  # proc(5): resets the peak resident set size to the current one
+
+
+class PeakMemory:
+    """A context that measures the peak memory inside it, minus the memory at its start.
+
+    On a GPU: bytes of tensors, from PyTorch's allocator. On a CPU: the process's resident memory, from Linux.
+    """
+
+    bytes: int | None = None
+    """Bytes; set when the context ends; None if the system does not report it."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._before: int | None = None
+
+    def __enter__(self) -> PeakMemory:
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._before = torch.cuda.memory_allocated(self._device)
+        else:
+            self._before = _start_of_resident()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            _wait(self._device)
+            on_gpu = self._device.type == "cuda"
+            peak = torch.cuda.max_memory_allocated(self._device) if on_gpu else _status("VmHWM")
+            self.bytes = max(0, peak - self._before)
+
+
+def _start_of_resident() -> int | None:
+    try:
+        # Memory that was freed before and kept by the C library would hide as much of the new memory.
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        pass  # another C library: the result may be too low after earlier work in the same process
+    try:
+        CLEAR.write_text(RESET_PEAK)
+        return _status("VmRSS")
+    except (OSError, StopIteration):
+        return None  # not Linux, or a sandbox without /proc
+
+
+def _status(field: str) -> int:
+    """A size from this process's status, in bytes."""
+    lines = STATUS.read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))

@@ -20,13 +20,10 @@ class AnswerOptions:
 
     n_best: int = 20
     """Number of start, end and answer candidates to keep."""
-
     max_answer_length: int = 30
     """Largest number of tokens of an answer."""
-
     allows_no_answer: bool
     """True for SQuAD 2.0."""
-
     null_threshold: float = 0.0
     """The answer is empty if the null score exceeds the best answer's score by more than this."""
 
@@ -58,12 +55,8 @@ def choose_answers(
 ) -> Answers:
     """Chooses the answers to all questions.
 
-    Args:
-        questions: The questions.
-        windows: All their windows, in any order.
-        start_logits: For each window `[tokens of its row]`, with or without padding.
-        end_logits: The same for ends.
-        options: How to choose.
+    `windows` are those of all questions, in any order. `start_logits` and `end_logits` are `[tokens of its row]` for
+    each window, with or without padding.
     """
     by_question: list[list[int]] = [[] for _ in questions]
     for number, window in enumerate(windows):

@@ -68,14 +68,8 @@ def account(source: ModelSource, space: PruningSpace) -> Account:
     names = {file: own for own, file in source.adapter.file_names(source.config).items()}
     carried, duplicates, recomputed = [], [], []
     for name in rest:
-        own = next(
-            (
-                n
-                for n in (names.get(name, name), name, prefix + name, name.removeprefix(prefix))
-                if n in tied or n in tables
-            ),
-            name,
-        )
+        spellings = (names.get(name, name), name, prefix + name, name.removeprefix(prefix))
+        own = next((n for n in spellings if n in tied or n in tables), name)
         layer = LAYER.match(name)
         if own in tied:
             if not torch.equal(files[name], source.tensors[tied[own]]):
@@ -120,7 +114,7 @@ def check_folder(
         folder: The reshaped model.
         source: The model before.
         space: The model's space.
-        kept: The units that each masked group keeps.
+        kept: The number of units that each masked group keeps.
         renamed: New names of weights whose layer was renumbered.
         found: How the tensors outside the space are handled.
 
@@ -129,13 +123,10 @@ def check_folder(
     """
     config, files = read_model_config(folder), open_safetensors_folder(folder)
     problems = _loading_problems(config, files, source, found)
-    if not problems:
-        try:
-            written = open_model(folder)
-        except UserError as error:
-            problems = [error.what.removeprefix(f"{folder}: ")]
-        else:
-            problems = _differences(written, kept_shapes(space, kept), renamed, found)
+    try:
+        problems = problems or _differences(open_model(folder), kept_shapes(space, kept), renamed, found)
+    except UserError as error:
+        problems = [error.what.removeprefix(f"{folder}: ")]
     if problems:
         raise UserError(
             f"{source.path}: {_class_name(config)} would not load the model pruned with these masks",
@@ -197,9 +188,9 @@ def transformers_class(config: ModelConfig) -> tuple[type[PreTrainedModel], PreT
 
 
 def loading_report(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
-    """The loading report of transformers for weights of these names and shapes; None for a family that it lacks.
+    """What transformers reports of weights of these names and shapes; None for a family that it lacks.
 
-    Its keys are `missing_keys`, `unexpected_keys` and `mismatched_keys`. No weights are read.
+    The keys are `missing_keys`, `unexpected_keys` and `mismatched_keys`. No weights are read.
     """
     found = transformers_class(config)
     if found is None:

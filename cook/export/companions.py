@@ -6,7 +6,7 @@ All files that are not excluded are copied, so that no file with an unknown name
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePath
@@ -20,69 +20,20 @@ from transformers.models.auto.tokenization_auto import (
 from cook.base.errors import UserError
 from cook.base.files import read_json, write_json
 
-REPLACED = (
-    "config.json",
-    "README.md",
-    "model*.safetensors",
-    "*.index.json",
-    "modeling_cook_*.py",
-    "masks",
-    "cpm_live.*",
-)
+REPLACED = "config.json README.md model*.safetensors *.index.json modeling_cook_*.py masks cpm_live.*".split()
 """Files that the new model writes itself."""
 WEIGHTS = (
-    "*.safetensors",
-    "*.bin",
-    "*.pt",
-    "*.pth",
-    "*.ckpt",
-    "*.ckpt.*",
-    "*.h5",
-    "*.msgpack",
-    "*.gguf",
-    "*.ggml",
-    "*.onnx",
-    "*.onnx_data",
-    "*.npz",
-    "*.npy",
-    "*.tflite",
-    "*.ot",
-    "*.pkl",
-    "*.pickle",
-    "*.mlmodel",
-    "*.zip",
-    "*.tar",
-    "*.tar.*",
-    "*.tgz",
-    "*.pdparams",
+    "*.safetensors *.bin *.pt *.pth *.ckpt *.ckpt.* *.h5 *.msgpack *.gguf *.ggml *.onnx *.onnx_data *.npz *.npy "
+    "*.tflite *.ot *.pkl *.pickle *.mlmodel *.zip *.tar *.tar.* *.tgz *.pdparams".split()
 )
 """Weights in other files or formats, which belong to the original model."""
 TRAINING = (
-    "optimizer*",
-    "scheduler*",
-    "rng_state*",
-    "scaler*",
-    "trainer_state.json",
-    "training_args*",
-    "latest",
-    "zero_to_fp32.py",
-    "global_step*",
-    "checkpoint*",
-    "step-*",
-    "runs",
-    "events.out.*",
-    "log.jsonl",
-    "done.json",
-    "*.lock",
+    "optimizer* scheduler* rng_state* scaler* trainer_state.json training_args* latest zero_to_fp32.py global_step* "
+    "checkpoint* step-* runs events.out.* log.jsonl done.json *.lock".split()
 )
 """States and logs of a training run."""
-ADAPTERS = ("adapter_*",)
-CACHES = (".*", "__pycache__", "*.pyc", "blobs", "refs")
-EXCLUDED = {
-    "training state": TRAINING,
-    "an adapter's file": ADAPTERS,
-    "weights of the original model": WEIGHTS,
-}
+CACHES = ".* __pycache__ *.pyc blobs refs".split()
+EXCLUDED = {"training state": TRAINING, "an adapter's file": ["adapter_*"], "weights of the original model": WEIGHTS}
 """Patterns of names, by the reason shown to the user."""
 LARGEST = 256 << 20
 """Larger files, in bytes, are not copied: no tokenizer has such a file."""
@@ -100,8 +51,7 @@ class Companions:
     @property
     def has_tokenizer(self) -> bool:
         """Whether a file of a tokenizer is among those copied."""
-        begins = ("tokenizer", "vocab", "spiece", "sentencepiece", "merges")
-        return any(name.startswith(begins) for name in self.copied)
+        return any(name.startswith(("tokenizer", "vocab", "spiece", "sentencepiece", "merges")) for name in self.copied)
 
 
 def copy_companions(source: Path, folder: Path) -> Companions:
@@ -175,16 +125,14 @@ def _obstacle(path: Path, source: Path) -> str:
     return f"larger than {LARGEST >> 20} MiB" if path.stat().st_size > LARGEST else ""
 
 
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def name_tokenizer_class(folder: Path, stock_type: str) -> None:
     """Writes the tokenizer's class into its config if AutoTokenizer would have derived it from the model type.
 
-    Args:
-        folder: A model folder with a model type that transformers does not know.
-        stock_type: The original model type.
+    The model type of `folder` is one that transformers does not know; `stock_type` is the original one.
     """
     file = folder / "tokenizer_config.json"
     settings: Any = read_json(file) if file.is_file() else {}

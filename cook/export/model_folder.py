@@ -1,17 +1,91 @@
-"""Writing of model folders: weights, config, tokenizer, and a modeling file if stock code cannot load the model."""
+"""Writing of model folders: files, and their atomic publication."""
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 
-from cook.base.files import write_json
+from cook.base.errors import RunFailed, UserError
+from cook.base.files import fsync_folder, write_json
 from cook.base.tensor_files import ShardWriter, open_safetensors_folder
 from cook.pruning.family import Adapter
+
+
+@contextmanager
+def published(output: Path, *, source: Path) -> Iterator[Path]:
+    """A context with a folder to write a model into; it replaces `output` if the block ends without an error.
+
+    After an error the folder is removed, and an earlier export at `output` is unchanged. If `output` is a link to a
+    folder, the folder is replaced and the link stays. `source` is the model that is read, which must not be replaced.
+
+    Raises:
+        UserError: `output` exists and is not an earlier export.
+        RunFailed: a file cannot be written or read, inside the block too.
+    """
+    target = _target(output, source)
+    aside, old = (target.with_name(f".{target.name}.{end}") for end in ("tmp", "old"))
+    try:
+        if old.exists() and not target.exists():  # an earlier run was killed between its two renames
+            old.rename(target)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
+        _flush(aside)
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            target.rename(old)
+        aside.rename(target)
+        fsync_folder(target.parent)
+    except (OSError, SafetensorError) as error:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise RunFailed(
+            f"{output}: the model cannot be written: {_reason(error)}\n"
+            f"  The incomplete result was removed. {source}, the masks and any earlier export are unchanged.\n"
+            "  remedy: free space or repair the disk, then run the same command again"
+        ) from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _target(output: Path, source: Path) -> Path:
+    try:
+        target = output.resolve()
+        beneath = (source.resolve(), *source.resolve().parents)
+    except (OSError, RuntimeError):  # circular links
+        raise UserError(f"{output}: a broken link", remedy="choose another --output") from None
+    if target in beneath:
+        raise UserError(f"{output}: would overwrite the original model", remedy="choose another --output")
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{output}: is a file", remedy="choose another --output")
+    if target.is_mount():
+        raise UserError(f"{output}: is a mount point, which cannot be replaced", remedy=f"--output {output}/model")
+    if target.exists() and not (target / "config.json").exists() and any(target.iterdir()):
+        raise UserError(f"{output}: the folder exists and does not contain a model", remedy="choose another --output")
+    return target
+
+
+def _flush(folder: Path) -> None:
+    """Flushes every file to the disk; some systems report a full disk or a quota only then."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with open(Path(parent, name), "rb") as file:
+                os.fsync(file.fileno())
+        fsync_folder(Path(parent))
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) or type(error).__name__
 
 
 class SavesTokenizer(Protocol):
@@ -61,7 +135,7 @@ def write_tokenizer(folder: Path, tokenizer: SavesTokenizer) -> None:
 
 
 def copy_generation_config(source: Path, folder: Path) -> None:
-    """Copies the generation config of another model folder, if it has one."""
+    """Copies the generation config of another model folder, if there is one."""
     if (source / "generation_config.json").is_file():
         shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
 
@@ -69,8 +143,7 @@ def copy_generation_config(source: Path, folder: Path) -> None:
 def write_live_format(folder: Path, adapter: Adapter, config: Mapping[str, Any], stem: str) -> str | None:
     """Adds the family's own `.pt` and JSON files to a model folder, if that format can store the model.
 
-    Returns:
-        None if written, else a sentence why the format cannot store this model, or "" if the family has no format.
+    Returns None if it can, else a sentence why not, or "" if the family has no format.
     """
     live = adapter.live_config(config) if adapter.live_config else ""
     if isinstance(live, str):

@@ -14,8 +14,7 @@ import torch
 from cook.base.errors import UserError
 from cook.base.tensor_files import LazyTensors, read_model_config
 from cook.export.check import Account, account, auto_class, check_folder, transformers_class
-from cook.export.model_folder import write_live_format, write_model_folder
-from cook.export.publish import published
+from cook.export.model_folder import published, write_live_format, write_model_folder
 from cook.pruning.attach import AttachedGates
 from cook.pruning.family import ModelSource, Stored
 from cook.pruning.mask_file import read_masks, write_mask_file
@@ -45,13 +44,13 @@ def prune_to_folder(
 ) -> Pruned:
     """Reshapes a model tensor by tensor into `output`, which appears only once it is complete and checked.
 
-    Peak memory is one source tensor and one output shard.
+    Peak memory is one source tensor and one output shard. An earlier export at `output` is replaced.
 
     Args:
         source: The masked model.
         space: The model's space.
         masks: 0/1 per unit, by group name.
-        output: The folder to write; an earlier export there is replaced.
+        output: The folder to write.
         record: Masks to store in the folder instead of `masks`.
 
     Raises:

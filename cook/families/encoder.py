@@ -21,7 +21,7 @@ from transformers import (
 from cook.base.errors import UserError, library_errors
 from cook.base.files import write_json
 from cook.base.tensor_files import ShardWriter, read_model_config
-from cook.config.stock import check_counts, stock_config
+from cook.config.facts import check_counts, stock_config
 from cook.families.google_bert import is_google_folder, open_google_weights, read_google_config
 from cook.text.hf import open_backend
 

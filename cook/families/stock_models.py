@@ -25,7 +25,7 @@ from transformers.core_model_loading import (
 
 from cook.base.errors import UserError, library_errors
 from cook.base.tensor_files import LazyTensors, known_shape
-from cook.config.stock import PASSING, stock_config
+from cook.config.facts import PASSING, stock_config
 from cook.families.layout import Family
 from cook.families.origin import check_remembered
 from cook.models import ragged

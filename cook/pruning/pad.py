@@ -37,7 +37,10 @@ def padded(source: ModelSource, space: PruningSpace, masks: Masks) -> tuple[Mode
     for kind in ("heads", "dimff"):
         groups = [g for g in space.groups if g.kind == kind and g.layer in layers]
         if len(groups) < len(layers):
-            raise UserError("--uniform: the model already lacks blocks, and a missing block cannot be padded")
+            raise UserError(
+                "--uniform: the model already lacks blocks, and a missing block cannot be padded",
+                remedy="leave --uniform out, or prune the original model in one step",
+            )
         size = _section_size(source, space, masks, groups)
         for group in groups:
             is_gone = not masks.get(space.block(group).name, torch.ones(1)).all()
@@ -61,7 +64,10 @@ def _section_size(source: ModelSource, space: PruningSpace, masks: Masks, groups
     for size in range(max(1, *kept), first.section_size + 1):
         if first.kind == "dimff" or source.adapter.stock_holds(source.config, *first.heads(size * first.sections)):
             return size
-    raise UserError("--uniform: no transformers class can load these sizes in all layers")
+    raise UserError(
+        "--uniform: no transformers class can load these sizes in all layers",
+        remedy="leave --uniform out: the folder then gets its own modeling file",
+    )
 
 
 def _filled(group: UnitGroup, own: torch.Tensor, size: int) -> torch.Tensor:

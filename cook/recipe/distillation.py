@@ -12,7 +12,7 @@ from cook.base.batches import Batch
 from cook.base.distributed import say
 from cook.base.errors import UserError
 from cook.base.seeds import derived_seed
-from cook.config.check_distillation import own_teacher_moves, unfit_for_itself
+from cook.config.check_training import own_teacher_moves, unfit_for_itself
 from cook.config.distillation import OWN_TEACHER, DistillationConfig
 from cook.data.token_loss import model_inputs
 from cook.distill.distiller import Distiller
@@ -27,8 +27,7 @@ from cook.recipe.inputs import Inputs
 from cook.recipe.plan import Stage
 from cook.text.hf import HuggingFaceTokenizer
 from cook.text.jieba import JiebaTokenizer
-from cook.text.open_tokenizer import load_tokenizer
-from cook.text.tokenizer import Tokenizer
+from cook.text.tokenizer import Tokenizer, load_tokenizer
 from cook.training.engine import Engine
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")

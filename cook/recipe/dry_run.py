@@ -16,7 +16,7 @@ from cook.recipe.distillation import open_distillation
 from cook.recipe.inputs import Inputs, final_masks, make_gates, open_inputs
 from cook.recipe.plan import Stage
 from cook.report.console import print_plan as print_table_of_stages
-from cook.report.human import human_count
+from cook.report.tables import human_count
 from cook.training.settings import check_settings
 
 MASKS_OF = {"layer": "layers", "heads": "heads", "dimff": "dims"}

@@ -83,7 +83,10 @@ def open_inputs(stage: Stage, *, must_exist: bool = True) -> Inputs:
     for kind in stage.learns:
         groups = allowed.of("layer") if kind == "layer" else tuple(kept_groups(allowed, fixed, kind))
         if not groups:
-            raise UserError(f"{stage.name}: pruned_module leaves no units of kind {kind!r} to learn a mask for")
+            raise UserError(
+                f"{stage.name}: pruned_module leaves no units of kind {kind!r} to learn a mask for",
+                remedy="add the names of their weights to pruning.pruned_module, or remove the stage",
+            )
         learned += groups
     # A file of the other kind of fine mask may also hold this kind, from an earlier training.
     fixed = {name: mask for name, mask in fixed.items() if name not in {group.name for group in learned}}
@@ -143,10 +146,16 @@ def _units_are_pruned(stage: Stage) -> bool:
 def _random_baseline(stage: Stage, space: PruningSpace) -> dict[str, torch.Tensor]:
     for entry in stage.config.stages:
         if entry.name in LEARNS and not (Path(stage.config.output_dir) / entry.name / "done.json").exists():
-            raise UserError(f"random_baseline needs the masks of all stages, and {entry.name} has not finished")
+            raise UserError(
+                f"random_baseline needs the masks of all stages, and {entry.name} has not finished",
+                remedy=f"run --stage {entry.name} first (or --stage all)",
+            )
     paths = _existing(mask_paths(stage.config))
     if paths == MaskPaths():
-        raise UserError("random_baseline needs learned masks, and there are none yet")
+        raise UserError(
+            "random_baseline needs learned masks, and there are none yet",
+            remedy="run the mask stages first, or name their mask files in the scheme",
+        )
     learned = read_masks(space, coarse=paths.layer, heads=paths.heads, dimff=paths.dimff)
     return random_masks_like(space, learned, generator(stage.config.seed, "random baseline"))
 

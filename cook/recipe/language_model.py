@@ -18,7 +18,7 @@ from cook.base.together import on_all_ranks, on_first_rank
 from cook.base.watchdog import At
 from cook.data.loader import held_out_batches
 from cook.data.training_data import TrainingData, load_rows
-from cook.evaluation.perplexity import held_out_loss
+from cook.evaluation.all_ranks import held_out_loss
 from cook.export.model_folder import copy_generation_config, write_model_folder, write_tokenizer
 from cook.families.source import unfilled_model
 from cook.pruning.attach import AttachedGates

@@ -9,7 +9,7 @@ from typing import Any
 
 from cook.base.errors import UserError, UserErrors
 from cook.base.files import read_json, write_json
-from cook.config.one_line import OneLineJob
+from cook.config.tasks import OneLineJob
 from cook.families.source import open_model
 from cook.pruning.budgets import KEEP_KEYS, Cost, Keep, check_keep, whole_budget
 from cook.pruning.family import ModelSource

@@ -18,6 +18,7 @@ from cook.base.files import sha256
 from cook.base.tensor_files import LazyTensors
 from cook.base.together import on_all_ranks, on_first_rank
 from cook.base.watchdog import At
+from cook.config.types import two_of_four
 from cook.recipe.inputs import Inputs
 from cook.recipe.plan import Stage
 from cook.recipe.stage_data import Loader
@@ -36,12 +37,13 @@ Masks = dict[str, torch.Tensor]
 
 def pattern_spec(stage: Stage) -> PatternSpec:
     """The pattern that a stage's config names; 2:4 without a section uses the magnitude of weights."""
-    pattern, method = stage.config.pattern, stage.config.pruning.mask_method
+    pattern, named = stage.config.pattern, two_of_four(stage.config.pruning)
     if pattern is None:
-        return PatternSpec(type=method, score="magnitude")
+        assert named is not None, "the config loader requires the section pattern"
+        return PatternSpec(type=named, score="magnitude")
     first, second = pattern.local_granularities
     return PatternSpec(
-        type=pattern.type if method == "pattern" else method,
+        type=named or pattern.type,
         granularity=pattern.granularity,
         local_granularities=(first, second),
         block=pattern.block,

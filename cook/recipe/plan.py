@@ -10,7 +10,7 @@ from typing import Any
 
 from cook.base.errors import UserError
 from cook.config.distillation import OWN_TEACHER
-from cook.config.types import RunConfig, StageName, for_stage, training_for
+from cook.config.types import RunConfig, StageName, for_stage, training_for, two_of_four
 from cook.pruning.units import Kind
 from cook.recipe.sources import DONE, model_files
 
@@ -130,7 +130,7 @@ class Stage:
             return {}
         pattern = asdict(self.config.pattern) if self.config.pattern else {}
         pattern.pop("previous_mask", None)  # its content counts, not its path
-        return {"method": self.config.pruning.mask_method, "pattern": pattern}
+        return {"method": two_of_four(self.config.pruning) or "pattern", "pattern": pattern}
 
     def fingerprint(self) -> str:
         """Hash of the settings that determine the stage's outcome; output paths and logging do not.

@@ -18,13 +18,12 @@ from cook.base.files import read_json, sha256, write_atomically
 from cook.base.versions import check_versions
 from cook.config.load import load_config
 from cook.config.types import RunConfig
-from cook.evaluation.equality import answers, difference
+from cook.evaluation.equality import answers, difference, masked_model, written_model
 from cook.evaluation.speed import LARGEST_TIMED, pass_seconds
-from cook.evaluation.witness import masked_model, written_model
 from cook.export.check import AUTO_CLASSES
 from cook.export.companions import Companions, copy_companions, name_tokenizer_class
+from cook.export.model_folder import published
 from cook.export.pruned_folder import Pruned, open_masks, write_pruned
-from cook.export.publish import published
 from cook.families.consumers import misread_by
 from cook.families.registry import stock_type
 from cook.families.source import load_model, open_model
@@ -36,9 +35,8 @@ from cook.pruning.units import PruningSpace
 from cook.recipe.plan import MaskPaths, Stage
 from cook.recipe.sources import check_masks
 from cook.recipe.summary import finished_stages, ladder_row, masks_after, sample_batches
-from cook.report.human import human_count
-from cook.report.model_card import MaskFile, ModelCard, model_card
-from cook.report.tables import markdown_table
+from cook.report.documents import MaskFile, ModelCard, model_card
+from cook.report.tables import human_count, markdown_table
 from cook.training.checkpoint import stored_weights
 
 TOLERANCE = 1e-5

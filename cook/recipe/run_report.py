@@ -19,10 +19,10 @@ from cook.pruning.mask_set import kept_counts
 from cook.recipe.kept_structure import as_lists, masks_of_structure
 from cook.recipe.plan import Stage
 from cook.recipe.summary import done_record, finished_stages, ladder_row, sample_batches
+from cook.report.documents import Figure, write_report
 from cook.report.events import LOG_NAME, read_log
 from cook.report.figures import plot_losses, plot_sparsity
-from cook.report.report import Figure, write_report
-from cook.report.structure import plot_structure
+from cook.report.pruning_figures import plot_structure
 from cook.report.tables import ladder_table
 
 

@@ -92,7 +92,7 @@ def _say_remaining(stage: Stage, later: Sequence[Stage]) -> None:
     """Prints how long the later stages will take at the speed of the one that has finished."""
     from cook.base.distributed import say
     from cook.base.files import read_json
-    from cook.report.human import human_duration
+    from cook.report.tables import human_duration
 
     def tokens(planned: Stage) -> int:
         training = planned.config.training

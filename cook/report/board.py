@@ -28,11 +28,7 @@ def event_file_name(folder: Path) -> str:
 
 
 def beginning(purge_step: int | None) -> bytes:
-    """Returns the first records of a file.
-
-    Args:
-        purge_step: TensorBoard hides this step and later ones of earlier files. None: it hides nothing.
-    """
+    """Returns the first records of a file. TensorBoard hides `purge_step` and later steps of earlier files."""
     head = _record(Event(wall_time=time.time(), file_version="brain.Event:2"))
     if purge_step is None:
         return head

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cook.report import drawing
 from cook.report.drawing import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, VERMILION
-from cook.report.human import human_count
-from cook.report.tables import MISSING, markdown_table
+from cook.report.tables import MISSING, human_count, markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,8 +17,7 @@ Record = Mapping[str, Any]
 """The measurements of one model, and its `name`."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Metric:
+class _Metric(NamedTuple):
     key: str
     """The record's field."""
     title: str
@@ -28,39 +25,17 @@ class _Metric:
     colour: str
     better: str
     """The better direction, for the figure."""
-    ratio: bool
+    ratio: bool = True
     """Whether to show the ratio to the first model."""
 
 
-def _bytes(value: float) -> str:
-    return f"{human_count(value)}B"
-
-
-PERPLEXITY = _Metric(
-    key="perplexity", title="perplexity", text="{:.2f}".format, colour=BLUE, better="lower", ratio=False
-)
-BITS = _Metric(
-    key="bits_per_byte", title="bits per byte", text="{:.3f}".format, colour=BLUE, better="lower", ratio=False
-)
+PERPLEXITY = _Metric("perplexity", "perplexity", "{:.2f}".format, BLUE, "lower", ratio=False)
+BITS = _Metric("bits_per_byte", "bits per byte", "{:.3f}".format, BLUE, "lower", ratio=False)
 OTHERS = (
-    _Metric(key="parameters", title="parameters", text=human_count, colour=ORANGE, better="fewer", ratio=True),
-    _Metric(
-        key="prefill_tokens_per_second",
-        title="prefill tokens/s",
-        text=human_count,
-        colour=GREEN,
-        better="higher",
-        ratio=True,
-    ),
-    _Metric(
-        key="decode_tokens_per_second",
-        title="decode tokens/s",
-        text=human_count,
-        colour=PURPLE,
-        better="higher",
-        ratio=True,
-    ),
-    _Metric(key="peak_memory_bytes", title="peak memory", text=_bytes, colour=VERMILION, better="lower", ratio=True),
+    _Metric("parameters", "parameters", human_count, ORANGE, "fewer"),
+    _Metric("prefill_tokens_per_second", "prefill tokens/s", human_count, GREEN, "higher"),
+    _Metric("decode_tokens_per_second", "decode tokens/s", human_count, PURPLE, "higher"),
+    _Metric("peak_memory_bytes", "peak memory", lambda value: f"{human_count(value)}B", VERMILION, "lower"),
 )
 
 
@@ -95,16 +70,9 @@ def _cell(metric: _Metric, record: Record, first: Record) -> str:
 
 
 def plot_comparison(records: Sequence[Record], path: str | Path, *, same_tokens: bool, title: str) -> Path:
-    """Draws the models as rows of bars, with one column per metric. A line marks the value of the first model.
+    """Draws the models of `comparison_table` as rows of bars, with one column per metric.
 
-    Args:
-        records: One record per model, the reference model first.
-        path: The image file.
-        same_tokens: As for `comparison_table`.
-        title: The title of the figure.
-
-    Returns:
-        The path.
+    A line marks the value of the first model. Returns the path.
     """
     metrics = _metrics(records, same_tokens)
     label = max(len(str(record["name"])) for record in records)
@@ -133,16 +101,9 @@ def _draw_bars(axes: Axes, metric: _Metric, records: Sequence[Record]) -> None:
             axes.barh(row, value, height=0.62, color=metric.colour, alpha=1.0 if row else 0.55)
         text = _cell(metric, record, records[0])
         place = value if value is not None else axes.get_xlim()[0]
-        axes.annotate(
-            text,
-            (place, row),
-            (4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8.5,
-            color=INK,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
-        )
+        look: dict[str, Any] = {"va": "center", "fontsize": 8.5, "color": INK}
+        look["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+        axes.annotate(text, (place, row), (4, 0), textcoords="offset points", **look)
     if values[0] is not None:
         axes.axvline(values[0], color=GREY, linewidth=0.8, linestyle="--", zorder=0)
     scale = ", log scale" if steep else ""

@@ -17,26 +17,24 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column, Table
 from rich.text import Text
 
-from cook.report.human import human_count, human_duration
-from cook.report.tables import plain_table
+from cook.report.tables import human_count, human_duration, plain_table
 
 
 class Progress:
-    """The progress of one stage.
+    """The progress of one stage: a bar on a terminal, elsewhere lines.
 
-    On a terminal it shows a progress bar. Elsewhere it prints one line for the first step, then at most one every
-    `every` seconds, and one for the last step. The remaining time is estimated from the steps since the last resume.
+    The lines are those of the first and the last step, and at most one every `every` seconds between them.
 
     Args:
         stage: The name of the stage.
         total_steps: The step at which the stage ends.
-        start_step: Number of steps before this run resumed.
+        start_step: Number of steps before this run resumed. They do not count for the remaining time.
         enabled: False: print nothing. For all ranks except rank 0.
         every: Seconds between plain lines.
         final_target: The final sparsity target, if the stage learns masks.
         unit: The unit that the speed counts per second.
         stream: Where to print. Default: standard output.
-        clock: Returns monotonic seconds. Replaced in tests.
+        clock: Returns monotonic seconds.
     """
 
     def __init__(
@@ -88,16 +86,20 @@ class Progress:
         """
         if not self._enabled:
             return
-        numbers = _numbers(loss, tokens_per_second, self._unit, expected, target, self._final_target)
-        remaining = f"ETA {human_duration(self._seconds_left(step))}"
+        parts = [] if loss is None else [f"loss {loss:.3f}"]
+        parts += [] if tokens_per_second is None else [f"{human_count(tokens_per_second)} {self._unit}/s"]
+        if expected is not None:
+            text = f"sparsity {expected:.3f}" + ("" if target is None else f" → {target:.3f}")
+            parts.append(text + ("" if self._final_target is None else f" (target {self._final_target:.3f})"))
+        parts.append(f"ETA {human_duration(self._seconds_left(step))}")
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, numbers="  ".join([*numbers, remaining]))
+            self._bar.update(self._task, completed=step, numbers="  ".join(parts))
             return
         now = self._clock()
         if now - self._last_line >= self._every or step >= self._total:
             self._last_line = now
             count = f"{step:>{len(str(self._total))}}/{self._total}"
-            _say(self._stream, "  ".join([self._stage, count, *numbers, remaining]))
+            _say(self._stream, "  ".join([self._stage, count, *parts]))
 
     def note(self, text: str) -> None:
         """Prints a separate line, above the progress bar if there is one."""
@@ -141,11 +143,7 @@ def print_table(
 ) -> None:
     """Prints rows as a table: with rich on a terminal, as aligned plain text elsewhere. No text is truncated.
 
-    Args:
-        rows: Each row maps column headers to values. None is an empty cell. Columns appear in the order of their first
-            use.
-        title: A line above the table.
-        stream: Where to print. Default: standard output.
+    Each row maps column headers to values; None is an empty cell. Columns are in the order of their first use.
     """
     stream = stream or sys.stdout
     headers = list(dict.fromkeys(header for row in rows for header in row))
@@ -186,23 +184,3 @@ def _say(stream: TextIO, text: str) -> None:
     encoding = getattr(stream, "encoding", None) or "utf-8"
     with contextlib.suppress(OSError):
         print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
-
-
-def _numbers(
-    loss: float | None,
-    tokens_per_second: float | None,
-    unit: str,
-    expected: float | None,
-    target: float | None,
-    final_target: float | None,
-) -> list[str]:
-    parts = []
-    if loss is not None:
-        parts.append(f"loss {loss:.3f}")
-    if tokens_per_second is not None:
-        parts.append(f"{human_count(tokens_per_second)} {unit}/s")
-    if expected is not None:
-        text = f"sparsity {expected:.3f}"
-        text += f" → {target:.3f}" if target is not None else ""
-        parts.append(text + (f" (target {final_target:.3f})" if final_target is not None else ""))
-    return parts

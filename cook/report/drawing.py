@@ -42,7 +42,7 @@ def save(figure: Figure, path: str | Path) -> Path:
 
 
 def message_figure(text: str, path: str | Path) -> Path:
-    """Writes a figure that only contains `text`, for example why there is nothing to draw."""
+    """Writes a figure that contains only `text`."""
     figure = new_figure(8, 2.5)
     figure.text(0.5, 0.5, text, ha="center", va="center", fontsize=12, color=INK)
     return save(figure, path)
@@ -75,9 +75,8 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
     gap = min(gap, (high - low) / max(1, len(wanted) - 1))
     places: list[float] = []
     for wish in wanted:
-        places.append(max(wish, low if not places else places[-1] + gap))
-    # The last positions may be above the range: move them back.
-    limit = high
+        places.append(max(wish, places[-1] + gap if places else low))
+    limit = high  # the last positions may be above the range: move them back
     for index in reversed(range(len(places))):
         places[index] = min(places[index], limit)
         limit = places[index] - gap

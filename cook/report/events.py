@@ -29,31 +29,25 @@ from cook.base.files import naming, write_atomically
 LOG_NAME = "log.jsonl"
 TENSORBOARD_NAME = "tensorboard"
 
-# With more constraints, TensorBoard gets only their mean, minimum and maximum, because hundreds of charts are useless.
 MAX_CONSTRAINT_CHARTS = 8
-
+"""With more constraints, TensorBoard gets only their mean, minimum and maximum: hundreds of charts are useless."""
 _CONSTRAINT_FIELDS = {"expected_sparsity": "expected", "target_sparsity": "target", "lambda": "lambda"}
 
 
 class EventLog:
     """Appends records to `folder/log.jsonl`, and their scalars to `folder/tensorboard`.
 
-    The files are opened by the first record. Use it as a context manager, or call `close`. If a file cannot be written,
-    the run continues with a warning. The pending records are written with the next record or by `settle`.
-
-    Args:
-        folder: The folder of the stage. Made if missing.
-        tensorboard: Whether to write TensorBoard event files too.
-        enabled: False: all methods do nothing. For all ranks except rank 0.
+    The first record opens the files. If a file cannot be written, the run continues with a warning, and the pending
+    records are written with the next record or by `settle`. If not `enabled`, as on all ranks except rank 0, all
+    methods do nothing.
     """
 
     def __init__(self, folder: str | Path, tensorboard: bool = True, enabled: bool = True):
         self.folder = Path(folder)
         self.path = self.folder / LOG_NAME
         self._tensorboard, self._enabled = tensorboard, enabled
-        self._lines = _Growing(
-            self.path, "its records are kept in memory and stored in the checkpoints until it can be written"
-        )
+        hope = "its records are kept in memory and stored in the checkpoints until it can be written"
+        self._lines = _Growing(self.path, hope)
         self._events: _Growing | None = None
         self._purge_step: int | None = None
         self._again: list[dict[str, Any]] = []
@@ -90,10 +84,9 @@ class EventLog:
     def rewind(self, step: int, waiting: Sequence[str] = ()) -> None:
         """Removes all records after `step`.
 
-        An evaluation at `step` is removed too, because it comes after the checkpoint and is repeated.
-
-        The file is replaced atomically: a crash leaves the old log or the new one. TensorBoard hides what its earlier
-        event files contain for `step` and later steps. The records of `step` that the log keeps are written again.
+        An evaluation at `step` is removed too, because it comes after the checkpoint and is repeated. The file is
+        replaced atomically. TensorBoard hides `step` and later steps of its earlier event files; the records of `step`
+        that the log keeps are written there again.
 
         Args:
             step: The step from which the run resumes. -1 removes all records.
@@ -120,11 +113,7 @@ class EventLog:
         return tuple(line.decode().removesuffix("\n") for line in self._lines.waiting)
 
     def settle(self) -> None:
-        """Tries again to write the pending lines.
-
-        Raises:
-            OSError: The file still cannot be written.
-        """
+        """Tries again to write the pending lines. Raises OSError if that fails."""
         self._lines.settle()
 
     def close(self) -> None:
@@ -173,11 +162,7 @@ class _Growing:
             self._warned = True
 
     def settle(self) -> None:
-        """Writes the pending pieces.
-
-        Raises:
-            OSError: The file still cannot be written.
-        """
+        """Writes the pending pieces. Raises OSError if that fails."""
         content = b"".join(self.waiting)
         if not content:
             return
@@ -205,8 +190,7 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
     """Returns the TensorBoard tags and values of a record, without nulls.
 
     `loss` becomes `train/loss`. The values of a constraint become `sparsity/<constraint>/expected`, `…/target` and
-    `…/lambda` (`…/lambda1` if lambda is named). With more than 8 constraints, only their `mean`, `min` and `max` are
-    returned.
+    `…/lambda` (`…/lambda1` if lambda is named).
     """
     tags: dict[str, float] = {}
     for name, value in record.items():
@@ -219,11 +203,9 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def by_part(values: Mapping[str, Any], default: str) -> dict[str, dict[str, float]]:
-    """Regroups `{constraint: float or {part: float}}` as `{part: {constraint: float}}`, without nulls.
+    """Regroups a record's `{constraint: float or {part: float}}` as `{part: {constraint: float}}`, without nulls.
 
-    Args:
-        values: A record's `expected_sparsity`, `target_sparsity` or `lambda`.
-        default: The part's name for plain floats.
+    `default` is the part of plain floats.
     """
     parts: dict[str, dict[str, float]] = {}
     for constraint, value in values.items():
@@ -265,7 +247,7 @@ def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 
 def _whole_lines(path: Path) -> int:
-    """The number of bytes up to the last line end. A crash may have left an incomplete line after it."""
+    """The number of bytes up to the last line end, after which a crash may have left an incomplete line."""
     return path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cook.report import drawing
 from cook.report.drawing import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, VERMILION
 from cook.report.events import by_part
-from cook.report.human import human_count
+from cook.report.tables import human_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,13 +51,10 @@ def plot_losses(stages: StageLogs, path: str | Path, baseline: StageLogs = ()) -
 
     Args:
         stages: The name and log of each stage, in the order in which they ran. `tokens` counts from the stage's start.
-        path: The image file.
+        path: The image file, which is also returned.
         baseline: The logs of a randomly masked model. A stage starts at the same place as the stage of the same name in
             `stages`. Any other stage follows the previous one of the baseline, and the first one follows the first of
             `stages`.
-
-    Returns:
-        The path.
     """
     spans = _placed(stages)
     if not any(span.losses()[0] or span.held_out()[0] for span in spans):
@@ -67,7 +64,7 @@ def plot_losses(stages: StageLogs, path: str | Path, baseline: StageLogs = ()) -
     drawing.tidy(axes)
     for span in spans:
         _draw_loss(axes, span, BLUE, "-", "")
-    others = _placed_baseline(baseline, spans)
+    others = _placed(baseline, spans[0].end, {span.name: span.start for span in spans})
     for span in others:
         _draw_loss(axes, span, VERMILION, "--", "random masks: ")
     end = max(span.end for span in (*spans, *others)) or 1.0
@@ -82,19 +79,12 @@ def plot_losses(stages: StageLogs, path: str | Path, baseline: StageLogs = ()) -
     return drawing.save(figure, path)
 
 
-def _placed(stages: StageLogs) -> list[_Span]:
-    spans: list[_Span] = []
-    for name, records in stages:
-        spans.append(_Span.at(spans[-1].end if spans else 0.0, name, records))
-    return spans
-
-
-def _placed_baseline(baseline: StageLogs, spans: Sequence[_Span]) -> list[_Span]:
-    starts = {span.name: span.start for span in spans}
+def _placed(logs: StageLogs, first: float = 0.0, starts: Mapping[str, float] | None = None) -> list[_Span]:
+    """Places each stage at its start, or else after the previous one; `first` is where the first stage begins."""
     placed: list[_Span] = []
-    for name, records in baseline:
-        after = placed[-1].end if placed else spans[0].end
-        placed.append(_Span.at(starts.get(name, after), name, records))
+    for name, records in logs:
+        after = placed[-1].end if placed else first
+        placed.append(_Span.at((starts or {}).get(name, after), name, records))
     return placed
 
 
@@ -127,9 +117,8 @@ def _limit_losses(axes: Axes, spans: Sequence[_Span], others: Sequence[_Span]) -
     if losses[0] > high + 0.25 * (high - low):
         axes.set_ylim(low - 0.05 * (high - low), high + 0.08 * (high - low))
         box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
-        axes.annotate(
-            f"↑ from {losses[0]:.2f}", (0, 1), (5, -5), "axes fraction", "offset points", va="top", fontsize=9, bbox=box
-        )
+        text, at = f"↑ from {losses[0]:.2f}", ("axes fraction", "offset points")
+        axes.annotate(text, (0, 1), (5, -5), *at, va="top", fontsize=9, bbox=box)
 
 
 def _scale_tokens(axes: Axes, spans: Sequence[_Span], end: float) -> None:
@@ -177,9 +166,7 @@ def plot_sparsity(stage_logs: StageLogs, path: str | Path) -> Path:
     """Draws expected and target sparsity (above) and λ (below) over the steps, with one column per mask stage.
 
     Each constraint is a thin line, their mean is bold, and the target is dashed. Stages without masks are left out.
-
-    Returns:
-        The path.
+    Returns the path.
     """
     columns = [(name, [r for r in records if r.get("expected_sparsity")]) for name, records in stage_logs]
     columns = [(name, _thinned(records)) for name, records in columns if records]

@@ -29,15 +29,8 @@ Tokenizer.from_file(sys.argv[1]).encode_batch(["a", "The first words of a text, 
 class HuggingFaceTokenizer:
     """A tokenizer that AutoTokenizer reads from a local folder. Code in the folder is never run.
 
-    If the vocabulary has no beginning-of-text token or no padding token (as in GPT-2's family), the end-of-text token
-    is used instead.
-
-    Args:
-        backend: The Hugging Face tokenizer.
-        origin: Its source, for messages.
-
-    Raises:
-        UserError: The tokenizer has no end-of-text token.
+    The end-of-text token, which is required, stands in for a missing beginning-of-text or padding token (GPT-2).
+    `origin` is the source of `backend`, for messages.
     """
 
     def __init__(self, backend: Any, origin: str):
@@ -58,11 +51,7 @@ class HuggingFaceTokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> HuggingFaceTokenizer:
-        """Reads a tokenizer folder.
-
-        Raises:
-            UserError: The folder does not exist, or AutoTokenizer cannot read it.
-        """
+        """Reads a tokenizer folder. Raises UserError if AutoTokenizer cannot read it."""
         folder = Path(path)
         if not folder.is_dir():
             raise UserError(f"tokenizer.path: {folder} is not a folder", wanted="a folder with tokenizer.json")
@@ -80,9 +69,8 @@ class HuggingFaceTokenizer:
         return [np.asarray(ids, dtype=np.int32) for ids in self._ids(list(texts))] if texts else []
 
     def decode(self, ids: Sequence[int]) -> str:
-        text = self._backend.decode(
-            [int(i) for i in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        text = self._backend.decode([int(i) for i in ids], **options)
         assert isinstance(text, str)
         return text
 
@@ -91,23 +79,14 @@ class HuggingFaceTokenizer:
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         # verbose=False: a document longer than the model's context needs no warning, since it is cut later.
-        encoded = self._backend(
-            texts,
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        return encoded["input_ids"]
+        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        return self._backend(texts, **options, return_attention_mask=False, return_token_type_ids=False)["input_ids"]
 
 
 def open_backend(source: str, **options: Any) -> Any:
-    """Opens the Hugging Face tokenizer of a folder or Hub name.
+    """Opens the Hugging Face tokenizer of a folder or Hub name, with options of `AutoTokenizer.from_pretrained`.
 
-    Args:
-        source: The folder or name.
-        options: Options of `AutoTokenizer.from_pretrained`. Code in the folder is run only if they allow it.
+    Code in the folder is run only if the options allow it.
 
     Raises:
         UserError: the tokenizer cannot be read.

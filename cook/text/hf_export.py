@@ -17,8 +17,7 @@ from cook.base.errors import UserError
 from cook.base.files import write_atomically, write_json
 
 PROBES = (
-    "The quick brown fox.",
-    "  two  spaces   three    four     five \t tab\n",
+    *("The quick brown fox.", "  two  spaces   three    four     five \t tab\n"),
     "def f(x):\n    if x == 10:\n\t\treturn {'a': 1.5e-3}  # note\n\n\n",
     "                                     deep indentation",
     '"""Docstring."""\n--------\n=====\n#### ...... ____ >>> ))) ]]] ~~~',
@@ -26,10 +25,7 @@ PROBES = (
     "中文分词,日本語の文章、한국어 문장",
     "special <s> tokens </s> as <unk> text, and a byte <0x41>",
     "emoji 😀👩‍👩‍👧 and flags 🇫🇷",
-    "a\r\nb\rc\u00a0d\u3000e\u200bf",
-    "",
-    " ",
-    "\n",
+    *("a\r\nb\rc\u00a0d\u3000e\u200bf", "", " ", "\n"),
 )
 
 
@@ -42,12 +38,9 @@ def parse_model(model: bytes) -> Any:
 
 
 def export_to_hugging_face(model: bytes, encode: Callable[[str], list[int]], folder: Path) -> None:
-    """Writes tokenizer.json and tokenizer_config.json.
+    """Writes tokenizer.json and tokenizer_config.json for the content of a `.model` file.
 
-    Args:
-        model: Content of a `.model` file.
-        encode: The original encoding, which the exported tokenizer must reproduce.
-        folder: The folder to write to. Made if missing.
+    `encode` is the original encoding, which the exported tokenizer must reproduce.
 
     Raises:
         UserError: The model's type or normalisation cannot be exported, or the ids of a probe text differ.
@@ -57,12 +50,9 @@ def export_to_hugging_face(model: bytes, encode: Callable[[str], list[int]], fol
     for probe in PROBES:
         wanted, got = encode(probe), tokenizer.encode(probe, add_special_tokens=False).ids
         if wanted != got:
-            raise UserError(
-                f"this sentencepiece model cannot be exported to Hugging Face: {probe!r} would get other ids",
-                wanted=wanted,
-                got=got,
-                remedy="use the model's own Hugging Face folder, with tokenizer.type: hf",
-            )
+            what = f"this sentencepiece model cannot be exported to Hugging Face: {probe!r} would get other ids"
+            remedy = "use the model's own Hugging Face folder, with tokenizer.type: hf"
+            raise UserError(what, wanted=wanted, got=got, remedy=remedy)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     write_json(folder / "tokenizer_config.json", _settings(proto.trainer_spec))
@@ -78,22 +68,15 @@ def _build(proto: Any) -> Any:
         for piece in proto.pieces
     ]
     trainer = proto.trainer_spec
+    by_bytes, unknown = trainer.byte_fallback, trainer.unk_id
     if trainer.model_type == trainer.BPE:
-        tokenizer = Tokenizer(
-            BPE(
-                vocab={piece: i for i, piece in enumerate(pieces)},
-                merges=_merges(proto, pieces),
-                byte_fallback=trainer.byte_fallback,
-                unk_token=pieces[trainer.unk_id],
-                fuse_unk=True,
-            )
-        )
+        vocab, merges = {piece: i for i, piece in enumerate(pieces)}, _merges(proto, pieces)
+        model: Any = BPE(vocab=vocab, merges=merges, byte_fallback=by_bytes, unk_token=pieces[unknown], fuse_unk=True)
     elif trainer.model_type == trainer.UNIGRAM:
-        tokenizer = Tokenizer(
-            Unigram(_scores(proto, pieces), unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback)
-        )
+        model = Unigram(_scores(proto, pieces), unk_id=unknown, byte_fallback=by_bytes)
     else:
         raise UserError("only sentencepiece models of type bpe or unigram can be exported to Hugging Face")
+    tokenizer = Tokenizer(model)
 
     steps: list[Any] = []
     if proto.normalizer_spec.precompiled_charsmap:
@@ -123,11 +106,8 @@ def _build(proto: Any) -> Any:
 
 def _merges(proto: Any, pieces: list[str]) -> list[tuple[str, str]]:
     """Every split of every learned piece into two, best score first; for the same piece, the longer left part first."""
-    score = {
-        text: piece.score
-        for text, piece in zip(pieces, proto.pieces, strict=True)
-        if piece.type == proto.SentencePiece.NORMAL
-    }
+    pairs, normal = zip(pieces, proto.pieces, strict=True), proto.SentencePiece.NORMAL
+    score = {text: piece.score for text, piece in pairs if piece.type == normal}
     ranked = [
         (-score[text], -cut, text[:cut], text[cut:])
         for text in score
@@ -142,10 +122,8 @@ def _scores(proto: Any, pieces: list[str]) -> list[tuple[str, float]]:
     kinds = proto.SentencePiece
     in_text = [piece.type in (kinds.NORMAL, kinds.USER_DEFINED) for piece in proto.pieces]
     worst = min((piece.score for piece, usable in zip(proto.pieces, in_text, strict=True) if usable), default=0.0)
-    return [
-        (text, piece.score if usable else worst - 100.0)
-        for text, piece, usable in zip(pieces, proto.pieces, in_text, strict=True)
-    ]
+    scores = [p.score if usable else worst - 100.0 for p, usable in zip(proto.pieces, in_text, strict=True)]
+    return list(zip(pieces, scores, strict=True))
 
 
 def _settings(trainer: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
@@ -19,7 +20,6 @@ SPECIAL = ("<pad>", "<unk>", "<mask>", "<sep>", "</n>", "</_>", "<s>", "</s>", "
 STANDS_FOR = {"</n>": "\n", "</_>": " "}
 MAX_WORD_CHARS = 200
 """A longer word becomes a single unknown id, as in CPM-Live."""
-
 KEPT_WORDS = 1 << 18
 """Number of words whose ids are cached. A look-up takes a tenth of the time of spelling a word."""
 
@@ -64,12 +64,7 @@ class JiebaTokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> JiebaTokenizer:
-        """Reads a `vocab.txt`.
-
-        Raises:
-            UserError: The file cannot be read, is not UTF-8 or not a CPM-Ant vocabulary, or neither rjieba nor jieba
-                is installed.
-        """
+        """Reads a `vocab.txt`. Raises UserError if it cannot be read, is not UTF-8 or not CPM-Ant's."""
         try:
             # Universal line ends, as in transformers, because the ids are line numbers.
             with open(regular_file(path, "vocab.txt"), encoding="utf-8-sig") as file:
@@ -120,11 +115,9 @@ class JiebaTokenizer:
 
 def _segmenter() -> tuple[Callable[[str], Iterable[str]], str]:
     """The installed word segmenter and its name."""
-    try:
+    with contextlib.suppress(ImportError):
         rust = import_module("rjieba")
         return lambda text: rust.cut(text, False), "rjieba"
-    except ImportError:
-        pass
     try:
         python = import_module("jieba")
     except ImportError:

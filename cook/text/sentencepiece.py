@@ -36,13 +36,9 @@ DEFAULT_SAMPLE_CHARS = 16 << 20
 
 
 class SentencePieceTokenizer:
-    """A sentencepiece model.
+    """A sentencepiece model from the content of a `.model` file; `origin` is its source, for messages.
 
     With a model trained by `train_sentencepiece`, `decode(encode(text)) == text` for every text.
-
-    Args:
-        model: Content of a `.model` file.
-        origin: Its source, for messages.
 
     Raises:
         UserError: Not a sentencepiece model, or a model without beginning-of-text and end-of-text pieces.
@@ -53,13 +49,16 @@ class SentencePieceTokenizer:
         try:
             self._processor.LoadFromSerializedProto(model)
         except (RuntimeError, TypeError) as error:
-            raise UserError(
-                f"{origin}: not a sentencepiece model", remedy="check that it is a complete .model file"
-            ) from error
+            remedy = "check that it is a complete .model file"
+            raise UserError(f"{origin}: not a sentencepiece model", remedy=remedy) from error
         self._model = model
         self.vocab_size: int = self._processor.get_piece_size()
-        self.bos_id: int = self._required_id("beginning-of-text", self._processor.bos_id(), origin)
-        self.eos_id: int = self._required_id("end-of-text", self._processor.eos_id(), origin)
+        self.bos_id: int = self._processor.bos_id()
+        self.eos_id: int = self._processor.eos_id()
+        for what, piece_id in (("beginning-of-text", self.bos_id), ("end-of-text", self.eos_id)):
+            if piece_id < 0:
+                remedy = "train it with --bos_id and --eos_id"
+                raise UserError(f"{origin}: the model has no {what} piece", remedy=remedy)
         self.unk_id: int | None = self._processor.unk_id()
         self.pad_id: int = self._processor.pad_id() if self._processor.pad_id() >= 0 else self.eos_id
         self.fingerprint = hashlib.sha256(model).hexdigest()
@@ -67,11 +66,7 @@ class SentencePieceTokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> SentencePieceTokenizer:
-        """Reads a `.model` file.
-
-        Raises:
-            UserError: The file is missing, or not a sentencepiece model with beginning and end tokens.
-        """
+        """Reads a `.model` file. Raises UserError if it is missing or not a usable sentencepiece model."""
         return cls(regular_file(path, ".model file").read_bytes(), str(path))
 
     def encode(self, text: str) -> list[int]:
@@ -95,16 +90,10 @@ class SentencePieceTokenizer:
         """Writes tokenizer.json, tokenizer_config.json and the `.model` file.
 
         Raises:
-            UserError: The model uses a feature that these files cannot represent, so that the ids would differ.
+            UserError: These files cannot represent the model, so that the ids would differ.
         """
         export_to_hugging_face(self._model, self.encode, Path(folder))
         write_atomically(Path(folder) / "sentencepiece.model", self._model)
-
-    @staticmethod
-    def _required_id(what: str, piece_id: int, origin: str) -> int:
-        if piece_id < 0:
-            raise UserError(f"{origin}: the model has no {what} piece", remedy="train it with --bos_id and --eos_id")
-        return piece_id
 
     def _byte_ids(self, text: str) -> tuple[int, ...]:
         # Only for models without normalisation. A model that adds a prefix would add it to every part of a split text.
@@ -134,10 +123,7 @@ def train_sentencepiece(
         model_path: The `.model` file to write.
         vocab_size: Total number of ids.
         seed: Seed for sampling lines from a corpus larger than `sample_chars`.
-        sample_chars: Largest size of the sample of lines to train on, in characters.
-
-    Returns:
-        The number of characters that are not in the sample.
+        sample_chars: Largest sample of lines to train on, in characters. The number of others is returned.
 
     Raises:
         UserError: The vocabulary is too small for bytes and an alphabet, or too large for the corpus.
@@ -157,7 +143,8 @@ def train_sentencepiece(
         raise UserError("there is no text to train a tokenizer on", remedy="check data.paths")
     # In Chinese, a space may be too rare to get a piece, and would then be encoded as the three bytes of U+2581.
     rare_space = sum(line.count(" ") for line in lines) < RARE * sum(map(len, lines))
-    options: dict[str, Any] = {"required_chars": SPACE} if rare_space else {}
+    options: dict[str, Any] = {"pad_id": PAD_ID, "unk_id": UNK_ID, "bos_id": BOS_ID, "eos_id": EOS_ID}
+    options |= {"required_chars": SPACE} if rare_space else {}
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -172,22 +159,17 @@ def train_sentencepiece(
             add_dummy_prefix=False,
             split_digits=True,
             user_defined_symbols=list(WHITESPACE_PIECES),
-            pad_id=PAD_ID,
-            unk_id=UNK_ID,
-            bos_id=BOS_ID,
-            eos_id=EOS_ID,
             max_sentence_length=4 * MAX_LINE_CHARS,
             num_threads=TRAINING_THREADS,
             minloglevel=2,
             **options,
         )
     except RuntimeError as error:
-        raise UserError(
-            f"no tokenizer of {vocab_size} pieces can be trained on this corpus ({len(lines)} lines): {error}",
-            remedy="raise tokenizer.vocab_size: the text has too many different characters"
-            if "smaller than required_chars" in str(error)
-            else "lower tokenizer.vocab_size, or use more text",
-        ) from error
+        remedy = "lower tokenizer.vocab_size, or use more text"
+        if "smaller than required_chars" in str(error):
+            remedy = "raise tokenizer.vocab_size: the text has too many different characters"
+        what = f"no tokenizer of {vocab_size} pieces can be trained on this corpus ({len(lines)} lines): {error}"
+        raise UserError(what, remedy=remedy) from error
     write_atomically(model_path, model.getvalue())
     return seen - sum(map(len, lines))
 

@@ -1,4 +1,4 @@
-"""The protocol that all tokenizers implement."""
+"""The protocol of all tokenizers, and the function that opens the one a configuration names."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+
+from cook.base.errors import UserError
+from cook.text.hf import HuggingFaceTokenizer
+from cook.text.jieba import JiebaTokenizer
+from cook.text.sentencepiece import SentencePieceTokenizer
 
 
 class Tokenizer(Protocol):
@@ -51,3 +56,22 @@ class Tokenizer(Protocol):
 
     def save(self, folder: str | Path) -> None:
         """Writes files to `folder` with which Hugging Face's AutoTokenizer gives the same ids without cook."""
+
+
+TOKENIZERS: dict[str, type[SentencePieceTokenizer] | type[HuggingFaceTokenizer] | type[JiebaTokenizer]] = {
+    "sentencepiece": SentencePieceTokenizer,  # a .model file
+    "hf": HuggingFaceTokenizer,  # a folder for AutoTokenizer
+    "jieba": JiebaTokenizer,  # CPM-Ant's vocab.txt
+}
+"""Tokenizer classes by `tokenizer.type`."""
+
+
+def load_tokenizer(type: str, path: str) -> Tokenizer:
+    """Loads a tokenizer of a type from `TOKENIZERS`.
+
+    Raises:
+        UserError: The type is unknown, or the path does not contain such a tokenizer.
+    """
+    if type not in TOKENIZERS:
+        raise UserError("tokenizer.type is unknown", wanted=" or ".join(sorted(TOKENIZERS)), got=repr(type))
+    return TOKENIZERS[type].load(path)

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cook.base.errors import UserError
-from cook.report.human import human_count
-from cook.report.tables import markdown_table
+from cook.report.tables import human_count, markdown_table
 from cook.training.manifest import MANIFEST, folder_of, looks_whole, read_manifest, steps, verify
 
 COLUMNS = ("checkpoint", "step", "tokens", "ranks", "layout", "size", "state")

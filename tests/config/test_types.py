@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 
 import pytest
 
 from cook.config import corpus, scheme, types
-from cook.config.types import STAGE_NAMES, for_stage, training_for
+from cook.config.types import STAGE_NAMES, for_stage, method_of, training_for, two_of_four
 
 
 @pytest.mark.parametrize(
@@ -32,8 +33,17 @@ def test_the_switches_describe_a_stage(load, settings, stage):
 @pytest.mark.parametrize("name", STAGE_NAMES)
 def test_the_configuration_of_a_stage_names_it(load, name):
     config = for_stage(load("joint.train_mask=false"), name)
-    assert config.stage == name
-    assert config.pruning.mask_method == ("pattern" if name == "pattern" else "fine-grained")
+    assert config.stage == name and config.pruning.mask_method == "fine-grained"
+
+
+@pytest.mark.parametrize(
+    ("mask_method", "method", "pattern"),
+    [("joint", "joint", None), ("pattern", "pattern", None), ("m4n2_2d", "pattern", "m4n2_2d")],
+)
+def test_the_method_is_decoded(load, mask_method, method, pattern):
+    pruning = dataclasses.replace(load().pruning, mask_method=mask_method)
+    assert (method_of(pruning), two_of_four(pruning)) == (method, pattern)
+    assert method_of(dataclasses.replace(pruning, is_pruning=False)) is None
 
 
 def test_overrides_of_a_stage(load):

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from cook.base.errors import UserError
 from cook.text.hf import HuggingFaceTokenizer
-from cook.text.open_tokenizer import load_tokenizer
+from cook.text.tokenizer import load_tokenizer
 
 
 def gpt2_like(folder, *, eos="<|endoftext|>", settings=()):

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, CpmAntTokenizer
 
 from cook.base.errors import UserError
 from cook.text.jieba import KEPT_WORDS, MAX_WORD_CHARS, SPECIAL, JiebaTokenizer
-from cook.text.open_tokenizer import load_tokenizer
+from cook.text.tokenizer import load_tokenizer
 
 PIECES = (
     "的 一 不 在 人 有 我 他 这 中 大 来 上 国 新 年 中国 中国人 北京 北京大学 大学 大学生 "

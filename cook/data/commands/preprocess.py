@@ -24,8 +24,7 @@ from cook.data.cpm_live.meta import FileInfo, write_meta
 from cook.data.cpm_live.writer import LiveWriter
 from cook.data.left_out import LeftOut
 from cook.data.progress import Progress
-from cook.text.open_tokenizer import load_tokenizer
-from cook.text.tokenizer import Tokenizer
+from cook.text.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 2
 """Raised whenever the same inputs would give other records."""

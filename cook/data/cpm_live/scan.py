@@ -72,7 +72,10 @@ def scan_blocks(path: Path, version: int, block_size: int, first: int, count: in
     for block in range(first, first + count):
         begin, end = block * block_size, (block + 1) * block_size
         if end > len(content):
-            raise UserError(f"{place(path, block, len(content))}: truncated, the block is not whole")
+            raise UserError(
+                f"{place(path, block, len(content))}: truncated, the block is not whole",
+                remedy="copy or make the file again",
+            )
         try:
             scanner.scan(content, begin, end)
         except PickleRefused as refused:

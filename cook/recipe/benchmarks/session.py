@@ -19,7 +19,7 @@ from cook.config.tasks import TaskConfig
 from cook.config.types import TrainingConfig
 from cook.data.loader import RowLoader
 from cook.distill.distiller import RowDistiller
-from cook.evaluation.predict import predict
+from cook.evaluation.all_ranks import predict
 from cook.families.encoder import Encoder, write_encoder
 from cook.recipe.benchmarks.task import Scores, TaskData, TaskInfo
 from cook.training.engine import Engine

@@ -15,9 +15,8 @@ from cook.config.tasks import TaskConfig
 from cook.data.benchmarks.glue import glue_task, read_glue
 from cook.data.benchmarks.squad import read_squad, squad_windows
 from cook.data.benchmarks.token_rows import TokenRows, glue_rows
-from cook.evaluation.glue_metrics import glue_metrics, main_metric
+from cook.evaluation.metrics import glue_metrics, main_metric, squad_v1_metrics, squad_v2_metrics
 from cook.evaluation.squad_answers import AnswerOptions, choose_answers
-from cook.evaluation.squad_metrics import squad_v1_metrics, squad_v2_metrics
 from cook.families.encoder import Head
 from cook.training.task_loss import TaskLoss, class_loss, score_loss, span_loss
 

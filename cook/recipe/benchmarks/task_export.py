@@ -14,13 +14,13 @@ from cook.base.errors import UserError
 from cook.base.files import write_json
 from cook.base.watchdog import At
 from cook.config.tasks import TaskConfig
-from cook.evaluation.predict import predict
+from cook.evaluation.all_ranks import predict
 from cook.evaluation.speed import forward_seconds, median_seconds
 from cook.families.encoder import load_encoder
 from cook.recipe.benchmarks import task_plan as plan
 from cook.recipe.benchmarks.session import Session, write_results
 from cook.recipe.benchmarks.task_stages import open_session, pruned_matrices
-from cook.report.human import human_count
+from cook.report.tables import human_count
 from cook.sparsity.matrices import PrunedMatrix
 from cook.sparsity.pattern_file import read_pattern_masks
 from cook.sparsity.sparse_export import export_sparse

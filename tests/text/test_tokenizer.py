@@ -3,8 +3,8 @@ import os
 import pytest
 
 from cook.base.errors import UserError
-from cook.text.open_tokenizer import load_tokenizer
 from cook.text.sentencepiece import SentencePieceTokenizer
+from cook.text.tokenizer import load_tokenizer
 
 
 def test_the_type_chooses_the_class(model_path):

@@ -1,14 +1,61 @@
-"""The README.md of an exported model folder, in the format of a Hugging Face model card."""
+"""Markdown documents: the report of a run, and the model card of an exported folder."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
 
+from cook.base.files import write_atomically
 from cook.report.tables import LadderRow, ladder_table
 
+REPORT_NAME = "report.md"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """An image of the report."""
+
+    caption: str
+    """One sentence below the image."""
+    path: Path
+    """The image file. The report uses a relative link."""
+
+
+def write_report(
+    folder: str | Path,
+    rows: Sequence[LadderRow],
+    figures: Sequence[Figure] = (),
+    *,
+    title: str = "Report",
+    notes: Sequence[str] = (),
+) -> Path:
+    """Writes `folder/report.md` and returns its path.
+
+    Args:
+        folder: The folder to write to. Made if missing.
+        rows: The models, the dense model first.
+        figures: Shown below the table, in this order.
+        title: The title of the report.
+        notes: Paragraphs between the table and the figures.
+    """
+    path = Path(folder) / REPORT_NAME
+    parts = [f"# {title}", ladder_table(rows), *notes]
+    for figure in figures:
+        link = quote(Path(os.path.relpath(figure.path.resolve(), path.parent.resolve())).as_posix())
+        parts.append(f"![{figure.caption}]({link})\n\n{figure.caption}")
+    write_atomically(path, "\n\n".join(parts) + "\n")
+    return path
+
+
+_LOSS_NOTE = (
+    "Held-out loss is the mean over tokens, in nats, of text kept out of training. "
+    "Speeds compare only within this table."
+)
 # The form of `base_model` in the front matter: a model's name on the Hub. A local path does not belong there.
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -80,12 +127,6 @@ def model_card(card: ModelCard) -> str:
     return "\n\n".join([*sections, "## Licence", licence]) + "\n"
 
 
-_LOSS_NOTE = (
-    "Held-out loss is the mean over tokens, in nats, of text kept out of training. "
-    "Speeds compare only within this table."
-)
-
-
 def _front_matter(card: ModelCard) -> str:
     # JSON strings are valid YAML strings. No value can end its line or change its type ("no" stays a string).
     lines = ["library_name: transformers", f"pipeline_tag: {card.pipeline}", f"license: {json.dumps(card.license)}"]
@@ -109,21 +150,16 @@ def _loading(card: ModelCard) -> str:
     options = ", trust_remote_code=True" if card.trust_remote_code else ""
     # The tokenizer needs no code from the folder. Without this argument, transformers would ask about the model's code.
     plain = ", trust_remote_code=False" if card.trust_remote_code else ""
-    code = "\n".join(
-        [
-            f"from transformers import {card.auto_class}, AutoTokenizer",
-            "",
-            f'tokenizer = AutoTokenizer.from_pretrained("{_PLACEHOLDER}"{plain})',
-            f'model = {card.auto_class}.from_pretrained("{_PLACEHOLDER}"{options})',
-        ]
+    code = (
+        f"from transformers import {card.auto_class}, AutoTokenizer\n\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("{_PLACEHOLDER}"{plain})\n'
+        f'model = {card.auto_class}.from_pretrained("{_PLACEHOLDER}"{options})'
     )
-    why = (
-        "Stock transformers has no class for this shape: it runs the modeling file in the folder."
-        if card.trust_remote_code
-        else "Stock transformers loads it; no code from the folder is run."
-    )
-    warnings = [f"- Warning: {sentence}." for sentence in card.misread_by]
-    return "\n\n".join([_fenced(code, "python"), why, *(["\n".join(warnings)] if warnings else [])])
+    why = "Stock transformers loads it; no code from the folder is run."
+    if card.trust_remote_code:
+        why = "Stock transformers has no class for this shape: it runs the modeling file in the folder."
+    warnings = "\n".join(f"- Warning: {sentence}." for sentence in card.misread_by)
+    return "\n\n".join(part for part in (_fenced(code, "python"), why, warnings) if part)
 
 
 def _verification(card: ModelCard) -> str:

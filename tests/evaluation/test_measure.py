@@ -8,7 +8,7 @@ import pytest
 
 from cook.base.errors import UserError
 from cook.cli import invoke
-from cook.evaluation import compare as room
+from cook.evaluation import measure as room
 from cook.export.model_folder import write_model_folder
 from cook.export.pruned_folder import prune_to_folder
 from cook.families.cpm_ant import ADAPTER

@@ -1,18 +1,74 @@
-"""Exact match and F1 of SQuAD, with the official scripts' normalisation (Rajpurkar et al. 2016, 2018).
-
-Version 1.1 takes the best of all reference answers and has no unanswerable questions. Version 2.0 compares an
-unanswerable question's prediction with the empty text, ignores references that normalise to nothing, and reports the
-threshold on the null odds that would have been best.
-"""
+"""The metrics of GLUE (Wang et al. 2019, table 1) and of SQuAD (Rajpurkar et al. 2016, 2018)."""
 
 from __future__ import annotations
 
 import re
 import string
+import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
 
 from cook.data.benchmarks.squad import Question
+
+Metrics = dict[str, float]
+Scores = Mapping[str, float]
+"""A number per question, by id."""
+
+
+def glue_metrics(task: str, predictions: np.ndarray, targets: np.ndarray) -> Metrics:
+    """All metrics of a GLUE task, as fractions. A correlation of equal predictions, which is undefined, counts as 0.
+
+    Args:
+        task: The task's name in `cook.data.benchmarks.glue.GLUE_TASKS`.
+        predictions: `[rows]`, predicted class ids, or scores for a regression.
+        targets: `[rows]`, the correct ones.
+    """
+    assert len(predictions) == len(targets) > 0
+    return _METRICS.get(task, _accuracy)(predictions, targets)
+
+
+def main_metric(task: str) -> str:
+    """The name of a task's main metric, as in the benchmark's average."""
+    return {"CoLA": "mcc", "STS-B": "corr", "MRPC": "acc_and_f1", "QQP": "acc_and_f1"}.get(task, "acc")
+
+
+def _accuracy(predictions: np.ndarray, targets: np.ndarray) -> Metrics:
+    return {"acc": float((predictions == targets).mean())}
+
+
+def _accuracy_and_f1(predictions: np.ndarray, targets: np.ndarray) -> Metrics:
+    from sklearn.metrics import f1_score
+
+    accuracy = _accuracy(predictions, targets)["acc"]
+    f1 = float(f1_score(targets, predictions, zero_division=0.0))
+    return {"acc": accuracy, "f1": f1, "acc_and_f1": (accuracy + f1) / 2}
+
+
+def _matthews(predictions: np.ndarray, targets: np.ndarray) -> Metrics:
+    from sklearn.metrics import matthews_corrcoef
+
+    return {"mcc": float(matthews_corrcoef(targets, predictions))}
+
+
+def _correlations(predictions: np.ndarray, targets: np.ndarray) -> Metrics:
+    from scipy.stats import pearsonr, spearmanr
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a constant input gives NaN, which is handled below
+        pearson = float(np.nan_to_num(pearsonr(predictions, targets)[0])) if len(targets) > 1 else 0.0
+        spearman = float(np.nan_to_num(spearmanr(predictions, targets)[0])) if len(targets) > 1 else 0.0
+    return {"pearson": pearson, "spearmanr": spearman, "corr": (pearson + spearman) / 2}
+
+
+_METRICS: dict[str, Callable[[np.ndarray, np.ndarray], Metrics]] = {
+    "CoLA": _matthews,
+    "MRPC": _accuracy_and_f1,
+    "QQP": _accuracy_and_f1,
+    "STS-B": _correlations,
+}
+
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -30,10 +86,7 @@ def exact_match(prediction: str, answer: str) -> float:
 def f1(prediction: str, answer: str, *, empty_counts: bool) -> float:
     """Harmonic mean of precision and recall over words.
 
-    Args:
-        prediction: The answer given.
-        answer: The reference.
-        empty_counts: True for version 2.0, where two texts without words agree; in 1.1 they score 0.
+    `empty_counts` is for version 2.0, where two texts without words agree; in 1.1 they score 0.
     """
     given, wanted = normalised(prediction).split(), normalised(answer).split()
     if empty_counts and not (given and wanted):
@@ -97,28 +150,20 @@ def _percent(values: Sequence[float]) -> float:
     return 100.0 * sum(values) / len(values) if values else 0.0
 
 
-def _with_threshold(
-    scores: Mapping[str, float], odds: Mapping[str, float], answerable: Mapping[str, bool], threshold: float
-) -> dict[str, float]:
+def _with_threshold(scores: Scores, odds: Scores, answerable: Mapping[str, bool], threshold: float) -> dict[str, float]:
     return {
         key: float(not answerable[key]) if odds.get(key, 0.0) > threshold else score for key, score in scores.items()
     }
 
 
 def _best(
-    predictions: Mapping[str, str],
-    scores: Mapping[str, float],
-    odds: Mapping[str, float],
-    answerable: Mapping[str, bool],
+    predictions: Mapping[str, str], scores: Scores, odds: Scores, answerable: Mapping[str, bool]
 ) -> tuple[float, float]:
     """The best score over all thresholds, in percent, and its threshold: starts without answers, adds one by one."""
     current = best = float(sum(not has for has in answerable.values()))
     threshold = 0.0
     for key in sorted(scores, key=lambda key: odds.get(key, 0.0)):
-        if answerable[key]:
-            current += scores[key]
-        else:
-            current -= 1.0 if predictions[key] else 0.0
+        current += scores[key] if answerable[key] else -float(bool(predictions[key]))
         if current > best:
             best, threshold = current, odds.get(key, 0.0)
     return 100.0 * best / max(1, len(scores)), threshold
