@@ -22,6 +22,7 @@ import typer
 import cook
 from cook.cli import app
 from cook.config.types import STAGE_NAMES
+from tests.warm import interpreter
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -55,6 +56,8 @@ def environment() -> dict[str, str]:
 
 
 def run(*command: str, folder: Path) -> str:
+    if command[0] == sys.executable and "mkdocs" not in command:
+        command = (interpreter(), *command[1:])
     done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
