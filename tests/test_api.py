@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from transformers import (
 import cook
 from cook.base.errors import UserError
 from tests.recipe.tiny_run import own_environment
+from tests.warm import interpreter
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -244,7 +244,7 @@ def test_a_resumed_trainer_ends_with_the_gates_of_the_uninterrupted_one(tmp_path
 def test_the_examples_run(path):
     environment = own_environment(PYTHONPATH=str(ROOT))
     done = subprocess.run(
-        [sys.executable, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=240, env=environment
+        [interpreter(), str(path)], cwd=ROOT, capture_output=True, text=True, timeout=240, env=environment
     )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.strip().splitlines()[-1].rsplit(" ", 1)[1]) < 1e-5

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
+
+from tests.warm import interpreter
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def command(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "cook", "data", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+        [interpreter(), "-m", "cook", "data", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
     )
 
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import math
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -23,6 +22,7 @@ from tests.evaluation.conftest import IDS, TEXT, write_tokenizer
 from tests.models.cpm_ant_tiny import RAGGED, tiny_model
 from tests.tiny_families import tiny_source
 from tests.tiny_pruning import random_masks
+from tests.warm import interpreter
 
 FIELDS = {
     "model",
@@ -129,7 +129,7 @@ def test_a_user_s_mistake_is_one_line_and_exit_code_2(folder, tmp_path, capsys):
 
 def test_the_command(folder, text):
     options = ["--data", text, "--window", "20", "--prompt-tokens", "8", "--new-tokens", "2"]
-    command = [sys.executable, "-m", "cook", "eval", "--model", str(folder), *options]
+    command = [interpreter(), "-m", "cook", "eval", "--model", str(folder), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from tests.warm import interpreter
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL = dict(
     vocab_size=420,
@@ -85,6 +87,8 @@ def run(command: Sequence[str], folder: Path, *, timeout: float = 120, stop: Any
         stop: A function of the process, called before waiting for it (to send a signal).
         variables: Added to the environment.
     """
+    if stop is None and variables.keys() <= {"PYTHONPATH"} and command[0] == sys.executable and is_program(command):
+        command, variables = [interpreter(), *command[1:]], {**variables, "PYTHON_EXEC": interpreter()}
     process = subprocess.Popen(
         command,
         cwd=folder,
@@ -101,6 +105,12 @@ def run(command: Sequence[str], folder: Path, *, timeout: float = 120, stop: Any
     finally:
         _kill_group(process)
     return Result(code=process.returncode, out=out, err=err)
+
+
+def is_program(command: Sequence[str]) -> bool:
+    """Whether the arguments of an interpreter name a module or a script, which a warm interpreter can run."""
+    first = command[3] if command[1] == "-W" else command[1]
+    return first == "-m" or first.endswith(".py")
 
 
 def run_on_ranks(script: str, cases: Any, folder: Path, ranks: int) -> list[Any]:
