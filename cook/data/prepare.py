@@ -37,24 +37,23 @@ PARTS = ("train", "held_out")
 
 @dataclass(frozen=True)
 class SplitCorpus:
-    """A corpus and which of its documents are held out: some of its own, or all of a second corpus."""
+    """A corpus and which of its documents are held out: some of its own, its end, or all of a second corpus."""
 
     corpus: Corpus
-    is_held_out: np.ndarray
-    """bool (num_documents,), over the documents of `corpus`."""
-
+    is_held_out: np.ndarray  # bool (num_documents,), over the documents of `corpus`; unused if `end` is given
     evaluation: Corpus | None
     fingerprint: str
-    share: float = 0.0
-    """Share of a single document that is held out: its end."""
+    end: int | None = None  # of a corpus that is one text: the character near which its held-out end begins
 
     @property
     def notes(self) -> list[str]:
-        """How a single document is split; nothing for other corpora."""
-        if not self.share:
+        """How a corpus that is one text is split; nothing for other corpora."""
+        if self.end is None:
             return []
-        kept, held_out = (len(document.text) for document, _ in self.documents())
-        return [f"a single document: its last {held_out:,} of {kept + held_out:,} characters are held out"]
+        size = {False: 0, True: 0}
+        for document, held_out in self.documents():
+            size[held_out] += len(document.text)
+        return [f"a single document: its last {size[True]:,} of {sum(size.values()):,} characters are held out"]
 
     @property
     def left_out(self) -> LeftOut:
@@ -70,11 +69,8 @@ class SplitCorpus:
 
     def documents(self) -> Iterator[tuple[Document, bool]]:
         """Every document, and whether it is held out."""
-        if self.share:
-            (document,) = self.corpus.documents()
-            cut = break_before(document.text, 1.0 - self.share)
-            yield Document(document.name, document.text[:cut]), False
-            yield Document(f"{document.name}, end", document.text[cut:]), True
+        if self.end is not None:
+            yield from _end_held_out(self.corpus.documents(), self.end)
             return
         yield from zip(self.corpus.documents(), self.is_held_out.tolist(), strict=True)
         if self.evaluation is not None:
@@ -86,10 +82,7 @@ class SplitCorpus:
 
 
 def open_split(data: Any) -> SplitCorpus:
-    """Opens the corpus of a data section and splits it.
-
-    Args:
-        data: The configuration's data section, of a single source.
+    """Opens the corpus of a data section (of a single source) and splits it.
 
     Raises:
         UserError: The corpus is missing, empty, malformed or too small to split.
@@ -97,25 +90,40 @@ def open_split(data: Any) -> SplitCorpus:
     corpus = open_corpus(
         data.type, data.paths, text_field=data.text_field, name=data.name, subset=data.subset, split=data.split
     )
+    sizes = [(document.name, len(document.text)) for document in corpus.documents()]
     if data.held_out_paths:
         evaluation = open_evaluation(data)
-        num_documents = sum(1 for _ in corpus.documents())
         key = fingerprint_of(FORMAT, corpus.fingerprint(), evaluation.fingerprint())
-        return SplitCorpus(corpus, np.zeros(num_documents, bool), evaluation, key)
-    names = [document.name for document in corpus.documents()]
-    is_held_out, share = split(names, data.held_out), 0.0
+        return SplitCorpus(corpus, np.zeros(len(sizes), bool), evaluation, key)
+    is_held_out = split((name for name, _ in sizes), data.held_out)
     parts = [FORMAT, corpus.fingerprint(), data.held_out]
-    if len(names) == 1:
-        share, parts = data.held_out, [*parts, "end"]
-    return SplitCorpus(corpus, is_held_out, None, fingerprint_of(*parts), share)
+    # A large text file is read as several documents. Alone, it is one text all the same.
+    if len(sizes) > 1 and not (corpus.kind == "text" and sum(file.size > 0 for file in corpus.files) == 1):
+        return SplitCorpus(corpus, is_held_out, None, fingerprint_of(*parts))
+    total = sum(size for _, size in sizes)
+    end = max(1, min(total - 1, int(total * (1.0 - data.held_out))))
+    return SplitCorpus(corpus, is_held_out, None, fingerprint_of(*parts, "end"), end)
 
 
-def break_before(text: str, fraction: float) -> int:
-    """The position at `fraction` of a text, moved back to the nearest paragraph, line or word that begins before it.
+def _end_held_out(documents: Iterable[Document], end: int) -> Iterator[tuple[Document, bool]]:
+    """Consecutive documents of one text, of which all after about character `end` is held out."""
+    begin = 0
+    for document in documents:
+        name, text = document.name, document.text
+        if begin < end < begin + len(text):
+            cut = break_before(text, end - begin)
+            yield Document(name, text[:cut]), False
+            yield Document(f"{name}, end", text[cut:]), True
+        else:
+            yield document, begin >= end
+        begin += len(text)
 
-    A break is at most a tenth of the text away. Without one the text is cut between two characters.
+
+def break_before(text: str, place: int) -> int:
+    """`place`, from 1 to the last character, moved back to where a paragraph, a line or else a word begins.
+
+    That is at most a tenth of the text before it. Without one the text is cut between two characters.
     """
-    place = max(1, min(len(text) - 1, int(len(text) * fraction)))
     earliest = max(0, place - max(1, len(text) // 10))
     for mark in ("\n\n", "\n", " "):
         found = text.rfind(mark, earliest, place)
