@@ -1,7 +1,7 @@
 """From a corpus to rows on the disk, in three cached steps: the tokenizer, the tokens, the rows.
 
-Each step's folder is named by a fingerprint of all that it depends on, so a changed file, tokenizer or length makes a
-new folder and an unchanged one is used again. One process prepares; the others wait for it and read.
+The name of each step's folder contains a fingerprint of all that it depends on, so a changed file, tokenizer or length
+makes a new folder and an unchanged one is used again. One process prepares; the others wait for it and read.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from cook.base.errors import UserError
-from cook.data.cache import cached_folder, fingerprint_of, read_manifest
+from cook.data.cache import cached_folder, fingerprint_of, mapped, whole_manifest
 from cook.data.corpus import Corpus, grouped, open_corpus, split
-from cook.data.documents import Document
-from cook.data.left_out import LeftOut
 from cook.data.packing import pack_to_folder, text_capacity
-from cook.data.progress import Progress
+from cook.data.reports import LeftOut, Progress
+from cook.data.source_files import Document
 from cook.text.open_tokenizer import load_tokenizer
 from cook.text.sentencepiece import train_sentencepiece
 from cook.text.tokenizer import Tokenizer
@@ -58,9 +57,7 @@ class SplitCorpus:
     @property
     def left_out(self) -> LeftOut:
         """Files that are not read."""
-        found = LeftOut(self.corpus.left_out.record())
-        found.include(self.evaluation.left_out.record() if self.evaluation else {})
-        return found
+        return unread(self.corpus, self.evaluation)
 
     @property
     def size(self) -> int:
@@ -79,6 +76,14 @@ class SplitCorpus:
     def training_texts(self) -> Iterator[str]:
         """Texts of the documents that are not held out."""
         return (document.text for document, held_out in self.documents() if not held_out)
+
+
+def unread(*corpora: Corpus | None) -> LeftOut:
+    """The files of some corpora that are not read."""
+    found = LeftOut()
+    for corpus in corpora:
+        found.include(corpus.left_out.record() if corpus else {})
+    return found
 
 
 def open_split(data: Any) -> SplitCorpus:
@@ -140,16 +145,10 @@ def open_evaluation(data: Any) -> Corpus:
 
 
 def prepare_tokenizer(tokenizer_config: Any, texts: Iterable[str], fingerprint: str, cache: Path) -> Path:
-    """The tokenizer's file or folder: the one that the configuration names, or one trained on the training documents.
-
-    Args:
-        tokenizer_config: `type, path, vocab_size` of the configuration's tokenizer section.
-        texts: What to train on.
-        fingerprint: Of these texts.
-        cache: Where a trained tokenizer is kept.
+    """The tokenizer's file or folder: the one that the configuration names, or one trained on `texts`.
 
     Raises:
-        UserError: No tokenizer is named and the type cannot be trained, or the corpus does not give that many pieces.
+        UserError: None is named and the type cannot be trained, or the corpus does not give `vocab_size` pieces.
     """
     if tokenizer_config.path is not None:
         return Path(tokenizer_config.path)
@@ -168,11 +167,7 @@ def prepare_tokenizer(tokenizer_config: Any, texts: Iterable[str], fingerprint: 
 
 
 def open_tokenizer(tokenizer_config: Any, path: Path) -> Tokenizer:
-    """Loads the prepared tokenizer and holds it to the configured size.
-
-    Raises:
-        UserError: It cannot be read, or has more ids than `vocab_size`.
-    """
+    """Loads the prepared tokenizer; a `UserError` if it cannot be read, or has more ids than `vocab_size`."""
     tokenizer = load_tokenizer(tokenizer_config.type, str(path))
     if tokenizer.vocab_size > tokenizer_config.vocab_size:
         raise UserError(
@@ -185,7 +180,7 @@ def open_tokenizer(tokenizer_config: Any, path: Path) -> Tokenizer:
 
 
 class Documents(Protocol):
-    """What there is to tokenise: a prepared corpus, or the held-out documents of a stream."""
+    """What is tokenised: a prepared corpus, or the held-out documents of a stream."""
 
     @property
     def fingerprint(self) -> str: ...
@@ -195,11 +190,7 @@ class Documents(Protocol):
 
 
 def prepare_tokens(corpus: Documents, tokenizer: Tokenizer, cache: Path) -> Path:
-    """Tokenises the corpus once: per part, `<part>.tokens.bin` (flat ids) and `<part>.offsets.npy` (document borders).
-
-    Raises:
-        UserError: The tokenizer gave an id outside its vocabulary, or a document is malformed.
-    """
+    """Tokenises the corpus once: per part, `<part>.tokens.bin` (flat ids) and `<part>.offsets.npy` (their borders)."""
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
 
     def build(folder: Path) -> dict[str, Any]:
@@ -207,7 +198,7 @@ def prepare_tokens(corpus: Documents, tokenizer: Tokenizer, cache: Path) -> Path
         left_out = LeftOut()
         with ExitStack() as stack:
             files = {part: stack.enter_context(open(folder / f"{part}.tokens.bin", "wb")) for part in PARTS}
-            progress = stack.enter_context(Progress("tokenising", corpus.size, unit="MB", scale=1e6))
+            progress = stack.enter_context(Progress("tokenising", corpus.size))
             for group in grouped(corpus.documents(), lambda item: len(item[0].text)):
                 encoded = tokenizer.encode_batch([document.text for document, _ in group])
                 for (document, held_out), ids in zip(group, encoded, strict=True):
@@ -227,7 +218,7 @@ def prepare_tokens(corpus: Documents, tokenizer: Tokenizer, cache: Path) -> Path
 
 
 def prepare_rows(
-    tokens_folder: Path,
+    tokens: Path,
     tokenizer: Tokenizer,
     *,
     max_length: int,
@@ -241,15 +232,14 @@ def prepare_rows(
         UserError: The length leaves no room for text, or a part has no row.
     """
     text_capacity(max_length, prompt_length)
-    manifest = read_manifest(tokens_folder)
-    assert manifest is not None
+    manifest = whole_manifest(tokens)
 
     def build(folder: Path) -> dict[str, Any]:
         statistics = {}
         for part in parts:
             statistics[part] = pack_to_folder(
-                _map_tokens(tokens_folder / f"{part}.tokens.bin", manifest["dtype"]),
-                np.load(tokens_folder / f"{part}.offsets.npy"),
+                mapped(tokens / f"{part}.tokens.bin", manifest["dtype"]),
+                np.load(tokens / f"{part}.offsets.npy"),
                 row_size=max_length - prompt_length,
                 bos_id=tokenizer.bos_id,
                 eos_id=tokenizer.eos_id,
@@ -268,13 +258,8 @@ def prepare_rows(
     return cached_folder(cache, "rows", key, build)
 
 
-def _map_tokens(path: Path, dtype: str) -> np.ndarray:
-    # An empty file cannot be mapped.
-    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
-
-
 def check_ids(ids: np.ndarray, vocab_size: int, name: str) -> None:
-    """Refuses ids that no embedding has a row for; `name` says where they come from."""
+    """A `UserError` that begins with `name` for ids outside the vocabulary, for which no embedding has a row."""
     if len(ids) and not (0 <= ids.min() and ids.max() < vocab_size):
         raise UserError(
             f"{name}: the tokenizer gave an id outside its vocabulary",

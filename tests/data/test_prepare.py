@@ -8,7 +8,7 @@ import cook.data.prepare as prepare
 from cook.base.errors import UserError
 from cook.config.corpus import DataConfig
 from cook.data.cache import read_manifest
-from cook.data.documents import Document
+from cook.data.source_files import Document
 
 
 def section(paths, **options):
