@@ -48,7 +48,7 @@ def tokenizer(
     seed: Annotated[int, typer.Option(help="Chooses the lines that are read of a large corpus.")] = 0,
 ) -> None:
     """Train a sentencepiece tokenizer on text or JSON lines, as a run without a tokenizer does."""
-    from cook.data.commands.tokenizer import train_tokenizer
+    from cook.data.commands.preprocess import train_tokenizer
 
     train_tokenizer(inputs, output, format=format, text_field=text_field, vocab_size=vocab_size, seed=seed)
 
@@ -130,7 +130,7 @@ def shuffle(
 ) -> None:
     """Write the same records in a random order; data of any size."""
     from cook.data.commands.common import size
-    from cook.data.commands.shuffle import shuffle
+    from cook.data.commands.rewrite import shuffle
 
     shuffle(source, output, seed=seed, memory=size("--memory", memory))
 
@@ -147,7 +147,7 @@ def merge(
 
     Files of one version and block size are copied; other records are written again, in the first folder's block size.
     """
-    from cook.data.commands.merge import merge
+    from cook.data.commands.rewrite import merge
 
     merge(sources, output, version=version)
 
@@ -164,6 +164,6 @@ def convert(
     A JSON line is `{"task": …, "segments": [[length, type, task], …], "tokens": […]}`.
     """
     from cook.data.commands.common import size
-    from cook.data.commands.convert import convert
+    from cook.data.commands.rewrite import convert
 
     convert(source, output, version=version, block_size=size("--block-size", block_size))

@@ -72,8 +72,8 @@ class DataConfig:
     mixing: MixingConfig | None = None
     """Adapts the weights of the sources to their losses. None: the weights stay fixed."""
     held_out: Annotated[float, Limits(minimum=0, exclusiveMaximum=1)] = 0.03
-    """Fraction of the documents held out for evaluation, split by file or document. Of a single document, the end is
-    held out. Unused if `held_out_paths` is given."""
+    """Fraction of the documents held out for evaluation, split by file or document. Of a single document or text
+    file, the end is held out. Unused if `held_out_paths` is given."""
     held_out_paths: UserPaths = ()
     """Files, folders or glob patterns of a separate evaluation corpus."""
     max_length: Size

@@ -1,7 +1,7 @@
 """Cached folders, which are complete or absent, and are rebuilt if their inputs have changed.
 
-A folder's manifest lists the size of every file, the fingerprint of the inputs and a few facts. One builder works at a
-time in a cache; a killed builder leaves a folder aside that the next one removes.
+A folder's manifest lists the size of every file, the fingerprint of the inputs and a few facts. One builder at a time
+works in a cache; the next one removes the unfinished folder of a killed builder.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from cook.base.errors import UserError
 from cook.base.files import fsync_folder, naming, read_json, write_json
@@ -37,14 +39,27 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest if sizes == manifest["files"] else None
 
 
+def whole_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder; a `UserError` if the folder is missing or damaged."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise UserError(f"{folder}: prepared data is missing or damaged", remedy="start again, it is rebuilt then")
+    return manifest
+
+
+def mapped(path: Path, dtype: Any) -> np.ndarray:
+    """A file's numbers, mapped. A plain array, because numpy's class of mapped ones is slow at every access."""
+    return np.asarray(np.memmap(path, dtype, mode="r")) if path.stat().st_size else np.zeros(0, dtype)
+
+
 def cached_folder(cache: Path, kind: str, fingerprint: str, build: Callable[[Path], dict[str, Any]]) -> Path:
-    """The folder `<cache>/<kind>-<fingerprint>`, built if it is not there or not whole.
+    """The folder `<cache>/<kind>-<fingerprint>`, built if it is missing or not whole.
 
     Args:
-        cache: The cache, made if missing.
+        cache: Made if missing.
         kind: First part of the folder's name.
         fingerprint: Of everything that the content depends on.
-        build: Writes files into the folder that it is given; returns facts for the manifest.
+        build: Writes files into a given folder; returns facts for the manifest.
 
     Raises:
         UserError: The cache cannot be written here.
@@ -62,7 +77,7 @@ def cached_folder(cache: Path, kind: str, fingerprint: str, build: Callable[[Pat
                 _build(folder, fingerprint, build)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EMFILE, errno.ENFILE):
-            raise  # no mistake in the settings, and the same command prepares what is missing
+            raise  # not a mistake in the settings; the same command prepares what is missing
         raise UserError(
             f"{cache}: the cache of prepared data cannot be written: {error.strerror}",
             remedy="free some space, or name another folder in data.cache_dir",

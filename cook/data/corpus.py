@@ -1,6 +1,6 @@
 """Where documents come from, and which are held out.
 
-The library of the running Python, text files and JSON lines are read here; tables by `table_documents.py`.
+This module reads the library of the running Python, text files and JSON lines; `table_documents.py` reads tables.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import numpy as np
 
 from cook.base.errors import UserError
 from cook.base.files import sha256
-from cook.data.documents import Document, Item, SourceFile
-from cook.data.left_out import LeftOut
-from cook.data.source_files import MAX_LINE_BYTES, lines_of, list_files, opened
+from cook.data.order import chosen_below
+from cook.data.reports import LeftOut
+from cook.data.source_files import MAX_LINE_BYTES, Document, Item, SourceFile, lines_of, list_files, opened
 
 BOM = "\ufeff"
-"""Byte order mark: no part of the text that it stands in front of."""
+"""Byte order mark: no part of the text that follows it."""
 
 PART_BYTES = 1 << 20
 """A larger text file becomes several documents of about this size, cut after a line end where one is near."""
@@ -54,19 +54,15 @@ class Corpus:
     kind: str
     files: tuple[SourceFile, ...]
     read: Callable[[SourceFile], Iterator[Document]]
-    left_out: LeftOut = field(default_factory=LeftOut, compare=False)
-    """Files that the paths reach and that are not read."""
-
-    read_objects: Callable[[SourceFile], Iterator[Item]] | None = None
-    """Where a document is one text of an object (a JSON line, a table's row): those objects."""
+    left_out: LeftOut = field(default_factory=LeftOut, compare=False)  # files that the paths name and that are not read
+    read_objects: Callable[[SourceFile], Iterator[Item]] | None = None  # where a document is one text of an object
 
     def documents(self) -> Iterator[Document]:
-        """All documents, file by file."""
         for file in self.files:
             yield from self.read(file)
 
     def objects(self) -> Iterator[Item]:
-        """All objects, file by file, for tasks that need more of one than its text."""
+        """JSON lines or rows of a table, for tasks that need more of one than its text."""
         assert self.read_objects is not None, f"a corpus of type {self.kind} has no objects"
         for file in self.files:
             yield from self.read_objects(file)
@@ -78,9 +74,8 @@ class Corpus:
 
     def fingerprint(self) -> str:
         """Hex SHA-256 over the kind and every file's name, size and content."""
-        return hashlib.sha256(
-            json.dumps([self.kind, [(file.name, file.size, file.sha256) for file in self.files]]).encode()
-        ).hexdigest()
+        files = [(file.name, file.size, file.sha256) for file in self.files]
+        return hashlib.sha256(json.dumps([self.kind, files]).encode()).hexdigest()
 
 
 def open_corpus(
@@ -96,15 +91,15 @@ def open_corpus(
     """Lists a corpus and hashes its files; documents are read later.
 
     Args:
-        kind: `python_stdlib`: sources and prose of the running Python's standard library outside its tests, a file a
-            document, help topics one by one. `text`: a file is a document; one of more than `PART_BYTES` is several.
-            `jsonl`: a line is a document. `parquet`, `arrow` (folders of `save_to_disk`), `hub`: a row is a document.
+        kind: `python_stdlib`: sources and prose of the running Python's standard library outside its tests; a file or
+            help topic is a document. `text`: a file is a document; one of more than `PART_BYTES` is several. `jsonl`: a
+            line is a document. `parquet`, `arrow` (folders of `save_to_disk`), `hub`: a row is a document.
         paths: Files, folders (every visible file below) or glob patterns; unused for `python_stdlib` and `hub`.
         text_field: Key of the text in a JSON line or a row.
         name: Of a Hub dataset, or a folder laid out like one.
         subset: Its configuration, where it has several.
         split: Of a Hub dataset, or of an arrow folder that has several.
-        digest: Stands for a file's content; `hash_of_ends` where reading it all would take too long.
+        digest: The hash of a file's content; `hash_of_ends` where reading it all would take too long.
 
     Raises:
         UserError: A path matches no file, the corpus is empty, or a table cannot be opened.
@@ -114,23 +109,20 @@ def open_corpus(
     left_out = LeftOut()
     if kind == "text":
         return Corpus(kind, list_files(paths, None, digest, left_out), _read_text, left_out)
-    # Imported late: tables need a library that takes seconds to load.
     read_objects: Callable[[SourceFile], Iterator[Item]]
     if kind == "jsonl":
         files, read_objects = list_files(paths, JSONL_SUFFIXES, digest, left_out), _read_jsonl
-    elif kind == "parquet":
-        from cook.data.table_documents import read_parquet
+    elif kind in ("parquet", "arrow", "hub"):
+        from cook.data import table_documents as tables  # needs a library that takes seconds to load
 
-        files = list_files(paths, (".parquet",), digest, left_out, compressed=False)
-        read_objects = read_parquet
-    elif kind == "arrow":
-        from cook.data.table_documents import list_arrow_folders, read_arrow_folder
-
-        files, read_objects = list_arrow_folders(paths, split, digest), partial(read_arrow_folder, split=split)
-    elif kind == "hub":
-        from cook.data.table_documents import open_hub
-
-        files, read_objects = open_hub(name or "", subset, split)
+        if kind == "parquet":
+            files = list_files(paths, (".parquet",), digest, left_out, compressed=False)
+            read_objects = tables.read_parquet
+        elif kind == "arrow":
+            files = tables.list_arrow_folders(paths, split, digest)
+            read_objects = partial(tables.read_arrow_folder, split=split)
+        else:
+            files, read_objects = tables.open_hub(name or "", subset, split)
     else:
         kinds = "python_stdlib, text, jsonl, parquet, arrow or hub"
         raise UserError("data.type is unknown", wanted=kinds, got=repr(kind))
@@ -153,34 +145,19 @@ def grouped(items: Iterable[Member], characters: Callable[[Member], int]) -> Ite
 
 
 def split(names: Iterable[str], fraction: float) -> np.ndarray:
-    """Says which documents are held out, by the name alone: the same on every machine and whatever else is there.
+    """bool (num_documents,), True where held out: by the name alone, so the same on every machine and in any company.
 
-    A document is held out if the hash of its name, as a number in [0, 1), is below `fraction`. In a corpus so small
-    that all documents fall on one side, the document nearest to the border changes sides.
-
-    Args:
-        names: Document names.
-        fraction: Expected share of held-out documents, in (0, 1).
-
-    Returns:
-        bool (num_documents,), True where held out. A single document is not held out.
+    A document is held out if the hash of its name, as a number in [0, 1), is below `fraction`, the expected share. If
+    all documents fall on one side, the one nearest to the border changes sides. A single document is not held out.
 
     Raises:
         UserError: There is no document, or the fraction is not between 0 and 1.
     """
-    if not 0.0 < fraction < 1.0:
-        raise UserError("data.held_out is not a fraction", wanted="between 0 and 1, both excluded", got=fraction)
     place = np.fromiter((unit_hash(name) for name in names), dtype=np.float64)
+    held_out = chosen_below(place, fraction)
     if not len(place):
         raise UserError("the corpus has no documents", remedy="give files with text in data.paths")
-    held_out = place < fraction
-    if len(place) == 1:
-        return np.zeros(1, bool)
-    if not held_out.any():
-        held_out[place.argmin()] = True
-    elif held_out.all():
-        held_out[place.argmax()] = False
-    return held_out
+    return held_out & (len(place) > 1)
 
 
 def unit_hash(name: str) -> float:
@@ -226,7 +203,7 @@ def _read_stdlib(file: SourceFile) -> Iterator[Document]:
 
 
 def _read_text(file: SourceFile) -> Iterator[Document]:
-    decoder = codecs.getincrementaldecoder("utf-8")()  # a character that a part's end cuts goes into the next part
+    decoder = codecs.getincrementaldecoder("utf-8")()  # a character cut by a part's end goes into the next part
     offset = part = 0
     with opened(file.path) as stream:
         while block := stream.read(PART_BYTES):
@@ -263,11 +240,7 @@ def _read_jsonl(file: SourceFile) -> Iterator[Item]:
 
 
 def object_of(line: bytes, where: str) -> dict[str, Any]:
-    """The JSON object on a line.
-
-    Raises:
-        UserError: There is none; `where` begins the message.
-    """
+    """The JSON object on a line, or a `UserError` that begins with `where`."""
     try:
         record = json.loads(line.rstrip(b"\r\n").decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -284,11 +257,7 @@ def object_of(line: bytes, where: str) -> dict[str, Any]:
 
 
 def text_of(record: Mapping[str, Any], field: str, where: str, remedy: str | None = "data.text_field") -> str:
-    """The text under a key of an object.
-
-    Raises:
-        UserError: There is none; `where` begins the message.
-    """
+    """The text under a key of an object, or a `UserError` that begins with `where`."""
     if field not in record:
         raise UserError(f"{where}: the object has no key {field!r}", got=", ".join(map(repr, record)), remedy=remedy)
     text = record[field]
@@ -298,10 +267,10 @@ def text_of(record: Mapping[str, Any], field: str, where: str, remedy: str | Non
 
 
 def whole_text(text: str, what: str) -> str:
-    """The text itself.
+    """Returns the text.
 
     Raises:
-        UserError: It is too long, or cannot be written as UTF-8: no tokenizer takes it. `what` begins the message.
+        UserError: It is too long, or cannot be written as UTF-8, so no tokenizer takes it. `what` begins the message.
     """
     if len(text) > MAX_LINE_BYTES:
         raise UserError(

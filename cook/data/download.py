@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Callable
@@ -22,11 +21,8 @@ class Download:
     """One file to fetch."""
 
     url: str
-    """Its public address."""
     sha256: str
-    """Of the whole file."""
-    size: int
-    """Bytes of the whole file."""
+    size: int  # bytes
 
     @property
     def name(self) -> str:
@@ -93,7 +89,7 @@ def fetch(download: Download, folder: Path, say: Callable[[str], None] = print) 
     if not (part.is_file() and part.stat().st_size == download.size):
         try:
             _transfer(download, part, say)
-        except (OSError, urllib.error.URLError) as error:  # URLError is an OSError; named for the reader
+        except OSError as error:  # URLError is one
             raise UserError(
                 f"{download.url}: the download failed",
                 got=getattr(error, "reason", None) or error,

@@ -1,24 +1,27 @@
-"""In which order an epoch reads: a permutation that depends on (seed, epoch) alone, known at any place at no cost."""
+"""In which order rows are read: the permutations of epochs, whose turn it is among sources, and weights that change."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from cook.base.errors import UserError
+
 SORTED_UP_TO = 1 << 20
-"""Larger sets are permuted by a cipher: sorting a random key a row costs 16 bytes a row and process, and its time."""
+"""Larger sets are permuted by a cipher: sorting a random key per row takes time, and 16 bytes per row and process."""
 
 ROUNDS = 6
-_MIX = tuple(np.uint64(number) for number in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 class EpochOrder:
-    """Permutations of `range(size)`, one an epoch.
+    """Permutations of `range(size)`, one per epoch.
 
     Up to `SORTED_UP_TO` rows: the order of random keys. Above: a Feistel network (Luby and Rackoff 1988) over the
-    next even power of two, walked along its cycles back into the range (Black and Rogaway 2002): a place is looked up
-    in a few operations, so a start in the middle of an epoch of billions of rows costs nothing, in time or memory.
+    next even power of two, walked along its cycles back into the range (Black and Rogaway 2002). It finds the row at a
+    place in a few operations, so a start in the middle of an epoch of billions of rows costs no time or memory.
 
     Args:
         size: Number of rows, at least 1.
@@ -33,7 +36,7 @@ class EpochOrder:
 
     def rows(self, places: np.ndarray, epoch: int) -> np.ndarray:
         """Row numbers int64 (N,) at `places` (N,) of an epoch's order."""
-        # A batch touches one epoch or two: what it does not touch is forgotten.
+        # A batch touches one epoch or two; the others are forgotten.
         self._kept = {number: order for number, order in self._kept.items() if abs(number - epoch) <= 1}
         if epoch not in self._kept:
             # Raw output of the bit generator: numpy promises its stream, not that of Generator.permutation.
@@ -43,39 +46,54 @@ class EpochOrder:
             self._kept[epoch] = np.argsort(raw, kind="stable") if small else raw
         if self.size <= SORTED_UP_TO:
             return self._kept[epoch][places]
-        return self._walked(np.asarray(places, np.uint64), self._kept[epoch]).astype(np.int64)
-
-    def _walked(self, numbers: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        numbers = self._enciphered(numbers, keys)
+        keys, numbers = self._kept[epoch], self._enciphered(np.asarray(places, np.uint64), self._kept[epoch])
         while (outside := numbers >= self.size).any():  # fewer than 3 of 4 are, so a few rounds suffice
             numbers[outside] = self._enciphered(numbers[outside], keys)
-        return numbers
+        return numbers.astype(np.int64)
 
     def _enciphered(self, numbers: np.ndarray, keys: np.ndarray) -> np.ndarray:
         half, mask = np.uint64(self._half), np.uint64((1 << self._half) - 1)
         left, right = numbers >> half, numbers & mask
         for key in keys:
-            left, right = right, left ^ (_hashed(right ^ key) & mask)
+            left, right = right, left ^ (mix(right ^ key) & mask)
         return (left << half) | right
 
 
-def _hashed(words: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser (Steele, Lea and Flood 2014), elementwise on uint64."""
-    words = (words ^ (words >> np.uint64(30))) * _MIX[0]
-    words = (words ^ (words >> np.uint64(27))) * _MIX[1]
+def mix(words: np.ndarray) -> np.ndarray:
+    """64 well mixed bits for each of `words`, uint64: SplitMix64's finaliser (Steele, Lea and Flood 2014)."""
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))
+
+
+def chosen_below(places: np.ndarray, fraction: float) -> np.ndarray:
+    """bool (N,), True where a place in [0, 1) is below `fraction`.
+
+    If all of at least two fall on one side, the one nearest to the border changes sides.
+
+    Raises:
+        UserError: The fraction is not between 0 and 1.
+    """
+    if not 0.0 < fraction < 1.0:
+        raise UserError("data.held_out is not a fraction", wanted="between 0 and 1, both excluded", got=fraction)
+    chosen = places < fraction
+    if len(places) > 1 and not chosen.any():
+        chosen[places.argmin()] = True
+    elif len(places) > 1 and chosen.all():
+        chosen[places.argmax()] = False
+    return chosen
 
 
 class Draws:
     """Which source each row of a run comes from, for given weights.
 
-    The sources take turns as evenly as their weights allow: the pattern repeats after `PERIOD` rows, and how often each
+    The sources take turns as evenly as their weights allow. The pattern repeats after `PERIOD` rows, so how often each
     source occurs before any row number is known without counting. When the weights change, a new pattern begins at
-    that row number; the numbers read so far and the weights are all there is to save.
+    that row number; the weights and the numbers read so far are all that has to be saved.
 
     Args:
         weights: (S,), not negative; only their ratios count.
-        begin: Row number at which these weights begin to hold.
+        begin: Row number from which these weights hold.
         read: Rows that each source has given before `begin`.
     """
 
@@ -97,7 +115,7 @@ class Draws:
 
     def counts(self, number: int) -> np.ndarray:
         """Rows (S,) that each source has given before row `number` of the run."""
-        assert number >= self.begin, "rows before the last change of weights are not known any more"
+        assert number >= self.begin, "rows before the last change of weights are no longer known"
         periods, rest = divmod(number - self.begin, self.PERIOD)
         return np.array(self.read) + periods * self._taken_PS[-1] + self._taken_PS[rest]
 
@@ -111,6 +129,14 @@ class Draws:
             own[mine] = before + np.arange(mine.sum())
         return source, own
 
+    def reweighed(self, weights: Sequence[float], number: int) -> Draws:
+        """These draws up to row `number`, other weights from there on."""
+        return Draws(weights, number, self.counts(number).tolist())
+
+    def record(self) -> dict[str, Any]:
+        """The arguments as JSON."""
+        return {"begin": self.begin, "read": list(self.read), "weights": list(self.weights)}
+
 
 def _apportioned(shares: np.ndarray, total: int) -> np.ndarray:
     """Whole numbers that sum to `total` in these shares (largest remainders); a share above 0 gets at least 1."""
@@ -118,8 +144,32 @@ def _apportioned(shares: np.ndarray, total: int) -> np.ndarray:
     whole = np.where(shares > 0, np.maximum(np.floor(exact), 1), 0).astype(np.int64)
     while (missing := total - int(whole.sum())) != 0:
         step = 1 if missing > 0 else -1
-        # Those furthest below (above) their exact share give way first, one each.
+        # Those furthest below (above) their exact share change first, by one each.
         gap = np.where((shares > 0) & ((step > 0) | (whole > 1)), step * (exact - whole), -np.inf)
         first = np.argsort(-gap, kind="stable")[: abs(missing)]
         whole[first[np.isfinite(gap[first])]] += step
     return whole
+
+
+def updated_weights(
+    weights: Sequence[float], losses: Sequence[float], references: Sequence[float]
+) -> tuple[float, ...]:
+    """One update of dynamic batch loading, Algorithm 1 of Sheared LLaMA (Xia et al. 2023, arXiv 2310.06694).
+
+    Δ_i = max(ℓ_i − ℓ_i_ref, 0), α_i = w_i · exp(Δ_i), w_i ← α_i / Σ_j α_j: a source whose loss is above its reference
+    is read more often, the others less.
+
+    Args:
+        weights: (S,) present shares of the sources.
+        losses: (S,) held-out loss of each source, in nats per token.
+        references: (S,) target loss of each source.
+
+    Returns:
+        (S,) shares that sum to 1. A loss that is not finite leaves the shares as they are.
+    """
+    if not all(map(math.isfinite, losses)):
+        return tuple(weights)
+    excess = [max(loss - reference, 0.0) for loss, reference in zip(losses, references, strict=True)]
+    # Divided by the factor of the largest excess, which the ratio cancels, nothing overflows.
+    grown = [weight * math.exp(delta - max(excess)) for weight, delta in zip(weights, excess, strict=True)]
+    return tuple(value / sum(grown) for value in grown)

@@ -20,7 +20,7 @@ Shapes: R rows, B rows of a batch, P prompt_length, T max_length - prompt_length
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,9 +30,9 @@ import torch
 
 from cook.base.batches import Batch
 from cook.base.errors import UserError
-from cook.data.cache import read_manifest
+from cook.data.cache import whole_manifest
 from cook.data.corpus import MIN_REST
-from cook.data.left_out import LeftOut
+from cook.data.reports import LeftOut
 
 LM_TASK = 2
 TEXT_SEGMENT = 2
@@ -40,7 +40,7 @@ NO_TARGET = -100
 PADDING_SPAN = -1
 
 MIN_PIECE = 8
-"""Rows so short that they have no room for a piece of this many tokens are refused."""
+"""Rows without room for a piece of this many tokens are refused."""
 
 OPEN_ROWS = 1024
 """First fit looks at this many of the rows opened last: linear time, however large the corpus."""
@@ -49,7 +49,7 @@ _PIECES_AT_ONCE = 1 << 14  # bounds the memory of filling rows
 
 
 class Pieces(NamedTuple):
-    """Stretches of a flat token array, in document order: `begin_N` and `size_N` (int64)."""
+    """Stretches of a flat token array, in document order (int64)."""
 
     begin_N: np.ndarray
     size_N: np.ndarray
@@ -64,37 +64,33 @@ class Places(NamedTuple):
 
 
 def cut(offsets: np.ndarray, max_size: int) -> Pieces:
-    """Cuts documents into pieces of `max_size` tokens and a rest; a rest shorter than `MIN_REST` is left out.
+    """Cuts documents into pieces of `max_size` tokens (without `<s>` and `</s>`) and a rest.
 
-    A document that is shorter than a piece is a piece, however short it is.
-
-    Args:
-        offsets: (num_documents + 1,), document d is tokens offsets[d]:offsets[d + 1].
-        max_size: Largest piece, without `<s>` and `</s>`.
+    A rest shorter than `MIN_REST` is left out. A document that is shorter than a piece is a piece, however short it is.
+    Document d is tokens offsets[d]:offsets[d + 1].
     """
     begins, lengths = np.asarray(offsets[:-1], np.int64), np.diff(np.asarray(offsets, np.int64))
     full, rest = np.divmod(lengths, max_size)
     keeps_rest = rest >= np.where(full > 0, MIN_REST, 1)
     counts = full + keeps_rest
     document_N = np.repeat(np.arange(len(lengths)), counts)
-    ordinal_N = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    start_N = ordinal_N * max_size
+    start_N = ordinals(counts) * max_size
     return Pieces(begins[document_N] + start_N, np.minimum(max_size, lengths[document_N] - start_N))
+
+
+def ordinals(count_N: np.ndarray) -> np.ndarray:
+    """0, 1, … count - 1 for every count, one after the other."""
+    return np.arange(count_N.sum()) - np.repeat(np.cumsum(count_N) - count_N, count_N)
 
 
 def first_fit(sizes_N: np.ndarray, row_size: int) -> Places:
     """Puts each sample into the first row with room for it, among the `OPEN_ROWS` shared rows opened last.
 
-    A sample as large as a row has a row of its own. Rows are numbered in the order in which they are opened.
-
-    Args:
-        sizes_N: Sample sizes, `<s>` and `</s>` included, each at most `row_size`.
-        row_size: Tokens in a row, without the prompt.
+    A sample as large as a row has a row of its own. Rows are numbered in the order in which they are opened. Sizes
+    include `<s>` and `</s>`; none is above `row_size`, the tokens in a row without the prompt.
     """
-    num_samples = len(sizes_N)
-    places = Places(*(np.zeros(num_samples, np.int64) for _ in range(3)))
-    num_shared = int((sizes_N < row_size).sum())
-    free, count, number = (np.zeros(num_shared, np.int64) for _ in range(3))
+    places = Places(*np.zeros((3, len(sizes_N)), np.int64))
+    free, count, number = np.zeros((3, int((sizes_N < row_size).sum())), np.int64)
     opened = num_rows = 0
     for sample, size in enumerate(sizes_N.tolist()):
         if size == row_size:
@@ -119,24 +115,12 @@ def first_fit(sizes_N: np.ndarray, row_size: int) -> Places:
 class PackedRows:
     """Rows in compact form, usually memory-mapped; batches are built on the fly."""
 
-    tokens_RT: np.ndarray
-    """int32, `<s>` and `</s>` included, 0 after the last sample."""
-
-    spans_RT: np.ndarray
-    """int16, the sample's number in its row, -1 after the last sample."""
-
-    lengths: np.ndarray
-    """int32 (R,), used positions of each row, prompt included."""
-
-    targets_R: np.ndarray
-    """int32, positions of each row that have a target."""
-
-    prompt_length: int
-    """P, prompt positions in front of the text."""
-
-    fingerprint: str
-    """Of everything that the rows depend on; a resumed run compares it with the one it started with."""
-
+    tokens_RT: np.ndarray  # int32, `<s>` and `</s>` included, 0 after the last sample
+    spans_RT: np.ndarray  # int16, the sample's number in its row, -1 after the last sample
+    lengths: np.ndarray  # int32 (R,), used positions of each row, prompt included
+    targets_R: np.ndarray  # int32, positions of each row that have a target
+    prompt_length: int  # P, prompt positions in front of the text
+    fingerprint: str  # of everything that the rows depend on; a resumed run compares it with that of its start
     origin: tuple[Path, str, int] | None = None
     """Arguments of `open_rows` for rows that are mapped from files: a worker process maps them again."""
 
@@ -153,24 +137,14 @@ class PackedRows:
 
     @property
     def is_redrawn(self) -> bool:
-        """No: every epoch asks the same."""
+        """No: every epoch has the same targets."""
         return False
 
     def num_targets(self, indices: np.ndarray, epoch: int = 0) -> np.ndarray:
-        """As `Rows.num_targets`; every epoch asks the same."""
         return self.targets_R[indices].astype(np.int64)
 
     def batch(self, indices: np.ndarray, epoch: int = 0) -> Batch:
-        """Builds CPM-Live's batch of some rows.
-
-        Args:
-            indices: (B,) row numbers.
-            epoch: Unused: language modelling hides the same tokens every time.
-
-        Returns:
-            `input, position, segment, span, targets` int64 (B, P + T), `context` bool (B, P + T), `length` int64 (B,).
-            Targets are already shifted: the target at i is the token at i + 1, or -100.
-        """
+        """As `Rows.batch`, L = P + T."""
         tokens_BT = np.asarray(self.tokens_RT[indices], dtype=np.int64)
         span_BT = np.asarray(self.spans_RT[indices], dtype=np.int64)
         num, prompt = len(tokens_BT), self.prompt_length
@@ -199,11 +173,7 @@ class PackedRows:
 
 
 def text_capacity(max_length: int, prompt_length: int) -> int:
-    """Tokens of the largest piece in a row.
-
-    Raises:
-        UserError: A row has no room for `MIN_PIECE` tokens.
-    """
+    """Tokens of the largest piece in a row; a `UserError` if there is no room for `MIN_PIECE` of them."""
     capacity = max_length - prompt_length - 2
     if capacity < MIN_PIECE:
         raise UserError(
@@ -246,7 +216,8 @@ def pack(
         tokens_RT = array("tokens", np.int32, (num_rows, row_size))
         spans_RT = array("spans", np.int16, (num_rows, row_size))
         spans_RT[:] = PADDING_SPAN
-        for some in _blocks(len(sizes_N)):
+        for begin in range(0, len(sizes_N), _PIECES_AT_ONCE):
+            some = slice(begin, begin + _PIECES_AT_ONCE)
             _fill(tokens_RT, spans_RT, tokens, pieces, places, some, bos_id, eos_id)
         array("used", np.int32, (num_rows,))[:] = np.bincount(places.row_N, sizes_N, num_rows)
         array("num_targets", np.int32, (num_rows,))[:] = np.bincount(places.row_N, sizes_N - 1, num_rows)
@@ -280,10 +251,9 @@ def pack_to_folder(
 
 
 def new_array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
-    """A mapped `.npy` file of zeros whose space on the disk is taken: writing to it later cannot run out of it.
+    """A mapped `.npy` file of zeros whose space on the disk is reserved; an `OSError` if there is none.
 
-    Raises:
-        OSError: There is no space. In a file with holes, a write through the map would kill the process instead.
+    In a file with holes, a write through the map would kill the process when the disk is full.
     """
     array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
     with open(path, "rb+") as file:
@@ -323,30 +293,21 @@ def pack_in_memory(
 
 
 def open_rows(folder: Path, part: str, prompt_length: int) -> PackedRows:
-    """Maps the rows that `pack` wrote into a cached folder.
+    """Maps the rows that `pack_to_folder` wrote into a cached folder."""
+    manifest = whole_manifest(folder)
 
-    Raises:
-        UserError: The folder is missing or damaged.
-    """
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise UserError(f"{folder}: prepared data is missing or damaged", remedy="start again, it is rebuilt then")
-    load = {name: np.load(folder / f"{part}.{name}.npy", mmap_mode="r") for name in ("tokens", "spans")}
-    used, num_targets = (np.load(folder / f"{part}.{name}.npy") for name in ("used", "num_targets"))
+    def load(name: str, mode: Any = None) -> np.ndarray:
+        return np.load(folder / f"{part}.{name}.npy", mmap_mode=mode)
+
     return PackedRows(
-        tokens_RT=load["tokens"],
-        spans_RT=load["spans"],
-        lengths=used + np.int32(prompt_length),
-        targets_R=num_targets,
+        tokens_RT=load("tokens", "r"),
+        spans_RT=load("spans", "r"),
+        lengths=load("used") + np.int32(prompt_length),
+        targets_R=load("num_targets"),
         prompt_length=prompt_length,
         fingerprint=manifest["fingerprint"],
         origin=(folder, part, prompt_length),
     )
-
-
-def _blocks(count: int) -> Iterator[slice]:
-    for begin in range(0, count, _PIECES_AT_ONCE):
-        yield slice(begin, begin + _PIECES_AT_ONCE)
 
 
 def _fill(
@@ -364,13 +325,7 @@ def _fill(
     row_N, column_N, span_N = (array[some] for array in places)
     tokens_RT[row_N, column_N] = bos_id
     tokens_RT[row_N, column_N + 1 + size_N] = eos_id
-
-    def inside(sizes_N: np.ndarray) -> np.ndarray:
-        return np.arange(sizes_N.sum()) - np.repeat(np.cumsum(sizes_N) - sizes_N, sizes_N)
-
-    ordinal = inside(size_N)
-    tokens_RT[np.repeat(row_N, size_N), np.repeat(column_N + 1, size_N) + ordinal] = tokens[
-        np.repeat(begin_N, size_N) + ordinal
-    ]
-    whole_N = size_N + 2
-    spans_RT[np.repeat(row_N, whole_N), np.repeat(column_N, whole_N) + inside(whole_N)] = np.repeat(span_N, whole_N)
+    ordinal, whole_N = ordinals(size_N), size_N + 2
+    text = tokens[np.repeat(begin_N, size_N) + ordinal]
+    tokens_RT[np.repeat(row_N, size_N), np.repeat(column_N + 1, size_N) + ordinal] = text
+    spans_RT[np.repeat(row_N, whole_N), np.repeat(column_N, whole_N) + ordinals(whole_N)] = np.repeat(span_N, whole_N)

@@ -1,7 +1,7 @@
 """From a corpus to rows on the disk, in three cached steps: the tokenizer, the tokens, the rows.
 
-Each step's folder is named by a fingerprint of all that it depends on, so a changed file, tokenizer or length makes a
-new folder and an unchanged one is used again. One process prepares; the others wait for it and read.
+The name of each step's folder contains a fingerprint of all that it depends on, so a changed file, tokenizer or length
+makes a new folder and an unchanged one is used again. One process prepares; the others wait for it and read.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from cook.base.errors import UserError
-from cook.data.cache import cached_folder, fingerprint_of, read_manifest
+from cook.data.cache import cached_folder, fingerprint_of, mapped, whole_manifest
 from cook.data.corpus import Corpus, grouped, open_corpus, split
-from cook.data.documents import Document
-from cook.data.left_out import LeftOut
 from cook.data.packing import pack_to_folder, text_capacity
-from cook.data.progress import Progress
+from cook.data.reports import LeftOut, Progress
+from cook.data.source_files import Document
 from cook.text.sentencepiece import train_sentencepiece
 from cook.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -36,31 +35,28 @@ PARTS = ("train", "held_out")
 
 @dataclass(frozen=True)
 class SplitCorpus:
-    """A corpus and which of its documents are held out: some of its own, or all of a second corpus."""
+    """A corpus and which of its documents are held out: some of its own, its end, or all of a second corpus."""
 
     corpus: Corpus
-    is_held_out: np.ndarray
-    """bool (num_documents,), over the documents of `corpus`."""
-
+    is_held_out: np.ndarray  # bool (num_documents,), over the documents of `corpus`; unused if `end` is given
     evaluation: Corpus | None
     fingerprint: str
-    share: float = 0.0
-    """Share of a single document that is held out: its end."""
+    end: int | None = None  # of a corpus that is one text: the character near which its held-out end begins
 
     @property
     def notes(self) -> list[str]:
-        """How a single document is split; nothing for other corpora."""
-        if not self.share:
+        """How a corpus that is one text is split; nothing for other corpora."""
+        if self.end is None:
             return []
-        kept, held_out = (len(document.text) for document, _ in self.documents())
-        return [f"a single document: its last {held_out:,} of {kept + held_out:,} characters are held out"]
+        size = {False: 0, True: 0}
+        for document, held_out in self.documents():
+            size[held_out] += len(document.text)
+        return [f"a single document: its last {size[True]:,} of {sum(size.values()):,} characters are held out"]
 
     @property
     def left_out(self) -> LeftOut:
         """Files that are not read."""
-        found = LeftOut(self.corpus.left_out.record())
-        found.include(self.evaluation.left_out.record() if self.evaluation else {})
-        return found
+        return unread(self.corpus, self.evaluation)
 
     @property
     def size(self) -> int:
@@ -69,11 +65,8 @@ class SplitCorpus:
 
     def documents(self) -> Iterator[tuple[Document, bool]]:
         """Every document, and whether it is held out."""
-        if self.share:
-            (document,) = self.corpus.documents()
-            cut = break_before(document.text, 1.0 - self.share)
-            yield Document(document.name, document.text[:cut]), False
-            yield Document(f"{document.name}, end", document.text[cut:]), True
+        if self.end is not None:
+            yield from _end_held_out(self.corpus.documents(), self.end)
             return
         yield from zip(self.corpus.documents(), self.is_held_out.tolist(), strict=True)
         if self.evaluation is not None:
@@ -84,11 +77,16 @@ class SplitCorpus:
         return (document.text for document, held_out in self.documents() if not held_out)
 
 
-def open_split(data: Any) -> SplitCorpus:
-    """Opens the corpus of a data section and splits it.
+def unread(*corpora: Corpus | None) -> LeftOut:
+    """The files of some corpora that are not read."""
+    found = LeftOut()
+    for corpus in corpora:
+        found.include(corpus.left_out.record() if corpus else {})
+    return found
 
-    Args:
-        data: The configuration's data section, of a single source.
+
+def open_split(data: Any) -> SplitCorpus:
+    """Opens the corpus of a data section (of a single source) and splits it.
 
     Raises:
         UserError: The corpus is missing, empty, malformed or too small to split.
@@ -96,25 +94,40 @@ def open_split(data: Any) -> SplitCorpus:
     corpus = open_corpus(
         data.type, data.paths, text_field=data.text_field, name=data.name, subset=data.subset, split=data.split
     )
+    sizes = [(document.name, len(document.text)) for document in corpus.documents()]
     if data.held_out_paths:
         evaluation = open_evaluation(data)
-        num_documents = sum(1 for _ in corpus.documents())
         key = fingerprint_of(FORMAT, corpus.fingerprint(), evaluation.fingerprint())
-        return SplitCorpus(corpus, np.zeros(num_documents, bool), evaluation, key)
-    names = [document.name for document in corpus.documents()]
-    is_held_out, share = split(names, data.held_out), 0.0
+        return SplitCorpus(corpus, np.zeros(len(sizes), bool), evaluation, key)
+    is_held_out = split((name for name, _ in sizes), data.held_out)
     parts = [FORMAT, corpus.fingerprint(), data.held_out]
-    if len(names) == 1:
-        share, parts = data.held_out, [*parts, "end"]
-    return SplitCorpus(corpus, is_held_out, None, fingerprint_of(*parts), share)
+    # A large text file is read as several documents. Alone, it is one text all the same.
+    if len(sizes) > 1 and not (corpus.kind == "text" and sum(file.size > 0 for file in corpus.files) == 1):
+        return SplitCorpus(corpus, is_held_out, None, fingerprint_of(*parts))
+    total = sum(size for _, size in sizes)
+    end = max(1, min(total - 1, int(total * (1.0 - data.held_out))))
+    return SplitCorpus(corpus, is_held_out, None, fingerprint_of(*parts, "end"), end)
 
 
-def break_before(text: str, fraction: float) -> int:
-    """The position at `fraction` of a text, moved back to the nearest paragraph, line or word that begins before it.
+def _end_held_out(documents: Iterable[Document], end: int) -> Iterator[tuple[Document, bool]]:
+    """Consecutive documents of one text, of which all after about character `end` is held out."""
+    begin = 0
+    for document in documents:
+        name, text = document.name, document.text
+        if begin < end < begin + len(text):
+            cut = break_before(text, end - begin)
+            yield Document(name, text[:cut]), False
+            yield Document(f"{name}, end", text[cut:]), True
+        else:
+            yield document, begin >= end
+        begin += len(text)
 
-    A break is at most a tenth of the text away. Without one the text is cut between two characters.
+
+def break_before(text: str, place: int) -> int:
+    """`place`, from 1 to the last character, moved back to where a paragraph, a line or else a word begins.
+
+    That is at most a tenth of the text before it. Without one the text is cut between two characters.
     """
-    place = max(1, min(len(text) - 1, int(len(text) * fraction)))
     earliest = max(0, place - max(1, len(text) // 10))
     for mark in ("\n\n", "\n", " "):
         found = text.rfind(mark, earliest, place)
@@ -131,16 +144,10 @@ def open_evaluation(data: Any) -> Corpus:
 
 
 def prepare_tokenizer(tokenizer_config: Any, texts: Iterable[str], fingerprint: str, cache: Path) -> Path:
-    """The tokenizer's file or folder: the one that the configuration names, or one trained on the training documents.
-
-    Args:
-        tokenizer_config: `type, path, vocab_size` of the configuration's tokenizer section.
-        texts: What to train on.
-        fingerprint: Of these texts.
-        cache: Where a trained tokenizer is kept.
+    """The tokenizer's file or folder: the one that the configuration names, or one trained on `texts`.
 
     Raises:
-        UserError: No tokenizer is named and the type cannot be trained, or the corpus does not give that many pieces.
+        UserError: None is named and the type cannot be trained, or the corpus does not give `vocab_size` pieces.
     """
     if tokenizer_config.path is not None:
         return Path(tokenizer_config.path)
@@ -159,11 +166,7 @@ def prepare_tokenizer(tokenizer_config: Any, texts: Iterable[str], fingerprint: 
 
 
 def open_tokenizer(tokenizer_config: Any, path: Path) -> Tokenizer:
-    """Loads the prepared tokenizer and holds it to the configured size.
-
-    Raises:
-        UserError: It cannot be read, or has more ids than `vocab_size`.
-    """
+    """Loads the prepared tokenizer; a `UserError` if it cannot be read, or has more ids than `vocab_size`."""
     tokenizer = load_tokenizer(tokenizer_config.type, str(path))
     if tokenizer.vocab_size > tokenizer_config.vocab_size:
         raise UserError(
@@ -176,7 +179,7 @@ def open_tokenizer(tokenizer_config: Any, path: Path) -> Tokenizer:
 
 
 class Documents(Protocol):
-    """What there is to tokenise: a prepared corpus, or the held-out documents of a stream."""
+    """What is tokenised: a prepared corpus, or the held-out documents of a stream."""
 
     @property
     def fingerprint(self) -> str: ...
@@ -186,11 +189,7 @@ class Documents(Protocol):
 
 
 def prepare_tokens(corpus: Documents, tokenizer: Tokenizer, cache: Path) -> Path:
-    """Tokenises the corpus once: per part, `<part>.tokens.bin` (flat ids) and `<part>.offsets.npy` (document borders).
-
-    Raises:
-        UserError: The tokenizer gave an id outside its vocabulary, or a document is malformed.
-    """
+    """Tokenises the corpus once: per part, `<part>.tokens.bin` (flat ids) and `<part>.offsets.npy` (their borders)."""
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
 
     def build(folder: Path) -> dict[str, Any]:
@@ -198,7 +197,7 @@ def prepare_tokens(corpus: Documents, tokenizer: Tokenizer, cache: Path) -> Path
         left_out = LeftOut()
         with ExitStack() as stack:
             files = {part: stack.enter_context(open(folder / f"{part}.tokens.bin", "wb")) for part in PARTS}
-            progress = stack.enter_context(Progress("tokenising", corpus.size, unit="MB", scale=1e6))
+            progress = stack.enter_context(Progress("tokenising", corpus.size))
             for group in grouped(corpus.documents(), lambda item: len(item[0].text)):
                 encoded = tokenizer.encode_batch([document.text for document, _ in group])
                 for (document, held_out), ids in zip(group, encoded, strict=True):
@@ -218,7 +217,7 @@ def prepare_tokens(corpus: Documents, tokenizer: Tokenizer, cache: Path) -> Path
 
 
 def prepare_rows(
-    tokens_folder: Path,
+    tokens: Path,
     tokenizer: Tokenizer,
     *,
     max_length: int,
@@ -232,15 +231,14 @@ def prepare_rows(
         UserError: The length leaves no room for text, or a part has no row.
     """
     text_capacity(max_length, prompt_length)
-    manifest = read_manifest(tokens_folder)
-    assert manifest is not None
+    manifest = whole_manifest(tokens)
 
     def build(folder: Path) -> dict[str, Any]:
         statistics = {}
         for part in parts:
             statistics[part] = pack_to_folder(
-                _map_tokens(tokens_folder / f"{part}.tokens.bin", manifest["dtype"]),
-                np.load(tokens_folder / f"{part}.offsets.npy"),
+                mapped(tokens / f"{part}.tokens.bin", manifest["dtype"]),
+                np.load(tokens / f"{part}.offsets.npy"),
                 row_size=max_length - prompt_length,
                 bos_id=tokenizer.bos_id,
                 eos_id=tokenizer.eos_id,
@@ -259,13 +257,8 @@ def prepare_rows(
     return cached_folder(cache, "rows", key, build)
 
 
-def _map_tokens(path: Path, dtype: str) -> np.ndarray:
-    # An empty file cannot be mapped.
-    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
-
-
 def check_ids(ids: np.ndarray, vocab_size: int, name: str) -> None:
-    """Refuses ids that no embedding has a row for; `name` says where they come from."""
+    """A `UserError` that begins with `name` for ids outside the vocabulary, for which no embedding has a row."""
     if len(ids) and not (0 <= ids.min() and ids.max() < vocab_size):
         raise UserError(
             f"{name}: the tokenizer gave an id outside its vocabulary",

@@ -1,4 +1,4 @@
-"""The files of a corpus: which ones some paths name, and how their bytes are read, compressed or not."""
+"""The files of a corpus: which ones some paths name, how their bytes are read, and the documents that they hold."""
 
 from __future__ import annotations
 
@@ -11,18 +11,44 @@ import io
 import lzma
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from cook.base.errors import UserError
-from cook.data.documents import SourceFile
-from cook.data.left_out import LeftOut
+from cook.data.reports import LeftOut
 
 ENDS_BYTES = 1 << 16
 MAX_LINE_BYTES = 16 << 20
 """A longer line is refused: parsed and tokenised, it takes many times its size in memory."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text, and a name that is the same on every machine that has the corpus."""
+
+    name: str
+    text: str
+
+
+class Item(NamedTuple):
+    """An object of a corpus: its document's name, its place for messages, its keys and values."""
+
+    name: str
+    where: str
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file as it was when the corpus was opened; `name` is relative to the path that the user gave."""
+
+    path: Path
+    name: str
+    size: int
+    sha256: str
 
 
 def _open_zst(path: Path, mode: str) -> Any:
@@ -32,12 +58,7 @@ def _open_zst(path: Path, mode: str) -> Any:
     return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
 
 
-READERS: dict[str, Callable[[Path, Any], Any]] = {
-    ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
-    ".zst": _open_zst,
-}
+READERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zst}
 """How compressed files are read, by the ending of their names."""
 
 
@@ -47,7 +68,7 @@ def is_compressed(path: Path | str) -> bool:
 
 
 def has_ending(name: str, suffixes: tuple[str, ...], *, compressed: bool = True) -> bool:
-    """Whether a name ends in one of some endings, in upper or lower case, with the ending of a compression or not."""
+    """Whether a name, without the ending of a compression, ends in one of some endings, in upper or lower case."""
     name = name.lower()
     if compressed and is_compressed(name):
         name = name.rpartition(".")[0]
@@ -56,11 +77,7 @@ def has_ending(name: str, suffixes: tuple[str, ...], *, compressed: bool = True)
 
 @contextmanager
 def opened(path: Path | str) -> Iterator[BinaryIO]:
-    """A file's content, uncompressed.
-
-    Raises:
-        UserError: It cannot be read to its end.
-    """
+    """A file's content, uncompressed. UserError: it cannot be read to its end."""
     reader = READERS.get(Path(path).suffix.lower(), open)
     try:
         with reader(Path(path), "rb") as stream:
@@ -71,7 +88,7 @@ def opened(path: Path | str) -> Iterator[BinaryIO]:
 
 
 def lines_of(stream: BinaryIO, path: Path | str, offset: int = 0) -> Iterator[tuple[int, bytes]]:
-    """Lines with the offsets at which they begin; only a line feed ends a line.
+    """Lines and the offsets at which they begin; only a line feed ends a line.
 
     Raises:
         UserError: One is longer than `MAX_LINE_BYTES`.
@@ -103,13 +120,13 @@ def list_files(
     *,
     compressed: bool = True,
 ) -> tuple[SourceFile, ...]:
-    """Every file that the paths name, in their order and sorted inside each, none twice; the others are counted.
+    """Every file that the paths name, in their order and sorted inside each, none twice.
 
     Args:
         paths: Files, folders or glob patterns.
-        suffixes: Endings of the files that are read of a folder. None: any.
-        digest: Stands for a file's content.
-        left_out: Records the files that are not read.
+        suffixes: Endings of the files that are read in a folder. None: any.
+        digest: The hash of a file's content.
+        left_out: Counts the files that are not read.
         compressed: Whether compressed files are read as well.
 
     Raises:

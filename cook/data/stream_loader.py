@@ -1,40 +1,37 @@
-"""The loader of streamed data: the same questions as `RowLoader`, answered in order."""
+"""The loader of streamed data: the interface of `RowLoader`, with steps in order."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from cook.base import distributed
+from cook.base.batches import Batch
 from cook.base.errors import UserError
-from cook.data.joined import merged
-from cook.data.left_out import LeftOut
+from cook.data.loader import Loader, pinned
 from cook.data.order import Draws
 from cook.data.packing import PackedRows
+from cook.data.reports import LeftOut
+from cook.data.rows import merged
 from cook.data.streams import StreamedData, StreamReader, num_streams
-from cook.data.workers import Batch
 
 Row = tuple[PackedRows, int, str]
 
 
-class StreamLoader:
-    """Global batches of streamed rows; steps are asked for in order, from the one that the state names.
+class StreamLoader(Loader):
+    """Global batches of streamed rows; steps are read in order, from the one in the state.
 
-    Args:
+    Args (and those of `Loader`):
         data: The sources.
-        train_batch_size: B, rows in a global batch.
         seed: Of the order of files and of the rows in a block.
-        first: The number of the first row of step 0; only weights depend on it, the sources' places are in the state.
+        first: Only weights depend on it; the sources' places are in the state.
         rank: This rank; it reads the streams that its share of a batch needs.
         world_size: Number of ranks.
         gather: Every rank's value, in the order of the ranks; a collective.
-        ledger: As in `RowLoader`.
     """
 
     def __init__(
@@ -55,26 +52,20 @@ class StreamLoader:
                 wanted=f"a multiple of {world_size}",
                 got=train_batch_size,
             )
-        self.rows, self.train_batch_size, self.seed, self.first = data, train_batch_size, seed, first
-        self._rank, self._world_size, self._gather, self._ledger = rank, world_size, gather, ledger
-        self._draws = Draws(data.weights)
+        super().__init__(data.fingerprint, train_batch_size, seed, first, ledger, Draws(data.weights))
+        self.rows, self._rank, self._world_size, self._gather = data, rank, world_size, gather
         # A batch smaller than the number of streams would leave some unread.
         self._parts = [min(num_streams(source), train_batch_size) for source in data.sources]
         self._states: dict[str, dict[str, Any]] = {}
         self._readers: dict[str, StreamReader] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="stream")
-        self._next_step = 0
         self._read_step: int | None = None
         self._share: list[Row] = []
         self._told: dict[str, Any] = {}
         self._targets = 0
 
     def micro_batches(self, step: int, rank: int, world_size: int, micro_batch_size: int) -> list[Batch]:
-        """As `RowLoader.micro_batches`, for this loader's own rank.
-
-        Raises:
-            UserError: A document is malformed, or the batch does not divide.
-        """
+        """As `RowLoader.micro_batches`, for this loader's own rank."""
         assert (rank, world_size) == (self._rank, self._world_size), "a stream is opened for one rank"
         self._read(step)
         if len(self._share) % micro_batch_size:
@@ -84,15 +75,8 @@ class StreamLoader:
                 got=len(self._share),
             )
         groups = [self._share[b : b + micro_batch_size] for b in range(0, len(self._share), micro_batch_size)]
-        batches = [_batch(group) for group in groups]
-        if torch.cuda.is_available():
-            batches = [{key: value.pin_memory() for key, value in batch.items()} for batch in batches]
-        self._next_step = step + 1
-        if self._ledger is not None:
-            self._ledger.mkdir(parents=True, exist_ok=True)
-            record = {"step": step, "world_size": world_size, "samples": [name for _, _, name in self._share]}
-            with open(self._ledger / f"ledger-{rank}.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+        batches = pinned([_batch(group) for group in groups])
+        self._has_read(step, rank, world_size)
         return batches
 
     def num_targets(self, step: int) -> int:
@@ -107,11 +91,9 @@ class StreamLoader:
         return [name for _, _, name in self._share] if step == self._read_step else []
 
     def state_dict(self) -> dict[str, Any]:
-        """Where every stream reads on, the weights and the step, as JSON, the same on all ranks. A collective.
+        """As `Loader.state_dict`, with the place in every stream: the same on all ranks. A collective, between steps.
 
-        Says what has been left out so far.
-
-        Belongs between two steps.
+        Reports what has been left out so far.
         """
         mine = {key: (reader.state(), reader.left_out) for key, reader in self._readers.items()}
         places, left_out = dict(self._states), LeftOut()
@@ -123,52 +105,18 @@ class StreamLoader:
             self._told = left_out.record()
             for sentence in left_out.sentences("what was streamed in this epoch"):
                 distributed.say(sentence)
-        draws = self._draws
-        return {
-            "row": self.first + self._next_step * self.train_batch_size,
-            "seed": self.seed,
-            "data": self.rows.fingerprint,
-            "draws": {"begin": draws.begin, "read": list(draws.read), "weights": list(draws.weights)},
-            "parts": self._parts,
-            "streams": places,
-        }
+        return super().state_dict() | {"parts": self._parts, "streams": places}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state_dict` was taken, with any number of ranks; each stream reads one block again.
-
-        Raises:
-            UserError: The state belongs to other data, another seed, or a batch that is too small for its streams.
-        """
-        for key, mine in (("data", self.rows.fingerprint), ("seed", self.seed)):
-            if state.get(key) != mine:
-                raise UserError(
-                    f"the saved position belongs to another {'corpus' if key == 'data' else key}",
-                    wanted=mine,
-                    got=state.get(key),
-                    remedy="restore the data and its settings, or start over with --resume never",
-                )
+        """As `Loader.load_state_dict`; each stream reads one block again. The batch may not be below its streams."""
+        super().load_state_dict(state)
         if max(state["parts"]) > self.train_batch_size:
             raise UserError(
                 "the batch is smaller than the number of streams that the run began with",
                 wanted=f"train_batch_size of at least {max(state['parts'])}",
             )
-        ahead, rest = divmod(int(state["row"]) - self.first, self.train_batch_size)
-        assert ahead >= 0 and not rest, (state["row"], self.first, self.train_batch_size)
-        self._next_step, self._parts = ahead, list(state["parts"])
-        self._states, self._readers = dict(state["streams"]), {}
+        self._parts, self._states, self._readers = list(state["parts"]), dict(state["streams"]), {}
         self._read_step = None
-        saved = state["draws"]
-        self._draws = Draws(saved["weights"], int(saved["begin"]), saved["read"])
-
-    @property
-    def next_step(self) -> int:
-        """The step after the last one that was read."""
-        return self._next_step
-
-    @property
-    def weights(self) -> tuple[float, ...]:
-        """How often each source is read now."""
-        return self._draws.weights
 
     def epochs(self, step: int) -> list[float]:
         """The epoch of each source that this rank is reading."""
@@ -177,11 +125,6 @@ class StreamLoader:
             source = int(key.partition(".")[0])
             epochs[source] = max(epochs[source], float(reader.epoch))
         return epochs
-
-    def reweigh(self, weights: Sequence[float], step: int) -> None:
-        """Reads the sources in other proportions from `step` on."""
-        number = self.first + step * self.train_batch_size
-        self._draws = Draws(weights, number, self._draws.counts(number).tolist())
 
     def close(self) -> None:
         """Ends the reading ahead."""
@@ -193,7 +136,8 @@ class StreamLoader:
             return False
         assert step == self._next_step, f"a stream is read in order: step {step} asked for, {self._next_step} is next"
         batch, parts = self.train_batch_size, self._parts
-        source_B, _ = self._draws.draw(self.first + step * batch, batch)
+        assert self._draws is not None
+        source_B, _ = self._draws.draw(self._number(step), batch)
         keys = [_key(s, i * parts[s] // batch) for i, s in enumerate(source_B.tolist())]
         own = range(self._rank * batch // self._world_size, (self._rank + 1) * batch // self._world_size)
         # Ranks share a stream where their places meet: each goes on in it for the rows of all of them.

@@ -3,12 +3,12 @@
 A source is cut into a fixed number of streams (`split_dataset_by_node`), each of whole files where their number allows.
 A stream is read in blocks of documents; a block's documents are tokenised and packed as prepared ones are, and its rows
 shuffled. The place in a stream is the state of `datasets.IterableDataset` at the block's beginning and a row's number,
-so a resumed run reads one block again and goes on with the very next row.
+so a resumed run reads one block again and continues with the very next row.
 
-Place i of a global batch of B rows belongs to stream i * V // B of whatever source has its turn: the order does not
-depend on the number of ranks, and a rank reads only the streams of its places. What that costs: with fewer streams than
-ranks (V is the largest divisor of the number of files up to `MAX_STREAMS`), ranks that share a stream each read
-and tokenise all of it; with one file, or a count of files that divides badly, every rank reads everything.
+Place i of a global batch of B rows belongs to stream i * V // B of the source whose turn it is: the order does not
+depend on the number of ranks, and a rank reads only the streams of its places. The cost: V is the largest divisor of
+the number of files up to `MAX_STREAMS`. Ranks that share a stream each read and tokenise all of it, so with one file,
+or a number of files that divides badly, every rank reads everything.
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ import numpy as np
 from cook.base.errors import UserError
 from cook.data.cache import fingerprint_of
 from cook.data.corpus import Corpus, open_corpus, text_of, unit_hash
-from cook.data.documents import Document, SourceFile
-from cook.data.left_out import LeftOut
 from cook.data.order import EpochOrder
 from cook.data.packing import PackedRows, pack_in_memory
-from cook.data.prepare import FORMAT, UNKNOWN, check_ids, open_evaluation
-from cook.data.source_files import hash_of_ends
+from cook.data.prepare import FORMAT, UNKNOWN, check_ids, open_evaluation, unread
+from cook.data.reports import LeftOut
+from cook.data.source_files import Document, SourceFile, hash_of_ends
 from cook.text.tokenizer import Tokenizer
 
 BLOCK_CHARS = 1 << 22
@@ -49,28 +48,16 @@ class Stream:
     name: str
     open: Callable[[Sequence[int] | None], Any]
     """The `datasets.IterableDataset` of `{"name", "text"}`, its files in the order of a seed; None: as listed."""
-
-    corpus: Corpus
-    """The files; for a Hub dataset none."""
-
-    evaluation: Corpus | None
-    """A held-out corpus of its own; then no document of the stream is held out."""
-
-    held_out: float
-    """Share of the documents that is held out."""
-
-    fingerprint: str
-    """Of the settings and the files' names, sizes and ends: the content is not read for it."""
+    corpus: Corpus  # the files; for a Hub dataset none
+    evaluation: Corpus | None  # a held-out corpus of its own; then no document of the stream is held out
+    held_out: float  # share of the documents that is held out
+    fingerprint: str  # of the settings and the files' names, sizes and ends: the content is not read for it
+    size: int = 0  # bytes to read for the held-out documents: not known
 
     @property
     def left_out(self) -> LeftOut:
         """Files that are not read."""
-        found = LeftOut(self.corpus.left_out.record())
-        found.include(self.evaluation.left_out.record() if self.evaluation else {})
-        return found
-
-    size: int = 0
-    """Bytes to read for the held-out documents: not known."""
+        return unread(self.corpus, self.evaluation)
 
     def is_held_out(self, text: str) -> bool:
         """Whether a document of the stream is never trained on."""
@@ -86,14 +73,9 @@ class Stream:
                 return
 
     def documents(self) -> Iterator[tuple[Document, bool]]:
-        """The held-out documents: its evaluation corpus, or those among its first ones.
-
-        Raises:
-            UserError: There are none.
-        """
-        first = self.evaluation.documents() if self.evaluation else self.head()
+        """The held-out documents, at least one: its evaluation corpus, or those among its first ones."""
         found = False
-        for document in first:
+        for document in self.evaluation.documents() if self.evaluation else self.head():
             if self.evaluation or self.is_held_out(document.text):
                 found = True
                 yield document, True
@@ -109,21 +91,14 @@ class Stream:
 
 
 def open_stream(data: Any) -> Stream:
-    """Lists a streamed source.
-
-    Args:
-        data: The configuration's data section, of a single source.
-
-    Raises:
-        UserError: A path matches no file, or the dataset cannot be opened.
-    """
+    """Lists the streamed source of a data section; a `UserError` if it cannot be opened."""
     opened: Callable[[Sequence[int] | None], Any]
     if data.type == "hub":
         from cook.data.table_documents import load_hub
 
         whole = load_hub(data.name, data.subset, data.split, streaming=True)
         corpus = Corpus("hub", (), lambda file: iter(()))
-        # Which files there are is known to the library alone: they are read in its order in every epoch.
+        # Only the library knows the files: they are read in its order in every epoch.
         opened = partial(_open_hub, whole, data.name, data.text_field)
     else:
         corpus = open_corpus(data.type, data.paths, text_field=data.text_field, split=data.split, digest=hash_of_ends)
@@ -144,12 +119,10 @@ def open_stream(data: Any) -> Stream:
 def _open_files(corpus: Corpus, seed: Sequence[int] | None) -> Any:
     from datasets import IterableDataset
 
-    order = (
-        range(len(corpus.files))
-        if seed is None
-        else EpochOrder(len(corpus.files), seed[:-1]).rows(np.arange(len(corpus.files)), seed[-1]).tolist()
-    )
-    files = [corpus.files[number] for number in order]
+    order = np.arange(len(corpus.files))
+    if seed is not None:
+        order = EpochOrder(len(order), seed[:-1]).rows(order, seed[-1])
+    files = [corpus.files[number] for number in order.tolist()]
     # The files are the library's shards, because they are given as a list.
     return IterableDataset.from_generator(_documents_of, gen_kwargs={"files": files, "read": corpus.read})
 
@@ -172,20 +145,11 @@ def _open_hub(whole: Any, name: str, text_field: str, seed: Sequence[int] | None
 class StreamedData:
     """Streamed sources, how often each is read, and how their documents become rows."""
 
-    sources: tuple[Stream, ...]
-    """At least one."""
-
-    weights: tuple[float, ...]
-    """In proportion to which the sources are read."""
-
+    sources: tuple[Stream, ...]  # at least one
+    weights: tuple[float, ...]  # in proportion to which the sources are read
     tokenizer: Tokenizer
-    """Of the run."""
-
-    max_length: int
-    """Positions of a row, prompt included."""
-
+    max_length: int  # positions of a row, prompt included
     prompt_length: int
-    """Prompt positions in front of every row."""
 
     @property
     def fingerprint(self) -> str:
@@ -219,27 +183,14 @@ class Block:
     rows: PackedRows
     order: np.ndarray
     epoch: int
-    number: int
-    """Of the block in its epoch."""
-    begin: dict[str, Any] | None
-    """The library's state before the block; None: at the beginning of the epoch."""
-    left_out: dict[str, Any]
-    """What was left out since the epoch began, up to the block's end."""
-    left_out_before: dict[str, Any]
-    """The same, up to its beginning."""
+    number: int  # of the block in its epoch
+    begin: dict[str, Any] | None  # the library's state before the block; None: at the beginning of the epoch
+    left_out: dict[str, Any]  # what was left out since the epoch began, up to the block's end
+    left_out_before: dict[str, Any]  # the same, up to its beginning
 
 
 class StreamReader:
-    """The rows of one stream in order, a block ahead of what is read.
-
-    Args:
-        data: The sources.
-        source: Number of the source.
-        part: Which of its `parts` streams.
-        parts: Number of streams of the source.
-        seed: Of the run.
-        pool: Runs the reading ahead.
-    """
+    """The rows of one stream in order: stream `part` of the `parts` of a source. `pool` reads a block ahead."""
 
     def __init__(self, data: StreamedData, source: int, part: int, parts: int, seed: int, pool: Executor):
         self._data, self._stream, self._part, self._parts = data, data.sources[source], part, parts
@@ -250,11 +201,7 @@ class StreamReader:
         self._place = 0
 
     def take(self, count: int) -> list[tuple[Block, int, str]]:
-        """The next rows: each its block, its number there, and a name for it.
-
-        Raises:
-            UserError: A document is malformed, or the stream holds no text.
-        """
+        """The next rows: block, number in it, and name of each; a `UserError` if a document is malformed."""
         taken = []
         for _ in range(count):
             while self._block is None or self._place == len(self._block.order):
@@ -268,20 +215,14 @@ class StreamReader:
 
     def state(self) -> dict[str, Any]:
         """Where the next row is, as JSON."""
-        block = self._block
-        if block is None:
-            return {"parts": self._parts}
-        return {
-            "parts": self._parts,
-            "epoch": block.epoch,
-            "block": block.number,
-            "begin": block.begin,
-            "place": self._place,
-            "left_out": block.left_out_before,
-        }
+        state: dict[str, Any] = {"parts": self._parts}
+        if block := self._block:
+            state |= {"epoch": block.epoch, "block": block.number, "begin": block.begin, "place": self._place}
+            state["left_out"] = block.left_out_before
+        return state
 
     def load(self, state: dict[str, Any]) -> None:
-        """Goes on from a state: its block is read again when the next row is asked for."""
+        """Resumes at a state: its block is read again."""
         if "epoch" in state:
             self._blocks = self._read(state["epoch"], state["block"], state["begin"], state["left_out"])
             self._block = self._pool.submit(next, self._blocks).result()
@@ -289,7 +230,7 @@ class StreamReader:
 
     @property
     def left_out(self) -> dict[str, Any]:
-        """What the blocks that were read of this epoch leave out, as a record."""
+        """What the blocks that were read in this epoch leave out, as a record."""
         return self._block.left_out if self._block else {}
 
     @property
@@ -316,15 +257,8 @@ class StreamReader:
                 if rows is not None:
                     found = True
                     order = EpochOrder(len(rows), (*self._seed, self._part, epoch)).rows(np.arange(len(rows)), number)
-                    yield Block(
-                        rows=rows,
-                        order=order,
-                        epoch=epoch,
-                        number=number,
-                        begin=begin,
-                        left_out=passed,
-                        left_out_before=before,
-                    )
+                    place: dict[str, Any] = {"epoch": epoch, "number": number, "begin": begin}
+                    yield Block(rows=rows, order=order, **place, left_out=passed, left_out_before=before)
                 number, begin = number + 1, copy.deepcopy(dataset.state_dict())
             if not found:
                 raise UserError(

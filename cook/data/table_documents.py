@@ -12,7 +12,7 @@ from pyarrow import parquet
 
 from cook.base.errors import UserError
 from cook.base.files import sha256
-from cook.data.documents import Item, SourceFile
+from cook.data.source_files import Item, SourceFile
 
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException)
 """What the libraries raise for a table that they cannot read."""
@@ -27,8 +27,7 @@ def read_parquet(file: SourceFile) -> Iterator[Item]:
     """Rows of a parquet file, read page by page.
 
     Raises:
-        UserError: The file is no whole parquet file, or unpacks to many times its size; the row that could not be read
-            is named.
+        UserError: The file is not a whole parquet file (the row is named), or unpacks to many times its size.
     """
     row = 0
     try:
@@ -43,7 +42,7 @@ def read_parquet(file: SourceFile) -> Iterator[Item]:
 
 
 def _check_sizes(metadata: Any, path: Path) -> None:
-    """Refuses columns that unpack to many times their size: a page of one is held in memory whole."""
+    """Refuses columns that unpack to many times their size: memory holds whole pages."""
     for group in range(metadata.num_row_groups):
         for number in range(metadata.num_columns):
             column = metadata.row_group(group).column(number)
@@ -58,11 +57,7 @@ def _check_sizes(metadata: Any, path: Path) -> None:
 
 
 def list_arrow_folders(paths: Sequence[str], split: str, digest: Callable[[Path], str]) -> tuple[SourceFile, ...]:
-    """Folders that `save_to_disk` wrote, each as one file of the corpus.
-
-    Raises:
-        UserError: A folder is missing, or not such a folder, or has no such split.
-    """
+    """Folders that `save_to_disk` wrote, each as one file of the corpus; a `UserError` if one is not usable."""
     found = []
     for given in paths:
         folder = _arrow_folder(Path(given), split)
@@ -101,11 +96,7 @@ def read_arrow_folder(file: SourceFile, *, split: str) -> Iterator[Item]:
 def open_hub(
     name: str, subset: str | None, split: str
 ) -> tuple[tuple[SourceFile, ...], Callable[[SourceFile], Iterator[Item]]]:
-    """A dataset of the Hub, or of a folder laid out like one, downloaded into the library's cache.
-
-    Raises:
-        UserError: There is no such dataset, subset or split, or it cannot be reached.
-    """
+    """A dataset of the Hub, or of a folder laid out like one, downloaded into the library's cache."""
     dataset = load_hub(name, subset, split, streaming=False)
     digest = hashlib.sha256()
     for cached in dataset.cache_files:
@@ -121,7 +112,7 @@ def open_hub(
 
 
 def load_hub(name: str, subset: str | None, split: str, *, streaming: bool) -> Any:
-    """`datasets.load_dataset` with messages that say what to do; code of a dataset is never run."""
+    """`datasets.load_dataset`, or a `UserError` with a remedy; code of a dataset is never run."""
     from datasets import load_dataset
 
     try:

@@ -14,7 +14,6 @@ LABELS = ("targets", "choices", "choice_token", "rows")
 
 
 def model_inputs(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns the inputs of the model from a batch."""
     return {key: value for key, value in batch.items() if key not in LABELS}
 
 

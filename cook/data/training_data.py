@@ -11,10 +11,8 @@ from cook.base.errors import UserError
 from cook.base.files import read_json, write_json
 from cook.config.check_inputs import TASK_TYPES, source_names
 from cook.config.corpus import DataConfig
-from cook.data.cache import fingerprint_of, read_manifest
+from cook.data.cache import fingerprint_of, whole_manifest
 from cook.data.cpm_tasks.task_data import TaskData, open_task_rows
-from cook.data.joined import JoinedRows
-from cook.data.left_out import LeftOut
 from cook.data.packing import open_rows
 from cook.data.prepare import (
     PARTS,
@@ -25,7 +23,8 @@ from cook.data.prepare import (
     prepare_tokenizer,
     prepare_tokens,
 )
-from cook.data.rows import Rows
+from cook.data.reports import LeftOut
+from cook.data.rows import JoinedRows, Rows
 from cook.data.streams import Stream, StreamedData, open_stream
 from cook.text.tokenizer import Tokenizer
 
@@ -39,8 +38,7 @@ class TrainingData(NamedTuple):
     tokenizer: Tokenizer
     train: Rows | StreamedData
     held_out: Rows
-    notes: tuple[str, ...] = ()
-    """Sentences on what the rows hold and on what was left out of them."""
+    notes: tuple[str, ...] = ()  # sentences on what the rows hold and on what was left out of them
 
 
 def load_rows(
@@ -61,7 +59,7 @@ def load_rows(
 
     Args:
         data: The configuration's data section.
-        tokenizer_config: The configuration's tokenizer section (`type, path, vocab_size`).
+        tokenizer_config: Its tokenizer section (`type, path, vocab_size`).
         prompt_length: Prompt positions in front of every row.
         output_dir: The run's output folder; also holds the cache if `data.cache_dir` is None.
         seed: Of tasks that hide a random part of a sample.
@@ -69,11 +67,11 @@ def load_rows(
         build: Prepare what is missing or out of date. Otherwise only read.
 
     Raises:
-        UserError: The corpus or tokenizer is unusable, or (`build=False`) nothing has been prepared for this
-            configuration.
+        UserError: The corpus or tokenizer is unusable, or (`build=False`) not prepared for this configuration.
     """
     output = Path(output_dir)
-    opening = _Opening(data, tokenizer_config, prompt_length, seed, limits or {}, _cache(data, output))
+    cache = Path(data.cache_dir) if data.cache_dir is not None else output / "data"
+    opening = _Opening(data, tokenizer_config, prompt_length, seed, limits or {}, cache)
     if build:
         opening.prepare(output / POINTER)
     pointer = read_json(output / POINTER)
@@ -91,7 +89,7 @@ def read_files(output_dir: str | Path) -> dict[str, list[Any]]:
 
 
 def changed_files(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What has become of the files of a corpus, one phrase each; empty if nothing has."""
+    """The changes of the files of a corpus, one phrase each."""
     changes = [f"{name}: missing" for name in before.keys() - now.keys()]
     changes += [f"{name}: new" for name in now.keys() - before.keys()]
     for name in before.keys() & now.keys():
@@ -106,43 +104,32 @@ def one_source_each(data: DataConfig) -> list[DataConfig]:
     """The data section as seen by each source alone: `data` itself where no list of sources is given."""
     if not data.sources:
         return [data]
-    names = source_names(data)
+    own = ("type", "paths", "subset", "split", "text_field", "streaming", "held_out_paths")
     return [
         dataclasses.replace(
-            data,
-            sources=(),
-            mixing=None,
-            type=source.type,
-            paths=source.paths,
-            name=source.name or name,
-            subset=source.subset,
-            split=source.split,
-            text_field=source.text_field,
-            streaming=source.streaming,
-            held_out_paths=source.held_out_paths,
+            data, sources=(), mixing=None, name=source.name or name, **{key: getattr(source, key) for key in own}
         )
-        for name, source in zip(names, data.sources, strict=True)
+        for name, source in zip(source_names(data), data.sources, strict=True)
     ]
 
 
+@dataclasses.dataclass(frozen=True)
 class _Opening:
-    """One way of preparing and reading for one source or many, prepared or streamed, text or tasks."""
+    """Prepares and reads one source or many, prepared or streamed, text or tasks."""
 
-    def __init__(
-        self,
-        data: DataConfig,
-        tokenizer: Any,
-        prompt_length: int,
-        seed: int,
-        limits: Mapping[str, int | None],
-        cache: Path,
-    ):
-        self.data, self.tokenizer, self.prompt_length, self.cache = data, tokenizer, prompt_length, cache
-        self.seed, self.limits = seed, limits
-        self.views = one_source_each(data)
+    data: DataConfig
+    tokenizer: Any
+    prompt_length: int
+    seed: int
+    limits: Mapping[str, int | None]
+    cache: Path
+
+    @property
+    def views(self) -> list[DataConfig]:
+        return one_source_each(self.data)
 
     def request(self) -> str:
-        """Hash of the settings that decide what is prepared."""
+        """Hash of the settings on which the prepared data depends."""
         wanted = dataclasses.asdict(self.data)
         for key in ("mixing", "workers", "ledger", "cache_dir"):  # they change no row
             wanted.pop(key)
@@ -150,14 +137,19 @@ class _Opening:
         return fingerprint_of(wanted, tokenizer, self.prompt_length)
 
     def prepare(self, pointer: Path) -> None:
-        """Builds what is missing, on one rank, and writes where it is."""
-        texts = {n: open_split(view) for n, view in enumerate(self.views) if not _is_apart(view)}
+        """Builds what is missing, on one rank, and writes its places to the file `pointer`."""
+        # Tasks have no corpus of documents to prepare.
+        texts = {
+            n: open_split(view)
+            for n, view in enumerate(self.views)
+            if not view.streaming and view.type not in TASK_TYPES
+        }
         streams = {n: open_stream(view) for n, view in enumerate(self.views) if view.streaming}
         path = self._prepare_tokenizer(texts, streams)
         tokenizer = open_tokenizer(self.tokenizer, path)
         places: list[str | None] = []
-        trained = read_manifest(path.parent) if self.tokenizer.path is None else None
-        notes = LeftOut(trained["left_out"]).sentences("tokenizer") if trained else []
+        trained = whole_manifest(path.parent)["left_out"] if self.tokenizer.path is None else None
+        notes = LeftOut(trained).sentences("tokenizer")
         files = {
             self._label(view, file.name): [file.size, file.sha256]
             for number, view in enumerate(self.views)
@@ -170,7 +162,8 @@ class _Opening:
             if found := texts.get(number) or streams.get(number):
                 tokens = prepare_tokens(found, tokenizer, self.cache)
                 parts = PARTS if number in texts else ("held_out",)
-                place = self._rows(tokens, tokenizer, parts)
+                sizes = {"max_length": self.data.max_length, "prompt_length": self.prompt_length}
+                place = prepare_rows(tokens, tokenizer, **sizes, cache=self.cache, parts=parts)
                 notes += found.left_out.sentences(where)
                 notes += [f"{where}: {note}" for note in texts[number].notes] if number in texts else []
                 notes += _notes(tokens, place, parts, where)
@@ -183,51 +176,40 @@ class _Opening:
         write_json(pointer, told | {"notes": notes})
 
     def open(self, pointer: Mapping[str, Any]) -> TrainingData:
-        """Reads what `prepare` has left."""
+        """Reads what `prepare` has built."""
         tokenizer = open_tokenizer(self.tokenizer, Path(pointer["tokenizer"]))
         train: list[Any] = []
         held_out: list[Rows] = []
         for view, place in zip(self.views, pointer["rows"], strict=True):
             if place is None:
-                rows = self._open_tasks(view, tokenizer, build=False)
-                train.append(rows.train)
-                held_out.append(rows.held_out)
+                tasks = self._open_tasks(view, tokenizer, build=False)
+                train.append(tasks.train)
+                held_out.append(tasks.held_out)
                 continue
             train.append(open_stream(view) if view.streaming else open_rows(Path(place), "train", self.prompt_length))
             held_out.append(open_rows(Path(place), "held_out", self.prompt_length))
         names = [str(view.name) for view in self.views]
-        weights = [source.weight for source in self.data.sources]
-        given = [weight for weight in weights if weight is not None]
+        given = [source.weight for source in self.data.sources if source.weight is not None]
+        rows: Rows | StreamedData
         if isinstance(train[0], Stream):
-            streamed = StreamedData(
+            rows = StreamedData(
                 sources=tuple(train),
                 weights=tuple(given) or (1.0,),
                 tokenizer=tokenizer,
                 max_length=self.data.max_length,
                 prompt_length=self.prompt_length,
             )
-            return TrainingData(tokenizer, streamed, _joined(names, held_out), tuple(pointer["notes"]))
-        joined = _joined(names, train, given or None)
-        return TrainingData(tokenizer, joined, _joined(names, held_out), tuple(pointer["notes"]))
+        else:
+            rows = _joined(names, train, given or None)
+        return TrainingData(tokenizer, rows, _joined(names, held_out), tuple(pointer["notes"]))
 
     def _prepare_tokenizer(self, texts: dict[int, SplitCorpus], streams: dict[int, Stream]) -> Path:
-        known = [texts.get(n) or streams.get(n) for n in range(len(self.views))]
-        sources = [source for source in known if source is not None]
+        known: dict[int, SplitCorpus | Stream] = {**texts, **streams}
+        sources = [known[number] for number in sorted(known)]
         prints = [source.fingerprint for source in sources]
         training = (text for source in sources for text in source.training_texts())
-        return prepare_tokenizer(
-            self.tokenizer, training, prints[0] if len(prints) == 1 else fingerprint_of(prints), self.cache
-        )
-
-    def _rows(self, tokens: Path, tokenizer: Tokenizer, parts: Sequence[str]) -> Path:
-        return prepare_rows(
-            tokens,
-            tokenizer,
-            max_length=self.data.max_length,
-            prompt_length=self.prompt_length,
-            cache=self.cache,
-            parts=parts,
-        )
+        key = prints[0] if len(prints) == 1 else fingerprint_of(prints)
+        return prepare_tokenizer(self.tokenizer, training, key, self.cache)
 
     def _label(self, view: DataConfig, file: str) -> str:
         return f"{view.name}/{file}" if self.data.sources else file
@@ -245,9 +227,8 @@ class _Opening:
 
 
 def _notes(tokens: Path, rows: Path, parts: Sequence[str], where: str) -> list[str]:
-    """What two prepared folders hold, and what was left out of them."""
-    read, packed = read_manifest(tokens), read_manifest(rows)
-    assert read is not None and packed is not None, "just prepared"
+    """What the prepared tokens and rows hold, and what was left out of them."""
+    read, packed = whole_manifest(tokens), whole_manifest(rows)
     notes = LeftOut(read["left_out"]).sentences(where)
     for part in parts:
         found, named = packed[part], f"{where}, {part.replace('_', '-')}"
@@ -257,15 +238,6 @@ def _notes(tokens: Path, rows: Path, parts: Sequence[str], where: str) -> list[s
         ]
         notes += LeftOut(found["left_out"]).sentences(named)
     return notes
-
-
-def _is_apart(view: DataConfig) -> bool:
-    """Whether a source has no corpus of documents to prepare."""
-    return view.streaming or view.type in TASK_TYPES
-
-
-def _cache(data: DataConfig, output: Path) -> Path:
-    return Path(data.cache_dir) if data.cache_dir is not None else output / "data"
 
 
 def _joined(names: list[str], parts: list[Rows], weights: list[float] | None = None) -> Rows:

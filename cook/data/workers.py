@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from cook.base.batches import Batch
 from cook.base.errors import RunFailed, UserError
 from cook.base.pool import end_with_parent
-from cook.data.joined import by_epoch
-from cook.data.rows import Rows
+from cook.data.rows import Rows, by_epoch
 
 AHEAD = 2
 """Steps that each worker holds ready."""
@@ -32,9 +32,6 @@ class Plan(NamedTuple):
         return Plan(self.rows[some], self.epochs[some])
 
 
-Batch = dict[str, torch.Tensor]
-
-
 def build(rows: Rows, plans: Sequence[Plan]) -> list[Batch]:
     """The micro-batches of a rank's share."""
     if not rows.is_redrawn:
@@ -45,13 +42,13 @@ def build(rows: Rows, plans: Sequence[Plan]) -> list[Batch]:
 class Workers:
     """Builds the shares of consecutive steps in `count` processes, in order.
 
-    The order is decided here and sent to them; they only read rows and build tensors, so their number changes nothing.
-    They are started by the first request, forked from a clean process that has PyTorch loaded (from this one they would
-    inherit locks that its threads hold), and end with `close`, or with this process, however it ends. A `UserError` of
-    theirs is raised here as it is.
+    This process sets the order and sends it to them; they only read rows and build tensors, so their number changes
+    nothing. The first request starts them, forked from a clean process that has PyTorch loaded (from this one they
+    would inherit locks that its threads hold). They end with `close`, or with this process, however it ends. This
+    process raises their `UserError` unchanged.
 
     Args:
-        rows: What to read; travels to each worker.
+        rows: What to read; pickled for each worker.
         plans: A rank's share of any step.
         count: Number of processes, at least 1.
     """
@@ -78,7 +75,6 @@ class Workers:
         """A step's share. Steps in order are ready; any other step drops what was built ahead.
 
         Raises:
-            UserError: The rows cannot be read.
             RunFailed: A worker died.
         """
         assert self._loader is not None, "closed"
@@ -101,15 +97,15 @@ class Workers:
     def close(self) -> None:
         """Ends the processes."""
         if self._iterator is not None:
-            # Dropping the iterator would do, were it not for tracebacks that hold on to it after an error.
+            # Dropping the iterator is not enough: tracebacks keep it alive after an error.
             self._iterator._shutdown_workers()
         self._iterator = self._loader = None
 
 
 def _begin(_: int) -> None:
-    # The fork server stands between a worker and this process, and would not tell it of a SIGKILL.
+    # The worker's parent is the fork server, so it would not notice a SIGKILL of this process.
     end_with_parent()
-    # A signal to the whole group asks the run to save and stop, and the worker is needed until it does.
+    # A signal to the whole group asks the run to save and stop; the run needs the worker until then.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 

@@ -9,9 +9,9 @@ from cook.base.distributed import say
 from cook.base.files import read_json, write_json
 from cook.base.watchdog import At
 from cook.config.check_inputs import source_names
-from cook.data.joined import JoinedRows
 from cook.data.loader import RowLoader, held_out_batches
-from cook.data.mixing import updated_weights
+from cook.data.order import updated_weights
+from cook.data.rows import JoinedRows
 from cook.data.stream_loader import StreamLoader
 from cook.data.streams import StreamedData
 from cook.data.training_data import TrainingData, changed_files, read_files

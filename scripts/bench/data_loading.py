@@ -221,7 +221,7 @@ class _Texts:
         self.texts, self.fingerprint, self.size = texts, "bench", 0
 
     def documents(self) -> Iterable[tuple[Any, bool]]:
-        from cook.data.documents import Document
+        from cook.data.source_files import Document
 
         return ((Document(str(number), text), False) for number, text in enumerate(self.texts))
 

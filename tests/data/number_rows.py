@@ -17,9 +17,9 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from cook.base.files import write_json
-from cook.data.joined import JoinedRows
 from cook.data.loader import RowLoader
 from cook.data.packing import PackedRows
+from cook.data.rows import JoinedRows
 
 BATCH = 8
 STEPS = 30

@@ -1,10 +1,12 @@
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cook.data.order as order_module
-from cook.data.order import Draws, EpochOrder
+from cook.data.order import Draws, EpochOrder, updated_weights
 
 
 @pytest.fixture(params=["sorted", "cipher"])
@@ -83,10 +85,38 @@ def test_new_weights_go_on_from_what_was_read():
     assert first.counts(100).tolist() == [50, 50] and second.counts(500).tolist() == [350, 150]
     source, own = second.draw(100, 4)
     assert sorted(own[source == 0].tolist()) == [50, 51, 52] and own[source == 1].tolist() == [50]
-    with pytest.raises(AssertionError, match="not known"):
+    with pytest.raises(AssertionError, match="no longer known"):
         second.counts(99)
 
 
 def test_a_small_weight_is_small_and_a_zero_is_nothing():
     counts = Draws([1e-9, 1.0, 0.0]).counts(Draws.PERIOD)
     assert counts.tolist() == [1, Draws.PERIOD - 1, 0]
+
+
+def test_the_formula_by_hand():
+    # α = w · exp(max(ℓ − ref, 0)): 0.5·e^0.2, 0.3·e^0, 0.2·e^1.0; e^0.2 = 1.221403, e = 2.718282.
+    alpha = [0.5 * 1.221403, 0.3, 0.2 * 2.718282]
+    wanted = [value / sum(alpha) for value in alpha]
+    assert updated_weights((0.5, 0.3, 0.2), [2.2, 1.0, 4.0], [2.0, 1.5, 3.0]) == pytest.approx(wanted, rel=1e-6)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.01, 1), st.floats(0, 900), st.floats(0, 900)), min_size=1, max_size=6),
+)
+def test_equals_the_paper_and_never_overflows(sources):
+    weights, losses, references = (list(column) for column in zip(*sources, strict=True))
+    got = updated_weights(weights, losses, references)
+    assert sum(got) == pytest.approx(1.0) and all(0 <= weight <= 1 for weight in got)
+    with np.errstate(over="ignore", invalid="ignore"):
+        alpha = np.array(weights, np.longdouble) * np.exp(np.maximum(np.array(losses, np.longdouble) - references, 0))
+    np.testing.assert_allclose(got, np.asarray(alpha / alpha.sum(), float), rtol=1e-9, atol=1e-300)
+
+
+def test_sources_that_have_reached_their_references_keep_their_shares():
+    assert updated_weights((0.7, 0.3), [1.0, 2.0], [1.5, 2.0]) == pytest.approx((0.7, 0.3))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_changes_nothing(bad):
+    assert updated_weights((0.7, 0.3), [1.0, bad], [1.5, 2.0]) == (0.7, 0.3)

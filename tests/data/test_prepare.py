@@ -8,6 +8,7 @@ import cook.data.prepare as prepare
 from cook.base.errors import UserError
 from cook.config.corpus import DataConfig
 from cook.data.cache import read_manifest
+from cook.data.source_files import Document
 
 
 def section(paths, **options):
@@ -144,9 +145,55 @@ def test_the_end_of_a_single_document_is_held_out(tmp_path, mark):
     assert f"its last {len(held_out):,} of {len(text):,} characters are held out" in corpus.notes[0]
 
 
+def write_large_file(path):
+    """A text of 3.6 million characters, which is read as several documents; no line occurs twice."""
+    path.write_text("".join(f"{number:07d} a line of the book\n" for number in range(120_000)))
+    assert path.stat().st_size > 3 << 20
+    return path.read_text()
+
+
+@pytest.mark.parametrize("share", [0.03, 0.1, 0.3, 0.5, 0.9])
+def test_the_end_of_a_file_that_is_read_as_several_documents_is_held_out(tmp_path, share):
+    text = write_large_file(tmp_path / "book.txt")
+    (tmp_path / "empty.txt").write_text("")
+    for paths in (tmp_path / "book.txt",), (tmp_path,):
+        corpus = prepare.open_split(section(tuple(map(str, paths)), held_out=share))
+        assert sum(1 for _ in corpus.corpus.documents()) == 4
+        folder = prepare.prepare_tokens(corpus, Letters(), tmp_path.with_name(f"{tmp_path.name}-cache"))
+        train, held_out = ("".join(read_part(folder, part)) for part in ("train", "held_out"))
+        assert train + held_out == text and train.endswith("\n")
+        # A break is at most a tenth of a document before the place that the share gives.
+        assert 0 <= len(held_out) - share * len(text) <= (1 << 20) // 10 + 1
+        assert "".join(corpus.training_texts()) == train
+        assert f"its last {len(held_out):,} of {len(text):,} characters are held out" in corpus.notes[0]
+        names = [document.name for document, _ in corpus.documents()]
+        assert len(set(names)) == len(names) == 5
+
+
+@pytest.mark.parametrize("cut", [1 << 20, (1 << 20) + 1, (1 << 20) - 1])
+def test_a_held_out_end_that_begins_where_a_document_does(tmp_path, cut):
+    text = "x" * (1 << 20) + "y" * 100
+    documents = [Document("a", text[: 1 << 20]), Document("b", text[1 << 20 :])]
+    parts = list(prepare._end_held_out(documents, cut))
+    assert all(document.text for document, _ in parts)
+    assert "".join(document.text for document, held_out in parts if held_out) == text[cut:]
+
+
+def test_of_several_files_whole_documents_are_held_out_by_their_names(tmp_path):
+    write_large_file(tmp_path / "book.txt")
+    for number in range(20):
+        (tmp_path / f"{number}.txt").write_text(f"document {number}")
+    corpus = prepare.open_split(section((str(tmp_path),)))
+    documents = list(corpus.corpus.documents())
+    expected = corpus_module.split([document.name for document in documents], 0.3).tolist()
+    assert [(d, h) for d, h in corpus.documents()] == list(zip(documents, expected, strict=True))
+    assert len(documents) == 24 and corpus.notes == []
+
+
 @pytest.mark.parametrize("text", ["ab", "\n\n\n", "a b"])
 def test_both_parts_of_the_shortest_document_have_text(text):
-    assert 0 < prepare.break_before(text, 0.97) < len(text)
+    for place in range(1, len(text)):
+        assert 0 < prepare.break_before(text, place) < len(text)
 
 
 def test_a_tokenizer_is_trained_once_on_training_documents_alone(corpus_folder, tmp_path, monkeypatch):

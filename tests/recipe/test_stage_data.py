@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cook.data.mixing import updated_weights
+from cook.data.order import updated_weights
 from tests.recipe.tiny_run import read_log, train, write_run
 
 REFERENCE = {"code": 2.0, "small": 4.5}

@@ -1,9 +1,9 @@
 """The nine GLUE tasks as they are distributed: which files, which columns, which labels.
 
 Source of the layouts: Wang et al., "GLUE: A Multi-Task Benchmark and Analysis Platform for Natural Language
-Understanding" (2019), and the archives that its site distributes. Their peculiarities, all of them met here: CoLA has
-no header; MRPC begins with a byte order mark; quotes are plain characters everywhere; QQP holds a few rows that were
-cut short, which every reader of it leaves out; MNLI's rows have as many labels as the split had annotators.
+Understanding" (2019), and the archives that its site distributes. Their peculiarities: CoLA has no header; MRPC begins
+with a byte order mark; quotes are plain characters everywhere; QQP has a few truncated rows, which every reader leaves
+out; MNLI's rows have as many labels as the split had annotators.
 """
 
 from __future__ import annotations
@@ -12,46 +12,26 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from cook.base.errors import UserError
-from cook.data.left_out import LeftOut
+from cook.data.reports import LeftOut
 from cook.data.source_files import lines_of, opened
 
 
 @dataclass(frozen=True, kw_only=True)
 class GlueTask:
-    """Where a task's texts and labels stand."""
+    """The columns of a task's texts and labels."""
 
-    name: str
-    """As in the benchmark's table."""
-
-    folder: str
-    """Its folder as distributed."""
-
-    labels: tuple[str, ...] | None
-    """The labels in the order of their ids; None for regression."""
-
-    words: tuple[str, ...] | None = None
-    """What published models call the labels, in the same order, where the files have numbers."""
-
-    texts: tuple[str, ...]
-    """Columns of the first and, for pairs, the second text."""
-
-    label: str
-    """Column of the label."""
-
-    columns: tuple[str, ...] | None = None
-    """Names for the columns of a file without a header; None: the first line names them."""
-
+    name: str  # as in the benchmark's table, and of its folder as distributed
+    labels: tuple[str, ...] | None = ("0", "1")  # in the order of their ids; None for regression
+    words: tuple[str, ...] | None = None  # what published models call the labels, where the files have numbers
+    texts: tuple[str, ...] = ("sentence1", "sentence2")  # columns of the first and, for pairs, the second text
+    label: str = "label"  # column of the label
+    columns: tuple[str, ...] | None = None  # of a file without a header; None: the first line names them
     evaluated: Mapping[str, str] | None = None
     """Files to evaluate on, by the suffix of their metrics; None: `dev.tsv` alone."""
-
-    leaves_out_short_rows: bool = False
-    """True: rows with too few columns are part of the distribution."""
-
-    @property
-    def num_outputs(self) -> int:
-        return len(self.labels) if self.labels else 1
+    leaves_out_short_rows: bool = False  # rows with too few columns are part of the distribution
 
 
 _ENTAILED = ("entailment", "not_entailment")
@@ -60,34 +40,17 @@ GLUE_TASKS: dict[str, GlueTask] = {
     for task in (
         GlueTask(
             name="CoLA",
-            folder="CoLA",
-            labels=("0", "1"),
             words=("unacceptable", "acceptable"),
             texts=("sentence",),
-            label="label",
             columns=("source", "label", "star", "sentence"),
         ),
+        GlueTask(name="SST-2", words=("negative", "positive"), texts=("sentence",)),
         GlueTask(
-            name="SST-2",
-            folder="SST-2",
-            labels=("0", "1"),
-            words=("negative", "positive"),
-            texts=("sentence",),
-            label="label",
+            name="MRPC", words=("not_equivalent", "equivalent"), texts=("#1 String", "#2 String"), label="Quality"
         ),
-        GlueTask(
-            name="MRPC",
-            folder="MRPC",
-            labels=("0", "1"),
-            words=("not_equivalent", "equivalent"),
-            texts=("#1 String", "#2 String"),
-            label="Quality",
-        ),
-        GlueTask(name="STS-B", folder="STS-B", labels=None, texts=("sentence1", "sentence2"), label="score"),
+        GlueTask(name="STS-B", labels=None, label="score"),
         GlueTask(
             name="QQP",
-            folder="QQP",
-            labels=("0", "1"),
             words=("not_duplicate", "duplicate"),
             texts=("question1", "question2"),
             label="is_duplicate",
@@ -95,22 +58,13 @@ GLUE_TASKS: dict[str, GlueTask] = {
         ),
         GlueTask(
             name="MNLI",
-            folder="MNLI",
             labels=("contradiction", "entailment", "neutral"),
-            texts=("sentence1", "sentence2"),
             label="gold_label",
             evaluated={"": "dev_matched.tsv", "-mm": "dev_mismatched.tsv"},
         ),
-        GlueTask(name="QNLI", folder="QNLI", labels=_ENTAILED, texts=("question", "sentence"), label="label"),
-        GlueTask(name="RTE", folder="RTE", labels=_ENTAILED, texts=("sentence1", "sentence2"), label="label"),
-        GlueTask(
-            name="WNLI",
-            folder="WNLI",
-            labels=("0", "1"),
-            words=("not_entailment", "entailment"),
-            texts=("sentence1", "sentence2"),
-            label="label",
-        ),
+        GlueTask(name="QNLI", labels=_ENTAILED, texts=("question", "sentence")),
+        GlueTask(name="RTE", labels=_ENTAILED),
+        GlueTask(name="WNLI", words=("not_entailment", "entailment")),
     )
 }
 NO_GOLD_LABEL = "-"
@@ -123,17 +77,14 @@ class GlueRow:
 
     first: str
     second: str | None
-    target: float
-    """The label's id, or the score of a regression."""
+    target: float  # the label's id, or the score of a regression
 
 
-@dataclass(frozen=True, kw_only=True)
-class GlueRows:
-    """What a file held."""
+class GlueRows(NamedTuple):
+    """The rows of a file, and those that the distribution itself truncates or leaves undecided."""
 
     rows: tuple[GlueRow, ...]
     left_out: LeftOut
-    """Rows that are not used because the distribution itself is short or undecided there."""
 
 
 def glue_task(name: str) -> GlueTask:
@@ -146,11 +97,7 @@ def glue_task(name: str) -> GlueTask:
 
 
 def read_glue(task: GlueTask, path: Path) -> GlueRows:
-    """Reads a file of a task.
-
-    Raises:
-        UserError: no such file, a column is missing, or a malformed row; with file and line.
-    """
+    """Reads a file of a task; a `UserError` with file and line if it is missing or malformed."""
     lines = _lines(path)
     try:
         columns = list(task.columns or next(lines)[1])

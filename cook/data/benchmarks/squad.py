@@ -1,7 +1,7 @@
-"""SQuAD 1.1 and 2.0 as distributed, and their windows: pieces of a document that a model can read with the question.
+"""SQuAD 1.1 and 2.0 as distributed, and their windows: pieces of a document that fit into a row with the question.
 
 Source: Rajpurkar et al. (2016, 2018) for the files; Devlin et al. (2019), run_squad.py, for windows by stride and the
-rule that a token is judged in the window that gives it the most context.
+rule that a token is scored in the window that gives it the most context.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cook.base.errors import UserError
 from cook.base.files import read_json
 from cook.data.benchmarks.token_rows import TokenRows
 from cook.data.corpus import whole_text
-from cook.data.left_out import LeftOut
+from cook.data.reports import LeftOut
 
 MAX_BYTES = 256 << 20
 """A larger file is refused: parsed, it takes many times its size in memory."""
@@ -38,40 +38,32 @@ class Question:
     context: str
     answers: tuple[tuple[str, int], ...]
     """Texts and the characters of the context at which they start; none if it cannot be answered."""
-    impossible: bool = False
-    """Whether the file says that it cannot be answered."""
+    impossible: bool = False  # the file says that it cannot be answered
 
 
 class SquadFile(NamedTuple):
-    """What a file held."""
+    """The content of a file."""
 
     questions: tuple[Question, ...]
     left_out: LeftOut
-    num_found: int
-    """Answers that were found by their words, because they do not stand at their `answer_start`."""
+    num_found: int  # answers that were found by their words, because they are not at their `answer_start`
 
 
 class Window(NamedTuple):
-    """A piece of a question's document. Offsets and flags speak of the row's tokens."""
+    """A piece of a question's document, in a row."""
 
-    question: int
-    """Number of its question."""
-    first: int
-    """The row's first token of the document."""
-    offsets: np.ndarray
-    """`[tokens of the piece, 2]` characters of the context at which each token begins and ends."""
-    has_most_context: np.ndarray
-    """`[tokens of the piece]`: whether no other window gives the token more context."""
+    question: int  # its number
+    first: int  # the row's first token of the document
+    offsets: np.ndarray  # (tokens of the piece, 2) characters of the context at which each token begins and ends
+    has_most_context: np.ndarray  # bool (tokens of the piece,): no other window gives the token more context
 
 
 def read_squad(path: Path, *, for_training: bool) -> SquadFile:
     """Reads a file of either version.
 
-    Args:
-        path: The file.
-        for_training: True: every question that is kept has its first answer where it stands in the context, or cannot
-            be answered; the others are left out. An answer that is not where `answer_start` says is looked for by its
-            words. False: an evaluation needs no places; every question is kept, and its answers as they are given.
+    For training, only questions that cannot be answered or whose first answer is in the context are kept. An answer
+    that is not at its `answer_start` is looked for by its words. An evaluation needs no places: all questions and
+    answers are kept as they are.
 
     Raises:
         UserError: no such file, not JSON (with line and column), not SQuAD's layout (with the place in it), or, for
@@ -139,7 +131,7 @@ def _placed(questions: Sequence[Question], path: Path) -> SquadFile:
 
 
 def _found(text: str, start: int, context: str) -> tuple[str, int] | None:
-    """An answer as it stands in the context, up to white space: at `start`, or else wherever it occurs once."""
+    """An answer as it is in the context, up to white space: at `start`, or else where it occurs once."""
     if not text.strip():
         return None
     words = re.compile(r"\s+".join(map(re.escape, text.split())))
@@ -181,8 +173,8 @@ def squad_windows(
         max_length: Tokens of a row: `[CLS]` question `[SEP]` piece `[SEP]`.
         doc_stride: Tokens from the start of one piece to that of the next.
         max_query_length: Tokens of a question at most; the rest is cut off.
-        left_out: Given for training: counts what is cut off, and the questions whose answer no window holds whole. They
-            are left out rather than taught as having none.
+        left_out: Given for training: counts what is cut off, and the questions whose answer no window holds whole.
+            They are left out, because training would treat them as having no answer.
 
     Returns:
         The rows, with the first and last token of the first answer as targets, and what each row shows.
@@ -224,15 +216,13 @@ def squad_windows(
 
 def _tokenised(texts: Sequence[str], tokenizer: Any) -> list[tuple[list[int], np.ndarray]]:
     if not texts:
-        return []  # the library does not take none
+        return []  # the library refuses an empty list
     unique = list(dict.fromkeys(texts))  # a paragraph has several questions
-    # Longer than the model reads is no mistake here: windows are cut from it.
+    # Not verbose: texts longer than the model reads are no mistake, windows are cut from them.
     made = tokenizer(unique, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     pairs = zip(made["input_ids"], made["offset_mapping"], strict=True)
-    by_text = {
-        text: (list(ids), np.array(offsets, np.int64).reshape(-1, 2))
-        for text, (ids, offsets) in zip(unique, pairs, strict=True)
-    }
+    arrays = [(list(ids), np.array(offsets, np.int64).reshape(-1, 2)) for ids, offsets in pairs]
+    by_text = dict(zip(unique, arrays, strict=True))
     return [by_text[text] for text in texts]
 
 
@@ -244,7 +234,7 @@ def _begins(length: int, room: int, stride: int) -> list[int]:
 
 
 def _most_context(begins: Sequence[int], length: int, room: int) -> np.ndarray:
-    """For every token of the document the number of the window in which the lesser of its two contexts is largest."""
+    """Per token of the document the number of the window in which the smaller of its two contexts is largest."""
     best, owner = np.full(length, -1.0), np.zeros(length, np.int64)
     for order, begin in enumerate(begins):
         size = min(room, length - begin)
@@ -257,11 +247,10 @@ def _most_context(begins: Sequence[int], length: int, room: int) -> np.ndarray:
 
 
 def _token_span(question: Question, offsets: np.ndarray) -> tuple[int, int] | None:
-    """First and last token of the first answer; None if there is no answer or the context does not hold it there."""
-    for text, start in question.answers[:1]:
-        end = start + len(text)
-        if not text or start < 0 or question.context[start:end] != text:
-            return None
-        touched = np.flatnonzero((offsets[:, 0] < end) & (offsets[:, 1] > start))
-        return (int(touched[0]), int(touched[-1])) if len(touched) else None
-    return None
+    """First and last token of the first answer; None if there is no answer or it is not there in the context."""
+    text, start = question.answers[0] if question.answers else ("", 0)
+    end = start + len(text)
+    if not text or start < 0 or question.context[start:end] != text:
+        return None
+    touched = np.flatnonzero((offsets[:, 0] < end) & (offsets[:, 1] > start))
+    return (int(touched[0]), int(touched[-1])) if len(touched) else None

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from cook.data.benchmarks.glue import GlueRow, GlueTask
-from cook.data.left_out import LeftOut
+from cook.data.reports import LeftOut
 
 
 class TokenRows:
@@ -19,8 +19,8 @@ class TokenRows:
     Args:
         ids: Token ids of every row, special tokens included.
         segments: Token types of every row: 0 for the first text, 1 for the second.
-        targets_R: Targets: `[rows]` class ids (int64) or scores (float32), or `[rows, 2]` first and last token (int64).
-        pad_id: The id that fills a batch up.
+        targets_R: (R,) class ids (int64) or scores (float32), or (R, 2) first and last token (int64).
+        pad_id: The id of padding.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class TokenRows:
 
     @property
     def largest_id(self) -> int:
-        """The largest token id, that which fills a batch included."""
+        """The largest token id, that of padding included."""
         return int(self._ids.max(initial=self._pad_id))
 
     @property
@@ -65,15 +65,15 @@ class TokenRows:
 
     @property
     def is_redrawn(self) -> bool:
-        """No: every epoch asks the same."""
+        """No: every epoch has the same targets."""
         return False
 
     def num_targets(self, indices: np.ndarray, epoch: int = 0) -> np.ndarray:
-        """One a row: a loss is summed over rows and divided by their number; `epoch` changes nothing."""
+        """One per row: a loss is summed over rows and divided by their number."""
         return np.ones(len(indices), np.int64)
 
     def batch(self, indices: np.ndarray, epoch: int = 0) -> dict[str, torch.Tensor]:
-        """The model's inputs `[B, T]`, T the longest of these rows, `targets`, and `rows`: the rows' numbers."""
+        """The model's inputs (B, T), T the longest of these rows, `targets`, and `rows`: the rows' numbers."""
         width = max(1, int(self.lengths[indices].max(initial=1)))
         ids = np.full((len(indices), width), self._pad_id, np.int64)
         segments, mask = np.zeros((2, len(indices), width), np.int64)
@@ -83,21 +83,14 @@ class TokenRows:
             segments[row, : end - begin] = self._segments[begin:end]
             mask[row, : end - begin] = 1
         named = {"input_ids": ids, "token_type_ids": segments, "attention_mask": mask}
-        return {name: torch.from_numpy(array) for name, array in named.items()} | {
-            "targets": torch.from_numpy(self.targets_R[indices]),
-            "rows": torch.from_numpy(np.asarray(indices, np.int64)),
-        }
+        named |= {"targets": self.targets_R[indices], "rows": np.asarray(indices, np.int64)}
+        return {name: torch.from_numpy(array) for name, array in named.items()}
 
 
 def glue_rows(task: GlueTask, rows: Sequence[GlueRow], tokenizer: Any, max_length: int, left_out: LeftOut) -> TokenRows:
-    """Tokenises a task's rows; of a pair that is too long, the longer text is cut first, as BERT's own reader does.
+    """Tokenises a task's rows of at most `max_length` tokens, special ones included, with a fast tokenizer.
 
-    Args:
-        task: The task.
-        rows: Its examples.
-        tokenizer: A fast tokenizer of Hugging Face's.
-        max_length: Tokens of a row at most, special tokens included.
-        left_out: Is told of the rows that are cut.
+    Of a pair that is too long, the longer text is cut first, as BERT's own reader does. `left_out` counts cut rows.
     """
     first = [row.first for row in rows]
     second = [row.second or "" for row in rows] if len(task.texts) > 1 else None
@@ -109,10 +102,10 @@ def glue_rows(task: GlueTask, rows: Sequence[GlueRow], tokenizer: Any, max_lengt
 
 
 def ordered_batches(rows: TokenRows, batch_size: int, rank: int, world_size: int) -> Iterator[np.ndarray]:
-    """Row numbers of one rank's batches for an evaluation: rows of like length together, every row on one rank once.
+    """Row numbers of one rank's batches for an evaluation: rows of similar length together, every row on one rank once.
 
-    All ranks get equally many batches, because under ZeRO 3 a forward pass needs all of them; a rank that has none left
-    repeats the first row.
+    All ranks get equally many batches, because under ZeRO-3 a forward pass needs all of them; a rank without further
+    rows repeats the first one.
     """
     order = np.argsort(rows.lengths, kind="stable")
     rounds = -(-len(order) // (batch_size * world_size))

@@ -1,4 +1,4 @@
-"""What the commands share: folders to write into, records to write, sizes."""
+"""What the commands share: outputs, records to read and write, sizes."""
 
 from __future__ import annotations
 
@@ -12,18 +12,14 @@ from cook.data.cpm_live.meta import FileInfo, LiveMeta, write_meta
 from cook.data.cpm_live.records import BadRecord, read_record
 from cook.data.cpm_live.scan import read_numbers
 from cook.data.cpm_live.writer import LiveWriter
-from cook.data.progress import Progress
+from cook.data.reports import Progress
 
 FILE_BYTES = 1 << 30
-"""A written data file ends at about this size, and the next one begins."""
+"""At about this size a data file ends and the next one begins."""
 
 
 def new_folder(folder: Path) -> Path:
-    """A folder to write into, made if missing.
-
-    Raises:
-        UserError: It holds something, or cannot be made.
-    """
+    """A folder to write into, made if missing; a `UserError` if it holds something or cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         taken = next(folder.iterdir(), None)
@@ -34,18 +30,18 @@ def new_folder(folder: Path) -> Path:
     return folder
 
 
+def check_new_file(path: Path) -> None:
+    if path.exists():
+        raise UserError(f"--output: {path} is there already", wanted="a new file")
+
+
 def tokenizer_type(path: str, type: str | None) -> str:
-    """The type that is given, or the one that the path tells."""
-    told = "hf" if Path(path).is_dir() else "jieba" if Path(path).suffix == ".txt" else "sentencepiece"
-    return type or told
+    """The given type, or else the one that the path shows."""
+    return type or ("hf" if Path(path).is_dir() else "jieba" if Path(path).suffix == ".txt" else "sentencepiece")
 
 
 def size(option: str, text: str) -> int:
-    """Bytes, as a number that may end in K, M or G (of 1024).
-
-    Raises:
-        UserError: `text`, the value of `option`, is no size, or below 16.
-    """
+    """Bytes in the value `text` of an option, a number of at least 16 that may end in K, M or G (of 1024)."""
     digits, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
     value = int(digits) * {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(unit, 0) if digits.isdecimal() else 0
     if value < 16:
@@ -55,11 +51,7 @@ def size(option: str, text: str) -> int:
 
 
 def all_numbers(meta: LiveMeta, progress: Progress | None = None) -> Iterator[np.ndarray]:
-    """The records of a folder in order, as numbers, each checked.
-
-    Raises:
-        UserError: The data is damaged.
-    """
+    """The records of a folder in order, as numbers, each checked. UserError: the data is damaged."""
     for file in meta.shown:
         assert file.block_size is not None
         path = meta.folder / file.file_name
@@ -84,7 +76,7 @@ def write_folder(
     Raises:
         UserError: There are no records, or one does not fit into a block.
     """
-    remaining, begin = iter(records), 0
+    remaining = iter(records)
     infos: list[FileInfo] = []
     first = next(remaining, None)
     while first is not None:
@@ -94,8 +86,7 @@ def write_folder(
                 if writer.nbytes >= FILE_BYTES:
                     break
                 writer.write(first)
-        infos.append(writer.info(begin))
-        begin += writer.num_blocks
+        infos.append(writer.info())
     if not infos:
         raise UserError("there are no records to write", wanted="at least one")
     write_meta(folder, version, infos)

@@ -1,4 +1,4 @@
-"""From the lines of input files to records: documents, their tokens, pieces of them.
+"""From the lines of input files to records: documents, their tokens, pieces.
 
 A document's tokens (unknown ones left out) are cut into pieces of max_length - prompt_length - 2; a rest shorter than
 32 is dropped. A piece becomes `<s> piece </s>`, for masked language modelling or for plain language modelling.
@@ -25,7 +25,7 @@ from cook.data.cpm_live.records import (
     Record,
     Segment,
 )
-from cook.data.left_out import LeftOut
+from cook.data.reports import LeftOut
 from cook.data.source_files import has_ending, is_compressed, lines_of, matching_files, opened
 from cook.text.tokenizer import Tokenizer
 
@@ -38,7 +38,7 @@ EMPTY = "documents without a known token"
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the records depend on, beside the text."""
+    """What the records depend on, apart from the text."""
 
     format: str
     text_field: str
@@ -57,7 +57,7 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A stretch of an input file: the lines that begin in it. A compressed file is a single one."""
+    """A stretch of an input file: the lines that begin in it. A compressed file is a single part."""
 
     number: int
     path: str
@@ -65,14 +65,18 @@ class Part:
     begin: int
     end: int
 
+    @property
+    def size(self) -> int:
+        return self.end - self.begin
+
 
 def format_of(inputs: Iterable[str]) -> str:
-    """The format that the inputs' names tell."""
+    """The format that the inputs' names show."""
     return "jsonl" if all(has_ending(given, JSONL_SUFFIXES) for given in inputs) else "lines"
 
 
 def input_files(inputs: Iterable[str], format: str, left_out: LeftOut) -> list[tuple[Path, str]]:
-    """The files that the inputs name and their names in the corpus, in order, none twice; counts the others."""
+    """The files that the inputs name and their names in the corpus, in order, none twice; counts the rest."""
     found: dict[Path, tuple[Path, str]] = {}
     for given in inputs:
         for path, name in matching_files(given, JSONL_SUFFIXES if format == "jsonl" else None, left_out):
@@ -81,11 +85,7 @@ def input_files(inputs: Iterable[str], format: str, left_out: LeftOut) -> list[t
 
 
 def parts_of(files: Iterable[tuple[Path, str]], part_size: int) -> list[Part]:
-    """Deals the files out in parts of about `part_size` bytes.
-
-    Raises:
-        UserError: They are empty.
-    """
+    """Cuts the files into parts of about `part_size` bytes; a `UserError` if they are empty."""
     stretches = []
     for path, name in files:
         size = path.stat().st_size
@@ -128,11 +128,7 @@ def records_of(
 
 
 def documents(part: Part, format: str, text_field: str) -> Iterator[str]:
-    """The documents of a part.
-
-    Raises:
-        UserError: One is not UTF-8, or no JSON object with a text.
-    """
+    """The documents of a part; a `UserError` if one is not UTF-8, or not a JSON object with a text."""
     if format == "text":
         block: list[bytes] = []
         start = size = 0

@@ -1,15 +1,15 @@
-"""Text or JSON lines to binary data, as CPM-Ant's preprocessing does it, in parallel.
+"""Text or JSON lines to a tokenizer, or to binary data as CPM-Ant's preprocessing does it, in parallel.
 
-The input is dealt out in parts that depend on the files and on --part-size alone. Every part becomes one data file, so
-any number of workers writes the same bytes, and a killed run goes on with the parts that it has not finished.
+The input of `preprocess` is cut into parts that depend on the files and on --part-size alone. Every part becomes one
+data file, so any number of workers writes the same bytes, and a killed run resumes with the unfinished parts.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,47 @@ from cook.base.files import read_json, write_json
 from cook.base.pool import in_order
 from cook.data.cache import fingerprint_of
 from cook.data.commands import common
-from cook.data.commands.pieces import COUNTS, Part, Settings, input_files, parts_of, records_of
+from cook.data.commands.pieces import COUNTS, Part, Settings, documents, format_of, input_files, parts_of, records_of
 from cook.data.corpus import MIN_REST
 from cook.data.cpm_live.meta import FileInfo, write_meta
 from cook.data.cpm_live.writer import LiveWriter
-from cook.data.left_out import LeftOut
-from cook.data.progress import Progress
+from cook.data.reports import LeftOut, Progress
 from cook.text.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 2
 """Raised whenever the same inputs would give other records."""
 
 UNFINISHED = ".unfinished"
+TOKENIZER_PART = 64 << 20
+
+
+def train_tokenizer(
+    inputs: Sequence[str], target: Path, *, format: str | None, text_field: str, vocab_size: int, seed: int
+) -> None:
+    """Trains a sentencepiece tokenizer as a run without a tokenizer does, and writes `target`.
+
+    Raises:
+        UserError: the target exists, or there is no text to read.
+    """
+    # Imported late: PyTorch comes with it, which the workers of `preprocess` do without.
+    from cook.data.prepare import NOT_SAMPLED
+    from cook.text.sentencepiece import train_sentencepiece
+
+    common.check_new_file(target)
+    format = format or format_of(inputs)
+    left_out = LeftOut()
+    parts = parts_of(input_files(inputs, format, left_out), TOKENIZER_PART)
+    with Progress("reading", sum(part.size for part in parts)) as progress:
+
+        def texts() -> Iterator[str]:
+            for part in parts:
+                yield from documents(part, format, text_field)
+                progress.advance(part.size)
+
+        left_out.add(NOT_SAMPLED, train_sentencepiece(texts(), target, vocab_size=vocab_size, seed=seed))
+    print(f"{target}: {vocab_size} ids")
+    for sentence in left_out.sentences("the input"):
+        print(sentence)
 
 
 def preprocess(
@@ -48,14 +77,14 @@ def preprocess(
         inputs: Files, folders or glob patterns.
         output: A new folder, or one with an unfinished run of the same job.
         tokenizer: Its file or folder.
-        tokenizer_type: `hf`, `sentencepiece` or `jieba`; None: the path tells.
+        tokenizer_type: `hf`, `sentencepiece` or `jieba`; None: the path shows it.
         settings: What the records depend on.
         workers: Processes.
         part_size: Bytes of input per part.
 
     Raises:
-        UserError: a setting out of its range, no documents, or an output that holds something else.
-        Interrupted: by the user; what is done is kept.
+        UserError: a setting is out of its range, there are no documents, or the output holds something else.
+        Interrupted: by the user; finished parts are kept.
     """
     _check(settings)
     named = common.tokenizer_type(tokenizer, tokenizer_type), tokenizer
@@ -72,13 +101,12 @@ def preprocess(
         print(f"resuming: {len(done)} of {len(parts)} parts are done")
     workers = max(1, min(workers, len(todo)))
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if workers == 1 else "false"
-    total = sum(part.end - part.begin for part in parts)
-    with Progress("preprocessing", total, unit="MB", scale=1e6) as progress:
-        progress.advance(sum(part.end - part.begin for part in done))
+    with Progress("preprocessing", sum(part.size for part in parts)) as progress:
+        progress.advance(sum(part.size for part in done))
         jobs = [(part, settings, str(folder)) for part in todo]
         try:
             for part, _ in zip(todo, in_order(write_part, jobs, workers, _load_tokenizer, named), strict=True):
-                progress.advance(part.end - part.begin)
+                progress.advance(part.size)
         except KeyboardInterrupt:
             raise Interrupted("the parts that are done are kept; give the same command to go on") from None
     _finish(folder, parts, settings, passed)
@@ -141,14 +169,12 @@ def write_part(part: Part, settings: Settings, folder: str) -> None:
 def _finish(folder: Path, parts: list[Part], settings: Settings, left_out: LeftOut) -> None:
     notes = [_finished(folder, part) for part in parts]
     totals = {name: sum(note["counts"][name] for note in notes if note is not None) for name in COUNTS}
-    infos, begin = [], 0
+    infos = []
     for note in notes:
         assert note is not None, "every part has been written"
         left_out.include(note["left_out"])
         if note["info"] is not None:
-            info = FileInfo(**note["info"])
-            infos.append(replace(info, block_begin=begin, block_end=begin + info.num_blocks))
-            begin = infos[-1].block_end
+            infos.append(FileInfo(**note["info"]))
     if not infos:
         raise UserError(
             f"no document has as many as {MIN_REST} tokens: nothing to write",

@@ -2,7 +2,7 @@
 
 The first opening scans all data once, in several processes, and keeps an index in the cache: where every record's
 tokens are, its segments, a hash of every block. The index is used again as long as the files have the same sizes and
-times of change; its hash over the blocks is what a resumed run compares.
+modification times. A resumed run compares its hash over the blocks.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ import numpy as np
 
 from cook.base.errors import UserError
 from cook.base.pool import in_order, num_cores
-from cook.data.cache import cached_folder, fingerprint_of, read_manifest
+from cook.data.cache import cached_folder, fingerprint_of, mapped, whole_manifest
 from cook.data.cpm_live.meta import FileInfo, LiveMeta, read_meta
 from cook.data.cpm_live.pickles import INT64
 from cook.data.cpm_live.records import Record, Segment
 from cook.data.cpm_live.scan import COLUMNS, Scanned, map_file, place, scan_blocks
-from cook.data.progress import Progress
+from cook.data.reports import Progress
 
 FORMAT = 1
 """Raised whenever the same files would give another index."""
 
 DIGEST_BYTES = 32
 CHUNK_BYTES = 256 << 20
-"""What one process scans at a time."""
+"""One process scans this much at a time."""
 
 
 @dataclass(frozen=True)
@@ -44,40 +44,30 @@ class DataFile:
     block_size: int
     size: int
     mtime_ns: int
-    first_record: int
-    """Number of its first record in the whole list."""
-
-    first_block: int
-    """Number of its first block among all files'."""
-
-    digest: str
-    """SHA-256 over the SHA-256 of its blocks."""
+    first_record: int  # its number in the whole list
+    first_block: int  # its number among the blocks of all files
+    digest: str  # SHA-256 over the SHA-256 of its blocks
 
 
 def open_live(
-    folders: Sequence[str | Path],
-    cache: Path,
-    workers: int | None = None,
-    opened: Callable[..., Path] = cached_folder,
+    folders: Sequence[str | Path], cache: Path, workers: int | None = None, opened: Callable[..., Path] = cached_folder
 ) -> LiveDataset:
     """Opens the records of some folders, and scans them if that has not been done yet.
 
     Args:
         folders: Folders with `meta.bin`, in the order in which their records are numbered.
-        cache: Where the index is kept.
-        workers: Processes that scan. None: as many as this process may use cores.
-        opened: Gives the index's folder, as `cached_folder` does.
+        cache: The folder of the index.
+        workers: Processes that scan. None: one per core that this process may use.
+        opened: Returns the index's folder, as `cached_folder` does.
 
     Raises:
-        UserError: The data is missing, damaged, or another than `meta.bin` says: with file, block and offset.
+        UserError: The data is missing, damaged, or not as `meta.bin` says: with file, block and offset.
     """
     metas = [read_meta(folder) for folder in folders]
     seen = [[str(meta.folder.resolve()), meta.version, [_seen(meta, file) for file in meta.shown]] for meta in metas]
 
-    def build(folder: Path) -> dict[str, Any]:
-        return _scan_all(metas, folder, workers)
-
-    return LiveDataset(opened(cache, "index", fingerprint_of("index", FORMAT, seen), build))
+    key = fingerprint_of("index", FORMAT, seen)
+    return LiveDataset(opened(cache, "index", key, lambda folder: _scan_all(metas, folder, workers)))
 
 
 def _seen(meta: LiveMeta, file: FileInfo) -> list[Any]:
@@ -86,26 +76,17 @@ def _seen(meta: LiveMeta, file: FileInfo) -> list[Any]:
 
 
 class LiveDataset:
-    """Records by number; made by `open_live`. A pickled instance maps the files again where it arrives.
-
-    Args:
-        index: Folder of the index.
-    """
+    """Records by number, from the folder of an index. A pickled instance maps the files again where it arrives."""
 
     def __init__(self, index: Path):
-        manifest = read_manifest(index)
-        if manifest is None:
-            raise UserError(
-                f"{index}: the index of the data is missing or damaged", remedy="start again: it is rebuilt"
-            )
+        manifest = whole_manifest(index)
         self._index = index
         self.files = tuple(DataFile(**file) for file in manifest["data"])
         self.largest_token: int = manifest["largest_token"]
         self.largest_token_record: int = manifest["largest_token_record"]
         self.fingerprint = fingerprint_of("live", FORMAT, [file.digest for file in self.files])
-        self.column = {name: _column(index, name) for name in COLUMNS}
-        self.segment_begin = _column(index, "segment_begin")
-        """int64 (N + 1,), the first segment of every record."""
+        self.column = {name: mapped(index / f"{name}.bin", dtype) for name, dtype in COLUMNS.items()}
+        self.segment_begin = mapped(index / "segment_begin.bin", np.int64)  # (N + 1,), the first segment per record
         self._first_F = np.array([file.first_record for file in self.files], np.int64)
         self._maps: dict[int, mmap.mmap] = {}
         self._seen: dict[int, tuple[int, int]] = {}
@@ -117,11 +98,7 @@ class LiveDataset:
         return len(self.column["offset"])
 
     def tokens(self, records: np.ndarray) -> list[np.ndarray]:
-        """Tokens int64 (num_tokens,) of some records: views into the mapped files.
-
-        Raises:
-            UserError: A file has changed since it was scanned.
-        """
+        """Tokens int64 (num_tokens,) of some records: views into the mapped files, which must not have changed."""
         file_N = np.searchsorted(self._first_F, records, side="right") - 1
         for number in np.unique(file_N).tolist():
             self._check_unchanged(number)
@@ -133,7 +110,6 @@ class LiveDataset:
         ]
 
     def record(self, number: int) -> Record:
-        """One whole record."""
         begin, end = self.segment_begin[number : number + 2].tolist()
         parts = (self.column[f"segment_{name}"][begin:end].tolist() for name in ("length", "type", "task"))
         segments = tuple(Segment(*values) for values in zip(*parts, strict=True))
@@ -146,7 +122,7 @@ class LiveDataset:
         return place(Path(file.path), offset // file.block_size, offset)
 
     def _check_unchanged(self, number: int) -> None:
-        """Reading a mapped file that has been cut would kill the process, so it is looked at first."""
+        """A `UserError` if a file has changed: reading a mapped file that is now shorter would kill the process."""
         file = self.files[number]
         try:
             stat = os.stat(file.path)
@@ -176,14 +152,8 @@ class LiveDataset:
         return None if size == file.size else blocks
 
 
-def _column(index: Path, name: str) -> np.ndarray:
-    path, dtype = index / f"{name}.bin", COLUMNS.get(name, np.dtype(np.int64))
-    # An empty file cannot be mapped. A plain array: numpy's own class of mapped ones takes its time at every look.
-    return np.asarray(np.memmap(path, dtype, mode="r")) if path.stat().st_size else np.zeros(0, dtype)
-
-
 def _scan_all(metas: Sequence[LiveMeta], folder: Path, workers: int | None) -> dict[str, Any]:
-    """Writes the columns of the index into `folder`; returns what else there is to know."""
+    """Writes the columns of the index into `folder`; returns its other facts."""
     files: list[dict[str, Any]] = []
     records, blocks, largest = 0, 0, (-1, -1)
     jobs = [(meta, file) for meta in metas for file in meta.shown]
@@ -194,7 +164,7 @@ def _scan_all(metas: Sequence[LiveMeta], folder: Path, workers: int | None) -> d
         digests = stack.enter_context(open(folder / "digests.bin", "wb"))
         segments = np.zeros(1, np.int64)
         begins.write(segments.tobytes())
-        progress = stack.enter_context(Progress("reading the index", total, unit="MB", scale=1e6))
+        progress = stack.enter_context(Progress("reading the index", total))
         for meta, file in jobs:
             path = meta.folder / file.file_name
             stat, first, nbytes, digest = path.stat(), records, 0, hashlib.sha256()

@@ -5,6 +5,7 @@ Version 1 (CPM-Ant): a pickled list. Version 2 (CPM-Bee): JSON lines, which also
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,33 +20,19 @@ from cook.data.cpm_live.symbols import PickleRefused
 META = "meta.bin"
 DEFAULT_BLOCK_SIZE = 16 << 20
 MAX_META_BYTES = 256 << 20
-VERSIONS = (1, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileInfo:
     """One data file of a folder."""
 
-    file_name: str
-    """Its name inside the folder."""
-
-    block_begin: int
-    """Number of its first block, counted over all files of the folder."""
-
+    file_name: str  # inside the folder
+    block_begin: int  # number of its first block, counted over all files of the folder
     block_end: int
-    """Number after its last block."""
-
-    nbytes: int
-    """Bytes of its records without the magic; in version 2 with their lengths."""
-
-    nlines: int
-    """Its records."""
-
-    mask: bool = False
-    """True: the file is not to be read."""
-
-    block_size: int | None = None
-    """Bytes of a block; None where version 1 does not say."""
+    nbytes: int  # of its records without the magic; in version 2 with their lengths
+    nlines: int  # its records
+    mask: bool = False  # True: the file is not read
+    block_size: int | None = None  # bytes; None where version 1 does not say
 
     @property
     def num_blocks(self) -> int:
@@ -62,15 +49,15 @@ class LiveMeta:
 
     @property
     def shown(self) -> tuple[FileInfo, ...]:
-        """The files that are to be read."""
+        """The files that are read."""
         return tuple(file for file in self.files if not file.mask)
 
 
 def read_meta(folder: str | Path) -> LiveMeta:
-    """Reads and checks a folder's `meta.bin`, and holds it to the sizes of the files.
+    """Reads a folder's `meta.bin` and checks it against the sizes of the files.
 
     Raises:
-        UserError: There is none, it is damaged, or a file is missing or has not the size that its blocks need.
+        UserError: There is none, it is damaged, or a file is missing or does not have the size of its blocks.
     """
     folder = Path(folder)
     path = regular_file(folder / META, "file; a folder of CPM-Live binary data has one")
@@ -91,7 +78,12 @@ def read_meta(folder: str | Path) -> LiveMeta:
 
 
 def write_meta(folder: Path, version: int, files: Sequence[FileInfo]) -> None:
-    """Writes `meta.bin`, whole or not at all."""
+    """Writes `meta.bin`, whole or not at all; numbers the blocks of the files in their order."""
+    ends = [0, *itertools.accumulate(file.num_blocks for file in files)]
+    files = [
+        replace(file, block_begin=begin, block_end=end)
+        for file, (begin, end) in zip(files, itertools.pairwise(ends), strict=True)
+    ]
     if version == 1:
         states = [(f.file_name, f.block_begin, f.block_end, f.nbytes, f.nlines, f.mask) for f in files]
         write_atomically(folder / META, write_files(states))
@@ -117,8 +109,7 @@ def _read_version_2(path: Path, content: bytes) -> list[FileInfo]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
-            files.append(_file_of(value))
+            files.append(_file_of(json.loads(line)))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             reason = f"no {error} in it" if isinstance(error, KeyError) else str(error)
             raise UserError(f"{path}, line {number}: not the description of a file", got=reason) from None
@@ -155,11 +146,10 @@ def _check_blocks(path: Path, files: Sequence[FileInfo]) -> None:
 
 
 def _with_block_sizes(folder: Path, files: Sequence[FileInfo]) -> tuple[FileInfo, ...]:
-    """Finds the block size where it is not given, and holds every file that is to be read to its size."""
+    """Finds the block size where it is not given, and checks the size of every file that is read."""
     sizes = {}
-    for file in files:
-        if file.mask:
-            continue
+    shown = [file for file in files if not file.mask]
+    for file in shown:
         try:
             sizes[file.file_name] = (folder / file.file_name).stat().st_size
         except OSError as error:
@@ -167,7 +157,7 @@ def _with_block_sizes(folder: Path, files: Sequence[FileInfo]) -> tuple[FileInfo
                 f"{folder / file.file_name}: cannot be read: {error.strerror}",
                 remedy=f"put back the file that {META} lists, or mask it",
             ) from None
-    guess = _common_block_size([(sizes[file.file_name], file.num_blocks) for file in files if not file.mask])
+    guess = _common_block_size([(sizes[file.file_name], file.num_blocks) for file in shown])
     done = tuple(replace(file, block_size=file.block_size or guess) for file in files)
     for file in done:
         assert file.block_size is not None

@@ -1,8 +1,8 @@
 """The two things that CPM-Live's binary data pickles: an int64 array, and the list of a folder's files.
 
-Reading recognises the symbols that `cook.data.cpm_live.symbols` gives back; writing spells the opcodes out, as Python's
-pickler at protocol 4 (the default from Python 3.8 to 3.13) gives them with numpy 1. numpy 2 has moved its module to
-`numpy._core`, a name that older ones cannot import; both are read, the old one is written.
+Reading recognises the symbols of `cook.data.cpm_live.symbols`; writing emits the opcodes of Python's pickler at
+protocol 4 (the default from Python 3.8 to 3.13) with numpy 1. numpy 2 has moved its module to `numpy._core`, a name
+that older ones cannot import; both are read, the old one is written.
 """
 
 from __future__ import annotations
@@ -16,12 +16,8 @@ import numpy as np
 from cook.data.cpm_live.symbols import Call, Name, PickleRefused, Stretch, read_symbols
 
 INT64 = np.dtype("<i8")
-MAX_ARRAY_OPCODES = 200
-"""An array takes about 60."""
-
-OPCODES_A_FILE = 64
-"""A file's entry takes about 25."""
-
+MAX_ARRAY_OPCODES = 200  # an array takes about 60
+OPCODES_A_FILE = 64  # a file's entry takes about 25
 FILE_INFO = "cpm_live.dataset.distributed_dataset"
 FILE_INFO_MODULES = (FILE_INFO, "cpm_live.data.distributed_dataset")
 
@@ -31,15 +27,10 @@ _FRAME_BYTES = 64 * 1024  # the pickler leaves larger bytes outside of its frame
 
 
 def read_array(buffer: Any, begin: int, end: int) -> tuple[Stretch, int]:
-    """Finds the numbers of a pickled int64 array (num,).
-
-    Args:
-        buffer: Bytes or a map of a file.
-        begin: Offset of the pickle.
-        end: Offset that it must not reach beyond.
+    """Finds the numbers of a pickled int64 array (num,) in bytes or the map of a file, between two offsets.
 
     Returns:
-        The stretch of the buffer that holds the numbers, and the offset after the pickle.
+        The stretch of the buffer with the numbers, and the offset after the pickle.
 
     Raises:
         PickleRefused: It is anything else.
@@ -57,7 +48,7 @@ def read_array(buffer: Any, begin: int, end: int) -> tuple[Stretch, int]:
 
 
 def _parts_of_array(value: Any, at: int) -> tuple[Any, Any, Any, Any]:
-    """Shape, dtype, order and bytes, from either of numpy's two ways to pickle an array."""
+    """Shape, dtype, order and bytes, from one of numpy's two ways to pickle an array."""
     if isinstance(value, Call):
         if value.function in _RECONSTRUCT and isinstance(value.state, tuple) and len(value.state) == 5:
             _, shape, dtype, order, data = value.state

@@ -1,4 +1,4 @@
-"""A record of CPM-Ant's data: what the model is to do with it, its segments, its tokens.
+"""A record of CPM-Ant's data: its task, its segments, its tokens.
 
 As numbers: `[task, segments, (length, type, task) of every segment, tokens of every segment]`.
 """
@@ -10,31 +10,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-MASKED_LM = 0
-"""Segment task: a random part of the segment is hidden and has to be predicted; the rest is context."""
-
-LM = 1
-"""Segment task: the end of the segment, of random length, has to be predicted from left to right."""
-
-GENERATE, GENERATE_SECOND = 3, 4
-"""Segment tasks: with a segment of type 2 (or 3), the whole record except its first token has to be predicted."""
-
-CONTEXT = 2
-"""Segment task: nothing has to be predicted."""
-
-TOLD = 90
-"""Segment task added by cook: the whole segment has to be predicted, including the first token, from the position
-before it."""
-
+# Tasks of a segment.
+MASKED_LM = 0  # a random part of the segment is hidden and predicted; the rest is context
+LM = 1  # the end of the segment, of random length, is predicted from left to right
+CONTEXT = 2  # nothing is predicted
+GENERATE, GENERATE_SECOND = 3, 4  # with a segment of type 2 (or 3): the whole record but its first token is predicted
+TOLD = 90  # added by cook: the whole segment is predicted, the first token too, from the position before it
+# Added by cook: the segment is one option of a question, with a prompt of its own. The record is all of the question's
+# options, of which exactly one is right.
 WRONG_CHOICE, RIGHT_CHOICE = 100, 101
-"""Segment tasks, cook's own: the segment is one option of a question, with a prompt of its own; the record is all of
-the question's options, of which exactly one is right."""
 
+# Tasks of a record, which choose its prompt.
 MASKED_LM_PROMPT, LM_PROMPT, DOWNSTREAM_PROMPT = 1, 2, 1
-"""Tasks of a record, which choose its prompt."""
 
+# Types of a segment: text with holes, text read from left to right.
 MASKED_SEGMENT, TEXT_SEGMENT = 1, 2
-"""Types of a segment: text with holes, text read from left to right."""
 
 SEGMENT_TASKS = frozenset({MASKED_LM, LM, CONTEXT, GENERATE, GENERATE_SECOND, TOLD, WRONG_CHOICE, RIGHT_CHOICE})
 TOLD_WITH_TYPE = {GENERATE: 2, GENERATE_SECOND: 3}
@@ -50,17 +40,14 @@ class Segment(NamedTuple):
 
 
 class BadRecord(ValueError):
-    """The numbers are no record; the message says why."""
+    """The numbers are not a record; the message says why."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """One record."""
-
     task: int
     segments: tuple[Segment, ...]
-    tokens: np.ndarray
-    """int64 (num_tokens,), all segments one after the other."""
+    tokens: np.ndarray  # int64 (num_tokens,), all segments one after the other
 
     def numbers(self) -> np.ndarray:
         """int64 (2 + 3 segments + num_tokens,), as it is written."""
@@ -69,11 +56,7 @@ class Record:
 
 
 def read_record(numbers: np.ndarray) -> Record:
-    """The record of these numbers.
-
-    Raises:
-        BadRecord: They are none.
-    """
+    """The record of these numbers, or a `BadRecord`."""
     task, segments = read_header(numbers)
     tokens = numbers[2 + 3 * len(segments) :]
     if len(tokens) and int(tokens.min()) < 0:
@@ -82,11 +65,7 @@ def read_record(numbers: np.ndarray) -> Record:
 
 
 def read_header(numbers: np.ndarray) -> tuple[int, tuple[Segment, ...]]:
-    """Task and segments of a record; its tokens are not looked at.
-
-    Raises:
-        BadRecord: They contradict each other, or a task is unknown.
-    """
+    """Task and segments of a record, its tokens unread; a `BadRecord` if they contradict each other."""
     if len(numbers) < 5:
         raise BadRecord(f"{len(numbers)} numbers are not a record, which has at least 5")
     task, count = int(numbers[0]), int(numbers[1])

@@ -27,7 +27,7 @@ COLUMNS: dict[str, np.dtype] = {
     "segment_type": np.dtype(np.int16),
     "segment_task": np.dtype(np.int16),
 }
-"""What is noted: the first four for every record, the others for every segment."""
+"""The first four per record, the others per segment."""
 
 MAGIC, END_OF_BLOCK = 0x1F, 0x00
 MAX_KNOWN_HEADS = 1 << 16
@@ -35,21 +35,16 @@ MAX_KNOWN_HEADS = 1 << 16
 
 @dataclass(frozen=True)
 class Scanned:
-    """What some blocks of a file hold."""
+    """The content of some blocks of a file."""
 
     columns: dict[str, np.ndarray]
-    nbytes: int
-    """Bytes of the records as `meta.bin` counts them."""
-
-    digests: bytes
-    """SHA-256 of every block, one after the other."""
-
-    largest: tuple[int, int]
-    """The largest token and the number of its record, counted from the first of these blocks; (-1, -1) if none."""
+    nbytes: int  # of the records, as `meta.bin` counts them
+    digests: bytes  # SHA-256 of every block, one after the other
+    largest: tuple[int, int]  # the largest token and its record, counted from the first block here; (-1, -1) if none
 
 
 def place(path: Path, block: int, offset: int) -> str:
-    """How errors name a place in the data; `block` is counted inside the file."""
+    """A place in the data for error messages; `block` counts inside the file."""
     shown = os.path.relpath(path)
     return f"{path if shown.startswith('..') else shown}, block {block}, offset {offset}"
 
@@ -61,11 +56,7 @@ def map_file(path: str | Path) -> mmap.mmap:
 
 
 def scan_blocks(path: Path, version: int, block_size: int, first: int, count: int) -> Scanned:
-    """Scans `count` blocks of a file from block `first` on.
-
-    Raises:
-        UserError: A byte that is no magic, a record that is none, or a block without an end.
-    """
+    """Scans `count` blocks of a file from block `first` on; a `UserError` if one is damaged."""
     scanner = _Scanner(version)
     digests = []
     content = map_file(path)
@@ -86,11 +77,7 @@ def scan_blocks(path: Path, version: int, block_size: int, first: int, count: in
 
 
 def read_numbers(path: Path, version: int, block_size: int, num_blocks: int) -> Iterator[np.ndarray]:
-    """The records of a file, one after the other, as the numbers that they are written in: int64 (num,), read-only.
-
-    Raises:
-        UserError: As `scan_blocks`.
-    """
+    """The records of a file as their numbers, int64 (num,), read-only; a `UserError` if it is damaged."""
     scanner = _Scanner(version)
     content = map_file(path)
     for block in range(num_blocks):
@@ -118,7 +105,7 @@ class _Scanner:
         self.columns: dict[str, list[int]] = {name: [] for name in COLUMNS}
         self.nbytes = 0
         self.largest = (-1, -1)
-        # Records with as many numbers begin and end with the same bytes: known ones need not be parsed again.
+        # Records with equally many numbers begin and end with the same bytes: known ones are not parsed again.
         self.known: dict[bytes, tuple[int, bytes]] = {}
         self.head_lengths: list[int] = []
 
@@ -174,16 +161,11 @@ class _Scanner:
 
     def note(self, content: Any, data: int, count: int) -> None:
         numbers = np.frombuffer(content, INT64, count, data)
-        head = struct.unpack_from("<5q", content, data) if count >= 5 else ()
+        head = struct.unpack_from("<5q", content, data) if count >= 5 else (-1, 0, 0, 0, 0)
         columns = self.columns
         # Nearly all records: one segment, of one of the two tasks of pretraining.
-        if (
-            head
-            and head[1:3] == (1, count - 5)
-            and head[4] in (MASKED_LM, LM)
-            and 0 <= min(head)
-            and max(head) < 1 << 15
-        ):
+        is_plain = head[1:3] == (1, count - 5) and head[4] in (MASKED_LM, LM)
+        if is_plain and 0 <= min(head) and max(head) < 1 << 15:
             task, num_segments = head[0], 1
             columns["segment_length"].append(head[2])
             columns["segment_type"].append(head[3])

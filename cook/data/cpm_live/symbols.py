@@ -1,9 +1,8 @@
 """Reads a pickle without running any of it: names and calls become symbols, for the caller to recognise or refuse.
 
-Python's own unpickler imports what a pickle names and calls what it says; a data file could so run anything. This one
-knows neither import nor call. It takes the opcodes that protocols 2 to 5 use for lists, tuples, text, numbers, bytes,
-names and calls, refuses all others by name, and needs memory in proportion to the pickle's length only.
-(Opcodes: CPython, Lib/pickletools.py.)
+Python's own unpickler imports and calls what a pickle names, so a data file could run anything. This one does neither.
+It takes the opcodes that protocols 2 to 5 use for lists, tuples, text, numbers, bytes, names and calls, refuses all
+others by name, and needs memory in proportion to the pickle's length only. (Opcodes: CPython, Lib/pickletools.py.)
 """
 
 from __future__ import annotations
@@ -14,19 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 NAME_OF = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
-MAX_TEXT = 4096
-"""Longest name or text in a pickle of ours, in bytes."""
+MAX_TEXT = 4096  # bytes of the longest name or text
 
 _MARK = object()
 
 
 class PickleRefused(Exception):
-    """The bytes are no pickle of the expected kind.
-
-    Args:
-        offset: Where in the buffer.
-        reason: What is wrong, for a sentence that begins with the place.
-    """
+    """The bytes at an offset of the buffer are not a pickle of the expected kind, for a reason."""
 
     def __init__(self, offset: int, reason: str):
         self.offset, self.reason = offset, reason
@@ -59,13 +52,7 @@ class Call:
 
 
 def read_symbols(buffer: Any, begin: int, end: int, max_opcodes: int) -> tuple[Any, int]:
-    """Reads the one pickle that starts at `begin`.
-
-    Args:
-        buffer: Bytes, or a map of a file.
-        begin: Offset of the pickle's first byte.
-        end: Offset that it must not reach beyond.
-        max_opcodes: Longest program to follow.
+    """Reads the one pickle that starts at offset `begin` of bytes or the map of a file, and ends before `end`.
 
     Returns:
         Its value (None, bool, int, str, tuple, list, `Name`, `Stretch`, `Call`), and the offset after its last byte.

@@ -1,7 +1,7 @@
 """Writes data files of CPM-Live's binary format, byte for byte as CPM-Live does.
 
-A record is 0x1F and its payload: a pickled int64 array, in version 2 with its length in front (uint32). A record that
-would not leave a byte of its block free begins a new block; 0x00 ends a block and fills it.
+A record is 0x1F and its payload: a pickled int64 array, in version 2 after its length (uint32). A record that would not
+leave a byte of its block free begins a new block; 0x00 ends a block and fills it.
 """
 
 from __future__ import annotations
@@ -22,13 +22,7 @@ END_OF_BLOCK = b"\x00"
 
 
 class LiveWriter:
-    """Writes one data file; a context manager. The file has its name only once it is whole.
-
-    Args:
-        path: The data file.
-        version: 1 or 2.
-        block_size: Bytes of a block.
-    """
+    """A context manager that writes one data file, which gets its name only once it is whole."""
 
     def __init__(self, path: Path, *, version: int, block_size: int = DEFAULT_BLOCK_SIZE):
         self._path, self._version, self._block_size = path, version, block_size
@@ -38,14 +32,7 @@ class LiveWriter:
         self.num_blocks, self.nbytes, self.nlines = 1, 0, 0
 
     def write(self, values: np.ndarray) -> None:
-        """Adds one record.
-
-        Args:
-            values: int64 (num,).
-
-        Raises:
-            UserError: It does not fit into a block.
-        """
+        """Adds one record, int64 (num,); a `UserError` if it does not fit into a block."""
         payload = write_array(values)
         if self._version == 2:
             payload = struct.pack("<I", len(payload)) + payload
@@ -69,12 +56,12 @@ class LiveWriter:
         self._file.write(END_OF_BLOCK * (self._block_size - self._offset))
         self._offset = 0
 
-    def info(self, block_begin: int = 0) -> FileInfo:
-        """The file's entry in `meta.bin`, if its first block has the number `block_begin`."""
+    def info(self) -> FileInfo:
+        """The file's entry in `meta.bin`, where `write_meta` numbers its blocks."""
         return FileInfo(
             file_name=self._path.name,
-            block_begin=block_begin,
-            block_end=block_begin + self.num_blocks,
+            block_begin=0,
+            block_end=self.num_blocks,
             nbytes=self.nbytes,
             nlines=self.nlines,
             block_size=self._block_size,

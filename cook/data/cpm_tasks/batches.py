@@ -1,7 +1,10 @@
-"""From records to the model's batch, as CPM-Ant builds it: prompts, segments, spans, what is hidden, targets.
+"""From records to the model's batch, as CPM-Ant builds it: prompts, segments, spans, hidden tokens, targets.
 
-All samples of a batch are built at once. Shapes: B rows of L positions, P prompt positions a sample, N records,
+All samples of a batch are built at once. Shapes: B rows of L positions, P prompt positions per sample, N records,
 S segments, T tokens of all records.
+
+Random numbers have names: every segment's draw is a function of (seed, epoch, record, segment) and of nothing else. It
+comes from a counter and a mixing function, so its cost does not depend on earlier draws or the rank.
 """
 
 from __future__ import annotations
@@ -10,27 +13,79 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cook.base.seeds import derived_seed
 from cook.data.cpm_live.dataset import LiveDataset
 from cook.data.cpm_live.records import GENERATE, LM, MASKED_LM, RIGHT_CHOICE, TOLD, TOLD_WITH_TYPE, WRONG_CHOICE
-from cook.data.cpm_tasks.draws import hidden_subsets, num_hidden, segment_bits
-from cook.data.packing import NO_TARGET, PADDING_SPAN
+from cook.data.order import mix
+from cook.data.packing import NO_TARGET, PADDING_SPAN, ordinals
 
 NO_CHOICE = -1
+GOLDEN = 0x9E3779B97F4A7C15
+_POSITION_BITS, _KEY_BITS = 20, 28
+MAX_SEGMENT = 1 << _POSITION_BITS
+"""Tokens of the longest segment whose parts can be drawn."""
+
+_AT_ONCE = 1 << (64 - _POSITION_BITS - _KEY_BITS)
+
+
+def epoch_key(seed: int, epoch: int) -> int:
+    """The start of an epoch's draws."""
+    return derived_seed(seed, "tasks", epoch)
+
+
+def segment_bits(key: int, record_S: np.ndarray, ordinal_S: np.ndarray) -> np.ndarray:
+    """The random bits uint64 (S,) of segments, by the numbers of their records and their own inside these."""
+    record_bits = mix(np.uint64(key) + np.uint64(GOLDEN) * (record_S.astype(np.uint64) + np.uint64(1)))
+    return mix(record_bits + np.uint64(GOLDEN) * (ordinal_S.astype(np.uint64) + np.uint64(1)))
+
+
+def num_hidden(bits_S: np.ndarray, length_S: np.ndarray) -> np.ndarray:
+    """How many tokens of a segment are targets: 1 to length - 1, all as likely; int64 (S,), 0 below length 2."""
+    choices_S = np.maximum(length_S - 1, 1).astype(np.uint64)
+    return np.where(length_S > 1, 1 + (bits_S % choices_S).astype(np.int64), 0)
+
+
+def hidden_subsets(bits_S: np.ndarray, length_S: np.ndarray, count_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Draws `count_S[s]` of the positions 1 to length_S[s] - 1 of every segment, each subset equally likely.
+
+    Every position gets a random key; the smallest keys of a segment are chosen. Segment, key and position form one
+    integer, so that one plain sort does it for all segments, and equal keys do not depend on other segments.
+
+    Returns:
+        Segment number and position of all that were chosen, int64 (count_S.sum(),).
+    """
+    chosen = [
+        _subsets(bits_S[begin:stop], length_S[begin:stop], count_S[begin:stop], begin)
+        for begin, stop in ((begin, begin + _AT_ONCE) for begin in range(0, len(bits_S), _AT_ONCE))
+    ]
+    segments, positions = np.concatenate([*chosen, np.zeros((2, 0), np.int64)], axis=1)
+    return segments, positions
+
+
+def _subsets(
+    bits_S: np.ndarray, length_S: np.ndarray, count_S: np.ndarray, first: int
+) -> tuple[np.ndarray, np.ndarray]:
+    candidates_S = np.maximum(length_S - 1, 0)
+    begin_S = np.cumsum(candidates_S) - candidates_S
+    position = (1 + ordinals(candidates_S)).astype(np.uint64)
+    keys = mix(np.repeat(bits_S, candidates_S) + np.uint64(GOLDEN) * position) >> np.uint64(64 - _KEY_BITS)
+    segment = np.repeat(np.arange(len(bits_S), dtype=np.uint64), candidates_S)
+    packed = (segment << np.uint64(_KEY_BITS + _POSITION_BITS)) | (keys << np.uint64(_POSITION_BITS)) | position
+    packed.sort()
+    packed = packed[np.repeat(begin_S, count_S) + ordinals(count_S)]
+    return (
+        (packed >> np.uint64(_KEY_BITS + _POSITION_BITS)).astype(np.int64) + first,
+        (packed & np.uint64(MAX_SEGMENT - 1)).astype(np.int64),
+    )
 
 
 @dataclass(frozen=True)
 class Segments:
     """The segments of some records, in order; every array is (S,)."""
 
-    owner_S: np.ndarray
-    """Position of the segment's record among the given ones."""
-
-    record_S: np.ndarray
-    """Number of the segment's record in the data."""
-
-    ordinal_S: np.ndarray
-    """Number of the segment in its record."""
-
+    owner_S: np.ndarray  # position of the segment's record among the given ones
+    record_S: np.ndarray  # number of the segment's record in the data
+    ordinal_S: np.ndarray  # number of the segment in its record
     length_S: np.ndarray
     type_S: np.ndarray
     task_S: np.ndarray
@@ -57,13 +112,8 @@ def segments_of(data: LiveDataset, record_N: np.ndarray) -> Segments:
     )
 
 
-def ordinals(count_N: np.ndarray) -> np.ndarray:
-    """0, 1, … count - 1 for every count, one after the other."""
-    return np.arange(count_N.sum()) - np.repeat(np.cumsum(count_N) - count_N, count_N)
-
-
 def _told_whole(segments: Segments) -> np.ndarray:
-    """bool (S,), True in records of which all but the first token is to be told."""
+    """bool (S,), True in records of which all but the first token are targets."""
     told_S = np.zeros(len(segments.owner_S), bool)
     if segments.task_S.max(initial=0) >= GENERATE:
         for task, type in TOLD_WITH_TYPE.items():
@@ -73,7 +123,7 @@ def _told_whole(segments: Segments) -> np.ndarray:
 
 
 def targets_by_segment(segments: Segments, key: int) -> np.ndarray:
-    """int64 (S,), the targets of every segment in the epoch of `key`; a question counts once, at its right option."""
+    """int64 (S,), number of targets per segment in the epoch of `key`; a question counts once, at its right option."""
     bits_S = segment_bits(key, segments.record_S, segments.ordinal_S)
     drawn_S = (segments.task_S == MASKED_LM) | (segments.task_S == LM)
     count_S = np.where(drawn_S, num_hidden(bits_S, segments.length_S), 0)
@@ -122,8 +172,8 @@ def build_batch(
 
     Returns:
         `input, position, segment, span, task, targets, choices` int64 (B, L), `context` bool (B, L), `length` int64
-        (B,). `task` is the segment's, 0 in prompts and -1 in padding. `choices` is -1 but at the last token of an
-        option: there it is twice the question's number in its row, and one more if the option is right.
+        (B,). `task` is the segment's, 0 in prompts and -1 in padding. `choices` at the last token of an option is
+        twice the question's number in its row, and one more if the option is right; -1 elsewhere.
     """
     segments = segments_of(data, record_N)
     length_S, begins_S = segments.length_S, segments.begins_S
@@ -165,7 +215,7 @@ def build_batch(
     by_segment(span, span_S)
     task[prompt_at] = 0
     by_segment(task, segments.task_S)
-    # A segment's first token is not told by the segment before, unless it goes on where that one ends.
+    # A segment's first token is no target of the segment before, unless its task is TOLD.
     told_T = hidden_T & ((within_T > 0) | np.repeat(segments.task_S == TOLD, length_S))
     targets[at_T[told_T] - 1] = tokens_T[told_T]
     option_S = segments.task_S >= WRONG_CHOICE

@@ -1,10 +1,9 @@
-"""Downstream data, in the way CPM-Ant tunes on it: `{"input", "target"}`, or a question with options.
+"""Downstream data for CPM-Ant (CPM-Live, branch cpm-ant, examples/tune.py).
 
-`{"input": text, "target": text}`: the input is context, the target is to be told, from left to right.
+`{"input": text, "target": text}`: the input is context, the target is predicted from left to right.
 `{"input": text, "options": [text, …], "target": number}`: every option makes a sample, `input option [是否正确]` ("is
 this right"), all of it context; its score is the logit of 是 ("yes") at its last token, and the loss is the cross
 entropy of the right option among the scores. What does not fit is cut off at the input's beginning.
-(CPM-Live, branch cpm-ant, examples/tune.py.)
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from cook.data.cpm_live.records import (
     Record,
     Segment,
 )
-from cook.data.left_out import LeftOut
+from cook.data.reports import LeftOut
 from cook.text.tokenizer import Tokenizer
 
 QUESTION, YES = "[是否正确]", "是"
@@ -47,18 +46,10 @@ def record_of(
     prompt_length: int,
     left_out: LeftOut,
 ) -> Record:
-    """The record of one object.
-
-    Args:
-        value: The object.
-        where: What errors begin with.
-        tokenizer: Of the model.
-        max_length: L, positions of a row; a record takes one at most, its prompts included.
-        prompt_length: P.
-        left_out: Is told of what is cut off.
+    """The record of one object; with its prompts it fits into a row of `max_length`. `left_out` counts what is cut off.
 
     Raises:
-        UserError: It is no downstream object, or its target leaves no room.
+        UserError: It is not a downstream object, or its target leaves no room. The message begins with `where`.
     """
     text = text_of(value, "input", where, remedy=None)
     ids = [tokenizer.bos_id, *tokenizer.encode(text)]

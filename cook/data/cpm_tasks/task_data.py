@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,29 +13,28 @@ from cook.base.errors import UserError
 from cook.data.cache import cached_folder, fingerprint_of, read_manifest
 from cook.data.corpus import Corpus, open_corpus
 from cook.data.cpm_live.dataset import LiveDataset, open_live
-from cook.data.cpm_live.meta import DEFAULT_BLOCK_SIZE, write_meta
-from cook.data.cpm_live.records import WRONG_CHOICE, Record
+from cook.data.cpm_live.meta import write_meta
+from cook.data.cpm_live.records import WRONG_CHOICE
 from cook.data.cpm_live.writer import LiveWriter
 from cook.data.cpm_tasks.downstream import choice_token, record_of
-from cook.data.cpm_tasks.draws import mix
 from cook.data.cpm_tasks.task_rows import TaskRows, pack_records
-from cook.data.left_out import LeftOut
+from cook.data.order import chosen_below, mix
+from cook.data.reports import LeftOut
 from cook.text.tokenizer import Tokenizer
 
 FORMAT = 2
 """Raised whenever the same inputs would give other rows."""
 
 HELD_OUT_RUN = 64
-"""Records that are held out together: the pieces of a document stand side by side."""
+"""Records that are held out together: the pieces of a document are neighbours."""
 
 
 class TaskData(NamedTuple):
-    """What a source of tasks gives."""
+    """The rows of a source of tasks."""
 
     train: TaskRows
     held_out: TaskRows
-    files: dict[str, tuple[int, str]]
-    """Size and hash of every file that it was made of."""
+    files: dict[str, tuple[int, str]]  # size and hash of every source file
     left_out: LeftOut
 
 
@@ -55,7 +54,7 @@ def open_task_rows(
         data: `type, paths, held_out, held_out_paths, max_length` of the configuration's data section.
         tokenizer: Of the model; binary data must have been made with it.
         prompt_length: P.
-        cache: Where prepared data is kept.
+        cache: The folder of prepared data.
         seed: Of the draws of what is hidden.
         build: Prepare what is missing. Otherwise only read.
         limits: The model's `prompt_types` and `segment_types`, where known.
@@ -93,11 +92,8 @@ def open_task_rows(
     key = fingerprint_of("tasks", FORMAT, [found.fingerprint for found, _ in parts.values()], data.held_out, sizes)
 
     def pack(folder: Path) -> dict[str, Any]:
-        packed = {
-            part: pack_records(found, chosen, **sizes, folder=folder, part=part)
-            for part, (found, chosen) in parts.items()
-        }
-        return {**sizes, **packed}
+        options: dict[str, Any] = {**sizes, "folder": folder}
+        return sizes | {part: pack_records(*chosen, part=part, **options) for part, chosen in parts.items()}
 
     folder = opened(cache, "tasks", key, pack)
     asks = any(int(found.column["segment_task"].max(initial=0)) >= WRONG_CHOICE for found, _ in parts.values())
@@ -107,11 +103,7 @@ def open_task_rows(
 
 
 def live_folders(paths: Sequence[str]) -> list[Path]:
-    """The folders of binary data that some paths and glob patterns name, in their order, none twice.
-
-    Raises:
-        UserError: There are none.
-    """
+    """The folders of binary data that some paths and glob patterns name, in their order, none twice."""
     found: dict[Path, Path] = {}
     for given in paths:
         path = Path(given)
@@ -124,25 +116,18 @@ def live_folders(paths: Sequence[str]) -> list[Path]:
 
 
 def split_records(count: int, fraction: float) -> np.ndarray:
-    """Says which records are held out: runs of `HELD_OUT_RUN`, chosen by their number alone; bool (count,).
+    """bool (count,), True where held out: runs of `HELD_OUT_RUN` records, chosen by their number alone.
 
-    Of few records every one is a run of its own. At least one run is on either side.
+    If there are few records, each is a run of its own. At least one run is on either side.
 
     Raises:
         UserError: There are fewer than two records, or the fraction is not between 0 and 1.
     """
-    if not 0.0 < fraction < 1.0:
-        raise UserError("data.held_out is not a fraction", wanted="between 0 and 1, both excluded", got=fraction)
-    if count < 2:
-        raise UserError("the data has too few records to hold one out", wanted="at least 2", got=count)
     run = HELD_OUT_RUN if count >= 100 * HELD_OUT_RUN else 1
     number = np.arange(-(-count // run), dtype=np.uint64)
-    place = mix(mix(number + np.uint64(1)) + np.uint64(1)).astype(np.float64) / 2.0**64
-    chosen = place < fraction
-    if not chosen.any():
-        chosen[place.argmin()] = True
-    elif chosen.all():
-        chosen[place.argmax()] = False
+    chosen = chosen_below(mix(mix(number + np.uint64(1)) + np.uint64(1)).astype(np.float64) / 2.0**64, fraction)
+    if count < 2:
+        raise UserError("the data has too few records to hold one out", wanted="at least 2", got=count)
     return np.repeat(chosen, run)[:count]
 
 
@@ -184,21 +169,12 @@ def _downstream(
 
     def build(folder: Path) -> dict[str, Any]:
         options: dict[str, Any] = {"max_length": max_length, "prompt_length": prompt_length, "left_out": LeftOut()}
-        write_records((record_of(item.values, item.where, tokenizer, **options) for item in corpus.objects()), folder)
+        with LiveWriter(folder / "data", version=2) as writer:
+            for item in corpus.objects():
+                writer.write(record_of(item.values, item.where, tokenizer, **options).numbers())
+        if not writer.nlines:
+            raise UserError("the downstream data is empty", wanted="at least one object")
+        write_meta(folder, 2, [writer.info()])
         return {"left_out": options["left_out"].record()}
 
     return opened(cache, "downstream", key, build)
-
-
-def write_records(records: Iterable[Record], folder: Path) -> None:
-    """Writes records as a folder of binary data.
-
-    Raises:
-        UserError: There are none.
-    """
-    with LiveWriter(folder / "data", version=2, block_size=DEFAULT_BLOCK_SIZE) as writer:
-        for record in records:
-            writer.write(record.numbers())
-    if not writer.nlines:
-        raise UserError("the downstream data is empty", wanted="at least one object")
-    write_meta(folder, 2, [writer.info()])

@@ -1,7 +1,8 @@
-"""Rows of CPM-Ant's tasks: which records share a row is packed once, what is hidden in them is drawn every epoch."""
+"""Rows of CPM-Ant's tasks: records are packed into rows once; what is hidden in them is drawn every epoch."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,9 @@ import numpy as np
 import torch
 
 from cook.base.errors import UserError
-from cook.data.cache import read_manifest
+from cook.data.cache import whole_manifest
 from cook.data.cpm_live.dataset import LiveDataset
-from cook.data.cpm_tasks.batches import build_batch, ordinals, segments_of, targets_by_segment
-from cook.data.cpm_tasks.draws import MAX_SEGMENT, epoch_key
+from cook.data.cpm_tasks.batches import MAX_SEGMENT, build_batch, epoch_key, ordinals, segments_of, targets_by_segment
 from cook.data.packing import first_fit
 
 MODEL_KEYS = ("input", "length", "context", "position", "segment", "span", "targets")
@@ -26,44 +26,28 @@ class TaskRows:
 
     Args:
         data: The records.
-        folder: What `pack_records` wrote.
-        part: Which of the folder's parts.
-        seed: Of all draws.
-        choice_token: Where questions with options are among the records: the id whose logit at an option's end is the
-            option's score.
+        folder: Written by `pack_records`.
+        part: Of the folder.
+        seed: Of all batches.
+        choice_token: If there are questions with options: the id whose logit at an option's end is its score.
     """
 
     def __init__(self, data: LiveDataset, folder: Path, part: str, *, seed: int, choice_token: int | None = None):
-        manifest = read_manifest(folder)
-        if manifest is None:
-            raise UserError(f"{folder}: prepared data is missing or damaged", remedy="start again, it is rebuilt then")
+        manifest = whole_manifest(folder)
         self._data, self._folder, self._part, self._seed, self._choice_token = data, folder, part, seed, choice_token
         self._begin_R = np.asarray(np.load(folder / f"{part}.begin.npy", mmap_mode="r"))
         self._record_N = np.asarray(np.load(folder / f"{part}.record.npy", mmap_mode="r"))
         self._prompt_length: int = manifest["prompt_length"]
-        self._max_length: int = manifest["max_length"]
-        self._fingerprint: str = manifest["fingerprint"]
-
-    @property
-    def is_redrawn(self) -> bool:
-        """Yes: what is hidden of a sample is drawn anew in every epoch."""
-        return True
+        self.max_length: int = manifest["max_length"]
+        self.fingerprint: str = manifest["fingerprint"]  # of the records' content and of how they were packed
+        self.is_redrawn = True  # what is hidden in a sample is drawn anew in every epoch
 
     def __reduce__(self) -> tuple:
-        return _open, (self._data, self._folder, self._part, self._seed, self._choice_token)
+        options: dict[str, Any] = {"seed": self._seed, "choice_token": self._choice_token}
+        return partial(TaskRows, **options), (self._data, self._folder, self._part)
 
     def __len__(self) -> int:
         return len(self._begin_R) - 1
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the records' content and of how they were packed."""
-        return self._fingerprint
-
-    @property
-    def max_length(self) -> int:
-        """L, positions of a row."""
-        return self._max_length
 
     def records(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The records of some rows, in order, and the position in `indices` of the row of each: int64 (N,) both."""
@@ -73,10 +57,9 @@ class TaskRows:
         return np.asarray(self._record_N[begin_B[row_N] + ordinals(count_B)]), row_N
 
     def batch(self, indices: np.ndarray, epoch: int = 0) -> dict[str, torch.Tensor]:
-        """The model's batch of some rows; see `cook.data.rows.Rows`.
+        """As `Rows.batch`; if there are questions with options, with two keys for `cook.data.token_loss`.
 
-        Where there are questions with options: also `choices` int64 (B, L), see `build_batch`, and `choice_token`
-        int64 (B,), for `cook.data.token_loss`.
+        They are `choices` int64 (B, L), see `build_batch`, and `choice_token` int64 (B,).
         """
         record_N, row_N = self.records(indices)
         arrays = build_batch(
@@ -84,7 +67,7 @@ class TaskRows:
             record_N,
             row_N,
             num_rows=len(indices),
-            max_length=self._max_length,
+            max_length=self.max_length,
             prompt_length=self._prompt_length,
             key=epoch_key(self._seed, epoch),
         )
@@ -95,29 +78,16 @@ class TaskRows:
         return batch
 
     def num_targets(self, indices: np.ndarray, epoch: int = 0) -> np.ndarray:
-        """int64 (B,), targets of some rows; see `cook.data.rows.Rows`."""
         record_N, row_N = self.records(indices)
         segments = segments_of(self._data, record_N)
         count_S = targets_by_segment(segments, epoch_key(self._seed, epoch))
         return np.bincount(row_N[segments.owner_S], count_S, len(indices)).astype(np.int64)
 
 
-def _open(data: LiveDataset, folder: Path, part: str, seed: int, choice_token: int | None) -> TaskRows:
-    return TaskRows(data, folder, part, seed=seed, choice_token=choice_token)
-
-
 def pack_records(
     data: LiveDataset, record_N: np.ndarray, *, max_length: int, prompt_length: int, folder: Path, part: str
 ) -> dict[str, Any]:
-    """Packs records into rows, first fit, and writes which go together as `<part>.*.npy`.
-
-    Args:
-        data: The records.
-        record_N: Numbers of those to pack, rising.
-        max_length: L.
-        prompt_length: P.
-        folder: Where to write.
-        part: A name for them.
+    """Packs the records of rising numbers `record_N` into rows, first fit, and writes the rows as `<part>.*.npy`.
 
     Returns:
         Statistics: rows, samples, tokens, filled (share of the positions in use).
@@ -125,13 +95,9 @@ def pack_records(
     Raises:
         UserError: A record does not fit into a row.
     """
-    size_N = np.concatenate(
-        [
-            _sizes(data, record_N[begin : begin + _RECORDS_AT_ONCE], prompt_length)
-            for begin in range(0, len(record_N), _RECORDS_AT_ONCE)
-        ]
-        or [np.zeros(0, np.int64)]
-    )
+    begins = range(0, len(record_N), _RECORDS_AT_ONCE)
+    sizes = [_sizes(data, record_N[begin : begin + _RECORDS_AT_ONCE], prompt_length) for begin in begins]
+    size_N = np.concatenate([*sizes, np.zeros(0, np.int64)])
     long_N = np.flatnonzero(size_N > max_length)
     if len(long_N):
         longest = int(long_N[size_N[long_N].argmax()])
@@ -157,11 +123,7 @@ def pack_records(
 
 
 def _sizes(data: LiveDataset, record_N: np.ndarray, prompt_length: int) -> np.ndarray:
-    """Positions that each record takes, its prompts included: int64 (N,).
-
-    Raises:
-        UserError: A segment is too long for any row.
-    """
+    """Positions that each record takes, its prompts included: int64 (N,)."""
     segments = segments_of(data, record_N)
     if segments.length_S.max(initial=0) >= MAX_SEGMENT:
         number = int(record_N[segments.owner_S[segments.length_S.argmax()]])

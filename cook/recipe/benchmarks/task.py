@@ -122,8 +122,8 @@ def task_files(config: TaskConfig) -> dict[str, Path]:
         version = _squad_version(config)
         return {"train": folder / f"train-v{version}.json", "": folder / f"dev-v{version}.json"}
     task = glue_task(config.task_name)
-    evaluated = {suffix: folder / task.folder / name for suffix, name in (task.evaluated or {"": "dev.tsv"}).items()}
-    return {"train": folder / task.folder / "train.tsv"} | evaluated
+    evaluated = {suffix: folder / task.name / name for suffix, name in (task.evaluated or {"": "dev.tsv"}).items()}
+    return {"train": folder / task.name / "train.tsv"} | evaluated
 
 
 def _squad_version(config: TaskConfig) -> str:

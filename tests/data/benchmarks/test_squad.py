@@ -10,7 +10,7 @@ from transformers import BertTokenizer
 
 from cook.base.errors import UserError
 from cook.data.benchmarks.squad import LOST, NO_ANSWER, Question, read_squad, squad_windows
-from cook.data.left_out import LeftOut
+from cook.data.reports import LeftOut
 from tests.recipe.benchmarks.tiny_task import SPECIAL, WORDS, write_squad
 
 

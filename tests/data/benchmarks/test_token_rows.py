@@ -9,8 +9,8 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 
 from cook.data.benchmarks.glue import GLUE_TASKS, GlueRow
 from cook.data.benchmarks.token_rows import TokenRows, glue_rows, ordered_batches
-from cook.data.left_out import LeftOut
 from cook.data.loader import RowLoader
+from cook.data.reports import LeftOut
 from cook.data.token_loss import model_inputs
 from tests.recipe.benchmarks.tiny_task import CONFIG, SPECIAL, WORDS
 

@@ -24,7 +24,7 @@ from cook.data.commands.pieces import (
     parts_of,
     records_of,
 )
-from cook.data.left_out import LeftOut
+from cook.data.reports import LeftOut
 from tests.data.cpm_tasks.letters import Letters
 
 

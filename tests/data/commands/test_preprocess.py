@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from cook.base.errors import Interrupted, UserError
+from cook.text.sentencepiece import SentencePieceTokenizer
 from tests.data.commands.conftest import WORDS
 from tests.data.cpm_live import reference
 
@@ -194,3 +195,13 @@ def test_bad_settings(tmp_path, tokenizer_path, run, options, word):
 def test_a_folder_that_holds_something_is_not_written_into(tmp_path, corpus, tokenizer_path, run):
     with pytest.raises(UserError, match="is not empty"):
         run("preprocess", corpus, "--output", tmp_path, "--tokenizer", tokenizer_path, *OPTIONS)
+
+
+def test_the_command_trains_what_a_run_trains(run, tmp_path, tokenizer_path):
+    (tmp_path / "x.txt").write_text((" ".join(WORDS) + "\n") * 20)
+    run("tokenizer", tmp_path / "x.txt", "--output", tmp_path / "y.model", "--vocab-size", 345)
+    text = " ".join(WORDS)
+    ids = SentencePieceTokenizer.load(tmp_path / "y.model").encode(text)
+    assert ids == SentencePieceTokenizer.load(tokenizer_path).encode(text)
+    with pytest.raises(UserError, match="there already"):
+        run("tokenizer", tmp_path / "x.txt", "--output", tmp_path / "y.model", "--vocab-size", 345)

@@ -14,14 +14,13 @@ from tests.data.cpm_live import reference
 
 
 def write(folder, files, version, block_size):
-    infos, begin = [], 0
+    infos = []
     folder.mkdir()
     for name, records in files.items():
         with LiveWriter(folder / name, version=version, block_size=block_size) as writer:
             for record in records:
                 writer.write(record)
-        infos.append(writer.info(begin))
-        begin += writer.num_blocks
+        infos.append(writer.info())
     write_meta(folder, version, infos)
 
 

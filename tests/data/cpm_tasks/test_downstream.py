@@ -8,7 +8,7 @@ import pytest
 from cook.base.errors import UserError
 from cook.data.cpm_live.records import read_record
 from cook.data.cpm_tasks.downstream import choice_token, record_of
-from cook.data.left_out import LeftOut
+from cook.data.reports import LeftOut
 from tests.data.cpm_tasks.letters import Letters
 
 PROMPT, ENDS = 4, [1 if ord(c) > 399 else ord(c) for c in "[是否正确]"]

@@ -11,9 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cook.base.errors import UserError
-from cook.data.cpm_tasks import draws
-from cook.data.cpm_tasks.batches import build_batch
-from cook.data.cpm_tasks.draws import epoch_key
+from cook.data.cpm_tasks import batches
+from cook.data.cpm_tasks.batches import build_batch, epoch_key
 from tests.data.cpm_tasks import reference
 from tests.models.cpm_ant_tiny import tiny_model
 
@@ -135,7 +134,7 @@ def test_the_number_of_hidden_tokens_and_their_places_have_even_chances(make_row
 def test_more_segments_than_one_sort_takes(make_rows, monkeypatch):
     rows, _ = make_rows(PRETRAINING, max_length=100, prompt_length=PROMPT)
     whole = rows.batch(np.arange(len(rows)))["context"]
-    monkeypatch.setattr(draws, "_AT_ONCE", 7)
+    monkeypatch.setattr(batches, "_AT_ONCE", 7)
     assert torch.equal(rows.batch(np.arange(len(rows)))["context"], whole)
 
 

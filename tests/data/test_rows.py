@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cook.base.errors import UserError
-from cook.data.joined import JoinedRows, by_epoch, merged
+from cook.data.rows import JoinedRows, by_epoch, merged
 from tests.data.number_rows import rows_of
 
 
