@@ -129,8 +129,7 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-WHOLE_BYTES = 1 << 30
-"""`content_hash` reads only this many bytes of a larger file, in evenly spaced blocks of 1 MiB."""
+WHOLE_BYTES = 1 << 30  # `content_hash` reads only this many bytes of a larger file, in evenly spaced blocks of 1 MiB
 
 
 def content_hash(path: str | Path) -> str:

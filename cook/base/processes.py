@@ -21,11 +21,9 @@ class Process:
     """The identity of one process on any machine."""
 
     host: str
-    boot: str
-    """The machine's boot id and the PID namespace, in which `pid` is valid."""
+    boot: str  # the machine's boot id and the PID namespace, in which `pid` is valid
     pid: int
-    started: str
-    """Start time in clock ticks since boot. Empty if the system does not provide it."""
+    started: str  # start time in clock ticks since boot. Empty if the system does not provide it
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)

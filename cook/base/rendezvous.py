@@ -24,11 +24,9 @@ from cook.base.distributed import free_port, launched_rank, launched_world_size,
 from cook.base.errors import EXIT_RANK_LOST, RankLost, RunFailed, UserError
 from cook.base.processes import PROC, Process, this_process
 
-PATIENCE = 600.0
-"""Seconds within which all ranks must connect. Imports from a slow shared folder can take minutes."""
+PATIENCE = 600.0  # seconds within which all ranks must connect. Imports from a slow shared folder can take minutes
 
-LATE = 15.0
-"""Additional seconds that a pending call to the store may take to return."""
+LATE = 15.0  # additional seconds that a pending call to the store may take to return
 
 REMEDY = "  remedy: run the same command again; it resumes from the last checkpoint"
 
@@ -37,12 +35,9 @@ REMEDY = "  remedy: run the same command again; it resumes from the last checkpo
 class Meeting:
     """The result of a rendezvous."""
 
-    store: dist.Store
-    """The store for the process group."""
-    processes: list[Process]
-    """The process of each rank."""
-    ways: str
-    """The interface and address of this rank, for messages."""
+    store: dist.Store  # the store for the process group
+    processes: list[Process]  # the process of each rank
+    ways: str  # the interface and address of this rank, for messages
 
 
 def join(backend: str, meeting: Meeting | None, patience: timedelta) -> None:

@@ -20,12 +20,9 @@ class Request(enum.IntFlag):
     """What a signal requests. Requests of several ranks or signals are combined."""
 
     NOTHING = 0
-    SAVE = 1
-    """Write a checkpoint after this step and continue."""
-    STOP = 2
-    """Write a checkpoint after this step and stop."""
-    SETTLE = 4
-    """Not from a signal: a background save has failed on some rank, and all ranks must handle it together."""
+    SAVE = 1  # write a checkpoint after this step and continue
+    STOP = 2  # write a checkpoint after this step and stop
+    SETTLE = 4  # not from a signal: a background save has failed on some rank, and all ranks must handle it together
 
 
 HEARING = 10.0

@@ -156,8 +156,7 @@ def load_pt(path: Path, *, mmap: bool = False) -> dict:
 
 MAX_PICKLE_BYTES = 32 << 20
 """Limit for the pickle, which holds names and shapes but no values: some hundred bytes per tensor."""
-MAX_TUPLE = 100_000
-"""Limit for the values in a tuple, including its inner tuples. torch.save writes only a few."""
+MAX_TUPLE = 100_000  # limit for the values in a tuple, including its inner tuples. torch.save writes only a few
 
 
 def _check_tuples(path: Path, pickled: bytes) -> None:

@@ -12,12 +12,9 @@ from pathlib import Path
 
 import psutil
 
-SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-"""A user who sets one of these has chosen."""
-BUSY = 0.15
-"""Share of the machine's cores that other processes must use for threads to wait passively."""
-SECONDS = 0.3
-"""Duration of the measurement."""
+SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # a user who sets one of these has chosen
+BUSY = 0.15  # share of the machine's cores that other processes must use for threads to wait passively
+SECONDS = 0.3  # duration of the measurement
 
 
 def choose_waiting() -> str | None:

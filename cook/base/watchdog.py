@@ -33,14 +33,11 @@ PATIENCE = {"preparing": math.inf, "starting": 10, "first step": 10, "step": 1, 
 """Phases of a run, and how many timeouts each may take. A rank may be silent without limit only in the first one:
 tokenising a corpus may hold the interpreter lock for an hour."""
 
-GRACE = 2.0
-"""Seconds that a rank may take to end by itself, with its own message, after it has seen another rank end."""
+GRACE = 2.0  # seconds that a rank may take to end by itself, with its own message, after it has seen another rank end
 
-FAREWELL = 1.0
-"""Seconds in which an ending rank tries to report that it ends."""
+FAREWELL = 1.0  # seconds in which an ending rank tries to report that it ends
 
-LAST_CALL = 5.0
-"""Seconds that a pending call to the store may take to return when the run ends."""
+LAST_CALL = 5.0  # seconds that a pending call to the store may take to return when the run ends
 
 CULPRIT_SECONDS = 16.0
 """Seconds for which a rank with a failed collective looks for the rank that caused it. Launchers kill after 30."""
@@ -56,8 +53,7 @@ CONNECTING = 60.0
 SLEPT = 10.0
 """A watchdog that wakes this many seconds late was stopped itself, for example by a suspended Slurm job or laptop."""
 
-At = Callable[[int, str], None]
-"""A callback for progress: receives the step and one of the phases of PATIENCE."""
+At = Callable[[int, str], None]  # a callback for progress: receives the step and one of the phases of PATIENCE
 
 PACKAGE = str(Path(__file__).resolve().parents[1])
 LOST_PEER = re.compile(r"gloo|nccl|c10d|connection|broken pipe|peer|socket", re.IGNORECASE)

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 
 from cook.base.seeds import generator
 
-LEARNING_RATE = 1e-3
-"""Adam's default; the maps start at random and have no schedule."""
+LEARNING_RATE = 1e-3  # Adam's default; the maps start at random and have no schedule
 
 
 class Projections:
@@ -27,8 +26,7 @@ class Projections:
 
     def __init__(self, *, seed: int, device: torch.device | str = "cpu"):
         self._seed, self._device = seed, torch.device(device)
-        self.weights: dict[str, torch.Tensor] = {}
-        """By the pair's name, `[teacher's width, student's width]`, fp32."""
+        self.weights: dict[str, torch.Tensor] = {}  # by the pair's name, `[teacher's width, student's width]`, fp32
         self._optimizer: torch.optim.Adam | None = None
 
     def apply(self, name: str, states: torch.Tensor, width: int) -> torch.Tensor:

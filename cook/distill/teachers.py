@@ -16,8 +16,7 @@ from cook.data.token_loss import model_inputs
 class Teacher:
     """A model to distil from; it may be the student itself."""
 
-    module: torch.nn.Module
-    """The module whose hidden states are read."""
+    module: torch.nn.Module  # the module whose hidden states are read
     forward: Callable[[Batch], Any]
     """Computes its output with `.logits` for a batch without labels; without gradients or dropout."""
 

@@ -17,18 +17,12 @@ from cook.pruning.family import ModelConfig
 class Misreading:
     """An assumption of a program that a pruned model of these families can violate."""
 
-    consumer: str
-    """The program, with the version that was run or read."""
-    model_types: frozenset[str]
-    """Families, by the `model_type` of config.json."""
-    applies: Callable[[ModelConfig], bool]
-    """Whether a model with this config violates the assumption."""
-    assumes: str
-    """The assumption."""
-    effect: str
-    """The consequence."""
-    was_run: bool
-    """True: a test runs the program. False: its source was read."""
+    consumer: str  # the program, with the version that was run or read
+    model_types: frozenset[str]  # families, by the `model_type` of config.json
+    applies: Callable[[ModelConfig], bool]  # whether a model with this config violates the assumption
+    assumes: str  # the assumption
+    effect: str  # the consequence
+    was_run: bool  # True: a test runs the program. False: its source was read
 
 
 def _has_own_head_size(config: ModelConfig) -> bool:

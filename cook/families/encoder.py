@@ -33,20 +33,13 @@ Head = Literal["classes", "score", "span"]
 class Encoder:
     """An encoder with a head that is read or new: its config, and its weights in fp32."""
 
-    config: Any
-    """Hugging Face's config object."""
-    head: Head
-    """The kind of head."""
-    weights: dict[str, torch.Tensor]
-    """Every parameter by name; those of a new head are randomly initialised."""
-    fresh: tuple[str, ...]
-    """Names of the parameters that the source does not contain."""
-    notes: tuple[str, ...]
-    """Messages about the classes of the source's head, if they differ from the task's."""
-    tokenizer: Any
-    """A fast tokenizer."""
-    max_length: int | None
-    """The model's maximum number of tokens per row; None if it is not limited."""
+    config: Any  # Hugging Face's config object
+    head: Head  # the kind of head
+    weights: dict[str, torch.Tensor]  # every parameter by name; those of a new head are randomly initialised
+    fresh: tuple[str, ...]  # names of the parameters that the source does not contain
+    notes: tuple[str, ...]  # messages about the classes of the source's head, if they differ from the task's
+    tokenizer: Any  # a fast tokenizer
+    max_length: int | None  # the model's maximum number of tokens per row; None if it is not limited
 
     def build(self) -> torch.nn.Module:
         """Builds a model of this config; its weights are not loaded yet."""
@@ -133,12 +126,9 @@ def open_encoder(
 class _Classes:
     """The classes of a source's head, matched with a task's classes."""
 
-    names: tuple[str, ...]
-    """The names of the classes, in the order of the task's ids."""
-    order: tuple[int, ...]
-    """The head's row for every id of the task; empty if the head has other classes."""
-    note: str = ""
-    """A message about the match."""
+    names: tuple[str, ...]  # the names of the classes, in the order of the task's ids
+    order: tuple[int, ...]  # the head's row for every id of the task; empty if the head has other classes
+    note: str = ""  # a message about the match
 
 
 def _matched_classes(own: Sequence[str], labels: Sequence[str], words: Sequence[str] | None) -> _Classes:

@@ -13,8 +13,7 @@ from typing import Any
 from cook.base.errors import UserError
 from cook.pruning.family import ModelConfig
 
-FIELD = "origin_layers"
-"""Key in `config.json`: the original number of each layer; absent if no number changed."""
+FIELD = "origin_layers"  # key in `config.json`: the original number of each layer; absent if no number changed
 
 
 def check_remembered(config: ModelConfig, num_layers: int) -> None:

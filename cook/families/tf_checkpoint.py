@@ -23,8 +23,7 @@ from cook.base.files import regular_file
 
 TABLE_MAGIC = 0xDB4775248B80FB57
 FOOTER_BYTES = 48
-TRAILER_BYTES = 5
-"""After every block: one byte for the compression, four for the masked checksum."""
+TRAILER_BYTES = 5  # after every block: one byte for the compression, four for the masked checksum
 CHECKSUM_MASK = 0xA282EAD8
 
 # Limits far above any BERT; within them a malicious index costs about a second and a few megabytes.
@@ -48,15 +47,12 @@ class TfTensor:
 
     name: str
     shape: tuple[int, ...]
-    dtype: int
-    """TensorFlow's number of its type."""
+    dtype: int  # TensorFlow's number of its type
     file: Path
     offset: int
-    size: int
-    """In bytes."""
+    size: int  # in bytes
     checksum: int | None
-    is_partitioned: bool
-    """Whether it is stored in slices."""
+    is_partitioned: bool  # whether it is stored in slices
 
     def read(self) -> torch.Tensor:
         """Reads the values and verifies their checksum.

@@ -12,8 +12,7 @@ from typing import Any
 from cook.base import distributed
 from cook.base.errors import UserError
 
-FRESH = 10.0
-"""Seconds within which the process that holds a lock file must be visible."""
+FRESH = 10.0  # seconds within which the process that holds a lock file must be visible
 LOCAL_FILE_SYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "overlay", "tmpfs")
 
 

@@ -61,20 +61,14 @@ class Run:
     gates: Gates | None = None
     task_loss: TaskLoss = token_loss
     extra_loss: ExtraLoss | None = None
-    projections: Projections | None = None
-    """The projections that `extra_loss` learns."""
+    projections: Projections | None = None  # the projections that `extra_loss` learns
     checkpoints: Path
-    saves: bool = True
-    """False: no checkpoints, for a short run that starts over if it is interrupted."""
+    saves: bool = True  # False: no checkpoints, for a short run that starts over if it is interrupted
     fingerprint: str = ""
-    on_save: Callable[[], None] = lambda: None
-    """Called after each checkpoint, on every rank; writes the current masks."""
-    at: At = lambda _step, _phase: None
-    """Called at the start of every step and save, for a watchdog."""
-    unit: str = "tok"
-    """Name of the loader's targets, for the displayed speed."""
-    after_step: Callable[[int], None] = lambda _step: None
-    """Called after each step, on every rank."""
+    on_save: Callable[[], None] = lambda: None  # called after each checkpoint, on every rank; writes the current masks
+    at: At = lambda _step, _phase: None  # called at the start of every step and save, for a watchdog
+    unit: str = "tok"  # name of the loader's targets, for the displayed speed
+    after_step: Callable[[int], None] = lambda _step: None  # called after each step, on every rank
 
 
 def train(run: Run, start: Position, log: EventLog) -> Position:

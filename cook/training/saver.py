@@ -29,29 +29,21 @@ from cook.pruning.gates import Gates
 from cook.training.engine import Engine
 from cook.training.manifest import SCRATCH, file_entry, folder_of, publish, recover
 
-STATE = "state.json"
-"""The file in a checkpoint with the position and the small states of every rank."""
+STATE = "state.json"  # the file in a checkpoint with the position and the small states of every rank
 CONFIG = "config.json"
-PATIENCE = timedelta(hours=3)
-"""Time limit for the slowest rank to hash its files."""
+PATIENCE = timedelta(hours=3)  # time limit for the slowest rank to hash its files
 
 
 @dataclass(frozen=True, kw_only=True)
 class Position:
     """The progress of a stage."""
 
-    step: int
-    """Number of global batches read; names the checkpoint."""
-    updates: int = 0
-    """Number of batches applied; the learning rate and the gates' targets depend on it."""
-    tokens: int
-    """Number of target tokens read."""
-    guard: Mapping[str, Any] = field(default_factory=dict)
-    """State of the guard against bad steps."""
-    data: Any = None
-    """State of this rank's loader, as JSON; None if the loader has none."""
-    log: Sequence[str] = ()
-    """Log entries that could not be written yet."""
+    step: int  # number of global batches read; names the checkpoint
+    updates: int = 0  # number of batches applied; the learning rate and the gates' targets depend on it
+    tokens: int  # number of target tokens read
+    guard: Mapping[str, Any] = field(default_factory=dict)  # state of the guard against bad steps
+    data: Any = None  # state of this rank's loader, as JSON; None if the loader has none
+    log: Sequence[str] = ()  # log entries that could not be written yet
 
 
 class Saver:
@@ -74,8 +66,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._step = 0
         self._failures: list[str] = []
-        self.newest: Path | None = None
-        """The last checkpoint that this saver published."""
+        self.newest: Path | None = None  # the last checkpoint that this saver published
 
     def __enter__(self) -> Saver:
         return self

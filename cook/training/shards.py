@@ -21,8 +21,7 @@ from cook.base.errors import UserError
 from cook.base.faults import point
 from cook.base.tensor_files import LazyTensors, load_pt, save_pt
 
-TAG = "engine"
-"""The folder with DeepSpeed's files in a checkpoint."""
+TAG = "engine"  # the folder with DeepSpeed's files in a checkpoint
 CLASSES = (
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",

@@ -27,10 +27,8 @@ ExtraLoss = Callable[[Batch, torch.Tensor], torch.Tensor]
 class Limits(NamedTuple):
     """A step above these limits is not applied."""
 
-    loss: float = math.inf
-    """Mean cross entropy of the global batch, in nats per token."""
-    norm: float = math.inf
-    """Global norm of the gradient, before clipping."""
+    loss: float = math.inf  # mean cross entropy of the global batch, in nats per token
+    norm: float = math.inf  # global norm of the gradient, before clipping
 
 
 NO_LIMITS = Limits()
@@ -43,14 +41,11 @@ class StepResult:
     loss: float
     """Mean task loss per target (in language modelling: nats per token) of the global batch; NaN if it is not finite on
     some rank."""
-    applied: bool
-    """False if nothing was updated: no weights, gates or moments."""
+    applied: bool  # False if nothing was updated: no weights, gates or moments
     problem: str | None = None
     """The reason if the step was not applied; None also while fp16 is still adjusting its loss scale."""
-    spike: bool = False
-    """Whether the problem is a limit."""
-    asked: Request
-    """The request that a signal made on any rank."""
+    spike: bool = False  # whether the problem is a limit
+    asked: Request  # the request that a signal made on any rank
 
 
 def train_step(
