@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from cook.base import distributed
-from cook.base.distributed import say
+from cook.base.distributed import on_all_ranks, on_first_rank, say
 from cook.base.errors import UserError
 from cook.base.files import sha256
 from cook.base.seeds import derived_seed, seed_everything
-from cook.base.together import on_all_ranks, on_first_rank
 from cook.base.watchdog import At
 from cook.data.loader import held_out_batches
 from cook.data.training_data import TrainingData, load_rows

@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 
 from cook.base import distributed
-from cook.base.distributed import say
+from cook.base.distributed import on_all_ranks, on_first_rank, say
 from cook.base.errors import UserError
 from cook.base.files import sha256
 from cook.base.tensor_files import LazyTensors
-from cook.base.together import on_all_ranks, on_first_rank
 from cook.base.watchdog import At
 from cook.recipe.inputs import Inputs
 from cook.recipe.plan import Stage

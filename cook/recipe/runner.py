@@ -11,10 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cook.base import distributed
-from cook.base.distributed import say
+from cook.base.distributed import on_first_rank, say
 from cook.base.errors import UserError
 from cook.base.files import read_json, write_json
-from cook.base.together import on_first_rank
 from cook.base.watchdog import At
 from cook.recipe.sources import PlannedStage, changed, changed_sources, check_masks, check_sources, note_sources
 from cook.report.events import EventLog

@@ -1,4 +1,4 @@
-"""Finding, loading and listing checkpoints; `saver.py` writes them.
+"""Finding and loading checkpoints; `saver.py` writes them.
 
 The ranks agree on the newest valid checkpoint that all of them can read, before any of its files is opened. If
 checkpoints exist and none is valid, that is an error and never a silent fresh start.
@@ -6,8 +6,6 @@ checkpoints exist and none is valid, that is an error and never a silent fresh s
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from cook.base.faults import point
 from cook.base.files import read_json
 from cook.base.seeds import derived_seed, restore_rng_state, seed_everything
 from cook.base.tensor_files import load_pt
-from cook.distill.projections import Projections
+from cook.distill.teacher_loss import Projections
 from cook.pruning.gates import Gates
 from cook.training.engine import Engine
 from cook.training.manifest import MANIFEST, folder_of, no_valid_checkpoint, recover, steps, verify
@@ -70,12 +68,11 @@ def _verified_together(folder: Path) -> dict[str, Any] | UserError:
     verdict: dict[str, Any] | UserError
     try:
         verdict = verify(folder, distributed.rank(), distributed.world_size())
-        digest: Any = hashlib.sha256(json.dumps(verdict, sort_keys=True).encode()).hexdigest()
     except UserError as error:
-        verdict = digest = error
-    reports = distributed.gather(digest)
-    errors = [report for report in reports if isinstance(report, UserError)]
-    if errors:
+        verdict = error
+    # The digest covers the rest of the manifest.
+    reports = distributed.gather(verdict if isinstance(verdict, UserError) else verdict["digest"])
+    if errors := [report for report in reports if isinstance(report, UserError)]:
         return errors[0]
     return verdict if len(set(reports)) == 1 else UserError(f"{folder}: differs between ranks")
 
@@ -111,8 +108,7 @@ def load_checkpoint(
                 remedy=f"restore the {key}, or start over with --resume never",
             )
     position = _position(folder, manifest["world_size"])
-    same_ranks = manifest["world_size"] == distributed.world_size()
-    if same_ranks and manifest["layout"] == engine.layout:
+    if manifest["world_size"] == distributed.world_size() and manifest["layout"] == engine.layout:
         engine.load(folder)
     else:
         engine.load_resharded(folder)

@@ -16,19 +16,23 @@ import torch
 
 from cook.base import distributed
 from cook.base.batches import CallForm, as_it_is
+from cook.base.distributed import in_words, on_first_rank
 from cook.base.errors import RunFailed, UserError
 from cook.base.rendezvous import Meeting, join, meet
 from cook.base.tensor_files import LazyTensors
-from cook.base.together import in_words, on_first_rank
 from cook.config.types import TrainingConfig
 from cook.training.deepspeed_checks import import_deepspeed, refusals
-from cook.training.held_zeros import HeldZeros
 from cook.training.optim import MakeOptimizer, pretraining_adamw
-from cook.training.partitions import Partitions
-from cook.training.preparation import exact_buffers, freeze_all_but_smallest
 from cook.training.settings import check_settings, resolve_precision
 from cook.training.shards import TAG, Shards, ShardWriter
-from cook.training.watch import NormWatch, reserve_state
+from cook.training.zero import (
+    HeldZeros,
+    NormWatch,
+    Partitions,
+    exact_buffers,
+    freeze_all_but_smallest,
+    reserve_state,
+)
 
 
 def initialise_processes(threads: int | None, meeting: Meeting | None = None) -> None:

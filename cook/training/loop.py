@@ -19,7 +19,7 @@ from cook.base.errors import Interrupted
 from cook.base.signals import Request, Signals
 from cook.base.watchdog import At
 from cook.config.types import TrainingConfig
-from cook.distill.projections import Projections
+from cook.distill.teacher_loss import Projections
 from cook.pruning.attach import AttachedGates
 from cook.pruning.gates import Gates
 from cook.report.console import Progress
@@ -27,10 +27,9 @@ from cook.report.events import EventLog
 from cook.training.engine import Engine
 from cook.training.guard import Guard
 from cook.training.manifest import folder_of
-from cook.training.optim import learning_rate
+from cook.training.optim import TaskLoss, learning_rate, token_loss
 from cook.training.saver import Position, Saver
 from cook.training.step import ExtraLoss, StepResult, train_step
-from cook.training.task_loss import TaskLoss, token_loss
 
 
 class Batches(Protocol):

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from cook.base import distributed
+from cook.base.distributed import in_words
 from cook.base.errors import Interrupted, RankLost, RunFailed
 from cook.base.faults import point
 from cook.base.files import naming
 from cook.base.seeds import rng_state
 from cook.base.tensor_files import save_pt
-from cook.base.together import in_words
-from cook.distill.projections import Projections
+from cook.distill.teacher_loss import Projections
 from cook.pruning.gates import Gates
 from cook.training.engine import Engine
 from cook.training.manifest import SCRATCH, file_entry, folder_of, publish, recover

@@ -14,11 +14,11 @@ from cook.base.batches import Batch, on_device
 from cook.base.faults import point
 from cook.base.signals import Request
 from cook.data.token_loss import model_inputs
-from cook.distill.projections import Projections
+from cook.distill.teacher_loss import Projections
 from cook.pruning.attach import AttachedGates
 from cook.pruning.gates import Gates, averaged_gradient
 from cook.training.engine import Engine
-from cook.training.task_loss import TaskLoss, token_loss
+from cook.training.optim import TaskLoss, token_loss
 
 ExtraLoss = Callable[[Batch, torch.Tensor], torch.Tensor]
 """Computes a loss summed over the batch's targets from a batch and the student's logits."""

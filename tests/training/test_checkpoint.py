@@ -7,7 +7,7 @@ import torch
 
 from cook.base.errors import UserError
 from cook.base.files import read_json, write_json
-from cook.distill.projections import Projections
+from cook.distill.teacher_loss import Projections
 from cook.training.checkpoint import find_checkpoint, load_checkpoint, stored_weights
 from cook.training.manifest import verify
 from cook.training.saver import Position

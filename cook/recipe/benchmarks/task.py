@@ -19,7 +19,7 @@ from cook.evaluation.glue_metrics import glue_metrics, main_metric
 from cook.evaluation.squad_answers import AnswerOptions, choose_answers
 from cook.evaluation.squad_metrics import squad_v1_metrics, squad_v2_metrics
 from cook.families.encoder import Head
-from cook.training.task_loss import TaskLoss, class_loss, score_loss, span_loss
+from cook.training.optim import TaskLoss, class_loss, score_loss, span_loss
 
 Outputs = Sequence[tuple[np.ndarray, ...]]
 

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 
 from cook.base import distributed
-from cook.base.distributed import say
+from cook.base.distributed import on_all_ranks, on_first_rank, say
 from cook.base.errors import UserError
 from cook.base.files import read_json, sha256, write_json
 from cook.base.seeds import derived_seed
 from cook.base.tensor_files import open_safetensors_folder
-from cook.base.together import on_all_ranks, on_first_rank
 from cook.base.watchdog import At
 from cook.config.tasks import TaskConfig
 from cook.families.encoder import Encoder, open_encoder
