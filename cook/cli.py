@@ -248,7 +248,7 @@ def report(
 @app.command()
 def families(as_json: AsJson = False) -> None:
     """Print the table of model families and what works with them."""
-    from cook.families.overview import families_table, family_facts
+    from cook.families.registry import families_table, family_facts
 
     print(json.dumps(family_facts()) if as_json else families_table())
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from cook.base.errors import UserError
 from cook.families import cpm_ant_formats
 from cook.models import cpm_ant
 from cook.pruning.family import Abilities, Adapter, KeptUnits, ModelConfig, Modeling, Shrunk
@@ -21,40 +20,37 @@ OLDER_FFN = re.compile(r"encoder\.layers\.\d+\.ffn\.ffn\.w_in\.w\.weight")
 
 
 def _config(config: ModelConfig) -> cpm_ant.CpmAntConfig:
-    try:
-        return cpm_ant.CpmAntConfig(**{k: v for k, v in config.items() if k not in ("model_type", "auto_map")})
-    except (TypeError, ValueError) as error:
-        raise UserError(f"the model's config contradicts itself: {error}") from None
+    fields = {name: value for name, value in config.items() if name not in ("model_type", "auto_map")}
+    return cpm_ant_formats.checked_config(fields)
 
 
-def _attention(layer: int, num_heads: int, dim_head: int, shapes: Mapping[str, Any]) -> list[UnitGroup]:
+def _attention(layer: int, dim_head: int, shapes: Mapping[str, Any]) -> list[UnitGroup]:
     block = f"encoder.layers.{layer}.self_att"
     inner = f"{block}.self_attention"
     projections = tuple(WeightSlice(path=f"{inner}.project_{p}.weight", dim=0, block=dim_head) for p in ("q", "k", "v"))
-    out = WeightSlice(path=f"{inner}.attention_out.weight", dim=1, block=dim_head, fan_in=True)
-    return _block_and_units(
-        layer, "att", block, f"{inner}.attention_out", (*projections, out), num_heads, dim_head, shapes
-    )
+    return _block_and_units(layer, "att", block, projections, f"{inner}.attention_out", dim_head, shapes)
 
 
-def _feed_forward(layer: int, dim_ff: int, shapes: Mapping[str, Any]) -> list[UnitGroup]:
+def _feed_forward(layer: int, shapes: Mapping[str, Any]) -> list[UnitGroup]:
     block = f"encoder.layers.{layer}.ffn"
     first = sorted(path for path in shapes if path.startswith(f"{block}.ffn.w_in."))
     ins = tuple(WeightSlice(path=path, dim=0, block=1) for path in first)
-    out = WeightSlice(path=f"{block}.ffn.w_out.weight", dim=1, block=1, fan_in=True)
-    return _block_and_units(layer, "ffn", block, f"{block}.ffn.w_out", (*ins, out), dim_ff, 1, shapes)
+    return _block_and_units(layer, "ffn", block, ins, f"{block}.ffn.w_out", 1, shapes)
 
 
 def _block_and_units(
     layer: int,
     site: Site,
     block: str,
+    ins: tuple[WeightSlice, ...],
     last_module: str,
-    slices: tuple[WeightSlice, ...],
-    size: int,
     width: int,
     shapes: Mapping[str, Any],
 ) -> list[UnitGroup]:
+    """The block and its heads or dims, whose number follows from the input of its last product; none if removed."""
+    out = WeightSlice(path=f"{last_module}.weight", dim=1, block=width, fan_in=True)
+    if out.path not in shapes:
+        return []
     weights = [path for path in shapes if path.startswith(f"{block}.")]
     return [
         UnitGroup(
@@ -69,8 +65,8 @@ def _block_and_units(
             kind="heads" if site == "att" else "dimff",
             site=site,
             layer=layer,
-            size=size,
-            slices=slices,
+            size=shapes[out.path][1] // width,
+            slices=(*ins, out),
             gate=GatePoint(module=last_module, at="input", repeat=width),
         ),
     ]
@@ -83,12 +79,7 @@ def _space(config: ModelConfig, head_unit: str = "kv_group") -> PruningSpace:
         shapes = {path: tuple(t.shape) for path, t in cpm_ant.CpmAntForCausalLM(native).state_dict().items()}
     groups: list[UnitGroup] = []
     for layer in range(native.num_layers):
-        out = shapes.get(f"encoder.layers.{layer}.self_att.self_attention.attention_out.weight")
-        if out:
-            groups += _attention(layer, out[1] // native.dim_head, native.dim_head, shapes)
-        out = shapes.get(f"encoder.layers.{layer}.ffn.ffn.w_out.weight")
-        if out:
-            groups += _feed_forward(layer, out[1], shapes)
+        groups += _attention(layer, native.dim_head, shapes) + _feed_forward(layer, shapes)
     return PruningSpace(num_layers=native.num_layers, shapes=shapes, groups=tuple(groups), logits_weight=LOGITS)
 
 
@@ -123,10 +114,8 @@ def _live_config(config: ModelConfig) -> dict[str, Any] | str:
     if len(sizes) > 1:
         return f"its FFN blocks differ in size ({', '.join(map(str, sorted(sizes)))})"
     if any(len(native.heads_of(i)) < native.num_heads for i in layers if native.has_attention(i)):
-        return (
-            "its attention blocks keep different heads, but that format has one position-bias table that all "
-            "blocks index by head number"
-        )
+        what = "its attention blocks keep different heads, but that format has one position-bias table that all "
+        return what + "blocks index by head number"
     fields = {name: getattr(native, name) for name in cpm_ant_formats.NATIVE_FIELDS}
     return fields | {"dim_ff": sizes.pop() if sizes else native.dim_ff}
 

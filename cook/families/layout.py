@@ -10,18 +10,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+# What a module returns: attention modules return a pair (output, weights), all others their output.
 AbsentKind = Literal["pair", "value"]
-"""What a module returns: attention modules return a pair (output, weights), all others their output."""
+# Numbers of an attention block: query heads, key-value heads, query heads per key-value head, heads × head_dim.
 Size = Literal["heads", "kv_heads", "heads_per_kv", "width"]
-"""Numbers of an attention block: query heads, key-value heads, query heads per key-value head, heads × head_dim."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attention:
     """The attention block of a layer."""
 
+    # The modules of the block, and what each returns.
     modules: Mapping[str, AbsentKind] = field(default_factory=lambda: {"self_attn": "pair"})
-    """The modules of the block, and what each returns."""
     q: str = "self_attn.q_proj"
     k: str = "self_attn.k_proj"
     v: str = "self_attn.v_proj"

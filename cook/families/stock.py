@@ -1,7 +1,4 @@
-"""Adapters of stock transformers families, made from their tables.
-
-All sizes are read from a model built on the meta device.
-"""
+"""Adapters of stock transformers families, made from their tables; sizes are read from a model on the meta device."""
 
 from __future__ import annotations
 
@@ -28,18 +25,20 @@ def stock_adapter(
         inputs: The model's arguments for a batch, if `packed_inputs` would mix samples.
         is_causal: Whether the model predicts the next token.
     """
+
+    def of_config(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda config, *more, **named: function(variant(family, config), config, *more, **named)
+
     return Adapter(
         family=family.family,
         model_types=family.model_types,
-        space=lambda config, head_unit="kv_group": stock_space.space(variant(family, config), config, head_unit),
-        head_units=lambda config: stock_space.head_units(variant(family, config), config),
-        build=lambda config: stock_models.build(variant(family, config), config),
-        read=lambda config, tensors: stock_models.read(variant(family, config), config, tensors),
-        file_names=lambda config: stock_models.file_names(variant(family, config), config),
-        shrink=lambda config, space, kept: stock_shrink.shrink(variant(family, config), config, space, kept),
-        stock_holds=lambda config, heads, kv_heads: stock_shrink.holds_heads(
-            variant(family, config), config, heads, kv_heads
-        ),
+        space=of_config(stock_space.space),
+        head_units=of_config(stock_space.head_units),
+        build=of_config(stock_models.build),
+        read=of_config(stock_models.read),
+        file_names=of_config(stock_models.file_names),
+        shrink=of_config(stock_shrink.shrink),
+        stock_holds=of_config(stock_shrink.holds_heads),
         modeling=stock_models.modeling,
         inputs=inputs or packed_inputs,
         abilities=Abilities(

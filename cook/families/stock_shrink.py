@@ -7,8 +7,7 @@ from typing import Any
 
 from cook.base.errors import UserError
 from cook.families.layout import Attention, Family, FeedForward
-from cook.families.origin import remembered
-from cook.families.stock_models import config_object, is_ragged, plain, skeleton, weight_shapes
+from cook.families.stock_models import config_object, is_ragged, plain, remembered, skeleton, weight_shapes
 from cook.families.stock_space import Heads, head_dim_of, heads_of
 from cook.models import ragged
 from cook.pruning.counts import kept_shapes

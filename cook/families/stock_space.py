@@ -71,7 +71,7 @@ def head_units(family: Family, config: ModelConfig) -> tuple[HeadUnit, ...]:
     return ("kv_group", "query_head") if shared else ("kv_group",)
 
 
-def space(family: Family, config: ModelConfig, head_unit: HeadUnit) -> PruningSpace:
+def space(family: Family, config: ModelConfig, head_unit: HeadUnit = "kv_group") -> PruningSpace:
     """Everything that can be pruned in a model of this config."""
     model = skeleton(family, config)
     shapes, made = weight_shapes(model), config_object(config)

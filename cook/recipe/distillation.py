@@ -18,8 +18,8 @@ from cook.data.token_loss import model_inputs
 from cook.distill.distiller import Distiller, Teacher, model_teacher, stream_weights
 from cook.distill.taps import Pair, Place, check_pairs, raise_pairs, read_pair
 from cook.distill.teacher_loss import Projections
-from cook.families.origin import own_path
 from cook.families.source import load_model, open_model, placed
+from cook.families.stock_models import own_path
 from cook.pruning.attach import AttachedGates
 from cook.pruning.family import Adapter, ModelConfig, ModelSource
 from cook.recipe.inputs import Inputs
