@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 PROC = Path("/proc")
-LAUNCHED = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")
-"""Environment variables that torchrun and DeepSpeed set for their ranks."""
-ADOPTERS = ("systemd", "init", "tini", "dumb-init", "docker-init")
-"""Names of processes, besides process 1, that become the parent of the processes that a launcher leaves behind."""
+LAUNCHED = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")  # variables that torchrun and DeepSpeed set for their ranks
+ADOPTERS = ("systemd", "init", "tini", "dumb-init", "docker-init")  # become the parents of orphans, like process 1
 SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "fish", "csh", "tcsh")
 
 
@@ -30,7 +28,7 @@ class Process:
 
     @classmethod
     def from_json(cls, value: Any) -> Process | None:
-        """Returns the process that `as_json` described, or None for any other value."""
+        """The process that `as_json` described, or None for any other value."""
         kinds = {"host": str, "boot": str, "pid": int, "started": str}
         if not isinstance(value, dict) or value.keys() != kinds.keys():
             return None
@@ -39,7 +37,7 @@ class Process:
         return cls(**value)
 
     def fate(self) -> Literal["alive", "dead", "unknown"]:
-        """Returns whether the process still runs.
+        """Whether the process still runs.
 
         `dead` requires proof: the machine, boot and namespace are the same, and the process does not exist there or is
         a zombie.
@@ -58,23 +56,19 @@ class Process:
         return "dead" if state in ("Z", "X") or started != self.started else "alive"
 
     def is_stopped(self) -> bool:
-        """Returns whether the process is on this machine and stopped, as by SIGSTOP."""
+        """Whether the process is on this machine and stopped, as by SIGSTOP."""
         return self.fate() == "alive" and _stat(self.pid)[0] in ("T", "t")
 
 
 def this_process() -> Process:
-    """Returns the identity of the calling process."""
     return _process(os.getpid())
 
 
 def launchers() -> list[Process] | None:
-    """Returns the launcher processes. This rank must end when one of them ends.
+    """The launcher processes: this rank must end when one of them ends. None if the launcher has already ended.
 
     The launcher is the nearest ancestor that can be torchrun's or DeepSpeed's. If there is none, it is the parent
     process, unless the parent is a shell: a run that was started in the background outlives its shell.
-
-    Returns:
-        The processes. Empty if no launcher is known, None if the launcher has already ended.
     """
     ancestors = _ancestors()
     if any(name in os.environ for name in LAUNCHED):
@@ -114,10 +108,7 @@ def _is_python(pid: int) -> bool:
 
 
 def _name(pid: int) -> str:
-    try:
-        return (PROC / str(pid) / "comm").read_text().strip()
-    except OSError:
-        return ""
+    return _read(pid, "comm").strip()
 
 
 def _process(pid: int) -> Process:
@@ -134,15 +125,16 @@ def _boot() -> str:
 
 def _stat(pid: int) -> tuple[str, str, int]:
     """State, start time and parent of a process (proc(5), fields 3, 22 and 4); empty and 0 if not available."""
-    try:
-        fields = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
-        return fields[0], fields[19], int(fields[1])
-    except (OSError, IndexError):
-        return "", "", 0
+    fields = _read(pid, "stat").rpartition(")")[2].split()
+    return (fields[0], fields[19], int(fields[1])) if len(fields) > 19 else ("", "", 0)
 
 
 def _command(pid: int) -> str:
+    return _read(pid, "cmdline").replace("\0", " ")
+
+
+def _read(pid: int, name: str) -> str:
     try:
-        return (PROC / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        return (PROC / str(pid) / name).read_bytes().decode(errors="replace")
     except OSError:
         return ""

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-from cook.base.errors import EXIT_INTERRUPTED, Interrupted, RunFailed
+from cook.base.errors import EXIT_INTERRUPTED, Interrupted, RunFailed, write_to_stderr
 from cook.base.processes import launchers
 
 
@@ -25,9 +25,8 @@ class Request(enum.IntFlag):
     SETTLE = 4  # not from a signal: a background save has failed on some rank, and all ranks must handle it together
 
 
+# Seconds that a process may take to end by itself after its launcher has ended, outside the training steps.
 HEARING = 10.0
-"""Seconds that a process may take to end by itself after its launcher has ended, outside the training steps."""
-
 MEANING = {signal.SIGTERM: Request.STOP, signal.SIGINT: Request.STOP, signal.SIGUSR1: Request.SAVE}
 
 
@@ -57,7 +56,7 @@ class Signals:
         asked = MEANING[signal.Signals(number)]
         if asked not in self._asked:
             then = "then stopping" if asked == Request.STOP else "then continuing"
-            _say(f"{signal.Signals(number).name}: saving a checkpoint after this step, {then}")
+            write_to_stderr(f"{signal.Signals(number).name}: saving a checkpoint after this step, {then}")
         self._asked |= asked
 
     def __exit__(self, *_: object) -> None:
@@ -81,7 +80,7 @@ def ending_quietly() -> Iterator[None]:
             )
 
     def nothing_to_save(_number: int, _frame: FrameType | None) -> None:
-        _say("SIGUSR1: nothing to save at this moment")
+        write_to_stderr("SIGUSR1: nothing to save at this moment")
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -112,19 +111,15 @@ def heed_launcher() -> None:
     def watch() -> None:
         while all(process.fate() != "dead" for process in watched):
             time.sleep(0.5)
-        _say("the launcher has ended: stopping as if it had sent SIGTERM")
+        write_to_stderr("the launcher has ended: stopping as if it had sent SIGTERM")
         os.kill(os.getpid(), signal.SIGTERM)
         while True:
             time.sleep(HEARING)
             if not isinstance(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), Signals):
-                _say("stopped: the launcher has ended, outside the training steps; the same command resumes the run")
+                write_to_stderr(
+                    "stopped: the launcher has ended, outside the training steps; the same command resumes the run"
+                )
                 os._exit(EXIT_INTERRUPTED)
 
     if watched:
         threading.Thread(target=watch, name="launcher", daemon=True).start()
-
-
-def _say(text: str) -> None:
-    # print() is not reentrant, and the signal may have interrupted it.
-    with contextlib.suppress(OSError):
-        os.write(2, f"{text}\n".encode())

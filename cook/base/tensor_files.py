@@ -8,6 +8,7 @@ import pickletools
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,13 @@ from cook.base.files import fsync_folder, naming, read_json, regular_file, write
 
 Shape = tuple[int, ...]
 INDEX = "model.safetensors.index.json"
-LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-"""First bytes of the files that torch.save wrote before it used zip archives."""
+LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # of torch.save before it used zip archives
 
 
 class LazyTensors(Mapping[str, torch.Tensor]):
-    """A mapping from names to tensors that reads a tensor on each access.
+    """A mapping from names to tensors that reads a tensor on each access by its function in `readers`.
 
-    Args:
-        readers: A function per name that reads the tensor.
-        shapes: The shapes that are known without reading the tensors, by name.
+    `shapes` are those that are known without reading the tensors.
     """
 
     def __init__(self, readers: Mapping[str, Callable[[], torch.Tensor]], shapes: Mapping[str, Shape] | None = None):
@@ -49,7 +47,7 @@ class LazyTensors(Mapping[str, torch.Tensor]):
 
 
 def known_shape(tensors: Mapping[str, torch.Tensor], name: str) -> Shape | None:
-    """Returns the shape of a tensor, or None if it is unknown without reading the tensor."""
+    """The shape of a tensor, or None if it is unknown without reading the tensor."""
     return tensors.shapes.get(name) if isinstance(tensors, LazyTensors) else tuple(tensors[name].shape)
 
 
@@ -92,7 +90,7 @@ def open_safetensors(files: Sequence[Path]) -> LazyTensors:
         twice = readers.keys() & found.keys()
         if twice:
             raise UserError(f"{file}: another shard also contains {min(twice)!r}", remedy="save the folder again")
-        readers |= {name: _safetensors_reader(file, name) for name in found}
+        readers |= {name: partial(_read_safetensors, file, name) for name in found}
         shapes |= found
     return LazyTensors(readers, shapes)
 
@@ -108,20 +106,13 @@ def _weight_map(index: Path) -> dict[str, str]:
     return shards
 
 
-def _safetensors_reader(file: Path, name: str) -> Callable[[], torch.Tensor]:
-    def read() -> torch.Tensor:
-        with safe_open(file, framework="pt") as opened:
-            return opened.get_tensor(name)
-
-    return read
+def _read_safetensors(file: Path, name: str) -> torch.Tensor:
+    with safe_open(file, framework="pt") as opened:
+        return opened.get_tensor(name)
 
 
 def load_pt(path: Path, *, mmap: bool = False) -> dict:
-    """Reads a `.pt` file of plain tensors, without running any code from it.
-
-    Args:
-        path: The file.
-        mmap: True: map the tensors from the file instead of reading them into memory.
+    """Reads, or maps into memory, a `.pt` file of plain tensors, without running any code from it.
 
     Raises:
         UserError: the file is not a zip archive written by `torch.save`, has a compressed or oversized member, or
@@ -154,8 +145,7 @@ def load_pt(path: Path, *, mmap: bool = False) -> dict:
     return content
 
 
-MAX_PICKLE_BYTES = 32 << 20
-"""Limit for the pickle, which holds names and shapes but no values: some hundred bytes per tensor."""
+MAX_PICKLE_BYTES = 32 << 20  # limit for the pickle of names and shapes: some hundred bytes per tensor
 MAX_TUPLE = 100_000  # limit for the values in a tuple, including its inner tuples. torch.save writes only a few
 
 
@@ -225,13 +215,9 @@ def open_pt(path: Path) -> Mapping[str, torch.Tensor]:
 
 
 class ShardWriter:
-    """A context manager that writes tensors to a folder one by one, as safetensors shards with an index.
+    """A context manager that writes tensors to a folder, made if missing, as safetensors shards with an index.
 
     It holds at most one shard in memory. If all tensors fit in one shard, it writes `model.safetensors` alone.
-
-    Args:
-        folder: The folder to write to. Made if missing.
-        shard_bytes: Largest size of a shard, in bytes.
     """
 
     def __init__(self, folder: Path, shard_bytes: int = 2 << 30):
@@ -280,11 +266,8 @@ class ShardWriter:
         for stale in (*self.folder.glob("model*.safetensors"), *self.folder.glob(INDEX)):
             stale.unlink()
         count = len(self.files)
-        finals = (
-            ["model.safetensors"]
-            if count == 1
-            else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-        )
+        finals = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        finals = ["model.safetensors"] if count == 1 else finals
         for file, final in zip(self.files, finals, strict=True):
             file.chmod(0o644)  # safetensors makes its files readable only by their owner
             file.replace(self.folder / final)
@@ -300,11 +283,7 @@ class ShardWriter:
 
 
 def read_model_config(folder: Path) -> dict:
-    """Reads the `config.json` of a model folder.
-
-    Raises:
-        UserError: it cannot be read, or is not a JSON object.
-    """
+    """Reads the `config.json` of a model folder; raises a UserError if it is not a JSON object."""
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise UserError(f"{folder / 'config.json'}: not a JSON object", got=json.dumps(config)[:80])

@@ -185,7 +185,7 @@ def _handle(data: bytes, at: int) -> tuple[tuple[int, int], int]:
 
 
 def _block(file: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
-    """Keys and values of one block; a key is stored as the length of the prefix shared with the last key, and the rest."""
+    """Keys and values of one block. A key is stored as the length of its prefix in the last key, and the rest."""
     end = offset + size
     if end + TRAILER_BYTES > len(file):
         raise Damaged("a block ends beyond the file")
