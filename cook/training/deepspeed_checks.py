@@ -20,8 +20,8 @@ from cook.base.errors import UserError
 from cook.config.schema import shown
 from cook.training.deepspeed_builds import announced, first_line, is_built
 
+# Deprecated keys of ZeRO; DeepSpeed replaces them only after cook has read the config.
 OFFLOADED_KEYS = ("cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory")
-"""Deprecated keys of ZeRO; DeepSpeed replaces them only after cook has read the config."""
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
@@ -86,8 +86,8 @@ def _refused(key: str, config: dict[str, Any]) -> Iterator[UserError]:
             keys = [str(part) for part in error["loc"]]
             keys = keys[1:] if keys[:1] == [key] else keys
             unknown = error["type"] == "extra_forbidden"
-            said = error["msg"].removeprefix("Value error, ")
-            what = "unknown key" if unknown else said[:1].lower() + said[1:]
+            message = error["msg"].removeprefix("Value error, ")
+            what = "unknown key" if unknown else message[:1].lower() + message[1:]
             got = None if unknown or isinstance(error["input"], dict) else repr(error["input"])
             yield UserError(f"{'.'.join([place, *keys])}: {what}", got=got)
     except (AttributeError, TypeError, ArithmeticError):

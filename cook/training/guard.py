@@ -1,8 +1,8 @@
 """Detection of steps that must not be applied: values that are not finite, and spikes.
 
-A step reads one global batch. A step that is not applied still counts: its batch has been read and the next step reads
-the next one, so the data of a run do not depend on which steps were skipped. The schedules do not advance: the learning
-rate and the gates' targets depend on the number of updates, which only applied steps increase.
+A step reads one global batch. A step that is not applied still counts, so the data of a run do not depend on which
+steps were skipped. The schedules do not advance: the learning rate and the gates' targets depend on the number of
+updates, which only applied steps increase.
 """
 
 from __future__ import annotations
@@ -34,12 +34,7 @@ class BadSteps(RunFailed):
 
 
 class Guard:
-    """Counts consecutive steps that were not applied, and detects spikes.
-
-    Args:
-        training: The stage's training section.
-        state: The `state_dict` of the run that is resumed.
-    """
+    """Counts consecutive steps that were not applied, and detects spikes; resumes from `state`, its `state_dict`."""
 
     def __init__(self, training: TrainingConfig, state: Mapping[str, Any]):
         self._training = training
@@ -57,10 +52,7 @@ class Guard:
         return self._training.spike_factor * statistics.median(self._recent)
 
     def after(self, result: StepResult, norm: float | None) -> tuple[str | None, bool]:
-        """Records a step and the norm of its gradient.
-
-        Returns: A message about the step, if any, and whether the run must end.
-        """
+        """Records a step and its gradient's norm; returns a message, if any, and whether the run must end."""
         training = self._training
         if result.problem:
             self._in_a_row += 1
@@ -81,7 +73,6 @@ class Guard:
         return f"the {what} {value:.4g} is above {bound:.4g}; it was applied", False
 
     def failure(self, step: int, problem: str, checkpoint: Path | None) -> BadSteps:
-        """The error that ends the run."""
         return BadSteps(step, problem, self._in_a_row, checkpoint)
 
     def state_dict(self) -> dict[str, Any]:

@@ -124,7 +124,8 @@ def train(run: Run, start: Position, log: EventLog) -> Position:
                 saver.wait()  # raises if the save failed
             run.after_step(step)
             # The last step does not see a signal that came during it, and the next stage must not begin.
-            asked = result.asked | (_of_any_rank(signals.take()) if step == training.steps else Request.NOTHING)
+            last = distributed.gather(signals.take()) if step == training.steps else []
+            asked = functools.reduce(operator.or_, last, result.asked)
             due = asked or step == training.steps or (training.save_every and step % training.save_every == 0)
             if due and run.saves:
                 run.at(step, "saving")
@@ -135,15 +136,10 @@ def train(run: Run, start: Position, log: EventLog) -> Position:
             if Request.STOP in asked:
                 saver.wait()
                 kept = f"saved step {step} of {training.steps}" if run.saves else "saved nothing"
-                raise Interrupted(
-                    f"{run.name} {kept}; run the same command to {'resume' if run.saves else 'start over'}"
-                )
+                then = "resume" if run.saves else "start over"
+                raise Interrupted(f"{run.name} {kept}; run the same command to {then}")
         run.at(position.step, "saving")
     return position
-
-
-def _of_any_rank(asked: Request) -> Request:
-    return functools.reduce(operator.or_, distributed.gather(asked))
 
 
 class _Meter:
@@ -161,22 +157,15 @@ class _Meter:
         yield
         self._waited += time.perf_counter() - begin
 
-    def read(self, tokens: int) -> float:
+    def read(self, tokens: int) -> None:
         now = time.perf_counter()
         seconds = max(1e-9, now - self._time)
         self.rate, self.wait = (tokens - self._tokens) / seconds, self._waited / seconds
         self._tokens, self._time, self._waited = tokens, now, 0.0
-        return self.rate
 
 
 def _report(
-    run: Run,
-    position: Position,
-    result: StepResult,
-    note: str | None,
-    meter: _Meter,
-    log: EventLog,
-    progress: Progress,
+    run: Run, position: Position, result: StepResult, note: str | None, meter: _Meter, log: EventLog, progress: Progress
 ) -> None:
     step = position.step
     due = note is not None or step % run.training.log_every == 0 or step in (1, run.training.steps)
@@ -197,16 +186,16 @@ def _report(
         names = [c.name for c in run.gates.constraints]
         sparsity, wanted = run.gates.expected_sparsity(), run.gates.targets(position.updates)
         expected, target = float(sparsity.mean()), float(wanted.mean())
-        record["expected_sparsity"] = dict(zip(names, sparsity.tolist(), strict=True))
-        record["target_sparsity"] = dict(zip(names, wanted.tolist(), strict=True))
-        record["lambda"] = dict(zip(names, run.gates.controller.multipliers.tolist(), strict=True))
+        multipliers = run.gates.controller.multipliers
+        for key, values in (("expected_sparsity", sparsity), ("target_sparsity", wanted), ("lambda", multipliers)):
+            record[key] = dict(zip(names, values.tolist(), strict=True))
     if note is not None:
         record["problem"] = note
         rank, world = distributed.rank(), distributed.world_size()
         named = distributed.gather(run.batches.sample_ids(step - 1, rank, world))
         record["samples"] = samples = {str(number): ids for number, ids in enumerate(named)}
-        read = "; ".join(f"rank {rank}: {' '.join(map(str, ids))}" for rank, ids in samples.items())
-        distributed.warn(f"{run.name} step {step}: {note}; samples read by {read}")
+        readers = "; ".join(f"rank {rank}: {' '.join(map(str, ids))}" for rank, ids in samples.items())
+        distributed.warn(f"{run.name} step {step}: {note}; samples read by {readers}")
     loss = result.loss if math.isfinite(result.loss) else None
     progress.update(step, loss=loss, tokens_per_second=meter.rate, expected=expected, target=target)
     if due:

@@ -47,16 +47,10 @@ class Position:
 
 
 class Saver:
-    """Writes the checkpoints of one stage; all ranks create and call it together.
+    """Writes the checkpoints of one stage into `root` and keeps the last ones; all ranks create and call it together.
 
-    As a context manager, it waits at the end for a save in progress, also if all ranks leave with the same
-    failure.
-
-    Args:
-        root: The stage's `checkpoints` folder.
-        stage: The stage's name.
-        fingerprint: Hash of the settings that the run's outcome depends on.
-        keep: The number of checkpoints to keep.
+    As a context manager, it waits at the end for a save in progress, also if all ranks leave with the same failure.
+    `fingerprint` is a hash of the settings that the run's outcome depends on.
     """
 
     def __init__(self, root: Path, *, stage: str, fingerprint: str, keep: int):
@@ -94,12 +88,7 @@ class Saver:
     ) -> None:
         """Writes checkpoint `step-<n>`; returns once the files are written, before they are hashed and published.
 
-        Args:
-            engine: Weights and optimizer states.
-            gates: The masks being learned, if any.
-            position: The progress of the run, with this rank's states.
-            also: Writes files that belong to a checkpoint but are stored elsewhere; called first.
-            projections: The projections that distillation learns, if any.
+        `also` writes files that belong to a checkpoint but are stored elsewhere; it is called first.
 
         Raises:
             RunFailed: on every rank, if any rank could not write; older checkpoints are untouched.
@@ -128,13 +117,8 @@ class Saver:
             failures = [e for e in distributed.gather(error) if e]
         self._fail_if(failures)
         point("save.agreed")
-        manifest = {
-            **self._head,
-            "step": position.step,
-            "tokens": position.tokens,
-            "world_size": distributed.world_size(),
-            "layout": engine.layout,
-        }
+        manifest = {**self._head, "step": position.step, "tokens": position.tokens}
+        manifest |= {"world_size": distributed.world_size(), "layout": engine.layout}
         self._thread = threading.Thread(target=self._finish, args=(scratch, written, manifest), daemon=True)
         self._thread.start()
 
@@ -189,10 +173,7 @@ def _empty_folder(root: Path, folder: Path) -> None:
 
 
 def attempt(action: Callable[[], Any]) -> str | None:
-    """Runs `action`; returns a message for the other ranks if it fails on this rank, else None.
-
-    `action` must not use collectives: a rank that failed inside one must not enter the next.
-    """
+    """Runs `action`, without collectives; returns a message for the other ranks if it fails on this rank, else None."""
     try:
         action()
     except Exception as error:  # all ranks must learn of any error
@@ -221,12 +202,7 @@ def _write_own(scratch: Path, gates: Gates | None, projections: Projections | No
 
 
 def _write_rest(
-    scratch: Path,
-    engine: Engine,
-    position: Position,
-    states: list[dict[str, Any]],
-    names: set[str],
-    written: list[Path],
+    scratch: Path, engine: Engine, position: Position, states: list[Any], names: set[str], written: list[Path]
 ) -> None:
     """Writes rank 0's files, and lists files that no rank reported: those that DeepSpeed adds to its shards."""
     if distributed.rank() != 0:

@@ -14,14 +14,9 @@ from cook.config.types import TrainingConfig
 from cook.training.deepspeed_checks import deepspeed_mistakes, offloads
 
 AUTO = "auto"
-SECTIONS: dict[str, tuple[str, ...]] = {
-    "bf16": (),
-    "fp16": (),
-    "zero_optimization": ("offload_optimizer", "offload_param"),
-    "optimizer": ("params",),
-    "scheduler": ("params",),
-}
-"""The objects of the DeepSpeed config that are read here, and the objects inside them."""
+# The objects of the DeepSpeed config that are read here, and the objects inside them.
+SECTIONS: dict[str, tuple[str, ...]] = {"bf16": (), "fp16": (), "optimizer": ("params",), "scheduler": ("params",)}
+SECTIONS |= {"zero_optimization": ("offload_optimizer", "offload_param")}
 
 
 def resolve_precision(training: TrainingConfig, deepspeed_config: Mapping[str, Any]) -> str:

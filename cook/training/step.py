@@ -20,8 +20,7 @@ from cook.pruning.gates import Gates, averaged_gradient
 from cook.training.engine import Engine
 from cook.training.optim import TaskLoss, token_loss
 
-ExtraLoss = Callable[[Batch, torch.Tensor], torch.Tensor]
-"""Computes a loss summed over the batch's targets from a batch and the student's logits."""
+ExtraLoss = Callable[[Batch, torch.Tensor], torch.Tensor]  # summed over targets, from a batch and the student's logits
 
 
 class Limits(NamedTuple):
@@ -38,14 +37,11 @@ NO_LIMITS = Limits()
 class StepResult:
     """The result of a step, the same on every rank."""
 
-    loss: float
-    """Mean task loss per target (in language modelling: nats per token) of the global batch; NaN if it is not finite on
-    some rank."""
+    loss: float  # mean task loss per target of the global batch (nats per token); NaN if not finite on some rank
     applied: bool  # False if nothing was updated: no weights, gates or moments
-    problem: str | None = None
-    """The reason if the step was not applied; None also while fp16 is still adjusting its loss scale."""
+    problem: str | None = None  # why the step was not applied; None also while fp16 still adjusts its loss scale
     spike: bool = False  # whether the problem is a limit
-    asked: Request  # the request that a signal made on any rank
+    asked: Request  # the requests of signals on any rank
 
 
 def train_step(
@@ -80,10 +76,10 @@ def train_step(
         learning_rate: The learning rate of the weights.
         attached: The gates' hooks, already set to the fixed masks; None without gates.
         gates: The masks being learned; None in pretraining and finetuning.
-        task_loss: The task's loss, from the model's output and the batch's targets.
+        task_loss: The task's loss.
         extra_loss: Distillation, added to the task's loss.
         projections: The projections that `extra_loss` learns.
-        asked: The request that a signal made on this rank.
+        asked: The requests of signals on this rank.
         update: The update's number, counted from 1; the gates' targets depend on it. None: the same as `step`.
         limits: The limits of the loss and the gradient's norm.
     """
@@ -104,7 +100,9 @@ def train_step(
             engine.step()
 
     z_gradient = averaged_gradient(z, engine.loss_scale) if z is not None else None
-    map_gradient = _averaged(engine, projections.gradient()) if projections else None
+    map_gradient = projections.gradient() if projections else None
+    if map_gradient is not None:  # as for the gates, outside the engine: unscaled and averaged over the ranks
+        map_gradient = distributed.all_reduce_sum(map_gradient / (engine.loss_scale * distributed.world_size()))
     wishes = loss_sum.new_tensor([float(request in asked) for request in Request])
     health = torch.cat([torch.stack([loss_sum.nan_to_num(), bad.float()]), wishes])
     loss_total, num_bad, *votes = distributed.all_reduce_sum(health).tolist()
@@ -128,9 +126,9 @@ def train_step(
         problem, spike = f"the gradient's norm {norm:.4g} is above {limits.norm:.4g}", True
     elif not applied:
         problem = None if seeks_scale else problem or "the gradient of the weights is not finite"
-    heard = Request(sum(request for request, count in zip(Request, votes, strict=True) if count))
+    requests = Request(sum(request for request, count in zip(Request, votes, strict=True) if count))
     point("step.end")
-    return StepResult(loss=loss_mean, applied=applied, problem=problem, spike=spike, asked=heard)
+    return StepResult(loss=loss_mean, applied=applied, problem=problem, spike=spike, asked=requests)
 
 
 def _problem(
@@ -150,14 +148,8 @@ def _problem(
 def _losses(
     engine: Engine, batch: Batch, task_loss: TaskLoss, extra_loss: ExtraLoss | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    # A function of its own: the model's output is freed before the backward pass.
     batch = on_device(batch, engine.device)
     output = engine(**model_inputs(batch))
     loss = task_loss(output, batch)
     return loss, loss if extra_loss is None else loss + extra_loss(batch, output.logits)
-
-
-def _averaged(engine: Engine, gradient: torch.Tensor | None) -> torch.Tensor | None:
-    """A gradient outside the engine, unscaled and averaged over the ranks."""
-    if gradient is None:
-        return None
-    return distributed.all_reduce_sum(gradient / (engine.loss_scale * distributed.world_size()))
