@@ -32,9 +32,9 @@ from cook.recipe.pattern import masked_weights, pattern_identity, pattern_masks,
 from cook.recipe.plan import Stage
 from cook.recipe.runner import StageRun, follows
 from cook.recipe.stage_data import SourceMixer, check_corpus, open_loader, rows_before
+from cook.training.checkpoint import Position
 from cook.training.engine import Engine, write_gathered
 from cook.training.loop import Run
-from cook.training.saver import Position
 from cook.training.settings import check_settings
 
 

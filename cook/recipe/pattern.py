@@ -26,9 +26,9 @@ from cook.sparsity.pattern_file import read_pattern_masks, write_pattern_masks
 from cook.sparsity.pattern_masks import make_masks, sparsity_table
 from cook.sparsity.scores import ScoreAccumulator
 from cook.sparsity.spec import PatternSpec, Quirks
+from cook.training.checkpoint import Position
 from cook.training.engine import Engine
 from cook.training.loop import Run, train
-from cook.training.saver import Position
 
 Masks = dict[str, torch.Tensor]
 

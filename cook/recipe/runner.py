@@ -17,9 +17,8 @@ from cook.base.files import read_json, write_json
 from cook.base.watchdog import At
 from cook.recipe.sources import PlannedStage, changed, changed_sources, check_masks, check_sources, note_sources
 from cook.report.events import EventLog
-from cook.training.checkpoint import find_checkpoint, load_checkpoint
+from cook.training.checkpoint import Position, find_checkpoint, load_checkpoint
 from cook.training.loop import Run, train
-from cook.training.saver import Position
 
 
 class StageRun(ABC):

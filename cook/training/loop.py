@@ -24,12 +24,11 @@ from cook.pruning.attach import AttachedGates
 from cook.pruning.gates import Gates
 from cook.report.console import Progress
 from cook.report.events import EventLog
+from cook.training.checkpoint import Position, Saver
 from cook.training.engine import Engine
-from cook.training.guard import Guard
 from cook.training.manifest import folder_of
 from cook.training.optim import TaskLoss, learning_rate, token_loss
-from cook.training.saver import Position, Saver
-from cook.training.step import ExtraLoss, StepResult, train_step
+from cook.training.step import ExtraLoss, Guard, StepResult, train_step
 
 
 class Batches(Protocol):

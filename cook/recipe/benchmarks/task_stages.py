@@ -30,9 +30,9 @@ from cook.sparsity.matrices import PrunedMatrix, encoder_matrices
 from cook.sparsity.pattern_file import read_pattern_masks, write_pattern_masks
 from cook.sparsity.pattern_masks import apply_masks, make_masks, sparsity_table
 from cook.sparsity.scores import ScoreAccumulator
+from cook.training.checkpoint import Position
 from cook.training.engine import Engine
 from cook.training.loop import Run
-from cook.training.saver import Position
 from cook.training.settings import check_settings
 
 Metrics = Mapping[str, float]
