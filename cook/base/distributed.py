@@ -119,10 +119,9 @@ def leave_group(group: Any) -> None:
 
 
 def on_all_ranks(action: Callable[[], T]) -> T:
-    """Runs `action`, which must not use collectives, on every rank. Returns this rank's result when all have finished.
+    """Runs `action`, without collectives, on every rank. Returns this rank's result when all have finished.
 
-    Raises:
-        UserError, RunFailed: on every rank, the error of the first rank on which `action` failed.
+    If it fails on any rank, all ranks raise the error of the first of them.
     """
     result, error = _tried(action)
     _raise_first(gather(_for_all(error)), error)
@@ -131,11 +130,7 @@ def on_all_ranks(action: Callable[[], T]) -> T:
 
 
 def on_first_rank(action: Callable[[], T]) -> T:
-    """Runs `action`, which must not use collectives, on rank 0. Returns its result, small and picklable, on every rank.
-
-    Raises:
-        UserError, RunFailed: on every rank, if `action` failed.
-    """
+    """Runs `action`, without collectives, on rank 0. All ranks return its small picklable result or raise its error."""
     result, error = _tried(action) if rank() == 0 else (None, None)
     first, result = broadcast((_for_all(error), result))
     _raise_first([first], error)

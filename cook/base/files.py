@@ -95,10 +95,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def regular_file(path: str | Path, what: str = "file") -> Path:
-    """Returns the path if it is a readable regular file (`what`, for messages), or a link to one; else a UserError.
-
-    Reading a pipe or a device might never end.
-    """
+    """Raises a UserError unless the path is a readable regular file: reading a pipe or a device might never end."""
     path = Path(path)
     try:
         mode = path.stat().st_mode

@@ -43,13 +43,8 @@ def in_order(
 
     The processes are spawned, not forked, because this process may hold threads and a device. With one worker, all jobs
     run in this process. At most `2 * workers` jobs are submitted ahead of the results that have been read.
-
-    Args:
-        function: A function at the top level of a module, so that it can be pickled.
-        jobs: The arguments of each call.
-        workers: The number of processes.
-        initializer: Called once in each process, with `arguments`.
-        arguments: The arguments of `initializer`.
+    `function` must be at the top level of a module, so that it can be pickled. `initializer(*arguments)` runs once per
+    process.
     """
     if workers <= 1:
         if initializer is not None:

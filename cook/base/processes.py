@@ -37,11 +37,7 @@ class Process:
         return cls(**value)
 
     def fate(self) -> Literal["alive", "dead", "unknown"]:
-        """Whether the process still runs.
-
-        `dead` requires proof: the machine, boot and namespace are the same, and the process does not exist there or is
-        a zombie.
-        """
+        """Whether the process still runs. `dead` requires proof: in this boot and namespace it is gone or a zombie."""
         if (self.host, self.boot) != (socket.gethostname(), _boot()):
             return "unknown"
         try:

@@ -41,11 +41,7 @@ class Meeting:
 
 
 def join(backend: str, meeting: Meeting | None, patience: timedelta) -> None:
-    """Creates the process group of all ranks; a single rank without a `meeting`, that is without a launcher.
-
-    Raises:
-        RunFailed: the ranks cannot connect to one another.
-    """
+    """Creates the process group of all ranks; of a single rank without a `meeting`, that is without a launcher."""
     if meeting is None:
         os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
         if loopback():

@@ -52,11 +52,7 @@ def known_shape(tensors: Mapping[str, torch.Tensor], name: str) -> Shape | None:
 
 
 def open_safetensors_folder(folder: Path) -> LazyTensors:
-    """Opens the tensors of a Hugging Face folder: `model.safetensors`, or shards with an index, like transformers.
-
-    Raises:
-        UserError: the files are missing, or the index does not match the shards.
-    """
+    """Opens the tensors of a Hugging Face folder: `model.safetensors`, or shards with an index, like transformers."""
     whole, index = folder / "model.safetensors", folder / INDEX
     if whole.is_file() or not index.is_file():
         return open_safetensors([whole])
@@ -72,11 +68,7 @@ def open_safetensors_folder(folder: Path) -> LazyTensors:
 
 
 def open_safetensors(files: Sequence[Path]) -> LazyTensors:
-    """Opens the tensors of several safetensors files.
-
-    Raises:
-        UserError: a file is missing or damaged, or two files contain a tensor of the same name.
-    """
+    """Opens the tensors of several safetensors files; a UserError if two of them contain a tensor of the same name."""
     readers: dict[str, Callable[[], torch.Tensor]] = {}
     shapes: dict[str, Shape] = {}
     for file in files:
@@ -202,11 +194,7 @@ def save_pt(content: Any, path: Path) -> None:
 
 
 def open_pt(path: Path) -> Mapping[str, torch.Tensor]:
-    """Opens a `.pt` state dict, with tensors mapped from the file instead of read into memory.
-
-    Raises:
-        UserError: as in `load_pt`, or a value is not a tensor.
-    """
+    """Opens a `.pt` state dict as `load_pt` does, with tensors mapped from the file; all values must be tensors."""
     content = load_pt(path, mmap=True)
     strange = [name for name, value in content.items() if not isinstance(value, torch.Tensor)]
     if strange:

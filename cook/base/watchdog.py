@@ -54,14 +54,11 @@ LOST_PEER = re.compile(r"gloo|nccl|c10d|connection|broken pipe|peer|socket", re.
 
 
 class Watchdog:
-    """A context manager that watches the other ranks. It does nothing on a single rank.
+    """A context manager that watches the other ranks. It does nothing on a single rank (`meeting` is None).
 
     It uses two threads. One communicates with the store, and hangs if the store hangs. The other decides whether a rank
-    is lost, and uses only clocks and process states.
-
-    Args:
-        timeout: Seconds for which a rank may be silent or a step may take. 0 switches the watchdog off.
-        meeting: The rendezvous of the ranks. None for a single rank.
+    is lost, and uses only clocks and process states. A rank may be silent, or a step take, `timeout` seconds; 0
+    switches the watchdog off.
     """
 
     def __init__(self, timeout: float, meeting: Meeting | None = None):
@@ -217,9 +214,8 @@ class Watchdog:
             who = self._name(stopped[0]) if stopped else f"{self._name(0)}, or the process that hosts its store,"
             lost = f"{who} has been silent for {unreachable:.0f} s"
         elif report["ended"] != "well" and report["phase"] != "preparing" and silent > patience:
-            lost = (
-                f"{self._name(next_rank)} has been silent for {silent:.0f} s, {report['ended'] or _last_seen(report)}"
-            )
+            seen = report["ended"] or _last_seen(report)
+            lost = f"{self._name(next_rank)} has been silent for {silent:.0f} s, {seen}"
         # Slightly later than the check for silence, whose message says more.
         elif now - self._moved > self.timeout * PATIENCE[own] + 3 * self.interval:
             return self._nobody_moves(now - self._moved)
@@ -303,9 +299,9 @@ class Watchdog:
         """Waits until the other ranks know why this one ends, since the store may end with this rank."""
         deadline = time.monotonic() + 2 * self.interval + GRACE
         with contextlib.suppress(RuntimeError):
-            while time.monotonic() < deadline and not all(
-                report["ended"] for report in self._reports(range(self._world)).values()
-            ):
+            while any(not report["ended"] for report in self._reports(range(self._world)).values()):
+                if time.monotonic() > deadline:
+                    return
                 time.sleep(0.1)
 
     def _lost(self, rank: int, how: str, report: Report | None = None) -> RankLost:

@@ -127,11 +127,7 @@ class Distiller:
             tap.arm()
 
     def __call__(self, batch: Batch, student_logits: torch.Tensor) -> torch.Tensor:
-        """The weighted sum of all losses over the batch's target tokens.
-
-        Raises:
-            UserError: on every rank, if states cannot be compared.
-        """
+        """The weighted sum of all losses over the batch's target tokens; a UserError if states cannot be compared."""
         targets = batch["targets"]
         mine = [tap.take() for tap in self._student_taps]
         for tap in self._teacher_taps:

@@ -159,11 +159,7 @@ class Saver:
         self._failures = failures
 
     def wait(self) -> None:
-        """Waits until the save in progress is published; all ranks call it.
-
-        Raises:
-            RunFailed: on every rank, if the save failed.
-        """
+        """Waits until the save in progress is published; all ranks call it, and raise RunFailed if the save failed."""
         if self._thread is None:
             return
         self._thread.join()
@@ -349,11 +345,7 @@ def _position(folder: Path, world_size: int) -> Position:
 
 
 def stored_weights(folder: Path) -> Mapping[str, torch.Tensor]:
-    """The fp32 weights in a checkpoint of cook or of DeepSpeed itself, at any ZeRO stage.
-
-    Raises:
-        UserError: the checkpoint has a manifest and its files differ from it; nothing is opened before that check.
-    """
+    """The fp32 weights in a checkpoint of cook, whose files are verified first, or of DeepSpeed itself."""
     if (folder / MANIFEST).is_file():
         verify(folder)
     return checkpoint_weights(folder)

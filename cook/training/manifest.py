@@ -65,11 +65,7 @@ def seal(manifest: Mapping[str, Any]) -> dict[str, Any]:
 def publish(scratch: Path, final: Path, manifest: Mapping[str, Any], *, keep: int) -> None:
     """Renames a written folder, whose files are on the disk, to the checkpoint `final`; then removes old checkpoints.
 
-    Args:
-        scratch: The written folder.
-        final: The checkpoint's folder.
-        manifest: The fields of `MANIFEST_TYPES` except the digest.
-        keep: The number of checkpoints to keep; the new one is always kept.
+    `manifest` has the fields of `MANIFEST_TYPES` except the digest. The new checkpoint is always kept.
     """
     write_atomically(scratch / MANIFEST, json.dumps(seal(manifest), indent=1, allow_nan=False) + "\n")
     point("save.manifest")
@@ -138,11 +134,7 @@ def looks_whole(folder: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Reads the manifest of a checkpoint; its files are not compared with it.
-
-    Raises:
-        UserError: the manifest is missing, malformed, or has been changed.
-    """
+    """Reads the manifest of a checkpoint; raises a UserError if it is missing, malformed, or has been changed."""
     manifest = read_json(folder / MANIFEST)
     if not _sound(manifest):
         raise UserError(f"{folder / MANIFEST}: not a valid checkpoint manifest")
@@ -166,10 +158,7 @@ def _sound(manifest: Any) -> bool:
 def verify(folder: Path, part: int = 0, parts: int = 1) -> dict[str, Any]:
     """Compares the files of a checkpoint with its manifest, and returns the manifest.
 
-    Args:
-        folder: The checkpoint.
-        part: Which of `parts` equal shares of the contents to compare; all sizes are compared.
-        parts: The number of shares.
+    All sizes are compared, and the contents of one of `parts` equal shares.
 
     Raises:
         UserError: a file is missing, has another size or content, or is not part of the checkpoint.
@@ -214,11 +203,7 @@ def no_valid_checkpoint(root: Path, problems: list[str]) -> UserError | None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder: a checkpoint itself, a stage's checkpoints, or a run's output folder.
-
-    Raises:
-        UserError: there are none.
-    """
+    """The checkpoints (at least one) in a folder: one itself, a stage's checkpoints, or a run's output folder."""
     if (folder / MANIFEST).is_file() or folder.name.startswith("step-"):
         return [folder]
     roots = [folder, folder / "checkpoints", *sorted(folder.glob("*/checkpoints"))]

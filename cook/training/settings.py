@@ -91,12 +91,7 @@ def filled_config(
 
 
 def check_settings(training: TrainingConfig, deepspeed_config: Mapping[str, Any], *, world_size: int) -> dict[str, Any]:
-    """Fills in and checks the DeepSpeed config, before anything is built or written.
-
-    Raises:
-        UserErrors: Values that DeepSpeed would refuse, with their keys; an `auto` that cannot be filled in; a precision
-            that contradicts the DeepSpeed config.
-    """
+    """Fills in and checks the DeepSpeed config, before anything is built or written; raises UserErrors."""
     mistakes = list(_misshapen(deepspeed_config))
     if not mistakes:
         precision = resolve_precision(training, deepspeed_config)

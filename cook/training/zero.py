@@ -38,13 +38,7 @@ def freeze_all_but_smallest(model: torch.nn.Module) -> None:
 
 
 class Partitions:
-    """Operations on one parameter at a time, on all ranks together.
-
-    Args:
-        deepspeed: The module, which only the engine imports.
-        zero_stage: The engine's ZeRO stage.
-        device: The engine's device.
-    """
+    """Operations on one parameter at a time, on all ranks together. Only the engine imports the module `deepspeed`."""
 
     def __init__(self, deepspeed: Any, zero_stage: int, device: torch.device):
         self._deepspeed, self._zero_stage, self._device = deepspeed, zero_stage, device
@@ -56,11 +50,7 @@ class Partitions:
         return self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if modified else None)
 
     def load(self, model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-        """Copies `weights` into all parameters.
-
-        Raises:
-            UserError: on every rank, if names or shapes do not match the model.
-        """
+        """Copies `weights` into all parameters; every rank raises a UserError if names or shapes do not match."""
         buffers = {name: buffer for name, buffer in model.named_buffers() if name in weights}
         names = {name for name, _ in model.named_parameters()} | set(buffers)
         if names != set(weights):
@@ -126,11 +116,7 @@ class HeldZeros:
     The gradients are set to 0 where they are computed, before any reduction, clipping or sharding. So the moments of
     pruned entries stay 0 and an elementwise optimizer never changes them; for others, `restore` resets the weights.
 
-    Args:
-        parameters: The parameters of the engine's module, by name.
-        masks: By name; true where a weight is kept; the same on every rank.
-        optimizer: The engine's optimizer.
-        gathered: A context in which a parameter is whole (ZeRO 3).
+    `masks` are true where a weight is kept, and the same on every rank. In the context `gathered` a parameter is whole.
     """
 
     def __init__(
@@ -204,9 +190,7 @@ class NormWatch:
     precision and the ZeRO stage. But all its ZeRO optimizers skip a step whose norm is not finite, on all ranks, and
     clean up after it. So the hook returns infinity in place of a norm that is not accepted.
 
-    Args:
-        optimizer: DeepSpeed's optimizer; a plain one at stage 0, where the engine calls `accepts` itself.
-        zero_stage: Its ZeRO stage.
+    At stage 0 the optimizer is a plain one, and the engine calls `accepts` itself.
     """
 
     def __init__(self, optimizer: Any, zero_stage: int):
