@@ -20,21 +20,9 @@ from cook.base.tensor_files import LazyTensors
 from cook.models.cpm_ant import CpmAntConfig
 
 NATIVE_FIELDS = (
-    "vocab_size",
-    "dim_model",
-    "dim_ff",
-    "num_layers",
-    "num_heads",
-    "dim_head",
-    "dropout_p",
-    "position_bias_num_buckets",
-    "position_bias_max_distance",
-    "eps",
-    "half",
-    "prompt_types",
-    "prompt_length",
-    "segment_types",
-    "mask_modules",
+    *("vocab_size", "dim_model", "dim_ff", "num_layers", "num_heads", "dim_head", "dropout_p"),
+    *("position_bias_num_buckets", "position_bias_max_distance", "eps", "half"),
+    *("prompt_types", "prompt_length", "segment_types", "mask_modules"),
 )
 STOCK_NAMES = {"dim_model": "hidden_size", "num_heads": "num_attention_heads", "num_layers": "num_hidden_layers"}
 SHARED_FIELDS = tuple(name for name in NATIVE_FIELDS if name not in ("half", "mask_modules"))
@@ -69,11 +57,7 @@ def native_config(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_native_config(config: CpmAntConfig) -> dict[str, Any]:
-    """CPM-Live's JSON of a model, with every field.
-
-    Raises:
-        UserError: the layers differ in heads or dims, or heads were removed, which that format cannot express.
-    """
+    """CPM-Live's JSON of a model, with every field; a UserError if its layers differ: the format cannot express it."""
     _refuse_ragged(config, "CPM-Live's configuration")
     return {name: getattr(config, name) for name in NATIVE_FIELDS}
 

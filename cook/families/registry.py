@@ -45,16 +45,11 @@ def stock_type(config: Mapping[str, Any]) -> Any:
 
 
 def knows(config: Mapping[str, Any]) -> bool:
-    """Whether there is an adapter for a config.json."""
     return _find(config) is not None
 
 
 def by_config(config: Mapping[str, Any]) -> Adapter:
-    """The adapter of a model's config.json.
-
-    Raises:
-        UserError: there is none; the message lists the known families and what an adapter needs.
-    """
+    """The adapter of a model's config.json; raises a UserError if there is none."""
     found = _find(config)
     if found is None:
         known = ", ".join(sorted(t for a in adapters() for t in a.model_types if t))

@@ -113,11 +113,7 @@ def unfilled_model(adapter: Adapter, config: Mapping[str, Any]) -> torch.nn.Modu
 
 
 def load_model(source: ModelSource, dtype: torch.dtype | None = torch.float32) -> torch.nn.Module:
-    """Loads the whole model into memory, in eval mode, with weights of type `dtype`; None keeps the stored types.
-
-    Raises:
-        UserError: the weights do not fit the config.
-    """
+    """Loads the whole model into memory, in eval mode, with weights of type `dtype`; None keeps the stored types."""
     model = unfilled_model(source.adapter, source.config)
     weights = {name: t.to(dtype) if dtype and t.is_floating_point() else t for name, t in source.tensors.items()}
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}

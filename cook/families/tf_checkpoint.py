@@ -55,11 +55,7 @@ class TfTensor:
     is_partitioned: bool  # whether it is stored in slices
 
     def read(self) -> torch.Tensor:
-        """Reads the values and verifies their checksum.
-
-        Raises:
-            UserError: the file is missing or damaged, or the tensor's type is not supported.
-        """
+        """Reads the values and verifies their checksum."""
         if self.is_partitioned or (self.dtype not in DTYPES and self.dtype != BFLOAT16):
             kind, remedy = f"TensorFlow's type number {self.dtype}", None
             if self.is_partitioned:

@@ -113,14 +113,22 @@ class Saver:
         self._step = position.step
         scratch = self._root / f"{SCRATCH}{position.step}"
         point("save.begin")
-        error = attempt(lambda: _empty_folder(self._root, scratch)) if distributed.rank() == 0 else None
+
+        def begin() -> None:
+            recover(self._root)
+            scratch.mkdir(parents=True)
+
+        error = attempt(begin) if distributed.rank() == 0 else None
         # The masks first: flushing a small file takes long while gigabytes wait to be flushed. The ranks agree at
         # once, because the engine's save has collectives that all ranks must reach.
         error = error or attempt(also)
         self._fail_if([e for e in distributed.gather(error) if e])
         point("save.scratch")
         written: list[Path] = []
-        error = _write_engine(scratch, engine, written)
+        try:
+            written += engine.save(scratch)
+        except RunFailed as failure:  # other errors come from inside its collectives and are not caught
+            error = f"rank {distributed.rank()}: {failure}"
         error = error or attempt(lambda: _write_own(scratch, gates, projections, written))
         point("save.written")
         small = {"guard": position.guard, "data": position.data}
@@ -179,25 +187,12 @@ class Saver:
         )
 
 
-def _empty_folder(root: Path, folder: Path) -> None:
-    recover(root)
-    folder.mkdir(parents=True)
-
-
 def attempt(action: Callable[[], Any]) -> str | None:
     """Runs `action`, without collectives; returns a message for the other ranks if it fails on this rank, else None."""
     try:
         action()
     except Exception as error:  # all ranks must learn of any error
         return f"rank {distributed.rank()}: {in_words(error)}"
-    return None
-
-
-def _write_engine(scratch: Path, engine: Engine, written: list[Path]) -> str | None:
-    try:
-        written += engine.save(scratch)
-    except RunFailed as error:  # other errors come from inside its collectives and are not caught
-        return f"rank {distributed.rank()}: {error}"
     return None
 
 
@@ -303,13 +298,10 @@ def load_checkpoint(
             remedy="restore them, choose another output_dir, or start over with --resume never",
         )
     for key in ("precision", "optimizer"):
-        if manifest["layout"].get(key) != engine.layout[key]:
-            raise UserError(
-                f"{folder}: saved with another {key}",
-                wanted=manifest["layout"].get(key),
-                got=engine.layout[key],
-                remedy=f"restore the {key}, or start over with --resume never",
-            )
+        saved, own = manifest["layout"].get(key), engine.layout[key]
+        if saved != own:
+            remedy = f"restore the {key}, or start over with --resume never"
+            raise UserError(f"{folder}: saved with another {key}", wanted=saved, got=own, remedy=remedy)
     position = _position(folder, manifest["world_size"])
     if manifest["world_size"] == distributed.world_size() and manifest["layout"] == engine.layout:
         engine.load(folder)

@@ -22,16 +22,8 @@ from cook.report.human import human_count
 from cook.report.tables import markdown_table
 
 MANIFEST, LATEST = "manifest.json", "latest"
-MANIFEST_TYPES = {
-    "stage": str,
-    "step": int,
-    "tokens": int,
-    "world_size": int,
-    "fingerprint": str,
-    "layout": dict,
-    "files": dict,
-    "digest": str,
-}
+MANIFEST_TYPES = {"stage": str, "step": int, "tokens": int, "world_size": int, "fingerprint": str, "layout": dict}
+MANIFEST_TYPES |= {"files": dict, "digest": str}
 SCRATCH, ASIDE, REMOVED = "tmp-", "tmp-replaced-", "tmp-removed-"
 """Prefixes of the names of folders that are being written, replaced or deleted."""
 COLUMNS = ("checkpoint", "step", "tokens", "ranks", "layout", "size", "state")
