@@ -2,7 +2,7 @@
 
 A folder is read as transformers' `from_pretrained` reads it, with its tables of renamed keys, or refused.
 
-A stock class has no layers without blocks, so reshaping (`stock_shrink`) removes such layers and renumbers the others.
+A stock class has no layers without blocks, so reshaping (`stock.py`) removes such layers and renumbers the others.
 The config stores the original numbers under `ORIGIN`, across any number of reshapings.
 """
 
