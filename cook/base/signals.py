@@ -26,7 +26,7 @@ class Request(enum.IntFlag):
 
 
 # Seconds that a process may take to end by itself after its launcher has ended, outside the training steps.
-HEARING = 10.0
+EXIT_LIMIT = 10.0
 MEANING = {signal.SIGTERM: Request.STOP, signal.SIGINT: Request.STOP, signal.SIGUSR1: Request.SAVE}
 
 
@@ -98,7 +98,7 @@ def heed_launcher() -> None:
     """Makes this process end when its launcher ends, as if it had received SIGTERM. A command calls this first.
 
     Outside the training loop there is nothing to save, and the main thread may be inside a call that does not handle
-    signals, waiting for ranks that have ended. The process then ends after `HEARING` seconds. Inside the loop the
+    signals, waiting for ranks that have ended. The process then ends after `EXIT_LIMIT` seconds. Inside the loop the
     ranks save a checkpoint first, and the watchdog limits the time.
 
     Raises:
@@ -114,7 +114,7 @@ def heed_launcher() -> None:
         write_to_stderr("the launcher has ended: stopping as if it had sent SIGTERM")
         os.kill(os.getpid(), signal.SIGTERM)
         while True:
-            time.sleep(HEARING)
+            time.sleep(EXIT_LIMIT)
             if not isinstance(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), Signals):
                 write_to_stderr(
                     "stopped: the launcher has ended, outside the training steps; the same command resumes the run"

@@ -196,9 +196,9 @@ def save_pt(content: Any, path: Path) -> None:
 def open_pt(path: Path) -> Mapping[str, torch.Tensor]:
     """Opens a `.pt` state dict as `load_pt` does, with tensors mapped from the file; all values must be tensors."""
     content = load_pt(path, mmap=True)
-    strange = [name for name, value in content.items() if not isinstance(value, torch.Tensor)]
-    if strange:
-        raise UserError(f"{path}: {strange[0]!r} is not a tensor", wanted="a state dict: names and tensors")
+    others = [name for name, value in content.items() if not isinstance(value, torch.Tensor)]
+    if others:
+        raise UserError(f"{path}: {others[0]!r} is not a tensor", wanted="a state dict: names and tensors")
     return content
 
 

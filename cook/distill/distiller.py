@@ -129,16 +129,16 @@ class Distiller:
     def __call__(self, batch: Batch, student_logits: torch.Tensor) -> torch.Tensor:
         """The weighted sum of all losses over the batch's target tokens; a UserError if states cannot be compared."""
         targets = batch["targets"]
-        mine = [tap.take() for tap in self._student_taps]
+        student_states = [tap.take() for tap in self._student_taps]
         for tap in self._teacher_taps:
             tap.arm()
         wanted_logits = self._teacher.forward(batch).logits
-        wanted = [tap.take() for tap in self._teacher_taps]
-        self._check(mine, wanted, targets)
+        teacher_states = [tap.take() for tap in self._teacher_taps]
+        self._check(student_states, teacher_states, targets)
         loss = student_logits.new_zeros((), dtype=torch.float32)
         if self._ce_scale:
             loss = loss + self._ce_scale * token_divergence(student_logits, wanted_logits, targets, self._ce_temp)
-        for (pair, scale, projections), own, its in zip(self._pairs, mine, wanted, strict=True):
+        for (pair, scale, projections), own, its in zip(self._pairs, student_states, teacher_states, strict=True):
             if own.shape[-1] == its.shape[-1]:
                 error = hidden_error(own, its, targets)
             else:
@@ -148,9 +148,9 @@ class Distiller:
             loss = loss + scale * error
         return loss
 
-    def _check(self, mine: list[Any], wanted: list[Any], targets: torch.Tensor) -> None:
+    def _check(self, student_states: list[Any], teacher_states: list[Any], targets: torch.Tensor) -> None:
         problems = []
-        for (pair, _, projections), own, its in zip(self._pairs, mine, wanted, strict=True):
+        for (pair, _, projections), own, its in zip(self._pairs, student_states, teacher_states, strict=True):
             sides = (("student's", own), ("teacher's", its))
             faults = [f"{who} {fault}" for who, states in sides if (fault := _fault(states, targets))]
             if not faults and own.shape[-1] != its.shape[-1] and projections is None:

@@ -119,13 +119,13 @@ def load_model(source: ModelSource, dtype: torch.dtype | None = torch.float32) -
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tied -= {name for name, _ in model.named_parameters()}
     try:
-        missing, strange = model.load_state_dict(weights, strict=False, assign=True)
+        missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     except RuntimeError as error:  # other shapes
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"{source.path}: the weights do not fit the model's config", got=reason) from None
     lacking = [name for name in missing if name not in tied]
-    if lacking or strange:
-        problem = f"{lacking[0]!r} is missing" if lacking else f"{strange[0]!r} has no place in the model"
+    if lacking or unexpected:
+        problem = f"{lacking[0]!r} is missing" if lacking else f"{unexpected[0]!r} has no place in the model"
         raise UserError(f"{source.path}: the weights do not fit the model's config: {problem}")
     if tied:  # the embeddings are new tensors
         model.tie_weights()  # type: ignore[operator]

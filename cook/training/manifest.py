@@ -84,8 +84,8 @@ def recover(root: Path) -> None:
         final = root / f"step-{aside.name.removeprefix(ASIDE)}"
         if not final.exists():
             os.rename(aside, final)
-    for rubbish in root.glob(f"{SCRATCH}*"):
-        shutil.rmtree(rubbish, ignore_errors=True)
+    for leftover in root.glob(f"{SCRATCH}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
     for half_written in root.glob(f".{LATEST}.tmp"):  # only if it exists: the folder may be read-only
         half_written.unlink()
     newest = next((step for step in steps(root) if looks_whole(folder_of(root, step))), None)
@@ -109,11 +109,11 @@ def remove_old(root: Path, newest: int, keep: int) -> None:
             kept += looks_whole(folder)
             continue
         # Renamed first, since a partly deleted folder must not look like a checkpoint.
-        doomed = root / f"{REMOVED}{folder.name}"
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.rename(folder, doomed)
+        removed = root / f"{REMOVED}{folder.name}"
+        shutil.rmtree(removed, ignore_errors=True)
+        os.rename(folder, removed)
         point("save.removing")
-        shutil.rmtree(doomed, ignore_errors=True)
+        shutil.rmtree(removed, ignore_errors=True)
 
 
 def looks_whole(folder: Path) -> bool:
@@ -164,11 +164,11 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> dict[str, Any]:
 
 
 def _compare(folder: Path, files: dict[str, Any], part: int, parts: int) -> None:
-    strange = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-    strange -= {*files, MANIFEST}
-    if strange:
+    unexpected = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    unexpected -= {*files, MANIFEST}
+    if unexpected:
         # The engine finds its files by pattern.
-        raise UserError(f"{folder / min(strange)}: not part of the checkpoint", remedy="move it elsewhere")
+        raise UserError(f"{folder / min(unexpected)}: not part of the checkpoint", remedy="move it elsewhere")
     for name, entry in files.items():
         path = folder / name
         if not path.is_file() or path.is_symlink():

@@ -113,8 +113,8 @@ def train_step(
     map_gradient = projections.gradient() if projections else None
     if map_gradient is not None:  # as for the gates, outside the engine: unscaled and averaged over the ranks
         map_gradient = distributed.all_reduce_sum(map_gradient / (engine.loss_scale * distributed.world_size()))
-    wishes = loss_sum.new_tensor([float(request in asked) for request in Request])
-    health = torch.cat([torch.stack([loss_sum.nan_to_num(), bad.float()]), wishes])
+    requested = loss_sum.new_tensor([float(request in asked) for request in Request])
+    health = torch.cat([torch.stack([loss_sum.nan_to_num(), bad.float()]), requested])
     loss_total, num_bad, *votes = distributed.all_reduce_sum(health).tolist()
     point("step.backward")
     loss_mean = math.nan if num_bad else loss_total / num_targets

@@ -54,11 +54,11 @@ class Partitions:
         buffers = {name: buffer for name, buffer in model.named_buffers() if name in weights}
         names = {name for name, _ in model.named_parameters()} | set(buffers)
         if names != set(weights):
-            lacking, strange = sorted(names - set(weights)), sorted(set(weights) - names)
+            missing, unexpected = sorted(names - set(weights)), sorted(set(weights) - names)
             raise UserError(
                 "the weights do not fit the model's config",
-                wanted=f"{len(names)} tensors" + (f", among them {lacking[0]}" if lacking else ""),
-                got=f"{len(weights)} tensors" + (f", among them {strange[0]}" if strange else ""),
+                wanted=f"{len(names)} tensors" + (f", among them {missing[0]}" if missing else ""),
+                got=f"{len(weights)} tensors" + (f", among them {unexpected[0]}" if unexpected else ""),
             )
         error: UserError | None = None
         for name, buffer in buffers.items():
@@ -126,8 +126,8 @@ class HeldZeros:
         optimizer: Any,
         gathered: Callable[..., AbstractContextManager[Any]],
     ):
-        strange = sorted(masks.keys() - parameters.keys())
-        assert not strange, f"a mask for {strange[0]}, which the model lacks"
+        unexpected = sorted(masks.keys() - parameters.keys())
+        assert not unexpected, f"a mask for {unexpected[0]}, which the model lacks"
         self._pruned = {parameters[name]: mask == 0 for name, mask in masks.items()}
         self._gathered = gathered
         self._base = getattr(optimizer, "optimizer", optimizer)
@@ -164,9 +164,9 @@ class HeldZeros:
         for key in (None, *sorted(moments)):
             piece = engine.get_local_fp32_param(parameter, key)
             rank = engine._get_param_partition_rank(parameter)
-            mine = pruned.flatten()[piece.numel() * rank :][: piece.numel()]
+            pruned_here = pruned.flatten()[piece.numel() * rank :][: piece.numel()]
             value = piece.clone().flatten()
-            value[: len(mine)].masked_fill_(mine, 0.0)  # the last rank's piece may be padded
+            value[: len(pruned_here)].masked_fill_(pruned_here, 0.0)  # the last rank's piece may be padded
             engine.set_local_hp_param(value.view_as(piece), parameter, key)
 
 
@@ -174,9 +174,9 @@ def _cut_fragment(parameter: Any, pruned: torch.Tensor) -> None:
     """ZeRO 1 and 2: resets this rank's part of the parameter in the flat master and in the moments."""
     mapping = parameter._hp_mapping
     address = mapping.lp_fragment_address
-    mine = pruned.flatten()[address.start :][: address.numel]
+    pruned_here = pruned.flatten()[address.start :][: address.numel]
     for fragment in (mapping.hp_fragment, *(mapping.optim_fragment or {}).values()):
-        fragment.masked_fill_(mine.to(fragment.device), 0.0)
+        fragment.masked_fill_(pruned_here.to(fragment.device), 0.0)
 
 
 def _is_moment(value: Any) -> bool:
