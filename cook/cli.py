@@ -12,9 +12,9 @@ from typing import Annotated, Any
 import typer
 
 import cook
+from cook.base.environment import choose_waiting
 from cook.base.errors import EXIT_FAILED, UserError, run_entry
 from cook.base.signals import heed_launcher
-from cook.base.waiting import choose_waiting
 from cook.commands.data import app as data_commands
 from cook.commands.evaluation import compare, evaluate
 from cook.commands.options import AsJson, options_of
@@ -248,7 +248,7 @@ def report(
 @app.command()
 def families(as_json: AsJson = False) -> None:
     """Print the table of model families and what works with them."""
-    from cook.families.overview import families_table, family_facts
+    from cook.families.registry import families_table, family_facts
 
     print(json.dumps(family_facts()) if as_json else families_table())
 
@@ -261,7 +261,7 @@ Checkpoints = Annotated[
 @checkpoint.command("ls")
 def list_checkpoints(folder: Checkpoints, as_json: AsJson = False) -> None:
     """List checkpoints: their step, tokens, ranks, layout and size, and whether all files are there."""
-    from cook.training.listing import checkpoints, describe, table
+    from cook.training.manifest import checkpoints, describe, table
 
     found = [describe(path) for path in checkpoints(folder)]
     print(json.dumps(found) if as_json else table(found))
@@ -270,7 +270,7 @@ def list_checkpoints(folder: Checkpoints, as_json: AsJson = False) -> None:
 @checkpoint.command("verify")
 def verify_checkpoints(folder: Checkpoints) -> None:
     """Compare every file of the checkpoints with its checksum; the exit code is 1 if one is not what was saved."""
-    from cook.training.listing import checkpoints, verified
+    from cook.training.manifest import checkpoints, verified
 
     whole = True
     for path in checkpoints(folder):

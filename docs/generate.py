@@ -26,7 +26,7 @@ FAMILIES = re.compile(r"(<!-- families: .*? -->\n).*?(\n<!-- end -->)", re.DOTAL
 
 def pages() -> dict[Path, str]:
     """The content of every generated page."""
-    from cook.families.overview import families_table
+    from cook.families.registry import families_table
 
     families = DOCS / "how_to" / "families.md"
     text = families.read_text(encoding="utf-8")

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 # shellcheck source=scripts/setup.sh
 . scripts/setup.sh
 
-"$PYTHON" -c 'from cook.base.versions import check_versions; check_versions()' || exit 1
+"$PYTHON" -c 'from cook.base.environment import check_versions; check_versions()' || exit 1
 if ! "$PYTHON" -m pip_audit --version >/dev/null 2>&1; then
   echo "pip-audit is not installed (pip install pip-audit): only the oldest safe versions were checked" >&2
   exit 3

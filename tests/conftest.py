@@ -38,9 +38,8 @@ SLOW = {
     "recipe/test_stock.py",
     "recipe/test_task_data.py",
     "sparsity/kernels/test_sparse_native.py",
-    "training/test_buffers.py",
     "training/test_engine_and_step.py",
-    "training/test_held_zeros.py",
+    "training/test_zero.py",
     "training/test_resume_exactly.py",
 }
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cook.base.versions import OLDEST
+from cook.base.environment import OLDEST
 from tests.recipe.tiny_run import run
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,4 +1,8 @@
-"""Rank, world size and the few collectives that the package needs. All of them also work in a single process."""
+"""Rank, world size, and the few collectives that the package needs. All of them also work in a single process.
+
+`on_all_ranks` and `on_first_rank` run work of single ranks between two collectives. If it fails on one rank, all ranks
+raise the error; otherwise the others would wait in their next collective until a timeout, without knowing why.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,16 @@ import contextlib
 import os
 import socket
 import sys
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from cook.base.errors import Interrupted, RunFailed, UserError, machine_trouble, remedy_of
+
+T = TypeVar("T")
 
 
 def is_on() -> bool:
@@ -26,41 +35,38 @@ def world_size() -> int:
 
 
 def launched_world_size() -> int:
-    """Returns the number of ranks that the launcher announced. No process group needs to exist."""
+    """The number of ranks that the launcher announced. No process group needs to exist."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def launched_rank() -> int:
-    """Returns the rank that the launcher announced. No process group needs to exist."""
+    """The rank that the launcher announced. No process group needs to exist."""
     return int(os.environ.get("RANK", "0"))
 
 
 def local_rank() -> int:
-    """Returns the rank of this process on its node, as announced by the launcher."""
+    """The rank of this process on its node, as announced by the launcher."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def say(text: str) -> None:
+def say(text: str, stream: Any = None) -> None:
     """Prints on rank 0. Errors of the output, such as a full disk, are ignored: they must not end a run."""
     if rank() == 0:
         with contextlib.suppress(OSError):
-            print(text, flush=True)
+            print(text, file=stream, flush=True)
 
 
 def warn(text: str) -> None:
-    """Prints a warning to standard error on rank 0. Errors of the output are ignored, as in `say`."""
-    if rank() == 0:
-        with contextlib.suppress(OSError):
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+    say(f"warning: {text}", sys.stderr)
 
 
 def loopback() -> str:
-    """Returns the name of this machine's loopback interface, or an empty string if it has none."""
+    """The name of this machine's loopback interface, or an empty string if it has none."""
     return next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), "")
 
 
 def free_port() -> int:
-    """Returns a port of the loopback interface that is currently unused."""
+    """A port of the loopback interface that is currently unused."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -79,7 +85,7 @@ def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
 
 
 def broadcast(value: Any, source: int = 0, group: Any = None) -> Any:
-    """Returns the `value` of rank `source`, a small picklable object, on every rank."""
+    """The `value` of rank `source`, a small picklable object, on every rank."""
     if world_size() == 1:
         return value
     box = [value]
@@ -88,7 +94,7 @@ def broadcast(value: Any, source: int = 0, group: Any = None) -> Any:
 
 
 def gather(value: Any, group: Any = None) -> list[Any]:
-    """Returns the `value` of every rank, a small picklable object, in rank order."""
+    """The `value` of every rank, a small picklable object, in rank order."""
     if world_size() == 1:
         return [value]
     box: list[Any] = [None] * world_size()
@@ -97,7 +103,7 @@ def gather(value: Any, group: Any = None) -> list[Any]:
 
 
 def side_group(timeout: timedelta) -> Any:
-    """Creates a second group of all ranks, for collectives in a background thread. Returns None on a single rank."""
+    """A second group of all ranks, for collectives in a background thread; None on a single rank."""
     return dist.new_group(backend="gloo", timeout=timeout) if world_size() > 1 else None
 
 
@@ -110,3 +116,52 @@ def leave_group(group: Any) -> None:
     if group is not None and is_on():
         dist.barrier(group)
         dist.destroy_process_group(group)
+
+
+def on_all_ranks(action: Callable[[], T]) -> T:
+    """Runs `action`, without collectives, on every rank. Returns this rank's result when all have finished.
+
+    If it fails on any rank, all ranks raise the error of the first of them.
+    """
+    result, error = _tried(action)
+    _raise_first(gather(_for_all(error)), error)
+    assert error is None
+    return result  # type: ignore[return-value]
+
+
+def on_first_rank(action: Callable[[], T]) -> T:
+    """Runs `action`, without collectives, on rank 0. All ranks return its small picklable result or raise its error."""
+    result, error = _tried(action) if rank() == 0 else (None, None)
+    first, result = broadcast((_for_all(error), result))
+    _raise_first([first], error)
+    return result
+
+
+def in_words(error: Exception) -> str:
+    """The message of an error; for an error caused by the machine, that of `machine_trouble`."""
+    trouble = machine_trouble(error)
+    return trouble[0] if trouble else str(error) or type(error).__name__
+
+
+def _tried(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return action(), None
+    except Exception as error:  # all ranks must raise it
+        return None, error
+
+
+def _for_all(error: Exception | None) -> Exception | None:
+    if error is None or isinstance(error, (UserError, RunFailed, Interrupted)):
+        return error
+    trouble = machine_trouble(error)
+    reason = f"{trouble[0]}\n{remedy_of(trouble[1])}" if trouble else f"{type(error).__name__}: {error}"
+    return RunFailed(f"rank {rank()}: {reason}")
+
+
+def _raise_first(errors: list[Exception | None], own: Exception | None) -> None:
+    first = next((error for error in errors if error is not None), None)
+    if first is None:
+        return
+    if own is not None and not isinstance(own, (UserError, RunFailed, Interrupted)) and not machine_trouble(own):
+        raise own  # a bug: the original traceback is more useful
+    raise first from own

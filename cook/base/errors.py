@@ -64,17 +64,10 @@ class Interrupted(Exception):
 
 @contextlib.contextmanager
 def library_errors(what: str, **more: Any) -> Iterator[None]:
-    """Turns any exception that a library raises while it reads a user's file into a `UserError`.
+    """Turns exceptions of a library that reads a user's file into a `UserError` of `what` and `more`.
 
-    This includes `BaseException`, from which a panic in Rust code derives directly.
-
-    Args:
-        what: What could not be read.
-        more: `wanted` and `remedy` of the error.
-
-    Raises:
-        UserError: the code inside raised an exception. `UserError`, `RunFailed`, `Interrupted` and the exceptions that
-            end a process pass through unchanged.
+    `UserError`, `RunFailed`, `Interrupted` and the exceptions that end a process pass through unchanged. All others are
+    caught, also `BaseException`, from which a panic in Rust code derives directly.
     """
     try:
         yield
@@ -95,16 +88,11 @@ _NO_FILES = re.compile(r"too many open files", re.IGNORECASE)
 
 
 def machine_trouble(error: BaseException) -> tuple[str, str] | None:
-    """Explains an error that was caused by the machine: a full or broken disk, an unwritable folder, too little memory
-    or too many open files.
-
-    Returns:
-        What failed, and the remedy. None if the machine did not cause the error.
-    """
+    """What failed, and the remedy, if the machine caused an error (disk, memory, open files); else None."""
     text = str(error)
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(text)):
-        said = f": {text.splitlines()[0][:200]}" if text else ""
-        return f"out of memory{said}", "give the process more memory, or use smaller batches"
+        reason = f": {text.splitlines()[0][:200]}" if text else ""
+        return f"out of memory{reason}", "give the process more memory, or use smaller batches"
     if _NO_FILES.search(text) and isinstance(error, OSError | RuntimeError):
         where = getattr(error, "filename", None)
         return f"{where or 'the process'}: Too many open files", "raise the limit with `ulimit -n`"
@@ -129,16 +117,16 @@ def run_entry(main: Callable[[], int | None]) -> None:
     except SystemExit as end:  # the parser of the command line ends so, also after success
         code = end.code
     except UserError as error:
-        code = _told(f"error: {error}", EXIT_USER_ERROR)
+        code = _report(f"error: {error}", EXIT_USER_ERROR)
     except RunFailed as failure:
-        code = _told(f"failed: {failure}", EXIT_RANK_LOST if isinstance(failure, RankLost) else EXIT_FAILED)
+        code = _report(f"failed: {failure}", EXIT_RANK_LOST if isinstance(failure, RankLost) else EXIT_FAILED)
     except Interrupted as stop:
-        code = _told(f"stopped: {stop}", EXIT_INTERRUPTED)
+        code = _report(f"stopped: {stop}", EXIT_INTERRUPTED)
     except (OSError, MemoryError, RuntimeError) as error:
         trouble = machine_trouble(error)
         if trouble is None:
             raise
-        code = _told(f"failed: {trouble[0]}\n{remedy_of(trouble[1])}", EXIT_FAILED)
+        code = _report(f"failed: {trouble[0]}\n{remedy_of(trouble[1])}", EXIT_FAILED)
     for stream in (sys.stdout, sys.stderr):
         # If the log is on a full disk, Python would flush again when it exits, and exit with code 120.
         try:
@@ -148,18 +136,24 @@ def run_entry(main: Callable[[], int | None]) -> None:
     sys.exit(code)
 
 
+def write_to_stderr(text: str) -> None:
+    """Writes a line, also from a thread or a signal handler: `print` is not reentrant. Errors are ignored."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{text}\n".encode())
+
+
 def remedy_of(what: str) -> str:
-    """Returns the last lines of an error message about the machine; `what` is the remedy."""
+    """The last lines of an error message about the machine; `what` is the remedy."""
     return f"  Everything saved before is intact.\n  remedy: {what}, then run the same command again"
 
 
-def _told(text: str, code: int) -> int:
+def _report(text: str, code: int) -> int:
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
     # torchrun quotes this file in its summary. Its own exit code is always 1, whatever code the ranks exit with.
     summary = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if summary:
-        said = {"message": f"exit code {code}: {text}", "extraInfo": {"timestamp": str(int(time.time()))}}
+        message = {"message": f"exit code {code}: {text}", "extraInfo": {"timestamp": str(int(time.time()))}}
         with contextlib.suppress(OSError):
-            Path(summary).write_text(json.dumps({"message": said}), encoding="utf-8")
+            Path(summary).write_text(json.dumps({"message": message}), encoding="utf-8")
     return code

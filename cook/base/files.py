@@ -95,18 +95,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def regular_file(path: str | Path, what: str = "file") -> Path:
-    """Checks that `path` is a regular file. Reading a pipe or a device might never end.
-
-    Args:
-        path: The path as the user wrote it. Links are followed.
-        what: The kind of file that is wanted, for the error message.
-
-    Returns:
-        The path.
-
-    Raises:
-        UserError: the path does not exist, may not be read, or is a folder, pipe, device or socket.
-    """
+    """Raises a UserError unless the path is a readable regular file: reading a pipe or a device might never end."""
     path = Path(path)
     try:
         mode = path.stat().st_mode
@@ -124,17 +113,16 @@ def regular_file(path: str | Path, what: str = "file") -> Path:
 
 
 def sha256(path: str | Path) -> str:
-    """Returns the SHA-256 of a file's content, as a hexadecimal string."""
+    """The SHA-256 of a file's content, as a hexadecimal string."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-WHOLE_BYTES = 1 << 30
-"""`content_hash` reads only this many bytes of a larger file, in evenly spaced blocks of 1 MiB."""
+WHOLE_BYTES = 1 << 30  # `content_hash` reads only this many bytes of a larger file, in evenly spaced blocks of 1 MiB
 
 
 def content_hash(path: str | Path) -> str:
-    """Returns a SHA-256 that shows whether a model's file has been replaced, as a hexadecimal string.
+    """A SHA-256 that shows whether a model's file has been replaced, as a hexadecimal string.
 
     A file larger than `WHOLE_BYTES` is sampled, so that hundreds of gigabytes take seconds. The hash is cached until
     the file's inode, size or times change.

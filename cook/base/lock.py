@@ -27,8 +27,8 @@ def run_lock(folder: str | Path) -> Iterator[Callable[[], None]]:
     machines of this run's ranks and no longer exist, or they belong to an earlier start of the same Slurm job.
 
     Yields:
-        A function that removes this rank from the lock. A rank calls it if it ends because another rank is lost, since
-        it then never leaves this context.
+        A function that removes this rank from the lock. A rank that ends because another rank is lost calls it, since
+        it never leaves this context.
 
     Raises:
         UserError: on every rank, if another run holds or may hold the folder, or if the folder cannot be written.
@@ -79,7 +79,7 @@ def _fates(held: Any) -> dict[Process, str]:
 
 
 def _acquire(path: Path, owner: dict[str, Any], fates: dict[Process, str]) -> None:
-    with _alone(path.parent):
+    with _exclusive(path.parent):
         if os.path.lexists(path):
             held = _read(path)
             if not _is_gone(held, owner, fates):
@@ -99,24 +99,20 @@ def _write(path: Path, owner: dict[str, Any]) -> None:
             json.dump(owner, file)
             file.flush()
             os.fsync(file.fileno())
-        _place(aside, path)
+        try:
+            os.link(aside, path)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+                raise
+            with open(path, "x", encoding="utf-8") as file:  # a file system without hard links
+                json.dump(owner, file)
     finally:
         aside.unlink(missing_ok=True)
     fsync_folder(path.parent)
 
 
-def _place(aside: Path, path: Path) -> None:
-    try:
-        os.link(aside, path)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
-            raise
-        with open(path, "x", encoding="utf-8") as file:  # a file system without hard links
-            file.write(aside.read_text(encoding="utf-8"))
-
-
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _exclusive(folder: Path) -> Iterator[None]:
     """Excludes other runs on this machine, so that two runs do not take over the same stale lock."""
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -180,7 +176,7 @@ def _withdraw(path: Path) -> None:
     The ranks on other machines may be unreachable forever, and no longer need the lock: a checkpoint is published by
     all ranks together or not at all, and those ranks also end as soon as they notice that this one has ended.
     """
-    with contextlib.suppress(OSError), _alone(path.parent):
+    with contextlib.suppress(OSError), _exclusive(path.parent):
         held, mine = _read(path), this_process()
         if mine in _processes(held):  # otherwise the lock belongs to another run
             others = [process for process in _processes(held) if process and process != mine]

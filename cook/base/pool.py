@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import islice
 from multiprocessing import connection
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ Result = TypeVar("Result")
 
 
 def num_cores() -> int:
-    """Returns the number of CPU cores that this process may use."""
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -42,38 +43,23 @@ def in_order(
 
     The processes are spawned, not forked, because this process may hold threads and a device. With one worker, all jobs
     run in this process. At most `2 * workers` jobs are submitted ahead of the results that have been read.
-
-    Args:
-        function: A function at the top level of a module, so that it can be pickled.
-        jobs: The arguments of each call.
-        workers: The number of processes.
-        initializer: Called once in each process, with `arguments`.
-        arguments: The arguments of `initializer`.
-
-    Yields:
-        The result of each job.
+    `function` must be at the top level of a module, so that it can be pickled. `initializer(*arguments)` runs once per
+    process.
     """
     if workers <= 1:
         if initializer is not None:
             initializer(*arguments)
         yield from (function(*job) for job in jobs)
         return
-    remaining, pending = iter(jobs), []
+    pending: list[Future] = []
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start, (initializer, arguments)) as pool:
-
-        def submit() -> None:
-            for job in remaining:
-                pending.append(pool.submit(function, *job))
-                return
-
+        submitted = (pool.submit(function, *job) for job in jobs)
         try:
-            for _ in range(2 * workers):
-                submit()
+            pending += islice(submitted, 2 * workers)
             while pending:
-                first: Future = pending.pop(0)
-                yield first.result()
-                submit()
+                yield pending.pop(0).result()
+                pending += islice(submitted, 1)
         finally:
             for future in pending:
                 future.cancel()

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 PROC = Path("/proc")
-LAUNCHED = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")
-"""Environment variables that torchrun and DeepSpeed set for their ranks."""
-ADOPTERS = ("systemd", "init", "tini", "dumb-init", "docker-init")
-"""Names of processes, besides process 1, that become the parent of the processes that a launcher leaves behind."""
+LAUNCHED = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")  # variables that torchrun and DeepSpeed set for their ranks
+ADOPTERS = ("systemd", "init", "tini", "dumb-init", "docker-init")  # become the parents of orphans, like process 1
 SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "fish", "csh", "tcsh")
 
 
@@ -21,18 +19,16 @@ class Process:
     """The identity of one process on any machine."""
 
     host: str
-    boot: str
-    """The machine's boot id and the PID namespace, in which `pid` is valid."""
+    boot: str  # the machine's boot id and the PID namespace, in which `pid` is valid
     pid: int
-    started: str
-    """Start time in clock ticks since boot. Empty if the system does not provide it."""
+    started: str  # start time in clock ticks since boot. Empty if the system does not provide it
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: Any) -> Process | None:
-        """Returns the process that `as_json` described, or None for any other value."""
+        """The process that `as_json` described, or None for any other value."""
         kinds = {"host": str, "boot": str, "pid": int, "started": str}
         if not isinstance(value, dict) or value.keys() != kinds.keys():
             return None
@@ -41,11 +37,7 @@ class Process:
         return cls(**value)
 
     def fate(self) -> Literal["alive", "dead", "unknown"]:
-        """Returns whether the process still runs.
-
-        `dead` requires proof: the machine, boot and namespace are the same, and the process does not exist there or is
-        a zombie.
-        """
+        """Whether the process still runs. `dead` requires proof: in this boot and namespace it is gone or a zombie."""
         if (self.host, self.boot) != (socket.gethostname(), _boot()):
             return "unknown"
         try:
@@ -60,23 +52,19 @@ class Process:
         return "dead" if state in ("Z", "X") or started != self.started else "alive"
 
     def is_stopped(self) -> bool:
-        """Returns whether the process is on this machine and stopped, as by SIGSTOP."""
+        """Whether the process is on this machine and stopped, as by SIGSTOP."""
         return self.fate() == "alive" and _stat(self.pid)[0] in ("T", "t")
 
 
 def this_process() -> Process:
-    """Returns the identity of the calling process."""
     return _process(os.getpid())
 
 
 def launchers() -> list[Process] | None:
-    """Returns the launcher processes. This rank must end when one of them ends.
+    """The launcher processes: this rank must end when one of them ends. None if the launcher has already ended.
 
     The launcher is the nearest ancestor that can be torchrun's or DeepSpeed's. If there is none, it is the parent
     process, unless the parent is a shell: a run that was started in the background outlives its shell.
-
-    Returns:
-        The processes. Empty if no launcher is known, None if the launcher has already ended.
     """
     ancestors = _ancestors()
     if any(name in os.environ for name in LAUNCHED):
@@ -116,10 +104,7 @@ def _is_python(pid: int) -> bool:
 
 
 def _name(pid: int) -> str:
-    try:
-        return (PROC / str(pid) / "comm").read_text().strip()
-    except OSError:
-        return ""
+    return _read(pid, "comm").strip()
 
 
 def _process(pid: int) -> Process:
@@ -136,15 +121,16 @@ def _boot() -> str:
 
 def _stat(pid: int) -> tuple[str, str, int]:
     """State, start time and parent of a process (proc(5), fields 3, 22 and 4); empty and 0 if not available."""
-    try:
-        fields = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
-        return fields[0], fields[19], int(fields[1])
-    except (OSError, IndexError):
-        return "", "", 0
+    fields = _read(pid, "stat").rpartition(")")[2].split()
+    return (fields[0], fields[19], int(fields[1])) if len(fields) > 19 else ("", "", 0)
 
 
 def _command(pid: int) -> str:
+    return _read(pid, "cmdline").replace("\0", " ")
+
+
+def _read(pid: int, name: str) -> str:
     try:
-        return (PROC / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        return (PROC / str(pid) / name).read_bytes().decode(errors="replace")
     except OSError:
         return ""

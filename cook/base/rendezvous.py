@@ -21,14 +21,12 @@ import psutil
 import torch.distributed as dist
 
 from cook.base.distributed import free_port, launched_rank, launched_world_size, loopback
-from cook.base.errors import EXIT_RANK_LOST, RankLost, RunFailed, UserError
+from cook.base.errors import EXIT_RANK_LOST, RankLost, RunFailed, UserError, write_to_stderr
 from cook.base.processes import PROC, Process, this_process
 
-PATIENCE = 600.0
-"""Seconds within which all ranks must connect. Imports from a slow shared folder can take minutes."""
+PATIENCE = 600.0  # seconds within which all ranks must connect. Imports from a slow shared folder can take minutes
 
-LATE = 15.0
-"""Additional seconds that a pending call to the store may take to return."""
+LATE = 15.0  # additional seconds that a pending call to the store may take to return
 
 REMEDY = "  remedy: run the same command again; it resumes from the last checkpoint"
 
@@ -37,25 +35,13 @@ REMEDY = "  remedy: run the same command again; it resumes from the last checkpo
 class Meeting:
     """The result of a rendezvous."""
 
-    store: dist.Store
-    """The store for the process group."""
-    processes: list[Process]
-    """The process of each rank."""
-    ways: str
-    """The interface and address of this rank, for messages."""
+    store: dist.Store  # the store for the process group
+    processes: list[Process]  # the process of each rank
+    ways: str  # the interface and address of this rank, for messages
 
 
 def join(backend: str, meeting: Meeting | None, patience: timedelta) -> None:
-    """Creates the process group of all ranks.
-
-    Args:
-        backend: `gloo` or `nccl`.
-        meeting: The result of `meet`. None without a launcher: the group has a single rank.
-        patience: The timeout of the group's collectives.
-
-    Raises:
-        RunFailed: the ranks cannot connect to one another.
-    """
+    """Creates the process group of all ranks; of a single rank without a `meeting`, that is without a launcher."""
     if meeting is None:
         os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
         if loopback():
@@ -81,16 +67,10 @@ def connect(seconds: float) -> dist.Store:
 
 
 def meet(seconds: float = PATIENCE) -> Meeting | None:
-    """Waits for all ranks that the launcher announced.
+    """Waits for all ranks that the launcher announced, at most some seconds; None without a launcher.
 
     Sets `GLOO_SOCKET_IFNAME` and `NCCL_SOCKET_IFNAME` to the interface that reaches the other ranks, unless the user
     has set them. The default of both libraries is the address of the host name, which is often 127.0.1.1 in /etc/hosts.
-
-    Args:
-        seconds: How long to wait.
-
-    Returns:
-        The meeting. None without a launcher.
 
     Raises:
         RankLost: some ranks have not connected in time. The message names them.
@@ -108,16 +88,16 @@ def meet(seconds: float = PATIENCE) -> Meeting | None:
             shared.set(f"came/{rank}", json.dumps(mine))
             shared.add("came", 1)
             _wait_for_all(shared, world, seconds)
-            came = [json.loads(told) for told in shared.multi_get([f"came/{each}" for each in range(world)])]
+            received = shared.multi_get([f"came/{each}" for each in range(world)])
+            reports = [json.loads(report) for report in received]
         except RuntimeError as error:  # the store's errors are of this kind
             host, port = _endpoint()
             raise RankLost(
                 f"rank 0, or the process that hosts the store at {host}:{port}, has ended: {error}\n{REMEDY}"
             ) from None
-    processes = [Process.from_json(each["process"]) for each in came]
-    assert all(processes)
-    ways = _choose_interface(came, rank)
-    return Meeting(store=store, processes=[process for process in processes if process], ways=ways)
+    processes = [process for each in reports if (process := Process.from_json(each["process"]))]
+    assert len(processes) == world
+    return Meeting(store=store, processes=processes, ways=_choose_interface(reports, rank))
 
 
 def _endpoint() -> tuple[str, int]:
@@ -130,9 +110,7 @@ def _bounded(seconds: float) -> Iterator[None]:
     host, port = _endpoint()
 
     def end() -> None:
-        text = f"failed: the store at {host}:{port} has not answered for {seconds:.0f} s\n{REMEDY}\n"
-        with contextlib.suppress(OSError):
-            os.write(2, text.encode())
+        write_to_stderr(f"failed: the store at {host}:{port} has not answered for {seconds:.0f} s\n{REMEDY}")
         os._exit(EXIT_RANK_LOST)
 
     timer = threading.Timer(seconds + LATE, end)
@@ -203,22 +181,23 @@ def _is_local(address: str) -> bool:
     return not address or ip_address(address.partition("%")[0]).is_loopback
 
 
-def _choose_interface(came: Sequence[dict[str, Any]], rank: int) -> str:
+def _choose_interface(reports: Sequence[dict[str, Any]], rank: int) -> str:
     """Sets the interface for gloo and NCCL. Returns its name and address, for messages."""
-    places = {(each["process"]["host"], each["process"]["boot"], each["network"]) for each in came}
-    address = str(came[rank]["address"])
+    places = {(each["process"]["host"], each["process"]["boot"], each["network"]) for each in reports}
+    own = reports[rank]
+    address = str(own["address"])
     if len(places) == 1 and loopback():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback())
         return f"{os.environ['GLOO_SOCKET_IFNAME']} (one machine)"
     if _is_local(address):  # MASTER_ADDR is this machine: use the route to any of the others
-        others = [each["address"] for each in came if not _is_local(each["address"])]
+        others = [each["address"] for each in reports if not _is_local(each["address"])]
         address = _source_towards(others[0], 9) if others else ""
     by_address = {entry.address: name for name, entries in psutil.net_if_addrs().items() for entry in entries}
     name = by_address.get(address)
     if "GLOO_SOCKET_IFNAME" not in os.environ and name is None:
         raise UserError(
-            f"rank {rank} on {came[rank]['process']['host']}: no interface is known that reaches the other machines",
-            got=f"address {address or came[rank]['address'] or 'none'}; interfaces {', '.join(psutil.net_if_addrs())}",
+            f"rank {rank} on {own['process']['host']}: no interface is known that reaches the other machines",
+            got=f"address {address or own['address'] or 'none'}; interfaces {', '.join(psutil.net_if_addrs())}",
             remedy="set GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME on GPUs) on this machine to the right interface",
         )
     if name is not None:

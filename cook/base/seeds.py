@@ -9,19 +9,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    import torch
-
-# Importing torch takes seconds, and commands that only derive seeds do not need it.
+    import torch  # takes seconds, and commands that only derive seeds do not need it
 
 
 def derived_seed(seed: int, *purpose: object) -> int:
-    """Returns a 63-bit seed that depends on all arguments."""
+    """A 63-bit seed that depends on all arguments."""
     digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 def generator(seed: int, *purpose: object) -> torch.Generator:
-    """Returns a new CPU generator for one purpose, seeded with `derived_seed`."""
+    """A new CPU generator for one purpose, seeded with `derived_seed`."""
     import torch
 
     return torch.Generator().manual_seed(derived_seed(seed, *purpose))
@@ -37,7 +35,7 @@ def seed_everything(seed: int) -> None:
 
 
 def rng_state() -> dict[str, torch.Tensor]:
-    """Returns the state of all global generators of this rank: torch's (used by dropout), NumPy's and Python's."""
+    """The state of all global generators of this rank: torch's (used by dropout), NumPy's and Python's."""
     import torch
 
     _, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)

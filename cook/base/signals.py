@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-from cook.base.errors import EXIT_INTERRUPTED, Interrupted, RunFailed
+from cook.base.errors import EXIT_INTERRUPTED, Interrupted, RunFailed, write_to_stderr
 from cook.base.processes import launchers
 
 
@@ -20,17 +20,13 @@ class Request(enum.IntFlag):
     """What a signal requests. Requests of several ranks or signals are combined."""
 
     NOTHING = 0
-    SAVE = 1
-    """Write a checkpoint after this step and continue."""
-    STOP = 2
-    """Write a checkpoint after this step and stop."""
-    SETTLE = 4
-    """Not from a signal: a background save has failed on some rank, and all ranks must handle it together."""
+    SAVE = 1  # write a checkpoint after this step and continue
+    STOP = 2  # write a checkpoint after this step and stop
+    SETTLE = 4  # not from a signal: a background save has failed on some rank, and all ranks must handle it together
 
 
-HEARING = 10.0
-"""Seconds that a process may take to end by itself after its launcher has ended, outside the training steps."""
-
+# Seconds that a process may take to end by itself after its launcher has ended, outside the training steps.
+EXIT_LIMIT = 10.0
 MEANING = {signal.SIGTERM: Request.STOP, signal.SIGINT: Request.STOP, signal.SIGUSR1: Request.SAVE}
 
 
@@ -60,7 +56,7 @@ class Signals:
         asked = MEANING[signal.Signals(number)]
         if asked not in self._asked:
             then = "then stopping" if asked == Request.STOP else "then continuing"
-            _say(f"{signal.Signals(number).name}: saving a checkpoint after this step, {then}")
+            write_to_stderr(f"{signal.Signals(number).name}: saving a checkpoint after this step, {then}")
         self._asked |= asked
 
     def __exit__(self, *_: object) -> None:
@@ -84,7 +80,7 @@ def ending_quietly() -> Iterator[None]:
             )
 
     def nothing_to_save(_number: int, _frame: FrameType | None) -> None:
-        _say("SIGUSR1: nothing to save at this moment")
+        write_to_stderr("SIGUSR1: nothing to save at this moment")
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -102,7 +98,7 @@ def heed_launcher() -> None:
     """Makes this process end when its launcher ends, as if it had received SIGTERM. A command calls this first.
 
     Outside the training loop there is nothing to save, and the main thread may be inside a call that does not handle
-    signals, waiting for ranks that have ended. The process then ends after `HEARING` seconds. Inside the loop the
+    signals, waiting for ranks that have ended. The process then ends after `EXIT_LIMIT` seconds. Inside the loop the
     ranks save a checkpoint first, and the watchdog limits the time.
 
     Raises:
@@ -115,19 +111,15 @@ def heed_launcher() -> None:
     def watch() -> None:
         while all(process.fate() != "dead" for process in watched):
             time.sleep(0.5)
-        _say("the launcher has ended: stopping as if it had sent SIGTERM")
+        write_to_stderr("the launcher has ended: stopping as if it had sent SIGTERM")
         os.kill(os.getpid(), signal.SIGTERM)
         while True:
-            time.sleep(HEARING)
+            time.sleep(EXIT_LIMIT)
             if not isinstance(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), Signals):
-                _say("stopped: the launcher has ended, outside the training steps; the same command resumes the run")
+                write_to_stderr(
+                    "stopped: the launcher has ended, outside the training steps; the same command resumes the run"
+                )
                 os._exit(EXIT_INTERRUPTED)
 
     if watched:
         threading.Thread(target=watch, name="launcher", daemon=True).start()
-
-
-def _say(text: str) -> None:
-    # print() is not reentrant, and the signal may have interrupted it.
-    with contextlib.suppress(OSError):
-        os.write(2, f"{text}\n".encode())

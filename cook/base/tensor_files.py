@@ -8,6 +8,7 @@ import pickletools
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,13 @@ from cook.base.files import fsync_folder, naming, read_json, regular_file, write
 
 Shape = tuple[int, ...]
 INDEX = "model.safetensors.index.json"
-LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-"""First bytes of the files that torch.save wrote before it used zip archives."""
+LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # of torch.save before it used zip archives
 
 
 class LazyTensors(Mapping[str, torch.Tensor]):
-    """A mapping from names to tensors that reads a tensor on each access.
+    """A mapping from names to tensors that reads a tensor on each access by its function in `readers`.
 
-    Args:
-        readers: A function per name that reads the tensor.
-        shapes: The shapes that are known without reading the tensors, by name.
+    `shapes` are those that are known without reading the tensors.
     """
 
     def __init__(self, readers: Mapping[str, Callable[[], torch.Tensor]], shapes: Mapping[str, Shape] | None = None):
@@ -49,16 +47,12 @@ class LazyTensors(Mapping[str, torch.Tensor]):
 
 
 def known_shape(tensors: Mapping[str, torch.Tensor], name: str) -> Shape | None:
-    """Returns the shape of a tensor, or None if it is unknown without reading the tensor."""
+    """The shape of a tensor, or None if it is unknown without reading the tensor."""
     return tensors.shapes.get(name) if isinstance(tensors, LazyTensors) else tuple(tensors[name].shape)
 
 
 def open_safetensors_folder(folder: Path) -> LazyTensors:
-    """Opens the tensors of a Hugging Face folder: `model.safetensors`, or shards with an index, like transformers.
-
-    Raises:
-        UserError: the files are missing, or the index does not match the shards.
-    """
+    """Opens the tensors of a Hugging Face folder: `model.safetensors`, or shards with an index, like transformers."""
     whole, index = folder / "model.safetensors", folder / INDEX
     if whole.is_file() or not index.is_file():
         return open_safetensors([whole])
@@ -74,11 +68,7 @@ def open_safetensors_folder(folder: Path) -> LazyTensors:
 
 
 def open_safetensors(files: Sequence[Path]) -> LazyTensors:
-    """Opens the tensors of several safetensors files.
-
-    Raises:
-        UserError: a file is missing or damaged, or two files contain a tensor of the same name.
-    """
+    """Opens the tensors of several safetensors files; a UserError if two of them contain a tensor of the same name."""
     readers: dict[str, Callable[[], torch.Tensor]] = {}
     shapes: dict[str, Shape] = {}
     for file in files:
@@ -92,7 +82,7 @@ def open_safetensors(files: Sequence[Path]) -> LazyTensors:
         twice = readers.keys() & found.keys()
         if twice:
             raise UserError(f"{file}: another shard also contains {min(twice)!r}", remedy="save the folder again")
-        readers |= {name: _safetensors_reader(file, name) for name in found}
+        readers |= {name: partial(_read_safetensors, file, name) for name in found}
         shapes |= found
     return LazyTensors(readers, shapes)
 
@@ -108,20 +98,13 @@ def _weight_map(index: Path) -> dict[str, str]:
     return shards
 
 
-def _safetensors_reader(file: Path, name: str) -> Callable[[], torch.Tensor]:
-    def read() -> torch.Tensor:
-        with safe_open(file, framework="pt") as opened:
-            return opened.get_tensor(name)
-
-    return read
+def _read_safetensors(file: Path, name: str) -> torch.Tensor:
+    with safe_open(file, framework="pt") as opened:
+        return opened.get_tensor(name)
 
 
 def load_pt(path: Path, *, mmap: bool = False) -> dict:
-    """Reads a `.pt` file of plain tensors, without running any code from it.
-
-    Args:
-        path: The file.
-        mmap: True: map the tensors from the file instead of reading them into memory.
+    """Reads, or maps into memory, a `.pt` file of plain tensors, without running any code from it.
 
     Raises:
         UserError: the file is not a zip archive written by `torch.save`, has a compressed or oversized member, or
@@ -154,10 +137,8 @@ def load_pt(path: Path, *, mmap: bool = False) -> dict:
     return content
 
 
-MAX_PICKLE_BYTES = 32 << 20
-"""Limit for the pickle, which holds names and shapes but no values: some hundred bytes per tensor."""
-MAX_TUPLE = 100_000
-"""Limit for the values in a tuple, including its inner tuples. torch.save writes only a few."""
+MAX_PICKLE_BYTES = 32 << 20  # limit for the pickle of names and shapes: some hundred bytes per tensor
+MAX_TUPLE = 100_000  # limit for the values in a tuple, including its inner tuples. torch.save writes only a few
 
 
 def _check_tuples(path: Path, pickled: bytes) -> None:
@@ -213,26 +194,18 @@ def save_pt(content: Any, path: Path) -> None:
 
 
 def open_pt(path: Path) -> Mapping[str, torch.Tensor]:
-    """Opens a `.pt` state dict, with tensors mapped from the file instead of read into memory.
-
-    Raises:
-        UserError: as in `load_pt`, or a value is not a tensor.
-    """
+    """Opens a `.pt` state dict as `load_pt` does, with tensors mapped from the file; all values must be tensors."""
     content = load_pt(path, mmap=True)
-    strange = [name for name, value in content.items() if not isinstance(value, torch.Tensor)]
-    if strange:
-        raise UserError(f"{path}: {strange[0]!r} is not a tensor", wanted="a state dict: names and tensors")
+    others = [name for name, value in content.items() if not isinstance(value, torch.Tensor)]
+    if others:
+        raise UserError(f"{path}: {others[0]!r} is not a tensor", wanted="a state dict: names and tensors")
     return content
 
 
 class ShardWriter:
-    """A context manager that writes tensors to a folder one by one, as safetensors shards with an index.
+    """A context manager that writes tensors to a folder, made if missing, as safetensors shards with an index.
 
     It holds at most one shard in memory. If all tensors fit in one shard, it writes `model.safetensors` alone.
-
-    Args:
-        folder: The folder to write to. Made if missing.
-        shard_bytes: Largest size of a shard, in bytes.
     """
 
     def __init__(self, folder: Path, shard_bytes: int = 2 << 30):
@@ -281,11 +254,8 @@ class ShardWriter:
         for stale in (*self.folder.glob("model*.safetensors"), *self.folder.glob(INDEX)):
             stale.unlink()
         count = len(self.files)
-        finals = (
-            ["model.safetensors"]
-            if count == 1
-            else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-        )
+        finals = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        finals = ["model.safetensors"] if count == 1 else finals
         for file, final in zip(self.files, finals, strict=True):
             file.chmod(0o644)  # safetensors makes its files readable only by their owner
             file.replace(self.folder / final)
@@ -301,11 +271,7 @@ class ShardWriter:
 
 
 def read_model_config(folder: Path) -> dict:
-    """Reads the `config.json` of a model folder.
-
-    Raises:
-        UserError: it cannot be read, or is not a JSON object.
-    """
+    """Reads the `config.json` of a model folder; raises a UserError if it is not a JSON object."""
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise UserError(f"{folder / 'config.json'}: not a JSON object", got=json.dumps(config)[:80])

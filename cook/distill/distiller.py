@@ -1,28 +1,76 @@
-"""Distillation losses from a frozen teacher: token distribution, hidden states and attention blocks."""
+"""Distillation from a frozen teacher: losses of token distributions, hidden states and attention blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from cook.base.batches import Batch
-from cook.distill.projections import Projections
+from cook.base.batches import Batch, CallForm, as_it_is
+from cook.data.token_loss import model_inputs
 from cook.distill.taps import Pair, Tap, check_pairs, raise_pairs
-from cook.distill.teacher_loss import hidden_error, token_divergence
-from cook.distill.teachers import Teacher
+from cook.distill.teacher_loss import Projections, hidden_error, token_divergence
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """A model to distil from; it may be the student itself."""
+
+    module: torch.nn.Module  # the module whose hidden states are read
+    forward: Callable[[Batch], Any]  # its output, with `.logits`, for a batch; without gradients or dropout
+
+
+def model_teacher(model: torch.nn.Module, call_form: CallForm = as_it_is) -> Teacher:
+    """A separate model, frozen and in eval mode, on the device of the batches or streamed to it."""
+    model.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(batch: Batch) -> Any:
+        return model(**call_form(model_inputs(batch)))
+
+    return Teacher(module=model, forward=forward)
+
+
+def stream_weights(model: torch.nn.Module, device: torch.device) -> None:
+    """Keeps a frozen model's weights where they are, and copies each to `device` only while its module runs.
+
+    Buffers, which are small, are moved permanently. A module may use only its own weights in its `forward`, as under
+    ZeRO-3. A weight that several modules share is copied for each of them.
+    """
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+        own = list(module.parameters(recurse=False))
+        if own:
+            visits = _Visits(own, device)
+            module.register_forward_pre_hook(visits.begin)
+            module.register_forward_hook(visits.end, always_call=True)
+
+
+class _Visits:
+    """The weights of one module, which are copied to the device and back."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter], device: torch.device):
+        self._parameters, self._device = parameters, device
+        for parameter in parameters:
+            if device.type == "cuda" and not parameter.is_pinned():
+                parameter.data = parameter.data.pin_memory()  # without pinning, the copy would wait for the CPU
+        self._homes = [parameter.data for parameter in parameters]
+
+    def begin(self, *_: Any) -> None:
+        for parameter, home in zip(self._parameters, self._homes, strict=True):
+            parameter.data = home.to(self._device, non_blocking=True)
+
+    def end(self, *_: Any) -> None:
+        for parameter, home in zip(self._parameters, self._homes, strict=True):
+            parameter.data = home
 
 
 class RowDistiller:
-    """The extra loss of a step with teacher logits that were computed once for all rows.
-
-    Args:
-        logits_RC: The teacher's logits for every row, on the student's device.
-        scale: Weight of `token_divergence`.
-        temperature: The temperature of `token_divergence`.
-    """
+    """The extra loss of a step from `logits_RC`, the teacher's logits of all rows, on the student's device."""
 
     def __init__(self, logits_RC: torch.Tensor, *, scale: float, temperature: float):
         self._logits_RC, self._scale, self._temperature = logits_RC, scale, temperature
@@ -39,8 +87,7 @@ class Distiller:
     Args:
         student: The model in training; hooks read the states that the pairs name, in forward passes with gradients.
         teacher: The model to imitate.
-        ce_scale: Weight of `token_divergence`.
-        ce_temp: The temperature of `token_divergence`.
+        ce_scale, ce_temp: Weight and temperature of `token_divergence`.
         mse_hidn_scale: Weight of `hidden_error`, summed over the hidden pairs.
         hidden_pairs: Pairs of places whose states `(rows, positions, width)` are compared.
         projections: Linear maps between hidden states of different widths; None if none are allowed.
@@ -72,8 +119,7 @@ class Distiller:
         self._pairs += [(pair, mse_att_scale, None) for pair in attention_pairs]
         self._student_taps = [Tap(student, pair.student) for pair, *_ in self._pairs]
         self._teacher_taps = [Tap(teacher.module, pair.teacher) for pair, *_ in self._pairs]
-        # Hooks the whole model: neither the backward pass nor the model as its own teacher calls it
-        # again.
+        # Hooks the whole model: neither the backward pass nor the model as its own teacher calls it again.
         self._handle = student.register_forward_pre_hook(self._begin)
 
     def _begin(self, *_: Any) -> None:
@@ -81,22 +127,18 @@ class Distiller:
             tap.arm()
 
     def __call__(self, batch: Batch, student_logits: torch.Tensor) -> torch.Tensor:
-        """The weighted sum of all losses over the batch's target tokens.
-
-        Raises:
-            UserError: on every rank, if states cannot be compared.
-        """
+        """The weighted sum of all losses over the batch's target tokens; a UserError if states cannot be compared."""
         targets = batch["targets"]
-        mine = [tap.take() for tap in self._student_taps]
+        student_states = [tap.take() for tap in self._student_taps]
         for tap in self._teacher_taps:
             tap.arm()
         wanted_logits = self._teacher.forward(batch).logits
-        wanted = [tap.take() for tap in self._teacher_taps]
-        self._check(mine, wanted, targets)
+        teacher_states = [tap.take() for tap in self._teacher_taps]
+        self._check(student_states, teacher_states, targets)
         loss = student_logits.new_zeros((), dtype=torch.float32)
         if self._ce_scale:
             loss = loss + self._ce_scale * token_divergence(student_logits, wanted_logits, targets, self._ce_temp)
-        for (pair, scale, projections), own, its in zip(self._pairs, mine, wanted, strict=True):
+        for (pair, scale, projections), own, its in zip(self._pairs, student_states, teacher_states, strict=True):
             if own.shape[-1] == its.shape[-1]:
                 error = hidden_error(own, its, targets)
             else:
@@ -106,14 +148,11 @@ class Distiller:
             loss = loss + scale * error
         return loss
 
-    def _check(self, mine: list[Any], wanted: list[Any], targets: torch.Tensor) -> None:
+    def _check(self, student_states: list[Any], teacher_states: list[Any], targets: torch.Tensor) -> None:
         problems = []
-        for (pair, _, projections), own, its in zip(self._pairs, mine, wanted, strict=True):
-            faults = [
-                f"{who} {_fault(states, targets)}"
-                for who, states in (("student's", own), ("teacher's", its))
-                if _fault(states, targets)
-            ]
+        for (pair, _, projections), own, its in zip(self._pairs, student_states, teacher_states, strict=True):
+            sides = (("student's", own), ("teacher's", its))
+            faults = [f"{who} {fault}" for who, states in sides if (fault := _fault(states, targets))]
             if not faults and own.shape[-1] != its.shape[-1] and projections is None:
                 faults.append(f"widths differ, {own.shape[-1]} and {its.shape[-1]}")
             problems += [f"{pair}: the {fault}" for fault in faults]
@@ -125,7 +164,6 @@ class Distiller:
             )
 
     def remove(self) -> None:
-        """Removes the hooks from both models."""
         self._handle.remove()
         for tap in (*self._student_taps, *self._teacher_taps):
             tap.remove()

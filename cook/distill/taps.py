@@ -47,16 +47,7 @@ def lacking(model: torch.nn.Module, path: str) -> str | None:
 
 
 def check_pairs(pairs: Mapping[str, Sequence[Pair]], student: torch.nn.Module, teacher: torch.nn.Module) -> None:
-    """Checks that every place exists.
-
-    Args:
-        pairs: The pairs by the config's key.
-        student: The student, or a skeleton without weights.
-        teacher: The teacher, or a skeleton.
-
-    Raises:
-        UserError: lists all places that do not exist.
-    """
+    """Raises a UserError with all places of `pairs` (by the config's key) that do not exist in models or skeletons."""
     problems = [
         f"{key}: {pair}: the {who} {why}"
         for key, some in pairs.items()
@@ -101,14 +92,12 @@ class Tap:
         return value
 
     def remove(self) -> None:
-        """Removes the hook."""
         self._handle.remove()
 
     def _keep_input(self, _module: torch.nn.Module, inputs: tuple, named: dict) -> None:
         if self._armed:
-            self._value = (
-                inputs[0] if inputs else named["hidden_states"]
-            )  # transformers passes it by keyword to a layer's blocks
+            # transformers passes it by keyword to a layer's blocks.
+            self._value = inputs[0] if inputs else named["hidden_states"]
 
     def _keep_output(self, _module: torch.nn.Module, _inputs: tuple, output: Any) -> None:
         if self._armed:

@@ -1,5 +1,7 @@
 """Losses between student and teacher: divergence of token distributions, and error of hidden states.
 
+`Projections` map hidden states of the student where their size differs from the teacher's.
+
 Source of the softened distributions and their factor T²: Hinton, Vinyals and Dean, "Distilling the knowledge in a
 neural network" (2015).
 
@@ -15,10 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from cook.base.seeds import generator
 from cook.data.packing import NO_TARGET
 
 CHUNK = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Logits per chunk that is copied to fp32: fits in a core's cache on CPUs, large enough to keep a GPU busy."""
+LEARNING_RATE = 1e-3  # Adam's default; the maps start at random and have no schedule
 
 
 def token_divergence(
@@ -98,3 +102,62 @@ class _Divergence(torch.autograd.Function):
         assert ctx.gradient_NV is not None, "a second backward pass through one divergence"
         gradient_NV, ctx.gradient_NV = ctx.gradient_NV, None  # scaled in place: it is as large as the logits
         return gradient_NV.mul_(scale).to(ctx.dtype), None, None, None
+
+
+class Projections:
+    """The linear maps of all pairs whose hidden sizes differ, the same on every rank.
+
+    Like the gates they are outside the engine: replicated, in fp32, with their own optimizer, without clipping. They
+    are created when the sizes are first known, from the seed and the pair's name. The student is mapped, because a map
+    of the teacher could reduce the error by mapping everything to zero.
+    """
+
+    def __init__(self, *, seed: int, device: torch.device | str = "cpu"):
+        self._seed, self._device = seed, torch.device(device)
+        self.weights: dict[str, torch.Tensor] = {}  # by the pair's name, `[teacher's width, student's width]`, fp32
+        self._optimizer: torch.optim.Adam | None = None
+
+    def apply(self, name: str, states: torch.Tensor, width: int) -> torch.Tensor:
+        """Maps fp32 states `(..., student's width)` to `(..., width)`; creates the map if `name` has none."""
+        if name not in self.weights:
+            assert self._optimizer is None, "a map that appears after the first update"
+            own = states.shape[-1]
+            self._set(name, torch.randn(width, own, generator=generator(self._seed, "projection", name)) / own**0.5)
+        return F.linear(states, self.weights[name])
+
+    def gradient(self) -> torch.Tensor | None:
+        """Returns the accumulated ∂L/∂weights of all maps as one fp32 vector, and clears it."""
+        if not self.weights:
+            return None
+        parts = []
+        for weight in self.weights.values():
+            parts.append((torch.zeros_like(weight) if weight.grad is None else weight.grad).flatten())
+            weight.grad = None
+        return torch.cat(parts)
+
+    def update(self, gradient: torch.Tensor) -> None:
+        """Updates the maps by `gradient`, in the form of `self.gradient`, averaged over ranks and micro-batches."""
+        optimizer = self._optimizer = self._optimizer or self._made_optimizer()
+        parts = gradient.split([weight.numel() for weight in self.weights.values()])
+        for weight, part in zip(self.weights.values(), parts, strict=True):
+            weight.grad = part.view_as(weight)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        weights = {name: weight.detach().cpu().clone() for name, weight in self.weights.items()}
+        return {"weights": weights, "optimizer": self._optimizer.state_dict() if self._optimizer else None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.weights, self._optimizer = {}, None
+        for name, weight in state["weights"].items():
+            self._set(name, weight)
+        if state["optimizer"] is not None:
+            self._optimizer = self._made_optimizer()
+            self._optimizer.load_state_dict(state["optimizer"])
+
+    def _set(self, name: str, weight: torch.Tensor) -> None:
+        self.weights[name] = weight.to(self._device, torch.float32).clone().requires_grad_()
+
+    def _made_optimizer(self) -> torch.optim.Adam:
+        return torch.optim.Adam(list(self.weights.values()), lr=LEARNING_RATE)

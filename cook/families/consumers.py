@@ -1,7 +1,6 @@
 """Programs other than transformers that read model folders, and what they get wrong in pruned models.
 
-A stock folder contains everything that its class needs, but some programs compute a size that the config states. This
-table lists them: exports use it for warnings, and documentation can be generated from it.
+A stock folder contains everything that its class needs, but some programs compute a size that the config states.
 """
 
 from __future__ import annotations
@@ -11,24 +10,6 @@ from dataclasses import dataclass
 
 from cook.families.stock_models import config_object, is_ragged
 from cook.pruning.family import ModelConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class Misreading:
-    """An assumption of a program that a pruned model of these families can violate."""
-
-    consumer: str
-    """The program, with the version that was run or read."""
-    model_types: frozenset[str]
-    """Families, by the `model_type` of config.json."""
-    applies: Callable[[ModelConfig], bool]
-    """Whether a model with this config violates the assumption."""
-    assumes: str
-    """The assumption."""
-    effect: str
-    """The consequence."""
-    was_run: bool
-    """True: a test runs the program. False: its source was read."""
 
 
 def _has_own_head_size(config: ModelConfig) -> bool:
@@ -42,31 +23,42 @@ def _has_own_layer_types(config: ModelConfig) -> bool:
     return bool(config["layer_types"] != config_object(rest).layer_types)
 
 
-HEAD_SIZE = "head_dim = hidden_size / num_attention_heads"
+@dataclass(frozen=True, kw_only=True)
+class Misreading:
+    """An assumption of a program that a pruned model of these families can violate."""
+
+    consumer: str  # the program, with the version that was run or read
+    model_types: frozenset[str]  # families, by the `model_type` of config.json
+    applies: Callable[[ModelConfig], bool]  # whether a model with this config violates the assumption
+    assumes: str  # the assumption
+    effect: str  # the consequence
+    was_run: bool = False  # True: a test runs the program. False: its source was read
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSizeMisreading(Misreading):
+    """An assumption about the size of heads."""
+
+    applies: Callable[[ModelConfig], bool] = _has_own_head_size
+    assumes: str = "head_dim = hidden_size / num_attention_heads"
+
+
 MISREADINGS = (
-    Misreading(
+    HeadSizeMisreading(
         consumer="CTranslate2 4.8",
         model_types=frozenset({"llama", "qwen2"}),
-        applies=_has_own_head_size,
-        assumes=HEAD_SIZE,
         effect="it converts the model, then either fails when it runs or returns wrong results without an error",
         was_run=True,
     ),
-    Misreading(
+    HeadSizeMisreading(
         consumer="vLLM",
         model_types=frozenset({"qwen2"}),
-        applies=_has_own_head_size,
-        assumes=HEAD_SIZE,
         effect="the weights do not fit the layers that it builds",
-        was_run=False,
     ),
-    Misreading(
+    HeadSizeMisreading(
         consumer="llama.cpp",
         model_types=frozenset({"phi3"}),
-        applies=_has_own_head_size,
-        assumes=HEAD_SIZE,
         effect="its converter writes a wrong number of rotary dims, and the weights do not fit when it loads the file",
-        was_run=False,
     ),
     Misreading(
         consumer="llama.cpp",
@@ -74,7 +66,6 @@ MISREADINGS = (
         applies=_has_own_layer_types,
         assumes="windowed and full attention alternate as in the published models",
         effect="it returns wrong results without an error (of Gemma 2 on texts longer than the window)",
-        was_run=False,
     ),
 )
 """CTranslate2 reads `head_dim` of Mistral, Qwen3, Gemma 2 and Gemma 3, and does not read Phi-3 and GPT-NeoX as

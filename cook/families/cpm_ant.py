@@ -9,71 +9,40 @@ from typing import Any
 
 import torch
 
-from cook.base.errors import UserError
 from cook.families import cpm_ant_formats
+from cook.families.layout import Attention, FeedForward
+from cook.families.stock_space import block_and_units
 from cook.models import cpm_ant
 from cook.pruning.family import Abilities, Adapter, KeptUnits, ModelConfig, Modeling, Shrunk
-from cook.pruning.units import GatePoint, PruningSpace, Site, UnitGroup, WeightSlice
+from cook.pruning.units import PruningSpace, Site, UnitGroup, WeightSlice
 
 MODEL_TYPE = cpm_ant.CpmAntConfig.model_type
 LOGITS = "input_embedding.weight"
+ATTENTION = Attention(
+    modules={"self_att": "value"}, out="self_att.self_attention.attention_out", norms_before=(), remembers={}
+)
+FFN = FeedForward(modules={"ffn": "value"}, out="ffn.ffn.w_out", norms_before=())
 OLDER_FFN = re.compile(r"encoder\.layers\.\d+\.ffn\.ffn\.w_in\.w\.weight")
 
 
 def _config(config: ModelConfig) -> cpm_ant.CpmAntConfig:
-    try:
-        return cpm_ant.CpmAntConfig(**{k: v for k, v in config.items() if k not in ("model_type", "auto_map")})
-    except (TypeError, ValueError) as error:
-        raise UserError(f"the model's config contradicts itself: {error}") from None
+    fields = {name: value for name, value in config.items() if name not in ("model_type", "auto_map")}
+    return cpm_ant_formats.checked_config(fields)
 
 
-def _attention(layer: int, num_heads: int, dim_head: int, shapes: Mapping[str, Any]) -> list[UnitGroup]:
-    block = f"encoder.layers.{layer}.self_att"
-    inner = f"{block}.self_attention"
-    projections = tuple(WeightSlice(path=f"{inner}.project_{p}.weight", dim=0, block=dim_head) for p in ("q", "k", "v"))
-    out = WeightSlice(path=f"{inner}.attention_out.weight", dim=1, block=dim_head, fan_in=True)
-    return _block_and_units(
-        layer, "att", block, f"{inner}.attention_out", (*projections, out), num_heads, dim_head, shapes
-    )
-
-
-def _feed_forward(layer: int, dim_ff: int, shapes: Mapping[str, Any]) -> list[UnitGroup]:
-    block = f"encoder.layers.{layer}.ffn"
-    first = sorted(path for path in shapes if path.startswith(f"{block}.ffn.w_in."))
-    ins = tuple(WeightSlice(path=path, dim=0, block=1) for path in first)
-    out = WeightSlice(path=f"{block}.ffn.w_out.weight", dim=1, block=1, fan_in=True)
-    return _block_and_units(layer, "ffn", block, f"{block}.ffn.w_out", (*ins, out), dim_ff, 1, shapes)
-
-
-def _block_and_units(
-    layer: int,
-    site: Site,
-    block: str,
-    last_module: str,
-    slices: tuple[WeightSlice, ...],
-    size: int,
-    width: int,
-    shapes: Mapping[str, Any],
-) -> list[UnitGroup]:
-    weights = [path for path in shapes if path.startswith(f"{block}.")]
-    return [
-        UnitGroup(
-            kind="layer",
-            site=site,
-            layer=layer,
-            size=1,
-            slices=tuple(WeightSlice(path=path, dim=0, block=shapes[path][0]) for path in weights),
-            gate=GatePoint(module=last_module, at="output", repeat=0),
-        ),
-        UnitGroup(
-            kind="heads" if site == "att" else "dimff",
-            site=site,
-            layer=layer,
-            size=size,
-            slices=slices,
-            gate=GatePoint(module=last_module, at="input", repeat=width),
-        ),
-    ]
+def _units(layer: int, site: Site, dim_head: int, shapes: Mapping[str, tuple[int, ...]]) -> list[UnitGroup]:
+    """A block and its heads or dims; none if the block was removed."""
+    prefix, width = f"encoder.layers.{layer}", dim_head if site == "att" else 1
+    table: Attention | FeedForward = ATTENTION if site == "att" else FFN
+    if site == "att":
+        ins = [f"{prefix}.self_att.self_attention.project_{part}.weight" for part in ("q", "k", "v")]
+    else:
+        ins = sorted(path for path in shapes if path.startswith(f"{prefix}.ffn.ffn.w_in."))
+    out = WeightSlice(path=f"{prefix}.{table.out}.weight", dim=1, block=width, fan_in=True)
+    if out.path not in shapes:
+        return []
+    slices = (*(WeightSlice(path=path, dim=0, block=width) for path in ins), out)
+    return block_and_units(table, site, shapes, layer, prefix, slices, width, {"size": shapes[out.path][1] // width})
 
 
 def _space(config: ModelConfig, head_unit: str = "kv_group") -> PruningSpace:
@@ -83,12 +52,7 @@ def _space(config: ModelConfig, head_unit: str = "kv_group") -> PruningSpace:
         shapes = {path: tuple(t.shape) for path, t in cpm_ant.CpmAntForCausalLM(native).state_dict().items()}
     groups: list[UnitGroup] = []
     for layer in range(native.num_layers):
-        out = shapes.get(f"encoder.layers.{layer}.self_att.self_attention.attention_out.weight")
-        if out:
-            groups += _attention(layer, out[1] // native.dim_head, native.dim_head, shapes)
-        out = shapes.get(f"encoder.layers.{layer}.ffn.ffn.w_out.weight")
-        if out:
-            groups += _feed_forward(layer, out[1], shapes)
+        groups += _units(layer, "att", native.dim_head, shapes) + _units(layer, "ffn", native.dim_head, shapes)
     return PruningSpace(num_layers=native.num_layers, shapes=shapes, groups=tuple(groups), logits_weight=LOGITS)
 
 
@@ -123,10 +87,8 @@ def _live_config(config: ModelConfig) -> dict[str, Any] | str:
     if len(sizes) > 1:
         return f"its FFN blocks differ in size ({', '.join(map(str, sorted(sizes)))})"
     if any(len(native.heads_of(i)) < native.num_heads for i in layers if native.has_attention(i)):
-        return (
-            "its attention blocks keep different heads, but that format has one position-bias table that all "
-            "blocks index by head number"
-        )
+        what = "its attention blocks keep different heads, but that format has one position-bias table that all "
+        return what + "blocks index by head number"
     fields = {name: getattr(native, name) for name in cpm_ant_formats.NATIVE_FIELDS}
     return fields | {"dim_ff": sizes.pop() if sizes else native.dim_ff}
 

@@ -9,31 +9,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cook.base.errors import UserError
+from cook.base.tensor_files import LazyTensors
 from cook.models.cpm_ant import CpmAntConfig
 
 NATIVE_FIELDS = (
-    "vocab_size",
-    "dim_model",
-    "dim_ff",
-    "num_layers",
-    "num_heads",
-    "dim_head",
-    "dropout_p",
-    "position_bias_num_buckets",
-    "position_bias_max_distance",
-    "eps",
-    "half",
-    "prompt_types",
-    "prompt_length",
-    "segment_types",
-    "mask_modules",
+    *("vocab_size", "dim_model", "dim_ff", "num_layers", "num_heads", "dim_head", "dropout_p"),
+    *("position_bias_num_buckets", "position_bias_max_distance", "eps", "half"),
+    *("prompt_types", "prompt_length", "segment_types", "mask_modules"),
 )
 STOCK_NAMES = {"dim_model": "hidden_size", "num_heads": "num_attention_heads", "num_layers": "num_hidden_layers"}
 SHARED_FIELDS = tuple(name for name in NATIVE_FIELDS if name not in ("half", "mask_modules"))
@@ -49,36 +38,11 @@ UNCHANGED = re.compile(
 )
 
 
-class LazyTensors(Mapping[str, Tensor]):
-    """Tensors by name, computed on access, so that a conversion never holds two models in memory."""
-
-    def __init__(self, makers: Mapping[str, Callable[[], Tensor]]):
-        self._makers = makers
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._makers[name]()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._makers)
-
-    def __len__(self) -> int:
-        return len(self._makers)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._makers
-
-
 def native_config(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads CPM-Live's JSON as fields of `CpmAntConfig`.
-
-    Args:
-        fields: The parsed JSON. `mask_modules` may be absent or null; the other fields have CPM-Ant's 10B defaults.
-
-    Returns:
-        Every field of CPM-Live's configuration.
+    """Reads CPM-Live's JSON as all fields of its configuration; absent ones have the defaults of CPM-Ant's 10B model.
 
     Raises:
-        UserError: An unknown field, or values that contradict each other.
+        UserError: an unknown field, or values that contradict each other.
     """
     unknown = sorted(set(fields) - set(NATIVE_FIELDS))
     if unknown:
@@ -88,39 +52,31 @@ def native_config(fields: Mapping[str, Any]) -> dict[str, Any]:
             got=", ".join(unknown),
             remedy="remove them, or name the folder if this is the config.json of a Hugging Face folder",
         )
-    config = _checked(dict(fields))
+    config = checked_config(fields)
     return {name: getattr(config, name) for name in NATIVE_FIELDS}
 
 
 def to_native_config(config: CpmAntConfig) -> dict[str, Any]:
-    """CPM-Live's JSON of a model, with every field.
-
-    Raises:
-        UserError: The layers differ in heads or dims, or heads were removed, which that format cannot express.
-    """
+    """CPM-Live's JSON of a model, with every field; a UserError if its layers differ: the format cannot express it."""
     _refuse_ragged(config, "CPM-Live's configuration")
     return {name: getattr(config, name) for name in NATIVE_FIELDS}
 
 
 def from_stock(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
-    """Converts a stock Hugging Face CpmAnt model to cook's model.
-
-    Args:
-        config: The folder's config.json.
-        tensors: Its tensors by name; they are read one at a time.
+    """Converts config.json and tensors of a stock Hugging Face CpmAnt model to cook's model.
 
     Returns:
         Fields for `CpmAntConfig`, and tensors under CPM-Live's names, computed on access.
 
     Raises:
-        UserError: Another model's config, or tensors that are missing, unexpected, or have another shape.
+        UserError: another model's config, or tensors that are missing, unexpected, or have another shape.
     """
     if config.get("model_type") != "cpmant":
         raise UserError("not a stock CpmAnt model", wanted="model_type cpmant", got=config.get("model_type"))
     stock_names = {name: STOCK_NAMES.get(name, name) for name in SHARED_FIELDS}
     fields = {name: config[stock] for name, stock in stock_names.items() if stock in config}
     fields |= {name: config[name] for name in TOKEN_IDS if config.get(name) is not None}
-    checked = _checked(fields)
+    checked = checked_config(fields)
     makers = {name: _native_maker(name, checked, tensors) for name in _native_names(checked)}
     wanted = {f"{STOCK_PREFIX}{name}" for name in makers if not name.startswith("prompt_embedding")}
     missing, extra = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted - {"lm_head.weight"})
@@ -136,16 +92,12 @@ def from_stock(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tupl
 def to_stock(config: CpmAntConfig, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
     """Converts cook's model to the config and tensors of the stock Hugging Face class.
 
-    Args:
-        config: The config of cook's model.
-        tensors: Its tensors by name; they are read one at a time.
-
     Returns:
         The fields of a stock config.json, and the stock class's tensors, computed on access. They include the output
         projection, which is a copy of the token embedding.
 
     Raises:
-        UserError: The model is ragged, lacks blocks, or has the older FFN, which the stock class does not support.
+        UserError: the model is ragged, lacks blocks, or has the older FFN, which the stock class does not support.
     """
     _refuse_ragged(config, "the stock CpmAnt class")
     removed = sum(not config.has_attention(i) + (not config.has_ffn(i)) for i in range(config.num_layers))
@@ -160,19 +112,18 @@ def to_stock(config: CpmAntConfig, tensors: Mapping[str, Tensor]) -> tuple[dict[
     fields |= {name: getattr(config, name) for name in TOKEN_IDS if getattr(config, name) is not None}
     fields |= {"model_type": "cpmant", "architectures": ["CpmAntForCausalLM"], "tie_word_embeddings": False}
     root = math.sqrt(config.dim_model)
-    makers: dict[str, Callable[[], Tensor]] = {}
-    for name in _native_names(config):
-        if not name.startswith("prompt_embedding"):
-            makers[STOCK_PREFIX + name] = _stock_maker(name, root, tensors)
+    names = [name for name in _native_names(config) if not name.startswith("prompt_embedding")]
+    makers = {STOCK_PREFIX + name: _stock_maker(name, root, tensors) for name in names}
     makers["lm_head.weight"] = lambda: _scaled(tensors["input_embedding.weight"], 1 / root)
     return fields, LazyTensors(makers)
 
 
-def _checked(fields: dict[str, Any]) -> CpmAntConfig:
+def checked_config(fields: Mapping[str, Any]) -> CpmAntConfig:
+    """The config object of these fields; raises a UserError if they contradict each other."""
     try:
         return CpmAntConfig(**fields)
     except (TypeError, ValueError) as error:
-        raise UserError(f"the model's configuration contradicts itself: {error}") from error
+        raise UserError(f"the model's config contradicts itself: {error}") from None
 
 
 def _refuse_ragged(config: CpmAntConfig, target: str) -> None:

@@ -25,32 +25,24 @@ from cook.config.facts import check_counts, stock_config
 from cook.families.google_bert import is_google_folder, open_google_weights, read_google_config
 from cook.text.hf import open_backend
 
-Head = Literal["classes", "score", "span"]
-"""The kind of prediction: a row's class, a row's score, or the first and last token of an answer."""
+Head = Literal["classes", "score", "span"]  # a row's class, a row's score, or an answer's first and last token
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
     """An encoder with a head that is read or new: its config, and its weights in fp32."""
 
-    config: Any
-    """Hugging Face's config object."""
+    config: Any  # Hugging Face's config object
     head: Head
-    """The kind of head."""
-    weights: dict[str, torch.Tensor]
-    """Every parameter by name; those of a new head are randomly initialised."""
-    fresh: tuple[str, ...]
-    """Names of the parameters that the source does not contain."""
-    notes: tuple[str, ...]
-    """Messages about the classes of the source's head, if they differ from the task's."""
-    tokenizer: Any
-    """A fast tokenizer."""
-    max_length: int | None
-    """The model's maximum number of tokens per row; None if it is not limited."""
+    weights: dict[str, torch.Tensor]  # every parameter by name; those of a new head are randomly initialised
+    fresh: tuple[str, ...]  # names of the parameters that the source does not contain
+    notes: tuple[str, ...]  # messages about the classes of the source's head, if they differ from the task's
+    tokenizer: Any  # a fast tokenizer
+    max_length: int | None  # the maximum number of tokens per row; None if it is not limited
 
     def build(self) -> torch.nn.Module:
-        """Builds a model of this config; its weights are not loaded yet."""
-        model: torch.nn.Module = _auto_class(self.head).from_config(self.config)
+        """A model of this config; its weights are not loaded yet."""
+        model: torch.nn.Module = _fresh(self.head, self.config)
         return model
 
 
@@ -67,24 +59,13 @@ def open_encoder(
         head: The kind of head.
         labels: Names of the classes, in the order of their ids; one name for a score; unused for spans.
         seed: The seed of a new head's weights.
-        words: Alternative names of the same classes, in the same order.
+        words: Other names of the same classes, in the same order.
 
     Raises:
         UserError: the source cannot be read as an encoder.
     """
-    folder = Path(source)
-    google = is_google_folder(folder)
-    if google:
-        config: Any = stock_config(BertConfig, read_google_config(folder))
-    else:
-        if (folder / "config.json").is_file():
-            check_counts(read_model_config(folder))
-        config = _hub(AutoConfig, source)
-        config._attn_implementation = None  # the value may name a kernel to download
-        if getattr(config, "quantization_config", None):
-            raise UserError(
-                f"{source}: the model is quantized", remedy="dequantize it first, or use the original model"
-            )
+    folder, google = Path(source), is_google_folder(Path(source))
+    config = stock_config(BertConfig, read_google_config(folder)) if google else _hub_config(source)
     matched = _Classes(names=tuple(labels), order=tuple(range(len(labels))))
     if head == "classes":
         matched = _matched_classes([str(config.id2label[key]) for key in sorted(config.id2label)], labels, words)
@@ -93,10 +74,10 @@ def open_encoder(
         config.label2id = {label: number for number, label in enumerate(matched.names)}
     wrong = f"{source}: this model cannot be used with the head of this task"
     with library_errors(wrong), torch.device("meta"):
-        _check_size(source, _auto_class(head).from_config(config))
+        _check_size(source, _fresh(head, config))
     with library_errors(wrong), torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = _auto_class(head).from_config(config)
+        model = _fresh(head, config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     found = open_google_weights(folder, shapes) if google else _hub_weights(source, head, config)
     outputs = _output_weights(model, config) if head == "classes" else ()
@@ -133,12 +114,9 @@ def open_encoder(
 class _Classes:
     """The classes of a source's head, matched with a task's classes."""
 
-    names: tuple[str, ...]
-    """The names of the classes, in the order of the task's ids."""
-    order: tuple[int, ...]
-    """The head's row for every id of the task; empty if the head has other classes."""
-    note: str = ""
-    """A message about the match."""
+    names: tuple[str, ...]  # in the order of the task's ids
+    order: tuple[int, ...]  # the head's row for every id of the task; empty if the head has other classes
+    note: str = ""  # a message about the match
 
 
 def _matched_classes(own: Sequence[str], labels: Sequence[str], words: Sequence[str] | None) -> _Classes:
@@ -181,16 +159,8 @@ def load_encoder(folder: Path, head: Head) -> torch.nn.Module:
 def write_encoder(
     folder: Path, config: Any, weights: Iterable[tuple[str, torch.Tensor]], tokenizer: Any | None
 ) -> None:
-    """Writes a Hugging Face folder: weights as they arrive, config, tokenizer.
-
-    Args:
-        folder: The folder; created if it does not exist.
-        config: Hugging Face's config object.
-        weights: Names and tensors.
-        tokenizer: The tokenizer, also saved if given.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with ShardWriter(folder, 2 << 30) as writer:
+    """Writes a Hugging Face folder, created if missing: weights as they arrive, config, tokenizer if given."""
+    with ShardWriter(folder) as writer:
         for name, tensor in weights:
             writer.add(name, tensor)
     write_json(folder / "config.json", {**config.to_dict(), "dtype": "float32"})
@@ -200,6 +170,20 @@ def write_encoder(
 
 def _auto_class(head: Head) -> Any:
     return AutoModelForQuestionAnswering if head == "span" else AutoModelForSequenceClassification
+
+
+def _fresh(head: Head, config: Any) -> Any:
+    return _auto_class(head).from_config(config)
+
+
+def _hub_config(source: str) -> Any:
+    if (Path(source) / "config.json").is_file():
+        check_counts(read_model_config(Path(source)))
+    config = _hub(AutoConfig, source)
+    config._attn_implementation = None  # the value may name a kernel to download
+    if getattr(config, "quantization_config", None):
+        raise UserError(f"{source}: the model is quantized", remedy="dequantize it first, or use the original model")
+    return config
 
 
 def _hub(kind: Any, source: str, **options: Any) -> Any:
@@ -234,14 +218,8 @@ def _longest_row(model: torch.nn.Module, config: Any) -> int | None:
 
 def _hub_weights(source: str, head: Head, config: Any) -> Mapping[str, torch.Tensor]:
     # transformers finds the files of a Hub name and renames the tensors of old checkpoints.
-    model, notes = _hub(
-        _auto_class(head),
-        source,
-        config=config,
-        dtype=torch.float32,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )
+    options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, notes = _hub(_auto_class(head), source, config=config, **options)
     missing = set(notes["missing_keys"]) | {entry[0] for entry in notes.get("mismatched_keys", ())}
     return {name: parameter.detach() for name, parameter in model.named_parameters() if name not in missing}
 

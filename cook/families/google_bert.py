@@ -44,7 +44,6 @@ _LEAVES = {"kernel": "weight", "gamma": "weight", "beta": "bias", "weights": "we
 
 
 def is_google_folder(folder: Path) -> bool:
-    """Whether a folder is laid out as Google distributes BERT."""
     return (folder / CONFIG_NAME).is_file()
 
 
@@ -57,21 +56,18 @@ def read_google_config(folder: Path) -> dict[str, Any]:
 
 
 def open_google_weights(folder: Path, shapes: Mapping[str, torch.Size]) -> Mapping[str, torch.Tensor]:
-    """The weights by Hugging Face's names, read one at a time; pretraining heads and optimizer states are left out.
+    """The weights by Hugging Face's names, read one at a time.
 
-    Args:
-        folder: Google's folder.
-        shapes: Shapes of the model's parameters. Weights not among them, or with another shape, are left out.
+    Left out are weights that are not in `shapes`, which has the shapes of the model's parameters, or differ from them:
+    pretraining heads and optimizer states.
 
     Raises:
         UserError: there is no checkpoint, more than one, or a damaged one.
     """
     found = sorted(folder.glob("*.index"))
     if len(found) != 1:
-        names = ", ".join(path.name for path in found)
-        raise UserError(
-            f"{folder}: there must be exactly one TensorFlow checkpoint", wanted="one *.ckpt.index", got=names or "none"
-        )
+        what, names = "there must be exactly one TensorFlow checkpoint", ", ".join(path.name for path in found)
+        raise UserError(f"{folder}: {what}", wanted="one *.ckpt.index", got=names or "none")
     tensors = open_tf_checkpoint(found[0].with_suffix(""))
     renamed, known = {}, False
     for name, tensor in tensors.items():

@@ -10,30 +10,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+# What a module returns: attention modules return a pair (output, weights), all others their output.
 AbsentKind = Literal["pair", "value"]
-"""What a module returns: attention modules return a pair (output, weights), all others their output."""
+# Numbers of an attention block: query heads, key-value heads, query heads per key-value head, heads × head_dim.
 Size = Literal["heads", "kv_heads", "heads_per_kv", "width"]
-"""Numbers of an attention block: query heads, key-value heads, query heads per key-value head, heads × head_dim."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attention:
     """The attention block of a layer."""
 
+    # The modules of the block, and what each returns.
     modules: Mapping[str, AbsentKind] = field(default_factory=lambda: {"self_attn": "pair"})
-    """The modules of the block, and what each returns."""
     q: str = "self_attn.q_proj"
     k: str = "self_attn.k_proj"
     v: str = "self_attn.v_proj"
     """The projections to queries, keys and values; the same path three times if they are fused."""
     interleaved: bool = False
     """In a fused weight: q, k and v are interleaved per head; else all queries, then all keys, then all values."""
-    out: str = "self_attn.o_proj"
-    """The block's output projection, whose input is the heads."""
-    norms_before: tuple[str, ...] = ("input_layernorm",)
-    """Norms whose output is used by this block only."""
-    norms_after: tuple[str, ...] = ()
-    """Norms that are applied to this block's output only."""
+    out: str = "self_attn.o_proj"  # the block's output projection, whose input is the heads
+    norms_before: tuple[str, ...] = ("input_layernorm",)  # norms whose output is used by this block only
+    norms_after: tuple[str, ...] = ()  # norms that are applied to this block's output only
     remembers: Mapping[str, Size] = field(default_factory=lambda: {"self_attn.num_key_value_groups": "heads_per_kv"})
     """Module attributes from which the forward pass reads sizes; `module.config.name` for the module's config."""
 
@@ -46,12 +43,9 @@ class FeedForward:
     """The modules of the block, and what each returns."""
     ins: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     """The projections to the inner features; the same path twice if gate and up are fused."""
-    out: str = "mlp.down_proj"
-    """The block's output projection, whose input is the inner features."""
-    norms_before: tuple[str, ...] = ("post_attention_layernorm",)
-    """Norms whose output is used by this block only."""
-    norms_after: tuple[str, ...] = ()
-    """Norms that are applied to this block's output only."""
+    out: str = "mlp.down_proj"  # the block's output projection, whose input is the inner features
+    norms_before: tuple[str, ...] = ("post_attention_layernorm",)  # norms whose output is used by this block only
+    norms_after: tuple[str, ...] = ()  # norms that are applied to this block's output only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,35 +54,27 @@ class ConfigNames:
 
     layers: str = "num_hidden_layers"
     heads: str = "num_attention_heads"
-    kv_heads: str | None = "num_key_value_heads"
-    """None if every query head has its own keys and values."""
+    kv_heads: str | None = "num_key_value_heads"  # None if every query head has its own keys and values
     head_dim: str | None = "head_dim"
     """None if the class always divides the hidden size by the heads, and so cannot have fewer heads."""
     hidden: str = "hidden_size"
     ffn: str = "intermediate_size"
-    per_layer: tuple[str, ...] = ("layer_types",)
-    """Lists with one entry per layer, if the config has them."""
-    first_layers: tuple[str, ...] = ()
-    """Numbers of first layers that differ from the others."""
+    per_layer: tuple[str, ...] = ("layer_types",)  # lists with one entry per layer, if the config has them
+    first_layers: tuple[str, ...] = ()  # numbers of first layers that differ from the others
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """A family that stock transformers has."""
 
-    family: str
-    """The family's name in tables and messages."""
-    model_types: frozenset[str]
-    """Values of `model_type` in config.json; the weights of all of them have these names."""
-    layers: str = "model.layers"
-    """Path of the list of layers."""
+    family: str  # the family's name in tables and messages
+    model_types: frozenset[str]  # values of `model_type` in config.json; the weights of all of them have these names
+    layers: str = "model.layers"  # path of the list of layers
     attention: Attention = field(default_factory=Attention)
     ffn: FeedForward = field(default_factory=FeedForward)
     names: ConfigNames = field(default_factory=ConfigNames)
-    auto_class: str = "AutoModelForCausalLM"
-    """The transformers class that builds the model from its config."""
-    stock_heads_except: str = ""
-    """A config property with which the class cannot have fewer heads, in a few words."""
+    auto_class: str = "AutoModelForCausalLM"  # the transformers class that builds the model from its config
+    stock_heads_except: str = ""  # a config property with which the class cannot have fewer heads, in a few words
     carried: tuple[str, ...] = ()
     """Patterns of keys in the family's files that the model's class may lack: heads of other tasks, which are copied
     unchanged."""

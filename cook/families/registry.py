@@ -1,4 +1,4 @@
-"""The families that cook knows, and registration of further ones."""
+"""The families that cook knows, as records and as the table of the documentation; registration of further ones."""
 
 from __future__ import annotations
 
@@ -6,12 +6,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from cook.base.errors import UserError
-from cook.families import bert, cpm_ant, decoders
+from cook.families import cpm_ant, tables
 from cook.models import ragged
 from cook.pruning.family import Adapter
+from cook.report.tables import markdown_table
 
-OWN: tuple[Adapter, ...] = (cpm_ant.ADAPTER, *decoders.ADAPTERS, *bert.ADAPTERS)
+OWN: tuple[Adapter, ...] = (cpm_ant.ADAPTER, *tables.ADAPTERS)
 _added: list[Adapter] = []
+HEADERS = (
+    "family",
+    "`model_type`",
+    "attention units",
+    "fewer heads",
+    "fewer dims",
+    "fewer layers",
+    "missing blocks",
+    "main job",
+)
 
 
 def adapters() -> tuple[Adapter, ...]:
@@ -25,7 +36,6 @@ def register(adapter: Adapter) -> None:
 
 
 def unregister(adapter: Adapter) -> None:
-    """Removes a family that `register` added."""
     _added.remove(adapter)
 
 
@@ -35,16 +45,11 @@ def stock_type(config: Mapping[str, Any]) -> Any:
 
 
 def knows(config: Mapping[str, Any]) -> bool:
-    """Whether there is an adapter for a config.json."""
     return _find(config) is not None
 
 
 def by_config(config: Mapping[str, Any]) -> Adapter:
-    """The adapter of a model's config.json.
-
-    Raises:
-        UserError: there is none; the message lists the known families and what an adapter needs.
-    """
+    """The adapter of a model's config.json; raises a UserError if there is none."""
     found = _find(config)
     if found is None:
         known = ", ".join(sorted(t for a in adapters() for t in a.model_types if t))
@@ -60,6 +65,48 @@ def by_config(config: Mapping[str, Any]) -> Adapter:
 
 def _find(config: Mapping[str, Any]) -> Adapter | None:
     wanted = stock_type(config)
-    if wanted is not None and not isinstance(wanted, str):
-        return None
-    return next((adapter for adapter in adapters() if wanted in adapter.model_types), None)
+    known = adapters() if wanted is None or isinstance(wanted, str) else ()  # other values may not be hashable
+    return next((adapter for adapter in known if wanted in adapter.model_types), None)
+
+
+def families_table() -> str:
+    """One row per family, in Markdown: which results are stock models, and whether the main command trains it."""
+    return markdown_table(HEADERS, [_row(facts) for facts in family_facts()])
+
+
+def family_facts() -> list[dict[str, Any]]:
+    """The same as JSON. Results are `stock`, `remote code` (a modeling file in the folder) or `own file`."""
+    return [_facts(adapter) for adapter in adapters()]
+
+
+def _facts(adapter: Adapter) -> dict[str, Any]:
+    can = adapter.abilities
+
+    def result(is_stock: bool) -> str:
+        return "own file" if not can.is_stock else "stock" if is_stock else "remote code"
+
+    return {
+        "family": adapter.family,
+        "model_types": sorted(model_type for model_type in adapter.model_types if model_type),
+        "head_units": ["key-value groups", "query heads"] if can.shares_keys else ["heads"],
+        "fewer_heads": result(can.stock_heads),
+        "fewer_heads_except": can.stock_heads_except,
+        "fewer_dims": result(True),
+        "fewer_layers": result(can.stock_layers),
+        "block_missing": result(False),
+        "is_causal": adapter.is_causal,
+    }
+
+
+def _row(facts: dict[str, Any]) -> list[str]:
+    exception = facts["fewer_heads_except"]
+    return [
+        facts["family"],
+        ", ".join(f"`{model_type}`" for model_type in facts["model_types"]),
+        ", ".join(facts["head_units"]),
+        facts["fewer_heads"] + (f", not with {exception}" if exception else ""),
+        facts["fewer_dims"],
+        facts["fewer_layers"],
+        facts["block_missing"],
+        "yes" if facts["is_causal"] else "no: encoder",
+    ]

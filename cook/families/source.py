@@ -113,29 +113,19 @@ def unfilled_model(adapter: Adapter, config: Mapping[str, Any]) -> torch.nn.Modu
 
 
 def load_model(source: ModelSource, dtype: torch.dtype | None = torch.float32) -> torch.nn.Module:
-    """Loads the whole model into memory, in eval mode.
-
-    Args:
-        source: The model.
-        dtype: The type of its weights; None keeps the stored types.
-
-    Raises:
-        UserError: the weights do not fit the config.
-    """
+    """Loads the whole model into memory, in eval mode, with weights of type `dtype`; None keeps the stored types."""
     model = unfilled_model(source.adapter, source.config)
-    weights = {
-        name: tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
-        for name, tensor in source.tensors.items()
-    }
+    weights = {name: t.to(dtype) if dtype and t.is_floating_point() else t for name, t in source.tensors.items()}
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tied -= {name for name, _ in model.named_parameters()}
     try:
-        missing, strange = model.load_state_dict(weights, strict=False, assign=True)
+        missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     except RuntimeError as error:  # other shapes
-        raise UserError(f"{source.path}: the weights do not fit the model's config", got=_last_line(error)) from None
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"{source.path}: the weights do not fit the model's config", got=reason) from None
     lacking = [name for name in missing if name not in tied]
-    if lacking or strange:
-        problem = f"{lacking[0]!r} is missing" if lacking else f"{strange[0]!r} has no place in the model"
+    if lacking or unexpected:
+        problem = f"{lacking[0]!r} is missing" if lacking else f"{unexpected[0]!r} has no place in the model"
         raise UserError(f"{source.path}: the weights do not fit the model's config: {problem}")
     if tied:  # the embeddings are new tensors
         model.tie_weights()  # type: ignore[operator]
@@ -145,16 +135,11 @@ def load_model(source: ModelSource, dtype: torch.dtype | None = torch.float32) -
 def placed(model: torch.nn.Module, device: torch.device | str, dtype: torch.dtype | None) -> torch.nn.Module:
     """Moves the model to a device and its weights to `dtype`; its buffers keep their types.
 
-    `Module.to` would also round the frequencies of rotary positions, which gives wrong angles for
-    distant tokens.
+    `Module.to` would also round the frequencies of rotary positions, which gives wrong angles for distant tokens.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(device, dtype or parameter.dtype)
     return model.to(device)
-
-
-def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1].strip()
 
 
 def _inner_checkpoint(path: Path) -> Path:

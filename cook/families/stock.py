@@ -1,17 +1,26 @@
-"""Adapters of stock transformers families, made from their tables.
+"""Adapters of stock transformers families, made from their tables, and the configs of reshaped stock models.
 
-All sizes are read from a model built on the meta device.
+A reshaped model has a stock config if that gives the same weights, else a ragged one. Sizes are read from a model on
+the meta device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from cook.base.batches import Batch
-from cook.families import stock_models, stock_shrink, stock_space
-from cook.families.layout import Family
-from cook.pruning.family import Abilities, Adapter, ModelConfig
+from cook.base.errors import UserError
+from cook.families import stock_models, stock_space
+from cook.families.layout import Attention, Family, FeedForward
+from cook.families.stock_models import config_object, is_ragged, plain, remembered, skeleton, weight_shapes
+from cook.families.stock_space import Heads, head_dim_of, heads_of
+from cook.models import ragged
+from cook.pruning.counts import kept_shapes
+from cook.pruning.family import Abilities, Adapter, KeptUnits, ModelConfig, Shrunk
+from cook.pruning.units import PruningSpace, UnitGroup
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 def stock_adapter(
@@ -28,18 +37,20 @@ def stock_adapter(
         inputs: The model's arguments for a batch, if `packed_inputs` would mix samples.
         is_causal: Whether the model predicts the next token.
     """
+
+    def of_config(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda config, *more, **named: function(variant(family, config), config, *more, **named)
+
     return Adapter(
         family=family.family,
         model_types=family.model_types,
-        space=lambda config, head_unit="kv_group": stock_space.space(variant(family, config), config, head_unit),
-        head_units=lambda config: stock_space.head_units(variant(family, config), config),
-        build=lambda config: stock_models.build(variant(family, config), config),
-        read=lambda config, tensors: stock_models.read(variant(family, config), config, tensors),
-        file_names=lambda config: stock_models.file_names(variant(family, config), config),
-        shrink=lambda config, space, kept: stock_shrink.shrink(variant(family, config), config, space, kept),
-        stock_holds=lambda config, heads, kv_heads: stock_shrink.holds_heads(
-            variant(family, config), config, heads, kv_heads
-        ),
+        space=of_config(stock_space.space),
+        head_units=of_config(stock_space.head_units),
+        build=of_config(stock_models.build),
+        read=of_config(stock_models.read),
+        file_names=of_config(stock_models.file_names),
+        shrink=of_config(shrink),
+        stock_holds=of_config(holds_heads),
         modeling=stock_models.modeling,
         inputs=inputs or packed_inputs,
         abilities=Abilities(
@@ -67,3 +78,135 @@ def masked_inputs(batch: Batch, *, causal: bool) -> dict[str, Any]:
     mask_BQK = mask_BQK.tril() if causal else mask_BQK
     inputs = {"input_ids": batch["input"], "position_ids": batch["position"], "attention_mask": mask_BQK[:, None]}
     return inputs | ({"use_cache": False} if causal else {})
+
+
+def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptUnits) -> Shrunk:
+    """The config of the reshaped model; layers without blocks are removed, and the others renumbered."""
+    counts = {name: len(units) for name, units in kept.items()}
+    left = kept_shapes(space, counts)
+    layers = [n for n in range(space.num_layers) if any(path.startswith(f"{family.layers}.{n}.") for path in left)]
+    if not family.empty_layer_is_identity:
+        layers = list(range(space.num_layers))
+    layers = layers or [space.num_layers - 1]  # transformers classes are not tested without any layer
+    renamed = _renamed(family, left, layers)
+    shapes = {renamed.get(path, path): shape for path, shape in left.items()}
+    base = _with_layers(family, config, layers) | remembered(config, space.num_layers, layers)
+    sizes = [_sizes(family, config, space, counts, layer) for layer in layers]
+    if len(set(sizes)) == 1 and None not in sizes[0]:
+        heads, ffn = sizes[0]
+        assert heads is not None and ffn is not None
+        uniform = _sized(family, base, heads, ffn)
+        if holds(family, uniform, shapes):
+            stock = {"architectures": [type(skeleton(family, uniform)).__name__]}
+            return Shrunk(config=plain(config_object(uniform)) | stock, layers=tuple(layers), renamed=renamed)
+    structure = _structure(family, base, shapes, [heads for heads, _ in sizes])
+    own = {
+        "architectures": [ragged.RaggedModel.__name__],
+        "model_type": ragged.MODEL_TYPE,
+        "stock_type": base["model_type"],
+        "stock_class": family.auto_class,
+        "structure": structure,
+    }
+    return Shrunk(config=base | own, layers=tuple(layers), renamed=renamed)
+
+
+def _sized(family: Family, base: ModelConfig, heads: Heads, ffn: int) -> dict[str, Any]:
+    """A stock config with these sizes in every layer."""
+    names = family.names
+    fields = {names.heads: heads.heads, names.ffn: ffn}
+    fields |= {names.kv_heads: heads.kv_heads} if names.kv_heads else {}
+    fields |= {names.head_dim: heads.head_dim} if names.head_dim else {}
+    return dict(base) | fields
+
+
+def holds(family: Family, config: ModelConfig, shapes: Shapes) -> bool:
+    """Whether a model freshly built from `config` has exactly these weights."""
+    try:
+        return weight_shapes(skeleton(family, config)) == dict(shapes)
+    except (UserError, ValueError):
+        return False
+
+
+def holds_heads(family: Family, config: ModelConfig, heads: int, kv_heads: int) -> bool:
+    """Whether the stock class builds attention blocks with these heads, each as wide as now."""
+    base = _with_layers(family, config, [0])
+    dim = head_dim_of(family, config_object(config))
+    wanted = Heads(heads=heads, kv_heads=kv_heads, head_dim=dim)
+    try:
+        model = skeleton(family, _sized(family, base, wanted, base[family.names.ffn]))
+    except (UserError, ValueError):
+        return False
+    return heads_of(family, dim, model, f"{family.layers}.0") == wanted
+
+
+def _renamed(family: Family, paths: Shapes, layers: list[int]) -> dict[str, str]:
+    prefixes = {f"{family.layers}.{old}.": f"{family.layers}.{new}." for new, old in enumerate(layers) if new != old}
+    return {
+        path: new + path.removeprefix(old) for path in paths for old, new in prefixes.items() if path.startswith(old)
+    }
+
+
+def _with_layers(family: Family, config: ModelConfig, layers: list[int]) -> dict[str, Any]:
+    """The stock config with only these layers, all other sizes unchanged."""
+    base = {name: value for name, value in config.items() if name not in ragged.OWN_FIELDS}
+    base["model_type"] = config["stock_type"] if is_ragged(config) else config["model_type"]
+    base[family.names.layers] = len(layers)
+    for name in family.names.per_layer:
+        if isinstance(base.get(name), list | tuple):
+            base[name] = [base[name][layer] for layer in layers]
+    for name in family.names.first_layers:
+        if isinstance(base.get(name), int):
+            base[name] = sum(layer < base[name] for layer in layers)
+    return base
+
+
+def _sizes(
+    family: Family, config: ModelConfig, space: PruningSpace, counts: Mapping[str, int], layer: int
+) -> tuple[Heads | None, int | None]:
+    """Heads and FFN dimensions that the layer keeps; None for a block without units."""
+    groups = {g.kind: g for g in space.groups if g.layer == layer and _left(space, counts, g)}
+    att, ffn = groups.get("heads"), groups.get("dimff")
+    heads = None
+    if att is not None:
+        queries, keys = att.heads(counts.get(att.name, att.size))
+        heads = Heads(heads=queries, kv_heads=keys, head_dim=head_dim_of(family, config_object(config)))
+    return heads, counts.get(ffn.name, ffn.size) if ffn else None
+
+
+def _left(space: PruningSpace, counts: Mapping[str, int], group: UnitGroup) -> int:
+    return group.kind != "layer" and min(counts.get(group.name, group.size), counts.get(space.block(group).name, 1))
+
+
+def _structure(family: Family, base: ModelConfig, shapes: Shapes, heads: list[Heads | None]) -> dict[str, Any]:
+    """The changes by `cook.models.ragged` to the stock model of `base` that give weights of these shapes."""
+    model = skeleton(family, base)
+    stock = weight_shapes(model)
+    structure: dict[str, Any] = {"attributes": {}, "absent": {}, "constant": {}, "identity": [], "uneven_keys": False}
+    structure["shapes"] = {path: list(shape) for path, shape in shapes.items() if shape != stock[path]}
+    dim = head_dim_of(family, config_object(base))
+    for number, own in enumerate(heads):
+        layer = f"{family.layers}.{number}"
+        before = heads_of(family, dim, model, layer)
+        if own is not None and before is not None and own != before:
+            structure["uneven_keys"] |= own.kv_heads != before.kv_heads
+            for attribute, size in family.attention.remembers.items():
+                # A config's field is an attribute `config.name` of the module.
+                module, dot, field = f"{layer}.{attribute}".partition(".config.")
+                path, _, name = (module, dot, f"config.{field}") if dot else module.rpartition(".")
+                structure["attributes"].setdefault(path, {})[name] = own.sizes[size]
+        for table in (family.attention, family.ffn):
+            if f"{layer}.{table.out}.weight" not in shapes:
+                _take_out(table, layer, shapes, structure)
+    return structure
+
+
+def _take_out(table: Attention | FeedForward, layer: str, shapes: Shapes, structure: dict[str, Any]) -> None:
+    bias = f"{layer}.{table.out}.bias"
+    for name, kind in table.modules.items():
+        path = f"{layer}.{name}"
+        structure["absent"][path] = kind
+        if bias in shapes and bias.startswith(f"{path}."):
+            structure["constant"][path] = bias
+    acts_on = [f"{layer}.{name}" for name in table.norms_after if f"{layer}.{name}.weight" in shapes]
+    norms = [f"{layer}.{name}" for name in (*table.norms_before, *table.norms_after)]
+    structure["identity"] += [path for path in norms if path not in acts_on]

@@ -1,12 +1,15 @@
 """Stock models: building from a config, reading from folders, and the shapes of their weights.
 
 A folder is read as transformers' `from_pretrained` reads it, with its tables of renamed keys, or refused.
+
+A stock class has no layers without blocks, so reshaping (`stock.py`) removes such layers and renumbers the others.
+The config stores the original numbers under `ORIGIN`, across any number of reshapings.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,17 +30,16 @@ from cook.base.errors import UserError, library_errors
 from cook.base.tensor_files import LazyTensors, known_shape
 from cook.config.facts import PASSING, stock_config
 from cook.families.layout import Family
-from cook.families.origin import check_remembered
 from cook.models import ragged
 from cook.pruning.family import ModelConfig, Modeling
 
 MODULE = "modeling_cook_ragged"
+ORIGIN = "origin_layers"  # key in `config.json`: the original number of each layer; absent if no number changed
 TABLES = (r"(^|\.)rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.masked_bias$")
 """Keys in files of older versions: buffers that the model computes itself."""
 
 
 def is_ragged(config: ModelConfig) -> bool:
-    """Whether the model needs `cook.models.ragged`."""
     return config.get("model_type") == ragged.MODEL_TYPE
 
 
@@ -48,22 +50,14 @@ def architecture(config: ModelConfig) -> str:
 
 
 def config_object(config: ModelConfig) -> PreTrainedConfig:
-    """The config as an object of transformers.
-
-    Raises:
-        UserError: the family's config class refuses a value.
-    """
+    """The config as an object of transformers; raises a UserError if the config class refuses a value."""
     kind: Any = ragged.config_class(config["stock_type"]) if is_ragged(config) else CONFIG_MAPPING[config["model_type"]]
     made: PreTrainedConfig = stock_config(kind, config)
     return made
 
 
 def check_sizes(family: Family, made: PreTrainedConfig) -> None:
-    """Checks the sizes before a model is built.
-
-    Raises:
-        UserError: a size is not an integer above 0, or the heads do not share keys evenly.
-    """
+    """Raises a UserError if a size is not an integer above 0, or the heads do not share keys evenly."""
     names = family.names
     always = (names.layers, names.heads, names.hidden, "vocab_size")
     sizes: dict[str, Any] = {name: getattr(made, name, None) for name in always}
@@ -73,48 +67,35 @@ def check_sizes(family: Family, made: PreTrainedConfig) -> None:
             sizes[name] = getattr(made, name)
     for name, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(
-                f"the model's config: {name} is not a valid size", wanted="an integer above 0", got=repr(value)
-            )
+            what = f"the model's config: {name} is not a valid size"
+            raise UserError(what, wanted="an integer above 0", got=repr(value))
     if "sliding_attention" in (getattr(made, "layer_types", None) or ()) and "sliding_window" not in sizes:
-        raise UserError(
-            "the model's config contradicts itself: it has layers with a sliding window but no sliding_window"
-        )
+        what = "it has layers with a sliding window but no sliding_window"
+        raise UserError(f"the model's config contradicts itself: {what}")
     padding = getattr(made, "pad_token_id", None)
     if padding is not None and (not isinstance(padding, int) or padding < 0):
         raise UserError("the model's config: pad_token_id is not a valid id", wanted="an id or null", got=repr(padding))
     heads, kv_heads = sizes[names.heads], sizes.get(names.kv_heads or "", 1)
-    if heads % kv_heads:
-        raise UserError(
-            "the model's config contradicts itself",
-            wanted=f"{names.heads} that is a multiple of {names.kv_heads}",
-            got=f"{heads} and {kv_heads}",
-        )
-    if names.head_dim is None and sizes[names.hidden] % heads:
-        raise UserError(
-            "the model's config contradicts itself",
-            wanted=f"{names.hidden} that is a multiple of {names.heads}",
-            got=f"{sizes[names.hidden]} and {heads}",
-        )
+    multiples = [(names.heads, heads, names.kv_heads, kv_heads)]
+    multiples += [(names.hidden, sizes[names.hidden], names.heads, heads)] if names.head_dim is None else []
+    for name, number, divisor_name, divisor in multiples:
+        if number % divisor:
+            wanted = f"{name} that is a multiple of {divisor_name}"
+            raise UserError("the model's config contradicts itself", wanted=wanted, got=f"{number} and {divisor}")
 
 
 def build(family: Family, config: ModelConfig) -> torch.nn.Module:
     """A freshly initialised model on the current default device, in fp32."""
     made = config_object(config)
     check_sizes(family, made)
-    if is_ragged(config):
-        model: torch.nn.Module = ragged.model_class(made)._from_config(made, dtype=torch.float32)
-    else:
-        model = getattr(transformers, family.auto_class).from_config(made, dtype=torch.float32)
+    kind: Any = ragged.model_class(made) if is_ragged(config) else getattr(transformers, family.auto_class)
+    make = kind._from_config if is_ragged(config) else kind.from_config
+    model: torch.nn.Module = make(made, dtype=torch.float32)
     return model
 
 
 def skeleton(family: Family, config: ModelConfig) -> torch.nn.Module:
-    """The same on the meta device: all shapes, no weights.
-
-    Raises:
-        UserError: transformers cannot build a model of this config.
-    """
+    """The same on the meta device: all shapes, no weights; raises a UserError if transformers cannot build it."""
     with torch.device("meta"), library_errors("transformers cannot build a model of this config"):
         return build(family, config)
 
@@ -176,27 +157,19 @@ def read(
 
 
 def refuse_quantized(config: ModelConfig, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuses quantized weights, which cannot be cut and whose scales belong to no unit.
-
-    Raises:
-        UserError: the config or the tensors' names show that the weights are quantized.
-    """
-    said = config.get("quantization_config") or config.get("compression_config")
-    method = said.get("quant_method", "unknown method") if isinstance(said, Mapping) else said
+    """Raises a UserError for quantized weights, which cannot be cut and whose scales belong to no unit."""
+    settings = config.get("quantization_config") or config.get("compression_config")
+    method = settings.get("quant_method", "unknown method") if isinstance(settings, Mapping) else settings
     ends = ("qweight", "qzeros", "absmax", "quant_map", "weight_scale", "weight_scale_inv", "weight_packed", "SCB")
     odd = next((name for name in tensors if name.endswith(tuple(f".{end}" for end in ends))), None)
-    if said or odd:
+    if settings or odd:
         raise UserError(
-            "the model is quantized" + (f" ({method})" if said else ""),
+            "the model is quantized" + (f" ({method})" if settings else ""),
             wanted="plain weights of a floating-point type",
-            got="quantization_config in config.json" if said else f"the tensor {odd!r}",
+            got="quantization_config in config.json" if settings else f"the tensor {odd!r}",
             remedy="dequantize it first (transformers: model.dequantize(), then save_pretrained), or use the model "
             "that it was quantized from",
         )
-
-
-def _is_carried(family: Family, name: str) -> bool:
-    return any(re.search(pattern, name) for pattern in family.carried)
 
 
 def file_names(family: Family, config: ModelConfig) -> dict[str, str]:
@@ -213,7 +186,8 @@ def file_names(family: Family, config: ModelConfig) -> dict[str, str]:
 def _keys(family: Family, config: ModelConfig, model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """The file's key of each model key; buffers and unused heads are skipped, other unknown keys refused."""
     state = model.state_dict()
-    ignored = (*TABLES, *(model._keys_to_ignore_on_load_unexpected or ()))
+    ignored = "|".join((*TABLES, *(model._keys_to_ignore_on_load_unexpected or ())))
+    carried = "|".join(family.carried) or r"(?!)"
     own_key = _key_rule(model, state)
     keys: dict[str, str] = {}
     for name in tensors:
@@ -222,7 +196,7 @@ def _keys(family: Family, config: ModelConfig, model: Any, tensors: Mapping[str,
             if own in keys:
                 raise UserError(f"the weights contain {own!r} twice", got=f"{keys[own]!r} and {name!r}")
             keys[own] = name
-        elif not any(re.search(pattern, own) for pattern in ignored) and not _is_carried(family, name):
+        elif not re.search(ignored, own) and not re.search(carried, name):
             raise _misfit(config, model, f"{name!r} has no place in the model")
     return keys
 
@@ -249,17 +223,12 @@ def _key_rule(model: Any, state: dict[str, torch.Tensor]) -> Callable[[str], str
 
 
 def _misfit(config: ModelConfig, model: Any, problem: str) -> UserError:
-    named = architecture(config)
-    own = type(model).__name__
-    is_other = named not in ("", own, ragged.RaggedModel.__name__) and hasattr(transformers, named)
-    return UserError(
-        f"the weights do not fit the model's config: {problem}",
-        wanted=f"exactly the weights of {own}",
-        got=f"a {named}, by config.json" if is_other else None,
-        remedy="load the folder with transformers as the class to be pruned, and save it with save_pretrained"
-        if is_other
-        else None,
-    )
+    named, own = architecture(config), type(model).__name__
+    what, wanted = f"the weights do not fit the model's config: {problem}", f"exactly the weights of {own}"
+    if named in ("", own, ragged.RaggedModel.__name__) or not hasattr(transformers, named):
+        return UserError(what, wanted=wanted)
+    remedy = "load the folder with transformers as the class to be pruned, and save it with save_pretrained"
+    return UserError(what, wanted=wanted, got=f"a {named}, by config.json", remedy=remedy)
 
 
 def _all_equal(tensors: list[torch.Tensor]) -> bool:
@@ -283,3 +252,36 @@ def modeling(config: ModelConfig) -> Modeling | None:
         if CONFIG_MAPPING[config["stock_type"]] in getattr(transformers, name)._model_mapping:
             auto_map.setdefault(name, f"{MODULE}.{factory.__name__}")
     return Modeling(file=Path(ragged.__file__), auto_map=auto_map)
+
+
+def check_remembered(config: ModelConfig, num_layers: int) -> None:
+    """Raises a UserError if the field does not have one number per layer."""
+    origin = config.get(ORIGIN)
+    if origin is None:
+        return
+    if not isinstance(origin, list) or not all(type(n) is int for n in origin) or len(set(origin)) != num_layers:
+        raise UserError(
+            f"the model's config: {ORIGIN} does not give the original number of each layer",
+            wanted=f"{num_layers} different numbers",
+            got=repr(origin)[:80],
+        )
+
+
+def remembered(config: ModelConfig, num_layers: int, kept: Sequence[int]) -> dict[str, Any]:
+    """The field for the config of a reshaped model; empty if its layers keep their numbers.
+
+    `config` and `num_layers` are those before reshaping; `kept` are the layers that stay, by their numbers there.
+    """
+    before = config.get(ORIGIN) or list(range(num_layers))
+    origin = [before[layer] for layer in kept]
+    return {} if origin == list(range(len(origin))) and len(origin) == num_layers else {ORIGIN: origin}
+
+
+def own_path(config: ModelConfig, path: str) -> str | None:
+    """Converts a module's path from before any layer was removed to its current path; None if its layer was removed."""
+    origin = config.get(ORIGIN)
+    found = re.search(r"(?<![^.])\d+(?![^.])", path)  # the first number in a path is that of the layer
+    if origin is None or found is None:
+        return path
+    layer = int(found[0])
+    return f"{path[: found.start()]}{origin.index(layer)}{path[found.end() :]}" if layer in origin else None

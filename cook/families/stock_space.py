@@ -71,7 +71,7 @@ def head_units(family: Family, config: ModelConfig) -> tuple[HeadUnit, ...]:
     return ("kv_group", "query_head") if shared else ("kv_group",)
 
 
-def space(family: Family, config: ModelConfig, head_unit: HeadUnit) -> PruningSpace:
+def space(family: Family, config: ModelConfig, head_unit: HeadUnit = "kv_group") -> PruningSpace:
     """Everything that can be pruned in a model of this config."""
     model = skeleton(family, config)
     shapes, made = weight_shapes(model), config_object(config)
@@ -120,7 +120,7 @@ def _attention(
     else:
         units = {"size": found.heads, "sections": found.kv_heads, "head_unit": "query_head"}
     slices = (*_in_slices(model, shapes, layer, parts), _out_slice(model, f"{layer}.{table.out}", width))
-    return _block_and_units(table, "att", shapes, number, layer, slices, width, units)
+    return block_and_units(table, "att", shapes, number, layer, slices, width, units)
 
 
 def _feed_forward(
@@ -135,7 +135,7 @@ def _feed_forward(
     offsets = _offsets(list(table.ins), [size] * len(table.ins))
     parts = [Part(path=name, offset=offset, block=1) for name, offset in zip(table.ins, offsets, strict=True)]
     slices = (*_in_slices(model, shapes, layer, parts), out)
-    return _block_and_units(table, "ffn", shapes, number, layer, slices, 1, {"size": size})
+    return block_and_units(table, "ffn", shapes, number, layer, slices, 1, {"size": size})
 
 
 def _offsets(paths: Sequence[str], spans: Sequence[int]) -> list[int]:
@@ -167,7 +167,7 @@ def _out_slice(model: torch.nn.Module, path: str, width: int) -> WeightSlice:
     return WeightSlice(path=f"{path}.weight", dim=_in_dim(model.get_submodule(path)), block=width)
 
 
-def _block_and_units(
+def block_and_units(
     table: Attention | FeedForward,
     site: Site,
     shapes: Mapping[str, tuple[int, ...]],
@@ -177,6 +177,7 @@ def _block_and_units(
     width: int,
     units: Mapping[str, Any],
 ) -> list[UnitGroup]:
+    """A block as one unit, and its heads or dims with `slices`; `width`: inputs of `table.out` per unit."""
     inside = tuple(f"{layer}.{name}." for name in (*table.modules, *table.norms_before, *table.norms_after))
     after = [path for path in shapes if path.startswith(tuple(f"{layer}.{name}." for name in table.norms_after))]
     out, last = f"{layer}.{table.out}", f"{layer}.{(table.out, *table.norms_after)[-1]}"

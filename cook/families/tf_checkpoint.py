@@ -1,8 +1,8 @@
 """TensorFlow's checkpoint format V2 (a "tensor bundle"), read without TensorFlow.
 
 `PREFIX.index` is a table in LevelDB's format: sorted keys and values in blocks, an index of the blocks, a footer. The
-value of the empty key is a BundleHeaderProto; every other key is a tensor's name and its value a BundleEntryProto that
-says where in `PREFIX.data-SSSSS-of-NNNNN` the tensor's bytes lie. Sources: LevelDB's doc/table_format.md, and
+value of the empty key is a BundleHeaderProto; every other key is a tensor's name, and its value a BundleEntryProto with
+the position of the tensor's bytes in `PREFIX.data-SSSSS-of-NNNNN`. Sources: LevelDB's doc/table_format.md, and
 TensorFlow's core/protobuf/tensor_bundle.proto and core/lib/io/format.cc.
 """
 
@@ -23,8 +23,7 @@ from cook.base.files import regular_file
 
 TABLE_MAGIC = 0xDB4775248B80FB57
 FOOTER_BYTES = 48
-TRAILER_BYTES = 5
-"""After every block: one byte for the compression, four for the masked checksum."""
+TRAILER_BYTES = 5  # after every block: one byte for the compression, four for the masked checksum
 CHECKSUM_MASK = 0xA282EAD8
 
 # Limits far above any BERT; within them a malicious index costs about a second and a few megabytes.
@@ -48,29 +47,20 @@ class TfTensor:
 
     name: str
     shape: tuple[int, ...]
-    dtype: int
-    """TensorFlow's number of its type."""
+    dtype: int  # TensorFlow's number of its type
     file: Path
     offset: int
-    size: int
-    """In bytes."""
+    size: int  # in bytes
     checksum: int | None
-    is_partitioned: bool
-    """Whether it is stored in slices."""
+    is_partitioned: bool  # whether it is stored in slices
 
     def read(self) -> torch.Tensor:
-        """Reads the values and verifies their checksum.
-
-        Raises:
-            UserError: the file is missing or damaged, or the tensor's type is not supported.
-        """
+        """Reads the values and verifies their checksum."""
         if self.is_partitioned or (self.dtype not in DTYPES and self.dtype != BFLOAT16):
-            kind = "a partitioned variable" if self.is_partitioned else f"TensorFlow's type number {self.dtype}"
-            raise UserError(
-                f"{self.name}: {kind} is not supported",
-                wanted="a whole tensor of numbers",
-                remedy="save the checkpoint again without partitions" if self.is_partitioned else None,
-            )
+            kind, remedy = f"TensorFlow's type number {self.dtype}", None
+            if self.is_partitioned:
+                kind, remedy = "a partitioned variable", "save the checkpoint again without partitions"
+            raise UserError(f"{self.name}: {kind} is not supported", wanted="a whole tensor of numbers", remedy=remedy)
         numpy_type = np.dtype(np.uint16 if self.dtype == BFLOAT16 else DTYPES[self.dtype]).newbyteorder("<")
         if math.prod(self.shape) * numpy_type.itemsize != self.size:
             raise UserError(f"{self.name}: {self.size} bytes do not match the shape {self.shape}")
@@ -83,18 +73,14 @@ class TfTensor:
         except OSError as error:
             raise UserError(f"{self.file}: cannot be read: {error.strerror}") from None
         if self.checksum is not None and masked_checksum(raw) != self.checksum:
-            raise UserError(
-                f"{self.file}: the checksum of {self.name} is wrong", remedy="download the checkpoint again"
-            )
+            what = f"{self.file}: the checksum of {self.name} is wrong"
+            raise UserError(what, remedy="download the checkpoint again")
         values = torch.from_numpy(np.frombuffer(raw, dtype=numpy_type).reshape(self.shape).copy())
         return values.view(torch.bfloat16) if self.dtype == BFLOAT16 else values
 
 
 def open_tf_checkpoint(prefix: Path) -> dict[str, TfTensor]:
-    """The tensors of a checkpoint by TensorFlow's names; only the index is read.
-
-    Args:
-        prefix: Path without `.index`, such as `uncased_L-12_H-768_A-12/bert_model.ckpt`.
+    """The tensors of a checkpoint by TensorFlow's names; only `prefix` + `.index` is read.
 
     Raises:
         UserError: a file is missing, damaged, or not supported.
@@ -168,7 +154,7 @@ def _size_of(dim: int | bytes) -> int:
 
 
 def _table(file: bytes) -> list[tuple[bytes, bytes]]:
-    """Keys and values of a table. Keys rise and blocks follow each other, so no byte counts twice."""
+    """Keys and values of a table. Keys ascend and blocks follow each other, so no byte counts twice."""
     if len(file) < FOOTER_BYTES or struct.unpack("<Q", file[-8:])[0] != TABLE_MAGIC:
         raise Damaged("the table's magic number is missing at its end")
     footer = file[-FOOTER_BYTES:]
@@ -195,7 +181,7 @@ def _handle(data: bytes, at: int) -> tuple[tuple[int, int], int]:
 
 
 def _block(file: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
-    """Keys and values of one block; a key is stored as what it shares with the one before, and its own rest."""
+    """Keys and values of one block. A key is stored as the length of its prefix in the last key, and the rest."""
     end = offset + size
     if end + TRAILER_BYTES > len(file):
         raise Damaged("a block ends beyond the file")

@@ -15,12 +15,11 @@ from cook.base.seeds import derived_seed
 from cook.config.check_training import own_teacher_moves, unfit_for_itself
 from cook.config.distillation import OWN_TEACHER, DistillationConfig
 from cook.data.token_loss import model_inputs
-from cook.distill.distiller import Distiller
-from cook.distill.projections import Projections
+from cook.distill.distiller import Distiller, Teacher, model_teacher, stream_weights
 from cook.distill.taps import Pair, Place, check_pairs, raise_pairs, read_pair
-from cook.distill.teachers import Teacher, model_teacher, stream_weights
-from cook.families.origin import own_path
+from cook.distill.teacher_loss import Projections
 from cook.families.source import load_model, open_model, placed
+from cook.families.stock_models import own_path
 from cook.pruning.attach import AttachedGates
 from cook.pruning.family import Adapter, ModelConfig, ModelSource
 from cook.recipe.inputs import Inputs

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from cook.base import distributed
-from cook.base.distributed import say
+from cook.base.distributed import on_all_ranks, on_first_rank, say
 from cook.base.errors import UserError
 from cook.base.files import sha256
 from cook.base.seeds import derived_seed, seed_everything
-from cook.base.together import on_all_ranks, on_first_rank
 from cook.base.watchdog import At
 from cook.data.loader import held_out_batches
 from cook.data.training_data import TrainingData, load_rows
@@ -33,9 +32,9 @@ from cook.recipe.pattern import masked_weights, pattern_identity, pattern_masks,
 from cook.recipe.plan import Stage
 from cook.recipe.runner import StageRun, follows
 from cook.recipe.stage_data import SourceMixer, check_corpus, open_loader, rows_before
+from cook.training.checkpoint import Position
 from cook.training.engine import Engine, write_gathered
 from cook.training.loop import Run
-from cook.training.saver import Position
 from cook.training.settings import check_settings
 
 

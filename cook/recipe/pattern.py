@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 
 from cook.base import distributed
-from cook.base.distributed import say
+from cook.base.distributed import on_all_ranks, on_first_rank, say
 from cook.base.errors import UserError
 from cook.base.files import sha256
 from cook.base.tensor_files import LazyTensors
-from cook.base.together import on_all_ranks, on_first_rank
 from cook.base.watchdog import At
 from cook.config.types import two_of_four
 from cook.recipe.inputs import Inputs
@@ -28,9 +27,9 @@ from cook.sparsity.pattern_file import read_pattern_masks, write_pattern_masks
 from cook.sparsity.pattern_masks import make_masks, sparsity_table
 from cook.sparsity.scores import ScoreAccumulator
 from cook.sparsity.spec import PatternSpec, Quirks
+from cook.training.checkpoint import Position
 from cook.training.engine import Engine
 from cook.training.loop import Run, train
-from cook.training.saver import Position
 
 Masks = dict[str, torch.Tensor]
 

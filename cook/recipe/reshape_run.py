@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from cook.base.batches import Batch
+from cook.base.environment import check_versions
 from cook.base.errors import RunFailed, UserError
 from cook.base.files import read_json, sha256, write_atomically
-from cook.base.versions import check_versions
 from cook.config.load import load_config
 from cook.config.types import RunConfig
 from cook.evaluation.equality import answers, difference, masked_model, written_model

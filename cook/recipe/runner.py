@@ -11,16 +11,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cook.base import distributed
-from cook.base.distributed import say
+from cook.base.distributed import on_first_rank, say
 from cook.base.errors import UserError
 from cook.base.files import read_json, write_json
-from cook.base.together import on_first_rank
 from cook.base.watchdog import At
 from cook.recipe.sources import PlannedStage, changed, changed_sources, check_masks, check_sources, note_sources
 from cook.report.events import EventLog
-from cook.training.checkpoint import find_checkpoint, load_checkpoint
+from cook.training.checkpoint import Position, find_checkpoint, load_checkpoint
 from cook.training.loop import Run, train
-from cook.training.saver import Position
 
 
 class StageRun(ABC):

@@ -137,9 +137,9 @@ def start_task(config: TaskConfig) -> None:
 def ranks(folder: str, *, threads: int | None, rank_timeout: float) -> Iterator[At]:
     """A context with the process group of all ranks, a watchdog and a locked folder; yields the watchdog's callback."""
     # Imported late: an error in the settings must not wait for torch, deepspeed and a process group.
+    from cook.base.environment import check_versions
     from cook.base.lock import run_lock
     from cook.base.rendezvous import meet
-    from cook.base.versions import check_versions
     from cook.base.watchdog import Watchdog
     from cook.training.engine import initialise_processes, leave_processes
 

@@ -12,8 +12,7 @@ from typing import Any
 from cook.base import distributed
 from cook.base.errors import UserError
 
-FRESH = 10.0
-"""Seconds within which the process that holds a lock file must be visible."""
+FRESH = 10.0  # seconds within which the process that holds a lock file must be visible
 LOCAL_FILE_SYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "overlay", "tmpfs")
 
 
@@ -46,7 +45,7 @@ def _await_lock(lock: Path, name: str) -> None:
 
     torch keeps its lock file open while it builds, and waits for an existing lock file without a timeout.
     """
-    asked = False
+    notified = False
     while True:
         handle = os.open(lock.parent, os.O_RDONLY)
         try:
@@ -54,18 +53,16 @@ def _await_lock(lock: Path, name: str) -> None:
             if not lock.exists():
                 return
             holder = _holder(lock)
-            if holder is None and time.time() - lock.stat().st_mtime > FRESH:
-                if not _is_local(lock):
-                    if not asked:
-                        _say(f"waiting for {lock}: if no machine builds {name}, remove this file")
-                    asked = True
-                else:
-                    _say(f"removing {lock}: the process that was building {name} has ended")
-                    lock.unlink()
-                    return
-            elif holder is not None and not asked:
+            is_abandoned = holder is None and time.time() - lock.stat().st_mtime > FRESH
+            if is_abandoned and _is_local(lock):
+                _say(f"removing {lock}: the process that was building {name} has ended")
+                lock.unlink()
+                return
+            if not notified and is_abandoned:
+                _say(f"waiting for {lock}: if no machine builds {name}, remove this file")
+            elif not notified and holder is not None:
                 _say(f"waiting for process {holder}, which builds {name}")
-                asked = True
+            notified = notified or is_abandoned or holder is not None
         except FileNotFoundError:
             return
         finally:

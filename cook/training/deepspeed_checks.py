@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -20,8 +20,8 @@ from cook.base.errors import UserError
 from cook.config.schema import shown
 from cook.training.deepspeed_builds import announced, first_line, is_built
 
+# Deprecated keys of ZeRO; DeepSpeed replaces them only after cook has read the config.
 OFFLOADED_KEYS = ("cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory")
-"""Deprecated keys of ZeRO; DeepSpeed replaces them only after cook has read the config."""
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
@@ -86,8 +86,8 @@ def _refused(key: str, config: dict[str, Any]) -> Iterator[UserError]:
             keys = [str(part) for part in error["loc"]]
             keys = keys[1:] if keys[:1] == [key] else keys
             unknown = error["type"] == "extra_forbidden"
-            said = error["msg"].removeprefix("Value error, ")
-            what = "unknown key" if unknown else said[:1].lower() + said[1:]
+            message = error["msg"].removeprefix("Value error, ")
+            what = "unknown key" if unknown else message[:1].lower() + message[1:]
             got = None if unknown or isinstance(error["input"], dict) else repr(error["input"])
             yield UserError(f"{'.'.join([place, *keys])}: {what}", got=got)
     except (AttributeError, TypeError, ArithmeticError):
@@ -204,9 +204,7 @@ def _optimizer(config: Mapping[str, Any]) -> Iterator[UserError]:
     name, place = section.get("type"), "deepspeed.optimizer.type"
     known = [*DEEPSPEED_OPTIMIZERS, *_classes(torch.optim, torch.optim.Optimizer)]
     if not isinstance(name, str) or (name.lower() not in DEEPSPEED_OPTIMIZERS and name not in known):
-        near = difflib.get_close_matches(name, known, n=1) if isinstance(name, str) else []
-        remedy = f"did you mean {near[0]!r}?" if near else None
-        yield UserError(f"{place}: there is no such optimizer", wanted=", ".join(known), got=shown(name), remedy=remedy)
+        yield _unknown(f"{place}: there is no such optimizer", name, known, known)
         return
     values = dict(section.get("params") or {})
     if "max_grad_norm" in values:
@@ -248,10 +246,7 @@ def _scheduler(config: Mapping[str, Any]) -> Iterator[UserError]:
     known = {key: getattr(lr_schedules, key) for key in lr_schedules.VALID_LR_SCHEDULES}
     known = _classes(torch.optim.lr_scheduler, torch.optim.lr_scheduler.LRScheduler) | known
     if name not in known:
-        near = difflib.get_close_matches(str(name), known, n=1)
-        remedy = f"did you mean {near[0]!r}?" if near else None
-        wanted = ", ".join(lr_schedules.VALID_LR_SCHEDULES)
-        yield UserError(f"{place}.type: there is no such schedule", wanted=wanted, got=shown(name), remedy=remedy)
+        yield _unknown(f"{place}.type: there is no such schedule", name, known, lr_schedules.VALID_LR_SCHEDULES)
         return
     if not isinstance(section.get("params"), dict):
         yield UserError(f"{place}.params: missing", wanted=f"the settings of {name}")
@@ -260,6 +255,12 @@ def _scheduler(config: Mapping[str, Any]) -> Iterator[UserError]:
     tried = _tried(lambda params, **values: made(torch.optim.AdamW(params), **values), section["params"])
     if tried is not None:
         yield UserError(f"{place}: {name} cannot be created: {tried}", got=shown(section["params"]))
+
+
+def _unknown(what: str, name: Any, known: Iterable[str], listed: Iterable[str]) -> UserError:
+    near = difflib.get_close_matches(name, known, n=1) if isinstance(name, str) else []
+    remedy = f"did you mean {near[0]!r}?" if near else None
+    return UserError(what, wanted=", ".join(listed), got=shown(name), remedy=remedy)
 
 
 def _classes(module: Any, base: type) -> dict[str, Any]:

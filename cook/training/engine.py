@@ -16,27 +16,29 @@ import torch
 
 from cook.base import distributed
 from cook.base.batches import CallForm, as_it_is
+from cook.base.distributed import in_words, on_first_rank
 from cook.base.errors import RunFailed, UserError
 from cook.base.rendezvous import Meeting, join, meet
 from cook.base.tensor_files import LazyTensors
-from cook.base.together import in_words, on_first_rank
 from cook.config.types import TrainingConfig
 from cook.training.deepspeed_checks import import_deepspeed, refusals
-from cook.training.held_zeros import HeldZeros
 from cook.training.optim import MakeOptimizer, pretraining_adamw
-from cook.training.partitions import Partitions
-from cook.training.preparation import exact_buffers, freeze_all_but_smallest
 from cook.training.settings import check_settings, resolve_precision
 from cook.training.shards import TAG, Shards, ShardWriter
-from cook.training.watch import NormWatch, reserve_state
+from cook.training.zero import (
+    HeldZeros,
+    NormWatch,
+    Partitions,
+    exact_buffers,
+    freeze_all_but_smallest,
+    reserve_state,
+)
 
 
 def initialise_processes(threads: int | None, meeting: Meeting | None = None) -> None:
     """Creates the process group (a single rank without a launcher) and sets the CPU threads of this rank.
 
-    Args:
-        threads: CPU threads per rank; None divides the cores among the ranks of this machine.
-        meeting: The rendezvous of all ranks, if it has already taken place.
+    `threads` None divides the cores among the ranks of this machine. `meeting` is a rendezvous that has taken place.
     """
     os.environ.setdefault("LOCAL_RANK", "0")
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
@@ -47,8 +49,7 @@ def initialise_processes(threads: int | None, meeting: Meeting | None = None) ->
     if torch.cuda.is_available():
         torch.cuda.set_device(distributed.local_rank())
     else:
-        # DeepSpeed's own CPU collectives would be compiled first: that takes a minute and a compiler;
-        # gloo computes the same.
+        # DeepSpeed's own CPU collectives would need a minute and a compiler first; gloo computes the same.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # The other ranks wait in a collective while the first rank tokenises a corpus or hashes a checkpoint.
     backend, patience = "nccl" if torch.cuda.is_available() else "gloo", timedelta(hours=3)
@@ -97,8 +98,7 @@ class Engine:
         self._schedules_itself = "scheduler" in self.config
         self._clip: float | None = None
         self._zeros: HeldZeros | None = None
-        self.on_gradients: Callable[[], None] | None = None
-        """Called before every update, when `full_gradients` can be read."""
+        self.on_gradients: Callable[[], None] | None = None  # called before an update: `full_gradients` can be read
         if self.zero_stage == 0 and self.precision == "fp32":
             # At this stage DeepSpeed does not report the gradient's norm and applies gradients that are not finite.
             self._clip, self.config["gradient_clipping"] = self.config["gradient_clipping"], 0.0
@@ -114,16 +114,13 @@ class Engine:
         if not training.train_weights:
             freeze_all_but_smallest(model)
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = None if self._engine_makes_optimizer() else make_optimizer(model, training)
+        optimizer = None if "optimizer" in self.config else make_optimizer(model, training)
         names = {parameter: name for name, parameter in model.named_parameters()}
         groups = [trained] if optimizer is None else [group["params"] for group in optimizer.param_groups]
         self._optimized = [names[parameter] for group in groups for parameter in group]
         with refusals(deepspeed_config):
             self._engine, self._optimizer, *_ = deepspeed.initialize(
-                model=model,
-                model_parameters=trained,
-                optimizer=optimizer,
-                config=self.config,
+                model=model, model_parameters=trained, optimizer=optimizer, config=self.config
             )
         for name, buffer in buffers.items():
             owner, _, leaf = name.rpartition(".")
@@ -140,9 +137,6 @@ class Engine:
         with self._deepspeed.zero.Init(config_dict_or_path=self.config):
             return build()
 
-    def _engine_makes_optimizer(self) -> bool:
-        return "optimizer" in self.config
-
     def _load_masters(self, weights: Mapping[str, torch.Tensor]) -> None:
         # The engine created its fp32 masters from parameters that were rounded to half precision.
         for name, parameter in self._trained():
@@ -153,7 +147,6 @@ class Engine:
 
     @property
     def module(self) -> torch.nn.Module:
-        """The model itself."""
         return self._engine.module
 
     def described(self) -> str:
@@ -188,8 +181,8 @@ class Engine:
     def ask(self, **inputs: Any) -> Any:
         """Runs a second forward pass between a forward and its backward pass, without gradients and dropout.
 
-        It bypasses the hooks of the whole model, by which ZeRO-3 recognises a new step. So ZeRO-3 sees both forward
-        passes and the backward pass as one sequence, which it prefetches from the second time on.
+        It bypasses the hooks of the whole model, by which ZeRO-3 recognises a new step. So ZeRO-3 sees all three passes
+        as one sequence, which it prefetches from the second time on.
         """
         training = self.module.training
         self.module.eval()
@@ -206,9 +199,8 @@ class Engine:
     def step(self, limit: float = math.inf) -> bool:
         """Ends a micro-batch; updates the weights at the accumulation boundary. Returns whether it did.
 
-        Args:
-            limit: If the global norm of the gradient is above this or not finite, the gradients are dropped, and
-                weights, moments and the engine's scheduler do not change. Negative: always.
+        If the global norm of the gradient is not finite or above `limit`, which may be negative, the gradients are
+        dropped, and weights, moments and the engine's scheduler do not change.
         """
         self._watch.begin(limit, self.loss_scale)
         if self.on_gradients is not None and limit >= 0 and self._engine.is_gradient_accumulation_boundary():
@@ -240,7 +232,7 @@ class Engine:
         return self._watch.norm
 
     def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields every weight, whole and on the CPU, one by one; all ranks must iterate together.
+        """Yields every weight, whole and on the CPU; all ranks must iterate together.
 
         Weights are fp32; weights that were not trained keep their stored type.
         """
@@ -279,9 +271,7 @@ class Engine:
         return json.loads(self.module.config.to_json_string(use_diff=False))  # type: ignore[union-attr, operator]
 
     def save(self, folder: Path) -> list[Path]:
-        """Writes weights and optimizer states of all ranks into `folder/engine`; all ranks call it.
-
-        Returns: The files that this rank wrote.
+        """Writes weights and optimizer states of all ranks into `folder/engine`; returns the files of this rank.
 
         Raises:
             RunFailed: this rank could not write; raised only after all ranks have finished.
@@ -330,16 +320,12 @@ class Engine:
             setattr(self._engine, counter, model[counter])
 
     def close(self) -> None:
-        """Frees the engine's hooks and buffers, so that another stage can run in the same process."""
+        """Frees hooks and buffers, so that another stage can run in the same process."""
         self._engine.destroy()
 
 
 def write_gathered(engine: Engine, write: Callable[[Iterator[tuple[str, torch.Tensor]]], None]) -> None:
-    """Writes the full weights on the first rank; all ranks call it.
-
-    Raises:
-        RunFailed: on every rank, if `write` fails.
-    """
+    """Writes the full weights on the first rank; all ranks call it, and all raise the error if `write` fails."""
     weights = engine.full_weights()
     failure: Exception | None = None
     if distributed.rank() == 0:
@@ -350,11 +336,11 @@ def write_gathered(engine: Engine, write: Callable[[Iterator[tuple[str, torch.Te
     for _ in weights:  # every rank takes part in gathering each tensor, even if it cannot write
         pass
 
-    def tell() -> None:
+    def raise_failure() -> None:
         if failure is not None:
             raise failure
 
-    on_first_rank(tell)
+    on_first_rank(raise_failure)
 
 
 def _stored_classes() -> tuple[Any, ...]:

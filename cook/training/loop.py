@@ -19,18 +19,16 @@ from cook.base.errors import Interrupted
 from cook.base.signals import Request, Signals
 from cook.base.watchdog import At
 from cook.config.types import TrainingConfig
-from cook.distill.projections import Projections
+from cook.distill.teacher_loss import Projections
 from cook.pruning.attach import AttachedGates
 from cook.pruning.gates import Gates
 from cook.report.console import Progress
 from cook.report.events import EventLog
+from cook.training.checkpoint import Position, Saver
 from cook.training.engine import Engine
-from cook.training.guard import Guard
 from cook.training.manifest import folder_of
-from cook.training.optim import learning_rate
-from cook.training.saver import Position, Saver
-from cook.training.step import ExtraLoss, StepResult, train_step
-from cook.training.task_loss import TaskLoss, token_loss
+from cook.training.optim import TaskLoss, learning_rate, token_loss
+from cook.training.step import ExtraLoss, Guard, StepResult, train_step
 
 
 class Batches(Protocol):
@@ -61,20 +59,14 @@ class Run:
     gates: Gates | None = None
     task_loss: TaskLoss = token_loss
     extra_loss: ExtraLoss | None = None
-    projections: Projections | None = None
-    """The projections that `extra_loss` learns."""
+    projections: Projections | None = None  # the projections that `extra_loss` learns
     checkpoints: Path
-    saves: bool = True
-    """False: no checkpoints, for a short run that starts over if it is interrupted."""
+    saves: bool = True  # False: no checkpoints, for a short run that starts over if it is interrupted
     fingerprint: str = ""
-    on_save: Callable[[], None] = lambda: None
-    """Called after each checkpoint, on every rank; writes the current masks."""
-    at: At = lambda _step, _phase: None
-    """Called at the start of every step and save, for a watchdog."""
-    unit: str = "tok"
-    """Name of the loader's targets, for the displayed speed."""
-    after_step: Callable[[int], None] = lambda _step: None
-    """Called after each step, on every rank."""
+    on_save: Callable[[], None] = lambda: None  # called after each checkpoint, on every rank; writes the current masks
+    at: At = lambda _step, _phase: None  # called at the start of every step and save, for a watchdog
+    unit: str = "tok"  # name of the loader's targets, for the displayed speed
+    after_step: Callable[[int], None] = lambda _step: None  # called after each step, on every rank
 
 
 def train(run: Run, start: Position, log: EventLog) -> Position:
@@ -131,7 +123,8 @@ def train(run: Run, start: Position, log: EventLog) -> Position:
                 saver.wait()  # raises if the save failed
             run.after_step(step)
             # The last step does not see a signal that came during it, and the next stage must not begin.
-            asked = result.asked | (_of_any_rank(signals.take()) if step == training.steps else Request.NOTHING)
+            last = distributed.gather(signals.take()) if step == training.steps else []
+            asked = functools.reduce(operator.or_, last, result.asked)
             due = asked or step == training.steps or (training.save_every and step % training.save_every == 0)
             if due and run.saves:
                 run.at(step, "saving")
@@ -142,15 +135,10 @@ def train(run: Run, start: Position, log: EventLog) -> Position:
             if Request.STOP in asked:
                 saver.wait()
                 kept = f"saved step {step} of {training.steps}" if run.saves else "saved nothing"
-                raise Interrupted(
-                    f"{run.name} {kept}; run the same command to {'resume' if run.saves else 'start over'}"
-                )
+                then = "resume" if run.saves else "start over"
+                raise Interrupted(f"{run.name} {kept}; run the same command to {then}")
         run.at(position.step, "saving")
     return position
-
-
-def _of_any_rank(asked: Request) -> Request:
-    return functools.reduce(operator.or_, distributed.gather(asked))
 
 
 class _Meter:
@@ -168,22 +156,15 @@ class _Meter:
         yield
         self._waited += time.perf_counter() - begin
 
-    def read(self, tokens: int) -> float:
+    def read(self, tokens: int) -> None:
         now = time.perf_counter()
         seconds = max(1e-9, now - self._time)
         self.rate, self.wait = (tokens - self._tokens) / seconds, self._waited / seconds
         self._tokens, self._time, self._waited = tokens, now, 0.0
-        return self.rate
 
 
 def _report(
-    run: Run,
-    position: Position,
-    result: StepResult,
-    note: str | None,
-    meter: _Meter,
-    log: EventLog,
-    progress: Progress,
+    run: Run, position: Position, result: StepResult, note: str | None, meter: _Meter, log: EventLog, progress: Progress
 ) -> None:
     step = position.step
     due = note is not None or step % run.training.log_every == 0 or step in (1, run.training.steps)
@@ -204,16 +185,16 @@ def _report(
         names = [c.name for c in run.gates.constraints]
         sparsity, wanted = run.gates.expected_sparsity(), run.gates.targets(position.updates)
         expected, target = float(sparsity.mean()), float(wanted.mean())
-        record["expected_sparsity"] = dict(zip(names, sparsity.tolist(), strict=True))
-        record["target_sparsity"] = dict(zip(names, wanted.tolist(), strict=True))
-        record["lambda"] = dict(zip(names, run.gates.controller.multipliers.tolist(), strict=True))
+        multipliers = run.gates.controller.multipliers
+        for key, values in (("expected_sparsity", sparsity), ("target_sparsity", wanted), ("lambda", multipliers)):
+            record[key] = dict(zip(names, values.tolist(), strict=True))
     if note is not None:
         record["problem"] = note
         rank, world = distributed.rank(), distributed.world_size()
         named = distributed.gather(run.batches.sample_ids(step - 1, rank, world))
         record["samples"] = samples = {str(number): ids for number, ids in enumerate(named)}
-        read = "; ".join(f"rank {rank}: {' '.join(map(str, ids))}" for rank, ids in samples.items())
-        distributed.warn(f"{run.name} step {step}: {note}; samples read by {read}")
+        readers = "; ".join(f"rank {rank}: {' '.join(map(str, ids))}" for rank, ids in samples.items())
+        distributed.warn(f"{run.name} step {step}: {note}; samples read by {readers}")
     loss = result.loss if math.isfinite(result.loss) else None
     progress.update(step, loss=loss, tokens_per_second=meter.rate, expected=expected, target=target)
     if due:

@@ -1,4 +1,4 @@
-"""A folder of checkpoints: listing, verifying, publishing and removing them.
+"""A folder of checkpoints: listing (`cook checkpoint`), verifying, publishing and removing them.
 
 A checkpoint is a folder `step-<n>` whose manifest lists every file with its size and SHA-256. It appears by a rename,
 so it is complete or absent. `latest` names the newest for people and other tools, and is never used here.
@@ -18,21 +18,14 @@ from typing import Any
 from cook.base.errors import UserError
 from cook.base.faults import point
 from cook.base.files import fsync_folder, naming, read_json, sha256, write_atomically
+from cook.report.tables import human_count, markdown_table
 
-MANIFEST = "manifest.json"
-LATEST = "latest"
-MANIFEST_TYPES = {
-    "stage": str,
-    "step": int,
-    "tokens": int,
-    "world_size": int,
-    "fingerprint": str,
-    "layout": dict,
-    "files": dict,
-    "digest": str,
-}
+MANIFEST, LATEST = "manifest.json", "latest"
+MANIFEST_TYPES = {"stage": str, "step": int, "tokens": int, "world_size": int, "fingerprint": str, "layout": dict}
+MANIFEST_TYPES |= {"files": dict, "digest": str}
 SCRATCH, ASIDE, REMOVED = "tmp-", "tmp-replaced-", "tmp-removed-"
 """Prefixes of the names of folders that are being written, replaced or deleted."""
+COLUMNS = ("checkpoint", "step", "tokens", "ranks", "layout", "size", "state")
 
 
 def steps(root: Path) -> list[int]:
@@ -47,32 +40,23 @@ def folder_of(root: Path, step: int) -> Path:
 
 def file_entry(path: Path) -> dict[str, Any]:
     """A file's entry in a manifest; flushes the file to the disk while it is hashed."""
-    with ThreadPoolExecutor(1) as beside:
-        flushed = beside.submit(_flush, path)
+    with naming(path), open(path, "rb+") as file, ThreadPoolExecutor(1) as beside:
+        flushed = beside.submit(os.fsync, file.fileno())
         entry = {"size": path.stat().st_size, "sha256": sha256(path)}
         flushed.result()
     return entry
 
 
-def _flush(path: Path) -> None:
-    with naming(path), open(path, "rb+") as file:
-        os.fsync(file.fileno())
-
-
 def seal(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Adds to a manifest the digest of its own content, so that damage to the manifest itself is detected."""
-    said = {key: value for key, value in manifest.items() if key != "digest"}
-    return {**said, "digest": hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()}
+    content = {key: value for key, value in manifest.items() if key != "digest"}
+    return {**content, "digest": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
 
 
 def publish(scratch: Path, final: Path, manifest: Mapping[str, Any], *, keep: int) -> None:
-    """Renames a written folder to the checkpoint `final`, then removes the oldest checkpoints beyond `keep`.
+    """Renames a written folder, whose files are on the disk, to the checkpoint `final`; then removes old checkpoints.
 
-    Args:
-        scratch: The written folder; all its files are on the disk.
-        final: The name of the checkpoint.
-        manifest: The fields of `MANIFEST_TYPES` except the digest.
-        keep: The number of checkpoints to keep; the new one is always kept.
+    `manifest` has the fields of `MANIFEST_TYPES` except the digest. The new checkpoint is always kept.
     """
     write_atomically(scratch / MANIFEST, json.dumps(seal(manifest), indent=1, allow_nan=False) + "\n")
     point("save.manifest")
@@ -99,14 +83,15 @@ def recover(root: Path) -> None:
         final = root / f"step-{aside.name.removeprefix(ASIDE)}"
         if not final.exists():
             os.rename(aside, final)
-    for rubbish in root.glob(f"{SCRATCH}*"):
-        shutil.rmtree(rubbish, ignore_errors=True)
+    for leftover in root.glob(f"{SCRATCH}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
     for half_written in root.glob(f".{LATEST}.tmp"):  # only if it exists: the folder may be read-only
         half_written.unlink()
-    newest = [folder.name for folder in (folder_of(root, step) for step in steps(root)) if looks_whole(folder)][:1]
+    newest = next((step for step in steps(root) if looks_whole(folder_of(root, step))), None)
     # After a kill between the two renames, `latest` would name the previous checkpoint permanently.
-    if newest and (not (root / LATEST).is_file() or (root / LATEST).read_bytes() != f"{newest[0]}\n".encode()):
-        write_atomically(root / LATEST, f"{newest[0]}\n")
+    line = f"{folder_of(root, newest).name}\n" if newest is not None else None
+    if line and (not (root / LATEST).is_file() or (root / LATEST).read_bytes() != line.encode()):
+        write_atomically(root / LATEST, line)
 
 
 def remove_old(root: Path, newest: int, keep: int) -> None:
@@ -123,11 +108,11 @@ def remove_old(root: Path, newest: int, keep: int) -> None:
             kept += looks_whole(folder)
             continue
         # Renamed first, since a partly deleted folder must not look like a checkpoint.
-        doomed = root / f"{REMOVED}{folder.name}"
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.rename(folder, doomed)
+        removed = root / f"{REMOVED}{folder.name}"
+        shutil.rmtree(removed, ignore_errors=True)
+        os.rename(folder, removed)
         point("save.removing")
-        shutil.rmtree(doomed, ignore_errors=True)
+        shutil.rmtree(removed, ignore_errors=True)
 
 
 def looks_whole(folder: Path) -> bool:
@@ -140,11 +125,7 @@ def looks_whole(folder: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Reads the manifest of a checkpoint; its files are not compared with it.
-
-    Raises:
-        UserError: the manifest is missing, malformed, or has been changed.
-    """
+    """Reads the manifest of a checkpoint; raises a UserError if it is missing, malformed, or has been changed."""
     manifest = read_json(folder / MANIFEST)
     if not _sound(manifest):
         raise UserError(f"{folder / MANIFEST}: not a valid checkpoint manifest")
@@ -168,40 +149,35 @@ def _sound(manifest: Any) -> bool:
 def verify(folder: Path, part: int = 0, parts: int = 1) -> dict[str, Any]:
     """Compares the files of a checkpoint with its manifest, and returns the manifest.
 
-    Args:
-        folder: The checkpoint.
-        part: Which of `parts` equal shares of the contents to compare; all sizes are compared.
-        parts: The number of shares.
+    All sizes are compared, and the contents of one of `parts` equal shares.
 
     Raises:
         UserError: a file is missing, has another size or content, or is not part of the checkpoint.
     """
+    manifest = read_manifest(folder)
     try:
-        return _compared(folder, read_manifest(folder), part, parts)
+        _compare(folder, manifest["files"], part, parts)
     except OSError as error:
         raise UserError(f"{error.filename or folder}: cannot be read: {error.strerror}") from None
+    return manifest
 
 
-def _compared(folder: Path, manifest: dict[str, Any], part: int, parts: int) -> dict[str, Any]:
-    files = manifest["files"]
-    strange = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-    strange -= {*files, MANIFEST}
-    if strange:
+def _compare(folder: Path, files: dict[str, Any], part: int, parts: int) -> None:
+    unexpected = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    unexpected -= {*files, MANIFEST}
+    if unexpected:
         # The engine finds its files by pattern.
-        raise UserError(f"{folder / min(strange)}: not part of the checkpoint", remedy="move it elsewhere")
+        raise UserError(f"{folder / min(unexpected)}: not part of the checkpoint", remedy="move it elsewhere")
     for name, entry in files.items():
         path = folder / name
         if not path.is_file() or path.is_symlink():
             raise UserError(f"{path}: missing from the checkpoint")
-        if path.stat().st_size != entry["size"]:
-            raise UserError(
-                f"{path}: changed since it was saved", wanted=f"{entry['size']} bytes", got=path.stat().st_size
-            )
+        if (size := path.stat().st_size) != entry["size"]:
+            raise UserError(f"{path}: changed since it was saved", wanted=f"{entry['size']} bytes", got=size)
     # The largest files first, in turn, so that all shares take about the same time.
     for name in sorted(files, key=lambda name: (-files[name]["size"], name))[part::parts]:
         if sha256(folder / name) != files[name]["sha256"]:
             raise UserError(f"{folder / name}: changed since it was saved", wanted=f"sha256 {files[name]['sha256']}")
-    return manifest
 
 
 def no_valid_checkpoint(root: Path, problems: list[str]) -> UserError | None:
@@ -215,3 +191,52 @@ def no_valid_checkpoint(root: Path, problems: list[str]) -> UserError | None:
         got="; ".join(problems),
         remedy="restore a valid checkpoint from a backup, or start over with --resume never",
     )
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints (at least one) in a folder: one itself, a stage's checkpoints, or a run's output folder."""
+    if (folder / MANIFEST).is_file() or folder.name.startswith("step-"):
+        return [folder]
+    roots = [folder, folder / "checkpoints", *sorted(folder.glob("*/checkpoints"))]
+    found = [folder_of(root, step) for root in roots if root.is_dir() for step in steps(root)]
+    if not found:
+        raise UserError(f"{folder}: no checkpoints", wanted="step-<n>, a folder of them, or a run's output folder")
+    return found
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """A checkpoint's manifest in short, and whether its files are there with their sizes."""
+    try:
+        manifest = read_manifest(folder)
+    except UserError as error:
+        return {"checkpoint": str(folder), "state": f"damaged: {error.what.removeprefix(f'{folder}/')}"}
+    return {
+        "checkpoint": str(folder),
+        "step": manifest["step"],
+        "tokens": manifest["tokens"],
+        "ranks": manifest["world_size"],
+        "layout": manifest["layout"],
+        "size": sum(entry["size"] for entry in manifest["files"].values()),
+        "state": "complete" if looks_whole(folder) else "damaged: a file is missing or has another size",
+    }
+
+
+def table(described: list[dict[str, Any]]) -> str:
+    """The output of `describe` for several checkpoints, in Markdown."""
+    return markdown_table(list(COLUMNS), [[_cell(name, row.get(name)) for name in COLUMNS] for row in described])
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if name == "layout":
+        return ", ".join(f"{key} {each}" for key, each in value.items())
+    return f"{human_count(value)}B" if name == "size" else str(value)
+
+
+def verified(folder: Path) -> tuple[bool, str]:
+    """Whether every file is what was saved, by checksum, and a sentence about it."""
+    try:
+        return True, f"{folder}: complete, {len(verify(folder)['files'])} files"
+    except UserError as error:
+        return False, f"{folder}: DAMAGED: {error.what}"

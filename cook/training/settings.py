@@ -14,28 +14,23 @@ from cook.config.types import TrainingConfig
 from cook.training.deepspeed_checks import deepspeed_mistakes, offloads
 
 AUTO = "auto"
-SECTIONS: dict[str, tuple[str, ...]] = {
-    "bf16": (),
-    "fp16": (),
-    "zero_optimization": ("offload_optimizer", "offload_param"),
-    "optimizer": ("params",),
-    "scheduler": ("params",),
-}
-"""The objects of the DeepSpeed config that are read here, and the objects inside them."""
+# The objects of the DeepSpeed config that are read here, and the objects inside them.
+SECTIONS: dict[str, tuple[str, ...]] = {"bf16": (), "fp16": (), "optimizer": ("params",), "scheduler": ("params",)}
+SECTIONS |= {"zero_optimization": ("offload_optimizer", "offload_param")}
 
 
 def resolve_precision(training: TrainingConfig, deepspeed_config: Mapping[str, Any]) -> str:
     """`fp32`, `bf16` or `fp16`: from `training`, else from the DeepSpeed config, else the best for the device."""
-    asked = [name for name in ("bf16", "fp16") if deepspeed_config.get(name, {}).get("enabled") is True]
+    enabled = [name for name in ("bf16", "fp16") if deepspeed_config.get(name, {}).get("enabled") is True]
     if training.precision != AUTO:
-        if asked and asked != [training.precision]:
+        if enabled and enabled != [training.precision]:
             raise UserError(
-                f"training.precision is {training.precision}, but the DeepSpeed config enables {asked[0]}",
+                f"training.precision is {training.precision}, but the DeepSpeed config enables {enabled[0]}",
                 remedy='write "enabled": "auto" in the DeepSpeed config',
             )
         return training.precision
-    if asked:
-        return asked[0]
+    if enabled:
+        return enabled[0]
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     # A CPU without bf16 instructions would emulate bf16 at a fraction of fp32's speed.
@@ -96,12 +91,7 @@ def filled_config(
 
 
 def check_settings(training: TrainingConfig, deepspeed_config: Mapping[str, Any], *, world_size: int) -> dict[str, Any]:
-    """Fills in and checks the DeepSpeed config, before anything is built or written.
-
-    Raises:
-        UserErrors: Values that DeepSpeed would refuse, with their keys; an `auto` that cannot be filled in; a precision
-            that contradicts the DeepSpeed config.
-    """
+    """Fills in and checks the DeepSpeed config, before anything is built or written; raises UserErrors."""
     mistakes = list(_misshapen(deepspeed_config))
     if not mistakes:
         precision = resolve_precision(training, deepspeed_config)

@@ -21,8 +21,7 @@ from cook.base.errors import UserError
 from cook.base.faults import point
 from cook.base.tensor_files import LazyTensors, load_pt, save_pt
 
-TAG = "engine"
-"""The folder with DeepSpeed's files in a checkpoint."""
+TAG = "engine"  # the folder with DeepSpeed's files in a checkpoint
 CLASSES = (
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
@@ -41,12 +40,7 @@ class Stored:
 
 
 def read_shard(path: Path, classes: Iterable[Any] = (Stored,) * len(CLASSES), *, mmap: bool = False) -> dict:
-    """Reads one of DeepSpeed's files with the restricted reader.
-
-    Args:
-        path: The file.
-        classes: The replacement of each of `CLASSES`.
-        mmap: Whether to map tensors from the file.
+    """Reads one of DeepSpeed's files with the restricted reader, with a replacement for each of `CLASSES`.
 
     Raises:
         UserError: the file is malformed, or it names another class, which is not loaded.
@@ -58,10 +52,8 @@ def read_shard(path: Path, classes: Iterable[Any] = (Stored,) * len(CLASSES), *,
 class ShardWriter:
     """Writes and reads DeepSpeed's checkpoint files; it has the methods of DeepSpeed's `CheckpointEngine`.
 
-    A failed write is recorded and not raised, because DeepSpeed's own barriers wait for every rank.
-
-    Args:
-        classes: DeepSpeed's classes, in the order of `CLASSES`.
+    A failed write is recorded and not raised, because DeepSpeed's own barriers wait for every rank. `classes` are
+    DeepSpeed's, in the order of `CLASSES`.
     """
 
     def __init__(self, classes: Iterable[Any]):
@@ -109,11 +101,7 @@ class ShardWriter:
 
 
 class Shards:
-    """A DeepSpeed checkpoint of any ZeRO stage as whole tensors by parameter name; tensors are mapped, not read.
-
-    Args:
-        folder: The folder that holds the tag's folder.
-        tag: The tag.
+    """The DeepSpeed checkpoint `folder/tag` of any ZeRO stage as whole tensors by name; tensors are mapped, not read.
 
     Raises:
         UserError: not a complete DeepSpeed checkpoint, or a file holds more than tensors and plain values.
@@ -134,17 +122,15 @@ class Shards:
             self._check_count()
             self._pieces = self._index()
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-            raise UserError(
-                f"{self.folder}: not a checkpoint in the format of DeepSpeed 0.19", got=repr(error)
-            ) from None
+            what = f"{self.folder}: not a checkpoint in the format of DeepSpeed 0.19"
+            raise UserError(what, got=repr(error)) from None
 
     def _check_count(self) -> None:
         counts = self._ranks[0]["partition_count"] if self._ranks else 0
         for count in counts if isinstance(counts, list) else [counts]:
             if count != len(self._ranks):
-                raise UserError(
-                    f"{self.folder}: files of some ranks are missing", wanted=f"{count} files", got=len(self._ranks)
-                )
+                what = f"{self.folder}: files of some ranks are missing"
+                raise UserError(what, wanted=f"{count} files", got=len(self._ranks))
 
     def _index(self) -> dict[str, list[tuple[int, int, int, int]]]:
         """Rank, flat group, start and length of every piece, in order, by parameter name."""
@@ -204,8 +190,7 @@ class Shards:
     def moments(self, trained: Sequence[str]) -> dict[str, LazyTensors]:
         """The optimizer's tensors per weight (Adam's `exp_avg`, `exp_avg_sq`), by key and parameter name.
 
-        Args:
-            trained: Names of the trained parameters in the optimizer's order, in which ZeRO 0 numbers them.
+        `trained` has the names of the trained parameters in the optimizer's order, in which ZeRO 0 numbers them.
         """
         if self._ranks:
             state, shapes = self._base(self._ranks[0])["state"].get(0, {}), self._shapes()
@@ -239,9 +224,6 @@ def _rank(path: Path) -> int:
 
 def checkpoint_weights(folder: Path) -> Mapping[str, torch.Tensor]:
     """The fp32 weights in a checkpoint that `Engine.save` or DeepSpeed itself wrote, at any ZeRO stage.
-
-    Args:
-        folder: The folder with the tag's folder and `latest`.
 
     Raises:
         UserError: not a complete DeepSpeed checkpoint, or one that holds more than tensors and plain values.

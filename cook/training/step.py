@@ -1,36 +1,43 @@
-"""One training step."""
+"""One training step, and the guard against steps that must not be applied: values that are not finite, and spikes.
+
+A step reads one global batch. A step that is not applied still counts, so the data of a run do not depend on which
+steps were skipped. The schedules do not advance: the learning rate and the gates' targets depend on the number of
+updates, which only applied steps increase.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import statistics
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from cook.base import distributed
 from cook.base.batches import Batch, on_device
+from cook.base.errors import RunFailed
 from cook.base.faults import point
 from cook.base.signals import Request
+from cook.config.types import TrainingConfig
 from cook.data.token_loss import model_inputs
-from cook.distill.projections import Projections
+from cook.distill.teacher_loss import Projections
 from cook.pruning.attach import AttachedGates
 from cook.pruning.gates import Gates, averaged_gradient
 from cook.training.engine import Engine
-from cook.training.task_loss import TaskLoss, token_loss
+from cook.training.optim import TaskLoss, token_loss
 
-ExtraLoss = Callable[[Batch, torch.Tensor], torch.Tensor]
-"""Computes a loss summed over the batch's targets from a batch and the student's logits."""
+ExtraLoss = Callable[[Batch, torch.Tensor], torch.Tensor]  # summed over targets, from a batch and the student's logits
 
 
 class Limits(NamedTuple):
     """A step above these limits is not applied."""
 
-    loss: float = math.inf
-    """Mean cross entropy of the global batch, in nats per token."""
-    norm: float = math.inf
-    """Global norm of the gradient, before clipping."""
+    loss: float = math.inf  # mean cross entropy of the global batch, in nats per token
+    norm: float = math.inf  # global norm of the gradient, before clipping
 
 
 NO_LIMITS = Limits()
@@ -40,17 +47,11 @@ NO_LIMITS = Limits()
 class StepResult:
     """The result of a step, the same on every rank."""
 
-    loss: float
-    """Mean task loss per target (in language modelling: nats per token) of the global batch; NaN if it is not finite on
-    some rank."""
-    applied: bool
-    """False if nothing was updated: no weights, gates or moments."""
-    problem: str | None = None
-    """The reason if the step was not applied; None also while fp16 is still adjusting its loss scale."""
-    spike: bool = False
-    """Whether the problem is a limit."""
-    asked: Request
-    """The request that a signal made on any rank."""
+    loss: float  # mean task loss per target of the global batch (nats per token); NaN if not finite on some rank
+    applied: bool  # False if nothing was updated: no weights, gates or moments
+    problem: str | None = None  # why the step was not applied; None also while fp16 still adjusts its loss scale
+    spike: bool = False  # whether the problem is a limit
+    asked: Request  # the requests of signals on any rank
 
 
 def train_step(
@@ -85,10 +86,10 @@ def train_step(
         learning_rate: The learning rate of the weights.
         attached: The gates' hooks, already set to the fixed masks; None without gates.
         gates: The masks being learned; None in pretraining and finetuning.
-        task_loss: The task's loss, from the model's output and the batch's targets.
+        task_loss: The task's loss.
         extra_loss: Distillation, added to the task's loss.
         projections: The projections that `extra_loss` learns.
-        asked: The request that a signal made on this rank.
+        asked: The requests of signals on this rank.
         update: The update's number, counted from 1; the gates' targets depend on it. None: the same as `step`.
         limits: The limits of the loss and the gradient's norm.
     """
@@ -109,9 +110,11 @@ def train_step(
             engine.step()
 
     z_gradient = averaged_gradient(z, engine.loss_scale) if z is not None else None
-    map_gradient = _averaged(engine, projections.gradient()) if projections else None
-    wishes = loss_sum.new_tensor([float(request in asked) for request in Request])
-    health = torch.cat([torch.stack([loss_sum.nan_to_num(), bad.float()]), wishes])
+    map_gradient = projections.gradient() if projections else None
+    if map_gradient is not None:  # as for the gates, outside the engine: unscaled and averaged over the ranks
+        map_gradient = distributed.all_reduce_sum(map_gradient / (engine.loss_scale * distributed.world_size()))
+    requested = loss_sum.new_tensor([float(request in asked) for request in Request])
+    health = torch.cat([torch.stack([loss_sum.nan_to_num(), bad.float()]), requested])
     loss_total, num_bad, *votes = distributed.all_reduce_sum(health).tolist()
     point("step.backward")
     loss_mean = math.nan if num_bad else loss_total / num_targets
@@ -133,9 +136,9 @@ def train_step(
         problem, spike = f"the gradient's norm {norm:.4g} is above {limits.norm:.4g}", True
     elif not applied:
         problem = None if seeks_scale else problem or "the gradient of the weights is not finite"
-    heard = Request(sum(request for request, count in zip(Request, votes, strict=True) if count))
+    requests = Request(sum(request for request, count in zip(Request, votes, strict=True) if count))
     point("step.end")
-    return StepResult(loss=loss_mean, applied=applied, problem=problem, spike=spike, asked=heard)
+    return StepResult(loss=loss_mean, applied=applied, problem=problem, spike=spike, asked=requests)
 
 
 def _problem(
@@ -155,14 +158,69 @@ def _problem(
 def _losses(
     engine: Engine, batch: Batch, task_loss: TaskLoss, extra_loss: ExtraLoss | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    # A function of its own: the model's output is freed before the backward pass.
     batch = on_device(batch, engine.device)
     output = engine(**model_inputs(batch))
     loss = task_loss(output, batch)
     return loss, loss if extra_loss is None else loss + extra_loss(batch, output.logits)
 
 
-def _averaged(engine: Engine, gradient: torch.Tensor | None) -> torch.Tensor | None:
-    """A gradient outside the engine, unscaled and averaged over the ranks."""
-    if gradient is None:
-        return None
-    return distributed.all_reduce_sum(gradient / (engine.loss_scale * distributed.world_size()))
+class BadSteps(RunFailed):
+    """Too many steps in a row could not be applied, so the run ends; none of them changed anything."""
+
+    def __init__(self, step: int, problem: str, in_a_row: int, checkpoint: Path | None):
+        self.step = step
+        rows = f", the last of {in_a_row} steps in a row that were not applied" if in_a_row > 1 else ""
+        super().__init__(
+            f"step {step}: {problem}{rows}\n"
+            f"  last good checkpoint: {checkpoint or 'none yet'}\n"
+            "  remedy: lower the learning rate, or inspect the batches named above; to skip more of them, raise "
+            "training.max_bad_steps; then start again"
+        )
+
+
+class Guard:
+    """Counts consecutive steps that were not applied, and detects spikes; resumes from `state`, its `state_dict`."""
+
+    def __init__(self, training: TrainingConfig, state: Mapping[str, Any]):
+        self._training = training
+        self._in_a_row: int = state.get("in_a_row", 0)
+        self._recent: deque[float] = deque(state.get("recent", ()), maxlen=training.spike_window)
+
+    def limits(self) -> Limits:
+        """The limits of the next step's loss and gradient norm."""
+        bound = self._spike() if self._training.spike in ("skip", "stop") else math.inf
+        return Limits(loss=bound) if self._training.spike_measure == "loss" else Limits(norm=bound)
+
+    def _spike(self) -> float:
+        if self._training.spike == "off" or len(self._recent) < self._training.spike_window:
+            return math.inf
+        return self._training.spike_factor * statistics.median(self._recent)
+
+    def after(self, result: StepResult, norm: float | None) -> tuple[str | None, bool]:
+        """Records a step and its gradient's norm; returns a message, if any, and whether the run must end."""
+        training = self._training
+        if result.problem:
+            self._in_a_row += 1
+            stops = result.spike and training.spike == "stop"
+            return result.problem, stops or self._in_a_row >= training.max_bad_steps
+        if not result.applied:  # fp16 is still adjusting its loss scale
+            return None, False
+        self._in_a_row = 0
+        if training.spike == "off":
+            return None, False
+        value = result.loss if training.spike_measure == "loss" else norm
+        bound = self._spike()
+        if value is not None:
+            self._recent.append(value)
+        if value is None or value <= bound:
+            return None, False
+        what = "loss" if training.spike_measure == "loss" else "gradient's norm"
+        return f"the {what} {value:.4g} is above {bound:.4g}; it was applied", False
+
+    def failure(self, step: int, problem: str, checkpoint: Path | None) -> BadSteps:
+        return BadSteps(step, problem, self._in_a_row, checkpoint)
+
+    def state_dict(self) -> dict[str, Any]:
+        """A few numbers for JSON, the same on every rank."""
+        return {"in_a_row": self._in_a_row, "recent": list(self._recent)}

@@ -35,9 +35,8 @@ def worker(options: argparse.Namespace) -> None:
     from cook.config.types import TrainingConfig
     from cook.families.registry import by_config
     from cook.pruning.attach import AttachedGates
-    from cook.training.checkpoint import find_checkpoint, load_checkpoint
+    from cook.training.checkpoint import Position, Saver, find_checkpoint, load_checkpoint
     from cook.training.engine import Engine, initialise_processes
-    from cook.training.saver import Position, Saver
     from cook.training.step import train_step
 
     initialise_processes(1)

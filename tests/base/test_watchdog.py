@@ -6,7 +6,9 @@ import json
 import re
 import sys
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -81,6 +83,24 @@ def test_a_store_that_never_answers_does_not_stop_the_watchdog(monkeypatch):
     watchdog._rank, watchdog._world = 1, 2
     answer = threading.Event()
     monkeypatch.setattr("cook.base.watchdog.GRACE", 0.1)
-    monkeypatch.setattr(watchdog, "_ask_all", lambda: answer.wait(60) and {})
+    monkeypatch.setattr(watchdog, "_reports", lambda ranks: answer.wait(60) and {})
     assert watchdog._nobody_moves(5.0) is None
     answer.set()
+
+
+@pytest.mark.parametrize("phase", ["starting", "step"])
+@pytest.mark.parametrize("stopped", [True, False])
+def test_only_a_rank_that_is_not_stopped_has_longer_to_start(phase, stopped):
+    # Imports hold the interpreter lock for longer than a short timeout. A stopped process imports nothing.
+    watchdog, now = Watchdog(1.0), time.monotonic()
+    process = SimpleNamespace(pid=7, host="here", fate=lambda: "alive", is_stopped=lambda: stopped)
+    watchdog._rank, watchdog._world, watchdog._launchers, watchdog._processes = 1, 2, [], [process, process]
+    watchdog.at(1, "step")
+    watchdog._next = {**watchdog._next, "phase": phase}
+    watchdog._received, watchdog._answered = now - 5, now
+    verdict = watchdog._judge(now)
+    if phase == "starting" and not stopped:
+        assert verdict is None
+        watchdog._received = now - 61
+        verdict = watchdog._judge(now)
+    assert verdict is not None and "rank 0 (process 7 on here) has been silent" in verdict

@@ -17,10 +17,9 @@ if __name__ == "__main__":
 
 from cook.base import distributed
 from cook.base.seeds import generator
-from cook.distill.distiller import Distiller
-from cook.distill.projections import LEARNING_RATE, Projections
+from cook.distill.distiller import Distiller, model_teacher, stream_weights
 from cook.distill.taps import read_pair
-from cook.distill.teachers import model_teacher, stream_weights
+from cook.distill.teacher_loss import LEARNING_RATE, Projections
 from cook.families.cpm_ant import ADAPTER
 from cook.pruning.attach import AttachedGates
 from cook.recipe.distillation import own_teacher

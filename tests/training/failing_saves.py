@@ -19,9 +19,9 @@ import failing_calls  # noqa: E402
 from cook.base import distributed  # noqa: E402
 from cook.base.errors import RunFailed  # noqa: E402
 from cook.pruning.mask_file import write_mask_file  # noqa: E402
+from cook.training.checkpoint import Position, Saver  # noqa: E402
 from cook.training.engine import Engine, initialise_processes  # noqa: E402
 from cook.training.manifest import steps, verify  # noqa: E402
-from cook.training.saver import Position, Saver  # noqa: E402
 from tests.training import tiny_training as tiny  # noqa: E402
 
 

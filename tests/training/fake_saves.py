@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cook.training.saver import Position, Saver
+from cook.training.checkpoint import Position, Saver
 
 
 class FakeEngine:

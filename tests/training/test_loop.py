@@ -16,9 +16,8 @@ from cook.base.signals import Request
 from cook.config.types import TrainingConfig
 from cook.report.events import EventLog, read_log
 from cook.training import loop
-from cook.training.guard import BadSteps
-from cook.training.saver import Position
-from cook.training.step import StepResult
+from cook.training.checkpoint import Position
+from cook.training.step import BadSteps, StepResult
 
 
 class Engine:

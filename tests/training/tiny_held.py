@@ -1,4 +1,4 @@
-"""Held zeros on real engines, for `test_held_zeros.py`: `python … tiny_held.py CASES.json OUT.pt`."""
+"""Held zeros on real engines, for `test_zero.py`: `python … tiny_held.py CASES.json OUT.pt`."""
 
 from __future__ import annotations
 

@@ -30,11 +30,10 @@ from cook.base.errors import Interrupted, RunFailed
 from cook.base.seeds import derived_seed, seed_everything
 from cook.families.cpm_ant import ADAPTER
 from cook.report.events import EventLog, read_log
-from cook.training import checkpoint, saver
-from cook.training.checkpoint import find_checkpoint, load_checkpoint
+from cook.training import checkpoint
+from cook.training.checkpoint import Position, find_checkpoint, load_checkpoint
 from cook.training.engine import Engine, initialise_processes
 from cook.training.loop import Run, train
-from cook.training.saver import Position
 from tests.training import tiny_training as tiny
 
 TRAINING = dataclasses.replace(tiny.TRAINING, micro_batch_size=2, save_every=2, log_every=1, schedule="linear")
@@ -89,7 +88,7 @@ def spoil(left_out: str, position: Position, engine: Engine, gates: Any) -> Posi
 @contextlib.contextmanager
 def broken(fault: str) -> Iterator[None]:
     """`write`: the files of step 4 cannot be written; `hash`: nor flushed, later; `blind`: the newest is not seen."""
-    place, name = {"write": (torch, "save"), "hash": (saver, "file_entry"), "blind": (checkpoint, "steps")}[fault]
+    place, name = {"write": (torch, "save"), "hash": (checkpoint, "file_entry"), "blind": (checkpoint, "steps")}[fault]
     real = getattr(place, name)
 
     def breaks(*arguments: Any, **options: Any) -> Any:

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from cook.base import distributed
+from cook.base.distributed import on_first_rank
 from cook.base.files import write_atomically, write_json
 from cook.base.seeds import derived_seed, seed_everything
-from cook.base.together import on_first_rank
 from cook.config.tasks import TaskConfig
 from cook.config.types import TrainingConfig
 from cook.data.loader import RowLoader

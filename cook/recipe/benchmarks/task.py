@@ -18,7 +18,7 @@ from cook.data.benchmarks.token_rows import TokenRows, glue_rows
 from cook.evaluation.metrics import glue_metrics, main_metric, squad_v1_metrics, squad_v2_metrics
 from cook.evaluation.squad_answers import AnswerOptions, choose_answers
 from cook.families.encoder import Head
-from cook.training.task_loss import TaskLoss, class_loss, score_loss, span_loss
+from cook.training.optim import TaskLoss, class_loss, score_loss, span_loss
 
 Outputs = Sequence[tuple[np.ndarray, ...]]
 

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 
 from cook.base import distributed
-from cook.base.distributed import say
+from cook.base.distributed import on_all_ranks, on_first_rank, say
 from cook.base.errors import UserError
 from cook.base.files import read_json, sha256, write_json
 from cook.base.seeds import derived_seed
 from cook.base.tensor_files import open_safetensors_folder
-from cook.base.together import on_all_ranks, on_first_rank
 from cook.base.watchdog import At
 from cook.config.tasks import TaskConfig
 from cook.families.encoder import Encoder, open_encoder
@@ -31,9 +30,9 @@ from cook.sparsity.matrices import PrunedMatrix, encoder_matrices
 from cook.sparsity.pattern_file import read_pattern_masks, write_pattern_masks
 from cook.sparsity.pattern_masks import apply_masks, make_masks, sparsity_table
 from cook.sparsity.scores import ScoreAccumulator
+from cook.training.checkpoint import Position
 from cook.training.engine import Engine
 from cook.training.loop import Run
-from cook.training.saver import Position
 from cook.training.settings import check_settings
 
 Metrics = Mapping[str, float]

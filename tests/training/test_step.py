@@ -10,8 +10,7 @@ import pytest
 
 from cook.base.signals import Request
 from cook.config.types import TrainingConfig
-from cook.training.guard import Guard
-from cook.training.step import NO_LIMITS, Limits, StepResult
+from cook.training.step import NO_LIMITS, Guard, Limits, StepResult
 
 TRAINING = TrainingConfig(
     steps=9,

@@ -1,13 +1,23 @@
-"""The decoder families of transformers: one table per family, where its layers differ from Llama's."""
+"""The families of stock transformers: one table per family, where its layers differ from Llama's."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
+from cook.base.batches import Batch
+from cook.base.errors import UserError
 from cook.families.layout import Attention, ConfigNames, Family, FeedForward
 from cook.families.stock import masked_inputs, stock_adapter
+from cook.families.stock_models import architecture
 from cook.pruning.family import ModelConfig
+
+
+def _fused(path: str) -> dict[str, Any]:
+    """Queries, keys and values in one weight."""
+    return {"q": path, "k": path, "v": path}
+
 
 # Llama's layers; Qwen's have biases on queries, keys and values, or norms of queries and keys.
 LLAMA = Family(family="Llama, SmolLM2", model_types=frozenset({"llama"}))
@@ -29,9 +39,7 @@ PHI3 = Family(
     family="Phi-3",
     model_types=frozenset({"phi3"}),
     attention=Attention(
-        q="self_attn.qkv_proj",
-        k="self_attn.qkv_proj",
-        v="self_attn.qkv_proj",
+        **_fused("self_attn.qkv_proj"),
         remembers={
             "self_attn.num_key_value_groups": "heads_per_kv",
             "self_attn.num_key_value_heads": "kv_heads",
@@ -50,9 +58,7 @@ GPT2 = Family(
     layers="transformer.h",
     attention=Attention(
         modules={"attn": "pair"},
-        q="attn.c_attn",
-        k="attn.c_attn",
-        v="attn.c_attn",
+        **_fused("attn.c_attn"),
         out="attn.c_proj",
         norms_before=("ln_1",),
         remembers={"attn.num_heads": "heads", "attn.split_size": "width"},
@@ -68,9 +74,7 @@ GPT_NEOX = Family(
     layers="gpt_neox.layers",
     attention=Attention(
         modules={"attention": "pair"},
-        q="attention.query_key_value",
-        k="attention.query_key_value",
-        v="attention.query_key_value",
+        **_fused("attention.query_key_value"),
         interleaved=True,
         out="attention.dense",
         remembers={},
@@ -95,6 +99,45 @@ OPT = Family(
     names=ConfigNames(kv_heads=None, head_dim=None, ffn="ffn_dim"),
 )
 
+# Encoders with norms on the residual stream, with any head of transformers.
+BERT = Family(
+    family="BERT",
+    model_types=frozenset({"bert"}),
+    layers="bert.encoder.layer",
+    attention=Attention(
+        # The residual is added after the dense product, inside the module that also contains the norm.
+        modules={"attention.self": "pair", "attention.output.dense": "value"},
+        q="attention.self.query",
+        k="attention.self.key",
+        v="attention.self.value",
+        out="attention.output.dense",
+        norms_before=(),
+        remembers={},
+    ),
+    ffn=FeedForward(
+        modules={"intermediate": "value", "output.dense": "value"},
+        ins=("intermediate.dense",),
+        out="output.dense",
+        norms_before=(),
+    ),
+    names=ConfigNames(kv_heads=None, head_dim=None),
+    auto_class="AutoModelForMaskedLM",
+    carried=(r"^cls\.", r"^lm_head\.", r"(^|\.)pooler\."),
+    empty_layer_is_identity=False,
+)
+ROBERTA = replace(BERT, family="RoBERTa", model_types=frozenset({"roberta"}), layers="roberta.encoder.layer")
+HEADS = {
+    "ForMaskedLM": "AutoModelForMaskedLM",
+    "ForPreTraining": "AutoModelForMaskedLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
+    "ForMultipleChoice": "AutoModelForMultipleChoice",
+    "BertModel": "AutoModel",
+    "RobertaModel": "AutoModel",
+}
+"""Suffixes of a config's `architectures`, and the transformers class that builds the model."""
+
 
 def _gpt2_variant(family: Family, config: ModelConfig) -> Family:
     # Scores may be divided by the layer number, which must then stay the same.
@@ -112,9 +155,26 @@ def _opt_variant(family: Family, config: ModelConfig) -> Family:
     )
 
 
+def _bert_variant(family: Family, config: ModelConfig) -> Family:
+    named = architecture(config)
+    auto_class = config.get("stock_class") or next((c for end, c in HEADS.items() if named.endswith(end)), None)
+    if named and auto_class is None:
+        raise UserError(f"{family.family} cannot be pruned with this head: {named}", wanted=", ".join(HEADS))
+    # The bare encoder's weights lack the prefix.
+    layers = family.layers.partition(".")[2] if auto_class == "AutoModel" else family.layers
+    return replace(family, layers=layers, auto_class=auto_class or family.auto_class)
+
+
+def _roberta_inputs(batch: Batch) -> dict[str, Any]:
+    # Its positions begin after the padding id, which is 1 in every RoBERTa.
+    return masked_inputs(batch, causal=False) | {"position_ids": batch["position"] + 2}
+
+
 ADAPTERS = (
     *(stock_adapter(family) for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3)),
     stock_adapter(GPT2, _gpt2_variant),
     stock_adapter(GPT_NEOX),
     stock_adapter(OPT, _opt_variant, partial(masked_inputs, causal=True)),
+    stock_adapter(BERT, _bert_variant, partial(masked_inputs, causal=False), is_causal=False),
+    stock_adapter(ROBERTA, _bert_variant, _roberta_inputs, is_causal=False),
 )
