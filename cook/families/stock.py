@@ -36,7 +36,9 @@ def stock_adapter(
         build=lambda config: stock_models.build(variant(family, config), config),
         read=lambda config, tensors: stock_models.read(variant(family, config), config, tensors),
         file_names=lambda config: stock_models.file_names(variant(family, config), config),
-        shrink=lambda config, space, kept: stock_shrink.shrink(variant(family, config), config, space, kept),
+        shrink=lambda config, space, kept, renumber=True: stock_shrink.shrink(
+            variant(family, config), config, space, kept, renumber
+        ),
         stock_holds=lambda config, heads, kv_heads: stock_shrink.holds_heads(
             variant(family, config), config, heads, kv_heads
         ),
