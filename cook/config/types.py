@@ -129,6 +129,9 @@ class TrainingConfig:
     """Precision of the forward and backward passes. `auto`: bf16 if the device supports it, else fp32."""
     train_weights: bool = True
     """False: only the gates are trained, and the weights stay fixed."""
+    remove_masked: bool = True
+    """Stages with fixed masks train the smaller model, without the removed units, which is equal up to rounding. False:
+    they train the whole model with the masks applied."""
     activation_checkpointing: bool = False
     """True: activations are recomputed in the backward pass instead of being kept in memory."""
     log_every: Size = 10

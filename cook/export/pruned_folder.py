@@ -74,7 +74,7 @@ def write_pruned(
     native = LazyTensors(
         {name: partial(source.tensors.__getitem__, name) for name in source.tensors if name in space.shapes}
     )
-    tensors = ((shrunk.renamed.get(name, name), tensor) for name, tensor in reshaped(native, space, masks))
+    tensors = ((shrunk.renamed.get(name, name), tensor) for name, tensor in reshaped(native, space, masks).items())
     carried = ((name, files[name]) for name in found.carried)
     write_model_folder(folder, source.adapter, config, chain(tensors, carried))
     obstacle = write_live_format(folder, source.adapter, config, "cpm_live")
@@ -105,7 +105,8 @@ def _with_architecture(config: dict[str, Any], before: Mapping[str, Any]) -> dic
 def reshaped_source(source: ModelSource, space: PruningSpace, masks: Masks) -> ModelSource:
     """Reshapes in memory: the small model's config and weights."""
     shrunk = source.adapter.shrink(source.config, space, kept_units(space, masks))
-    tensors = {shrunk.renamed.get(name, name): tensor for name, tensor in reshaped(source.tensors, space, masks)}
+    small = reshaped(source.tensors, space, masks)
+    tensors = {shrunk.renamed.get(name, name): tensor for name, tensor in small.items()}
     return replace(source, config=shrunk.config, tensors=tensors, stored=Stored({}))
 
 

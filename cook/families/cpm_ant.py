@@ -56,7 +56,7 @@ def _space(config: ModelConfig, head_unit: str = "kv_group") -> PruningSpace:
     return PruningSpace(num_layers=native.num_layers, shapes=shapes, groups=tuple(groups), logits_weight=LOGITS)
 
 
-def _shrink(config: ModelConfig, _space: PruningSpace, kept: KeptUnits) -> Shrunk:
+def _shrink(config: ModelConfig, _space: PruningSpace, kept: KeptUnits, renumber: bool = True) -> Shrunk:
     native = _config(config)
     removed = native.mask_modules or [[False, False]] * native.num_layers
     heads = native.layer_heads or [list(range(native.num_heads))] * native.num_layers

@@ -80,12 +80,15 @@ def masked_inputs(batch: Batch, *, causal: bool) -> dict[str, Any]:
     return inputs | ({"use_cache": False} if causal else {})
 
 
-def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptUnits) -> Shrunk:
-    """The config of the reshaped model; layers without blocks are removed, and the others renumbered."""
+def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptUnits, renumber: bool = True) -> Shrunk:
+    """The config of the reshaped model; layers without blocks are removed, and the others renumbered.
+
+    Without `renumber` all layers stay, also those without blocks.
+    """
     counts = {name: len(units) for name, units in kept.items()}
     left = kept_shapes(space, counts)
     layers = [n for n in range(space.num_layers) if any(path.startswith(f"{family.layers}.{n}.") for path in left)]
-    if not family.empty_layer_is_identity:
+    if not (renumber and family.empty_layer_is_identity):
         layers = list(range(space.num_layers))
     layers = layers or [space.num_layers - 1]  # transformers classes are not tested without any layer
     renamed = _renamed(family, left, layers)

@@ -133,18 +133,22 @@ class CpmAntConfig(PreTrainedConfig):
                 raise ValueError(f"layer_dim_ff[{layer}] must be at least 1, got {self.dim_ff_of(layer)}")
 
 
-def scaled_product(x: Tensor, weight: Tensor) -> Tensor:
-    """`x @ weight.T / sqrt(dim_in)`, divided in the product's own accumulator: no extra pass, no extra rounding."""
+def scaled_product(x: Tensor, weight: Tensor, fan_in: int) -> Tensor:
+    """`x @ weight.T / sqrt(fan_in)`, divided in the product's own accumulator: no extra pass, no extra rounding."""
     flat = x.reshape(-1, x.shape[-1])
-    out = torch.addmm(weight.new_empty(1), flat, weight.t(), beta=0, alpha=1 / math.sqrt(weight.shape[1]))
+    out = torch.addmm(weight.new_empty(1), flat, weight.t(), beta=0, alpha=1 / math.sqrt(fan_in))
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
 class Linear(nn.Module):
-    """A product without bias that divides by sqrt(dim_in) when it runs, so that its weights are of order 1."""
+    """A product without bias that divides by sqrt(fan_in) when it runs, so that its weights are of order 1.
+
+    `fan_in` is `dim_in`, unless the model is trained with units removed and its weights unchanged.
+    """
 
     def __init__(self, dim_in: int, dim_out: int, init_std: float = 1.0):
         super().__init__()
+        self.fan_in = dim_in
         self.weight, self.init_std = nn.Parameter(torch.empty(dim_out, dim_in)), init_std
         self.reset_parameters()
 
@@ -152,7 +156,7 @@ class Linear(nn.Module):
         nn.init.normal_(self.weight, std=self.init_std)
 
     def forward(self, x: Tensor) -> Tensor:
-        return scaled_product(x, self.weight)
+        return scaled_product(x, self.weight, self.fan_in)
 
 
 def residual_std(config: CpmAntConfig) -> float:
@@ -172,7 +176,7 @@ class Embedding(nn.Embedding):
         Both go through the module's call, where ZeRO-3 gathers the weight.
         """
         if project:
-            return scaled_product(x, self.weight)
+            return scaled_product(x, self.weight, self.embedding_dim)
         return F.embedding(x, self.weight) * (1 / math.sqrt(self.embedding_dim))
 
 

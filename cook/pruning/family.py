@@ -75,8 +75,9 @@ class Adapter:
     """A freshly initialised model on the current default device."""
     read: Callable[[ModelConfig, Mapping[str, torch.Tensor]], tuple[dict[str, Any], Mapping[str, torch.Tensor]]]
     """Config and tensors of any format of the family, converted lazily to the native one."""
-    shrink: Callable[[ModelConfig, PruningSpace, KeptUnits], Shrunk]
-    """The reshaped model's config: that of the stock class if it can load the result."""
+    shrink: Callable[..., Shrunk]
+    """(config, space, kept, renumber=True) → the reshaped model's config: that of the stock class if it can load the
+    result. Without `renumber`, weights and modules that stay keep their names."""
     stock_holds: Callable[[ModelConfig, int, int], bool]
     """(config, heads, kv_heads) → whether all attention blocks can have these numbers without remote code."""
     modeling: Callable[[ModelConfig], Modeling | None]

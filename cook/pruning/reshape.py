@@ -1,15 +1,20 @@
-"""Reshaping: smaller weights that compute exactly what the masked model computes."""
+"""Reshaping: smaller weights that compute exactly what the masked model computes, and the way back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 
 from cook.base.errors import UserError
+from cook.base.tensor_files import LazyTensors
 from cook.pruning.counts import weights_gone
 from cook.pruning.mask_set import Masks, is_even
 from cook.pruning.units import PruningSpace, WeightSlice
+
+Cuts = Sequence[tuple[WeightSlice, tuple[int, ...]]]
+"""The slices of a weight that lose units, and the indices of these units."""
 
 
 def kept_units(space: PruningSpace, masks: Masks) -> dict[str, tuple[int, ...]]:
@@ -23,9 +28,9 @@ def kept_units(space: PruningSpace, masks: Masks) -> dict[str, tuple[int, ...]]:
 
 
 def reshaped(
-    tensors: Mapping[str, torch.Tensor], space: PruningSpace, masks: Masks
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields the weights of the small model one by one; only one source tensor is in memory at a time.
+    tensors: Mapping[str, torch.Tensor], space: PruningSpace, masks: Masks, *, rescale: bool = True
+) -> LazyTensors:
+    """The weights of the small model, each read and cut on access.
 
     If the model divides by the input size of a matrix at run time (`fan_in`) and the matrix lost columns, it is
     multiplied by √(new/old) to keep the product the same. If all heads or FFN dimensions of a block are masked, only
@@ -35,14 +40,67 @@ def reshaped(
         tensors: The masked model's weights, in the shapes of `space`.
         space: The model's space.
         masks: 0/1 per unit, by group name.
+        rescale: False if the small model divides by the old input sizes (`fan_in_sizes`).
 
     Raises:
-        UserError: a weight is missing, unexpected, or has another shape than the config specifies.
+        UserError: a weight is missing, unexpected, or (on access) has another shape than the config specifies.
     """
     missing, extra = [p for p in space.shapes if p not in tensors], [p for p in tensors if p not in space.shapes]
     if missing or extra:
         problem = f"{missing[0]!r} is missing" if missing else f"{extra[0]!r} has no place in the model"
-        raise UserError(f"the weights do not fit the model's config: {problem}")
+        raise UserError(
+            f"the weights do not fit the model's config: {problem}", remedy="use the config.json of these weights"
+        )
+    dropped, cuts = _dropped_and_cut(space, masks)
+
+    def small(path: str) -> torch.Tensor:
+        tensor = tensors[path]
+        if tensor.shape != space.shapes[path]:
+            got = f"shape {tuple(tensor.shape)}"
+            raise UserError(
+                f"the weight {path!r} has another shape than in the config", wanted=space.shapes[path], got=got
+            )
+        return _cut(tensor, cuts[path], rescale) if path in cuts else tensor
+
+    return LazyTensors({path: partial(small, path) for path in space.shapes if path not in dropped})
+
+
+def restored(
+    small: Iterable[tuple[str, torch.Tensor]], tensors: Mapping[str, torch.Tensor], space: PruningSpace, masks: Masks
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the weights of the whole model with those of a small one put back: the inverse of `reshaped`.
+
+    Args:
+        small: The small model's weights, which were cut without `rescale`.
+        tensors: The whole model's weights, which provide what the masks remove.
+        space: The whole model's space.
+        masks: 0/1 per unit, by group name.
+    """
+    dropped, cuts = _dropped_and_cut(space, masks)
+    dtype = torch.float32
+    for path, tensor in small:
+        dtype = tensor.dtype if tensor.is_floating_point() else dtype
+        if path in cuts:
+            whole = tensors[path].to(tensor.dtype, copy=True)
+            indices = [torch.arange(size) for size in whole.shape]
+            for dim in {piece.dim for piece, _ in cuts[path]}:
+                indices[dim] = _kept_indices(whole.shape[dim], dim, cuts[path])
+            whole[torch.meshgrid(*indices, indexing="ij")] = tensor
+            tensor = whole
+        yield path, tensor
+    for path in sorted(dropped):
+        tensor = tensors[path]
+        yield path, tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def fan_in_sizes(space: PruningSpace) -> dict[str, int]:
+    """The number by whose square root a module divides, by the module's path: its input size before any cut."""
+    pieces = [piece for group in space.groups for piece in group.slices if piece.fan_in]
+    return {piece.path.removesuffix(".weight"): space.shapes[piece.path][piece.dim] for piece in pieces}
+
+
+def _dropped_and_cut(space: PruningSpace, masks: Masks) -> tuple[set[str], dict[str, Cuts]]:
+    """The weights that are removed as a whole, and those that lose some units."""
     kept = kept_units(space, masks)
     cuts: dict[str, list[tuple[WeightSlice, tuple[int, ...]]]] = {}
     dropped: set[str] = set()
@@ -55,28 +113,25 @@ def reshaped(
             removed = tuple(sorted(set(range(group.size)) - set(kept[group.name])))
             for piece in group.slices:
                 cuts.setdefault(piece.path, []).append((piece, removed))
-    for path in space.shapes:
-        if path not in dropped:
-            tensor = tensors[path]
-            if tensor.shape != space.shapes[path]:
-                got = f"shape {tuple(tensor.shape)}"
-                raise UserError(
-                    f"the weight {path!r} has another shape than in the config", wanted=space.shapes[path], got=got
-                )
-            yield path, _cut(tensor, cuts[path]) if path in cuts else tensor
+    return dropped, {path: pieces for path, pieces in cuts.items() if path not in dropped}
 
 
-def _cut(tensor: torch.Tensor, cuts: Sequence[tuple[WeightSlice, tuple[int, ...]]]) -> torch.Tensor:
+def _kept_indices(size: int, dim: int, cuts: Cuts) -> torch.Tensor:
+    stays = torch.ones(size, dtype=torch.bool)
+    for piece, removed in cuts:
+        if piece.dim == dim:
+            starts = piece.offset + torch.tensor(removed) * piece.block
+            stays[(starts[:, None] + torch.arange(piece.block)).flatten()] = False
+    return stays.nonzero().flatten()
+
+
+def _cut(tensor: torch.Tensor, cuts: Cuts, rescale: bool) -> torch.Tensor:
     """Removes units, all of one dimension at once; indices refer to the whole tensor."""
     scale = 1.0
     for dim in sorted({piece.dim for piece, _ in cuts}):
-        stays = torch.ones(tensor.shape[dim], dtype=torch.bool)
-        for piece, removed in cuts:
-            if piece.dim == dim:
-                starts = piece.offset + torch.tensor(removed) * piece.block
-                stays[(starts[:, None] + torch.arange(piece.block)).flatten()] = False
-        if any(piece.fan_in for piece, _ in cuts if piece.dim == dim):
-            scale *= (int(stays.sum()) / len(stays)) ** 0.5
-        tensor = tensor.index_select(dim, stays.nonzero().flatten())
+        stays = _kept_indices(tensor.shape[dim], dim, cuts)
+        if rescale and any(piece.fan_in for piece, _ in cuts if piece.dim == dim):
+            scale *= (len(stays) / tensor.shape[dim]) ** 0.5
+        tensor = tensor.index_select(dim, stays)
     # In float64, so that only the result is rounded.
     return tensor if scale == 1.0 else (tensor.double() * scale).to(tensor.dtype)

@@ -25,6 +25,7 @@ from cook.pruning.counts import parameters
 from cook.pruning.gates import Gates
 from cook.pruning.mask_file import write_mask_file
 from cook.pruning.mask_set import FINE_KEYS, coarse_to_tensors, fine_to_tensors, kept_counts
+from cook.recipe.compact import keep_fan_in, whole_weights, without_masked_units
 from cook.recipe.distillation import check_teacher_tokenizer, make_distiller, open_distillation
 from cook.recipe.inputs import final_masks, make_gates, open_inputs
 from cook.recipe.kept_structure import describe_structure
@@ -48,7 +49,7 @@ class LanguageModelRun(StageRun):
     def open(self) -> None:
         stage = self.stage
         check_settings(stage.config.training, stage.config.deepspeed, world_size=distributed.world_size())
-        self.inputs = on_all_ranks(lambda: open_inputs(stage))
+        self.inputs = self.trained = on_all_ranks(lambda: open_inputs(stage))
         self.distillation = on_all_ranks(lambda: open_distillation(stage, self.inputs))
 
     def load(self) -> None:
@@ -84,17 +85,19 @@ class LanguageModelRun(StageRun):
             self._seed()  # Scoring draws random numbers; a run that reads existing masks does not.
             assert inputs.weights is not None
             self.inputs = replace(inputs, weights=masked_weights(inputs.weights, self.zeros))
+        self.trained = without_masked_units(stage, self.inputs, self.distillation)  # the same unless units are removed
         fixed = [[name, mask.tolist()] for name, mask in sorted(inputs.fixed.items())]
         start = follows(stage) or inputs.origin
-        return [self.data.train.fingerprint, start, fixed, *pattern_identity(stage)]
+        form = ["without masked units"] if self.trained is not self.inputs else []
+        return [self.data.train.fingerprint, start, fixed, *pattern_identity(stage), *form]
 
     def train(self) -> Callable[[], dict[str, Any]]:
-        stage, inputs, data = self.stage, self.inputs, self.data
+        stage, inputs, data = self.stage, self.trained, self.data
         training = stage.config.training
         engine = Engine(self._build, inputs.weights, training, stage.config.deepspeed, call_form=inputs.adapter.inputs)
         if self.zeros:
             engine.hold_zeros(self.zeros, gradients_only=pattern_spec(stage).quirks.drifting_weights)
-        gates, attached = make_gates(stage, inputs), self._attach(engine)
+        gates, attached = make_gates(stage, self.inputs), self._attach(engine)
         distiller = make_distiller(self.distillation, stage, engine, attached)
         say(self._opening(engine))
         loader = open_loader(stage, data)
@@ -136,16 +139,19 @@ class LanguageModelRun(StageRun):
         seed_everything(derived_seed(self.stage.config.seed, self.stage.name, distributed.rank()))
 
     def _build(self) -> torch.nn.Module:
-        inputs = self.inputs
+        inputs = self.trained
         if inputs.weights is not None:
-            return unfilled_model(inputs.adapter, inputs.model_config)
+            model = unfilled_model(inputs.adapter, inputs.model_config)
+            if inputs is not self.inputs:
+                keep_fan_in(model, self.inputs)
+            return model
         # The same fresh weights on every rank and for every world size.
         with torch.random.fork_rng():
             torch.manual_seed(derived_seed(self.stage.config.seed, "weights"))
             return inputs.adapter.build(inputs.model_config)
 
     def _attach(self, engine: Engine) -> AttachedGates:
-        inputs = self.inputs
+        inputs = self.trained
         names = {group.name for group in inputs.learned} | set(inputs.fixed)
         groups = [group for group in inputs.space.groups if group.name in names]
         fixed = {name: mask.to(engine.device) for name, mask in inputs.fixed.items()}
@@ -197,6 +203,8 @@ class LanguageModelRun(StageRun):
         folder, inputs = self.stage.folder / "model", self.inputs
 
         def write(weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+            if self.trained is not inputs:
+                weights = whole_weights(weights, inputs)
             try:
                 write_model_folder(folder, inputs.adapter, inputs.model_config, weights)
                 write_tokenizer(folder, self.data.tokenizer)

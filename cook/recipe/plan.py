@@ -152,6 +152,7 @@ class Stage:
             "spike_measure",
             "spike_factor",
             "spike_window",
+            "remove_masked",
         ):
             training.pop(key)
         for key in ("cache_dir", "workers", "ledger"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -101,8 +99,8 @@ def test_without_the_rescale_the_models_differ(monkeypatch):
     }
     cut = reshape._cut
 
-    def unscaled(tensor, cuts):
-        return cut(tensor, [(dataclasses.replace(piece, fan_in=False), removed) for piece, removed in cuts])
+    def unscaled(tensor, cuts, _rescale):
+        return cut(tensor, cuts, False)
 
     assert len(flat) == 6
     monkeypatch.setattr(reshape, "_cut", unscaled)

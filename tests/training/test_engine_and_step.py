@@ -275,7 +275,7 @@ def test_pruned_units_stay_dead_and_masked_equals_reshaped_after_finetuning(resu
         assert result["losses"] == scrambled["losses"] and result["norms"] == scrambled["norms"]
         assert distance(result["weights"], scrambled["weights"]) > 1, "the scrambling did nothing"
         tensors = dict(reshaped(result["weights"], space, masks))
-        for name, tensor in reshaped(scrambled["weights"], space, masks):
+        for name, tensor in reshaped(scrambled["weights"], space, masks).items():
             assert torch.equal(tensor, tensors[name]), name
         small_config = ADAPTER.shrink(tiny.CONFIG, space, kept_units(space, masks)).config
         small = load_model(ModelSource(adapter=ADAPTER, config=small_config, tensors=tensors, path=Path()))

@@ -1,0 +1,98 @@
+"""The model that a stage with fixed masks trains: the one without the removed units.
+
+It computes what the masked model computes, in less time and memory. Files keep the layout of the whole model: masks
+count the original units, and the weights of removed units are written back unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+import torch
+
+from cook.base.distributed import say
+from cook.config.distillation import OWN_TEACHER
+from cook.pruning.mask_set import is_even
+from cook.pruning.reshape import fan_in_sizes, kept_units, reshaped, restored
+from cook.pruning.units import UnitGroup
+from cook.recipe.distillation import DistillationPlan
+from cook.recipe.inputs import Inputs
+from cook.recipe.plan import Stage
+
+
+def without_masked_units(stage: Stage, inputs: Inputs, distillation: DistillationPlan | None) -> Inputs:
+    """The inputs of training with the units removed that fixed masks remove.
+
+    Groups, modules and weights keep their names. Weights keep their values: where the model divides by an input size,
+    it still divides by that of the whole model (`keep_fan_in`), so that the optimizer takes the same steps.
+
+    Returns:
+        `inputs` itself if nothing is removed, or if the stage needs the whole model; the reason is printed.
+    """
+    cut = [group for group in inputs.space.groups if _loses_units(inputs, group)]
+    if not cut or not stage.config.training.remove_masked:
+        return inputs
+    if reason := _needs_whole_model(stage, inputs, distillation, cut):
+        say(f"{stage.name}: trains the whole model with masks applied, since {reason}")
+        return inputs
+    return cut_inputs(inputs)
+
+
+def cut_inputs(inputs: Inputs) -> Inputs:
+    """The same inputs, without the units that the fixed masks remove."""
+    assert inputs.weights is not None
+    kept = kept_units(inputs.space, inputs.fixed)
+    shrunk = inputs.adapter.shrink(inputs.model_config, inputs.space, kept, renumber=False)
+    space = inputs.adapter.space(shrunk.config, inputs.head_unit)
+    learned = {group.name for group in inputs.learned}
+    weights = reshaped(inputs.weights, inputs.space, inputs.fixed, rescale=False)
+    return replace(
+        inputs,
+        model_config=shrunk.config,
+        weights=weights,
+        space=space,
+        fixed={},
+        learned=tuple(group for group in space.groups if group.name in learned),
+    )
+
+
+def keep_fan_in(model: torch.nn.Module, whole: Inputs) -> None:
+    """Makes the modules of a smaller model divide by the input sizes of the whole model."""
+    modules = dict(model.named_modules())
+    for path, size in fan_in_sizes(whole.space).items():
+        if path in modules:
+            assert hasattr(modules[path], "fan_in"), f"{path} divides by its input size and has no attribute fan_in"
+            modules[path].fan_in = size
+
+
+def whole_weights(weights: Iterable[tuple[str, torch.Tensor]], whole: Inputs) -> Iterator[tuple[str, torch.Tensor]]:
+    """The trained weights of the smaller model in the shapes of the whole model."""
+    assert whole.weights is not None
+    return restored(weights, whole.weights, whole.space, whole.fixed)
+
+
+def _loses_units(inputs: Inputs, group: UnitGroup) -> bool:
+    return group.name in inputs.fixed and not bool(inputs.fixed[group.name].all())
+
+
+def _needs_whole_model(
+    stage: Stage, inputs: Inputs, distillation: DistillationPlan | None, cut: list[UnitGroup]
+) -> str | None:
+    uneven = [group.name for group in cut if not is_even(group, inputs.fixed[group.name])]
+    if uneven:
+        return f"{uneven[0]} keeps more heads of one key-value group than of another"
+    if distillation is None:
+        return None
+    if distillation.options.teacher == OWN_TEACHER and not stage.adapted:
+        return "it is the teacher, with all masks open"
+    heads = [group for group in cut if group.kind == "heads"]
+    if distillation.attention and heads:
+        return "the teacher's attention is compared head by head"
+    for pair in distillation.hidden:
+        place = pair.student
+        for group in cut:
+            out = group.gate.module
+            if place.path.startswith(f"{out.rpartition('.')[0]}.") and (place.path, place.when) != (out, "post"):
+                return f"{place.path} is compared with the teacher unit by unit"
+    return None
