@@ -15,8 +15,13 @@ from cook.base.files import read_json
 from cook.base.tensor_files import INDEX, open_pt, open_safetensors, open_safetensors_folder, read_model_config
 from cook.families.registry import by_config
 from cook.pruning.family import Adapter, ModelSource, Stored
+from cook.pruning.mask_set import Masks
+from cook.pruning.reshape import filled_up
+from cook.pruning.units import HeadUnit
 
 CONVERT = "load the folder with transformers' from_pretrained, and save it with save_pretrained"
+REMOVED = "cook_removed_units"
+"""Key in the config.json of a checkpoint: the units of the whole model that the checkpoint's weights lack."""
 ReadCheckpoint = Callable[[Path], Mapping[str, torch.Tensor]]
 
 
@@ -33,7 +38,7 @@ def open_model(
     Raises:
         UserError: the path cannot be read as a model, or the family is unknown.
     """
-    path = Path(path)
+    path, removed = Path(path), None
     if path.is_file():
         tensors = open_safetensors([path]) if path.suffix == ".safetensors" else open_pt(path)
         found = config or _config_beside(path)
@@ -44,8 +49,9 @@ def open_model(
         checkpoint = _inner_checkpoint(path)
         if read_checkpoint is None:
             raise UserError(f"{path}: a training checkpoint cannot be used here", wanted="a model folder or a .pt file")
-        found = config or _config_beside(checkpoint / "latest")
-        tensors = read_checkpoint(checkpoint)
+        found = dict(config or _config_beside(checkpoint / "latest"))
+        found.pop(REMOVED, None)
+        tensors, removed = read_checkpoint(checkpoint), _removed_in(checkpoint)
     elif path.is_dir():
         raise _no_model_in(path)
     else:
@@ -56,7 +62,26 @@ def open_model(
         native, own = adapter.read(found, stored)
     except UserError as error:
         raise UserError(f"{path}: {error.what}", wanted=error.wanted, got=error.got, remedy=error.remedy) from None
+    if removed:
+        space = adapter.space(native, removed["head_unit"])
+        own = filled_up(own, space, {name: torch.tensor(mask) for name, mask in removed["masks"].items()})
     return ModelSource(adapter=adapter, config=native, tensors=own, path=path, stored=stored)
+
+
+def without_units(config: Mapping[str, Any], head_unit: HeadUnit, masks: Masks) -> dict[str, Any]:
+    """The config.json of a checkpoint that contains the model without some units; `open_model` fills them up with 0.
+
+    Args:
+        config: The whole model's config.
+        head_unit: The kind of attention unit that the masks count.
+        masks: 0/1 per unit, by group name.
+    """
+    return {**config, REMOVED: {"head_unit": head_unit, "masks": {name: mask.tolist() for name, mask in masks.items()}}}
+
+
+def _removed_in(checkpoint: Path) -> dict[str, Any] | None:
+    config = checkpoint / "config.json"
+    return read_json(config).get(REMOVED) if config.is_file() else None
 
 
 def _refuse_what_else_is_loaded(folder: Path, config: Mapping[str, Any]) -> None:

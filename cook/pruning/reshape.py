@@ -80,17 +80,29 @@ def restored(
     dtype = torch.float32
     for path, tensor in small:
         dtype = tensor.dtype if tensor.is_floating_point() else dtype
-        if path in cuts:
-            whole = tensors[path].to(tensor.dtype, copy=True)
-            indices = [torch.arange(size) for size in whole.shape]
-            for dim in {piece.dim for piece, _ in cuts[path]}:
-                indices[dim] = _kept_indices(whole.shape[dim], dim, cuts[path])
-            whole[torch.meshgrid(*indices, indexing="ij")] = tensor
-            tensor = whole
-        yield path, tensor
+        yield path, _put_back(tensor, tensors[path], cuts[path]) if path in cuts else tensor
     for path in sorted(dropped):
         tensor = tensors[path]
         yield path, tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def filled_up(small: Mapping[str, torch.Tensor], space: PruningSpace, masks: Masks) -> LazyTensors:
+    """The weights of the whole model on access, with 0 for everything that the masks remove.
+
+    Args:
+        small: The small model's weights, which were cut without `rescale`.
+        space: The whole model's space.
+        masks: 0/1 per unit, by group name.
+    """
+    dropped, cuts = _dropped_and_cut(space, masks)
+
+    def whole(path: str) -> torch.Tensor:
+        if path not in dropped and path not in cuts:
+            return small[path]
+        zeros = torch.zeros(space.shapes[path])
+        return zeros if path in dropped else _put_back(small[path], zeros, cuts[path])
+
+    return LazyTensors({path: partial(whole, path) for path in space.shapes if path in dropped or path in small})
 
 
 def fan_in_sizes(space: PruningSpace) -> dict[str, int]:
@@ -123,6 +135,15 @@ def _kept_indices(size: int, dim: int, cuts: Cuts) -> torch.Tensor:
             starts = piece.offset + torch.tensor(removed) * piece.block
             stays[(starts[:, None] + torch.arange(piece.block)).flatten()] = False
     return stays.nonzero().flatten()
+
+
+def _put_back(tensor: torch.Tensor, whole: torch.Tensor, cuts: Cuts) -> torch.Tensor:
+    whole = whole.to(tensor.dtype, copy=True)
+    indices = [torch.arange(size) for size in whole.shape]
+    for dim in {piece.dim for piece, _ in cuts}:
+        indices[dim] = _kept_indices(whole.shape[dim], dim, cuts)
+    whole[torch.meshgrid(*indices, indexing="ij")] = tensor
+    return whole
 
 
 def _cut(tensor: torch.Tensor, cuts: Cuts, rescale: bool) -> torch.Tensor:

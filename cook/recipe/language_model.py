@@ -19,7 +19,7 @@ from cook.data.loader import held_out_batches
 from cook.data.training_data import TrainingData, load_rows
 from cook.evaluation.all_ranks import held_out_loss
 from cook.export.model_folder import copy_generation_config, write_model_folder, write_tokenizer
-from cook.families.source import unfilled_model
+from cook.families.source import unfilled_model, without_units
 from cook.pruning.attach import AttachedGates
 from cook.pruning.counts import parameters
 from cook.pruning.gates import Gates
@@ -97,6 +97,9 @@ class LanguageModelRun(StageRun):
         engine = Engine(self._build, inputs.weights, training, stage.config.deepspeed, call_form=inputs.adapter.inputs)
         if self.zeros:
             engine.hold_zeros(self.zeros, gradients_only=pattern_spec(stage).quirks.drifting_weights)
+        if inputs is not self.inputs:
+            whole = self.inputs
+            engine.stored_config = without_units(whole.model_config, whole.head_unit, whole.fixed)
         gates, attached = make_gates(stage, self.inputs), self._attach(engine)
         distiller = make_distiller(self.distillation, stage, engine, attached)
         say(self._opening(engine))

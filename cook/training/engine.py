@@ -98,6 +98,7 @@ class Engine:
         self._schedules_itself = "scheduler" in self.config
         self._clip: float | None = None
         self._zeros: HeldZeros | None = None
+        self.stored_config: Mapping[str, Any] | None = None
         self.on_gradients: Callable[[], None] | None = None  # called before an update: `full_gradients` can be read
         if self.zero_stage == 0 and self.precision == "fp32":
             # At this stage DeepSpeed does not report the gradient's norm and applies gradients that are not finite.
@@ -267,7 +268,9 @@ class Engine:
             self._zeros = zeros
 
     def model_config(self) -> dict[str, Any]:
-        """The model's config.json, to be stored in a checkpoint."""
+        """The config.json to store in a checkpoint: that of the model, unless `stored_config` is set."""
+        if self.stored_config is not None:
+            return dict(self.stored_config)
         return json.loads(self.module.config.to_json_string(use_diff=False))  # type: ignore[union-attr, operator]
 
     def save(self, folder: Path) -> list[Path]:
