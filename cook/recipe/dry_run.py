@@ -11,7 +11,6 @@ from cook.config.corpus import DataConfig, SourceConfig
 from cook.config.types import RunConfig
 from cook.pruning.counts import parameters
 from cook.pruning.mask_set import kept_counts
-from cook.pruning.units import PruningSpace
 from cook.recipe.distillation import open_distillation
 from cook.recipe.inputs import Inputs, final_masks, make_gates, open_inputs
 from cook.recipe.plan import Stage
@@ -45,6 +44,7 @@ def plan_facts(config: RunConfig, stages: Sequence[Stage], *, world_size: int) -
         before = parameters(inputs.space, kept)
         kept = kept | _expected_kept(stage, inputs)
         training = stage.config.training
+        trained = before if training.remove_masked else parameters(inputs.space)
         rows.append(
             {
                 "stage": stage.name,
@@ -55,7 +55,7 @@ def plan_facts(config: RunConfig, stages: Sequence[Stage], *, world_size: int) -
                 "tokens_at_most": training.steps * training.train_batch_size * config.data.max_length,
                 "parameters_before": before,
                 "parameters_after": parameters(inputs.space, kept),
-                "state_bytes_per_rank": round(_state_bytes(stage, inputs.space, world_size)),
+                "state_bytes_per_rank": round(_state_bytes(stage, trained, world_size)),
             }
         )
     return {
@@ -101,13 +101,12 @@ def _expected_kept(stage: Stage, inputs: Inputs) -> dict[str, int]:
     return kept_counts(final_masks(stage, inputs, gates))
 
 
-def _state_bytes(stage: Stage, space: PruningSpace, world_size: int) -> float:
-    """Bytes of model state per rank with Adam (Rajbhandari et al. 2020, ZeRO, sec. 3.1).
+def _state_bytes(stage: Stage, count: int, world_size: int) -> float:
+    """Bytes of model state per rank of `count` parameters with Adam (Rajbhandari et al. 2020, ZeRO, sec. 3.1).
 
     Half precision needs 2 bytes per parameter for weights, 2 for gradients and 12 for masters and moments; fp32 needs
     4, 4 and 8 (and 4 for ZeRO's master copy). ZeRO 1 partitions the last, 2 also the gradients, 3 also the weights.
     """
-    count = parameters(space)
     settings = check_settings(stage.config.training, stage.config.deepspeed, world_size=world_size)
     zero = settings["zero_optimization"]["stage"]
     half = settings["bf16"]["enabled"] or settings["fp16"]["enabled"]
