@@ -151,7 +151,7 @@ def learn_masks(
     keep: Keep,
     *,
     steps: int = 100,
-    teacher: Literal["self"] | torch.nn.Module | None = None,
+    teacher: Literal["self"] | torch.nn.Module | None = "self",
     seed: int = 0,
     context: int = 512,
     on_step: Callable[[int, float, dict[str, float]], None] | None = None,
@@ -164,7 +164,8 @@ def learn_masks(
             tokens that `attention_mask` covers are predicted. Read again from the start when they run out.
         keep: As for `plan`.
         steps: Batches to learn from.
-        teacher: `"self"`: the model with all gates open; another model with the same vocabulary; None: no teacher.
+        teacher: `"self"`: the model with all gates open, which keeps the masks from overfitting to the batches; another
+            model with the same vocabulary; None: no teacher.
         seed: As for `attach`.
         context: As for `plan`.
         on_step: Called after each step with its number, the loss in nats per token, and the expected sparsity of each

@@ -139,8 +139,10 @@ def prune(tiny: Path, output: Path, keep: str, *more: str) -> None:
 
 
 def test_a_model_is_pruned_by_one_command(tiny, tmp_path, capfd):
-    more = ("--teacher", "self", "--finetune-steps", "2")
+    more = ("--finetune-steps", "2")
     prune(tiny, tmp_path / "out", "dims=0.5", *more)
+    recipe = json.loads((tmp_path / "out" / "recipe" / "bmcook.json").read_text())
+    assert recipe["distillation"]["teacher"] == "self" and recipe["distillation"]["stages"] == ["ffn_mask"]
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
     assert small.config.intermediate_size == 32 and type(small) is LlamaForCausalLM
     ids = AutoTokenizer.from_pretrained(tmp_path / "out" / "model")("the model")["input_ids"]
@@ -154,7 +156,8 @@ def test_a_model_is_pruned_by_one_command(tiny, tmp_path, capfd):
 
 
 def test_a_whole_budget_is_planned(tiny, tmp_path, capsys):
-    prune(tiny, tmp_path / "out", "params=0.8", "--dry-run")
+    prune(tiny, tmp_path / "out", "params=0.8", "--dry-run", "--teacher", "none")
+    assert json.loads((tmp_path / "out" / "recipe" / "bmcook.json").read_text())["distillation"] is None
     capsys.readouterr()
     invoke("plan", ["--config", str(tmp_path / "out" / "recipe" / "bmcook.json"), "--json"])
     (stage,) = json.loads(capsys.readouterr().out)["stages"]

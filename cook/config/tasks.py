@@ -37,8 +37,9 @@ class OneLineJob:
     """Steps in which the masks are learned, with the weights frozen."""
     finetune_steps: Count = 0
     """Steps of finetuning with the masks fixed, afterwards."""
-    teacher: str | None = None
-    """`self` (the model with nothing removed), or the folder of another model."""
+    teacher: str = "self"
+    """`self` (the model with nothing removed), the folder of another model, or `none`. A teacher keeps the masks from
+    overfitting to the calibration text."""
     max_length: Annotated[int, Limits(minimum=2)] = 512
     """Tokens per row."""
     batch_size: Size = 2

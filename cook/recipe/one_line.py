@@ -210,7 +210,7 @@ _JOINT = ("joint_mask", "joint_finetune")
 
 
 def _distillation(job: OneLineJob, stage: str) -> Mapping[str, Any] | None:
-    if job.teacher is None:
+    if job.teacher == "none":
         return None
     return {"teacher": job.teacher, "stages": [stage], "ce_scale": 2.0, "ce_temp": 2.0}
 
