@@ -44,6 +44,10 @@ def lost(_: Scene, trials: int, random: Random) -> Iterator[Trial]:
 
             programs, at = start(), random.randrange(20, STEPS - 30)
             begun = until(lambda log=log, at=at: log.exists() and log.read_text().count("\n") >= at, 90)
+            if not (begun and hosts[0].ranks() and hosts[1].ranks()):
+                printed = "\n".join(program.printed()[-3000:] for program in programs)
+                yield Trial(survived=False, note=f"{name}: the run has not begun\n{printed}")
+                continue
             fault(hosts)
             over = all(until(lambda host=hosts[teller]: not host.ranks(), BOUND) for teller in tellers)
             told = [
@@ -53,7 +57,7 @@ def lost(_: Scene, trials: int, random: Random) -> Iterator[Trial]:
             for host in hosts:
                 host.power_off()
                 host.mend()
-            if not (begun and over and all(told)):
+            if not (over and all(told)):
                 printed = "\n".join(program.printed()[-3000:] for program in programs)
                 yield Trial(survived=False, note=f"{name} after step {at}\n{printed}")
                 continue

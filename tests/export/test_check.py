@@ -181,11 +181,10 @@ def test_a_weight_that_the_writing_loses_or_turns_is_noticed(tmp_path, monkeypat
     real = prune.reshaped
 
     def broken(*arguments):
-        for name, tensor in real(*arguments):
-            if name != path:
-                yield name, tensor
-            elif fault == "transposed":
-                yield name, tensor[None] if tensor.ndim == 1 else tensor.T
+        tensors = dict(real(*arguments))
+        tensor = tensors.pop(path)
+        turned = tensor[None] if tensor.ndim == 1 else tensor.T
+        return tensors | ({path: turned} if fault == "transposed" else {})
 
     monkeypatch.setattr(prune, "reshaped", broken)
     with pytest.raises(UserError, match=path.replace(".", r"\.")):
