@@ -101,8 +101,9 @@ def _any_removed(mask_modules: Any) -> bool | None:
 
 PASSING = frozenset(
     "transformers_version _name_or_path auto_map dtype torch_dtype return_dict torchscript output_attentions "
+    "output_hidden_states "
     # These select how and where a model runs. An attention implementation may name a kernel to download and run.
-    "output_hidden_states attn_implementation _attn_implementation _attn_implementation_internal fusion_config "
+    "attn_implementation _attn_implementation _attn_implementation_internal fusion_config "
     "experts_implementation _experts_implementation _experts_implementation_internal distributed_config "
     "use_kernels".split()
 )

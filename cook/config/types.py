@@ -273,7 +273,7 @@ class RunConfig:
     """The stages of the recipe, in order. Empty: only the stage that the two files describe."""
     stage: StageName
     """The stage that this configuration describes. It is derived once from `is_pruning`, `mask_method`, `train_mask`
-    and `prune_mode`, which are not read after the check."""
+    and `prune_mode`. After the check, only `two_of_four` reads `mask_method` again."""
     source: ConfigSource
     """The files that the configuration was read from."""
 

@@ -41,17 +41,15 @@ class SplitCorpus:
     is_held_out: np.ndarray  # bool (num_documents,), over the documents of `corpus`; unused if `end` is given
     evaluation: Corpus | None
     fingerprint: str
-    end: int | None = None  # of a corpus that is one text: the character near which its held-out end begins
+    end: int | None = None  # of a corpus that is one text: the last character at which its held-out end may begin
+    total: int = 0  # characters of that text
 
     @property
     def notes(self) -> list[str]:
         """How a corpus that is one text is split; nothing for other corpora."""
         if self.end is None:
             return []
-        size = {False: 0, True: 0}
-        for document, held_out in self.documents():
-            size[held_out] += len(document.text)
-        return [f"a single document: its last {size[True]:,} of {sum(size.values()):,} characters are held out"]
+        return [f"a single text: at least the last {self.total - self.end:,} of {self.total:,} characters are held out"]
 
     @property
     def left_out(self) -> LeftOut:
@@ -94,19 +92,22 @@ def open_split(data: Any) -> SplitCorpus:
     corpus = open_corpus(
         data.type, data.paths, text_field=data.text_field, name=data.name, subset=data.subset, split=data.split
     )
-    sizes = [(document.name, len(document.text)) for document in corpus.documents()]
     if data.held_out_paths:
         evaluation = open_evaluation(data)
+        num_documents = sum(1 for _ in corpus.documents())
         key = fingerprint_of(FORMAT, corpus.fingerprint(), evaluation.fingerprint())
-        return SplitCorpus(corpus, np.zeros(len(sizes), bool), evaluation, key)
-    is_held_out = split((name for name, _ in sizes), data.held_out)
+        return SplitCorpus(corpus, np.zeros(num_documents, bool), evaluation, key)
+    names, total = [], 0
+    for document in corpus.documents():
+        names.append(document.name)
+        total += len(document.text)
+    is_held_out = split(names, data.held_out)
     parts = [FORMAT, corpus.fingerprint(), data.held_out]
     # A large text file is read as several documents. Alone, it is one text all the same.
-    if len(sizes) > 1 and not (corpus.kind == "text" and sum(file.size > 0 for file in corpus.files) == 1):
+    if len(names) > 1 and not (corpus.kind == "text" and sum(file.size > 0 for file in corpus.files) == 1):
         return SplitCorpus(corpus, is_held_out, None, fingerprint_of(*parts))
-    total = sum(size for _, size in sizes)
     end = max(1, min(total - 1, int(total * (1.0 - data.held_out))))
-    return SplitCorpus(corpus, is_held_out, None, fingerprint_of(*parts, "end"), end)
+    return SplitCorpus(corpus, is_held_out, None, fingerprint_of(*parts, "end"), end, total)
 
 
 def _end_held_out(documents: Iterable[Document], end: int) -> Iterator[tuple[Document, bool]]:

@@ -108,13 +108,18 @@ class StreamLoader(Loader):
         return super().state_dict() | {"parts": self._parts, "streams": places}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """As `Loader.load_state_dict`; each stream reads one block again. The batch may not be below its streams."""
-        super().load_state_dict(state)
-        if max(state["parts"]) > self.train_batch_size:
+        """As `Loader.load_state_dict`; each stream reads one block again.
+
+        Raises:
+            UserError: the batch is smaller than the number of streams in the state.
+        """
+        streams = max(state.get("parts", ()), default=0)
+        if streams > self.train_batch_size and state.get("data") == self._fingerprint:
             raise UserError(
                 "the batch is smaller than the number of streams that the run began with",
-                wanted=f"train_batch_size of at least {max(state['parts'])}",
+                wanted=f"train_batch_size of at least {streams}",
             )
+        super().load_state_dict(state)
         self._parts, self._states, self._readers = list(state["parts"]), dict(state["streams"]), {}
         self._read_step = None
 

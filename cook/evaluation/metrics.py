@@ -118,6 +118,9 @@ def squad_v2_metrics(
 ) -> dict[str, float]:
     """The numbers of the official evaluate-v2.0.py, in percent.
 
+    The prediction for an unanswerable question is compared with the empty text. References that normalise to nothing
+    are ignored. The thresholds on the null odds that would have been best are reported too.
+
     Args:
         questions: The reference.
         predictions: Texts by question; the empty text says that there is no answer.

@@ -123,7 +123,7 @@ def train_sentencepiece(
         model_path: The `.model` file to write.
         vocab_size: Total number of ids.
         seed: Seed for sampling lines from a corpus larger than `sample_chars`.
-        sample_chars: Largest sample of lines to train on, in characters. The number of others is returned.
+        sample_chars: Largest sample of lines to train on, in characters. Returned: the number of characters outside it.
 
     Raises:
         UserError: The vocabulary is too small for bytes and an alphabet, or too large for the corpus.

@@ -18,6 +18,7 @@ on where it stopped (`--work`). `--finetune` adds some steps of all weights, equ
 | activation × weight | Σ of its output weights' norms times its activations' norm (Wanda, Sun et al. 2024, by unit) |
 | fluctuation | its activations' variance times its output weights' squared norm (FLAP, An et al. 2024) |
 | block influence | 1 − cos(residual before, after) (ShortGPT, Men et al. 2024); for blocks |
+| ShortGPT, FLAP, LLM-Pruner | as their authors run them, see `quality_authors.py` |
 | sheared gates | hard concrete gates, λ by gradient ascent, rates of 1 (LLM-Shearing, Xia et al. 2024) |
 | hard concrete gates, deterministic gates | ours with that `gates.relaxation` |
 | gates | ours as they come: hard concrete for blocks, deterministic for all else |
@@ -37,6 +38,7 @@ from typing import Any
 
 import torch
 from common import ROOT, publish
+from quality_authors import AUTHORS, add_to_inputs, authors_masks
 from quality_gates import TRAINED, scored_masks, trained_masks
 from quality_peers import ONE_SHOT, Scores, gather_scores
 from quality_rig import Rig
@@ -56,6 +58,9 @@ PLACES = {
     "taught gates, global": UNEVEN,
     "taylor, global": UNEVEN,
     "fisher, global": UNEVEN,
+    "ShortGPT": [("blocks", 0.3)],
+    "FLAP": UNEVEN,
+    "LLM-Pruner": UNEVEN,
 }
 """Where such a method is compared; without an entry, at 30% of the dims."""
 
@@ -123,15 +128,21 @@ def main() -> None:
         key = json.dumps([method, unit, share, steps, *([options.seed] if options.seed else [])])
         if key in done:
             continue
-        started, notes = time.perf_counter(), {}
+        started, notes, added = time.perf_counter(), {}, {}
         if method in TRAINED:
             masks, notes = trained_masks(rig, TRAINED[method], unit, share, steps)
         else:
             if scores is None:
                 torch.save(scores := gather_scores(rig), work / "scores.pt")
             base = method.removesuffix(", global")
-            masks = scored_masks(rig, scores[base], unit, share, "block" if base == method else "global")
+            if method in AUTHORS:
+                masks, added = authors_masks(rig, scores, method, unit, share)
+            else:
+                masks = scored_masks(rig, scores[base], unit, share, "block" if base == method else "global")
+        hooks = add_to_inputs(rig, added)
         losses = rig.measure(masks)
+        for hook in hooks:
+            hook.remove()
         if (unit, share) == ("dims", 0.3):
             torch.save(masks, mask_file(work, method, options))
         kept = {name: int(mask.sum()) for name, mask in masks.items()}
@@ -249,7 +260,7 @@ def parse() -> argparse.Namespace:
         default=["dims=0.15,0.3,0.5", "heads=0.34", "heads and dims=0.32", "blocks=0.3"],
         metavar="UNITS=SHARE,…",
     )
-    methods = [*ONE_SHOT, "taylor, global", "fisher, global", *TRAINED]
+    methods = [*ONE_SHOT, *AUTHORS, "taylor, global", "fisher, global", *TRAINED]
     parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--rows", type=int, default=2)

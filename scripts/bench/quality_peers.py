@@ -14,6 +14,8 @@ from cook.pruning.relaxation import HardConcrete, probability_open, sample, unif
 from cook.pruning.units import UnitGroup
 
 ONE_SHOT = ("random", "magnitude", "taylor", "fisher", "activation × weight", "fluctuation", "block influence")
+OF_AUTHORS = ("layer influence", "standardised", "mean", "weight gradients")
+"""What the methods of `quality_authors.py` need besides."""
 Scores = dict[str, dict[str, torch.Tensor]]
 """A method's scores by group, `[units]`; the least go."""
 
@@ -25,7 +27,8 @@ def gather_scores(rig: Any) -> Scores:
         rig: The `Rig` of `quality.py`, its gates open.
     """
     groups, options = list(rig.space.groups), rig.options
-    scores: Scores = {name: {} for name in ONE_SHOT}
+    scores: Scores = {name: {} for name in (*ONE_SHOT, *OF_AUTHORS)}
+    rig.model.requires_grad_(True)
     noise = torch.Generator().manual_seed(options.seed)
     sums: dict[str, dict[str, Any]] = defaultdict(lambda: defaultdict(float))
     streams: dict[str, torch.Tensor] = {}
@@ -41,8 +44,15 @@ def gather_scores(rig: Any) -> Scores:
     for tap in taps:
         tap.remove()
     rig.attached.set({})
+    gradients = {name: parameter.grad for name, parameter in rig.model.named_parameters()}
+    rig.model.requires_grad_(False)
+    rig.model.zero_grad()
     for group in groups:
         found = sums[group.name]
+        scores["weight gradients"][group.name] = sum(
+            _by_unit(rig.model.get_parameter(p.path).float() * gradients[p.path].float(), p, group.size).abs().sum(1)
+            for p in group.slices
+        )
         weights = [_by_unit(rig.model.get_parameter(piece.path), piece, group.size) for piece in group.slices]
         scores["random"][group.name] = torch.rand(group.size, generator=noise)
         scores["magnitude"][group.name] = sum(w.float().pow(2).sum(1) for w in weights).sqrt()
@@ -50,6 +60,9 @@ def gather_scores(rig: Any) -> Scores:
         scores["fisher"][group.name] = found["square"]
         if group.kind == "layer":
             scores["block influence"][group.name] = (found["influence"] / found["batches"]).view(1)
+            other = next(g for g in groups if (g.kind, g.site, g.layer) == ("layer", "ffn", group.layer))
+            whole = sums[other.name]
+            scores["layer influence"][group.name] = (whole["of layer"] / whole["batches"]).view(1)
             continue
         column = rig.model.get_parameter(group.slices[-1].path).float()
         if group.slices[-1].dim == 0:
@@ -62,7 +75,17 @@ def gather_scores(rig: Any) -> Scores:
         }
         for name, values in per_feature.items():
             scores[name][group.name] = values.view(group.size, -1).sum(1)
+        scores["mean"][group.name] = mean
+        scores["standardised"][group.name] = standardised(
+            per_feature["fluctuation"], group.size, squared=group.kind == "heads"
+        )
     return scores
+
+
+def standardised(values: torch.Tensor, size: int, squared: bool) -> torch.Tensor:
+    """FLAP's score of the `size` units of a layer from its features' fluctuation times their squared weights."""
+    values = values.square() if squared else values
+    return ((values - values.mean()) / values.std()).view(size, -1).mean(1)
 
 
 def _by_unit(weight: torch.Tensor, piece: Any, size: int) -> torch.Tensor:
@@ -90,12 +113,15 @@ def _taps(
     name = ".".join(parts[: 1 + next(place for place, part in enumerate(parts) if part.isdecimal())])
 
     def before(_layer: Any, inputs: tuple, named: dict) -> None:
-        streams[name] = (inputs[0] if inputs else named["hidden_states"]).detach().float()
+        streams[name] = streams[f"{name}, start"] = (inputs[0] if inputs else named["hidden_states"]).detach().float()
 
     def after(_module: Any, _inputs: tuple, output: Any) -> None:
         added = (output[0] if isinstance(output, tuple) else output).detach().float()
         x, streams[name] = streams[name], streams[name] + added
         sums["influence"] = sums["influence"] + 1 - F.cosine_similarity(x, streams[name], dim=-1).mean()
+        sums["of layer"] = (
+            sums["of layer"] + 1 - F.cosine_similarity(streams[f"{name}, start"], streams[name], dim=-1).mean()
+        )
         sums["batches"] += 1
 
     handles = [module.register_forward_hook(after)]

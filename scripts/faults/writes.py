@@ -103,6 +103,8 @@ def small_disk(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
 
 ABORTED = -6
 """Exit code of a rank without descriptors or memory for gloo's threads: its C++ ends the process."""
+UNLOADED = 127
+"""Exit code of a rank without memory for a library that it loads late: the dynamic loader ends the process."""
 
 
 def limits(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
@@ -126,7 +128,7 @@ def limits(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
         note = f"{amount} {'open files' if files else 'more bytes'} on ranks {limited}"
         if ended.codes == [0, 0]:
             yield Trial(survived=True, note=f"{note}: that is enough", counts=False)
-        elif "Traceback" in ended.out or not set(ended.codes) <= {1, 2, 76, ABORTED}:
+        elif "Traceback" in ended.out or not set(ended.codes) <= {1, 2, 76, ABORTED, UNLOADED}:
             yield Trial(survived=False, note=f"{note}: {ended}")
         else:
             yield goes_on(scene, at_least=8, note=note)

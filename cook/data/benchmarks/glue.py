@@ -23,7 +23,7 @@ from cook.data.source_files import lines_of, opened
 class GlueTask:
     """The columns of a task's texts and labels."""
 
-    name: str  # as in the benchmark's table, and of its folder as distributed
+    name: str  # as in the benchmark's table; also the name of its folder as distributed
     labels: tuple[str, ...] | None = ("0", "1")  # in the order of their ids; None for regression
     words: tuple[str, ...] | None = None  # what published models call the labels, where the files have numbers
     texts: tuple[str, ...] = ("sentence1", "sentence2")  # columns of the first and, for pairs, the second text
