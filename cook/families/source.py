@@ -38,7 +38,7 @@ def open_model(
     Raises:
         UserError: the path cannot be read as a model, or the family is unknown.
     """
-    path, removed = Path(path), None
+    path = Path(path)
     if path.is_file():
         tensors = open_safetensors([path]) if path.suffix == ".safetensors" else open_pt(path)
         found = config or _config_beside(path)
@@ -51,7 +51,7 @@ def open_model(
             raise UserError(f"{path}: a training checkpoint cannot be used here", wanted="a model folder or a .pt file")
         found = dict(config or _config_beside(checkpoint / "latest"))
         found.pop(REMOVED, None)
-        tensors, removed = read_checkpoint(checkpoint), _removed_in(checkpoint)
+        tensors = _whole(checkpoint, read_checkpoint(checkpoint))
     elif path.is_dir():
         raise _no_model_in(path)
     else:
@@ -62,9 +62,6 @@ def open_model(
         native, own = adapter.read(found, stored)
     except UserError as error:
         raise UserError(f"{path}: {error.what}", wanted=error.wanted, got=error.got, remedy=error.remedy) from None
-    if removed:
-        space = adapter.space(native, removed["head_unit"])
-        own = filled_up(own, space, {name: torch.tensor(mask) for name, mask in removed["masks"].items()})
     return ModelSource(adapter=adapter, config=native, tensors=own, path=path, stored=stored)
 
 
@@ -79,9 +76,16 @@ def without_units(config: Mapping[str, Any], head_unit: HeadUnit, masks: Masks) 
     return {**config, REMOVED: {"head_unit": head_unit, "masks": {name: mask.tolist() for name, mask in masks.items()}}}
 
 
-def _removed_in(checkpoint: Path) -> dict[str, Any] | None:
-    config = checkpoint / "config.json"
-    return read_json(config).get(REMOVED) if config.is_file() else None
+def _whole(checkpoint: Path, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """A checkpoint's weights in the shapes of the whole model, before an adapter compares them with a config."""
+    config = read_json(checkpoint / "config.json") if (checkpoint / "config.json").is_file() else {}
+    removed = config.pop(REMOVED, None)
+    if removed is None:
+        return tensors
+    adapter = by_config(config)
+    native, _ = adapter.read(config, {})
+    masks = {name: torch.tensor(mask) for name, mask in removed["masks"].items()}
+    return filled_up(tensors, adapter.space(native, removed["head_unit"]), masks)
 
 
 def _refuse_what_else_is_loaded(folder: Path, config: Mapping[str, Any]) -> None:

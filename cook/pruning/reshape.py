@@ -66,7 +66,11 @@ def reshaped(
 
 
 def restored(
-    small: Iterable[tuple[str, torch.Tensor]], tensors: Mapping[str, torch.Tensor], space: PruningSpace, masks: Masks
+    small: Iterable[tuple[str, torch.Tensor]],
+    tensors: Mapping[str, torch.Tensor],
+    space: PruningSpace,
+    masks: Masks,
+    dtype: torch.dtype | None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields the weights of the whole model with those of a small one put back: the inverse of `reshaped`.
 
@@ -75,15 +79,14 @@ def restored(
         tensors: The whole model's weights, which provide what the masks remove.
         space: The whole model's space.
         masks: 0/1 per unit, by group name.
+        dtype: Type of the weights that the small model lacks entirely; None: as in `tensors`.
     """
     dropped, cuts = _dropped_and_cut(space, masks)
-    dtype = torch.float32
     for path, tensor in small:
-        dtype = tensor.dtype if tensor.is_floating_point() else dtype
         yield path, _put_back(tensor, tensors[path], cuts[path]) if path in cuts else tensor
     for path in sorted(dropped):
         tensor = tensors[path]
-        yield path, tensor.to(dtype) if tensor.is_floating_point() else tensor
+        yield path, tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
 
 
 def filled_up(small: Mapping[str, torch.Tensor], space: PruningSpace, masks: Masks) -> LazyTensors:

@@ -13,6 +13,7 @@ import torch
 
 from cook.base.distributed import say
 from cook.config.distillation import OWN_TEACHER
+from cook.distill.taps import lacking
 from cook.pruning.mask_set import is_even
 from cook.pruning.reshape import fan_in_sizes, kept_units, reshaped, restored
 from cook.pruning.units import UnitGroup
@@ -66,10 +67,12 @@ def keep_fan_in(model: torch.nn.Module, whole: Inputs) -> None:
             modules[path].fan_in = size
 
 
-def whole_weights(weights: Iterable[tuple[str, torch.Tensor]], whole: Inputs) -> Iterator[tuple[str, torch.Tensor]]:
-    """The trained weights of the smaller model in the shapes of the whole model."""
+def whole_weights(
+    weights: Iterable[tuple[str, torch.Tensor]], whole: Inputs, dtype: torch.dtype | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of the smaller model in the shapes of the whole model; removed blocks in `dtype`, None: as stored."""
     assert whole.weights is not None
-    return restored(weights, whole.weights, whole.space, whole.fixed)
+    return restored(weights, whole.weights, whole.space, whole.fixed, dtype)
 
 
 def _loses_units(inputs: Inputs, group: UnitGroup) -> bool:
@@ -95,4 +98,10 @@ def _needs_whole_model(
             out = group.gate.module
             if place.path.startswith(f"{out.rpartition('.')[0]}.") and (place.path, place.when) != (out, "post"):
                 return f"{place.path} is compared with the teacher unit by unit"
+    with torch.device("meta"):
+        whole, small = (inputs.adapter.build(form.model_config) for form in (inputs, cut_inputs(inputs)))
+    for pair in (*distillation.hidden, *distillation.attention):
+        path = pair.student.path
+        if lacking(small, path) or type(small.get_submodule(path)) is not type(whole.get_submodule(path)):
+            return f"{path}, which is compared with the teacher, is removed"
     return None

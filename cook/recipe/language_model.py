@@ -207,7 +207,8 @@ class LanguageModelRun(StageRun):
 
         def write(weights: Iterator[tuple[str, torch.Tensor]]) -> None:
             if self.trained is not inputs:
-                weights = whole_weights(weights, inputs)
+                trained = self.stage.config.training.train_weights
+                weights = whole_weights(weights, inputs, torch.float32 if trained else None)
             try:
                 write_model_folder(folder, inputs.adapter, inputs.model_config, weights)
                 write_tokenizer(folder, self.data.tokenizer)

@@ -5,19 +5,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from cook.distill.taps import read_pair
 from cook.families import cpm_ant
-from cook.families.source import open_model, unfilled_model
+from cook.families.source import open_model, unfilled_model, without_units
 from cook.pruning.attach import AttachedGates
 from cook.pruning.counts import parameters
 from cook.pruning.mask_set import is_even
-from cook.recipe.compact import cut_inputs, keep_fan_in, whole_weights
+from cook.pruning.reshape import fan_in_sizes, reshaped
+from cook.recipe.compact import cut_inputs, keep_fan_in, whole_weights, without_masked_units
+from cook.recipe.distillation import DistillationPlan
 from cook.recipe.inputs import Inputs
 from tests.recipe.tiny_run import MODEL, train
-from tests.tiny_families import FAMILIES, tiny_source
+from tests.tiny_families import CAUSAL, FAMILIES, tiny_source
 from tests.tiny_pruning import random_masks
 
 IDS = torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -77,7 +81,7 @@ def test_the_smaller_model_has_the_masked_models_loss_and_gradients(name, case):
         torch.testing.assert_close(got_loss, loss, rtol=1e-10, atol=0)  # fp64: sums in another order
         assert sum(p.numel() for p in models[1].parameters()) < sum(p.numel() for p in models[0].parameters())
         zeros = {path: torch.zeros_like(weight) for path, weight in models[0].named_parameters()}
-        put_back = dict(whole_weights(got.items(), inputs_of_zeros(whole, zeros)))
+        put_back = dict(whole_weights(got.items(), inputs_of_zeros(whole, zeros), torch.float64))
         scale = max(gradient.abs().max() for gradient in wanted.values())
         for path, gradient in wanted.items():  # Gemma's norms compute in fp32 also in a model in fp64
             torch.testing.assert_close(put_back.get(path, zeros[path]), gradient, rtol=0, atol=float(1e-7 * scale))
@@ -86,6 +90,63 @@ def test_the_smaller_model_has_the_masked_models_loss_and_gradients(name, case):
 def inputs_of_zeros(whole, zeros):
     """The whole model with weights of zero, into which gradients can be put back."""
     return dataclasses.replace(whole, weights=zeros)
+
+
+@pytest.mark.parametrize("case", range(3))
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_checkpoint_of_the_smaller_model_is_read_as_the_whole_model(name, case, tmp_path):
+    source = tiny_source(name)
+    for head_unit in source.adapter.head_units(source.config):
+        space = source.adapter.space(source.config, head_unit)
+        masks = masks_for(space, case)
+        small = cut_inputs(inputs_of(source, masks, head_unit)).weights
+        (tmp_path / "latest").write_text("engine")
+        (tmp_path / "config.json").write_text(json.dumps(without_units(source.config, head_unit, masks)))
+        stored = {path: small[path].detach() for path in small}
+        read = open_model(tmp_path, read_checkpoint=lambda _, stored=stored: stored).tensors
+        assert {path: tuple(read[path].shape) for path in space.shapes if path in read} == {
+            path: shape for path, shape in space.shapes.items() if path in source.tensors
+        }
+        again = reshaped({path: read[path] for path in space.shapes if path in read}, with_shapes(space, read), masks)
+        assert {path for path in again if path in stored} == set(stored)
+        if not fan_in_sizes(space):
+            assert all(torch.equal(again[path], stored[path]) for path in stored)
+
+
+def with_shapes(space, tensors):
+    """A space without the second names of tied weights, which a model in memory does not list."""
+    shapes = {path: shape for path, shape in space.shapes.items() if path in tensors}
+    return dataclasses.replace(space, shapes=shapes)
+
+
+P = "model.layers.0."
+
+
+@pytest.mark.parametrize(
+    ("place", "fixed"),
+    [
+        (f"[post]{P}self_attn", "layers.0.att"),
+        (f"[post]{P}self_attn", "layers.0.heads"),
+        (f"[post]{P}self_attn.o_proj", "layers.0.heads"),
+        (f"[post]{P}input_layernorm", "layers.0.heads"),
+        (f"[pre]{P}mlp.down_proj", "layers.0.dimff"),
+    ],
+)
+def test_a_teacher_that_is_compared_inside_a_removed_block_keeps_the_whole_model(place, fixed, capsys):
+    source = tiny_source("llama")
+    sizes = {group.name: group.size for group in source.adapter.space(source.config).groups}
+    mask = torch.zeros(sizes[fixed])
+    mask[: 5 if fixed.endswith("dimff") else 0] = 1
+    inputs = inputs_of(source, {fixed: mask}, "kv_group")
+    training, options = SimpleNamespace(remove_masked=True), SimpleNamespace(teacher="dense")
+    stage = SimpleNamespace(name="ffn_finetune", config=SimpleNamespace(training=training), adapted=True)
+    plan = DistillationPlan(options=options, source=None, hidden=(read_pair(f"{place}:{place}"),), attention=())
+    assert without_masked_units(stage, inputs, plan) is inputs
+    assert "trains the whole model with masks applied, since" in capsys.readouterr().out
+    output = DistillationPlan(
+        options=options, source=None, hidden=(read_pair(f"[post]{P[:-1]}:[post]{P[:-1]}"),), attention=()
+    )
+    assert without_masked_units(stage, inputs, output) is not inputs
 
 
 @pytest.fixture(scope="module")
