@@ -333,8 +333,9 @@ class Watchdog:
 def _run_at_most(seconds: float, action: Callable[[], None]) -> None:
     """Runs `action` in a thread, and leaves it behind if it takes longer."""
     thread = threading.Thread(target=action, daemon=True)
-    thread.start()
-    thread.join(seconds)
+    with contextlib.suppress(RuntimeError):  # no memory for a thread: the rank must end all the same
+        thread.start()
+        thread.join(seconds)
 
 
 def _last_seen(report: Report) -> str:

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cook.base.watchdog import PATIENCE, Watchdog
+from cook.base.watchdog import PATIENCE, Watchdog, _run_at_most
 from tests.base.lost_ranks import BAD_STEP
 from tests.recipe.tiny_run import run
 
@@ -104,3 +104,13 @@ def test_only_a_rank_that_is_not_stopped_has_longer_to_start(phase, stopped):
         watchdog._received = now - 61
         verdict = watchdog._judge(now)
     assert verdict is not None and "rank 0 (process 7 on here) has been silent" in verdict
+
+
+def test_a_rank_without_memory_for_a_thread_ends_all_the_same(monkeypatch):
+    def refuse(_thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    called = []
+    _run_at_most(1.0, lambda: called.append(1))
+    assert called == []
