@@ -1,4 +1,7 @@
-"""Marks the modules that start processes, build C or train for long; `scripts/test.sh --quick` leaves them out."""
+"""Marks the modules that start processes, build C or train for long; `scripts/test.sh --quick` leaves them out.
+
+The longest files come first, so that no test process works alone at the end.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,7 @@ SLOW = {
     "test_do_prune.py",
     "pruning/test_reshape.py",
     "recipe/benchmarks/test_task_stages.py",
+    "recipe/test_compact.py",
     "recipe/test_distillation.py",
     "recipe/test_distilled_runs.py",
     "recipe/test_joint.py",
@@ -44,7 +48,12 @@ SLOW = {
 }
 
 
+LONGEST = ("test_faults_script.py", "test_two_hosts.py", "test_train.py", "test_scripts.py", "recipe/test_resume.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.relative_to(ROOT).as_posix(), len(places)))
     for item in items:
         if item.path.relative_to(ROOT).as_posix() in SLOW:
             item.add_marker(pytest.mark.slow)

@@ -10,11 +10,9 @@ import pytest
 from cook.base.errors import UserError
 from cook.config.load import load_config
 from cook.config.types import RunConfig
-from cook.families.cpm_ant import ADAPTER
-from cook.pruning.units import PruningSpace
 from cook.recipe.dry_run import _state_bytes, plan_facts, show_plan
 from cook.recipe.plan import plan_stage, recipe
-from tests.recipe.tiny_run import ATT_FIRST, MODEL, contents, write_run
+from tests.recipe.tiny_run import ATT_FIRST, contents, write_run
 
 
 @pytest.fixture
@@ -113,19 +111,17 @@ def test_the_memory_of_a_rank_is_zeros_formula(config, precision, zero, ranks, e
         "training.micro_batch_size=1",
         world_size=ranks,
     )
-    space = PruningSpace(num_layers=1, shapes={"w": (N, 1)}, groups=(), logits_weight="w")
-    assert _state_bytes(plan_stage(loaded, "pretrain"), space, ranks) == pytest.approx(N * expected)
+    assert _state_bytes(plan_stage(loaded, "pretrain"), N, ranks) == pytest.approx(N * expected)
 
 
 def test_frozen_weights_need_no_gradients_and_no_states(config):
     loaded = config("training.train_weights=false")
-    assert _state_bytes(plan_stage(loaded, "layer_mask"), ADAPTER.space(MODEL), 1) == 4 * WHOLE
+    assert _state_bytes(plan_stage(loaded, "layer_mask"), WHOLE, 1) == 4 * WHOLE
 
 
 def test_an_absent_zero_stage_is_the_one_that_will_be_used(config):
     loaded = config(deepspeed={}, world_size=2, training__micro_batch_size=1)
-    space = PruningSpace(num_layers=1, shapes={"w": (N, 1)}, groups=(), logits_weight="w")
-    assert _state_bytes(plan_stage(loaded, "pretrain"), space, 2) == pytest.approx(N * FULL[2][2])
+    assert _state_bytes(plan_stage(loaded, "pretrain"), N, 2) == pytest.approx(N * FULL[2][2])
 
 
 def test_an_unusable_deepspeed_config_is_found_before_the_run(config):
@@ -140,3 +136,12 @@ def test_what_deepspeed_would_refuse_is_found_before_the_plan(config, tmp_path, 
     with pytest.raises(UserError, match=r"deepspeed\.zero_optimization\.cpu_offload"):
         show_plan(plan_facts(loaded, recipe(loaded), world_size=1))
     assert contents(tmp_path) == before and capsys.readouterr().out == ""
+
+
+def test_a_stage_with_fixed_masks_needs_the_memory_of_the_smaller_model(config):
+    for options, counts in (((), (1, 1)), (("training.remove_masked=false",), (0, 0))):
+        loaded = config(*options)
+        found = {row["stage"]: row for row in plan_facts(loaded, recipe(loaded), world_size=1)["stages"]}
+        for stage, smaller in zip(("layer_finetune", "ffn_finetune"), counts, strict=True):
+            count = found[stage]["parameters_before"] if smaller else WHOLE
+            assert found[stage]["state_bytes_per_rank"] == 16 * count  # fp32 at ZeRO 0
