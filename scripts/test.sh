@@ -4,7 +4,7 @@
 #   bash scripts/test.sh [--quick] [options of pytest]
 #
 # --quick skips the slow tests and takes less than two minutes. WORKERS sets the number of test processes
-# (default: one per core and one more, each with one thread).
+# (default: one per core, each with one thread).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=scripts/setup.sh
@@ -44,8 +44,8 @@ fi
 site=$(mktemp -d)
 NO_MKDOCS_2_WARNING=1 "$PYTHON" -m mkdocs build --strict --quiet --site-dir "$site"
 rm -rf "$site"
-# One process more than cores: tests of lost ranks and hosts mostly wait. nproc reports OMP_NUM_THREADS where it is set.
-workers=${WORKERS:-$(($(env -u OMP_NUM_THREADS nproc) + 1))}
+# nproc reports OMP_NUM_THREADS where it is set. More processes than cores would delay the tests of lost ranks.
+workers=${WORKERS:-$(env -u OMP_NUM_THREADS nproc)}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 exec "$PYTHON" -m pytest --numprocesses "$workers" --dist loadfile --no-loadscope-reorder --durations 25 \
   ${quick[@]+"${quick[@]}"} "$@"
