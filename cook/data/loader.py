@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from cook.data.rows import JoinedRows, Rows
 from cook.data.workers import Plan, Workers, build
 
 
-class Loader:
+class Loader(ABC):
     """What the loaders share: the place in a run, whose turn it is among the sources, and the ledger.
 
     Counting rows over the whole run, row i of step s is number first + s * train_batch_size + i.
@@ -51,9 +52,9 @@ class Loader:
         """How often each source is read now; None where every row is read once per epoch."""
         return self._draws.weights if self._draws else None
 
+    @abstractmethod
     def sample_ids(self, step: int, rank: int = 0, world_size: int = 1) -> list[str]:
         """Names of a rank's share of a step, in the order in which they are read."""
-        raise NotImplementedError
 
     def reweigh(self, weights: Sequence[float], step: int) -> None:
         """Reads the sources in other proportions from `step` on; earlier steps can no longer be read."""
