@@ -107,8 +107,8 @@ def told_to_stop(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
 
 def gone_while_starting(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
     """A launcher that is told to stop, or killed, soon after its ranks were spawned: they end, too."""
-    for number in range(max(2, trials)):
-        name = NAMES[number % 2]
+    for number in range(trials):
+        name = NAMES[(number + 1) % 2]
         kind = signal.SIGTERM if name == "deepspeed" else signal.SIGKILL
         scene.fresh()
         with Launched(scene, name, "--set", "training.steps=100000") as run:
@@ -126,7 +126,7 @@ def gone_while_starting(scene: Scene, trials: int, random: Random) -> Iterator[T
 
 def robbed(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
     """SIGKILL of a rank: the other one says which and where, with 76, though its launcher tells it to stop."""
-    for number in range(max(2, trials)):
+    for number in range(trials):
         name, rank = NAMES[number % 2], 1 - number // 2 % 2
         scene.fresh()
         with Launched(scene, name) as run:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from random import Random
 
-from lost import at_step
+from lost import WATCHED, at_step
 from proof import EVERY, OPTIONS, STAGE, STEPS, Scene, Trial, goes_on
 from ranks import Ranks
 
@@ -50,7 +50,7 @@ def _at_point(scene: Scene, name: str, rank: int, random: Random) -> Iterator[Tr
     if name == "save.aside":
         _damage_newest(scene)  # the step is saved once more, over the damaged one
     nth = 1 if resumed or name == "save.removing" else random.choice((1, 2))
-    with Ranks(scene.run, *OPTIONS, environment={faults.VARIABLE: f"{name}:{rank}:{nth}"}) as ranks:
+    with Ranks(scene.run, *WATCHED, environment={faults.VARIABLE: f"{name}:{rank}:{nth}"}) as ranks:
         ended = ranks.wait()
     note = f"{name} on rank {rank}, time {nth}"
     if ended.codes == [0, 0]:

@@ -64,7 +64,7 @@ class Result:
     out: str
     err: str
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"exit code {self.code}\n--- stdout\n{self.out[-6000:]}\n--- stderr\n{self.err[-6000:]}"
 
 
@@ -88,7 +88,9 @@ def run(command: Sequence[str], folder: Path, *, timeout: float = 120, stop: Any
         variables: Added to the environment.
     """
     if stop is None and variables.keys() <= {"PYTHONPATH"} and command[0] == sys.executable and is_program(command):
-        command, variables = [interpreter(), *command[1:]], {**variables, "PYTHON_EXEC": interpreter()}
+        command = [interpreter(), *command[1:]]
+        if "torch.distributed.run" in command:
+            variables["PYTHON_EXEC"] = interpreter()  # its ranks, and not those of launchers that a script starts
     process = subprocess.Popen(
         command,
         cwd=folder,
