@@ -613,7 +613,7 @@ class CpmAntForCausalLM(PreTrainedModel, GenerationMixin):
             if length is None or context is None or segment is None:
                 raise ValueError("CPM-Live's batch needs `length`, `context` and `segment` beside `input`")
             if input_ids is not None or past_key_values is not None:
-                raise ValueError("CPM-Live's batch goes with neither input_ids nor past_key_values")
+                raise ValueError("CPM-Live's batch cannot be combined with input_ids or past_key_values")
             hidden, layout = self._embed_batch(input, length, context, segment, span)
             targets, prompt = labels if targets is None else targets, 0
         else:

@@ -114,7 +114,7 @@ def read_glue(task: GlueTask, path: Path) -> GlueRows:
                 f"{path}, line {number}: not a row of {task.name}",
                 wanted=f"{len(columns)} columns, separated by tabs",
                 got=f"{len(cells)}: {_shortened(cells)}",
-                remedy="mend or remove the line, or fetch the file again",
+                remedy="correct or remove the line, or download the file again",
             )
         *texts, label = (cells[place] for place in places)
         if label == NO_GOLD_LABEL:

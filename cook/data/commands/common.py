@@ -32,7 +32,7 @@ def new_folder(folder: Path) -> Path:
 
 def check_new_file(path: Path) -> None:
     if path.exists():
-        raise UserError(f"--output: {path} is there already", wanted="a new file")
+        raise UserError(f"--output: {path} already exists", wanted="a new file")
 
 
 def tokenizer_type(path: str, type: str | None) -> str:
@@ -61,7 +61,7 @@ def all_numbers(meta: LiveMeta, progress: Progress | None = None) -> Iterator[np
             except BadRecord as bad:
                 raise UserError(
                     f"{path}, record {number}: {bad}",
-                    remedy="`python -m cook.data inspect` reports the block and offset",
+                    remedy="`cook data inspect` reports the block and offset",
                 ) from None
             if progress is not None:
                 progress.advance(values.nbytes)

@@ -108,7 +108,7 @@ def preprocess(
             for part, _ in zip(todo, in_order(write_part, jobs, workers, _load_tokenizer, named), strict=True):
                 progress.advance(part.size)
         except KeyboardInterrupt:
-            raise Interrupted("the parts that are done are kept; give the same command to go on") from None
+            raise Interrupted("finished parts are kept; run the same command to resume") from None
     _finish(folder, parts, settings, passed)
 
 

@@ -91,7 +91,7 @@ def read_numbers(path: Path, version: int, block_size: int, num_blocks: int) -> 
 def _damaged(path: Path, block: int, refused: PickleRefused) -> UserError:
     return UserError(
         f"{place(path, block, refused.offset)}: {refused.reason}",
-        remedy="the file is damaged or no CPM-Ant data; copy it again, or mask it in meta.bin",
+        remedy="the file is damaged or is not CPM-Ant data; copy it again, or mask it in meta.bin",
     )
 
 

@@ -42,7 +42,7 @@ class LiveWriter:
                     f"{self._path}: record {self.nlines} is larger than a block",
                     wanted=f"at most {self._block_size - 2} bytes",
                     got=f"{len(payload)} bytes, {len(values)} numbers",
-                    remedy="cut it into shorter records, or take a larger block size",
+                    remedy="cut it into shorter records, or use a larger block size",
                 )
             self._fill_block()
             self.num_blocks += 1

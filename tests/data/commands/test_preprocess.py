@@ -151,7 +151,7 @@ def unfinished(tmp_path, corpus, tokenizer_path, run, monkeypatch):
     command = ["preprocess", corpus, "--output", tmp_path / "out", "--tokenizer", tokenizer_path, *OPTIONS]
     with monkeypatch.context() as patch:
         patch.setattr(preprocess, "write_part", stops)
-        with pytest.raises(Interrupted, match="to go on"):
+        with pytest.raises(Interrupted, match="to resume"):
             run(*command)
     return command
 
@@ -203,5 +203,5 @@ def test_the_command_trains_what_a_run_trains(run, tmp_path, tokenizer_path):
     text = " ".join(WORDS)
     ids = SentencePieceTokenizer.load(tmp_path / "y.model").encode(text)
     assert ids == SentencePieceTokenizer.load(tokenizer_path).encode(text)
-    with pytest.raises(UserError, match="there already"):
+    with pytest.raises(UserError, match="already exists"):
         run("tokenizer", tmp_path / "x.txt", "--output", tmp_path / "y.model", "--vocab-size", 345)

@@ -117,7 +117,7 @@ def test_missing_and_existing_files(live, run, tmp_path):
     with pytest.raises(UserError, match="no such file"):
         run("convert", tmp_path / "gone.jsonl", "--output", tmp_path / "out")
     (tmp_path / "x.jsonl").write_text("")
-    with pytest.raises(UserError, match="there already"):
+    with pytest.raises(UserError, match="already exists"):
         run("convert", live[0], "--output", tmp_path / "x.jsonl")
     with pytest.raises(UserError, match="no records to write"):
         run("convert", tmp_path / "x.jsonl", "--output", tmp_path / "out")
