@@ -35,10 +35,16 @@ FLOATS = torch.ones(1)
 ROOT = Path(__file__).resolve().parents[3]
 
 
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A cache folder, where the products are built once per compiler."""
+    return tmp_path_factory.mktemp("built")
+
+
 @pytest.fixture(params=["", *OLDER])
-def processor(request, monkeypatch, tmp_path):
+def processor(request, monkeypatch, built):
     """The products as an older processor would have them: registers of 16, 8 and 4 floats, with and without bf16."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(built))
     monkeypatch.setenv("CC", f"cc {request.param}")
     sparse_build.library.cache_clear()
     assert sparse_native.has_native(FLOATS), "a C compiler is needed to test the products"
