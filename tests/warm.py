@@ -39,7 +39,21 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-IMPORTED = ("cook.cli", "cook.recipe.language_model", "cook.recipe.benchmarks.session", "torch.distributed.run")
+IMPORTED = (
+    "cook.cli",
+    "cook.recipe.language_model",
+    "cook.recipe.benchmarks.session",
+    "cook.recipe.start",
+    "torch.distributed.run",
+)
+LATER = (
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "sentencepiece.sentencepiece_model_pb2",
+    "setuptools",
+)
+"""What training imports on its way; DeepSpeed itself must have been imported before."""
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 NAMESPACES = ("net", "uts", "mnt")
 INTERPRETER = """#!{python} -IS
@@ -257,7 +271,9 @@ def _leave(code: int) -> None:
     threading._shutdown()  # type: ignore[attr-defined]  # waits for threads
     atexit._run_exitfuncs()
     has_group = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if threading.active_count() == 1 and not has_group:
+    # The thread that watches for the end of the launcher only sleeps.
+    left = {thread.name for thread in threading.enumerate()} - {threading.main_thread().name, "launcher"}
+    if not left and not has_group:
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
             sys.stderr.flush()
@@ -273,6 +289,8 @@ def _serve(path: str) -> None:
     from cook.training.deepspeed_checks import import_deepspeed
 
     import_deepspeed()
+    for name in LATER:
+        importlib.import_module(name)
     gc.collect()
     gc.freeze()  # children do not look through what is imported, and share its memory
     server = _Server(path)
