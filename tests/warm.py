@@ -70,7 +70,8 @@ for number in {signals}:
     signal.signal(number, lambda received, _frame: os.kill(child, received))
 code = int(answers.readline())
 if code < 0:
-    signal.signal(-code, signal.SIG_DFL)
+    if -code != signal.SIGKILL:
+        signal.signal(-code, signal.SIG_DFL)
     os.kill(os.getpid(), -code)
 os._exit(code)
 """
