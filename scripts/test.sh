@@ -3,8 +3,9 @@
 #
 #   bash scripts/test.sh [--quick] [options of pytest]
 #
-# --quick skips the slow tests and takes less than two minutes. WORKERS sets the number of test processes
-# (default: one per core, each with one thread).
+# --quick takes less than two minutes on two cores. It leaves out the tests of the modules in tests/conftest.py, which
+# train, start processes or compile, and checks types and pages beside the tests.
+# WORKERS sets the number of test processes (default: one per core, each with one thread).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=scripts/setup.sh
@@ -37,15 +38,31 @@ if [ "${1:-}" = --quick ]; then
   shift
   quick=(-m "not real_text and not slow")
 fi
+types_and_pages() (
+  set -e
+  "$PYTHON" -m mypy
+  site=$(mktemp -d)
+  trap 'rm -rf "$site"' EXIT
+  NO_MKDOCS_2_WARNING=1 "$PYTHON" -m mkdocs build --strict --quiet --site-dir "$site"
+)
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check --quiet .
 "$PYTHON" -m codespell_lib
-"$PYTHON" -m mypy
-site=$(mktemp -d)
-NO_MKDOCS_2_WARNING=1 "$PYTHON" -m mkdocs build --strict --quiet --site-dir "$site"
-rm -rf "$site"
 # nproc reports OMP_NUM_THREADS where it is set. More processes than cores would delay the tests of lost ranks.
 workers=${WORKERS:-$(env -u OMP_NUM_THREADS nproc)}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
-exec "$PYTHON" -m pytest --numprocesses "$workers" --dist loadfile --no-loadscope-reorder --durations 25 \
-  ${quick[@]+"${quick[@]}"} "$@"
+tests=("$PYTHON" -m pytest --numprocesses "$workers" --dist loadfile --no-loadscope-reorder --durations 25)
+if [ ${#quick[@]} -eq 0 ]; then
+  types_and_pages
+  exec "${tests[@]}" "$@"
+fi
+# mypy takes a minute where it has no cache yet; the quick tests do not depend on time.
+said=$(mktemp)
+trap 'rm -f "$said"' EXIT
+types_and_pages > "$said" 2>&1 &
+code=0 checked=0
+"${tests[@]}" "${quick[@]}" "$@" || code=$?
+wait $! || checked=$?
+cat "$said"
+[ "$checked" -eq 0 ] || exit "$checked"
+exit "$code"

@@ -15,6 +15,7 @@ import pytest
 
 from tests.recipe.tiny_run import read_log, write_run
 from tests.two_hosts import Host, TwoHosts, deepspeed, missing, missing_ssh, start_ssh, torchrun, until
+from tests.warm import interpreter
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 STEPS, BOUND = 120, 45.0
@@ -100,7 +101,10 @@ def test_deepspeed_over_ssh_trains_on_two_hosts_and_resumes_after_a_lost_rank(tm
 
 
 def start(hosts: list[Host], run: Path) -> list:
-    return [host.start(torchrun(number, "--stage", "pretrain"), run) for number, host in enumerate(hosts)]
+    launcher = (interpreter(inherited=True), "-m", "torch.distributed.run")
+    return [
+        host.start(torchrun(number, "--stage", "pretrain", launcher=launcher), run) for number, host in enumerate(hosts)
+    ]
 
 
 def last_step(log: Path) -> int:

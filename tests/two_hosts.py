@@ -80,8 +80,9 @@ class Host:
         for pid in self.pids():
             with contextlib.suppress(OSError):
                 arguments = (Path("/proc") / str(pid) / "cmdline").read_bytes().split(b"\0")
-                # torchrun and deepspeed name the script, too, after other arguments of their own.
-                if any(a.endswith(script.encode()) for a in arguments[1:3]) and b"-m" not in arguments:
+                # torchrun and deepspeed name the script, too, after other arguments of their own. A warm interpreter
+                # is a program of an interpreter with options.
+                if any(a.endswith(script.encode()) for a in arguments[1:5]) and b"-m" not in arguments:
                     found.append(pid)
         return found
 
@@ -158,10 +159,12 @@ class TwoHosts:
             _ip("netns", "del", host.namespace)
 
 
-def torchrun(number: int, *options: str, per_node: int = 1, port: int = 29500) -> list[str]:
+def torchrun(
+    number: int, *options: str, per_node: int = 1, port: int = 29500, launcher: Sequence[str] = ("torchrun",)
+) -> list[str]:
     """The command that starts a host's part of a run."""
     return [
-        "torchrun",
+        *launcher,
         "--nnodes",
         "2",
         "--nproc_per_node",

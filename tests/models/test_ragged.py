@@ -15,6 +15,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    ContinuousBatchingConfig,
     GenerationConfig,
 )
 
@@ -27,6 +28,8 @@ PADDED = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1], [1] * 9])
 EXACT = 1e-5
 NAMES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
 """Of 8 query heads over 4 key-value heads, and 20 dims, in 3 layers."""
+SMALL_CACHE = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=32)
+"""By default the cache fills most of the machine's memory, and each step a mask of 8192 tokens times the cache."""
 QUERIES = {f"layers.{n}.heads": torch.tensor([1.0, 0] * 4 if n == 1 else [1.0] * 8) for n in range(3)}
 KEYS = {"layers.0.heads": torch.tensor([0.0, 1, 1, 0]), "layers.2.heads": torch.tensor([0.0, 0, 1, 0])}
 DIMS = {"layers.1.dimff": (torch.arange(20) % 3 > 0).float(), "layers.2.ffn": torch.zeros(1)}
@@ -136,7 +139,7 @@ def test_continuous_batching_is_exact(tmp_path, unit, masks):
         for ids in prompts
     ]
     options.eos_token_id = -1
-    found = model.generate_batch(prompts, generation_config=options)
+    found = model.generate_batch(prompts, generation_config=options, continuous_batching_config=SMALL_CACHE)
     tokens = {tuple(output.prompt_ids): output.generated_tokens for output in found.values()}
     wanted = [output[0, len(ids) :].tolist() for output, ids in zip(expected, prompts, strict=True)]
     assert [tokens[tuple(ids)] for ids in prompts] == wanted

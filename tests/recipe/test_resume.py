@@ -16,6 +16,7 @@ import torch
 from cook.base.files import sha256
 from cook.training.manifest import seal
 from tests.recipe.tiny_run import Result, contents, read_log, train, write_run
+from tests.warm import process_of
 
 STEPS = 60
 STOP_AT = 15
@@ -30,7 +31,8 @@ def stop_by(folder: Path, step: int, to_a_rank: bool, process: subprocess.Popen)
     while not (log.exists() and log.read_text().count("\n") >= step):
         assert process.poll() is None and time.monotonic() < deadline, "the run ended, or never got there"
         time.sleep(0.005)
-    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    parent = str(process_of(process.pid))
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", parent], capture_output=True, text=True)
     ranks = [int(pid) for pid in children.stdout.split()]
     os.kill(ranks[-1] if to_a_rank else process.pid, signal.SIGTERM)
 

@@ -55,6 +55,9 @@ ATT_FIRST = (
 )
 FFN_FIRST = (*ATT_FIRST[:3], "ffn_mask", "ffn_finetune", "att_mask", "att_finetune", "random_baseline")
 
+WARM_VARIABLES = {"PYTHONPATH", "RANK", "WORLD_SIZE", "MASTER_PORT", "NUM_PROCESSES", "LAUNCHER", "FOLDER"}
+"""Variables that no library reads at import."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
@@ -87,14 +90,18 @@ def run(command: Sequence[str], folder: Path, *, timeout: float = 120, stop: Any
         stop: A function of the process, called before waiting for it (to send a signal).
         variables: Added to the environment.
     """
-    if stop is None and variables.keys() <= {"PYTHONPATH"} and command[0] == sys.executable and is_program(command):
-        command = [interpreter(), *command[1:]]
-        if "torch.distributed.run" in command:
-            variables["PYTHON_EXEC"] = interpreter()  # its ranks, and not those of launchers that a script starts
+    environment = own_environment(**variables)
+    if variables.keys() <= WARM_VARIABLES and command[0] == sys.executable and is_program(command):
+        is_launcher = "torch.distributed.run" in command  # programs that start launchers may look for their ranks
+        command = [interpreter(inherited=is_launcher), *command[1:]]
+    elif variables.keys() <= WARM_VARIABLES and command[0] in ("bash", "deepspeed"):
+        # setup.sh takes the Python of an active environment.
+        programs = Path(interpreter(inherited=True)).parent
+        environment |= {"VIRTUAL_ENV": sys.prefix, "PATH": f"{programs}{os.pathsep}{environment['PATH']}"}
     process = subprocess.Popen(
         command,
         cwd=folder,
-        env=own_environment(**variables),
+        env=environment,
         text=True,
         start_new_session=True,
         stdout=subprocess.PIPE,
@@ -110,9 +117,9 @@ def run(command: Sequence[str], folder: Path, *, timeout: float = 120, stop: Any
 
 
 def is_program(command: Sequence[str]) -> bool:
-    """Whether the arguments of an interpreter name a module or a script, which a warm interpreter can run."""
+    """Whether the arguments of an interpreter are a program that a warm interpreter can run."""
     first = command[3] if command[1] == "-W" else command[1]
-    return first == "-m" or first.endswith(".py")
+    return first in ("-m", "-c") or first.endswith(".py")
 
 
 def run_on_ranks(script: str, cases: Any, folder: Path, ranks: int) -> list[Any]:

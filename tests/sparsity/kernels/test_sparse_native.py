@@ -6,9 +6,9 @@ import gc
 import os
 import platform
 import resource
+import shutil
 import stat
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cook.sparsity.kernels import sparse_build, sparse_native
 from cook.sparsity.kernels.sparse_ways import by, ways
 from tests.sparsity.kernels.test_sparse_layers import BLOCK, made, tile_mask
+from tests.warm import interpreter
 
 
 @pytest.fixture(autouse=True)
@@ -35,10 +36,36 @@ FLOATS = torch.ones(1)
 ROOT = Path(__file__).resolve().parents[3]
 
 
-@pytest.fixture(params=["", *OLDER])
-def processor(request, monkeypatch, tmp_path):
-    """The products as an older processor would have them: registers of 16, 8 and 4 floats, with and without bf16."""
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A cache folder, where the products are built once per compiler; it holds those of the compiler `cc`."""
+    folder = tmp_path_factory.mktemp("built")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        patch.delenv("CC", raising=False)
+        sparse_build.library.cache_clear()
+        assert sparse_native.has_native(FLOATS), "a C compiler is needed to test the products"
+    return folder
+
+
+@pytest.fixture
+def own_cache(built, tmp_path, monkeypatch):
+    """A cache folder with what is built, which a test may change."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    (tmp_path / "cook").mkdir(mode=0o700)
+    with monkeypatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(built))
+        sparse_build.library.cache_clear()
+        shutil.copy2(sparse_build.library()._name, tmp_path / "cook")
+    sparse_build.library.cache_clear()
+    return tmp_path / "cook"
+
+
+@pytest.fixture(params=["", *OLDER])
+def processor(request, monkeypatch, built):
+    """The products as an older processor would have them: registers of 16, 8 and 4 floats, with and without bf16."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(built))
     monkeypatch.setenv("CC", f"cc {request.param}")
     sparse_build.library.cache_clear()
     assert sparse_native.has_native(FLOATS), "a C compiler is needed to test the products"
@@ -148,7 +175,7 @@ def test_many_threads_share_a_few_groups_of_rows(processor):
         torch.set_num_threads(before)
 
 
-def test_activations_in_a_part_of_others():
+def test_activations_in_a_part_of_others(own_cache):
     layer, weight, bias = made(2, tile_mask(2, 24, [8, 8], False))
     x_KM, out = torch.randn(24, 90), torch.full((16, 90), torch.nan)
     by(ways(layer.plan(), x_KM)["native"], layer.plan(), x_KM[:, 20:70], transposed=True, out=out[:, 30:80])
@@ -167,7 +194,7 @@ def test_odd_blocks_in_bf16(processor):
         torch.testing.assert_close(found.double(), wanted, rtol=2**-8, atol=1e-5)
 
 
-def test_what_does_not_fit_is_refused_before_memory_is_touched():
+def test_what_does_not_fit_is_refused_before_memory_is_touched(own_cache):
     layer, *_ = made(2, tile_mask(2, 24, [8, 8], False))
     panels, x_KM = layer.plan().panels, torch.randn(24, 8)
     for wrong in (
@@ -187,14 +214,14 @@ def test_what_does_not_fit_is_refused_before_memory_is_touched():
         sparse_native.tile_panels([(reads, writes, weight, bias)], inputs=24, outputs=16, block=1)
 
 
-def test_tensors_without_memory_get_no_native_product():
+def test_tensors_without_memory_get_no_native_product(own_cache):
     layer, *_ = made(2, tile_mask(2, 24, [8, 8], False))
     plan = layer.plan()
     fake = FakeTensorMode().from_tensor(torch.randn(24, 8))
     assert "native" not in ways(plan, fake) and not sparse_native.has_native(fake)
 
 
-def test_threads_that_end_leave_no_memory_behind():
+def test_threads_that_end_leave_no_memory_behind(own_cache):
     layer, *_ = made(0, torch.ones(512, 8, dtype=torch.bool))
     x_KM, plan = torch.randn(512, 256), layer.plan()
     way = ways(plan, x_KM)["native"]
@@ -238,11 +265,10 @@ def test_the_library_is_built_once_where_nobody_else_can_write(monkeypatch, tmp_
 
 
 @pytest.mark.parametrize("case", ["another user's", "open to others", "a link"])
-def test_a_library_that_another_user_may_have_put_there_is_not_loaded(case, monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    sparse_build.library.cache_clear()
-    assert sparse_build.library() is not None
-    (built,) = (tmp_path / "cook").iterdir()
+def test_a_library_that_another_user_may_have_put_there_is_not_loaded(case, monkeypatch, tmp_path, own_cache):
+    (built,) = own_cache.iterdir()
+    before = built.stat().st_ino
+    assert sparse_build.library() is not None and built.stat().st_ino == before, "as it is, it is loaded"
     if case == "another user's":
         if os.getuid() != 0:
             pytest.skip("only root can give a file away")
@@ -262,23 +288,22 @@ def test_a_library_that_another_user_may_have_put_there_is_not_loaded(case, monk
     assert found.st_uid == os.getuid() and stat.S_IMODE(found.st_mode) == 0o700 and stat.S_ISREG(found.st_mode)
 
 
-def test_a_compiler_named_by_blanks_is_none_named(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_a_compiler_named_by_blanks_is_none_named(monkeypatch, own_cache):
     monkeypatch.setenv("CC", "   ")
     sparse_build.library.cache_clear()
     assert sparse_build.library() is not None
 
 
 @pytest.mark.parametrize("case", ["open to others", "damaged", "no home"])
-def test_where_nothing_can_be_kept_it_is_built_for_this_process(case, tmp_path):
+def test_where_nothing_can_be_kept_it_is_built_for_this_process(case, tmp_path, own_cache):
     folder, environment = tmp_path / "cook", {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
     code = "from cook.sparsity.kernels import sparse_build as b; assert b.library().panel_outputs() in (4, 6, 8)"
-    run = [sys.executable, "-c", code]
+    run = [interpreter(), "-c", code]
+    (built,) = folder.iterdir()
     if case == "no home":
+        shutil.rmtree(folder)
         folder.write_text("a file where the folder should be")
     else:
-        subprocess.run(run, env=environment, cwd=ROOT, check=True)
-        (built,) = folder.iterdir()
         if case == "damaged":
             built.unlink()
             built.write_bytes(b"no library")
