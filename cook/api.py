@@ -19,7 +19,18 @@ from cook.evaluation.equality import largest_difference
 from cook.export.pruned_folder import mask_model, reshaped_source
 from cook.families.registry import by_config
 from cook.families.source import load_model, placed
-from cook.pruning.budgets import KINDS, Cost, Keep, Targets, check_keep, constraints, unit_cost, whole_budget
+from cook.pruning.budgets import (
+    KINDS,
+    MIB,
+    WHOLE_KEYS,
+    Cost,
+    Keep,
+    Targets,
+    check_keep,
+    constraints,
+    unit_cost,
+    whole_budget,
+)
 from cook.pruning.counts import forward_flops, parameters, unit_flops
 from cook.pruning.family import Adapter, ModelSource
 from cook.pruning.gates import Gates
@@ -81,9 +92,10 @@ def plan(model: torch.nn.Module, keep: Keep, *, context: int = 512) -> Plan:
             `{"params": 0.7}`: the share of the whole model's parameters, taken out of heads and FFN dimensions by one
             budget for all blocks;
             `{"flops": 0.7}`: the same for the FLOPs of a forward pass;
+            `{"memory_mib": 200}`: MiB of all weights in the model's dtype, and of the cache of `context` tokens;
             or any of `"blocks"` (share of the parameters in attention and FFN blocks), `"heads"` and `"dims"` (share,
             or number as an int, that each block keeps).
-        context: Mean number of keys to which a query attends, for FLOPs.
+        context: Mean number of keys to which a query attends, for FLOPs; the length of the cache, for memory.
 
     Raises:
         UserError: unknown family or key, or a size that cannot be reached.
@@ -284,7 +296,7 @@ def _source(model: torch.nn.Module, masks: Masks) -> tuple[ModelSource, PruningS
 
 def _job(model: torch.nn.Module, keep: Keep, context: int) -> _Job:
     check_keep(keep)
-    total = [key for key in ("params", "flops") if key in keep]
+    total = [key for key in WHOLE_KEYS if key in keep]
     adapter, config = _family(model)
     head_unit = adapter.head_units(config)[0]
     kinds: tuple[Kind, ...] = ("heads", "dimff")
@@ -298,7 +310,13 @@ def _job(model: torch.nn.Module, keep: Keep, context: int) -> _Job:
     space = adapter.space(config, head_unit)
     learned = tuple(group for kind in KINDS if kind in kinds for group in space.of(kind))
     targets = Targets(blocks=keep.get("blocks"), kept=kept)
-    if total:
+    if total == ["latency_ms"]:
+        raise UserError("keep: latency_ms needs the model's files", remedy="use `cook prune`, which measures the model")
+    if total == ["memory_mib"]:
+        size = next(model.parameters()).element_size()
+        limit = keep["memory_mib"] * MIB
+        targets = Targets(scope="global", cost="bytes", limit=limit, context=context, number_bytes=size)
+    elif total:
         cost: Cost = "parameters" if total == ["params"] else "flops"
         targets = whole_budget(space, learned, cost, keep[total[0]], context)
     return _Job(adapter=adapter, config=config, head_unit=head_unit, space=space, learned=learned, targets=targets)

@@ -16,7 +16,7 @@ from cook.base.environment import choose_waiting
 from cook.base.errors import EXIT_FAILED, UserError, run_entry
 from cook.base.signals import heed_launcher
 from cook.commands.data import app as data_commands
-from cook.commands.evaluation import compare, evaluate
+from cook.commands.evaluation import compare, evaluate, profile
 from cook.commands.options import AsJson, options_of
 from cook.config.tasks import OneLineJob
 from cook.config.types import STAGE_NAMES
@@ -35,6 +35,7 @@ app.add_typer(data_commands, name="data")
 app.add_typer(checkpoint, name="checkpoint")
 app.command("eval")(evaluate)
 app.command()(compare)
+app.command()(profile)
 
 Config = Annotated[str, typer.Option("--config", help="What to do: the path of a `bmcook.json`.")]
 Overrides = Annotated[

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from cook.base.errors import UserError
 from cook.cli import app, invoke
+from cook.evaluation import profile
+from cook.pruning.block_times import read_block_times
 from tests.recipe.tiny_run import REPOSITORY, run
 
 COMMANDS = {
@@ -24,6 +26,7 @@ COMMANDS = {
     "reshape": ("--model", "--coarse-mask", "--verify", "--uniform"),
     "report": ("--config", "--output"),
     "eval": ("--model", "--data", "--window", "--no-speed", "--trust-remote-code"),
+    "profile": ("--length", "--phase", "--output"),
     "compare": ("--data", "--output", "--window", "--no-speed"),
     "families": ("--json",),
     "recipes list": ("--json",),
@@ -163,6 +166,34 @@ def test_a_whole_budget_is_planned(tiny, tmp_path, capsys):
     (stage,) = json.loads(capsys.readouterr().out)["stages"]
     whole = sum(p.numel() for p in LlamaForCausalLM.from_pretrained(tiny / "model").parameters())
     assert stage["parameters_before"] == whole and stage["parameters_after"] == pytest.approx(0.8 * whole, rel=0.02)
+
+
+def test_a_budget_in_mib_is_planned_and_one_in_milliseconds_is_measured_and_met(tiny, tmp_path, capsys, monkeypatch):
+    whole = LlamaForCausalLM.from_pretrained(tiny / "model")
+    cache = 2 * 3 * 4 * 4 * 64  # keys and values of 3 layers, 4 heads of 4 features, 64 tokens
+    mib = 2 * (sum(p.numel() for p in whole.parameters()) + cache) / 2**20
+    prune(tiny, tmp_path / "small", f"memory_mib={0.8 * mib:.5f}", "--teacher", "none")
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small" / "model", trust_remote_code=True)
+    ids = torch.zeros(1, 64, dtype=torch.long)
+    layers = small(input_ids=ids, use_cache=True).past_key_values.layers
+    cached = sum(layer.keys.numel() + layer.values.numel() for layer in layers if layer.keys is not None)
+    ended = 2 * (sum(p.numel() for p in small.parameters()) + cached) / 2**20
+    one_head = 2 * (32 * 8 * 2 + 32 * 4 * 2 + 2 * 4 * 64) / 2**20
+    assert ended == pytest.approx(0.8 * mib, abs=one_head)
+    capsys.readouterr()
+    # A clock that counts weights: the test machine's own is too noisy for a tiny model.
+    monkeypatch.setattr(profile, "median_seconds", lambda actions, *_, **__: {n: a() for n, a in actions.items()})
+    monkeypatch.setattr(profile._Passes, "_pass", lambda _, model: lambda: sum(p.numel() for p in model.parameters()))
+    with pytest.raises(UserError, match=r"(?s)0\.001 ms cannot be reached.*wanted: +above"):
+        prune(tiny, tmp_path / "fast", "latency_ms=0.001", "--dry-run")
+    times = read_block_times(tmp_path / "fast" / "block_times.json")
+    assert "units of dimff per block" in capsys.readouterr().out and times.settings["length"] == 64
+    most, least = times.rest + 3 * (times.heads.ms[-1] + times.dimff.ms[-1]), times.rest
+    budget = 0.3 * least + 0.7 * most
+    prune(tiny, tmp_path / "fast", f"latency_ms={budget:.6f}", "--teacher", "none")
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "fast" / "model", trust_remote_code=True)
+    weights = sum(p.numel() for p in small.parameters())
+    assert 1000 * weights == pytest.approx(budget, abs=1000 * (32 * 8 * 2 + 32 * 4 * 2))  # to one head's weights
 
 
 @pytest.mark.parametrize(

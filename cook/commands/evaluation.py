@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from cook.commands.options import options_of
-from cook.evaluation.settings import Settings, checked
+from cook.evaluation.settings import ProfileSettings, Settings, checked
 
 Data = Annotated[list[str], typer.Option(help="A UTF-8 text file to score; may be repeated.")]
 
@@ -58,3 +58,24 @@ def compare(
 
     comparison = compare([parse_entry(model) for model in models], read_texts(data), settings, files=data)
     write_comparison(comparison, output)
+
+
+@options_of(ProfileSettings)
+def profile(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="A model folder.")],
+    settings: ProfileSettings,
+    output: Annotated[Path, typer.Option(metavar="FILE", help="Where to write the table, as JSON.")] = Path(
+        "block_times.json"
+    ),
+) -> None:
+    """Measure how long a model's blocks take at different sizes, for `joint.target_latency`.
+
+    Run it on the machine that will run the pruned model, when nothing else runs there.
+    """
+    from cook.base.files import write_json
+    from cook.evaluation.profile import measure_block_times, table
+    from cook.families.source import open_model
+
+    times = measure_block_times(open_model(model), settings, on_point=print)
+    write_json(output, times.as_json())
+    print(f"\n{table(times)}\nwritten: {output}")

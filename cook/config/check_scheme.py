@@ -146,17 +146,38 @@ def joint_budget_is_one(joint: JointConfig | None) -> Iterator[UserError]:
     if joint is None:
         return
     other = "block" if joint.scope == "global" else "global"
-    keys = {"global": ("target_params", "target_flops", "flops_length"), "block": ("target_sparsity",)}[other]
-    for key in keys:
-        if getattr(joint, key) is not None:
+    for key in {"global": (*BUDGETS, *BUDGETS.values()), "block": ("target_sparsity",)}[other]:
+        if key is not None and getattr(joint, key) is not None:
             remedy = f'leave it out, or set joint.scope to "{other}"'
             if key == "target_sparsity":
                 remedy = "leave it out: a block without any units left is removed"
             yield UserError(f"joint.{key}: valid only for scope {other!r}", got=f"scope {joint.scope!r}", remedy=remedy)
-    if joint.target_params is not None and joint.target_flops is not None:
-        yield UserError("joint: two budgets", wanted="target_params or target_flops, not both")
-    if joint.scope == "global" and joint.flops_length is not None and joint.target_flops is None:
-        yield UserError("joint.flops_length: unused, because target_flops is not set", remedy="leave it out")
+    given = [key for key in BUDGETS if getattr(joint, key) is not None]
+    if len(given) > 1:
+        yield UserError(f"joint: {len(given)} budgets", wanted=f"one of {', '.join(BUDGETS)}", got=", ".join(given))
+    if joint.scope == "global":
+        for key, companion in BUDGETS.items():
+            if companion is not None and getattr(joint, companion) is not None and key not in given:
+                remedy = "leave it out"
+                yield UserError(f"joint.{companion}: unused, because {key} is not set", remedy=remedy)
+    if joint.target_latency is not None and joint.block_times is None:
+        yield UserError(
+            "joint.block_times: missing",
+            wanted="the table of block times for target_latency",
+            remedy=PROFILE,
+        )
+    if joint.block_times is not None and not os.path.isfile(joint.block_times):
+        yield UserError("joint.block_times: there is no such file", got=joint.block_times, remedy=PROFILE)
+
+
+PROFILE = "measure it with `cook profile MODEL --output FILE` on the machine that will run the model"
+BUDGETS = {
+    "target_params": None,
+    "target_flops": "flops_length",
+    "target_latency": "block_times",
+    "target_memory": "cache_length",
+}
+"""The keys of `joint` that set a global budget, each with the key that only it uses."""
 
 
 def _units_in_recipe(stages: tuple[StageEntry, ...]) -> set[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Annotated, Literal, get_args
 
-from cook.config.declare import Limits, MaskPath, Share, Size, UserPath
+from cook.config.declare import Count, Limits, MaskPath, Positive, Share, Size, UserPath
 
 StageName = Literal[
     "pretrain",
@@ -124,6 +124,16 @@ class JointConfig:
     """Scope `global`: fraction of the forward FLOPs per token of all heads and dims to keep."""
     flops_length: Size | None = None
     """Number of keys that a query attends to, for `target_flops`. None: `data.max_length`."""
+    target_latency: Positive | None = None
+    """Scope `global`: milliseconds of a forward pass of the whole pruned model, by the times in `block_times`."""
+    block_times: UserPath | None = None
+    """The table that `cook profile` measured for this model on the machine that will run it; for `target_latency`."""
+    target_memory: Positive | None = None
+    """Scope `global`: MiB of the whole pruned model's weights and of the keys and values of `cache_length` tokens."""
+    cache_length: Count | None = None
+    """Tokens in the cache, all rows together, for `target_memory`. None: `data.max_length`."""
+    number_bytes: Annotated[int, Limits(enum=[1, 2, 4])] = 2
+    """Bytes per weight and per cached number, for `target_memory`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,6 +45,26 @@ class Settings:
     """Let a modeling file in the model's folder run."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProfileSettings:
+    """What `cook profile` measures."""
+
+    batch_size: Size = 1
+    """Rows per forward pass."""
+    length: Size = 512
+    """Tokens per row."""
+    phase: Literal["prefill", "decode"] = "prefill"
+    """`prefill`: a forward pass over all tokens. `decode`: one more token per row after `length` cached ones."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """The type of the weights."""
+    device: str = "cpu"
+    """`cpu`, `cuda`, `cuda:1`, …"""
+    points: Annotated[int, Limits(minimum=2, maximum=64)] = 4
+    """Sizes of attention and FFN blocks to measure, evenly spaced up to the whole block."""
+    repeats: Size = 7
+    """Passes per size, of which the median counts."""
+
+
 def checked(settings: Settings) -> Settings:
     """The settings with their device chosen.
 

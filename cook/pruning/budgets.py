@@ -8,19 +8,31 @@ from typing import Literal
 
 from cook.base.errors import UserError
 from cook.config.scheme import Scope
-from cook.pruning.controller import Constraint
-from cook.pruning.counts import forward_flops, parameters, unit_flops, unit_parameters
+from cook.pruning.block_times import BlockTimes, TimePricing
+from cook.pruning.controller import Constraint, Pricing
+from cook.pruning.counts import (
+    Kept,
+    cache_features,
+    forward_flops,
+    parameters,
+    unit_cache_features,
+    unit_flops,
+    unit_parameters,
+)
 from cook.pruning.units import Kind, PruningSpace, UnitGroup
 
+MIB = 1 << 20
 KINDS: tuple[Kind, ...] = ("layer", "heads", "dimff")
 """The order of groups in the flat vector of gates."""
-Cost = Literal["units", "parameters", "flops"]
-"""What a budget counts: parameters, FLOPs or units."""
+Cost = Literal["units", "parameters", "flops", "bytes", "ms"]
+"""What a budget counts: units, parameters, FLOPs per token, bytes of weights and cache, or measured milliseconds."""
 Keep = Mapping[str, float]
-"""What to keep, by a name of `KEEP_KEYS`: a share, or a number of heads or FFN dimensions."""
-KEEP_KEYS = ("params", "flops", "blocks", "heads", "dims")
-Budget = tuple[str, Sequence[float], float]
-"""Name, cost of each unit, and the share of the total cost to remove."""
+"""What to keep, by a name of `KEEP_KEYS`: a share, a number of heads or FFN dimensions, or MiB or milliseconds."""
+WHOLE_KEYS = ("params", "flops", "memory_mib", "latency_ms")
+"""The names of budgets for all units together."""
+KEEP_KEYS = (*WHOLE_KEYS, "blocks", "heads", "dims")
+Budget = tuple[str, Sequence[float], float, Pricing | None]
+"""Name, cost of each unit, the share of the total cost to remove, and how the costs change, if they do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +48,17 @@ class Targets:
     cost: Cost = "units"
     """What the global budget counts."""
     share: float | None = None
-    """Share of the global budget's costs to keep; None: the share that follows from `kept`."""
+    """Share of the global budget's costs to keep; None: the share that follows from `limit` or `kept`."""
+    limit: float | None = None
+    """Bytes or milliseconds of the whole pruned model."""
+    before: Kept = field(default_factory=dict)
+    """Units that fixed masks leave, by group name, for `limit`."""
     context: int = 0
-    """Mean number of keys to which a query attends; used to count FLOPs."""
+    """Number of keys to which a query attends: the mean for FLOPs, the length of the cache for bytes."""
+    number_bytes: int = 2
+    """Bytes per weight and per cached feature."""
+    times: BlockTimes | None = None
+    """The measured times, where milliseconds are counted."""
 
     def kept_share(self, group: UnitGroup) -> float:
         """The share of its units that `group` keeps if all blocks keep equally many."""
@@ -62,29 +82,36 @@ def constraints(space: PruningSpace, learned: Sequence[UnitGroup], targets: Targ
     if groups["layer"]:
         assert targets.blocks is not None, "blocks have gates and no target"
         sizes = [float(unit_parameters(space, group)) for group in groups["layer"]]
-        budgets.append(("blocks", sizes, 1.0 - targets.blocks))
+        budgets.append(("blocks", sizes, 1.0 - targets.blocks, None))
     inner = groups["heads"] + groups["dimff"]
     if inner and targets.scope == "global":
         budgets.append(_shared(space, inner, targets))
     else:
         budgets += [budget for group in inner for budget in _of_block(group, targets.kept_share(group))]
     made, start = [], 0
-    for name, costs, target in budgets:
+    for name, costs, target, pricing in budgets:
         total = sum(costs)
-        made.append(Constraint(name=name, start=start, costs=tuple(cost / total for cost in costs), target=target))
+        shares = tuple(cost / total for cost in costs)
+        made.append(Constraint(name=name, start=start, costs=shares, target=target, pricing=pricing))
         start += len(costs)
     return made
 
 
 def _of_block(group: UnitGroup, kept: float) -> list[Budget]:
     names = [group.name] if group.sections == 1 else [f"{group.name}.{n}" for n in range(group.sections)]
-    return [(name, [1.0] * group.section_size, 1.0 - kept) for name in names]
+    return [(name, [1.0] * group.section_size, 1.0 - kept, None) for name in names]
 
 
 def unit_cost(space: PruningSpace, group: UnitGroup, targets: Targets) -> float:
     """The cost of one unit of `group` in a global budget."""
+    if targets.cost == "ms":
+        assert targets.times is not None, "milliseconds are counted and no times are given"
+        return targets.times.curve(group).ms[-1] / group.size
     if targets.cost == "flops":
         return float(unit_flops(space, group, context=targets.context))
+    if targets.cost == "bytes":
+        numbers = unit_parameters(space, group) + unit_cache_features(group) * targets.context
+        return float(targets.number_bytes * numbers)
     return float(unit_parameters(space, group) if targets.cost == "parameters" else group.members)
 
 
@@ -92,11 +119,40 @@ def _shared(space: PruningSpace, groups: Sequence[UnitGroup], targets: Targets) 
     each = [unit_cost(space, group, targets) for group in groups]
     costs = [cost for group, cost in zip(groups, each, strict=True) for _ in range(group.size)]
     share = targets.share
-    if share is None:
+    if targets.limit is not None:
+        share = _share_of_limit(space, groups, targets, sum(costs))
+    elif share is None:
         even = sum(targets.kept_share(group) * group.size * cost for group, cost in zip(groups, each, strict=True))
         share = even / sum(costs)
+    pricing = None
+    if targets.times is not None:
+        curves = tuple(targets.times.curve(group) for group in groups)
+        pricing = TimePricing(sizes=tuple(group.size for group in groups), curves=curves)
     kinds = {group.kind for group in groups}
-    return "heads and dims" if len(kinds) > 1 else groups[0].kind, costs, 1.0 - share
+    return "heads and dims" if len(kinds) > 1 else groups[0].kind, costs, 1.0 - share, pricing
+
+
+def _share_of_limit(space: PruningSpace, groups: Sequence[UnitGroup], targets: Targets, prunable: float) -> float:
+    """The share of the groups' costs that stays if the whole model ends at `targets.limit`."""
+    assert targets.limit is not None
+    whole = whole_cost(space, targets, targets.before)
+    share = 1 - (whole - targets.limit) / prunable
+    if not 0 < share <= 1:
+        unit, scale = ("MiB", MIB) if targets.cost == "bytes" else ("ms", 1)
+        raise UserError(
+            f"the budget of {targets.limit / scale:.4g} {unit} cannot be reached with heads and FFN dimensions",
+            wanted=f"above {(whole - prunable) / scale:.4g} and up to {whole / scale:.4g} {unit}",
+        )
+    return share
+
+
+def whole_cost(space: PruningSpace, targets: Targets, kept: Kept) -> float:
+    """Bytes or milliseconds of the whole model with the units in `kept`."""
+    if targets.cost == "ms":
+        assert targets.times is not None
+        return targets.times.total(space, kept)
+    numbers = parameters(space, kept) + cache_features(space, kept) * targets.context
+    return float(targets.number_bytes * numbers)
 
 
 def whole_budget(space: PruningSpace, learned: Sequence[UnitGroup], cost: Cost, share: float, context: int) -> Targets:
@@ -127,12 +183,12 @@ def check_keep(keep: Keep) -> None:
     unknown = sorted(set(keep) - set(KEEP_KEYS))
     if unknown or not keep:
         raise UserError(f"keep: {'unknown ' + unknown[0] if unknown else 'is empty'}", wanted=", ".join(KEEP_KEYS))
-    for key in ("params", "flops"):
+    for key in WHOLE_KEYS:
         if key in keep and len(keep) > 1:
             raise UserError(f"keep: {key} is a budget for all units", remedy="use it without other keys")
     for key, value in keep.items():
         is_number = isinstance(value, int) and key in ("heads", "dims")
-        if not (value >= 1 if is_number else 0 < value <= 1):
-            raise UserError(
-                f"keep: {key}={value}", wanted="a share above 0 and up to 1.0, or a number of heads or dims"
-            )
+        is_absolute = key in ("memory_mib", "latency_ms")
+        if not (value > 0 if is_absolute else value >= 1 if is_number else 0 < value <= 1):
+            wanted = "above 0" if is_absolute else "a share above 0 and up to 1.0, or a number of heads or dims"
+            raise UserError(f"keep: {key}={value}", wanted=wanted)

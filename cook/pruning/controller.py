@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -32,11 +33,22 @@ NEAR_ENOUGH = 1e-13
 """Allowed difference between the sparsity and its target."""
 
 
+class Pricing(Protocol):
+    """Costs that change with the sizes of the blocks, as measured times do."""
+
+    def linearised(self, openness: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Costs and offset of the kept share's tangent at `openness`: share ≈ Σ cost·openness + offset."""
+
+    def removed_after(self, order: torch.Tensor) -> torch.Tensor:
+        """The removed share after 0, 1, 2, … gates are closed in this order, float64 `[gates + 1]`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Constraint:
     """A target for the expected sparsity of consecutive gates.
 
-    s = 1 − Σ_j cost_j · openness_j, where a unit's cost is its share of the parameters (or of the units).
+    s = 1 − Σ_j cost_j · openness_j, where a unit's cost is its share of the parameters (or of the units). With a
+    pricing, the costs follow the sizes: every step uses the tangent at the present gates.
     """
 
     name: str
@@ -46,6 +58,15 @@ class Constraint:
     """Each gate's share; they sum to 1."""
     target: float
     """The sparsity at the end, in [0, 1)."""
+    pricing: Pricing | None = None
+    """Replaces `costs`, which then hold only when all gates are open."""
+
+    def removed_after(self, order: torch.Tensor) -> torch.Tensor:
+        """The removed share after 0, 1, 2, … gates are closed in this order, float64 `[gates + 1]`."""
+        if self.pricing is not None:
+            return self.pricing.removed_after(order)
+        costs = torch.tensor(self.costs, dtype=torch.float64)[order]
+        return torch.cat([torch.zeros(1, dtype=torch.float64), costs.cumsum(0)])
 
 
 class GateController:
@@ -75,6 +96,7 @@ class GateController:
         # One row per constraint, padded to the longest; the padding has no cost.
         self._real = torch.arange(max(sizes, default=0)) < torch.tensor(sizes)[:, None]
         self._costs = self._rows(torch.tensor([cost for c in constraints for cost in c.costs], dtype=torch.float64))
+        self._offsets = torch.zeros(len(sizes), dtype=torch.float64)
         self._sizes = torch.tensor(sizes, dtype=torch.float64)
         self.moment = torch.zeros(sum(sizes), dtype=torch.float64)
         self.second_moment = torch.zeros(sum(sizes), dtype=torch.float64)
@@ -87,10 +109,20 @@ class GateController:
 
     def expected_sparsity(self, values: torch.Tensor) -> torch.Tensor:
         """s of every constraint, float64 `[constraints]`."""
-        return self._sparsity(self._rows(values.double()))
+        rows = self._rows(values.double())
+        self._reprice(rows)
+        return self._sparsity(rows)
+
+    def _reprice(self, rows: torch.Tensor) -> None:
+        """Sets the costs of constraints with a pricing to their tangent at these values."""
+        for number, constraint in enumerate(self.constraints):
+            if constraint.pricing is not None:
+                openness = self.relaxation.openness(rows[number, : len(constraint.costs)])
+                costs, self._offsets[number] = constraint.pricing.linearised(openness)
+                self._costs[number, : len(costs)] = costs
 
     def _sparsity(self, rows: torch.Tensor) -> torch.Tensor:
-        return 1 - (self._costs * self.relaxation.openness(rows)).sum(1)
+        return 1 - self._offsets - (self._costs * self.relaxation.openness(rows)).sum(1)
 
     @torch.no_grad()
     def step(self, values: torch.Tensor, gradient: torch.Tensor, targets: torch.Tensor, *, hold: float = 0.0) -> None:
@@ -112,6 +144,7 @@ class GateController:
         scale = scale + 1e-2 * (scale.sum(1) / self._sizes)[:, None] + 1e-30
 
         relaxation, start = self.relaxation, self._rows(values.double())
+        self._reprice(start)
         task = moment / scale + relaxation.binarization_gradient(start, hold)
         press = self._costs * relaxation.slope(start) / scale
         low, high = relaxation.low, relaxation.high

@@ -33,6 +33,24 @@ def unit_flops(space: PruningSpace, group: UnitGroup, *, context: int) -> int:
     return flops + (4 * context * group.slices[-1].block if group.kind == "heads" else 0)
 
 
+def unit_cache_features(group: UnitGroup) -> int:
+    """Numbers per token of the keys and values that one unit keeps in the cache of a decoder."""
+    if group.kind != "heads" or group.head_unit == "query_head":
+        return 0
+    return 2 * group.slices[-1].block // group.members
+
+
+def cache_features(space: PruningSpace, kept: Kept | None = None) -> int:
+    """Numbers per token in the cache of a decoder: the keys and values of all attention blocks."""
+    kept, total = kept or {}, 0
+    for group in (*space.groups, *space.unprunable):
+        if group.kind == "heads" and kept.get(space.block(group).name, 1):
+            units = kept.get(group.name, group.size)
+            width = group.slices[-1].block // group.members
+            total += 2 * width * group.heads(units)[1] if units else 0
+    return total
+
+
 def kept_shapes(space: PruningSpace, kept: Kept) -> dict[str, tuple[int, ...]]:
     """The shape of every weight that remains; weights of removed blocks are left out.
 

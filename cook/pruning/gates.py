@@ -120,10 +120,8 @@ class Gates:
         """
         kept = torch.ones_like(self.values)
         for c in self.constraints:
-            costs = torch.tensor(c.costs, dtype=torch.float64)
-            order = torch.argsort(self.values[c.start : c.start + len(costs)], stable=True)
-            removed_share = torch.cat([torch.zeros(1, dtype=torch.float64), costs[order].cumsum(0)])
-            removed = int((removed_share - c.target).abs().argmin())
+            order = torch.argsort(self.values[c.start : c.start + len(c.costs)], stable=True)
+            removed = int((c.removed_after(order) - c.target).abs().argmin())
             kept[c.start + order[:removed]] = 0.0
         return self.split(kept)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -13,11 +13,12 @@ from cook.base.errors import UserError
 from cook.base.seeds import derived_seed, generator
 from cook.families.registry import by_config
 from cook.families.source import open_model
-from cook.pruning.budgets import Targets, constraints
+from cook.pruning.block_times import read_block_times
+from cook.pruning.budgets import MIB, Targets, constraints
 from cook.pruning.family import Adapter
 from cook.pruning.gates import Gates
 from cook.pruning.mask_file import read_masks
-from cook.pruning.mask_set import kept_groups, without_empty_blocks
+from cook.pruning.mask_set import kept_counts, kept_groups, without_empty_blocks
 from cook.pruning.random_masks import random_masks_like
 from cook.pruning.relaxation import Deterministic, HardConcrete, Relaxation
 from cook.pruning.restrict import restrict
@@ -172,7 +173,7 @@ def make_gates(stage: Stage, inputs: Inputs) -> Gates | None:
         relaxation = HardConcrete(initial_log_alpha=options.initial_log_alpha)
     return Gates(
         {group.name: group.size for group in inputs.learned},
-        constraints(inputs.space, inputs.learned, stage_targets(stage)),
+        constraints(inputs.space, inputs.learned, replace(stage_targets(stage), before=kept_counts(inputs.fixed))),
         steps=stage.config.training.steps,
         seed=derived_seed(stage.config.seed, stage.name),
         relaxation=relaxation,
@@ -188,18 +189,26 @@ def stage_targets(stage: Stage) -> Targets:
     fine, joint = stage.config.fine, stage.config.joint if stage.name == "joint_mask" else None
     coarse = joint or stage.config.coarse
     sparsity = coarse.target_sparsity if coarse else None
-    share = (joint.target_flops or joint.target_params) if joint else None
-    cost: Literal["units", "parameters", "flops"] = "units"
-    if joint:
-        cost = "flops" if joint.target_flops is not None else "parameters"
-    return Targets(
+    length = stage.config.data.max_length
+    targets = Targets(
         blocks=None if sparsity is None else 1.0 - sparsity,
         kept={"heads": fine.target_num_heads, "dimff": fine.target_dimff} if fine else {},
         scope=joint.scope if joint else fine.scope if fine else "block",
-        cost=cost,
-        share=share,
-        context=(joint.flops_length if joint else None) or stage.config.data.max_length,
+        cost="parameters" if joint else "units",
+        context=length,
     )
+    if joint is None:
+        return targets
+    if joint.target_flops is not None:
+        return replace(targets, cost="flops", share=joint.target_flops, context=joint.flops_length or length)
+    if joint.target_latency is not None:
+        assert joint.block_times is not None
+        return replace(targets, cost="ms", limit=joint.target_latency, times=read_block_times(joint.block_times))
+    if joint.target_memory is not None:
+        tokens = length if joint.cache_length is None else joint.cache_length
+        limit = joint.target_memory * MIB
+        return replace(targets, cost="bytes", limit=limit, context=tokens, number_bytes=joint.number_bytes)
+    return replace(targets, share=joint.target_params)
 
 
 def final_masks(stage: Stage, inputs: Inputs, gates: Gates | None) -> dict[str, torch.Tensor]:

@@ -7,11 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cook.base.errors import UserError, UserErrors
 from cook.base.files import read_json, write_json
 from cook.config.tasks import OneLineJob
+from cook.evaluation.profile import measure_block_times
+from cook.evaluation.settings import ProfileSettings
 from cook.families.source import open_model
-from cook.pruning.budgets import KEEP_KEYS, Cost, Keep, check_keep, whole_budget
+from cook.pruning.budgets import KEEP_KEYS, WHOLE_KEYS, Cost, Keep, check_keep, whole_budget
 from cook.pruning.family import ModelSource
 from cook.recipe.head_units import nearest_heads, reachable_heads
 from cook.recipe.start import make_plan
@@ -170,7 +174,7 @@ def _scheme(job: OneLineJob, keep: Keep, source: ModelSource) -> tuple[dict[str,
     unit, kept_heads = nearest_heads(adapter, config, keep.get("heads", heads))
     kept_dims = keep.get("dims", dims)
     kept_dims = kept_dims if isinstance(kept_dims, int) else max(1, round(kept_dims * dims))
-    is_global = "params" in keep or "flops" in keep
+    is_global = bool(set(keep) & set(WHOLE_KEYS))
     coarse = {
         "train_mask": True,
         "coarse_mask": str(masks / "layer_mask.pt"),
@@ -190,6 +194,12 @@ def _scheme(job: OneLineJob, keep: Keep, source: ModelSource) -> tuple[dict[str,
         "prune_mode": "att" if "heads" in keep else "ffn",
     }
     scheme: dict[str, Any] = {"coarse-grained": coarse, "fine-grained": fine}
+    if "memory_mib" in keep or "latency_ms" in keep:
+        joint: dict[str, Any] = {"train_mask": True, "scope": "global"}
+        if "memory_mib" in keep:
+            return scheme | {"joint": joint | {"target_memory": keep["memory_mib"]}}, _JOINT
+        times = _block_times(job, source)
+        return scheme | {"joint": joint | {"target_latency": keep["latency_ms"], "block_times": str(times)}}, _JOINT
     if is_global:
         key = "params" if "params" in keep else "flops"
         cost: Cost = "parameters" if key == "params" else "flops"
@@ -197,7 +207,7 @@ def _scheme(job: OneLineJob, keep: Keep, source: ModelSource) -> tuple[dict[str,
         share = whole_budget(space, groups, cost, keep[key], job.max_length).share
         return scheme | {"joint": {"train_mask": True, "scope": "global", f"target_{key}": share}}, _JOINT
     if len(keep) > 1:
-        joint: dict[str, Any] = {"train_mask": True, "scope": "block"}
+        joint = {"train_mask": True, "scope": "block"}
         if "blocks" in keep:
             joint["target_sparsity"] = coarse["target_sparsity"]
         return scheme | {"joint": joint}, _JOINT
@@ -207,6 +217,15 @@ def _scheme(job: OneLineJob, keep: Keep, source: ModelSource) -> tuple[dict[str,
 
 
 _JOINT = ("joint_mask", "joint_finetune")
+
+
+def _block_times(job: OneLineJob, source: ModelSource) -> Path:
+    """Measures the model, unless an earlier start of this job has; returns the path of the table."""
+    path = Path(job.output) / "block_times.json"
+    if not path.is_file():
+        settings = ProfileSettings(length=job.max_length, device="cuda" if torch.cuda.is_available() else "cpu")
+        write_json(path, measure_block_times(source, settings, on_point=print).as_json())
+    return path
 
 
 def _distillation(job: OneLineJob, stage: str) -> Mapping[str, Any] | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cook.base.errors import UserError
+from cook.base.files import read_json
 from cook.config.distillation import OWN_TEACHER
 from cook.config.types import RunConfig, StageName, for_stage, training_for, two_of_four
 from cook.pruning.units import Kind
@@ -114,7 +115,9 @@ class Stage:
         if fine and (fine.head_unit != "auto" or fine.allow_remote_code):
             heads = [heads, fine.head_unit, fine.allow_remote_code]
         dims: Any = fine.target_dimff if fine else None
-        at_once = [asdict(joint) | {"train_mask": None}, heads, dims] if joint else []
+        at_once: list[Any] = [asdict(joint) | {"train_mask": None}, heads, dims] if joint else []
+        if joint and joint.block_times:
+            at_once[0] |= {"block_times": read_json(joint.block_times)}
         if fine and fine.scope != "block":
             heads, dims = [heads, fine.scope], [dims, fine.scope]
         targets: list[Any] = [coarse.target_sparsity if coarse else None, heads, dims]

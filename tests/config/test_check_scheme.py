@@ -214,12 +214,30 @@ def test_all_mistakes_of_a_joint_budget_are_told_at_once(errors_of, load, scheme
     scheme["joint"] |= {"scope": "global", "target_sparsity": 0.5}
     messages = errors_of()
     assert messages[0].startswith("joint.target_sparsity: valid only for scope 'block'")
-    assert "two budgets" in messages[1]
+    assert "2 budgets" in messages[1]
     assert "a block without any units left is removed" in messages[0] and len(messages) == 2
     scheme["joint"] |= {"target_sparsity": None, "target_flops": None}
     assert errors_of()[0].startswith("joint.flops_length: unused, because target_flops")
     scheme["joint"]["flops_length"] = None
     assert load().joint.target_params == 0.5
+
+
+def test_a_budget_in_milliseconds_needs_its_table(errors_of, load, scheme, tmp_path):
+    scheme["joint"] = {"train_mask": True, "scope": "global", "target_latency": 5.0}
+    [message] = errors_of()
+    assert message.startswith("joint.block_times: missing") and "cook profile" in message
+    scheme["joint"]["block_times"] = str(tmp_path / "times.json")
+    [message] = errors_of()
+    assert message.startswith("joint.block_times: there is no such file")
+    (tmp_path / "times.json").write_text("{}")
+    assert load().joint.target_latency == 5.0
+    scheme["joint"] |= {"target_latency": None, "target_memory": 90.0, "cache_length": 10}
+    assert [message.split("\n")[0] for message in errors_of()] == [
+        "joint.block_times: unused, because target_latency is not set"
+    ]
+    scheme["joint"]["block_times"] = None
+    assert load().joint.cache_length == 10
+    assert len(errors_of("joint.target_memory=0")) == 1
 
 
 @pytest.mark.parametrize("share", [0, 1, 1.5, 2000000, "true"])
