@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Literal
 
 from cook.base.errors import UserError
@@ -12,15 +13,15 @@ from cook.pruning.controller import Constraint
 from cook.pruning.counts import forward_flops, parameters, unit_flops, unit_parameters
 from cook.pruning.units import Kind, PruningSpace, UnitGroup
 
-KINDS: tuple[Kind, ...] = ("layer", "heads", "dimff")
+KINDS: tuple[Kind, ...] = ("layer", "heads", "keys", "dimff")
 """The order of groups in the flat vector of gates."""
 Cost = Literal["units", "parameters", "flops"]
 """What a budget counts: parameters, FLOPs or units."""
 Keep = Mapping[str, float]
 """What to keep, by a name of `KEEP_KEYS`: a share, or a number of heads or FFN dimensions."""
 KEEP_KEYS = ("params", "flops", "blocks", "heads", "dims")
-Budget = tuple[str, Sequence[float], float]
-"""Name, cost of each unit, and the share of the total cost to remove."""
+Budget = tuple[str, Sequence[float], float, tuple[int, ...]]
+"""Name, cost of each unit, the share of the total cost to remove, and the owners (`Constraint.owners`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class Targets:
 
     def kept_share(self, group: UnitGroup) -> float:
         """The share of its units that `group` keeps if all blocks keep equally many."""
-        kept = self.kept[group.kind]
+        kept = 1.0 if group.kind == "keys" else self.kept[group.kind]
         return kept / (group.size * group.members) if isinstance(kept, int) else kept
 
 
@@ -62,23 +63,24 @@ def constraints(space: PruningSpace, learned: Sequence[UnitGroup], targets: Targ
     if groups["layer"]:
         assert targets.blocks is not None, "blocks have gates and no target"
         sizes = [float(unit_parameters(space, group)) for group in groups["layer"]]
-        budgets.append(("blocks", sizes, 1.0 - targets.blocks))
-    inner = groups["heads"] + groups["dimff"]
+        budgets.append(("blocks", sizes, 1.0 - targets.blocks, ()))
+    inner = groups["heads"] + groups["keys"] + groups["dimff"]
     if inner and targets.scope == "global":
         budgets.append(_shared(space, inner, targets))
     else:
         budgets += [budget for group in inner for budget in _of_block(group, targets.kept_share(group))]
     made, start = [], 0
-    for name, costs, target in budgets:
-        total = sum(costs)
-        made.append(Constraint(name=name, start=start, costs=tuple(cost / total for cost in costs), target=target))
+    for name, costs, target, owners in budgets:
+        shares = tuple(cost / sum(costs) for cost in costs)
+        made.append(Constraint(name=name, start=start, costs=shares, target=target, owners=owners))
         start += len(costs)
     return made
 
 
 def _of_block(group: UnitGroup, kept: float) -> list[Budget]:
-    names = [group.name] if group.sections == 1 else [f"{group.name}.{n}" for n in range(group.sections)]
-    return [(name, [1.0] * group.section_size, 1.0 - kept) for name in names]
+    if group.sections == 1 or group.section_sizes:
+        return [(group.name, [1.0] * group.size, 1.0 - kept, ())]
+    return [(f"{group.name}.{n}", [1.0] * size, 1.0 - kept, ()) for n, size in enumerate(group.spans)]
 
 
 def unit_cost(space: PruningSpace, group: UnitGroup, targets: Targets) -> float:
@@ -95,8 +97,22 @@ def _shared(space: PruningSpace, groups: Sequence[UnitGroup], targets: Targets) 
     if share is None:
         even = sum(targets.kept_share(group) * group.size * cost for group, cost in zip(groups, each, strict=True))
         share = even / sum(costs)
-    kinds = {group.kind for group in groups}
-    return "heads and dims" if len(kinds) > 1 else groups[0].kind, costs, 1.0 - share
+    kinds = {group.kind for group in groups} - {"keys"}
+    return "heads and dims" if len(kinds) > 1 else groups[0].kind, costs, 1.0 - share, _owners(space, groups)
+
+
+def _owners(space: PruningSpace, groups: Sequence[UnitGroup]) -> tuple[int, ...]:
+    """`Constraint.owners` of one budget for these groups; empty if no query head has learned keys."""
+    ends = list(accumulate(group.size for group in groups))
+    starts = {group.name: end - group.size for group, end in zip(groups, ends, strict=True)}
+    owners: list[int] = []
+    for group in groups:
+        keys = space.keys_of(group)
+        if keys is not None and keys.name in starts:
+            owners += [starts[keys.name] + n for n, size in enumerate(group.spans) for _ in range(size)]
+        else:
+            owners += [-1] * group.size
+    return tuple(owners) if max(owners) >= 0 else ()
 
 
 def whole_budget(space: PruningSpace, learned: Sequence[UnitGroup], cost: Cost, share: float, context: int) -> Targets:

@@ -46,6 +46,9 @@ class Constraint:
     """Each gate's share; they sum to 1."""
     target: float
     """The sparsity at the end, in [0, 1)."""
+    owners: tuple[int, ...] = ()
+    """For each gate, the gate by which it is multiplied too (counted within the constraint), or -1; empty: none is. The
+    owner goes with the last of its gates: key-value heads own their query heads."""
 
 
 class GateController:
