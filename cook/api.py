@@ -14,6 +14,7 @@ import torch
 
 from cook.base.errors import UserError
 from cook.base.seeds import derived_seed, generator
+from cook.config.scheme import HeadUnitChoice
 from cook.distill.teacher_loss import token_divergence
 from cook.evaluation.equality import largest_difference
 from cook.export.pruned_folder import mask_model, reshaped_source
@@ -35,10 +36,10 @@ from cook.pruning.counts import forward_flops, parameters, unit_flops
 from cook.pruning.family import Adapter, ModelSource
 from cook.pruning.gates import Gates
 from cook.pruning.live import LiveGates
-from cook.pruning.mask_set import Masks
+from cook.pruning.mask_set import Masks, consistent
 from cook.pruning.relaxation import Deterministic, HardConcrete, Relaxation
 from cook.pruning.units import HeadUnit, Kind, PruningSpace, UnitGroup
-from cook.recipe.head_units import nearest_heads
+from cook.recipe.head_units import nearest_heads, offered_units
 from cook.report.tables import human_count, markdown_table
 
 Batch = Mapping[str, torch.Tensor]
@@ -83,7 +84,7 @@ class _Job:
     targets: Targets
 
 
-def plan(model: torch.nn.Module, keep: Keep, *, context: int = 512) -> Plan:
+def plan(model: torch.nn.Module, keep: Keep, *, head_unit: HeadUnitChoice = "auto", context: int = 512) -> Plan:
     """Predicts the sizes of a pruned model. Nothing is trained and the model is not changed.
 
     Args:
@@ -95,12 +96,16 @@ def plan(model: torch.nn.Module, keep: Keep, *, context: int = 512) -> Plan:
             `{"memory_mib": 200}`: MiB of all weights in the model's dtype, and of the cache of `context` tokens;
             or any of `"blocks"` (share of the parameters in attention and FFN blocks), `"heads"` and `"dims"` (share,
             or number as an int, that each block keeps).
+        head_unit: What is removed as one unit of attention where query heads share keys and values: `"query_head"`,
+            `"kv_group"` (a key-value head with all its query heads), or `"auto"`. With budgets for the whole model,
+            `auto` means query heads, each key-value head going with the last of them; with `heads` it means whole
+            groups where these reach the number.
         context: Mean number of keys to which a query attends, for FLOPs; the length of the cache, for memory.
 
     Raises:
         UserError: unknown family or key, or a size that cannot be reached.
     """
-    job = _job(model, keep, context)
+    job = _job(model, keep, context, head_unit)
     even: dict[str, float] = {}
     for c in constraints(job.space, job.learned, job.targets):
         groups = {g.name: g for g in job.learned}
@@ -130,20 +135,29 @@ def plan(model: torch.nn.Module, keep: Keep, *, context: int = 512) -> Plan:
     )
 
 
-def attach(model: torch.nn.Module, keep: Keep, *, steps: int, seed: int = 0, context: int = 512) -> LiveGates:
+def attach(
+    model: torch.nn.Module,
+    keep: Keep,
+    *,
+    steps: int,
+    head_unit: HeadUnitChoice = "auto",
+    seed: int = 0,
+    context: int = 512,
+) -> LiveGates:
     """Attaches learned gates to a model, for a training loop of your own.
 
     Args:
         model: A transformers model of a known family, on its device.
         keep: As for `plan`.
         steps: Optimizer steps in which the masks are learned.
+        head_unit: As for `plan`.
         seed: Of the gates' noise, where they have any.
         context: As for `plan`.
 
     Raises:
         UserError: as for `plan`.
     """
-    job = _job(model, keep, context)
+    job = _job(model, keep, context, head_unit)
     relaxation: Relaxation = Deterministic()
     if all(group.kind == "layer" for group in job.learned):
         relaxation = HardConcrete()
@@ -163,6 +177,7 @@ def learn_masks(
     keep: Keep,
     *,
     steps: int = 100,
+    head_unit: HeadUnitChoice = "auto",
     teacher: Literal["self"] | torch.nn.Module | None = "self",
     seed: int = 0,
     context: int = 512,
@@ -176,6 +191,7 @@ def learn_masks(
             tokens that `attention_mask` covers are predicted. Read again from the start when they run out.
         keep: As for `plan`.
         steps: Batches to learn from.
+        head_unit: As for `plan`.
         teacher: `"self"`: the model with all gates open, which keeps the masks from overfitting to the batches; another
             model with the same vocabulary; None: no teacher.
         seed: As for `attach`.
@@ -190,7 +206,7 @@ def learn_masks(
         UserError: as for `plan`; also if `batches` is empty.
     """
     frozen = {name: p.requires_grad for name, p in model.named_parameters()}
-    live = attach(model, keep, steps=steps, seed=seed, context=context)
+    live = attach(model, keep, steps=steps, head_unit=head_unit, seed=seed, context=context)
     try:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -233,7 +249,8 @@ def reshape(model: torch.nn.Module, masks: Masks) -> torch.nn.Module:
         UserError: the masks are of another model.
     """
     source, space = _source(model, masks)
-    small = load_model(reshaped_source(source, space, {name: mask.cpu() for name, mask in masks.items()}), None)
+    masks = consistent(space, {name: mask.cpu() for name, mask in masks.items()})
+    small = load_model(reshaped_source(source, space, masks), None)
     first = next(model.parameters())
     return placed(small, first.device, None)
 
@@ -294,17 +311,18 @@ def _source(model: torch.nn.Module, masks: Masks) -> tuple[ModelSource, PruningS
     raise UserError("the masks are of another model", remedy="give the model for which they were learned")
 
 
-def _job(model: torch.nn.Module, keep: Keep, context: int) -> _Job:
+def _job(model: torch.nn.Module, keep: Keep, context: int, choice: HeadUnitChoice) -> _Job:
     check_keep(keep)
     total = [key for key in WHOLE_KEYS if key in keep]
     adapter, config = _family(model)
-    head_unit = adapter.head_units(config)[0]
-    kinds: tuple[Kind, ...] = ("heads", "dimff")
+    head_unit = offered_units(adapter, config, choice)[-1 if total else 0]
+    kinds: tuple[Kind, ...] = ("heads", "keys", "dimff")
     kept: dict[Kind, int | float] = {}
     if not total:
-        kinds = tuple(kind for kind, key in zip(KINDS, ("blocks", "heads", "dims"), strict=True) if key in keep)
+        keys: dict[Kind, str] = {"layer": "blocks", "heads": "heads", "dimff": "dims"}
+        kinds = tuple(kind for kind, key in keys.items() if key in keep)
         if "heads" in keep:
-            head_unit, kept["heads"] = nearest_heads(adapter, config, keep["heads"])
+            head_unit, kept["heads"] = nearest_heads(adapter, config, keep["heads"], choice)
         if "dims" in keep:
             kept["dimff"] = keep["dims"]
     space = adapter.space(config, head_unit)

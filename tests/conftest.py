@@ -64,3 +64,7 @@ def pytest_collection_finish() -> None:
     """Collections, which libraries also ask for, no longer look through all that is imported: a second each."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()

@@ -107,6 +107,33 @@ def test_every_budget_is_met_and_exact(make, keep):
     assert cook.verify(model, masks, small) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "unit, wanted", [("auto", "query_head"), ("query_head", "query_head"), ("kv_group", "kv_group")]
+)
+def test_one_budget_chooses_query_heads_or_whole_groups(unit, wanted):
+    model, keep = llama(), {"params": 0.6}
+    plan = cook.plan(model, keep, head_unit=unit)
+    assert plan.head_unit == wanted
+    masks = cook.learn_masks(model, batches(), keep, steps=12, head_unit=unit)
+    numbers = [masks[f"layers.{n}.heads"].view(4, -1).sum(1).tolist() for n in range(3)]
+    assert any(len(set(layer) - {0}) > 1 for layer in numbers) == (wanted == "query_head"), numbers
+    small = cook.reshape(model, masks)
+    assert cook.verify(model, masks, small) < 1e-5
+    assert abs(sum(p.numel() for p in small.parameters()) - plan.parameters[1]) < 0.03 * plan.parameters[0]
+    assert torch.equal(
+        small.generate(batches()[0]["input_ids"], max_new_tokens=4, do_sample=False),
+        small.generate(batches()[0]["input_ids"], max_new_tokens=4, do_sample=False, use_cache=False),
+    )
+
+
+def test_heads_of_equal_blocks_are_the_units_that_are_asked_for():
+    for unit, pairs in (("kv_group", {0.0, 2.0}), ("query_head", {1.0})):
+        masks = cook.learn_masks(llama(), batches(), {"heads": 4}, steps=6, head_unit=unit)
+        assert {
+            n for mask in masks.values() for n in mask.repeat_interleave(8 // len(mask)).view(4, 2).sum(1).tolist()
+        } == pairs
+
+
 def test_the_model_is_left_as_it_was():
     model = llama().train()
     next(model.parameters()).requires_grad_(False)

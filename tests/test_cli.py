@@ -158,6 +158,17 @@ def test_a_model_is_pruned_by_one_command(tiny, tmp_path, capfd):
         prune(tiny, tmp_path / "out", "dims=0.25", *more)
 
 
+@pytest.mark.parametrize("unit", [None, "kv_group"])
+def test_query_heads_of_one_budget_by_one_command(tiny, tmp_path, unit):
+    prune(tiny, tmp_path / "out", "params=0.8", *(["--head-unit", unit] if unit else []))
+    heads = torch.load(tmp_path / "out" / "run" / "masks" / "heads_mask.pt", weights_only=True)["heads_z"]
+    numbers = heads.view(-1, 4, 2).sum(2)
+    assert (numbers == 1).any() == (unit is None)
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model", trust_remote_code=True)
+    whole = sum(p.numel() for p in LlamaForCausalLM.from_pretrained(tiny / "model").parameters())
+    assert sum(p.numel() for p in small.parameters()) == pytest.approx(0.8 * whole, rel=0.02)
+
+
 def test_a_whole_budget_is_planned(tiny, tmp_path, capsys):
     prune(tiny, tmp_path / "out", "params=0.8", "--dry-run", "--teacher", "none")
     assert json.loads((tmp_path / "out" / "recipe" / "bmcook.json").read_text())["distillation"] is None

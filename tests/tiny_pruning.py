@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from cook.families.cpm_ant import ADAPTER
 from cook.models.cpm_ant import CpmAntForCausalLM
 from cook.pruning.family import ModelSource
+from cook.pruning.mask_set import consistent
 from cook.pruning.units import PruningSpace
 from tests.models.cpm_ant_tiny import SIZES, tiny_model
 
@@ -50,18 +51,16 @@ def masks_of(draw: st.DrawFn, space: PruningSpace) -> dict[str, torch.Tensor]:
             mask[draw(st.integers(0, group.size - 1))] = 1
         elif keep == "some":
             mask[:] = torch.tensor(draw(st.lists(st.integers(0, 1), min_size=group.size, max_size=group.size)))
-        if group.sections > 1 and keep in ("some", "one"):
-            kept = draw(st.integers(0, group.section_size))
-            orders = [draw(st.permutations(range(group.section_size))) for _ in range(group.sections)]
-            mask = torch.tensor([float(place < kept) for order in orders for place in order])
         masks[group.name] = mask
-    return masks
+    return consistent(space, masks)
 
 
 def random_masks(space: PruningSpace, seed: int, *, blocks: float = 0.7, units: float = 0.5) -> dict[str, torch.Tensor]:
     """Masks that keep each block and each unit with these probabilities."""
     random = torch.Generator().manual_seed(seed)
-    return {
+    masks = {
         g.name: (torch.rand(g.size, generator=random) < (blocks if g.kind == "layer" else units)).float()
         for g in space.groups
+        if g.kind != "keys"
     }
+    return consistent(space, masks)

@@ -87,8 +87,9 @@ class FineConfig:
     """FFN dims per kept FFN block after pruning."""
     head_unit: HeadUnitChoice = "auto"
     """Unit that is removed if query heads share keys and values. `kv_group`: a key-value head with all of its query
-    heads. `query_head`: query heads, the same number from each group. `auto`: groups if `target_num_heads` is a
-    multiple of the group size, else query heads."""
+    heads. `query_head`: query heads, the same number from each group; with scope `global` any of them, and a key-value
+    head goes with the last of its query heads. `auto`: query heads if `joint` has scope `global`; else groups if
+    `target_num_heads` is a multiple of the group size or the blocks share the number of heads; else query heads."""
     allow_remote_code: bool = False
     """True: the targets may lead to a model that the stock class of its family cannot represent. It is then exported
     together with its own modeling file."""

@@ -15,7 +15,7 @@ from cook.base.errors import UserError, UserErrors
 from cook.base.files import read_json
 from cook.config.declare import Count, Fraction, Limits, Scale, Size, UserPath
 from cook.config.schema import load_schema, schema_findings
-from cook.config.scheme import PatternScore
+from cook.config.scheme import HeadUnitChoice, PatternScore
 from cook.config.types import Precision, TrainingConfig
 
 
@@ -34,6 +34,10 @@ class OneLineJob:
     first); or any of `blocks=0.8`, `heads=0.5`, `dims=0.7` (shares, or numbers of heads and dims per block)."""
     output: str
     """Folder for everything: `recipe/`, `run/`, `model/` (the small model), `report/`."""
+    head_unit: HeadUnitChoice = "auto"
+    """Unit of attention that is removed if query heads share keys and values: `query_head` (with `params` or `flops`,
+    keys and values go with the last query head that reads them), `kv_group`, or `auto` (query heads with `params` or
+    `flops`, else whole groups if these reach the number of heads)."""
     steps: Size = 100
     """Steps in which the masks are learned, with the weights frozen."""
     finetune_steps: Count = 0

@@ -118,10 +118,12 @@ def zero_units(model: torch.nn.Module, space: PruningSpace, masks: Masks) -> Non
     def weight(path: str) -> torch.Tensor:
         return next(weights[p] for p in (path, path.removeprefix(prefix), prefix + path) if p in weights)
 
-    lasts = {(g.site, g.layer): g.slices[-1] for g in (*space.groups, *space.unprunable) if g.kind != "layer"}
+    lasts = {
+        (g.site, g.layer): g.slices[-1] for g in (*space.groups, *space.unprunable) if g.kind in ("heads", "dimff")
+    }
     for group in space.groups:
         mask = masks.get(group.name)
-        if mask is None or mask.all():
+        if mask is None or mask.all() or group.kind == "keys":  # without keys there are no query heads either
             continue
         last = lasts[group.site, group.layer]
         if group.kind == "layer":

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from cook.base.batches import Batch
 from cook.base.errors import UserError
 from cook.families import stock_models, stock_space
@@ -94,10 +96,9 @@ def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptU
     renamed = _renamed(family, left, layers)
     shapes = {renamed.get(path, path): shape for path, shape in left.items()}
     base = _with_layers(family, config, layers) | remembered(config, space.num_layers, layers)
-    sizes = [_sizes(family, config, space, counts, layer) for layer in layers]
-    if len(set(sizes)) == 1 and None not in sizes[0]:
-        heads, ffn = sizes[0]
-        assert heads is not None and ffn is not None
+    sizes = [_sizes(family, config, space, kept, layer) for layer in layers]
+    heads, ffn = sizes[0]
+    if len(set(sizes)) == 1 and heads is not None and ffn is not None and not heads.per_key:
         uniform = _sized(family, base, heads, ffn)
         if holds(family, uniform, shapes):
             stock = {"architectures": [type(skeleton(family, uniform)).__name__]}
@@ -164,16 +165,31 @@ def _with_layers(family: Family, config: ModelConfig, layers: list[int]) -> dict
 
 
 def _sizes(
-    family: Family, config: ModelConfig, space: PruningSpace, counts: Mapping[str, int], layer: int
+    family: Family, config: ModelConfig, space: PruningSpace, kept: KeptUnits, layer: int
 ) -> tuple[Heads | None, int | None]:
     """Heads and FFN dimensions that the layer keeps; None for a block without units."""
+    counts = {name: len(units) for name, units in kept.items()}
     groups = {g.kind: g for g in space.groups if g.layer == layer and _left(space, counts, g)}
     att, ffn = groups.get("heads"), groups.get("dimff")
     heads = None
     if att is not None:
+        dim = head_dim_of(family, config_object(config))
         queries, keys = att.heads(counts.get(att.name, att.size))
-        heads = Heads(heads=queries, kv_heads=keys, head_dim=head_dim_of(family, config_object(config)))
+        heads = Heads(heads=queries, kv_heads=keys, head_dim=dim)
+        if att.head_unit == "query_head":
+            heads = _by_key(att, space.keys_of(att), kept, dim)
     return heads, counts.get(ffn.name, ffn.size) if ffn else None
+
+
+def _by_key(att: UnitGroup, keys: UnitGroup | None, kept: KeptUnits, head_dim: int) -> Heads:
+    """The query heads that each of the key-value heads keeps that stay."""
+    mask = torch.zeros(att.size, dtype=torch.long)
+    mask[list(kept.get(att.name, range(att.size)))] = 1
+    numbers = [int(part.sum()) for part in mask.split(att.spans)]
+    stay = range(att.sections) if keys is None else kept.get(keys.name, range(att.sections))
+    per_key = tuple(numbers[key] for key in stay)
+    is_even = len(set(per_key)) == 1
+    return Heads(heads=sum(per_key), kv_heads=len(per_key), head_dim=head_dim, per_key=() if is_even else per_key)
 
 
 def _left(space: PruningSpace, counts: Mapping[str, int], group: UnitGroup) -> int:
@@ -185,6 +201,7 @@ def _structure(family: Family, base: ModelConfig, shapes: Shapes, heads: list[He
     model = skeleton(family, base)
     stock = weight_shapes(model)
     structure: dict[str, Any] = {"attributes": {}, "absent": {}, "constant": {}, "identity": [], "uneven_keys": False}
+    structure |= {"spread": {}, "gathered": {}}
     structure["shapes"] = {path: list(shape) for path, shape in shapes.items() if shape != stock[path]}
     dim = head_dim_of(family, config_object(base))
     for number, own in enumerate(heads):
@@ -192,6 +209,8 @@ def _structure(family: Family, base: ModelConfig, shapes: Shapes, heads: list[He
         before = heads_of(family, dim, model, layer)
         if own is not None and before is not None and own != before:
             structure["uneven_keys"] |= own.kv_heads != before.kv_heads
+            if own.per_key:
+                _lay_out(family.attention, layer, own, structure)
             for attribute, size in family.attention.remembers.items():
                 # A config's field is an attribute `config.name` of the module.
                 module, dot, field = f"{layer}.{attribute}".partition(".config.")
@@ -201,6 +220,14 @@ def _structure(family: Family, base: ModelConfig, shapes: Shapes, heads: list[He
             if f"{layer}.{table.out}.weight" not in shapes:
                 _take_out(table, layer, shapes, structure)
     return structure
+
+
+def _lay_out(table: Attention, layer: str, heads: Heads, structure: dict[str, Any]) -> None:
+    """Places for query heads between the projections: as many for every key-value head."""
+    parts = [[number * heads.head_dim, heads.queries * heads.head_dim] for number in heads.per_key]
+    rest = 2 * heads.kv_heads * heads.head_dim
+    structure["spread"][f"{layer}.{table.q}"] = parts + ([[rest, rest]] if table.q == table.k else [])
+    structure["gathered"][f"{layer}.{table.out}"] = parts
 
 
 def _take_out(table: Attention | FeedForward, layer: str, shapes: Shapes, structure: dict[str, Any]) -> None:

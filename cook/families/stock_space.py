@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cook.families.layout import Attention, Family, FeedForward
 from cook.families.stock_models import config_object, skeleton, weight_shapes
+from cook.models import ragged
 from cook.pruning.family import ModelConfig
 from cook.pruning.units import GatePoint, HeadUnit, PruningSpace, Site, UnitGroup, WeightSlice
 
@@ -23,15 +24,23 @@ class Heads:
     heads: int
     kv_heads: int
     head_dim: int
+    per_key: tuple[int, ...] = ()
+    """The query heads of each key-value head, if they differ; empty: equally many."""
+
+    @property
+    def queries(self) -> int:
+        """Query heads of the key-value head that has the most."""
+        return max(self.per_key, default=0) or self.heads // self.kv_heads
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The numbers by the names in `Attention.remembers`."""
+        """The numbers by the names in `Attention.remembers`, as the attention between the projections sees them."""
+        heads = self.kv_heads * self.queries
         return {
-            "heads": self.heads,
+            "heads": heads,
             "kv_heads": self.kv_heads,
-            "heads_per_kv": self.heads // self.kv_heads,
-            "width": self.heads * self.head_dim,
+            "heads_per_kv": self.queries,
+            "width": heads * self.head_dim,
         }
 
 
@@ -61,7 +70,9 @@ def heads_of(family: Family, head_dim: int, model: torch.nn.Module, layer: str) 
     width = keys.get_parameter("weight").shape[1 - _in_dim(keys)]
     if table.q == table.k == table.v:
         width = (width - inner) // 2
-    return Heads(heads=inner // head_dim, kv_heads=width // head_dim, head_dim=head_dim)
+    laid_out = getattr(out, ragged.PARTS, None) or ()
+    per_key = tuple(own // head_dim for own, _ in laid_out)
+    return Heads(heads=inner // head_dim, kv_heads=width // head_dim, head_dim=head_dim, per_key=per_key)
 
 
 def head_units(family: Family, config: ModelConfig) -> tuple[HeadUnit, ...]:
@@ -98,11 +109,12 @@ def _attention(
     table, found = family.attention, heads_of(family, head_dim, model, layer)
     if found is None:
         return []
-    queries = found.heads // found.kv_heads
-    whole = head_unit == "kv_group" or queries == 1
+    queries = found.queries
+    # A key-value group is no unit where groups differ in size.
+    whole = not found.per_key and (head_unit == "kv_group" or queries == 1)
     width = queries * head_dim if whole else head_dim
     blocks = {"q": width, "k": head_dim, "v": head_dim} if whole else {"q": width}
-    parts = []
+    parts, keys = [], []
     if table.interleaved:
         parts = [Part(path=table.q, offset=0, block=3 * head_dim)]
         assert whole, "query heads with shared keys cannot be separated in an interleaved weight"
@@ -115,12 +127,23 @@ def _attention(
             for name, offset in zip(paths, offsets, strict=True)
             if name in blocks
         ]
-    if whole:
-        units = {"size": found.kv_heads, "members": queries, "head_unit": "kv_group"}
-    else:
+        keys = [
+            Part(path=paths[name], offset=offset, block=head_dim)
+            for name, offset in zip(paths, offsets, strict=True)
+            if name not in blocks
+        ]
+    units: dict[str, Any] = {"size": found.kv_heads, "members": queries, "head_unit": "kv_group"}
+    if not whole:
         units = {"size": found.heads, "sections": found.kv_heads, "head_unit": "query_head"}
+        units["section_sizes"] = found.per_key
     slices = (*_in_slices(model, shapes, layer, parts), _out_slice(model, f"{layer}.{table.out}", width))
-    return block_and_units(table, "att", shapes, number, layer, slices, width, units)
+    made = block_and_units(table, "att", shapes, number, layer, slices, width, units)
+    if not whole:
+        repeat = tuple(n * head_dim for n in found.per_key) or queries * head_dim
+        gate = GatePoint(module=f"{layer}.{table.out}", at="input", repeat=repeat)
+        owned = tuple(_in_slices(model, shapes, layer, keys))
+        made.append(UnitGroup(kind="keys", site="att", layer=number, size=found.kv_heads, slices=owned, gate=gate))
+    return made
 
 
 def _feed_forward(

@@ -10,6 +10,9 @@ model `stock_type` and then changes it as described by `structure`:
     absent      {module: "pair"|"value"}  modules that add nothing; a pair is the output of an attention block
     constant    {module: weight}          absent modules of which only the last bias remains, and that bias
     identity    [module, ...]             norms that are no longer needed
+    spread      {module: [[own, wide]]}   products whose output parts are filled up with zeros, from `own` features to
+                                          `wide`: the query heads of key-value heads that have fewer than others
+    gathered    {module: [[own, wide]]}   products that take such parts as inputs, and skip what was filled up
     uneven_keys true|false                whether some attention block has other key-value heads than the config
 """
 
@@ -19,6 +22,7 @@ import copy
 import functools
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, Cache, PreTrainedConfig, PreTrainedModel
@@ -26,6 +30,22 @@ from transformers.pytorch_utils import Conv1D
 
 MODEL_TYPE = "cook_ragged"
 OWN_FIELDS = ("stock_type", "stock_class", "structure")
+
+
+PARTS = "parts"
+"""Attribute of a module in `spread` or `gathered`: the list of its parts."""
+
+
+def _spread(module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    pieces = output.split([own for own, _ in module.parts], -1)
+    filled = [nn.functional.pad(x, (0, wide - own)) for x, (own, wide) in zip(pieces, module.parts, strict=True)]
+    return torch.cat(filled, -1)
+
+
+def _gathered(module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    pieces = inputs[0].split([wide for _, wide in module.parts], -1)
+    own = torch.cat([x[..., :own] for x, (own, _) in zip(pieces, module.parts, strict=True)], -1)
+    return (own, *inputs[1:])
 
 
 class Absent(nn.Module):
@@ -68,6 +88,14 @@ def reshape_modules(model: PreTrainedModel, structure: dict[str, Any]) -> None:
             name = path.removesuffix(".weight")
             model.set_submodule(name, _product_of(model.get_submodule(name), shape))
             model._init_weights(model.get_submodule(name))
+    # Hooks, since they run before those of gates: a gate sees the heads that there are. Attention in between sees equal
+    # groups, as the stock class and its cache expect: a head of zeros costs a little time and no memory in the cache.
+    for path, parts in structure.get("spread", {}).items():
+        setattr(model.get_submodule(path), PARTS, parts)
+        model.get_submodule(path).register_forward_hook(_spread)
+    for path, parts in structure.get("gathered", {}).items():
+        setattr(model.get_submodule(path), PARTS, parts)
+        model.get_submodule(path).register_forward_pre_hook(_gathered)
     for path, values in structure["attributes"].items():
         module = model.get_submodule(path)
         own = {name.removeprefix("config."): value for name, value in values.items() if name.startswith("config.")}

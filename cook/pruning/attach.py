@@ -62,7 +62,10 @@ class AttachedGates:
     @staticmethod
     def _expanded(group: UnitGroup, value: torch.Tensor) -> torch.Tensor:
         assert value.shape == (group.size,), f"{group.name} has {group.size} units, its mask is {tuple(value.shape)}"
-        return value.repeat_interleave(group.gate.repeat) if group.gate.repeat > 1 else value
+        repeat = group.gate.repeat
+        if isinstance(repeat, tuple):
+            return value.repeat_interleave(torch.tensor(repeat, device=value.device), output_size=sum(repeat))
+        return value.repeat_interleave(repeat) if repeat > 1 else value
 
     def _input_hook(self, name: str) -> Callable[..., tuple[Any, ...] | None]:
         def gate_input(_module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -72,7 +72,7 @@ class BlockTimes:
         """Milliseconds of a forward pass with the units in `kept`; a group that is not named keeps all."""
         total = self.rest
         for group in (*space.groups, *space.unprunable):
-            if group.kind != "layer":
+            if group.kind in ("heads", "dimff"):
                 units = kept.get(group.name, group.size) * kept.get(space.block(group).name, 1)
                 total += float(self.curve(group).at(torch.tensor(units / group.size, dtype=torch.float64)))
         return total

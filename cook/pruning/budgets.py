@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Literal
 
 from cook.base.errors import UserError
@@ -22,7 +23,7 @@ from cook.pruning.counts import (
 from cook.pruning.units import Kind, PruningSpace, UnitGroup
 
 MIB = 1 << 20
-KINDS: tuple[Kind, ...] = ("layer", "heads", "dimff")
+KINDS: tuple[Kind, ...] = ("layer", "heads", "keys", "dimff")
 """The order of groups in the flat vector of gates."""
 Cost = Literal["units", "parameters", "flops", "bytes", "ms"]
 """What a budget counts: units, parameters, FLOPs per token, bytes of weights and cache, or measured milliseconds."""
@@ -31,8 +32,21 @@ Keep = Mapping[str, float]
 WHOLE_KEYS = ("params", "flops", "memory_mib", "latency_ms")
 """The names of budgets for all units together."""
 KEEP_KEYS = (*WHOLE_KEYS, "blocks", "heads", "dims")
-Budget = tuple[str, Sequence[float], float, Pricing | None]
-"""Name, cost of each unit, the share of the total cost to remove, and how the costs change, if they do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Consecutive gates that share a target."""
+
+    name: str
+    costs: Sequence[float]
+    """Of each unit."""
+    removed: float
+    """The share of the total cost to remove."""
+    owners: tuple[int, ...] = ()
+    """As in `Constraint.owners`."""
+    pricing: Pricing | None = None
+    """How the costs change, if they do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +76,7 @@ class Targets:
 
     def kept_share(self, group: UnitGroup) -> float:
         """The share of its units that `group` keeps if all blocks keep equally many."""
-        kept = self.kept[group.kind]
+        kept = 1.0 if group.kind == "keys" else self.kept[group.kind]
         return kept / (group.size * group.members) if isinstance(kept, int) else kept
 
 
@@ -82,24 +96,35 @@ def constraints(space: PruningSpace, learned: Sequence[UnitGroup], targets: Targ
     if groups["layer"]:
         assert targets.blocks is not None, "blocks have gates and no target"
         sizes = [float(unit_parameters(space, group)) for group in groups["layer"]]
-        budgets.append(("blocks", sizes, 1.0 - targets.blocks, None))
-    inner = groups["heads"] + groups["dimff"]
+        budgets.append(Budget(name="blocks", costs=sizes, removed=1.0 - targets.blocks))
+    inner = groups["heads"] + groups["keys"] + groups["dimff"]
     if inner and targets.scope == "global":
         budgets.append(_shared(space, inner, targets))
     else:
         budgets += [budget for group in inner for budget in _of_block(group, targets.kept_share(group))]
     made, start = [], 0
-    for name, costs, target, pricing in budgets:
-        total = sum(costs)
-        shares = tuple(cost / total for cost in costs)
-        made.append(Constraint(name=name, start=start, costs=shares, target=target, pricing=pricing))
-        start += len(costs)
+    for budget in budgets:
+        total = sum(budget.costs)
+        made.append(
+            Constraint(
+                name=budget.name,
+                start=start,
+                costs=tuple(cost / total for cost in budget.costs),
+                target=budget.removed,
+                owners=budget.owners,
+                pricing=budget.pricing,
+            )
+        )
+        start += len(budget.costs)
     return made
 
 
 def _of_block(group: UnitGroup, kept: float) -> list[Budget]:
-    names = [group.name] if group.sections == 1 else [f"{group.name}.{n}" for n in range(group.sections)]
-    return [(name, [1.0] * group.section_size, 1.0 - kept, None) for name in names]
+    if group.sections == 1 or group.section_sizes:
+        return [Budget(name=group.name, costs=[1.0] * group.size, removed=1.0 - kept)]
+    return [
+        Budget(name=f"{group.name}.{n}", costs=[1.0] * size, removed=1.0 - kept) for n, size in enumerate(group.spans)
+    ]
 
 
 def unit_cost(space: PruningSpace, group: UnitGroup, targets: Targets) -> float:
@@ -126,10 +151,30 @@ def _shared(space: PruningSpace, groups: Sequence[UnitGroup], targets: Targets) 
         share = even / sum(costs)
     pricing = None
     if targets.times is not None:
+        if any(group.kind == "keys" for group in groups):
+            raise UserError(
+                "target_latency: the units of attention must be whole key-value groups, which are what was measured",
+                remedy='set fine-grained.head_unit to "auto" or "kv_group"',
+            )
         curves = tuple(targets.times.curve(group) for group in groups)
         pricing = TimePricing(sizes=tuple(group.size for group in groups), curves=curves)
-    kinds = {group.kind for group in groups}
-    return "heads and dims" if len(kinds) > 1 else groups[0].kind, costs, 1.0 - share, pricing
+    kinds = {group.kind for group in groups} - {"keys"}
+    name = "heads and dims" if len(kinds) > 1 else groups[0].kind
+    return Budget(name=name, costs=costs, removed=1.0 - share, owners=_owners(space, groups), pricing=pricing)
+
+
+def _owners(space: PruningSpace, groups: Sequence[UnitGroup]) -> tuple[int, ...]:
+    """`Constraint.owners` of one budget for these groups; empty if no query head has learned keys."""
+    ends = list(accumulate(group.size for group in groups))
+    starts = {group.name: end - group.size for group, end in zip(groups, ends, strict=True)}
+    owners: list[int] = []
+    for group in groups:
+        keys = space.keys_of(group)
+        if keys is not None and keys.name in starts:
+            owners += [starts[keys.name] + n for n, size in enumerate(group.spans) for _ in range(size)]
+        else:
+            owners += [-1] * group.size
+    return tuple(owners) if max(owners) >= 0 else ()
 
 
 def _share_of_limit(space: PruningSpace, groups: Sequence[UnitGroup], targets: Targets, prunable: float) -> float:

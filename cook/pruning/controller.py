@@ -58,15 +58,11 @@ class Constraint:
     """Each gate's share; they sum to 1."""
     target: float
     """The sparsity at the end, in [0, 1)."""
+    owners: tuple[int, ...] = ()
+    """For each gate, the gate by which it is multiplied too (counted within the constraint), or -1; empty: none is. The
+    owner goes with the last of its gates: key-value heads own their query heads."""
     pricing: Pricing | None = None
     """Replaces `costs`, which then hold only when all gates are open."""
-
-    def removed_after(self, order: torch.Tensor) -> torch.Tensor:
-        """The removed share after 0, 1, 2, … gates are closed in this order, float64 `[gates + 1]`."""
-        if self.pricing is not None:
-            return self.pricing.removed_after(order)
-        costs = torch.tensor(self.costs, dtype=torch.float64)[order]
-        return torch.cat([torch.zeros(1, dtype=torch.float64), costs.cumsum(0)])
 
 
 class GateController:

@@ -34,7 +34,9 @@ def unit_flops(space: PruningSpace, group: UnitGroup, *, context: int) -> int:
 
 
 def unit_cache_features(group: UnitGroup) -> int:
-    """Numbers per token of the keys and values that one unit keeps in the cache of a decoder."""
+    """Numbers per token of the keys and values that go from a decoder's cache with one unit."""
+    if group.kind == "keys":
+        return 2 * group.slices[0].block
     if group.kind != "heads" or group.head_unit == "query_head":
         return 0
     return 2 * group.slices[-1].block // group.members
@@ -44,10 +46,11 @@ def cache_features(space: PruningSpace, kept: Kept | None = None) -> int:
     """Numbers per token in the cache of a decoder: the keys and values of all attention blocks."""
     kept, total = kept or {}, 0
     for group in (*space.groups, *space.unprunable):
-        if group.kind == "heads" and kept.get(space.block(group).name, 1):
-            units = kept.get(group.name, group.size)
-            width = group.slices[-1].block // group.members
-            total += 2 * width * group.heads(units)[1] if units else 0
+        if group.kind != "heads" or not kept.get(space.block(group).name, 1):
+            continue
+        units, keys = kept.get(group.name, group.size), space.keys_of(group)
+        count = group.heads(units)[1] if keys is None else kept.get(keys.name, keys.size)
+        total += 2 * (group.slices[-1].block // group.members) * count if units else 0
     return total
 
 

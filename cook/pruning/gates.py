@@ -120,10 +120,39 @@ class Gates:
         """
         kept = torch.ones_like(self.values)
         for c in self.constraints:
-            order = torch.argsort(self.values[c.start : c.start + len(c.costs)], stable=True)
-            removed = int((c.removed_after(order) - c.target).abs().argmin())
+            part = slice(c.start, c.start + len(c.costs))
+            values, costs = self.values[part], torch.tensor(c.costs, dtype=torch.float64)
+            order = torch.argsort(values, stable=True)
+            if c.owners:
+                order, costs = self._with_owners(c, self.relaxation.openness(values.double()), costs)
+            if c.pricing is not None:
+                removed_share = c.pricing.removed_after(order)
+            else:
+                removed_share = torch.cat([torch.zeros(1, dtype=torch.float64), costs[order].cumsum(0)])
+            removed = int((removed_share - c.target).abs().argmin())
             kept[c.start + order[:removed]] = 0.0
+            for owner in {*c.owners} - {-1}:
+                kept[c.start + owner] = kept[part][torch.tensor(c.owners) == owner].amax()
         return self.split(kept)
+
+    @staticmethod
+    def _with_owners(c: Constraint, values: torch.Tensor, costs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The order in which gates without gates of their own go, and their costs: the last one takes its owner along.
+
+        Args:
+            c: The constraint.
+            values: The openness of its gates, `[gates]`.
+            costs: Their costs.
+        """
+        owners, costs = torch.tensor(c.owners), costs.clone()
+        values = torch.where(owners >= 0, values * values[owners.clamp(min=0)], values)
+        order = torch.argsort(values, stable=True)
+        place = torch.argsort(order)
+        owning = sorted({*c.owners} - {-1})
+        for owner in owning:
+            own = (owners == owner).nonzero().flatten()
+            costs[own[place[own].argmax()]] += costs[owner]
+        return order[~torch.isin(order, torch.tensor(owning))], costs
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         own = {"values": self.values, "score": self.score, "start_sparsity": self.start_sparsity}

@@ -8,6 +8,7 @@ import torch
 
 from cook.pruning.attach import AttachedGates
 from cook.pruning.gates import Gates, averaged_gradient
+from cook.pruning.mask_set import consistent
 from cook.pruning.units import PruningSpace, UnitGroup
 
 
@@ -82,7 +83,7 @@ class LiveGates:
 
     def masks(self) -> dict[str, torch.Tensor]:
         """The masks as 0 and 1, float32 `[units]` by group name."""
-        return self._fixed | self.gates.binary()
+        return consistent(self.space, self._fixed | self.gates.binary())
 
     def hold(self) -> None:
         """Applies `masks()` from now on, for evaluating or finetuning the masked model."""

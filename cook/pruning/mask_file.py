@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 from cook.base.errors import UserError
 from cook.base.files import regular_file, write_atomically
 from cook.base.tensor_files import load_pt
-from cook.pruning.mask_set import COARSE_KEYS, FINE_KEYS, coarse_from_tensors, fine_from_tensors
+from cook.pruning.mask_set import COARSE_KEYS, FINE_KEYS, coarse_from_tensors, consistent, fine_from_tensors
 from cook.pruning.units import PruningSpace
 
 MAX_BYTES = 1 << 30
@@ -107,4 +107,4 @@ def read_masks(
             both = [content[key] for content in contents.values() if key in content]
             if len(both) == 2 and not torch.equal(*both):
                 raise UserError(f"{heads} and {dimff} hold different {key}", remedy="give masks of one run")
-    return masks
+    return consistent(space, masks)

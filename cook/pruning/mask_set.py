@@ -47,6 +47,21 @@ def without_empty_blocks(space: PruningSpace, masks: Masks) -> dict[str, torch.T
     return {**masks, **{block.name: torch.zeros(1) for block in blocks if not block.residue}}
 
 
+def consistent(space: PruningSpace, masks: Masks) -> dict[str, torch.Tensor]:
+    """The same masks, in which a key-value head goes with the last of its query heads, and query heads with theirs."""
+    made = dict(masks)
+    for heads in space.of("heads"):
+        keys = space.keys_of(heads)
+        if keys is None or not (heads.name in masks or keys.name in masks):
+            continue
+        own = masks.get(heads.name, torch.ones(heads.size)).split(heads.spans)
+        kept = masks.get(keys.name, torch.ones(keys.size)) * torch.tensor([float(part.any()) for part in own])
+        if keys.name in masks or not kept.all():
+            made[keys.name] = kept
+            made[heads.name] = torch.cat([part * z for part, z in zip(own, kept, strict=True)])
+    return made
+
+
 def coarse_to_tensors(space: PruningSpace, masks: Masks) -> dict[str, torch.Tensor]:
     """The coarse file's content: one number per layer and site; 0 also if the model has no such block."""
     tensors = {"self_att_layer_z": torch.zeros(space.num_layers), "ffn_layer_z": torch.zeros(space.num_layers)}
@@ -156,17 +171,6 @@ def _units(group: UnitGroup, row: torch.Tensor, source: str) -> torch.Tensor:
         raise UserError(
             f"{source}: {group.name} keeps only a part of a key-value group",
             wanted=f"the {group.members} query heads of a group kept or removed together",
-            remedy="or give a mask that removes the same number of query heads from every group",
+            remedy='give a mask of whole groups, or set fine-grained.head_unit to "query_head"',
         )
-    mask = by_unit[:, 0].clone()
-    if not is_even(group, mask):
-        raise UserError(
-            f"{source}: {group.name} keeps more query heads of one key-value group than of another",
-            wanted=f"the same number in each of the {group.sections} groups",
-        )
-    return mask
-
-
-def is_even(group: UnitGroup, mask: torch.Tensor) -> bool:
-    """Whether every section of the group keeps the same number of units."""
-    return len(set(mask.view(group.sections, -1).sum(1).tolist())) == 1
+    return by_unit[:, 0].clone()

@@ -15,7 +15,7 @@ import torch
 from cook.base.errors import UserError
 from cook.base.tensor_files import LazyTensors
 from cook.pruning.family import ModelSource
-from cook.pruning.mask_set import Masks, kept_counts
+from cook.pruning.mask_set import Masks
 from cook.pruning.reshape import kept_units
 from cook.pruning.units import PruningSpace, UnitGroup, WeightSlice
 
@@ -41,14 +41,18 @@ def padded(source: ModelSource, space: PruningSpace, masks: Masks) -> tuple[Mode
                 "--uniform: the model already lacks blocks, and a missing block cannot be padded",
                 remedy="leave --uniform out, or prune the original model in one step",
             )
-        size = _section_size(source, space, masks, groups)
+        own = {group.name: _own(space, masks, group) for group in groups}
+        sections, size = _sizes(source, space, own, groups)
         for group in groups:
             is_gone = not masks.get(space.block(group).name, torch.ones(1)).all()
-            own = torch.zeros(group.size) if is_gone else masks.get(group.name, torch.ones(group.size))
-            even[group.name] = _filled(group, own, size)
-            added = tuple((even[group.name] > own).nonzero().flatten().tolist())
-            for piece in group.slices if added else ():
-                zeroed.setdefault(piece.path, []).append((piece, added))
+            even |= _filled(space, group, own[group.name], sections, size)
+            keys = space.keys_of(group)
+            before = {group.name: own[group.name].flatten()}
+            before |= {keys.name: own[group.name].amax(1)} if keys is not None else {}
+            for filled in (group, *([keys] if keys is not None else [])):
+                added = tuple((even[filled.name] > before[filled.name]).nonzero().flatten().tolist())
+                for piece in filled.slices if added else ():
+                    zeroed.setdefault(piece.path, []).append((piece, added))
             emptied |= set(space.block(group).residue) if is_gone else set()
     if source.adapter.modeling(source.adapter.shrink(source.config, space, kept_units(space, even)).config):
         raise UserError("--uniform: this family always needs its modeling file", remedy="leave --uniform out")
@@ -56,26 +60,49 @@ def padded(source: ModelSource, space: PruningSpace, masks: Masks) -> tuple[Mode
     return replace(source, tensors=LazyTensors(readers)), even
 
 
-def _section_size(source: ModelSource, space: PruningSpace, masks: Masks, groups: list[UnitGroup]) -> int:
-    """Units per section of the largest group, or the next larger number that a stock class can load."""
-    counts = kept_counts(masks)
-    kept = [counts.get(space.block(g).name, 1) * counts.get(g.name, g.size) // g.sections for g in groups]
+def _own(space: PruningSpace, masks: Masks, group: UnitGroup) -> torch.Tensor:
+    """What the group itself keeps, `[sections, units]`."""
+    if group.section_sizes:
+        raise UserError(
+            "--uniform: the model already has key-value groups of different sizes, which cannot be padded",
+            remedy="leave --uniform out, or prune the original model in one step",
+        )
+    is_kept = masks.get(space.block(group).name, torch.ones(1)).all()
+    return masks.get(group.name, torch.ones(group.size)).view(group.sections, -1) * float(is_kept)
+
+
+def _sizes(
+    source: ModelSource, space: PruningSpace, own: Mapping[str, torch.Tensor], groups: list[UnitGroup]
+) -> tuple[int, int]:
+    """Sections, and units per section, of the largest group, or the next larger numbers that a stock class can load."""
     first = groups[0]
-    for size in range(max(1, *kept), first.section_size + 1):
-        if first.kind == "dimff" or source.adapter.stock_holds(source.config, *first.heads(size * first.sections)):
-            return size
+    size = max(1, *(int(mask.sum(1).max()) for mask in own.values()))
+    sections = first.sections
+    if space.keys_of(first) is not None:
+        sections = max(1, *(int(mask.amax(1).sum()) for mask in own.values()))
+    for number in range(sections, first.sections + 1):
+        for each in range(size, first.section_size + 1):
+            if first.kind == "dimff":
+                return number, each
+            heads = (number * each, number) if first.head_unit == "query_head" else first.heads(each)
+            if source.adapter.stock_holds(source.config, *heads):
+                return number, each
     raise UserError(
         "--uniform: no transformers class can load these sizes in all layers",
         remedy="leave --uniform out: the folder then gets its own modeling file",
     )
 
 
-def _filled(group: UnitGroup, own: torch.Tensor, size: int) -> torch.Tensor:
-    """The mask with removed units put back, the first of each section first, until each keeps `size`."""
-    by_section = own.view(group.sections, -1)
-    lacking = size - by_section.sum(1, keepdim=True)
-    put_back = (1 - by_section) * ((1 - by_section).cumsum(1) <= lacking)
-    return (by_section + put_back).flatten()
+def _filled(
+    space: PruningSpace, group: UnitGroup, own: torch.Tensor, sections: int, size: int
+) -> dict[str, torch.Tensor]:
+    """The masks of a group and its keys with removed units put back, the first ones first, until the sizes are met."""
+    used = own.amax(1)
+    stays = used + (1 - used) * ((1 - used).cumsum(0) <= sections - used.sum())
+    lacking = size - own.sum(1, keepdim=True)
+    filled = (own + (1 - own) * ((1 - own).cumsum(1) <= lacking)) * stays[:, None]
+    keys = space.keys_of(group)
+    return {group.name: filled.flatten()} | ({keys.name: stays} if keys is not None else {})
 
 
 def _read(tensors: Mapping[str, torch.Tensor], path: str, zeroed: Zeroed, is_empty: bool) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cook.pruning.mask_set import Masks
+from cook.pruning.mask_set import Masks, consistent
 from cook.pruning.units import PruningSpace
 
 
@@ -12,7 +12,7 @@ def random_masks_like(space: PruningSpace, masks: Masks, generator: torch.Genera
     """Random masks that keep as many attention blocks, FFN blocks, heads and FFN dimensions as `masks`.
 
     The kept blocks and the kept units inside them are drawn at random; the r-th kept block gets as many units as
-    the r-th kept block of `masks`.
+    the r-th kept block of `masks`, in its key-value groups as many as there, in another order.
     """
     chosen: dict[str, torch.Tensor] = {}
     for site, kind in (("att", "heads"), ("ffn", "dimff")):
@@ -23,13 +23,19 @@ def random_masks_like(space: PruningSpace, masks: Masks, generator: torch.Genera
             chosen |= {g.name: blocks_mask[i : i + 1] for i, g in enumerate(blocks)}
         inner = {g.layer: g for g in space.groups if (g.kind, g.site) == (kind, site)}
         layers = [g.layer for g, z in zip(blocks, kept, strict=True) if z]
-        counts = [int(masks[inner[layer].name].sum()) for layer in layers if inner[layer].name in masks]
+        counts = [
+            [int(part.sum()) for part in masks[inner[layer].name].split(inner[layer].spans)]
+            for layer in layers
+            if inner[layer].name in masks
+        ]
         drawn_layers = [g.layer for g, z in zip(blocks, blocks_mask.tolist(), strict=True) if z]
-        for layer, count in zip(drawn_layers, counts, strict=False):
-            group = inner[layer]
-            size, each = group.section_size, count // group.sections
-            chosen[group.name] = torch.cat([_random_mask(size, each, generator) for _ in range(group.sections)])
-    return chosen
+        for layer, each in zip(drawn_layers, counts, strict=False):
+            spans = inner[layer].spans
+            if len(set(each)) > 1 and len(set(spans)) == 1:
+                each = [each[n] for n in torch.randperm(len(each), generator=generator).tolist()]
+            drawn = [_random_mask(size, kept, generator) for size, kept in zip(spans, each, strict=True)]
+            chosen[inner[layer].name] = torch.cat(drawn)
+    return consistent(space, chosen)
 
 
 def _random_mask(size: int, kept: int, generator: torch.Generator) -> torch.Tensor:

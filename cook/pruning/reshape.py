@@ -10,7 +10,7 @@ import torch
 from cook.base.errors import UserError
 from cook.base.tensor_files import LazyTensors
 from cook.pruning.counts import weights_gone
-from cook.pruning.mask_set import Masks, is_even
+from cook.pruning.mask_set import Masks, consistent
 from cook.pruning.units import PruningSpace, WeightSlice
 
 Cuts = Sequence[tuple[WeightSlice, tuple[int, ...]]]
@@ -24,6 +24,8 @@ def kept_units(space: PruningSpace, masks: Masks) -> dict[str, tuple[int, ...]]:
     assert not strange, f"masks for groups that the model lacks: {strange}"
     soft = [name for name, mask in masks.items() if not ((mask == 0) | (mask == 1)).all()]
     assert not soft, f"masks that are not binary: {soft}"
+    alone = [name for name, mask in consistent(space, masks).items() if not torch.equal(mask, masks.get(name, mask))]
+    assert not alone, f"query heads without their keys, or keys that no query head reads: {alone}"
     return {name: tuple(mask.nonzero().flatten().tolist()) for name, mask in masks.items()}
 
 
@@ -124,7 +126,6 @@ def _dropped_and_cut(space: PruningSpace, masks: Masks) -> tuple[set[str], dict[
             continue
         dropped |= weights_gone(space, group, len(kept[group.name]))
         if kept[group.name] and len(kept[group.name]) < group.size:
-            assert is_even(group, masks[group.name]), f"{group.name} keeps more of one section than of another"
             removed = tuple(sorted(set(range(group.size)) - set(kept[group.name])))
             for piece in group.slices:
                 cuts.setdefault(piece.path, []).append((piece, removed))

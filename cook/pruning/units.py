@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["layer", "heads", "dimff"]
+Kind = Literal["layer", "heads", "keys", "dimff"]
+"""`keys` are key-value heads whose query heads are units of their own: each goes with the last of its query heads."""
 Site = Literal["att", "ffn"]
 HeadUnit = Literal["kv_group", "query_head"]
 """The unit of attention: a key-value head with all its query heads, or a single query head, whose keys and values
-stay."""
+stay as long as another query head reads them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +44,13 @@ class GatePoint:
     module: str
     """Path of the module as `Module.get_submodule` takes it."""
     at: Literal["input", "output"]
-    repeat: int
-    """Consecutive features that share one gate; 0 if one gate scales all features."""
+    repeat: int | tuple[int, ...]
+    """Consecutive features that share one gate, one number per gate where they differ; 0 if one gate scales all."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnitGroup:
-    """Units of one kind in one place: the block itself as a single unit, its heads, or its FFN dimensions."""
+    """Units of one kind in one place: the block itself as a single unit, its heads, its keys, or its FFN dimensions."""
 
     kind: Kind
     site: Site
@@ -64,8 +65,10 @@ class UnitGroup:
     """Heads (or FFN dimensions) per unit: a key-value group is one unit of several query heads. Configs, mask files and
     reports count members."""
     sections: int = 1
-    """Equal sections that must each keep the same number of units: query heads can be removed from key-value groups,
-    but the groups must keep one size."""
+    """Sections of consecutive units: query heads of one key-value head each. If every block has its own budget, each
+    section keeps the same number of units, so that stock classes can load the result."""
+    section_sizes: tuple[int, ...] = ()
+    """The units of each section, if they differ; empty: equally many."""
     head_unit: HeadUnit = "kv_group"
     """For a group of heads: the kind of unit. It does not follow from the other numbers: with one key-value head the
     query heads form a single section, and so do whole groups."""
@@ -75,8 +78,14 @@ class UnitGroup:
 
     @property
     def section_size(self) -> int:
-        """Units in one section."""
+        """Units in one section; only where all sections are alike."""
+        assert not self.section_sizes, f"{self.name} has sections of different sizes"
         return self.size // self.sections
+
+    @property
+    def spans(self) -> tuple[int, ...]:
+        """Units in each section."""
+        return self.section_sizes or (self.section_size,) * self.sections
 
     def heads(self, units: int) -> tuple[int, int]:
         """The query heads and key-value heads of an attention block that keeps `units` of these units."""
@@ -108,6 +117,10 @@ class PruningSpace:
     def of(self, kind: Kind, site: Site | None = None) -> tuple[UnitGroup, ...]:
         """The groups of one kind (and site), from the first layer to the last."""
         return tuple(g for g in self.groups if g.kind == kind and site in (None, g.site))
+
+    def keys_of(self, group: UnitGroup) -> UnitGroup | None:
+        """The prunable key-value heads that a group of query heads reads, if they are units of their own."""
+        return next((g for g in self.of("keys") if group.kind == "heads" and g.layer == group.layer), None)
 
     def block(self, group: UnitGroup) -> UnitGroup:
         """The `layer` group of the block that contains `group`."""

@@ -14,7 +14,6 @@ import torch
 from cook.base.distributed import say
 from cook.config.distillation import OWN_TEACHER
 from cook.distill.taps import lacking
-from cook.pruning.mask_set import is_even
 from cook.pruning.reshape import fan_in_sizes, kept_units, reshaped, restored
 from cook.pruning.units import UnitGroup
 from cook.recipe.distillation import DistillationPlan
@@ -82,9 +81,6 @@ def _loses_units(inputs: Inputs, group: UnitGroup) -> bool:
 def _needs_whole_model(
     stage: Stage, inputs: Inputs, distillation: DistillationPlan | None, cut: list[UnitGroup]
 ) -> str | None:
-    uneven = [group.name for group in cut if not is_even(group, inputs.fixed[group.name])]
-    if uneven:
-        return f"{uneven[0]} keeps more heads of one key-value group than of another"
     if distillation is None:
         return None
     if distillation.options.teacher == OWN_TEACHER and not stage.adapted:

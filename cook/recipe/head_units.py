@@ -6,26 +6,43 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from cook.base.errors import UserError
+from cook.config.scheme import HeadUnitChoice
 from cook.config.types import FineConfig
 from cook.pruning.family import Adapter
 from cook.pruning.units import HeadUnit, PruningSpace, UnitGroup
 
-HOW = {"kv_group": "whole key-value groups", "query_head": "the same number of query heads per group"}
+HOW: dict[HeadUnit, str] = {
+    "kv_group": "whole key-value groups",
+    "query_head": "the same number of query heads per group",
+}
 
 
 def choose_head_unit(
-    adapter: Adapter, config: Mapping[str, Any], fine: FineConfig | None, *, uneven: bool = False
+    adapter: Adapter,
+    config: Mapping[str, Any],
+    fine: FineConfig | None,
+    *,
+    uneven: bool = False,
+    one_budget: bool = False,
 ) -> HeadUnit:
     """Returns the unit that the scheme names, or the first unit that can reach its target.
 
-    Blocks that share a budget lose whole key-value groups. They can lose single query heads only if all query heads
-    form one group.
+    Args:
+        adapter: The family.
+        config: The model's config.
+        fine: The scheme's section; None if neither heads nor FFN dimensions are pruned.
+        uneven: Whether blocks share a number of heads. They then lose whole key-value groups, which frees more
+            parameters per head, unless all query heads form one group.
+        one_budget: Whether heads and FFN dimensions share a budget of parameters or FLOPs. Query heads are then units,
+            and so are the keys that no query head reads any more.
     """
     units = adapter.head_units(config)
     if fine is None or len(units) == 1:
         return units[0]
     if fine.head_unit != "auto":
         return fine.head_unit
+    if one_budget:
+        return units[-1]
     if uneven:
         return "query_head" if _has_one_section(adapter.space(config, "query_head")) else "kv_group"
     for unit in units:
@@ -85,24 +102,12 @@ def check_sizes(
             'scope "global": no stock class can load blocks of different sizes',
             remedy="set fine-grained.allow_remote_code to true (do_prune.py --uniform can pad the result)",
         )
-    if heads is not None and "heads" in uneven:
-        _check_shared_budget(space)
-    elif heads is not None and fine.target_num_heads != fine.num_heads:
+    if heads is not None and "heads" not in uneven and fine.target_num_heads != fine.num_heads:
         _check_heads(adapter, config, heads, fine)
 
 
 def _has_one_section(space: PruningSpace) -> bool:
     return all(group.sections == 1 for group in space.of("heads"))
-
-
-def _check_shared_budget(space: PruningSpace) -> None:
-    if not _has_one_section(space):
-        raise UserError(
-            'scope "global" cannot choose single query heads: one budget would keep different numbers in the key-value '
-            "groups of a block, which no attention class supports",
-            wanted="whole key-value groups as units",
-            remedy='set fine-grained.head_unit to "kv_group" or "auto"',
-        )
 
 
 def _check_heads(adapter: Adapter, config: Mapping[str, Any], group: UnitGroup, fine: FineConfig) -> None:
@@ -131,19 +136,28 @@ def _check_heads(adapter: Adapter, config: Mapping[str, Any], group: UnitGroup, 
     )
 
 
-def nearest_heads(adapter: Adapter, config: Mapping[str, Any], wanted: float) -> tuple[HeadUnit, int]:
+def offered_units(adapter: Adapter, config: Mapping[str, Any], choice: HeadUnitChoice) -> tuple[HeadUnit, ...]:
+    """The kinds of attention units to choose from; where query heads do not share keys there is only one kind."""
+    units = adapter.head_units(config)
+    return tuple(unit for unit in units if choice in ("auto", unit)) or units
+
+
+def nearest_heads(
+    adapter: Adapter, config: Mapping[str, Any], wanted: float, choice: HeadUnitChoice = "auto"
+) -> tuple[HeadUnit, int]:
     """The unit and number of heads nearest to `wanted`; among equally near ones, one that a stock class can load.
 
     Args:
         adapter: The family.
         config: The model's config.
         wanted: A share (float) or a number (int) of query heads per block.
+        choice: The unit, or `auto` for any.
 
     Raises:
         UserError: no units add up to the number.
     """
     choices: list[tuple[bool, int, HeadUnit]] = []
-    for unit in adapter.head_units(config):
+    for unit in offered_units(adapter, config, choice):
         stock = reachable_heads(adapter, config, unit, False)
         choices += [(number not in stock, number, unit) for number in reachable_heads(adapter, config, unit, True)]
     numbers = sorted({number for _, number, _ in choices})

@@ -18,7 +18,7 @@ from cook.pruning.budgets import MIB, Targets, constraints
 from cook.pruning.family import Adapter
 from cook.pruning.gates import Gates
 from cook.pruning.mask_file import read_masks
-from cook.pruning.mask_set import kept_counts, kept_groups, without_empty_blocks
+from cook.pruning.mask_set import consistent, kept_counts, kept_groups, without_empty_blocks
 from cook.pruning.random_masks import random_masks_like
 from cook.pruning.relaxation import Deterministic, HardConcrete, Relaxation
 from cook.pruning.restrict import restrict
@@ -68,7 +68,12 @@ def open_inputs(stage: Stage, *, must_exist: bool = True) -> Inputs:
         )
     head_unit: HeadUnit = "kv_group"  # patterns need units in all attention matrices
     if stage.name != "pattern":
-        head_unit = choose_head_unit(adapter, config, stage.config.fine, uneven="heads" in stage.uneven)
+        joint = stage.config.joint
+        # `cook profile` measures whole groups.
+        one_budget = stage.one_budget and joint is not None and joint.target_latency is None
+        head_unit = choose_head_unit(
+            adapter, config, stage.config.fine, uneven="heads" in stage.uneven, one_budget=one_budget
+        )
     space = adapter.space(config, head_unit)
     allowed = space
     if stage.name == "pattern":
@@ -89,6 +94,8 @@ def open_inputs(stage: Stage, *, must_exist: bool = True) -> Inputs:
                 remedy="add the names of their weights to pruning.pruned_module, or remove the stage",
             )
         learned += groups
+        if kind == "heads" and stage.one_budget:
+            learned += tuple(kept_groups(allowed, fixed, "keys"))
     # A file of the other kind of fine mask may also hold this kind, from an earlier training.
     fixed = {name: mask for name, mask in fixed.items() if name not in {group.name for group in learned}}
     return Inputs(
@@ -213,5 +220,5 @@ def stage_targets(stage: Stage) -> Targets:
 
 def final_masks(stage: Stage, inputs: Inputs, gates: Gates | None) -> dict[str, torch.Tensor]:
     """The masks at the end of a stage: the fixed masks and the learned ones as 0/1."""
-    masks = inputs.fixed | (gates.binary() if gates else {})
+    masks = consistent(inputs.space, inputs.fixed | (gates.binary() if gates else {}))
     return without_empty_blocks(inputs.space, masks) if stage.writes.layer else masks

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from cook.pruning.mask_set import Masks
+from cook.pruning.mask_set import Masks, consistent
 from cook.pruning.units import PruningSpace
 
 
@@ -16,7 +16,7 @@ def describe_structure(space: PruningSpace, masks: Masks) -> dict[str, Any]:
     layers: list[dict[str, str | None]] = [{"att": None, "ffn": None} for _ in range(space.num_layers)]
     for group in space.groups:
         block = masks.get(space.block(group).name)
-        if group.kind != "layer" and (block is None or bool(block.all())):
+        if group.kind not in ("layer", "keys") and (block is None or bool(block.all())):
             mask = masks.get(group.name, torch.ones(group.size))
             units = "".join(str(int(z)) * group.members for z in mask.tolist())
             layers[group.layer][group.site] = units if "1" in units else None
@@ -30,9 +30,9 @@ def masks_of_structure(space: PruningSpace, structure: Mapping[str, Any]) -> dic
         units = structure["layers"][group.layer][group.site]
         if group.kind == "layer":
             masks[group.name] = torch.tensor([float(units is not None)])
-        elif units is not None:
+        elif group.kind != "keys" and units is not None:
             masks[group.name] = torch.tensor([float(unit) for unit in units[:: group.members]])
-    return masks
+    return consistent(space, masks)
 
 
 def as_lists(structure: Mapping[str, Any]) -> dict[str, Any]:

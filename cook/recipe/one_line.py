@@ -171,7 +171,7 @@ def _scheme(job: OneLineJob, keep: Keep, source: ModelSource) -> tuple[dict[str,
     space = adapter.space(config)
     heads = next((g.size * g.members for g in space.groups if g.kind == "heads"), 1)
     dims = next((g.size * g.members for g in space.groups if g.kind == "dimff"), 1)
-    unit, kept_heads = nearest_heads(adapter, config, keep.get("heads", heads))
+    unit, kept_heads = nearest_heads(adapter, config, keep.get("heads", heads), job.head_unit)
     kept_dims = keep.get("dims", dims)
     kept_dims = kept_dims if isinstance(kept_dims, int) else max(1, round(kept_dims * dims))
     is_global = bool(set(keep) & set(WHOLE_KEYS))
@@ -187,7 +187,7 @@ def _scheme(job: OneLineJob, keep: Keep, source: ModelSource) -> tuple[dict[str,
         "dim_ff": dims,
         "target_num_heads": kept_heads,
         "target_dimff": kept_dims,
-        "head_unit": unit if kept_heads != heads else "auto",
+        "head_unit": unit if kept_heads != heads else job.head_unit,
         "allow_remote_code": is_global or kept_heads not in reachable_heads(adapter, config, unit, False),
         "heads_mask": str(masks / "heads_mask.pt"),
         "dimff_mask": str(masks / "dimff_mask.pt"),

@@ -75,12 +75,22 @@ class Stage:
         return self.name == "random_baseline"
 
     @property
+    def _parts(self) -> set[str]:
+        """The first words of the stages of this run."""
+        return {name.partition("_")[0] for name in (self.name, *(entry.name for entry in self.config.stages))}
+
+    @property
+    def one_budget(self) -> bool:
+        """Whether all heads and FFN dimensions of the model share one budget in this run."""
+        joint = self.config.joint
+        return joint is not None and joint.scope == "global" and "joint" in self._parts
+
+    @property
     def uneven(self) -> set[str]:
         """The kinds of units for which the blocks of this run share one budget."""
-        units = {name.partition("_")[0] for name in (self.name, *(entry.name for entry in self.config.stages))}
-        fine, joint = self.config.fine, self.config.joint
+        units, fine = self._parts, self.config.fine
         kinds = {"heads": "att", "dimff": "ffn"}
-        if joint and joint.scope == "global" and "joint" in units:
+        if self.one_budget:
             return set(kinds)
         return {kind for kind, unit in kinds.items() if fine and fine.scope == "global" and unit in units}
 

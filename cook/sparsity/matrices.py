@@ -93,7 +93,7 @@ def matrices_of(space: PruningSpace) -> tuple[PrunedMatrix, ...]:
             continue
         pieces = list({s.path: s for s in group.slices if len(space.shapes[s.path]) == 2}.values())
         closing = _closing(group)
-        opening = iter(INPUTS)
+        opening = iter(INPUTS[1:] if group.kind == "keys" else INPUTS)
         for piece in pieces:
             role: Role
             if piece.path == closing:

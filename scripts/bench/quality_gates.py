@@ -10,6 +10,8 @@ from quality_peers import ShearedGates
 from quality_rig import Rig
 
 from cook.config.scheme import GatesStart
+from cook.pruning import budgets
+from cook.pruning.budgets import Targets
 from cook.pruning.controller import Constraint
 from cook.pruning.counts import unit_parameters
 from cook.pruning.gates import Gates
@@ -28,10 +30,12 @@ def constraints(rig: Rig, groups: list[UnitGroup], share: float, scope: str) -> 
         each = [unit_parameters(rig.space, group) for group in groups]
         total = sum(size * group.size for size, group in zip(each, groups, strict=True))
         removed = sum(
-            size * group.sections * round(share * group.section_size) for size, group in zip(each, groups, strict=True)
+            size * group.sections * round(share * group.section_size)
+            for size, group in zip(each, groups, strict=True)
+            if group.kind != "keys"  # the other rows keep them
         )
-        costs = tuple(size / total for size, group in zip(each, groups, strict=True) for _ in range(group.size))
-        return [Constraint(name="all", start=0, costs=costs, target=removed / total)]
+        targets = Targets(scope="global", cost="parameters", share=1 - removed / total)
+        return budgets.constraints(rig.space, groups, targets)
     if groups[0].kind == "layer":
         sizes = [sum(group.site == site for group in groups) for site in ("att", "ffn")]
     else:
@@ -89,7 +93,7 @@ TRAINED = {
 
 def trained_masks(rig: Rig, training: Training, unit: str, share: float, steps: int) -> tuple[Masks, dict[str, Any]]:
     """Masks from gates, and what their training was like."""
-    groups = in_order(rig.groups(unit))
+    groups = in_order(rig.groups(unit, keys=training.scope == "global"))
     if not training.in_turn:
         return one_training(rig, training, groups, share, steps, {})
     kinds = list(dict.fromkeys(group.kind for group in groups))

@@ -26,7 +26,7 @@ def gather_scores(rig: Any) -> Scores:
     Args:
         rig: The `Rig` of `quality.py`, its gates open.
     """
-    groups, options = list(rig.space.groups), rig.options
+    groups, options = [group for group in rig.space.groups if group.kind != "keys"], rig.options
     scores: Scores = {name: {} for name in (*ONE_SHOT, *OF_AUTHORS)}
     rig.model.requires_grad_(True)
     noise = torch.Generator().manual_seed(options.seed)

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from cook.distill.teacher_loss import token_divergence
 from cook.families.source import load_model, open_model
 from cook.pruning.attach import AttachedGates
+from cook.pruning.budgets import KINDS
 from cook.pruning.units import PruningSpace, UnitGroup
 
 UNITS = {"dims": ("dimff",), "heads": ("heads",), "heads and dims": ("heads", "dimff"), "blocks": ("layer",)}
@@ -102,5 +103,8 @@ class Rig:
         elif " of " not in text or int(text.split(": ")[1].split(" of ")[0]) % 25 == 0:
             print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
-    def groups(self, unit: str) -> list[UnitGroup]:
-        return [group for group in self.space.groups if group.kind in UNITS[unit]]
+    def groups(self, unit: str, *, keys: bool = False) -> list[UnitGroup]:
+        """The groups of a cell, in the order of gates; with `keys` the key-value heads of its query heads too."""
+        kinds = UNITS[unit] + (("keys",) if keys and "heads" in UNITS[unit] else ())
+        found = [group for group in self.space.groups if group.kind in kinds]
+        return sorted(found, key=lambda group: KINDS.index(group.kind)) if keys else found

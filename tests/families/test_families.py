@@ -24,6 +24,7 @@ from cook.pruning.counts import kept_shapes, parameters
 from cook.pruning.mask_set import (
     coarse_from_tensors,
     coarse_to_tensors,
+    consistent,
     fine_from_tensors,
     fine_to_tensors,
     kept_counts,
@@ -44,7 +45,7 @@ def uniform_masks(space, layers=(0, 2)):
     """The other layers go whole; these keep half of every section, each another half."""
     masks = {g.name: torch.tensor([float(g.layer in layers)]) for g in space.of("layer")}
     for group in space.groups:
-        if group.kind != "layer" and group.layer in layers:
+        if group.kind in ("heads", "dimff") and group.layer in layers:
             half = (torch.arange(group.section_size) % 2 == group.layer % 2).float()
             masks[group.name] = half.repeat(group.sections)
     return masks
@@ -59,6 +60,14 @@ def ragged_masks(space):
         "layers.2.dimff": torch.zeros(sizes["dimff", 2]),
         "layers.0.dimff": (torch.arange(sizes["dimff", 0]) % 3 > 0).float(),
     }
+
+
+def query_masks(space):
+    """Other numbers of query heads in the key-value groups of a block, none in some; all blocks but one are there."""
+    masks = ragged_masks(space) | {"layers.0.att": torch.ones(1)}
+    rows = ("00111010", "11101101", "00110100")  # 4 groups of 2
+    masks |= {f"layers.{n}.heads": torch.tensor([float(unit) for unit in row]) for n, row in enumerate(rows)}
+    return consistent(space, masks)
 
 
 def difference(a, b, real=None):
@@ -111,9 +120,13 @@ def test_the_config_describes_the_weights(case, data):
     assert reshaped_source(small, again, {}).config == small.config
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case[0] in CAUSAL], ids=str)
-@pytest.mark.parametrize("make", [uniform_masks, ragged_masks])
-def test_the_cache_and_generation(case, make):
+@pytest.mark.parametrize(
+    "make, case",
+    [(make, case) for make in (uniform_masks, ragged_masks) for case in CASES if case[0] in CAUSAL]
+    + [(query_masks, case) for case in CASES if case[1] == "query_head"],
+    ids=str,
+)
+def test_the_cache_and_generation(make, case):
     model, space = MODELS[case[0]], SPACES[case]
     masks = make(space)
     small = load_model(reshaped_source(SOURCES[case[0]], space, masks))
@@ -127,14 +140,55 @@ def test_the_cache_and_generation(case, make):
     assert masked.shape == (2, 17)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_pruning_in_two_steps_is_exact(case):
+@pytest.mark.parametrize("case", [case for case in CASES if case[1] == "query_head"], ids=str)
+def test_query_heads_are_taken_out_of_their_groups(case):
+    """No weight is stored for what is gone, and the cache has the key-value heads that are read."""
     source, space = SOURCES[case[0]], SPACES[case]
-    first = ragged_masks(space)
+    masks = query_masks(space)
+    small = load_model(reshaped_source(source, space, masks))
+    numbers = [[int(part.sum()) for part in masks[g.name].split(g.spans)] for g in space.of("heads")]
+    assert [len(set(layer) - {0}) for layer in numbers] == [2, 2, 2] and 0 in numbers[0] and 0 in numbers[2]
+    cache = small(input_ids=IDS, use_cache=True).past_key_values
+    for layer, per_group in enumerate(numbers):
+        attention, head = small.model.layers[layer].self_attn, source.config["head_dim"]
+        assert attention.o_proj.weight.shape[1] == head * sum(per_group)
+        keys = sum(number > 0 for number in per_group)
+        assert cache.layers[layer].keys.shape[1] == keys
+        inputs = [p.weight.shape[0] for name, p in attention.named_children() if name in ("q_proj", "k_proj", "v_proj")]
+        fused = [p.weight.shape[0] for name, p in attention.named_children() if name == "qkv_proj"]
+        assert sum(inputs + fused) == head * (sum(per_group) + 2 * keys)
+    # A gate on the smaller model acts on the heads that it has.
+    again = source.adapter.space(reshaped_source(source, space, masks).config, case[1])
+    heads, keys = again.of("heads")[1], again.of("keys")[1]
+    assert heads.spans == tuple(n for n in numbers[1] if n) and keys.size == len(heads.spans)
+    one = torch.zeros(heads.size)
+    one[-1] = 1
+    z = torch.tensor([0.0] * (keys.size - 1) + [1])
+    z[0] = 1
+    outputs = []
+    for gates in ({heads.name: one}, {heads.name: one, keys.name: z}, {keys.name: z}, {}):
+        attached = mask_model(small, again, gates)
+        outputs.append(small(input_ids=IDS).logits.detach())
+        attached.remove()
+    assert torch.equal(outputs[0], outputs[1])
+    assert difference(outputs[0], outputs[2]) > 1e-3 < difference(outputs[2], outputs[3])
+
+
+@pytest.mark.parametrize(
+    "make, case",
+    [(ragged_masks, case) for case in CASES] + [(query_masks, case) for case in CASES if case[1] == "query_head"],
+    ids=str,
+)
+def test_pruning_in_two_steps_is_exact(make, case):
+    source, space = SOURCES[case[0]], SPACES[case]
+    first = make(space)
     once = reshaped_source(source, space, first)
     then = once.adapter.space(once.config, case[1])
     masks = {g.name: (torch.arange(g.size) % g.section_size > 0).float() for g in then.of("dimff")}
     masks |= {g.name: torch.zeros(1) for g in then.of("layer", "att")[-1:]}
+    for group in then.of("heads")[:2]:
+        masks[group.name] = (torch.arange(group.size) % 3 != 1).float()
+    masks = consistent(then, masks)
     model, small = load_model(once), load_model(reshaped_source(once, then, masks))
     mask_model(model, then, masks)
     with torch.no_grad():

@@ -10,6 +10,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from cook.export.pruned_folder import open_masks, prune_to_folder
 from cook.families.source import open_model
+from cook.pruning.counts import parameters, unit_parameters
+from cook.pruning.mask_set import kept_counts
 from cook.pruning.pad import padded
 from tests.tiny_families import tiny_config
 
@@ -55,6 +57,44 @@ def zeroed(model, rows):
         out = layer.self_attn.o_proj.weight
         out.data *= row.repeat_interleave(out.shape[1] // HEADS)
     return model
+
+
+ANY = torch.tensor([[1, 0, 1, 1, 0, 0, 0, 1], [0, 0, 0, 0, 1, 0, 1, 1], [1, 1, 1, 0, 0, 1, 0, 0]]).float()
+"""Query heads with other numbers in every key-value group, of 2 or 4; a group of the second layer is gone."""
+
+
+@pytest.mark.parametrize("kind", ["uniform", "ragged"])
+@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_any_query_heads_are_removed_exactly(tmp_path, name, kv_heads, kind):
+    model = stock_model(name, kv_heads)
+    model.save_pretrained(tmp_path / "model")
+    torch.save({"heads_z": ANY}, tmp_path / "heads.pt")
+    source = open_model(tmp_path / "model")
+    space, masks = open_masks(source, heads=str(tmp_path / "heads.pt"))
+    if kind == "uniform":
+        source, masks = padded(source, space, masks)
+    pruned = prune_to_folder(source, space, masks, tmp_path / "small")
+    assert pruned.needs_remote_code == (kind == "ragged")
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small", trust_remote_code=kind == "ragged")
+    with torch.no_grad():
+        expected, logits = zeroed(model, ANY)(input_ids=IDS).logits, small(input_ids=IDS).logits
+    assert float((logits - expected).abs().max() / expected.abs().max()) <= 1e-5
+    left = sum(p.numel() for p in small.parameters())
+    assert left == parameters(space, kept_counts(masks)) and left <= sum(p.numel() for p in model.parameters())
+    if kind == "ragged":
+        per_group = ANY.view(LAYERS, kv_heads, -1).sum(2)
+        assert left == parameters(space) - _per_head(space) * int((ANY == 0).sum()) - _per_key(space) * int(
+            (per_group == 0).sum()
+        )
+
+
+def _per_head(space):
+    return unit_parameters(space, space.of("heads")[0])
+
+
+def _per_key(space):
+    return unit_parameters(space, space.of("keys")[0])
 
 
 @pytest.mark.parametrize("kind", ["stock", "uniform", "ragged"])

@@ -31,6 +31,12 @@ NAMES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
 SMALL_CACHE = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=32)
 """By default the cache fills most of the machine's memory, and each step a mask of 8192 tokens times the cache."""
 QUERIES = {f"layers.{n}.heads": torch.tensor([1.0, 0] * 4 if n == 1 else [1.0] * 8) for n in range(3)}
+GROUPS = {
+    "layers.0.heads": torch.tensor([1.0, 1, 0, 1, 1, 1, 1, 0]),
+    "layers.2.heads": torch.tensor([1.0, 1, 0, 0, 0, 1, 0, 0]),
+    "layers.2.keys": torch.tensor([1.0, 0, 1, 0]),
+}
+"""Query heads, other numbers of them in the key-value groups of a layer."""
 KEYS = {"layers.0.heads": torch.tensor([0.0, 1, 1, 0]), "layers.2.heads": torch.tensor([0.0, 0, 1, 0])}
 DIMS = {"layers.1.dimff": (torch.arange(20) % 3 > 0).float(), "layers.2.ffn": torch.zeros(1)}
 
@@ -61,9 +67,10 @@ def difference(a, b):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("unit, heads", [("kv_group", KEYS), ("query_head", GROUPS)])
 @pytest.mark.parametrize("name", NAMES)
-def test_every_auto_class_gives_what_the_stock_model_computes(tmp_path, name):
-    zeroed, small = export(tmp_path, name, "kv_group", KEYS | DIMS)
+def test_every_auto_class_gives_what_the_stock_model_computes(tmp_path, name, unit, heads):
+    zeroed, small = export(tmp_path, name, unit, heads | DIMS)
     base = AutoModel.from_pretrained(small, trust_remote_code=True)
     expected = AutoModel.from_pretrained(tmp_path / "zeroed")(input_ids=IDS, attention_mask=PADDED).last_hidden_state
     hidden = base(input_ids=IDS, attention_mask=PADDED).last_hidden_state
@@ -80,9 +87,10 @@ def test_every_auto_class_gives_what_the_stock_model_computes(tmp_path, name):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("unit, heads", [("kv_group", KEYS), ("query_head", GROUPS)])
 @pytest.mark.parametrize("name", NAMES)
-def test_generation_is_that_of_the_stock_model(tmp_path, name):
-    zeroed, small = export(tmp_path, name, "kv_group", KEYS | DIMS)
+def test_generation_is_that_of_the_stock_model(tmp_path, name, unit, heads):
+    zeroed, small = export(tmp_path, name, unit, heads | DIMS)
     model = AutoModelForCausalLM.from_pretrained(small, trust_remote_code=True)
     for options in ({}, {"use_cache": False}, {"num_beams": 3}, {"cache_implementation": "static"}):
         options |= {"max_new_tokens": 8, "do_sample": False, "attention_mask": PADDED, "pad_token_id": 0}
@@ -92,7 +100,7 @@ def test_generation_is_that_of_the_stock_model(tmp_path, name):
 @torch.no_grad()
 @pytest.mark.parametrize("name", NAMES)
 def test_models_and_configs_can_be_copied_and_pickled(tmp_path, name):
-    _, small = export(tmp_path, name, "query_head", QUERIES | DIMS)
+    _, small = export(tmp_path, name, "query_head", QUERIES | GROUPS | DIMS)
     for auto_class in (AutoModelForCausalLM, AutoModel):
         model = auto_class.from_pretrained(small, trust_remote_code=True)
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -103,7 +111,7 @@ def test_models_and_configs_can_be_copied_and_pickled(tmp_path, name):
 
 
 def test_another_process_reads_the_pickle(tmp_path):
-    _, small = export(tmp_path, "llama", "kv_group", KEYS | DIMS)
+    _, small = export(tmp_path, "llama", "query_head", GROUPS | DIMS)
     model = AutoModelForCausalLM.from_pretrained(small, trust_remote_code=True)
     torch.save((model, IDS, model(input_ids=IDS).logits.detach()), tmp_path / "model.pt")
     script = """
@@ -127,7 +135,12 @@ def test_another_process_reads_the_pickle(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "unit, masks", [("query_head", QUERIES), ("kv_group", DIMS | {"layers.0.att": torch.zeros(1)})]
+    "unit, masks",
+    [
+        ("query_head", QUERIES),
+        ("query_head", {"layers.0.heads": GROUPS["layers.0.heads"]}),
+        ("kv_group", DIMS | {"layers.0.att": torch.zeros(1)}),
+    ],
 )
 def test_continuous_batching_is_exact(tmp_path, unit, masks):
     zeroed, small = export(tmp_path, "qwen3", unit, masks)

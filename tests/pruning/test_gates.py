@@ -145,6 +145,66 @@ def test_a_coarse_constraint_ends_within_half_a_block(sizes, target, seed):
     assert abs(removed / total - target) <= max(sizes) / total / 2 + 1e-9
 
 
+def owned(sizes: list[int], dims: int, target: float, relaxation=None) -> Gates:
+    """Query heads of several key-value heads, these, and other units, in one budget."""
+    heads, keys = sum(sizes), len(sizes)
+    costs = [2.0] * heads + [3.0] * keys + [1.0] * dims
+    owners = [heads + n for n, size in enumerate(sizes) for _ in range(size)] + [-1] * (keys + dims)
+    shares = tuple(cost / sum(costs) for cost in costs)
+    budget = Constraint(name="all", start=0, costs=shares, target=target, owners=tuple(owners))
+    names = {"heads": heads, "keys": keys, "dims": dims}
+    return Gates(names, [budget], steps=200, seed=1, relaxation=relaxation or Deterministic())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(1, 4), min_size=1, max_size=6),
+    st.integers(1, 20),
+    st.floats(0, 0.99),
+    st.integers(0, 99),
+    st.sampled_from(RELAXATIONS),
+)
+def test_key_value_heads_go_with_the_last_of_their_query_heads(sizes, dims, target, seed, relaxation):
+    gates = owned(sizes, dims, target, relaxation)
+    count, random = len(gates.values), torch.Generator().manual_seed(seed)
+    gates.values = relaxation.low + (relaxation.high - relaxation.low) * torch.rand(count, generator=random)
+    masks = gates.binary()
+    read = torch.stack([part.amax() for part in masks["heads"].split(sizes)])
+    assert torch.equal(masks["keys"], read)
+    gone = {name: float((mask == 0).sum()) for name, mask in masks.items()}
+    total = 2 * sum(sizes) + 3 * len(sizes) + dims
+    removed = (2 * gone["heads"] + 3 * gone["keys"] + gone["dims"]) / total
+    assert abs(removed - target) <= (2 + 3) / 2 / total * (1 + 1e-9)
+
+
+def test_heads_whose_keys_close_go_first():
+    gates = owned([2, 2], 2, 7 / 16)
+    gates.values = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.3, 1.0, 0.65, 0.5])
+    # 0.9 · 0.3 and 0.8 · 0.3 are below every other value: these two heads and their keys, and nothing else.
+    assert {name: mask.tolist() for name, mask in gates.binary().items()} == {
+        "heads": [0, 0, 1, 1],
+        "keys": [0, 1],
+        "dims": [1, 1],
+    }
+
+
+@pytest.mark.parametrize("worth", [0.0, 1.0])
+def test_whole_groups_or_heads_inside_them_as_the_task_wants_it(worth):
+    """Of three groups of two heads, one group is useless; or one head of every group."""
+    gates = owned([2, 2, 2], 1, (2 * 2 + 3 if worth == 0 else 3 * 2) / 22)
+    value = torch.tensor([1.0, 1, 1, 1, 0, 0] if worth == 0 else [1.0, 0, 1, 0, 1, 0])
+    for step in range(1, 201):
+        z = gates.draw(step).requires_grad_()
+        parts = gates.split(z)
+        left = parts["heads"] * parts["keys"].repeat_interleave(2)
+        (((1 - left) ** 2 + (1 - left)) * value).sum().add((1 - parts["dims"]).sum()).backward()
+        gates.update(z.grad, step)
+    masks = gates.binary()
+    assert masks["heads"].tolist() == value.tolist() and masks["dims"].tolist() == [1]
+    assert masks["keys"].tolist() == ([1, 1, 0] if worth == 0 else [1, 1, 1])
+    assert gates.split(gates.values)["keys"].tolist() == pytest.approx(masks["keys"].tolist(), abs=1e-3)
+
+
 def test_a_score_is_gathered_over_a_resume():
     whole, second = make(start="fisher", start_steps=2), make(start="fisher", start_steps=2)
     strong, weak = torch.arange(8.0), torch.linspace(0.1, 0.0, 8)

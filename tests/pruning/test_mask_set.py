@@ -6,9 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cook.base.errors import UserError
+from cook.export.pruned_folder import reshaped_source
 from cook.pruning.mask_set import (
     coarse_from_tensors,
     coarse_to_tensors,
+    consistent,
     fine_from_tensors,
     fine_to_tensors,
     kept_counts,
@@ -17,6 +19,7 @@ from cook.pruning.mask_set import (
 )
 from cook.pruning.restrict import restrict
 from tests.models.cpm_ant_tiny import RAGGED
+from tests.tiny_families import tiny_source
 from tests.tiny_pruning import tiny_space
 
 SPACE = tiny_space()
@@ -132,3 +135,26 @@ def test_files_of_a_model_that_lost_all_blocks_of_a_kind():
     assert fine_from_tensors(SPACE, back, fine, "heads", "f") == {}
     with pytest.raises(UserError, match="f: heads_z does not fit"):
         fine_from_tensors(SPACE, back, {"heads_z": torch.ones(1, 4)}, "heads", "f")
+
+
+def test_keys_go_with_their_query_heads_and_these_with_them():
+    source = tiny_source("llama")  # 8 query heads of 4 key-value heads
+    space = source.adapter.space(source.config, "query_head")
+    heads = torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 1])
+    made = consistent(space, {"layers.1.heads": heads})
+    assert made["layers.1.keys"].tolist() == [1, 0, 1, 1] and torch.equal(made["layers.1.heads"], heads)
+    made = consistent(space, {"layers.1.heads": heads, "layers.1.keys": torch.tensor([1.0, 1, 1, 0])})
+    assert made["layers.1.keys"].tolist() == [1, 0, 1, 0]
+    assert made["layers.1.heads"].tolist() == [1, 0, 0, 0, 1, 1, 0, 0]
+    assert consistent(space, made).keys() == made.keys() == {"layers.1.heads", "layers.1.keys"}
+    even = {"layers.0.heads": torch.tensor([1.0, 0] * 4)}
+    assert consistent(space, even).keys() == even.keys()
+    with pytest.raises(AssertionError, match="without their keys"):
+        reshaped_source(source, space, {"layers.1.heads": torch.ones(8), "layers.1.keys": torch.tensor([1.0, 1, 1, 0])})
+
+
+def test_query_heads_in_a_file_of_whole_groups_are_refused():
+    source = tiny_source("llama")
+    space = source.adapter.space(source.config)
+    with pytest.raises(UserError, match="keeps only a part of a key-value group"):
+        fine_from_tensors(space, {}, {"heads_z": torch.tensor([[1.0, 0, 1, 1, 1, 1, 1, 1]] * 3)}, "heads", "file")

@@ -15,7 +15,7 @@ from cook.families import cpm_ant
 from cook.families.source import open_model, unfilled_model, without_units
 from cook.pruning.attach import AttachedGates
 from cook.pruning.counts import parameters
-from cook.pruning.mask_set import is_even
+from cook.pruning.mask_set import consistent
 from cook.pruning.reshape import fan_in_sizes, reshaped
 from cook.recipe.compact import cut_inputs, keep_fan_in, whole_weights, without_masked_units
 from cook.recipe.distillation import DistillationPlan
@@ -50,9 +50,7 @@ def masks_for(space, case):
             masks[group.name] = torch.zeros(1)
         if case == 2 and group.kind != "dimff":
             masks[group.name] = torch.ones(group.size)
-        if not is_even(group, masks[group.name]):
-            masks[group.name] = torch.ones(group.size)
-    return masks
+    return consistent(space, masks)
 
 
 def loss_and_gradients(model, batch_inputs):

@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING
 from cook.base.errors import UserError
 from cook.config.types import FineConfig
 from cook.families.registry import by_config
-from cook.recipe.head_units import check_sizes, choose_head_unit, reachable_heads
+from cook.recipe.head_units import check_sizes, choose_head_unit, nearest_heads, reachable_heads
 from tests.tiny_families import tiny_config
 
 GROUPED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
@@ -32,9 +32,9 @@ def fine(target, unit="auto", remote=False, scope="block"):
     )
 
 
-def checked(config, section, uneven=()):
+def checked(config, section, uneven=(), one_budget=False):
     adapter = by_config(config)
-    unit = choose_head_unit(adapter, config, section, uneven="heads" in uneven)
+    unit = choose_head_unit(adapter, config, section, uneven="heads" in uneven, one_budget=one_budget)
     check_sizes(adapter, config, adapter.space(config, unit), section, uneven)
     return unit
 
@@ -93,10 +93,28 @@ def test_a_refusal_names_what_would_be_taken(kv_heads, section, wanted, remedy):
     assert (f"remedy: {remedy}" in text) if remedy else "remedy" not in text, text
 
 
-def test_blocks_share_out_query_heads_only_where_one_group_holds_them_all():
+def test_blocks_that_share_a_number_of_heads_lose_whole_groups_unless_the_scheme_says_otherwise():
     one, four = (tiny_config("llama", num_key_value_heads=n) for n in (1, 4))
     section = fine(2, remote=True, scope="global")
     assert checked(one, section, {"heads"}) == "query_head"
     assert checked(four, section, {"heads"}) == "kv_group"
-    with pytest.raises(UserError, match="different numbers in the key-value groups of a block"):
-        checked(four, fine(4, "query_head", remote=True, scope="global"), {"heads"})
+    for target in (2, 3):
+        assert checked(four, fine(target, "query_head", remote=True, scope="global"), {"heads"}) == "query_head"
+
+
+def test_one_budget_of_parameters_chooses_query_heads_unless_the_scheme_says_otherwise():
+    four, alike = tiny_config("llama", num_key_value_heads=4), tiny_config("llama", num_key_value_heads=8)
+    for section in (fine(3, remote=True), fine(3, "query_head", remote=True)):
+        assert checked(four, section, {"heads", "dimff"}, one_budget=True) == "query_head"
+    assert checked(four, fine(3, "kv_group", remote=True), {"heads", "dimff"}, one_budget=True) == "kv_group"
+    assert checked(alike, fine(3, remote=True), {"heads", "dimff"}, one_budget=True) == "kv_group"
+
+
+@pytest.mark.parametrize(
+    "choice, wanted, unit", [("auto", 4, "kv_group"), ("query_head", 4, "query_head"), ("kv_group", 4, "kv_group")]
+)
+def test_the_nearest_number_is_of_the_units_that_are_asked_for(choice, wanted, unit):
+    config = tiny_config("llama", num_key_value_heads=4)
+    assert nearest_heads(by_config(config), config, wanted, choice) == (unit, wanted)
+    alike = tiny_config("llama", num_key_value_heads=8)
+    assert nearest_heads(by_config(alike), alike, 3, choice) == ("kv_group", 3)

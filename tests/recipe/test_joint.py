@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from cook.base.files import sha256
 from cook.families.cpm_ant import ADAPTER
+from cook.families.source import open_model
 from cook.pruning.counts import parameters, unit_parameters
 from cook.pruning.mask_file import read_masks
 from cook.pruning.mask_set import kept_counts
@@ -119,6 +120,66 @@ def test_going_on_ends_with_the_same_masks(uneven, tmp_path):
     assert [sha256(folder / path) for path in PATHS.values()] == [sha256(uneven / path) for path in PATHS.values()]
 
 
+@pytest.fixture(scope="module")
+def query_heads(tmp_path_factory) -> Path:
+    """A run on a stock model whose query heads, keys and dims share one budget, and a stage after it."""
+    folder = tmp_path_factory.mktemp("query_heads")
+    write_stock_run(
+        folder,
+        ("joint_mask", "joint_finetune", "random_baseline"),
+        name="llama, tied",
+        fine__coarse_mask=PATHS["layer"],
+        fine__allow_remote_code=True,
+        training__steps=8,
+        joint={"train_mask": True, "scope": "global", "target_params": 0.4},
+    )
+    trained = train(folder, "--stage", "all")
+    assert trained.code == 0 and "trains the whole model" not in trained.out, trained
+    return folder
+
+
+def test_query_heads_are_chosen_from_their_groups(query_heads):
+    heads = files(query_heads)["heads_z"].view(-1, 4, 2).sum(2)
+    assert any(len(set(block.tolist()) - {0}) > 1 for block in heads), heads
+    assert sizes(query_heads, "joint_finetune") == sizes(query_heads, "joint_mask")
+    baseline = files_of_structure(query_heads, "random_baseline").view(-1, 4, 2).sum(2)
+    assert sorted(sorted(b) for b in baseline.tolist()) == sorted(sorted(b) for b in heads.tolist())
+    parameters_left = [done(query_heads, stage)["parameters"] for stage in ("joint_mask", "random_baseline")]
+    source = open_model(query_heads / "model")
+    space = source.adapter.space(source.config, "query_head")
+    whole = sum(unit_parameters(space, group) * group.size for group in space.groups if group.kind != "layer")
+    head, key = (unit_parameters(space, space.of(kind)[0]) for kind in ("heads", "keys"))
+    assert parameters_left[0] == parameters_left[1]
+    # Norms of blocks without units go too.
+    gone = parameters(space) - parameters_left[0]
+    assert 0 <= gone - 0.6 * whole + (head + key) / 2 <= head + key + 6 * 32
+
+
+def files_of_structure(folder: Path, stage: str) -> torch.Tensor:
+    rows = [layer["att"] for layer in done(folder, stage)["structure"]["layers"] if layer["att"]]
+    return torch.tensor([[float(unit) for unit in row] for row in rows])
+
+
+@pytest.mark.parametrize("more", [(), ("--uniform",)])
+def test_query_heads_are_carried_out(query_heads, tmp_path, more):
+    output = str(tmp_path / "small")
+    pruned = do_prune(query_heads, "--config", "bmcook.json", "--verify", "--output", output, *more)
+    assert pruned.code == 0 and "equal to rounding" in pruned.out, pruned
+    assert ("trust_remote_code" in pruned.out) == (not more)
+    small, report = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=not more, output_loading_info=True)
+    assert not any(report.values())
+    count = sum(p.numel() for p in small.parameters())
+    assert count == done(query_heads, "joint_finetune")["parameters"] or more
+    ids = torch.randint(3, 300, (2, 7), generator=torch.Generator().manual_seed(0))
+    wanted = small.generate(ids, max_new_tokens=6, do_sample=False, use_cache=False)
+    assert torch.equal(small.generate(ids, max_new_tokens=6, do_sample=False), wanted)
+
+
+def test_the_report_measures_query_heads(query_heads):
+    reported = run(REPORT, query_heads, PYTHONPATH=str(REPOSITORY))
+    assert reported.code == 0 and "| all, finetuned" in reported.out, reported
+
+
 def test_key_value_groups_share_a_budget_of_flops(tmp_path):
     write_stock_run(
         tmp_path,
@@ -126,6 +187,7 @@ def test_key_value_groups_share_a_budget_of_flops(tmp_path):
         name="llama, tied",
         fine__coarse_mask=PATHS["layer"],
         fine__allow_remote_code=True,
+        fine__head_unit="kv_group",
         training__steps=4,
         joint={"train_mask": True, "scope": "global", "target_flops": 0.3},
     )

@@ -139,15 +139,19 @@ def test_a_global_budget_leaves_its_share_of_what_is_counted(opened, stock, budg
     units = sum(one_less[name] * size for name, size in whole.items())
     assert units == pytest.approx(count(whole) - least + sum(one_less.values()))
     if share is None:
-        even = {g.name: (4 if stock else 2) // g.members if g.kind == "heads" else 10 for g in inputs.learned}
+        kept = {"heads": 4 if stock else 2, "keys": 4, "dimff": 10}
+        even = {g.name: kept[g.kind] for g in inputs.learned}
         share = 1 - (count(whole) - count(even)) / units
+    # With the last query head of a group, its keys and values go.
+    own_keys = {name: one_less.get(name.replace("heads", "keys"), 0) for name in one_less if "heads" in name}
+    steps = [cost + own_keys.get(name, 0) for name, cost in one_less.items()]
     tried = 0
     for seed in range(60):
-        gates.values = torch.randn(len(gates.values), generator=torch.Generator().manual_seed(seed))
+        gates.values = torch.rand(len(gates.values), generator=torch.Generator().manual_seed(seed))
         kept = {name: int(mask.sum()) for name, mask in gates.binary().items()}
         if min(kept.values()):
             left = units - (count(whole) - count(kept))
-            assert abs(left - share * units) <= max(one_less.values()) / 2 * (1 + 1e-9)
+            assert abs(left - share * units) <= max(steps) / 2 * (1 + 1e-9)
             tried += 1
     assert tried > 5, "no draw left something in every block"
 
@@ -164,8 +168,10 @@ def test_flops_weigh_heads_more_the_longer_the_text(opened):
 
 
 def test_a_key_value_group_costs_all_its_query_heads(opened):
-    _, inputs, gates = opened("joint_mask", stock=True, joint=GLOBAL | {"target_params": 0.5})
-    assert inputs.head_unit == "kv_group"
+    _, inputs, gates = opened(
+        "joint_mask", stock=True, joint=GLOBAL | {"target_params": 0.5}, fine__head_unit="kv_group"
+    )
+    assert {group.kind for group in inputs.learned} == {"heads", "dimff"} and not gates.constraints[0].owners
     costs = gates.constraints[0].costs
     # 2 query heads, a key and a value head of 6 features and the output's columns, against gate, up and down.
     assert costs[0] / costs[-1] == pytest.approx(32 * 6 * (2 + 1 + 1 + 2) / (3 * 32))
@@ -182,11 +188,29 @@ def test_a_tiny_budget_leaves_a_single_unit_and_removes_the_other_blocks(opened)
     assert parameters(space, kept_counts(masks)) == parameters(space, dict.fromkeys(gone, 0) | {"layers.0.heads": 1})
 
 
-def test_query_heads_cannot_be_shared_out(opened):
-    with pytest.raises(UserError, match="cannot choose single query heads"):
-        opened("joint_mask", stock=True, joint=GLOBAL, fine__head_unit="query_head")
-    with pytest.raises(UserError, match="cannot choose single query heads"):
-        opened("att_mask", stock=True, fine__scope="global", fine__head_unit="query_head", fine__coarse_mask=None)
+@pytest.mark.parametrize("unit", ["auto", "query_head"])
+def test_query_heads_and_their_keys_share_one_budget(opened, unit):
+    _, inputs, gates = opened("joint_mask", stock=True, joint=GLOBAL | {"target_params": 0.5}, fine__head_unit=unit)
+    assert [group.kind for group in inputs.learned] == ["heads"] * 3 + ["keys"] * 3 + ["dimff"] * 3
+    [budget] = gates.constraints
+    # A query head is a row of queries and a column of the output; its keys and values are units of their own.
+    head, key, dim = budget.costs[0], budget.costs[24], budget.costs[-1]
+    assert head / dim == pytest.approx(32 * 6 * 2 / (3 * 32)) and key == pytest.approx(head)
+    assert budget.owners == (*(24 + n for n in range(12) for _ in range(2)), *[-1] * (12 + 60))
+
+
+def test_blocks_that_share_a_number_of_query_heads_take_any_of_them(opened):
+    stage, inputs, gates = opened(
+        "att_mask", stock=True, fine__scope="global", fine__head_unit="query_head", fine__coarse_mask=None
+    )
+    [budget] = gates.constraints
+    assert [group.kind for group in inputs.learned] == ["heads"] * 3 and len(budget.costs) == 24
+    gates.values = torch.rand(24, generator=torch.Generator().manual_seed(3))
+    masks = final_masks(stage, inputs, gates)
+    numbers = torch.stack([mask.view(4, 2).sum(1) for name, mask in masks.items() if name.endswith("heads")])
+    assert numbers.sum() == 12 and set(numbers.flatten().tolist()) == {0, 1, 2}
+    for layer, read in enumerate(numbers > 0):
+        assert torch.equal(masks.get(f"layers.{layer}.keys", torch.ones(4)), read.float())
 
 
 def test_uneven_blocks_of_a_stock_family_need_remote_code(opened):
