@@ -18,6 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sparsity", "distill"),
     ("training", "evaluation"),
     ("recipe",),
+    ("service",),
     ("commands",),
 )
 LAYER_OF = {package: layer for layer, packages in enumerate(LAYERS) for package in packages}
