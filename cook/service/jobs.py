@@ -39,6 +39,7 @@ Request = Literal["run", "stop", "stop now"]
 ALPHABET = "234567abcdefghijklmnopqrstuvwxyz"  # in the order of ASCII, so that ids sort by time
 IDENTIFIER = re.compile(rf"[{ALPHABET}]{{12}}")
 EPOCH = 1_700_000_000_000  # milliseconds; 41 bits from here last until 2093
+NOW_GRACE = 5.0  # seconds that `stop now` leaves the ranks
 STOP_GRACE = 600.0  # seconds that the ranks have to save, unless the job says otherwise
 
 
@@ -208,7 +209,7 @@ def _verdict(end: dict[str, Any], *, asked: bool, retries_left: int) -> tuple[St
     outcome, reason = end.get("outcome"), str(end.get("reason") or "")
     if outcome == EXIT_OK:
         return "succeeded", reason
-    if asked and outcome not in (EXIT_FAILED, EXIT_USER_ERROR):
+    if (asked or end.get("cancelled")) and outcome not in (EXIT_FAILED, EXIT_USER_ERROR):
         return "stopped", reason
     if outcome in (EXIT_INTERRUPTED, EXIT_RANK_LOST) or end.get("lost"):
         if retries_left > 0:
@@ -306,12 +307,13 @@ class JobStore:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def declare_lost(job: Job, reason: str) -> bool:
+def declare_end(job: Job, reason: str, kind: Literal["lost", "failed", "cancelled"] = "lost") -> bool:
     """Writes the exit.json of an attempt whose supervisor has ended without one.
 
     Args:
         job: The job. The caller has made sure that no process of its newest attempt lives.
         reason: A sentence for the user.
+        kind: `lost` is retried, `failed` is not; `cancelled` is a stop that somebody made elsewhere.
 
     Returns:
         Whether it was written; False if the supervisor has written one after all.
@@ -325,4 +327,4 @@ def declare_lost(job: Job, reason: str) -> bool:
     if outcome is not None:
         reason = f"{told.get('message') or ''} ({reason})".strip()
     record = {"code": None, "outcome": outcome, "started": process.get("started"), "ended": now(), "reason": reason}
-    return write_once(job.attempt_folder / "exit.json", {**record, "lost": outcome is None})
+    return write_once(job.attempt_folder / "exit.json", {**record, kind: outcome is None})

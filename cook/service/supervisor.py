@@ -1,7 +1,7 @@
 """The supervisor of one attempt: `python -m cook.service.supervisor JOBFOLDER N`. All executors use it.
 
 It starts the commands of the attempt, passes stop requests on to the ranks, and ends only when every process that it
-has started has ended. Its last act is `exit.json`. It does not need the server, which may end and start again meanwhile.
+has started has ended. Its last act is `exit.json`. It does not need the server, which may end and start meanwhile.
 
 At each point where it can be killed:
 
@@ -30,14 +30,13 @@ from cook.base.processes import this_process
 from cook.service import trees
 from cook.service.artifacts import write_manifest
 from cook.service.environment import job_environment
-from cook.service.jobs import Job, attempt_folder, job_of, now, read, stop_wanted, write_once
+from cook.service.jobs import NOW_GRACE, Job, attempt_folder, job_of, now, read, stop_wanted, write_once
 from cook.service.outcomes import outcome_of
 from cook.service.steps import Step, steps_of
 
 ALREADY = 3  # exit code: another supervisor has this attempt
 TURN = 0.5  # seconds between two looks at wanted.json
 HEARTBEAT = 5.0  # seconds
-NOW_GRACE = 5.0  # seconds that `stop now` leaves the ranks
 LEFTOVER = 10.0  # seconds that processes may live on after a command that succeeded
 HEEDED = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD}
 
@@ -206,7 +205,7 @@ class Supervisor:
                 trees.send(trees.descendants(os.getpid()), signal.SIGKILL)
         child.returncode = self._code  # it is reaped: its destructor has nothing to wait for
         self._child = None
-        code, reason = outcome_of(self._code, self.run_folder if step.trains else None, error_folder, self._stopping)
+        code, reason = outcome_of(self._code, self.run_folder if step.trains else None, self.folder, self._stopping)
         return End(code=self._code, outcome=code, reason=reason)
 
     def _turn(self, seconds: float) -> bool:
