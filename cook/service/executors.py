@@ -20,7 +20,7 @@ from cook.base.files import write_json
 from cook.base.processes import Process
 from cook.service import trees
 from cook.service.environment import base_environment, marker
-from cook.service.jobs import NOW_GRACE, Job, declare_end, now, read, seconds_since, stop_wanted
+from cook.service.jobs import Job, declare_end, grace_of, now, read, seconds_since, stop_wanted
 
 SUPERVISOR = (sys.executable, "-m", "cook.service.supervisor")
 SILENCE = 300.0  # seconds without a heartbeat after which a supervisor that cannot be looked at counts as gone
@@ -156,7 +156,7 @@ class LocalExecutor:
             declare_end(job, "the supervisor of the run was killed, or the machine was started again")
             self._orphans_since.pop(key, None)
             return ""
-        grace = NOW_GRACE if stop_wanted(job.folder, job.attempt) == "stop now" else job.stop_grace
+        grace = grace_of(stop_wanted(job.folder, job.attempt), job)
         if key not in self._orphans_since:
             self._orphans_since[key] = time.monotonic()
             trees.send(orphans, signal.SIGTERM)

@@ -144,6 +144,11 @@ def stop_wanted(folder: Path, attempt: int) -> Request | None:
     return wanted["state"] if wanted.get("attempt") == attempt and wanted.get("state") != "run" else None
 
 
+def grace_of(request: Request | None, job: Job) -> float:
+    """Seconds that the ranks have after a request to stop."""
+    return min(NOW_GRACE, job.stop_grace) if request == "stop now" else job.stop_grace
+
+
 def read_outcome(run: Path) -> dict[str, Any] | None:
     """What rank 0 of the trainer wrote when it ended; None if it wrote nothing."""
     return read(run / "out" / "outcome.json")

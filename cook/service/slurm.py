@@ -21,7 +21,7 @@ from typing import Any
 from cook.base.files import write_json
 from cook.service.environment import base_environment
 from cook.service.executors import OVERDUE, SILENCE, SUPERVISOR
-from cook.service.jobs import NOW_GRACE, Job, declare_end, now, read, seconds_since, stop_wanted
+from cook.service.jobs import Job, Request, declare_end, grace_of, now, read, seconds_since, stop_wanted
 
 PREFIX = "cook"
 TIMEOUT = 30.0  # seconds for one command
@@ -147,13 +147,12 @@ class SlurmExecutor:
             return f"Slurm job {slurm.number}" if job.state == "running" else job.message
         return f"Slurm job {slurm.number} is {slurm.state}"
 
-    def _stop(self, job: Job, slurm: SlurmJob, wanted: str) -> None:
+    def _stop(self, job: Job, slurm: SlurmJob, wanted: Request) -> None:
         told, at = (wanted, slurm.state), (read(job.folder / "wanted.json") or {}).get("at") or now()
-        grace = NOW_GRACE if wanted == "stop now" else job.stop_grace
         if slurm.state == "PENDING":
             # A pending job cannot be signalled. If it starts meanwhile, its supervisor reads the request.
             self._run(["scancel", "--state=PENDING", str(slurm.number)])
-        elif seconds_since(at) > grace + OVERDUE:
+        elif seconds_since(at) > grace_of(wanted, job) + OVERDUE:
             self._run(["scancel", str(slurm.number)])
         elif self._told.get(job.id) != told and slurm.state == "RUNNING":
             # Without --full the batch step, which the supervisor is, gets no signal.

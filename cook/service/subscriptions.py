@@ -14,7 +14,7 @@ class Subscription:
     Use it as a context manager, or call `close`.
     """
 
-    def __init__(self, hub: Hub, notify: Callable[[], None] | None = None):
+    def __init__(self, hub: Hub, notify: Callable[[], object] | None = None):
         self._hub, self._notify = hub, notify
         self._changed = threading.Condition()
         self._waiting: dict[str, Job] = {}
@@ -56,7 +56,7 @@ class Hub:
         self._lock = threading.Lock()
         self._open: list[Subscription] = []
 
-    def subscribe(self, notify: Callable[[], None] | None = None) -> Subscription:
+    def subscribe(self, notify: Callable[[], object] | None = None) -> Subscription:
         """Opens a subscription; `notify` is called from another thread when a change waits. It must not raise."""
         subscription = Subscription(self, notify)
         with self._lock:

@@ -30,7 +30,7 @@ from cook.base.processes import this_process
 from cook.service import trees
 from cook.service.artifacts import write_manifest
 from cook.service.environment import job_environment
-from cook.service.jobs import NOW_GRACE, Job, attempt_folder, job_of, now, read, stop_wanted, write_once
+from cook.service.jobs import Job, attempt_folder, grace_of, job_of, now, read, stop_wanted, write_once
 from cook.service.outcomes import outcome_of
 from cook.service.steps import Step, steps_of
 
@@ -219,7 +219,7 @@ class Supervisor:
             received = signal.sigtimedwait(HEEDED, 0)
         wanted = stop_wanted(self.job.folder, self.number)
         if wanted:
-            self._stop(NOW_GRACE if wanted == "stop now" else self.job.stop_grace)
+            self._stop(grace_of(wanted, self.job))
         if self._stopping and self._child is not None:
             fresh = [pid for pid in self._targets() if pid not in self._signalled]
             self._signalled.update(fresh)
