@@ -93,13 +93,13 @@ class Controller:
             raise UserError(problem)
         key, owner = spec.get("idempotency_key"), str(spec.get("owner", ""))
         with self._lock:
-            if key and (earlier := self.find(owner, key, spec.get("body_hash"))):
+            if key and (earlier := self.submitted(owner, key, spec.get("body_hash"))):
                 return earlier
             job = self._record(self.store.create(spec, config, scheme))
         self._wake.set()
         return job
 
-    def find(self, owner: str, key: str, body_hash: str | None) -> Job | None:
+    def submitted(self, owner: str, key: str, body_hash: str | None) -> Job | None:
         """The job that an owner has submitted with an idempotency key, if any.
 
         Raises:

@@ -72,7 +72,7 @@ class LocalExecutor:
         self.gpus = list(find_gpus() if gpus is None else gpus)
         self.slots = slots or len(os.sched_getaffinity(0))
         self._supervisor = tuple(supervisor)
-        self._spawned: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
+        self._spawned: dict[tuple[str, int], int] = {}  # process ids, until they are reaped
         self._spawns: dict[tuple[str, int], int] = {}
         self._spawn_at: dict[tuple[str, int], float] = {}
         self._told: dict[tuple[str, int], str] = {}
@@ -87,8 +87,12 @@ class LocalExecutor:
         return None
 
     def look(self) -> None:
-        for key, process in list(self._spawned.items()):
-            if process.poll() is not None:  # reaps it
+        for key, pid in list(self._spawned.items()):
+            try:
+                has_ended = os.waitpid(pid, os.WNOHANG)[0] == pid
+            except ChildProcessError:
+                has_ended = True
+            if has_ended:
                 del self._spawned[key]
 
     def living(self) -> set[str]:
@@ -124,16 +128,19 @@ class LocalExecutor:
             return ""
         self._spawns[key] = self._spawns.get(key, 0) + 1
         self._spawn_at[key] = time.monotonic() + RETRY_SPAWN
-        with open(job.attempt_folder / "supervisor.log", "ab") as log:
-            self._spawned[key] = subprocess.Popen(
-                [*self._supervisor, str(job.folder), str(job.attempt)],
-                cwd=job.folder,
-                env=base_environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+        arguments = [*self._supervisor, str(job.folder), str(job.attempt)]
+        log = str(job.attempt_folder / "supervisor.log")
+        self._spawned[key] = os.posix_spawn(
+            arguments[0],
+            arguments,
+            base_environment(),
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_OPEN, 1, log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
+                (os.POSIX_SPAWN_DUP2, 1, 2),
+            ],
+            setsid=True,
+        )
         return ""
 
     def _stop(self, job: Job, supervisor: Process) -> str:
