@@ -84,9 +84,10 @@ class Server(uvicorn.Server):
             plan=plan or self._planner,  # type: ignore[arg-type]
             limits=options.limits,
         )
+        self.app = create_app(self.service)
         super().__init__(
             uvicorn.Config(
-                create_app(self.service),
+                self.app,
                 http="h11",
                 ws="none",
                 lifespan="on",

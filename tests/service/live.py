@@ -27,14 +27,20 @@ STAGES = ("pretrain", "layer_mask")
 def quick_plan(folder: Path, processes: int, refused: Sequence[Any] = ()) -> dict[str, Any]:
     """The checks of the configuration, without those that open the model."""
     config = load_config(folder / "bmcook.json", world_size=processes, refused=refused)
-    return {"ranks": processes, "stages": [{"stage": entry.name, "learns": []} for entry in config.stages]}
+    numbers = ("steps", "tokens_at_most", "parameters_before", "parameters_after", "state_bytes_per_rank")
+    row = {"weights_from": "fresh weights", "learns": [], "uneven": False, **dict.fromkeys(numbers, 6)}
+    stages = [{"stage": entry.name, **row} for entry in config.stages]
+    return {"config": "bmcook.json", "output": "out", "data": "text", "ranks": processes, "stages": stages}
 
 
 class Full(type(local())):  # type: ignore[misc]
-    """An executor that never has room: jobs stay queued."""
+    """An executor that starts nothing: jobs stay queued, and an attempt that a test writes stays as it is."""
 
     def has_room(self, *_: object) -> bool:
         return False
+
+    def tend(self, *_: object) -> str:
+        return ""
 
 
 class Live:
