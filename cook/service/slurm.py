@@ -83,12 +83,19 @@ class SlurmExecutor:
         return None
 
     def look(self) -> None:
-        done = self._run(["squeue", "--json"])
+        self._jobs = None
+        done = self._run(["squeue", "--me", "--json"])
+        if done is None or done.returncode:
+            return
         try:
-            listed = json.loads(done.stdout)["jobs"] if done and done.returncode == 0 else None
-            self._jobs = None if listed is None else [job for each in listed if (job := _parse(each))]
-        except (ValueError, KeyError, TypeError) as error:
-            self._jobs, self._trouble = None, f"squeue --json cannot be read: {error!r}"
+            answer = json.loads(done.stdout)
+            # Without its controller, Slurm 22.05 prints an empty list and ends with 0; only `errors` says so.
+            if answer.get("errors"):
+                self._trouble = f"squeue: {answer['errors'][0].get('description')}: slurmctld does not answer"
+            else:
+                self._jobs = [job for each in answer["jobs"] if (job := _parse(each))]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            self._trouble = f"squeue --json cannot be read: {error!r}"
 
     def living(self) -> set[str]:
         return {job.name.split("-")[1] for job in self._jobs or () if job.is_live}

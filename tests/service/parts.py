@@ -48,18 +48,18 @@ def supervise(job: Job, number: int = 1, **variables: str) -> subprocess.Popen:
     return subprocess.Popen(command, env=base_environment() | variables, start_new_session=True)
 
 
-def wait_for(condition: Callable[[], Any], what: str = "", seconds: float = 20.0) -> Any:
+def wait_for(condition: Callable[[], Any], what: object = "", seconds: float = 20.0) -> Any:
     """Waits until a condition holds, and returns what it returned."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what() if callable(what) else what}"
         time.sleep(0.01)
     return found
 
 
 def wait_state(service: Controller, job: Job, *states: str, seconds: float = 20.0) -> Job:
     """Waits until the index says that a job is in one of these states."""
-    wait_for(lambda: service.get(job.id).state in states, f"{states}, but {service.get(job.id)}", seconds)
+    wait_for(lambda: service.get(job.id).state in states, lambda: f"{states}, but {service.get(job.id)}", seconds)
     return service.get(job.id)
 
 
@@ -69,7 +69,7 @@ def ledger(job: Job) -> list[str]:
 
 
 def wait_ledger(job: Job, beginning: str = "started") -> None:
-    wait_for(lambda: any(line.startswith(beginning) for line in ledger(job)), f"{beginning!r} in {ledger(job)}")
+    wait_for(lambda: any(line.startswith(beginning) for line in ledger(job)), lambda: f"{beginning!r} in {ledger(job)}")
 
 
 def exit_of(job: Job, number: int = 1) -> dict[str, Any] | None:

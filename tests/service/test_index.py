@@ -12,10 +12,12 @@ import sqlite3
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from cook.base.errors import UserError
 from cook.service.index import Index
@@ -53,15 +55,27 @@ def postgres():
         port = probe.getsockname()[1]
     data, where = str(folder / "data"), {"cwd": "/", "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     subprocess.run([*prefix, maker, "-D", data, "-A", "trust", "-N", "-U", user], check=True, **where)
+    url = f"postgresql+psycopg://{user}@127.0.0.1:{port}/postgres"
     options = ["-D", data, "-p", str(port), "-k", str(folder), "-h", "127.0.0.1", "-F"]
     process = subprocess.Popen([*prefix, server, *options], **where)
     try:
-        wait_for(lambda: (folder / f".s.PGSQL.{port}").exists(), "the server's socket")
-        yield f"postgresql+psycopg://{user}@127.0.0.1:{port}/postgres"
+        wait_for(lambda: answers(url), "the server")
+        yield url
     finally:
         process.send_signal(signal.SIGINT)  # does not wait for connections
         process.wait(20)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def answers(url: str) -> bool:
+    engine = sa.create_engine(url)
+    try:
+        engine.connect().close()
+    except sa.exc.OperationalError:
+        return False
+    finally:
+        engine.dispose()
+    return True
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
