@@ -163,23 +163,23 @@ function showGates(earlier = null) {
   structure.show(stages);
 }
 
-const history_ = { stage: null, records: [] };
+const past = { stage: null, records: [] };
 async function replay() {
   const slider = $("replay");
   const last = order.filter((stage) => gates.has(stage)).at(-1);
   if (Number(slider.value) === Number(slider.max)) {
-    history_.stage = null; // read again next time, since the run continues
+    past.stage = null; // read again next time, since the run continues
     slider.removeAttribute("aria-valuetext");
     return showGates();
   }
-  if (history_.stage !== last) {
-    Object.assign(history_, { stage: last, records: [] });
+  if (past.stage !== last) {
+    Object.assign(past, { stage: last, records: [] });
     const answer = await fetch(`${here}/structure?stage=${last}&points=101`).catch(() => null);
     if (!answer?.ok) return;
-    history_.records = (await answer.json()).records;
+    past.records = (await answer.json()).records;
   }
-  const count = history_.records.length;
-  const record = history_.records[Math.round((slider.value / slider.max) * (count - 1))];
+  const count = past.records.length;
+  const record = past.records[Math.round((slider.value / slider.max) * (count - 1))];
   if (!record) return;
   slider.setAttribute("aria-valuetext", `step ${record.step}`);
   showGates({ step: record.step, values: bytesOf(record.values) });
