@@ -2,6 +2,7 @@
 
     python tests/service/stand_in.py JOBFOLDER N         # the supervisor
     python tests/service/stand_in.py --program           # the program, in the job's run folder
+    python tests/service/stand_in.py --python PYTHON JOBFOLDER N    # the real commands, run by another interpreter
 
 The program reads the job's `bmcook.json`: `seconds` to work, `code` to end with, `ranks` to start as a launcher does,
 `ignores_term`, `leftover`: seconds that a process without a parent lives on, `kill`: a signal that it sends itself,
@@ -98,8 +99,20 @@ def main() -> int:
 if __name__ == "__main__":
     if sys.argv[1] == "--program":
         sys.exit(main())
-    from cook.service.steps import Step
+    from dataclasses import replace
+
+    from cook.service.steps import Step, steps_of
     from cook.service.supervisor import supervise
 
+    if sys.argv[1] == "--python":  # the real commands, with a warm interpreter
+        python = sys.argv.pop(2)
+        del sys.argv[1]
+        sys.exit(
+            supervise(
+                Path(sys.argv[1]),
+                int(sys.argv[2]),
+                lambda job: [replace(step, command=[python, *step.command[1:]]) for step in steps_of(job)],
+            )
+        )
     program = Step(name="train", command=[sys.executable, "-IS", __file__, "--program"], trains=True, launches=True)
     sys.exit(supervise(Path(sys.argv[1]), int(sys.argv[2]), lambda _: [program]))
