@@ -50,18 +50,20 @@ def base_environment() -> dict[str, str]:
     }
 
 
-def job_environment(spec: Mapping[str, Any], attempt: int, gpus: Sequence[str]) -> dict[str, str]:
+def job_environment(spec: Mapping[str, Any], attempt: int, gpus: Sequence[int]) -> dict[str, str]:
     """The environment of the processes of an attempt.
 
     Args:
         spec: The job's spec. Its `environment` is added last.
         attempt: The number of the attempt.
-        gpus: The UUIDs of its GPUs on this machine. Under Slurm, Slurm chooses them.
+        gpus: The places of its GPUs in the list of `nvidia-smi`. Under Slurm, Slurm chooses them.
     """
     environment = base_environment()
     environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // int(spec.get("processes", 1))))
     environment.setdefault("HF_HOME", str(Path(environment["HOME"]) / ".cache" / "huggingface"))
-    environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    # Not UUIDs: DeepSpeed reads numbers here.
+    environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+    environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # that of nvidia-smi
     if spec.get("executor") == "slurm":
         environment |= {name: os.environ[name] for name in SLURM if name in os.environ}
         if int(spec.get("gpus", 0)):

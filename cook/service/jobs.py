@@ -233,7 +233,8 @@ class JobStore:
     def __init__(self, home: Path):
         self.home = Path(home)
         self.folder = self.home / "jobs"
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.folder.mkdir(exist_ok=True)
 
     def create(self, spec: dict[str, Any], config: dict[str, Any], scheme: dict[str, Any]) -> Job:
         """Creates a job. Its folder appears complete, or not at all.
@@ -332,4 +333,4 @@ def declare_end(job: Job, reason: str, kind: Literal["lost", "failed", "cancelle
     if outcome is not None:
         reason = f"{told.get('message') or ''} ({reason})".strip()
     record = {"code": None, "outcome": outcome, "started": process.get("started"), "ended": now(), "reason": reason}
-    return write_once(job.attempt_folder / "exit.json", {**record, kind: outcome is None})
+    return write_once(job.attempt_folder / "exit.json", {**record, "lost": False, kind: outcome is None})

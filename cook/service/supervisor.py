@@ -68,6 +68,7 @@ class Supervisor:
         self.folder = attempt_folder(job.folder, number)
         self.run_folder = job.folder / "run"
         self.gpus: list[str] = []
+        self._places: list[int] = []
         self._leases: list[int] = []  # descriptors whose locks the child inherits
         self._record: dict[str, Any] = {}
         self._child: int | None = None
@@ -93,6 +94,7 @@ class Supervisor:
         if (self.folder / "process.json").exists() or (self.folder / "exit.json").exists():
             return ALREADY
         (self.run_folder / "out" / "outcome.json").unlink(missing_ok=True)
+        self._release_run()
         if not self._claim():
             return ALREADY
         trees.adopt_orphans()
@@ -118,6 +120,15 @@ class Supervisor:
                 path = self.folder / name
                 if path.exists():
                     path.replace(path.with_suffix(f".{before.get('restart') or 0}.json"))
+
+    def _release_run(self) -> None:
+        """Removes the run's lock if the attempt before this one was lost.
+
+        The server has made sure that no process of it lives. The trainer itself cannot prove that of another machine,
+        or of this one under another name.
+        """
+        if "lost" in (read(attempt_folder(self.job.folder, self.number - 1) / "exit.json") or {}):
+            (self.run_folder / "out" / "run.lock").unlink(missing_ok=True)
 
     def _claim(self) -> bool:
         self._record = {
@@ -153,7 +164,7 @@ class Supervisor:
         """Locks free GPUs of this machine. The locks end with the last process that has inherited them."""
         folder = self.job.folder.parent.parent / "leases"
         while True:
-            for uuid in (read(folder / "gpus.json") or {}).get("gpus", []):
+            for place, uuid in enumerate((read(folder / "gpus.json") or {}).get("gpus", [])):
                 handle = os.open(folder / uuid, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
                 try:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -161,10 +172,11 @@ class Supervisor:
                     os.close(handle)
                     continue
                 self.gpus.append(uuid)
+                self._places.append(place)
                 self._leases.append(handle)
                 if len(self.gpus) == self.job.gpus:
                     return
-            self.gpus = []
+            self.gpus, self._places = [], []
             while self._leases:  # holding some while waiting for others could wait forever
                 os.close(self._leases.pop())
             self._note(message=f"waiting for {self.job.gpus} free GPUs")
@@ -187,7 +199,7 @@ class Supervisor:
             child = subprocess.Popen(
                 step.arguments(error_folder),
                 cwd=self.run_folder,
-                env=job_environment(self.job.spec, self.number, self.gpus),
+                env=job_environment(self.job.spec, self.number, self._places),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

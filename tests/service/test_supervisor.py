@@ -146,6 +146,18 @@ def test_a_gpu_is_leased_to_one_attempt_until_its_last_process_has_ended(store):
     assert end(second, two)["outcome"] == 0
 
 
+def test_the_lock_of_a_lost_run_is_removed_and_that_of_another_is_not(store):
+    job = create(store)
+    lock = job.folder / "run" / "out" / "run.lock"
+    lock.parent.mkdir()
+    for number, earlier in ((2, {"outcome": 76}), (3, {"outcome": None, "lost": True})):
+        lock.touch()
+        supervise(job, number - 1).wait(20)
+        (job.folder / "attempts" / str(number - 1) / "exit.json").write_text(json.dumps(earlier))
+        assert supervise(job, number).wait(20) == 0
+        assert lock.exists() == (number == 2)
+
+
 def test_waiting_for_a_gpu_can_be_stopped(store):
     gpus(store)
     job = create(store, gpus=1)
@@ -159,9 +171,9 @@ def test_the_environment_is_built_and_not_inherited(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
     monkeypatch.setenv("HF_HOME", "/models")
     spec = {"id": "a" * 12, "processes": 1, "environment": {"DS_ACCELERATOR": "cpu"}}
-    found = job_environment(spec, 2, ["GPU-a", "GPU-b"])
+    found = job_environment(spec, 2, [0, 3])
     assert "AWS_SECRET_ACCESS_KEY" not in found
-    wanted = dict(HF_HOME="/models", CUDA_VISIBLE_DEVICES="GPU-a,GPU-b", COOK_JOB=f"{'a' * 12}/2", DS_ACCELERATOR="cpu")
+    wanted = dict(HF_HOME="/models", CUDA_VISIBLE_DEVICES="0,3", COOK_JOB=f"{'a' * 12}/2", DS_ACCELERATOR="cpu")
     assert wanted.items() <= found.items() and {"PATH", "HOME", "LANG", "OMP_NUM_THREADS"} <= found.keys()
 
 
