@@ -48,6 +48,8 @@ SLOW = {
     "service/test_real_run.py",
     "service/test_slurm.py",
     "service/test_supervisor.py",
+    "service/test_client.py",
+    "service/test_schemathesis.py",
     "sparsity/kernels/test_sparse_native.py",
     "training/test_engine_and_step.py",
     "training/test_zero.py",

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cook.base.errors import RunFailed, UserError, UserErrors, machine_trouble
+from cook.service.environment import base_environment
 from cook.service.paths import Refused
 from cook.service.submission import CONFIG, problems
 
@@ -59,6 +60,7 @@ class Planner:
         self._idle, self._timeout = idle, timeout
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self._closed = False
 
     def __call__(self, folder: Path, processes: int, refused: Sequence[Refused] = ()) -> dict[str, Any]:
         """Does what `plan_here` does.
@@ -85,12 +87,17 @@ class Planner:
             self._ask(b"{}\n")
 
     def close(self) -> None:
-        """Ends the process."""
+        """Ends the process, also while it plans."""
+        self._closed = True
+        if (process := self._process) is not None:
+            process.kill()
         with self._lock:
-            self._end()
+            self._end(kill=True)
 
     def _ask(self, line: bytes) -> dict[str, Any] | None:
         for _ in range(2):  # the process may have ended, idle, just now
+            if self._closed:
+                break
             if self._process is None or self._process.poll() is not None:
                 self._end()
                 self._process = self._start()
@@ -109,7 +116,10 @@ class Planner:
 
     def _start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "cook.service.planner", str(self._idle)]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+        environment = base_environment() | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
+        )
 
     def _end(self, *, kill: bool = False) -> None:
         process, self._process = self._process, None

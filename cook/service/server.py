@@ -155,6 +155,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(place)
+        listening.listen()  # clients that come before the application is ready wait
     except (OSError, OverflowError) as error:
         listening.close()
         raise UserError(f"{host}:{port}: cannot listen here: {error}", remedy="choose another --port") from None
