@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import cook
 from cook.service.trees import MARKER
 
 PASSED = (
@@ -44,7 +43,7 @@ def base_environment() -> dict[str, str]:
         "HOME": home,
         "USER": name,
         "LANG": "C.UTF-8",
-        "PYTHONPATH": str(Path(cook.__file__).resolve().parents[1]),
+        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
         "PYTHONSAFEPATH": "1",  # a file in the job's folder is never imported in place of a library
         "PYTHONUNBUFFERED": "1",
     }

@@ -27,7 +27,6 @@ except ImportError as error:
     raise UserError(f"the service needs {error.name}", remedy="pip install 'cook[serve]'") from None
 
 BUSY = 60.0  # seconds that a connection waits for another writer
-BATCH = 200  # rows of one INSERT
 _metadata = sa.MetaData()
 JOBS = sa.Table(
     "jobs",
@@ -71,18 +70,20 @@ class Index:
                     path.replace(path.with_name(f"{path.name}.unusable-{time.time_ns()}"))
             self._engine = _open(f"sqlite:///{file}")
 
+        dialect: Any = postgresql if self._engine.dialect.name == "postgresql" else sqlite
+        insert = dialect.insert(JOBS)
+        changes = {column.name: insert.excluded[column.name] for column in JOBS.columns if column.name != "id"}
+        self._upsert = insert.on_conflict_do_update(index_elements=["id"], set_=changes)
+
     def close(self) -> None:
         self._engine.dispose()
 
     def put(self, jobs: Iterable[Job]) -> None:
         """Inserts or replaces jobs, all or none of them."""
         rows = [_row(job) for job in jobs]
-        dialect: Any = postgresql if self._engine.dialect.name == "postgresql" else sqlite
-        with self._engine.begin() as connection:
-            for start in range(0, len(rows), BATCH):
-                insert = dialect.insert(JOBS).values(rows[start : start + BATCH])
-                changes = {c.name: insert.excluded[c.name] for c in JOBS.columns if c.name != "id"}
-                connection.execute(insert.on_conflict_do_update(index_elements=["id"], set_=changes))
+        if rows:
+            with self._engine.begin() as connection:
+                connection.execute(self._upsert, rows)
 
     def replace(self, jobs: Sequence[Job]) -> None:
         """Makes the index hold exactly these jobs."""
