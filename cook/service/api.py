@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-import cook
+from cook import __version__
 from cook.base.errors import UserError
 from cook.config.scheme import StageName
 from cook.service.access import Access, Denied
@@ -189,7 +189,7 @@ router = APIRouter(prefix="/v1", responses=ERRORS)
 @router.get("/health")
 def health() -> dict[str, str]:
     """Whether the server answers, and its version."""
-    return {"status": "ok", "version": cook.__version__}
+    return {"status": "ok", "version": __version__}
 
 
 @router.get("/login", response_class=HTMLResponse)
@@ -377,7 +377,7 @@ def create_app(service: Service) -> FastAPI:
 
     app = FastAPI(
         title="cook",
-        version=cook.__version__,
+        version=__version__,
         openapi_url="/v1/openapi.json",
         docs_url=None,
         redoc_url=None,

@@ -16,7 +16,7 @@ from starlette.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
-import cook
+from cook import __version__
 from cook.report.tables import human_count, human_duration
 from cook.service.downloads import read_manifest
 from cook.service.jobs import IDENTIFIER, Job, State
@@ -109,5 +109,5 @@ _TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_TEMPLATES.globals["version"] = cook.__version__
+_TEMPLATES.globals["version"] = __version__
 _TEMPLATES.filters |= {"moment": _moment, "size": _size, "count": human_count, "duration": human_duration}
