@@ -15,7 +15,6 @@ from typing import Annotated, Any, cast
 from fastapi import APIRouter, Body, FastAPI, Header, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
-from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -27,6 +26,7 @@ from cook.service.controller import Conflict, Controller
 from cook.service.downloads import Download, read_manifest
 from cook.service.guard import Guard, error_response
 from cook.service.jobs import ACTIVE, IDENTIFIER, WAITING, Job, State
+from cook.service.objects import Artifact, JobList, JobObject, Login, Problem, Stop, job_object
 from cook.service.paths import Roots
 from cook.service.streams import MAX_JOBS, EventResponse, Streams, TooMany, cursor_of
 from cook.service.submission import Checked, Plan, Submission, body_hash, check, problems
@@ -39,65 +39,6 @@ LOGGED_IN = '<!doctype html><meta http-equiv="refresh" content="0;url=/"><title>
 JobId = Annotated[str, Path(pattern=f"^{IDENTIFIER.pattern}$")]
 Stage = Annotated[StageName, Query(description="A stage of the recipe.")]
 Bytes = Annotated[int, Query(ge=-MAX_OFFSET, le=MAX_OFFSET, description="The first byte; negative: from the end.")]
-
-
-class JobObject(BaseModel):
-    """A job. Times are ISO 8601 in UTC."""
-
-    id: str
-    name: str
-    state: State
-    attempt: int
-    created: str
-    started: str | None
-    ended: str | None
-    owner: str
-    executor: str
-    gpus: int
-    processes: int
-    priority: int
-    message: str
-    plan: dict[str, Any] | None
-    links: dict[str, str]
-
-
-class JobList(BaseModel):
-    """A page of jobs, newest first. `next` is the `after` of the next page."""
-
-    jobs: list[JobObject]
-    next: str | None
-
-
-class Artifact(BaseModel):
-    """A file of a finished job."""
-
-    name: str
-    path: str
-    bytes: int
-    sha256: str
-
-
-class Problem(BaseModel):
-    """Why a request failed; `problems` lists all mistakes at once."""
-
-    error: str
-    problems: list[str]
-
-
-class Stop(BaseModel):
-    """How to stop a job."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    now: bool = False
-    """True: without waiting for a checkpoint."""
-
-
-class Login(BaseModel):
-    """A token, or the code of a login link."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    token: str = ""
-    code: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,19 +101,6 @@ class Service:
             raise HTTPException(429, f"{owner} has {self.limits.jobs} jobs that wait or run, which is the limit")
         if shutil.disk_usage(self.controller.home).free < self.limits.free_bytes:
             raise HTTPException(507, "the disk of the server is almost full: remove old jobs with cook gc")
-
-
-def job_object(job: Job) -> dict[str, Any]:
-    """The JSON object that describes a job."""
-    names = ("id", "name", "state", "attempt", "created", "started", "ended", "owner", "executor", "gpus", "processes")
-    here = f"/v1/jobs/{job.id}"
-    links = {"self": here} | {name: f"{here}/{name}" for name in ("log", "metrics", "structure", "artifacts")}
-    return {name: getattr(job, name) for name in names} | {
-        "priority": job.priority,
-        "message": job.message,
-        "plan": job.spec.get("plan"),
-        "links": links | {"events": f"/v1/events?jobs={job.id}", "page": f"/jobs/{job.id}"},
-    }
 
 
 def service_of(request: Request) -> Service:
