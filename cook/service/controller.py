@@ -71,6 +71,7 @@ class Controller:
         self._wake, self._closing = threading.Event(), False
         self._thread: threading.Thread | None = None
         try:
+            self.store.clean()
             self._index = Index(self.home, database)
             self._synchronise()
         except BaseException:
@@ -165,7 +166,6 @@ class Controller:
 
     def start(self) -> None:
         """Starts the thread that runs the jobs. Jobs that run already are attached to."""
-        self.store.clean()
         for executor in self.executors.values():
             executor.prepare(self.home)
         self._thread = threading.Thread(target=self._work, name="controller", daemon=True)

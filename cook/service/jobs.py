@@ -195,6 +195,8 @@ def _state(
     if spec.get("unreadable"):
         return "lost", "spec.json cannot be read: restore it from a backup, or remove the job"
     wanted = read(folder / "wanted.json") or {"state": "run", "attempt": 1}
+    if wanted.get("state") not in ("run", "stop", "stop now") or not isinstance(wanted.get("attempt"), int):
+        wanted = {"state": "run", "attempt": max(1, attempt)}  # damaged: the job must not disappear
     stops = wanted["state"] != "run"
     if (attempt == 0 or end is not None) and wanted["attempt"] > attempt:
         return ("stopped", "stopped while it waited") if stops else ("queued", "")

@@ -108,6 +108,14 @@ def test_a_job_whose_spec_is_damaged_stays_visible(store):
     assert found.state == "lost" and "spec.json cannot be read" in found.message
 
 
+@pytest.mark.parametrize("content", ["", "{}", '{"state": "stop"}', "[1]", '{"state": "fly", "attempt": "x"}'])
+def test_a_damaged_request_hides_no_job(store, content):
+    job = create(store)
+    (job.folder / "wanted.json").write_text(content)
+    (found,) = store.all()
+    assert found.state == "queued"
+
+
 def test_removal_hides_the_job_at_once_and_the_next_server_finishes_it(store, monkeypatch):
     job = create(store)
     monkeypatch.setattr(jobs.shutil, "rmtree", lambda *_, **__: None)
