@@ -18,6 +18,7 @@ from cook.base.signals import heed_launcher
 from cook.commands.data import app as data_commands
 from cook.commands.evaluation import compare, evaluate, profile
 from cook.commands.options import AsJson, options_of
+from cook.commands.service import COMMANDS as SERVICE_COMMANDS
 from cook.config.tasks import OneLineJob
 from cook.config.types import STAGE_NAMES
 
@@ -36,6 +37,8 @@ app.add_typer(checkpoint, name="checkpoint")
 app.command("eval")(evaluate)
 app.command()(compare)
 app.command()(profile)
+for service_command in SERVICE_COMMANDS:
+    app.command()(service_command)
 
 Config = Annotated[str, typer.Option("--config", help="What to do: the path of a `bmcook.json`.")]
 Overrides = Annotated[

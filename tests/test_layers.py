@@ -18,6 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sparsity", "distill"),
     ("training", "evaluation"),
     ("recipe",),
+    ("service",),
     ("commands",),
 )
 LAYER_OF = {package: layer for layer, packages in enumerate(LAYERS) for package in packages}
@@ -53,7 +54,7 @@ def violations(path: str, source: str) -> list[str]:
         words = name.split(".")
         if words[0] == "deepspeed" and path not in (ENGINE, CHECKS):
             found.append(f"{path}:{line} imports {name}; only {ENGINE} and {CHECKS} may")
-        if words[0] != "cook":
+        if words[0] != "cook" or name == "cook.__version__":
             continue
         other = words[1] if len(words) > 1 else ""
         if other == package and package:

@@ -215,6 +215,7 @@ def test_a_loss_that_is_not_finite_stops_plainly_and_keeps_the_last_checkpoint(o
     result = train(own)
     assert result.code == 1 and "step 1: the loss on rank 0 is not finite" in result.err, result
     assert "failed: step 3" in result.err, "training.max_bad_steps is 3"
+    assert json.loads((own / "out" / "outcome.json").read_text())["message"] in result.err
     assert "Traceback" not in result.err
     assert not (own / "out" / "layer_mask" / "checkpoints").exists()
     assert not (own / "out" / "layer_mask" / "done.json").exists()

@@ -116,17 +116,11 @@ def run_entry(main: Callable[[], int | None]) -> None:
         code: int | str | None = main() or EXIT_OK
     except SystemExit as end:  # the parser of the command line ends so, also after success
         code = end.code
-    except UserError as error:
-        code = _report(f"error: {error}", EXIT_USER_ERROR)
-    except RunFailed as failure:
-        code = _report(f"failed: {failure}", EXIT_RANK_LOST if isinstance(failure, RankLost) else EXIT_FAILED)
-    except Interrupted as stop:
-        code = _report(f"stopped: {stop}", EXIT_INTERRUPTED)
-    except (OSError, MemoryError, RuntimeError) as error:
-        trouble = machine_trouble(error)
-        if trouble is None:
+    except (UserError, RunFailed, Interrupted, OSError, MemoryError, RuntimeError) as error:
+        expected = _expected_ending(error)
+        if expected is None:
             raise
-        code = _report(f"failed: {trouble[0]}\n{remedy_of(trouble[1])}", EXIT_FAILED)
+        code = _report(expected[1], expected[0])
     for stream in (sys.stdout, sys.stderr):
         # If the log is on a full disk, Python would flush again when it exits, and exit with code 120.
         try:
@@ -134,6 +128,23 @@ def run_entry(main: Callable[[], int | None]) -> None:
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
+
+
+def ending(error: BaseException) -> tuple[int, str]:
+    """The exit code of a command that ends with `error`, and the message that it prints."""
+    return _expected_ending(error) or (EXIT_FAILED, f"{type(error).__name__}: {error}")
+
+
+def _expected_ending(error: BaseException) -> tuple[int, str] | None:
+    """The same; None for an error that is a bug, of which users see the traceback."""
+    if isinstance(error, UserError):
+        return EXIT_USER_ERROR, f"error: {error}"
+    if isinstance(error, RunFailed):
+        return EXIT_RANK_LOST if isinstance(error, RankLost) else EXIT_FAILED, f"failed: {error}"
+    if isinstance(error, Interrupted):
+        return EXIT_INTERRUPTED, f"stopped: {error}"
+    trouble = machine_trouble(error)
+    return (EXIT_FAILED, f"failed: {trouble[0]}\n{remedy_of(trouble[1])}") if trouble else None
 
 
 def write_to_stderr(text: str) -> None:

@@ -186,6 +186,14 @@ def _withdraw(path: Path) -> None:
                 _write(path, {**held, "processes": [process.as_json() for process in left]})
 
 
+def in_own_folder(folder: Path, action: Callable[[], None]) -> None:
+    """Runs `action`, unless another run holds the folder. No run of this machine takes it meanwhile."""
+    with _exclusive(folder):
+        path = folder / NAME
+        if not os.path.lexists(path) or this_process() in _processes(_read(path)):
+            action()
+
+
 def _make_folder(folder: Path) -> list[Path]:
     """Makes a folder and its parents. Returns those that were missing, innermost first."""
     missing = [each for each in (folder, *folder.parents) if not each.exists()]

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 from cook.base.errors import EXIT_INTERRUPTED, Interrupted, RunFailed, write_to_stderr
+from cook.base.outcome import note_end
 from cook.base.processes import launchers
 
 
@@ -116,9 +117,14 @@ def heed_launcher() -> None:
         while True:
             time.sleep(EXIT_LIMIT)
             if not isinstance(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), Signals):
-                write_to_stderr(
+                message = (
                     "stopped: the launcher has ended, outside the training steps; the same command resumes the run"
                 )
+                write_to_stderr(message)
+                # Its folder may be on a machine that was lost.
+                noting = threading.Thread(target=note_end, args=(EXIT_INTERRUPTED, message), daemon=True)
+                noting.start()
+                noting.join(EXIT_LIMIT)
                 os._exit(EXIT_INTERRUPTED)
 
     if watched:

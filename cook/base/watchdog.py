@@ -64,8 +64,9 @@ class Watchdog:
     def __init__(self, timeout: float, meeting: Meeting | None = None):
         self.timeout = timeout
         self.interval = max(0.1, min(2.0, timeout / 10))
-        # Called before this rank ends because another one is lost. Context managers are not exited in that case.
-        self.at_loss: Callable[[], None] = lambda: None
+        # Called with the verdict before this rank ends because another one is lost. Context managers are not exited in
+        # that case.
+        self.at_loss: Callable[[str], None] = lambda _verdict: None
         self._processes = meeting.processes if meeting else []
         self._own: Report = {"step": 0, "phase": "starting", "moves": 0, "ended": None}
         self._next = self._own  # the last report of the next rank
@@ -120,7 +121,7 @@ class Watchdog:
             reason = self._find_cause()
         if isinstance(reason, RankLost):
             self._publish(str(reason))
-            self._call_at_loss()
+            self._call_at_loss(str(reason))
         elif kind and self._rank == 0:
             self._await_ends()
         self._stop.set()
@@ -308,8 +309,8 @@ class Watchdog:
         seen = f", {_last_seen(report)}" if report else ""
         return RankLost(f"{self._name(rank)} {how}{seen}; {self._own_position()}")
 
-    def _call_at_loss(self) -> None:
-        _run_at_most(LAST_CALL, self.at_loss)  # its folder may be on a machine that was lost
+    def _call_at_loss(self, verdict: str) -> None:
+        _run_at_most(LAST_CALL, lambda: self.at_loss(verdict))  # its folder may be on a machine that was lost
 
     def _publish(self, verdict: str) -> None:
         """Publishes a verdict and gives the others time to read it, since the store may end with this process."""
@@ -326,7 +327,7 @@ class Watchdog:
                     os.kill(process.pid, signal.SIGKILL)
         # The store may hang, and the main thread waits in a collective and handles no signal.
         _run_at_most(2 * self.interval + GRACE, lambda: self._publish(verdict))
-        self._call_at_loss()
+        self._call_at_loss(verdict)
         os._exit(EXIT_RANK_LOST)
 
 

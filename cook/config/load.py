@@ -43,7 +43,11 @@ Section = TypeVar("Section")
 
 
 def load_config(
-    path: str | os.PathLike[str], overrides: Sequence[str] = (), *, world_size: int | None = None
+    path: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    *,
+    world_size: int | None = None,
+    refused: Sequence[tuple[str, UserError]] = (),
 ) -> RunConfig:
     """Reads, checks and builds the configuration of a run.
 
@@ -52,6 +56,8 @@ def load_config(
         overrides: Settings `a.b=c` that change the files' values before the check. A key that starts with
             `coarse-grained`, `fine-grained`, `joint` or `gates` changes the scheme.
         world_size: Number of ranks, against which the batch sizes are checked. None if unknown.
+        refused: Errors that the caller has found, each with the top-level section that it makes invalid. They are
+            raised together with the others, and no file that such a section names is read.
 
     Raises:
         UserErrors: All errors of both files and of the overrides, numbered.
@@ -59,6 +65,8 @@ def load_config(
     assert world_size is None or world_size > 0, world_size
     path = os.path.expanduser(path)
     reader = _Reader(path)
+    reader.errors += [error for _, error in refused]
+    reader.invalid |= {section for section, _ in refused}
     settings = reader.parse(overrides)
     bmcook = reader.read(path)
     if isinstance(bmcook, dict):

@@ -136,6 +136,8 @@ class TrainingConfig:
     """True: activations are recomputed in the backward pass instead of being kept in memory."""
     log_every: Size = 10
     """Steps between two log lines."""
+    log_gates: bool = True
+    """True: stages that learn masks record how open each gate is, at most once per second, in `gates.bin`."""
     save_every: Count = 0
     """Steps between two checkpoints. 0: only at the end of the stage."""
     keep_checkpoints: Size = 2

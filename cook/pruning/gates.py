@@ -112,6 +112,11 @@ class Gates:
         """s of every constraint, float64 `[constraints]`."""
         return self.controller.expected_sparsity(self.values)
 
+    @torch.no_grad()
+    def openness(self) -> torch.Tensor:
+        """The probability that each unit is kept, float32 `[gates]`, in the order of the groups."""
+        return self.relaxation.openness(self.values)
+
     def binary(self) -> dict[str, torch.Tensor]:
         """The binary masks: each constraint removes its smallest gates, as many as bring it nearest its target.
 

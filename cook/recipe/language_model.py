@@ -33,6 +33,7 @@ from cook.recipe.pattern import masked_weights, pattern_identity, pattern_masks,
 from cook.recipe.plan import Stage
 from cook.recipe.runner import StageRun, follows
 from cook.recipe.stage_data import SourceMixer, check_corpus, open_loader, rows_before
+from cook.report.gate_log import GateGroup, GateLog
 from cook.training.checkpoint import Position
 from cook.training.engine import Engine, write_gathered
 from cook.training.loop import Run
@@ -111,6 +112,7 @@ class LanguageModelRun(StageRun):
             training=training,
             attached=attached,
             gates=gates,
+            gate_log=self._gate_log(),
             extra_loss=distiller,
             projections=distiller.projections if distiller else None,
             checkpoints=stage.folder / "checkpoints",
@@ -159,6 +161,22 @@ class LanguageModelRun(StageRun):
         groups = [group for group in inputs.space.groups if group.name in names]
         fixed = {name: mask.to(engine.device) for name, mask in inputs.fixed.items()}
         return AttachedGates(engine.module, groups, fixed)
+
+    def _gate_log(self) -> GateLog | None:
+        if not self.inputs.learned or not self.stage.config.training.log_gates:
+            return None
+        groups = [
+            GateGroup(
+                name=group.name,
+                layer=group.layer,
+                site=group.site,
+                kind="blocks" if group.kind == "layer" else group.kind,
+                units=group.size,
+                members=group.members,
+            )
+            for group in self.inputs.learned
+        ]
+        return GateLog(self.stage.folder, groups, enabled=distributed.rank() == 0)
 
     def _opening(self, engine: Engine) -> str:
         stage, training = self.stage, self.stage.config.training

@@ -154,6 +154,7 @@ class Stage:
         training, data = asdict(config.training), asdict(config.data)
         for key in (
             "log_every",
+            "log_gates",
             "save_every",
             "keep_checkpoints",
             "threads",

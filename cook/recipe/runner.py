@@ -122,6 +122,8 @@ class StageRun(ABC):
             others = f", saved by {saved_by} rank(s)" if saved_by != distributed.world_size() else ""
             say(f"{run.name}: resuming from step {position.step}{others}")
         on_first_rank(lambda: self.log.rewind(position.step if found else -1, position.log))
+        if run.gate_log:
+            run.gate_log.rewind(position.step if found else -1)
         if not found and notes:
             self.log.write({"step": 0, "data": list(notes)})
         return train(run, position, self.log)

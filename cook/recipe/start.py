@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 from cook.base.distributed import launched_rank, launched_world_size
-from cook.base.errors import UserError
+from cook.base.errors import EXIT_OK, EXIT_RANK_LOST, UserError
+from cook.base.outcome import Outcome, recorded_code
 from cook.base.signals import ending_quietly
 from cook.base.watchdog import At
 from cook.config.load import load_config
@@ -78,14 +79,28 @@ def _run(config: RunConfig, stages: Sequence[Stage], *, resume: str) -> None:
     from cook.recipe.language_model import LanguageModelRun
     from cook.recipe.runner import is_finished, say_finished
 
+    folder, training = config.output_dir, config.training
     if all(is_finished(stage, resume) for stage in stages):
-        for stage in stages if launched_rank() == 0 else ():
-            say_finished(stage)
+        if launched_rank() == 0:
+            for stage in stages:
+                say_finished(stage)
+            _note_finished(folder)
         return
-    with ranks(config.output_dir, threads=config.training.threads, rank_timeout=config.training.rank_timeout) as at:
+    outcome = Outcome(folder, launched_rank())
+    with outcome, ranks(folder, training.threads, training.rank_timeout, outcome) as at:
         for number, stage in enumerate(stages, start=1):
+            outcome.begin(stage.name)
             LanguageModelRun(stage, resume=resume, at=at).run()
             _say_remaining(stage, stages[number:])
+
+
+def _note_finished(folder: str) -> None:
+    """Writes the outcome that a killed run did not write after its last stage."""
+    from cook.base.lock import run_lock
+
+    if recorded_code(folder) != EXIT_OK:
+        with contextlib.suppress(UserError), Outcome(folder) as outcome, run_lock(folder):
+            outcome.taken()
 
 
 def _say_remaining(stage: Stage, later: Sequence[Stage]) -> None:
@@ -129,13 +144,15 @@ def start_task(config: TaskConfig) -> None:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         run_mode = {"pretrain": run_pretrain, "prune": run_prune, "export": run_export}[config.mode]
-        with ranks(str(config.folder), threads=config.threads or None, rank_timeout=config.rank_timeout) as at:
+        folder = str(config.folder)
+        outcome = Outcome(folder, launched_rank())
+        with outcome, ranks(folder, config.threads or None, config.rank_timeout, outcome) as at:
             run_mode(config, at)
 
 
-@contextmanager
-def ranks(folder: str, *, threads: int | None, rank_timeout: float) -> Iterator[At]:
-    """A context with the process group of all ranks, a watchdog and a locked folder; yields the watchdog's callback."""
+@contextlib.contextmanager
+def ranks(folder: str, threads: int | None, rank_timeout: float, outcome: Outcome) -> Iterator[At]:
+    """A context with the process group of all ranks, a watchdog and a locked folder; yields a callback for progress."""
     # Imported late: an error in the settings must not wait for torch, deepspeed and a process group.
     from cook.base.environment import check_versions
     from cook.base.lock import run_lock
@@ -146,9 +163,21 @@ def ranks(folder: str, *, threads: int | None, rank_timeout: float) -> Iterator[
     check_versions()
     meeting = meet()
     with Watchdog(rank_timeout, meeting) as watchdog:
+
+        def at(step: int, phase: str) -> None:
+            outcome.at(step)
+            watchdog.at(step, phase)
+
         initialise_processes(threads, meeting)
         try:
-            with run_lock(folder) as watchdog.at_loss:
-                yield watchdog.at
+            with run_lock(folder) as withdraw:
+                outcome.taken()
+
+                def at_loss(verdict: str) -> None:
+                    outcome.write(EXIT_RANK_LOST, f"failed: {verdict}")
+                    withdraw()
+
+                watchdog.at_loss = at_loss
+                yield at
         finally:
             leave_processes()

@@ -24,6 +24,7 @@ from cook.pruning.attach import AttachedGates
 from cook.pruning.gates import Gates
 from cook.report.console import Progress
 from cook.report.events import EventLog
+from cook.report.gate_log import GateLog
 from cook.training.checkpoint import Position, Saver
 from cook.training.engine import Engine
 from cook.training.manifest import folder_of
@@ -57,6 +58,7 @@ class Run:
     training: TrainingConfig
     attached: AttachedGates | None = None
     gates: Gates | None = None
+    gate_log: GateLog | None = None
     task_loss: TaskLoss = token_loss
     extra_loss: ExtraLoss | None = None
     projections: Projections | None = None  # the projections that `extra_loss` learns
@@ -199,3 +201,5 @@ def _report(
     progress.update(step, loss=loss, tokens_per_second=meter.rate, expected=expected, target=target)
     if due:
         log.write(record)
+    if run.gates and run.gate_log and run.gate_log.is_due(last=step == run.training.steps):
+        run.gate_log.write(step, run.gates.openness())

@@ -20,7 +20,8 @@ import torch
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from cook.base.distributed import all_reduce_sum  # noqa: E402
-from cook.base.errors import Interrupted, RunFailed, run_entry  # noqa: E402
+from cook.base.errors import EXIT_RANK_LOST, Interrupted, RunFailed, run_entry  # noqa: E402
+from cook.base.outcome import Outcome, recorded_code  # noqa: E402
 from cook.base.rendezvous import join, meet  # noqa: E402
 from cook.base.signals import Request, Signals, heed_launcher  # noqa: E402
 from cook.base.watchdog import Watchdog  # noqa: E402
@@ -46,11 +47,14 @@ def misbehave(case: str, rank: int) -> None:
         raise RunFailed("an error of all ranks")
 
 
-def job(case: str, rank: int) -> None:
+def job(case: str, rank: int, outcome: Outcome) -> None:
     """Training, as a watchdog sees it."""
     heed_launcher()
     meeting = meet()
-    with Watchdog(0.0 if case == "unwatched" else TIMEOUT, meeting) as watchdog, Signals() as signals:
+    timeout = 0.0 if case == "unwatched" else TIMEOUT
+    with outcome, Watchdog(timeout, meeting) as watchdog, Signals() as signals:
+        outcome.taken()
+        watchdog.at_loss = lambda verdict: outcome.write(EXIT_RANK_LOST, verdict)
         join("gloo", meeting, timedelta(minutes=5))
         for step in range(1, STEPS + 1):
             watchdog.at(step, "step")
@@ -81,7 +85,7 @@ def rank_of(case: str, rank: int, port: int, out: Path) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(WORLD))
     code: Any = 70
     try:
-        run_entry(lambda: job(case, rank))
+        run_entry(lambda: job(case, rank, Outcome(f"{out}.run", rank)))
     except SystemExit as end:
         code = end.code
     except BaseException as error:
@@ -124,14 +128,16 @@ def main() -> None:
     results = {}
     for case, pids in ranks.items():
         codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-        results[case] = {"codes": codes, "out": (folder / case.replace(" ", "-")).read_text()}
+        out = folder / case.replace(" ", "-")
+        results[case] = {"codes": codes, "out": out.read_text(), "outcome": recorded_code(f"{out}.run")}
     if "launcher" in cases:  # nobody's children any more: they leave their codes in files
         files = [folder / f"launcher.{rank}" for rank in range(WORLD)]
         deadline = time.monotonic() + 20
         while not all(file.exists() and file.read_text() for file in files) and time.monotonic() < deadline:
             time.sleep(0.1)
         codes = [int(file.read_text()) for file in files if file.exists()]
-        results["launcher"] = {"codes": codes, "out": (folder / "launcher").read_text()}
+        out, outcome = (folder / "launcher").read_text(), recorded_code(folder / "launcher.run")
+        results["launcher"] = {"codes": codes, "out": out, "outcome": outcome}
     (folder / "results.json").write_text(json.dumps(results))
 
 

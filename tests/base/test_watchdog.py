@@ -61,12 +61,18 @@ def test_an_error_of_all_ranks_keeps_its_own_code(results):
 
 @pytest.mark.parametrize("case", ["slow", "well", "unwatched"])
 def test_what_is_slow_or_well_is_left_alone(results, case):
-    assert results[case] == {"codes": [0, 0, 0], "out": ""}
+    assert results[case] == {"codes": [0, 0, 0], "out": "", "outcome": 0}
 
 
 def test_without_its_launcher_a_run_stops_as_if_told_to(results):
     assert results["launcher"]["codes"] == [75, 75, 75], results["launcher"]
     assert "the launcher has ended" in results["launcher"]["out"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_outcome_is_recorded_whoever_is_lost(results, case):
+    codes = {"agree": 1, "launcher": 75} | dict.fromkeys(("slow", "well", "unwatched"), 0)
+    assert results[case]["outcome"] == codes.get(case, 76)
 
 
 def test_a_single_rank_is_not_watched(monkeypatch):

@@ -14,6 +14,9 @@ import pytest
 import torch
 
 from cook.base.files import sha256
+from cook.base.outcome import recorded_code
+from cook.pruning.relaxation import HardConcrete
+from cook.report.gate_log import read_gate_log
 from cook.training.manifest import seal
 from tests.recipe.tiny_run import Result, contents, read_log, train, write_run
 from tests.warm import process_of
@@ -96,18 +99,39 @@ def test_a_signal_saves_and_ends_with_the_documented_code(stopped):
     assert STOP_AT <= int(newest.removeprefix("step-")) < STEPS and (checkpoints / newest).is_dir()
     assert not (folder / "out" / "layer_mask" / "done.json").exists()
     assert (folder / "out" / "masks" / "layer.pt").exists(), "masks are saved during training too"
+    ended = json.loads((folder / "out" / "outcome.json").read_text())
+    assert (ended["code"], ended["stage"], ended["step"]) == (75, "layer_mask", int(newest.removeprefix("step-")))
     assert not list(checkpoints.glob("tmp*"))
 
 
 def test_going_on_is_bit_identical_to_never_having_stopped(stopped, whole, tmp_path):
     folder = copy(stopped[0], tmp_path / "run")
+    stage = folder / "out" / "layer_mask"
+    with open(stage / "gates.bin", "ab") as later:  # of steps that a killed run has not saved
+        later.write((STEPS - 1).to_bytes(4, "little") + bytes(6))
     result = train(folder, *OPTIONS)
     assert result.code == 0 and "resuming from step" in result.out, result
+    assert recorded_code(folder / "out") == 0
+    groups, records = read_gate_log(stage)
+    steps = [step for step, _ in records]
+    assert steps == sorted(set(steps)) and steps[0] == 1 and steps[-1] == STEPS
+    assert all(any(values) for _, values in records), "the later record is still there"
+    assert [group["name"] for group in groups] == [f"layers.{n}.{site}" for n in range(3) for site in ("att", "ffn")]
     steps = [record["step"] for record in read_log(folder, "layer_mask") if "loss" in record]
     assert steps == list(range(1, STEPS + 1))
     assert outcome(folder) == outcome(whole)
     left = sorted(path.name for path in (folder / "out" / "layer_mask" / "checkpoints").iterdir())
     assert left == ["latest", f"step-{STEPS // 7 * 7}", f"step-{STEPS}"]
+
+
+def test_the_log_of_the_gates_changes_nothing_else(pretrained, whole, tmp_path):
+    folder = copy(pretrained, tmp_path / "run")
+    assert train(folder, *OPTIONS, "--set", "training.log_gates=false").code == 0
+    assert not list(folder.rglob("gates.bin")) and list(whole.rglob("gates.bin"))
+    assert outcome(folder) == outcome(whole)
+    step, last = read_gate_log(whole / "out" / "layer_mask")[1][-1]
+    values = torch.load(whole / "out" / "layer_mask" / "checkpoints" / f"step-{step}" / "gates.pt")["values"]
+    assert list(last) == (HardConcrete().openness(values) * 255).round().int().tolist()
 
 
 def newest(folder: Path) -> Path:
@@ -163,6 +187,7 @@ def test_what_cannot_be_gone_on_from_is_refused_and_nothing_is_written(stopped, 
     for manifest in checkpoints.rglob("manifest.json"):
         manifest.write_text("{}")
     refused(folder, "no checkpoint is valid")
+    assert recorded_code(folder / "out") == 2
 
 
 def test_two_ranks_under_zero_3_stopped_by_a_signal_to_one_of_them(pretrained, tmp_path):
@@ -172,7 +197,9 @@ def test_two_ranks_under_zero_3_stopped_by_a_signal_to_one_of_them(pretrained, t
         config["deepspeed"] = {"zero_optimization": {"stage": 3}}
         (folder / "bmcook.json").write_text(json.dumps(config))
     assert train(runs[0], *OPTIONS, ranks=2).code == 0
+    assert recorded_code(runs[0] / "out") == 0
     result = interrupted(runs[1], to_a_rank=True, ranks=2)
     assert result.code != 0 and "stopped: layer_mask saved step" in result.err, result
+    assert recorded_code(runs[1] / "out") == 75, "torchrun hides it"
     assert train(runs[1], *OPTIONS, ranks=2).code == 0
     assert outcome(runs[1]) == outcome(runs[0])

@@ -225,5 +225,6 @@ def read_log(folder: Path, stage: str) -> list[dict[str, Any]]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Every file below a folder, apart from the record of how the last run ended."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "outcome.json"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
