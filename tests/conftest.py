@@ -5,6 +5,7 @@ The longest files come first, so that no test process works alone at the end.
 
 from __future__ import annotations
 
+import atexit
 import gc
 from pathlib import Path
 
@@ -21,10 +22,19 @@ SLOW = {
     "test_task_scripts.py",
     "test_train.py",
     "test_two_hosts.py",
+    "test_warm.py",
+    "base/test_distributed.py",
+    "base/test_faults.py",
     "base/test_watchdog.py",
+    "data/test_loader.py",
+    "data/test_source_files.py",
+    "evaluation/test_equality.py",
     "evaluation/test_lm_eval.py",
     "evaluation/test_main.py",
+    "families/test_consumers.py",
     "families/test_families.py",
+    "families/test_odd_configs.py",
+    "models/test_ragged.py",
     "pruning/test_pad.py",
     "pruning/test_planted.py",
     "export/test_pruned_folder.py",
@@ -73,7 +83,4 @@ def pytest_collection_finish() -> None:
     """Collections, which libraries also ask for, no longer look through all that is imported: a second each."""
     gc.collect()
     gc.freeze()
-
-
-def pytest_unconfigure() -> None:
-    gc.unfreeze()
+    atexit.register(gc.unfreeze)  # else libraries report as leaked what Python does not free in the end

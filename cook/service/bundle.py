@@ -85,7 +85,7 @@ def _scheme(path: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 def _make_absolute(config: dict[str, Any], scheme: dict[str, Any]) -> None:
     """The server may run in another folder. Paths that do not exist here are left, for the server to look up."""
-    for holder, key, _, _ in inputs(config):
+    for holder, key, _, _ in inputs(config, scheme):
         holder[key] = _absolute(holder[key])
     for section, key, _ in MASK_KEYS:
         node = scheme.get(section)

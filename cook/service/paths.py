@@ -134,7 +134,7 @@ def assign_paths(config: dict[str, Any], scheme: dict[str, Any], roots: Roots) -
     """
     errors: list[Refused] = []
     output, config["output_dir"] = config.get("output_dir"), OUTPUT
-    for holder, key, where, is_pattern in inputs(config):
+    for holder, key, where, is_pattern in inputs(config, scheme):
         section = where.partition(".")[0]
         try:
             holder[key] = roots.resolve(holder[key], where, is_pattern=is_pattern)
@@ -150,10 +150,11 @@ def assign_paths(config: dict[str, Any], scheme: dict[str, Any], roots: Roots) -
     return errors
 
 
-def inputs(config: dict[str, Any]) -> Iterator[tuple[Any, Any, str, bool]]:
+def inputs(config: dict[str, Any], scheme: dict[str, Any]) -> Iterator[tuple[Any, Any, str, bool]]:
     """Object, key, dotted name and kind of every string that names an input."""
-    for section, key in (("model", "path"), ("tokenizer", "path"), ("pattern", "previous_mask")):
-        node = config.get(section)
+    single = [(config, "model", "path"), (config, "tokenizer", "path"), (config, "pattern", "previous_mask")]
+    for file, section, key in (*single, (scheme, "joint", "block_times")):
+        node = file.get(section)
         if isinstance(node, dict) and isinstance(node.get(key), str):
             yield node, key, f"{section}.{key}", False
     for where, source in _sources(config):
