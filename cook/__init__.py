@@ -13,6 +13,7 @@ __version__ = "0.2.0"
 _HOMES = {
     "plan": "cook.api",
     "learn_masks": "cook.api",
+    "search_blocks": "cook.api",
     "reshape": "cook.api",
     "verify": "cook.api",
     "attach": "cook.api",

@@ -14,12 +14,14 @@ import torch
 
 from cook.base.errors import UserError
 from cook.base.seeds import derived_seed, generator
-from cook.config.scheme import HeadUnitChoice
+from cook.config.scheme import BlockUnit, HeadUnitChoice
 from cook.distill.teacher_loss import token_divergence
 from cook.evaluation.equality import largest_difference
 from cook.export.pruned_folder import mask_model, reshaped_source
 from cook.families.registry import by_config
 from cook.families.source import load_model, placed
+from cook.pruning import search
+from cook.pruning.attach import AttachedGates
 from cook.pruning.budgets import (
     KINDS,
     MIB,
@@ -232,6 +234,76 @@ def learn_masks(
         live.remove()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(frozen[name])
+
+
+def search_blocks(
+    model: torch.nn.Module,
+    batches: Iterable[Batch],
+    keep: float,
+    *,
+    unit: BlockUnit = "layer",
+    teacher: Literal["self"] | None = "self",
+    on_measure: Callable[[int, float], None] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Removes blocks one after the other, each time the one whose removal raises the loss on the batches least.
+
+    Needs forward passes only. A few thousand tokens are enough.
+
+    Args:
+        model: A causal transformers model of a known family. It is left as it was.
+        batches: As for `learn_masks`; all of them are read in every measurement.
+        keep: The share of the parameters in attention and FFN blocks to keep.
+        unit: What is removed at once: `"layer"`, so that a stock class holds the result, or `"block"`, an attention or
+            FFN block.
+        teacher: `"self"`: the divergence from the whole model is added to the loss, as in `learn_masks`. The whole
+            model's logits for all batches are kept in memory.
+        on_measure: Called after each measurement with its number and the loss in nats per token.
+
+    Returns:
+        Masks of 0 and 1, float32 `[1]`, by group name.
+
+    Raises:
+        UserError: unknown family, a share out of range, or no batches.
+    """
+    check_keep({"blocks": keep})
+    adapter, config = _family(model)
+    space = adapter.space(config)
+    device = next(model.parameters()).device
+    stored = [_with_labels({key: value.to(device) for key, value in batch.items()}) for batch in batches]
+    if not stored:
+        raise UserError("there are no batches", wanted="batches to measure the loss on")
+    attached, measured = AttachedGates(model, space.of("layer"), {}), 0
+    whole: list[torch.Tensor] = []
+
+    def loss_of(number: int, batch: Batch) -> torch.Tensor:
+        output, targets = model(**batch), batch["labels"][:, 1:]
+        count = (targets != -100).sum()
+        loss = output.loss * count
+        if teacher is not None:
+            if len(whole) == number:  # the first measurement is that of the whole model
+                whole.append(output.logits)
+            logits = (output.logits[:, :-1], whole[number][:, :-1])
+            loss = loss + TEACHER_WEIGHT * token_divergence(*logits, targets, TEACHER_TEMPERATURE)
+        return torch.stack([loss, count])
+
+    def measure(masks: Masks) -> float:
+        nonlocal measured
+        attached.set({name: mask.to(device) for name, mask in masks.items()})
+        total, count = sum(loss_of(number, batch) for number, batch in enumerate(stored)).tolist()  # type: ignore[union-attr]
+        loss = total / count
+        measured += 1
+        if on_measure is not None:
+            on_measure(measured, loss)
+        return loss
+
+    was_training = model.training
+    try:
+        model.eval()
+        with torch.no_grad():
+            return search.search_blocks(measure, space, space.of("layer"), 1.0 - keep, unit=unit)
+    finally:
+        attached.remove()
+        model.train(was_training)
 
 
 def reshape(model: torch.nn.Module, masks: Masks) -> torch.nn.Module:

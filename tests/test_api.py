@@ -24,6 +24,8 @@ from cook.base.errors import UserError
 from tests.recipe.tiny_run import own_environment
 from tests.warm import interpreter
 
+ATT, FFN = 2 * 32 * 48 + 2 * 32 * 24 + 32, 3 * 32 * 20 + 32
+"""Parameters of a block of `llama`, with its norm."""
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
@@ -124,6 +126,36 @@ def test_one_budget_chooses_query_heads_or_whole_groups(unit, wanted):
         small.generate(batches()[0]["input_ids"], max_new_tokens=4, do_sample=False),
         small.generate(batches()[0]["input_ids"], max_new_tokens=4, do_sample=False, use_cache=False),
     )
+
+
+@pytest.mark.parametrize("unit", ["layer", "block"])
+def test_a_search_removes_what_does_nothing(unit):
+    model = llama().train()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            gone = name.startswith("model.layers.1.") or (unit == "block" and "layers.2.mlp" in name)
+            if gone and ("o_proj" in name or "down_proj" in name):
+                weight.zero_()
+            elif "o_proj" in name or "down_proj" in name:
+                weight *= 20.0
+        # The model's own predictions, which it is sure of, as labels: every other block is worth something.
+        model.lm_head.weight *= 1000.0
+        data = batches()
+        for batch in data:
+            predicted = model(**batch).logits.argmax(-1)
+            batch["labels"] = torch.cat([batch["input_ids"][:, :1], predicted[:, :-1]], 1)
+    seen = []
+    # One layer of three; or two FFN blocks and an attention block.
+    keep = 2 / 3 if unit == "layer" else 1 - (2 * FFN + ATT) / (3 * FFN + 3 * ATT)
+    masks = cook.search_blocks(model, data, keep, unit=unit, on_measure=lambda n, loss: seen.append((n, loss)))
+    gone = {name for name, mask in masks.items() if not mask.all()}
+    assert gone == {"layers.1.att", "layers.1.ffn"} | ({"layers.2.ffn"} if unit == "block" else set())
+    assert [n for n, _ in seen] == list(range(1, len(seen) + 1)) and all(loss > 0 for _, loss in seen)
+    assert model.training and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    small = cook.reshape(model, masks)
+    assert cook.verify(model, masks, small) < 1e-5
+    with pytest.raises(UserError, match="no batches"):
+        cook.search_blocks(model, [], keep)
 
 
 def test_heads_of_equal_blocks_are_the_units_that_are_asked_for():

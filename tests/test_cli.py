@@ -167,6 +167,19 @@ def test_a_model_is_pruned_by_one_command(tiny, tmp_path, capfd):
         prune(tiny, tmp_path / "out", "dims=0.25", *more)
 
 
+@pytest.mark.parametrize(("search", "steps"), [("layer", 1), ("block", 1), ("none", 4)])
+def test_blocks_are_searched_for_unless_gates_are_wanted(tiny, tmp_path, search, steps):
+    more = () if search == "layer" else ("--search", search)
+    prune(tiny, tmp_path / "out", "blocks=0.67", *more, *(() if search == "layer" else ("--dry-run",)))
+    scheme = json.loads((tmp_path / "out" / "recipe" / "l0_pruning.json").read_text())
+    stages = json.loads((tmp_path / "out" / "recipe" / "bmcook.json").read_text())["stages"]
+    assert [stage["training"]["steps"] for stage in stages] == [steps]
+    assert scheme.get("gates") == ({"start": "search"} if search != "none" else None)
+    if search == "layer":
+        small = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+        assert type(small) is LlamaForCausalLM and small.config.num_hidden_layers == 2
+
+
 @pytest.mark.parametrize("unit", [None, "kv_group"])
 def test_query_heads_of_one_budget_by_one_command(tiny, tmp_path, unit):
     prune(tiny, tmp_path / "out", "params=0.8", *(["--head-unit", unit] if unit else []))

@@ -38,8 +38,10 @@ PruneMode = Literal["att", "ffn"]
 """Which units a fine-grained stage prunes: attention heads or FFN dims."""
 RelaxationName = Literal["auto", "deterministic", "hard_concrete"]
 """The relaxation of a 0/1 mask while it is learned."""
-GatesStart = Literal["open", "taylor", "fisher"]
+GatesStart = Literal["open", "taylor", "fisher", "search"]
 """How gates are initialised."""
+BlockUnit = Literal["block", "layer"]
+"""What is removed at once in a search for blocks: an attention or FFN block, or all blocks of a layer."""
 HeadUnitChoice = Literal["auto", "kv_group", "query_head"]
 """The unit of attention that is pruned if query heads share keys and values."""
 Scope = Literal["block", "global"]
@@ -66,6 +68,9 @@ class CoarseConfig:
     """Layer mask file. Written when the mask is learned, read when it is fixed."""
     target_sparsity: Share
     """Fraction of the parameters of all attention and FFN blocks to remove."""
+    unit: BlockUnit = "block"
+    """What a search (`gates.start`) removes at once. `block`: an attention or FFN block. `layer`: a whole layer; stock
+    classes load the result."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,9 +165,11 @@ class GatesConfig:
     start: GatesStart = "open"
     """`open`: all gates start with the same value. `taylor`, `fisher`: all gates stay open for the first `start_steps`
     steps, and then start with a value given by the rank of their score. The score is accumulated from the gradients of
-    these steps."""
+    these steps. `search` (stages that learn blocks alone): before the first step, blocks are removed one after the
+    other, each time the one whose removal raises the loss on the batches of the first `start_steps` steps least. The
+    gates then stay as they are, and the stage's steps train weights only."""
     start_steps: Annotated[int, Limits(minimum=1, maximum=10**5)] = 8
-    """Steps over which the score is accumulated, at most a quarter of the stage."""
+    """Steps over which the score is accumulated, at most a quarter of the stage; or whose batches a search measures."""
 
 
 PatternType = Annotated[int | str, Limits(enum=[*range(len(NUMBERED)), *NAMES])]

@@ -15,18 +15,26 @@ from cook.data.token_loss import count_targets, model_inputs, summed_cross_entro
 
 
 @torch.no_grad()
-def held_out_loss(forward: Callable[..., Any], batches: Iterable[Batch], device: torch.device) -> float:
+def held_out_loss(
+    forward: Callable[..., Any],
+    batches: Iterable[Batch],
+    device: torch.device,
+    extra_loss: Callable[[Batch, torch.Tensor], torch.Tensor] | None = None,
+) -> float:
     """Mean cross entropy in nats per target token; the same for any world size and batch size.
 
     Args:
         forward: Takes a batch by name and returns an object with `.logits` (batch, len, vocab).
         batches: This rank's batches, equally many on every rank; `targets` are aligned, −100 is ignored.
         device: The device of the model.
+        extra_loss: Added to the cross entropy; summed over targets, from a batch and the logits.
     """
     total = torch.zeros(2, dtype=torch.float64)
     for batch in batches:
         batch = on_device(batch, device)
-        loss = summed_cross_entropy(forward(**model_inputs(batch)).logits, batch)
+        logits = forward(**model_inputs(batch)).logits
+        loss = summed_cross_entropy(logits, batch)
+        loss = loss if extra_loss is None else loss + extra_loss(batch, logits)
         total += torch.stack([loss.double(), count_targets(batch).double()]).cpu()
     if distributed.world_size() > 1:
         total = distributed.all_reduce_sum(total.to(device)).cpu()

@@ -28,7 +28,8 @@ class Gates:
         ramp_fraction: The share of `steps` in which the targets rise; None for the relaxation's default.
         start: `taylor` and `fisher` keep all gates open for `start_steps` updates, and then spread them by the rank,
             within each constraint, of |Σ g| or Σ g² for a unit's gradient g = ∂L/∂z (Molchanov et al., "Importance
-            estimation for neural network pruning", CVPR 2019).
+            estimation for neural network pruning", CVPR 2019). `search`: `settle` sets them before the first step, and
+            steps do not move them.
         start_steps: At most a quarter of `steps`.
     """
 
@@ -49,14 +50,21 @@ class Gates:
         self.sizes, self.steps, self.seed = dict(sizes), steps, seed
         self.ramp_fraction = relaxation.ramp if ramp_fraction is None else ramp_fraction
         self.start: GatesStart = start
-        self.start_steps = 0 if start == "open" else min(start_steps, steps // 4)
+        self.start_steps = min(start_steps, steps // 4) if start in ("taylor", "fisher") else 0
         self.values = relaxation.start(sum(self.sizes.values()), seed)
         rate = relaxation.learning_rate(steps) if learning_rate is None else learning_rate
+        rate = 0.0 if start == "search" else rate
         self.controller = GateController(constraints, relaxation, learning_rate=rate)
         self.score, self.gathered = torch.zeros(len(self.values), dtype=torch.float64), 0
         self.start_sparsity = self.expected_sparsity()
         self._leaf: torch.Tensor | None = None
         self._drawn: torch.Tensor | None = None
+
+    def settle(self, masks: Mapping[str, torch.Tensor]) -> None:
+        """Sets the gates to masks of 0 and 1, by group name."""
+        flat = torch.cat([masks[name] for name in self.sizes])
+        self.values = self.relaxation.low + (self.relaxation.high - self.relaxation.low) * flat
+        self.start_sparsity = self.expected_sparsity()
 
     @property
     def constraints(self) -> tuple[Constraint, ...]:
@@ -123,6 +131,8 @@ class Gates:
         A per-block constraint on heads or FFN dimensions thus ends with exactly its number; a constraint on blocks ends
         within half a block's parameters of its target.
         """
+        if self.start == "search":
+            return self.split((self.values > (self.relaxation.low + self.relaxation.high) / 2).float())
         kept = torch.ones_like(self.values)
         for c in self.constraints:
             part = slice(c.start, c.start + len(c.costs))

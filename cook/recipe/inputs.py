@@ -176,7 +176,14 @@ def make_gates(stage: Stage, inputs: Inputs) -> Gates | None:
     # Measured: with a few dozen gates that each change the loss a lot, noise helps to explore combinations.
     by_kind = "hard_concrete" if stage.learns == ("layer",) else "deterministic"
     relaxation: Relaxation = Deterministic(concavity=options.concavity)
-    if (by_kind if options.relaxation == "auto" else options.relaxation) == "hard_concrete":
+    start = options.start
+    if start == "search":
+        if stage.learns != ("layer",):
+            raise UserError(
+                f'{stage.name}: gates.start "search" is for stages that learn blocks alone',
+                remedy='set gates.start to "open" for the other stages (--set gates.start=open)',
+            )
+    elif (by_kind if options.relaxation == "auto" else options.relaxation) == "hard_concrete":
         relaxation = HardConcrete(initial_log_alpha=options.initial_log_alpha)
     return Gates(
         {group.name: group.size for group in inputs.learned},
@@ -186,7 +193,7 @@ def make_gates(stage: Stage, inputs: Inputs) -> Gates | None:
         relaxation=relaxation,
         learning_rate=options.learning_rate,
         ramp_fraction=options.ramp,
-        start=options.start,
+        start=start,
         start_steps=options.start_steps,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from cook.pruning.counts import parameters
 from cook.pruning.gates import Gates
 from cook.pruning.mask_file import write_mask_file
 from cook.pruning.mask_set import FINE_KEYS, coarse_to_tensors, fine_to_tensors, kept_counts
+from cook.pruning.search import search_blocks
 from cook.recipe.compact import keep_fan_in, whole_weights, without_masked_units
 from cook.recipe.distillation import check_teacher_tokenizer, make_distiller, open_distillation
 from cook.recipe.inputs import final_masks, make_gates, open_inputs
@@ -34,10 +35,11 @@ from cook.recipe.plan import Stage
 from cook.recipe.runner import StageRun, follows
 from cook.recipe.stage_data import SourceMixer, check_corpus, open_loader, rows_before
 from cook.report.gate_log import GateGroup, GateLog
-from cook.training.checkpoint import Position
+from cook.training.checkpoint import Position, find_checkpoint
 from cook.training.engine import Engine, write_gathered
 from cook.training.loop import Run
 from cook.training.settings import check_settings
+from cook.training.step import ExtraLoss
 
 
 class LanguageModelRun(StageRun):
@@ -122,6 +124,7 @@ class LanguageModelRun(StageRun):
             after_step=SourceMixer(stage, loader, data, engine, self.log, self.at).after_step,
         )
         try:
+            self._settle(engine, attached, gates, distiller)
             position = self.fit(run, notes=data.notes, begin=lambda resumed: check_corpus(stage, resumed=resumed))
         finally:
             loader.close()
@@ -139,6 +142,37 @@ class LanguageModelRun(StageRun):
             return self._record(gates, position, state, loss)
 
         return finish
+
+    def _settle(
+        self, engine: Engine, attached: AttachedGates, gates: Gates | None, distiller: ExtraLoss | None
+    ) -> None:
+        """Searches for the blocks to remove, if the scheme wants it and no checkpoint has them already."""
+        stage, inputs = self.stage, self.inputs
+        if gates is None or gates.start != "search" or find_checkpoint(stage.folder / "checkpoints", self.resume):
+            return
+        assert stage.config.coarse is not None, "a search without a target for blocks"
+        rank, world = distributed.rank(), distributed.world_size()
+        rows = stage.config.training.rows_at_once(world)
+        loader = open_loader(stage, self.data, ledger=False)
+        try:
+            batches = [
+                batch
+                for step in range(stage.config.gates.start_steps)
+                for batch in loader.micro_batches(step, rank, world, rows)
+            ]
+        finally:
+            loader.close()
+
+        def measure(masks: Mapping[str, torch.Tensor]) -> float:
+            self.at(0, "starting")
+            attached.set({name: mask.to(engine.device) for name, mask in masks.items()})
+            return held_out_loss(engine, batches, engine.device, distiller)
+
+        was_training = engine.module.training
+        engine.module.eval()
+        coarse = stage.config.coarse
+        gates.settle(search_blocks(measure, inputs.space, inputs.learned, coarse.target_sparsity, unit=coarse.unit))
+        engine.module.train(was_training)
 
     def _seed(self) -> None:
         seed_everything(derived_seed(self.stage.config.seed, self.stage.name, distributed.rank()))

@@ -120,6 +120,8 @@ def _recipe_files(job: OneLineJob) -> dict[str, Mapping[str, Any]]:
     keep = parse_keep(job.keep)
     source = open_model(local_model(job.model))
     scheme, stages = _scheme(job, keep, source)
+    # A search is over before the first step, and the weights are frozen.
+    mask_steps = 1 if scheme.get("gates", {}).get("start") == "search" else job.steps
     bmcook = {
         "output_dir": str(Path(job.output) / "run"),
         "seed": job.seed,
@@ -157,7 +159,7 @@ def _recipe_files(job: OneLineJob) -> dict[str, Mapping[str, Any]]:
             "l0_pruning": "l0_pruning.json",
         },
         "stages": [
-            {"name": stages[0], "training": {"steps": job.steps, "train_weights": False}},
+            {"name": stages[0], "training": {"steps": mask_steps, "train_weights": False}},
             *({"name": name, "training": {"steps": job.finetune_steps}} for name in stages[1:] if job.finetune_steps),
         ],
     }
@@ -212,7 +214,10 @@ def _scheme(job: OneLineJob, keep: Keep, source: ModelSource) -> tuple[dict[str,
             joint["target_sparsity"] = coarse["target_sparsity"]
         return scheme | {"joint": joint}, _JOINT
     if "blocks" in keep:
-        return {"coarse-grained": coarse}, ("layer_mask", "layer_finetune")
+        if job.search == "none":
+            return {"coarse-grained": coarse}, ("layer_mask", "layer_finetune")
+        gates = {"start": "search"}
+        return {"coarse-grained": coarse | {"unit": job.search}, "gates": gates}, ("layer_mask", "layer_finetune")
     return scheme, ("att_mask", "att_finetune") if "heads" in keep else ("ffn_mask", "ffn_finetune")
 
 

@@ -130,7 +130,10 @@ class Stage:
             at_once[0] |= {"block_times": read_json(joint.block_times)}
         if fine and fine.scope != "block":
             heads, dims = [heads, fine.scope], [dims, fine.scope]
-        targets: list[Any] = [coarse.target_sparsity if coarse else None, heads, dims]
+        blocks: Any = coarse.target_sparsity if coarse else None
+        if coarse and coarse.unit != "block":
+            blocks = [blocks, coarse.unit]
+        targets: list[Any] = [blocks, heads, dims]
         if self.is_random_baseline:
             return targets + (at_once if any(entry.name == "joint_mask" for entry in self.config.stages) else [])
         if self.name == "joint_mask":

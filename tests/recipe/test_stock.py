@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -96,6 +97,68 @@ def test_a_ragged_model_frozen_under_zero_3_on_two_ranks(tmp_path):
         losses.append([record["loss"] for record in read_log(folder, "att_mask") if "loss" in record])
     # Sums in another order, in fp32: the same model on the same rows.
     assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def plant_a_useless_layer(folder, number):
+    """Makes a layer of `folder/model` add nothing, and fits the last product to the corpus, so that others matter."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    for name, weight in model.named_parameters():
+        if "o_proj" in name or "down_proj" in name:
+            weight.data *= 0.0 if f"layers.{number}." in name else 5.0
+    text = "\n".join(path.read_text() for path in sorted((folder / "docs").iterdir()))
+    ids = torch.tensor(AutoTokenizer.from_pretrained(folder / "model")(text)["input_ids"])
+    ids = ids[: len(ids) // 40 * 40].view(-1, 40)
+    with torch.no_grad():
+        hidden = model.model(input_ids=ids).last_hidden_state[:, :-1].flatten(0, 1)
+    optimizer = torch.optim.Adam([model.lm_head.weight], lr=0.05)
+    for _ in range(60):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model.lm_head(hidden), ids[:, 1:].flatten()).backward()
+        optimizer.step()
+    model.save_pretrained(folder / "model")
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_a_search_finds_the_layer_that_does_nothing(tmp_path, ranks):
+    write_stock_run(
+        tmp_path,
+        ("layer_mask",),
+        gates={"start": "search", "start_steps": 2},
+        coarse__unit="layer",
+        coarse__target_sparsity=0.3,
+        deepspeed={"zero_optimization": {"stage": 3 if ranks else 0}},
+        training__train_weights=False,
+        training__steps=2,
+        training__save_every=1,
+    )
+    plant_a_useless_layer(tmp_path, 1)
+    done = train(tmp_path, "--stage", "all", ranks=ranks)
+    assert done.code == 0, done
+    mask = torch.load(tmp_path / "out/masks/layer.pt", weights_only=True)
+    assert mask["self_att_layer_z"].tolist() == mask["ffn_layer_z"].tolist() == [1, 0, 1]
+    logged = [record["expected_sparsity"]["blocks"] for record in read_log(tmp_path, "layer_mask") if "loss" in record]
+    assert logged == pytest.approx([1 / 3] * 2)
+    if ranks:
+        return
+    pruned = do_prune(tmp_path, "--config", "bmcook.json", "--verify")
+    assert pruned.code == 0 and "equal to rounding" in pruned.out and "trust_remote_code" not in pruned.out, pruned
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "pruned").config.num_hidden_layers == 2
+    # A resumed stage has the gates of its checkpoint, and does not search again.
+    (tmp_path / "out/layer_mask/done.json").unlink()
+    shutil.rmtree(tmp_path / "out/layer_mask/checkpoints/step-2")
+    resumed = train(tmp_path, "--stage", "all")
+    assert resumed.code == 0 and "resuming from step 1" in resumed.out, resumed
+    assert torch.equal(
+        torch.load(tmp_path / "out/masks/layer.pt", weights_only=True)["ffn_layer_z"], mask["ffn_layer_z"]
+    )
+
+
+def test_a_search_is_for_blocks_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_stock_run(tmp_path, gates={"start": "search"})
+    stage = plan_stage(load_config("bmcook.json"), "att_mask")
+    with pytest.raises(UserError, match='"search" is for stages that learn blocks alone'):
+        make_gates(stage, open_inputs(stage))
 
 
 @pytest.mark.parametrize(
