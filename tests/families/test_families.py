@@ -124,7 +124,7 @@ def test_the_config_describes_the_weights(case, data):
     "make, case",
     [(make, case) for make in (uniform_masks, ragged_masks) for case in CASES if case[0] in CAUSAL]
     + [(query_masks, case) for case in CASES if case[1] == "query_head"],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_the_cache_and_generation(make, case):
     model, space = MODELS[case[0]], SPACES[case]
@@ -177,7 +177,7 @@ def test_query_heads_are_taken_out_of_their_groups(case):
 @pytest.mark.parametrize(
     "make, case",
     [(ragged_masks, case) for case in CASES] + [(query_masks, case) for case in CASES if case[1] == "query_head"],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_pruning_in_two_steps_is_exact(make, case):
     source, space = SOURCES[case[0]], SPACES[case]

@@ -16,7 +16,6 @@ import pytest
 
 from cook.base.errors import RunFailed, UserError, UserErrors, run_entry
 from cook.cli import app
-from cook.service import environment
 from cook.service.bundle import bundle
 from cook.service.client import Client, _parsed, find_server, new_key
 from cook.service.executors import LocalExecutor
@@ -24,7 +23,7 @@ from cook.service.planner import Planner
 from tests.recipe.tiny_run import own_environment, write_run
 from tests.service.live import recipe, serving
 from tests.service.parts import local, wait_for
-from tests.warm import SOCKET, interpreter
+from tests.warm import interpreter
 
 SMALL = ("pretrain", "layer_mask")
 
@@ -384,8 +383,6 @@ def test_a_port_that_is_taken(cook, live, tmp_path):
 
 def test_a_recipe_from_its_submission_to_its_files(tmp_path, inputs, cook, monkeypatch):
     warm = interpreter()
-    if warm != sys.executable:
-        monkeypatch.setattr(environment, "PASSED", (*environment.PASSED, SOCKET))
     supervisor = (sys.executable, "-m", "tests.service.warm_supervisor", warm)
     planner = Planner()
     try:

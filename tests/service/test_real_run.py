@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from cook.base.files import sha256
@@ -11,7 +10,7 @@ from cook.service.executors import LocalExecutor
 from cook.service.jobs import now
 from tests.recipe.tiny_run import read_log, train, write_run
 from tests.service.parts import SUPERVISOR, controller, exit_of, spec, wait_for, wait_state
-from tests.warm import SOCKET, interpreter
+from tests.warm import interpreter
 
 STAGES = ("pretrain", "layer_mask")
 TIMES = ("tokens_per_second", "data_wait")
@@ -38,7 +37,7 @@ def test_a_job_that_was_stopped_and_resumed_is_the_uninterrupted_run(tmp_path):
     executor = LocalExecutor(gpus=(), slots=2, supervisor=(*SUPERVISOR, "--python", warm))
     service = controller(tmp_path / "home", executors={"local": executor})
     service.start()
-    variables = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", SOCKET: os.environ.get(SOCKET, "")}
+    variables = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     job = service.submit(spec(environment=variables, reshape=True, stop_grace=60.0), config, scheme)
     run = job.folder / "run"
     log = run / "out" / "layer_mask" / "log.jsonl"
