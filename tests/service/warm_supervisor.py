@@ -6,13 +6,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from cook.service import environment
 from cook.service.steps import steps_of
 from cook.service.supervisor import supervise
-from tests.warm import SOCKET
 
 if __name__ == "__main__":
-    environment.PASSED = (*environment.PASSED, SOCKET)
     interpreter, folder, number = sys.argv[1:]
 
     def steps(job):
