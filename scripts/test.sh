@@ -3,8 +3,8 @@
 #
 #   bash scripts/test.sh [--quick] [options of pytest]
 #
-# --quick takes less than two minutes on two cores. It leaves out the tests of the modules in tests/conftest.py, which
-# train, start processes or compile, and checks types and pages beside the tests.
+# --quick takes less than two minutes on two cores. It leaves out the tests marked slow (modules that train, start
+# processes or compile, listed in tests/conftest.py, and single tests), and checks types and pages beside the tests.
 # WORKERS sets the number of test processes (default: one per core, each with one thread).
 set -euo pipefail
 cd "$(dirname "$0")/.."

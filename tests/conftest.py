@@ -1,5 +1,7 @@
 """Marks the modules that start processes, build C or train for long; `scripts/test.sh --quick` leaves them out.
 
+Single tests of other modules are marked where they stand.
+
 The longest files come first, so that no test process works alone at the end.
 """
 
@@ -27,6 +29,7 @@ SLOW = {
     "base/test_faults.py",
     "base/test_watchdog.py",
     "data/test_loader.py",
+    "data/test_main.py",
     "data/test_source_files.py",
     "evaluation/test_equality.py",
     "evaluation/test_lm_eval.py",

@@ -231,6 +231,7 @@ LISTENING = """
 """
 
 
+@pytest.mark.slow
 def test_a_run_of_one_rank_listens_at_loopback_only():
     result = run([sys.executable, "-c", textwrap.dedent(LISTENING)], ROOT)
     assert result.code == 0 and set(result.out.split()) <= {"127.0.0.1", "::1"}, result

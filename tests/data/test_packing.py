@@ -213,6 +213,7 @@ print(pack()["samples"])
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+@pytest.mark.slow
 def test_a_full_disk_is_an_error_and_kills_nothing(tmp_path):
     done = subprocess.run(
         ["unshare", "--mount", sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, timeout=60

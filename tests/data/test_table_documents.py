@@ -95,6 +95,7 @@ def test_a_row_without_text_is_named(tmp_path, rows, field, message):
 
 
 @pytest.mark.parametrize("count", [1, 300])
+@pytest.mark.slow
 def test_a_parquet_file_that_unpacks_to_many_times_its_size_is_refused(tmp_path, count):
     table = pyarrow.table({"text": ["a" * ((300 << 20) // count)] * count})
     parquet.write_table(table, tmp_path / "a.parquet", compression="zstd", use_dictionary=False)

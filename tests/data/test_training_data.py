@@ -110,6 +110,7 @@ def test_a_malformed_corpus_is_refused_before_anything_is_written(data, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_another_process_makes_the_same_files(data, tmp_path):
     load_rows(data, TokenizerSection(), prompt_length=4, output_dir=tmp_path / "a")
     script = f"""

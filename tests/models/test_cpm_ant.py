@@ -469,6 +469,7 @@ def test_starts_at_the_loss_of_a_blind_guess():
     assert abs(loss - torch.tensor(500.0).log()) < 0.7
 
 
+@pytest.mark.slow
 def test_loads_with_remote_code_where_cook_is_not(tmp_path):
     model = tiny_model(20, **RAGGED)
     names = {"AutoConfig": "CpmAntConfig", "AutoModelForCausalLM": "CpmAntForCausalLM"}

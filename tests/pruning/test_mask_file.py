@@ -241,6 +241,7 @@ DOUBLED = b"\x80\x02}" + b")q\x00" + b"h\x00\x86q\x00" * 60
 """A dictionary and a tuple of twice the same tuple, 60 times: 2 to the 60 values for whoever hashes it."""
 
 
+@pytest.mark.slow
 def test_hostile_files_are_harmless(tmp_path):
     canary = tmp_path / "canary"
     pickled, expanded, bomb = (tmp_path / f"{name}.pt" for name in ("pickled", "expanded", "bomb"))

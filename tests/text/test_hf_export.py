@@ -67,6 +67,7 @@ def test_special_tokens_are_named_and_dropped_on_request(tokenizer, auto):
     assert set(auto("x")) == {"input_ids", "attention_mask"}
 
 
+@pytest.mark.slow
 def test_without_cook_and_beside_a_model_of_an_unknown_type(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "some_new_model", "vocab_size": 800}))

@@ -41,6 +41,7 @@ CASES = [(40, [70, 12], 33, False, None), (24, [8, 8, 8], 5, True, None), (64, [
 
 @pytest.mark.skipif(not has_triton(), reason="Triton is not installed: pip install triton")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel itself is tested on the card")
+@pytest.mark.slow
 def test_the_kernel_is_the_dense_product_in_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     code = f"CASES = {CASES!r}\n{CODE}"
