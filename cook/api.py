@@ -278,7 +278,7 @@ def search_blocks(
         nonlocal measured
         attached.set({name: mask.to(device) for name, mask in masks.items()})
         total, count = sum(loss_of(number, batch) for number, batch in enumerate(stored)).tolist()  # type: ignore[union-attr]
-        loss = total / count
+        loss: float = total / count
         measured += 1
         if on_measure is not None:
             on_measure(measured, loss)
