@@ -20,6 +20,10 @@ Measure = Callable[[Mapping[str, torch.Tensor]], float]
 """The loss under masks of 0 and 1 by group name; absent groups are open."""
 MOST_LOOKS = 8
 """Candidates that one round measures at most, after the first round, which measures all."""
+MOST_EXCHANGED = 3
+"""Removed units that a round of exchanges tries to put back."""
+LEAST_GAIN = 1e-3
+"""The decrease of the loss, in nats per token, for which units are exchanged."""
 
 
 def search_blocks(
@@ -27,7 +31,8 @@ def search_blocks(
 ) -> dict[str, torch.Tensor]:
     """Masks of blocks, 0 and 1 `[1]` by group name, that remove `target` of their parameters to the nearest unit.
 
-    Each round removes the unit with the least increase of the loss per parameter.
+    Each round removes the unit with the least increase of the loss per parameter. Then removed units are exchanged for
+    others as long as that lowers the loss.
 
     Args:
         measure: The loss under masks, on the same batches at every call.
@@ -46,26 +51,48 @@ def search_blocks(
     def without(key: tuple[int, str]) -> dict[str, torch.Tensor]:
         return masks | {group.name: torch.zeros(1) for group in units[key]}
 
+    def nearer(key: tuple[int, str]) -> bool:
+        return abs(removed + sizes[key] - wanted) < abs(removed - wanted)
+
+    def cheapest(keys: set[tuple[int, str]], fresh: set[tuple[int, str]]) -> tuple[int, str]:
+        """The unit of the least increase per parameter; `fresh` are those measured under the present masks."""
+        for _ in range(MOST_LOOKS):
+            best = min(sorted(keys), key=increase.__getitem__)
+            if best in fresh:
+                return best
+            increase[best] = (measure(without(best)) - loss) / sizes[best]
+            fresh.add(best)
+        return min(sorted(keys & fresh), key=increase.__getitem__)
+
     left, removed = set(units), 0
     loss = measure(masks)
     increase = {key: (measure(without(key)) - loss) / sizes[key] for key in sorted(units)}
     fresh = set(units)
-    while True:
-        # Only a unit that brings the sum nearer to the target may go.
-        fitting = sorted(key for key in left if abs(removed + sizes[key] - wanted) < abs(removed - wanted))
-        if not fitting:
-            return masks
-        looks = 0
-        best = min(fitting, key=increase.__getitem__)
-        while best not in fresh and looks < MOST_LOOKS:
-            increase[best] = (measure(without(best)) - loss) / sizes[best]
-            fresh.add(best)
-            looks += 1
-            best = min(fitting, key=increase.__getitem__)
-        if best not in fresh:
-            best = min(fresh.intersection(fitting), key=increase.__getitem__)
+    # Only a unit that brings the sum nearer to the target may go.
+    while fitting := {key for key in left if nearer(key)}:
+        best = cheapest(fitting, fresh)
         loss += increase[best] * sizes[best]
-        masks = without(best)
+        masks, removed, fresh = without(best), removed + sizes[best], set()
         left.remove(best)
-        removed += sizes[best]
-        fresh = set()
+
+    # What went first may be worth more by now than what stayed: exchanges of one unit for another of its size.
+    settled = False
+    while not settled:
+        settled, whole = True, (masks, loss)
+        gone = sorted(set(units) - left)
+        put_back = {key: masks | {group.name: torch.ones(1) for group in units[key]} for key in gone}
+        gain = {key: loss - measure(put_back[key]) for key in gone}
+        for key in sorted(gone, key=lambda key: -gain[key] / sizes[key])[:MOST_EXCHANGED]:
+            others = {other for other in left if sizes[other] == sizes[key]}
+            if not others:
+                continue
+            masks, loss = put_back[key], whole[1] - gain[key]
+            best = cheapest(others, set())
+            if loss + increase[best] * sizes[best] < whole[1] - LEAST_GAIN:
+                loss += increase[best] * sizes[best]
+                masks, settled = without(best), False
+                left ^= {key, best}
+                increase[key] = gain[key] / sizes[key]
+                break
+            masks, loss = whole
+    return masks

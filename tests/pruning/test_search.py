@@ -51,6 +51,16 @@ def test_what_only_the_rest_makes_dear_is_measured_again():
     assert removed(masks) == {"layers.0.att", "layers.2.att", "layers.4.att"}
 
 
+def test_what_went_too_early_is_exchanged():
+    worth = {name: 1.0 * SIZES[name] / TOTAL for name in SIZES}
+    # The first one is the cheapest alone and dear beside every other one; two others are cheap together.
+    worth |= {f"layers.{n}.att": 0.01 * (n + 1) for n in range(3)}
+    pairs = [("layers.0.att", f"layers.{n}.att", 3.0) for n in range(1, 5)]
+    pairs += [("layers.0.att", f"layers.{n}.ffn", 3.0) for n in range(5)]
+    masks = search_blocks(Loss(worth, pairs), SPACE, BLOCKS, 2 * SIZES["layers.0.att"] / TOTAL)
+    assert removed(masks) == {"layers.1.att", "layers.2.att"}
+
+
 def test_a_layer_goes_whole():
     worth = {name: 0.0 if name.endswith("att") else 0.1 + 0.1 * int(name.split(".")[1]) for name in SIZES}
     masks = search_blocks(Loss(worth), SPACE, BLOCKS, 0.4, unit="layer")
@@ -66,4 +76,5 @@ def test_the_target_is_met_to_half_a_unit_with_few_measurements(target, seed, un
     gone = sum(SIZES[name] for name in removed(masks))
     most = max(SIZES.values()) if unit == "block" else TOTAL / 5
     assert abs(gone - target * TOTAL) <= most / 2 * (1 + 1e-9)
-    assert loss.calls <= 1 + len(BLOCKS) * (1 + 8)
+    # A sum has nothing to exchange: one round of exchanges finds none.
+    assert loss.calls <= 1 + len(BLOCKS) * (1 + 8) + len(BLOCKS) + 3 * 8
