@@ -174,7 +174,7 @@ def test_blocks_are_searched_for_unless_gates_are_wanted(tiny, tmp_path, search,
     scheme = json.loads((tmp_path / "out" / "recipe" / "l0_pruning.json").read_text())
     stages = json.loads((tmp_path / "out" / "recipe" / "bmcook.json").read_text())["stages"]
     assert [stage["training"]["steps"] for stage in stages] == [steps]
-    assert scheme.get("gates") == ({"start": "search"} if search != "none" else None)
+    assert scheme.get("gates") == ({"start": "search", "start_steps": 2} if search != "none" else None)
     if search == "layer":
         small = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
         assert type(small) is LlamaForCausalLM and small.config.num_hidden_layers == 2

@@ -39,7 +39,7 @@ class OneLineJob:
     keys and values go with the last query head that reads them), `kv_group`, or `auto` (query heads with `params` or
     `flops`, else whole groups if these reach the number of heads)."""
     search: Literal["layer", "block", "none"] = "layer"
-    """With `blocks` alone: what a search removes at once, each time what raises the loss on 8 batches least: a whole
+    """With `blocks` alone: what a search removes at once, each time what raises the loss on 2 batches least: a whole
     `layer`, or an attention or FFN `block`. `none`: gates are learned instead."""
     steps: Size = 100
     """Steps in which the masks are learned, with the weights frozen."""

@@ -216,7 +216,7 @@ def _scheme(job: OneLineJob, keep: Keep, source: ModelSource) -> tuple[dict[str,
     if "blocks" in keep:
         if job.search == "none":
             return {"coarse-grained": coarse}, ("layer_mask", "layer_finetune")
-        gates = {"start": "search"}
+        gates = {"start": "search", "start_steps": 2}
         return {"coarse-grained": coarse | {"unit": job.search}, "gates": gates}, ("layer_mask", "layer_finetune")
     return scheme, ("att_mask", "att_finetune") if "heads" in keep else ("ffn_mask", "ffn_finetune")
 
