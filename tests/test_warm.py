@@ -55,6 +55,13 @@ def test_a_program_reads_its_code_and_what_it_starts_is_warm_only_if_asked_for()
         assert done.stdout.strip() == (program if inherited else sys.executable)
 
 
+def test_options_that_change_the_interpreter_start_it_as_usual():
+    done = subprocess.run(
+        [interpreter(inherited=True), "-I", "-c", "import sys; print(sys.flags.isolated)"], capture_output=True
+    )
+    assert done.stdout == b"1\n", done
+
+
 def test_signals_reach_the_program_and_it_ends_with_its_interpreter():
     code = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: exit(9))\n"
     code += "print(1, flush=True); time.sleep(60)"

@@ -58,6 +58,8 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, sign
 NAMESPACES = ("net", "uts", "mnt")
 INTERPRETER = """#!{python} -IS
 import json, os, signal, socket, sys
+if sys.argv[1].startswith("-") and sys.argv[1] not in ("-u", "-W", "-m", "-c", "-"):  # such as -I: as usual
+    os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 connection = socket.socket(socket.AF_UNIX)
 connection.connect({socket!r})
 request = json.dumps([sys.argv, dict(os.environ), os.getcwd()]).encode()

@@ -14,6 +14,8 @@ from arithmetic import _sign
 from proof import OPTIONS, Scene, Trial, goes_on
 from ranks import run
 
+from tests.recipe.tiny_run import contents
+
 FINETUNE = (
     "--stage",
     "layer_finetune",
@@ -111,14 +113,10 @@ def files(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
 
 
 def _refused(scene: Scene, canary: Path, name: str, *options: str, unchanged: bool = True) -> Trial:
-    before = _contents(scene.run)
+    before = contents(scene.run)
     ended = run(scene.run, options, before=_limit)
-    same = not unchanged or _contents(scene.run) == before
+    same = not unchanged or contents(scene.run) == before
     # A file of one rank's own is refused by that rank, and the others end because it does.
     plain = 2 in ended.codes and set(ended.codes) <= {2, 76} and "Traceback" not in ended.out
     right = plain and same and not canary.exists()
     return Trial(survived=right, note=name if right else f"{name}: unchanged {same}, canary {canary.exists()} {ended}")
-
-
-def _contents(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
