@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -326,7 +327,9 @@ def test_ctrl_c_leaves_the_job_running(tmp_path, inputs):
         job = live.controller.submit({**spec, "stop_grace": 20.0}, {"seconds": 60}, {})
         variables = own_environment(COOK_HOME=str(tmp_path / "home"), PYTHONUNBUFFERED="1")
         command = [sys.executable, "-m", "cook", "watch", job.id]
-        with subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True) as watching:
+        # Tests that a shell started in the background ignore SIGINT, and programs inherit that.
+        heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        with subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True, preexec_fn=heed) as watching:
             assert watching.stdout is not None
             lines = []
             for line in watching.stdout:
