@@ -9,7 +9,7 @@ from dataclasses import asdict
 import torch
 
 from cook.base.errors import UserError
-from cook.evaluation.settings import ProfileSettings
+from cook.evaluation.settings import ProfileSettings, device_of
 from cook.evaluation.speed import median_seconds
 from cook.export.pruned_folder import reshaped_source
 from cook.families.source import load_model, placed
@@ -71,7 +71,7 @@ def measure_block_times(
         heads=_curve(curves["heads"], whole),
         dimff=_curve(curves["dimff"], whole),
         num_layers=space.num_layers,
-        settings={"model": str(source.path), **asdict(settings)},
+        settings={"model": str(source.path), **asdict(settings), "device": device_of(settings)},
     )
 
 
@@ -87,7 +87,7 @@ class _Passes:
 
     def __init__(self, source: ModelSource, space: PruningSpace, settings: ProfileSettings):
         self._source, self._space, self._settings = source, space, settings
-        self._device = torch.device(settings.device)
+        self._device = torch.device(device_of(settings))
         self._model = self._placed(source)
         self.whole: list[float] = []
         """Seconds of the whole model, one per measurement."""

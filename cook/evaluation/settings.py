@@ -57,8 +57,8 @@ class ProfileSettings:
     """`prefill`: a forward pass over all tokens. `decode`: one more token per row after `length` cached ones."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """The type of the weights."""
-    device: str = "cpu"
-    """`cpu`, `cuda`, `cuda:1`, …"""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`, …; `auto`: a GPU if there is one."""
     points: Annotated[int, Limits(minimum=2, maximum=64)] = 4
     """Sizes of attention and FFN blocks to measure, evenly spaced up to the whole block."""
     repeats: Size = 7
@@ -93,7 +93,7 @@ def checked(settings: Settings) -> Settings:
     return dataclasses.replace(settings, device=device)
 
 
-def device_of(settings: Settings) -> str:
+def device_of(settings: Settings | ProfileSettings) -> str:
     import torch
 
     return settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"

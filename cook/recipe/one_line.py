@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cook.base.errors import UserError, UserErrors
 from cook.base.files import read_json, write_json
 from cook.config.tasks import OneLineJob
@@ -228,7 +226,7 @@ def _block_times(job: OneLineJob, source: ModelSource) -> Path:
     """Measures the model, unless an earlier start of this job has; returns the path of the table."""
     path = Path(job.output) / "block_times.json"
     if not path.is_file():
-        settings = ProfileSettings(length=job.max_length, device="cuda" if torch.cuda.is_available() else "cpu")
+        settings = ProfileSettings(length=job.max_length)
         write_json(path, measure_block_times(source, settings, on_point=print).as_json())
     return path
 

@@ -12,25 +12,9 @@ import pytest
 from cook.service.api import Limits
 from cook.service.controller import Controller
 from cook.service.jobs import read
-from tests.service.live import quick_plan, recipe, serving
+from tests.service.live import quick_plan, serving
 from tests.service.parts import wait_for
 from tests.service.test_tails import write_gates
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    return tmp_path_factory.mktemp("inputs")
-
-
-@pytest.fixture(scope="module")
-def body(inputs):
-    return recipe(inputs)
-
-
-@pytest.fixture(scope="module")
-def live(tmp_path_factory, inputs, body):
-    with serving(tmp_path_factory.mktemp("home"), roots=[inputs]) as running:
-        yield running
 
 
 def names(live) -> set[str]:

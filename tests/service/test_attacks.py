@@ -12,23 +12,7 @@ import time
 import pytest
 
 from cook.service import guard
-from tests.service.live import recipe, serving
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    return tmp_path_factory.mktemp("inputs")
-
-
-@pytest.fixture(scope="module")
-def body(inputs):
-    return recipe(inputs)
-
-
-@pytest.fixture(scope="module")
-def live(tmp_path_factory, inputs, body):
-    with serving(tmp_path_factory.mktemp("home"), roots=[inputs]) as running:
-        yield running
+from tests.service.live import serving
 
 
 def status(answer: bytes) -> int:

@@ -15,25 +15,9 @@ import pytest
 from cook.report.events import EventLog
 from cook.service.api import Limits
 from cook.service.streams import cursor_of
-from tests.service.live import recipe, serving
+from tests.service.live import serving
 from tests.service.parts import wait_for
 from tests.service.test_tails import write_gates
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    return tmp_path_factory.mktemp("inputs")
-
-
-@pytest.fixture(scope="module")
-def body(inputs):
-    return recipe(inputs)
-
-
-@pytest.fixture(scope="module")
-def live(tmp_path_factory, inputs, body):
-    with serving(tmp_path_factory.mktemp("home"), roots=[inputs]) as running:
-        yield running
 
 
 class Reader:
