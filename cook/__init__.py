@@ -12,8 +12,8 @@ __version__ = "0.2.0"
 
 _HOMES = {
     "plan": "cook.api",
-    "learn_masks": "cook.api",
-    "search_blocks": "cook.api",
+    "learn_masks": "cook.learning",
+    "search_blocks": "cook.learning",
     "reshape": "cook.api",
     "verify": "cook.api",
     "attach": "cook.api",

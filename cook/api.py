@@ -1,11 +1,11 @@
-"""The Python API: plan, learn and apply masks of a transformers model in the caller's own process.
+"""The Python API: plan and apply masks of a transformers model in the caller's own process.
 
 No launcher, no files and no DeepSpeed are needed. The command line calls the same gates, budgets and reshaping.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,14 +14,11 @@ import torch
 
 from cook.base.errors import UserError
 from cook.base.seeds import derived_seed, generator
-from cook.config.scheme import BlockUnit, HeadUnitChoice
-from cook.distill.teacher_loss import token_divergence
+from cook.config.scheme import HeadUnitChoice
 from cook.evaluation.equality import largest_difference
 from cook.export.pruned_folder import mask_model, reshaped_source
 from cook.families.registry import by_config
 from cook.families.source import load_model, placed
-from cook.pruning import search
-from cook.pruning.attach import AttachedGates
 from cook.pruning.budgets import (
     KINDS,
     MIB,
@@ -45,10 +42,6 @@ from cook.recipe.head_units import nearest_heads, offered_units
 from cook.report.tables import human_count, markdown_table
 
 Batch = Mapping[str, torch.Tensor]
-TEACHER_WEIGHT, TEACHER_TEMPERATURE = 2.0, 2.0
-"""Of the divergence from the teacher, beside the language-modelling loss; measured in `results/bench/quality.json`."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What a model will keep, before anything is trained."""
@@ -173,139 +166,6 @@ def attach(
     return LiveGates(model, job.space, job.learned, gates)
 
 
-def learn_masks(
-    model: torch.nn.Module,
-    batches: Iterable[Batch],
-    keep: Keep,
-    *,
-    steps: int = 100,
-    head_unit: HeadUnitChoice = "auto",
-    teacher: Literal["self"] | torch.nn.Module | None = "self",
-    seed: int = 0,
-    context: int = 512,
-    on_step: Callable[[int, float, dict[str, float]], None] | None = None,
-) -> dict[str, torch.Tensor]:
-    """Learns which units to keep, with the weights frozen.
-
-    Args:
-        model: A causal transformers model of a known family. It is left as it was.
-        batches: What the model is called with: `input_ids` `[batch, length]` and whatever else; without `labels`, all
-            tokens that `attention_mask` covers are predicted. Read again from the start when they run out.
-        keep: As for `plan`.
-        steps: Batches to learn from.
-        head_unit: As for `plan`.
-        teacher: `"self"`: the model with all gates open, which keeps the masks from overfitting to the batches; another
-            model with the same vocabulary; None: no teacher.
-        seed: As for `attach`.
-        context: As for `plan`.
-        on_step: Called after each step with its number, the loss in nats per token, and the expected sparsity of each
-            budget.
-
-    Returns:
-        Masks of 0 and 1, float32 `[units]`, by group name.
-
-    Raises:
-        UserError: as for `plan`; also if `batches` is empty.
-    """
-    frozen = {name: p.requires_grad for name, p in model.named_parameters()}
-    live = attach(model, keep, steps=steps, head_unit=head_unit, seed=seed, context=context)
-    try:
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        device = next(model.parameters()).device
-        stream = _repeated(batches)
-        while live.step < steps:
-            batch = _with_labels({key: value.to(device) for key, value in next(stream).items()})
-            live.before_forward()
-            output = model(**batch)
-            total = loss = output.loss
-            if teacher is not None:
-                total = loss + TEACHER_WEIGHT * _divergence(live, model, teacher, batch, output.logits)
-            total.backward()
-            if not live.after_backward():
-                raise UserError(
-                    f"step {live.step + 1}: the gradient of the gates is not finite",
-                    remedy="check the batches and the model for NaN or infinity, or use fp32 or bf16 instead of fp16",
-                )
-            if on_step is not None:
-                on_step(live.step, float(loss.detach()), live.sparsity)
-        return live.masks()
-    finally:
-        live.remove()
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(frozen[name])
-
-
-def search_blocks(
-    model: torch.nn.Module,
-    batches: Iterable[Batch],
-    keep: float,
-    *,
-    unit: BlockUnit = "layer",
-    teacher: Literal["self"] | None = "self",
-    on_measure: Callable[[int, float], None] | None = None,
-) -> dict[str, torch.Tensor]:
-    """Removes blocks one after the other, each time the one whose removal raises the loss on the batches least.
-
-    Needs forward passes only. A few thousand tokens are enough.
-
-    Args:
-        model: A causal transformers model of a known family. It is left as it was.
-        batches: As for `learn_masks`; all of them are read in every measurement.
-        keep: The share of the parameters in attention and FFN blocks to keep.
-        unit: What is removed at once: `"layer"`, so that a stock class holds the result, or `"block"`, an attention or
-            FFN block.
-        teacher: `"self"`: the divergence from the whole model is added to the loss, as in `learn_masks`. The whole
-            model's logits for all batches are kept in memory.
-        on_measure: Called after each measurement with its number and the loss in nats per token.
-
-    Returns:
-        Masks of 0 and 1, float32 `[1]`, by group name.
-
-    Raises:
-        UserError: unknown family, a share out of range, or no batches.
-    """
-    check_keep({"blocks": keep})
-    adapter, config = _family(model)
-    space = adapter.space(config)
-    device = next(model.parameters()).device
-    stored = [_with_labels({key: value.to(device) for key, value in batch.items()}) for batch in batches]
-    if not stored:
-        raise UserError("there are no batches", wanted="batches to measure the loss on")
-    attached, measured = AttachedGates(model, space.of("layer"), {}), 0
-    whole: list[torch.Tensor] = []
-
-    def loss_of(number: int, batch: Batch) -> torch.Tensor:
-        output, targets = model(**batch), batch["labels"][:, 1:]
-        count = (targets != -100).sum()
-        loss = output.loss * count
-        if teacher is not None:
-            if len(whole) == number:  # the first measurement is that of the whole model
-                whole.append(output.logits)
-            logits = (output.logits[:, :-1], whole[number][:, :-1])
-            loss = loss + TEACHER_WEIGHT * token_divergence(*logits, targets, TEACHER_TEMPERATURE)
-        return torch.stack([loss, count])
-
-    def measure(masks: Masks) -> float:
-        nonlocal measured
-        attached.set({name: mask.to(device) for name, mask in masks.items()})
-        total, count = sum(loss_of(number, batch) for number, batch in enumerate(stored)).tolist()  # type: ignore[union-attr]
-        loss = float(total / count)
-        measured += 1
-        if on_measure is not None:
-            on_measure(measured, loss)
-        return loss
-
-    was_training = model.training
-    try:
-        model.eval()
-        with torch.no_grad():
-            return search.search_blocks(measure, space, space.of("layer"), 1.0 - keep, unit=unit)
-    finally:
-        attached.remove()
-        model.train(was_training)
-
-
 def reshape(model: torch.nn.Module, masks: Masks) -> torch.nn.Module:
     """The small dense model that computes what `model` computes under `masks`.
 
@@ -355,7 +215,8 @@ def verify(
         small.train(small_was)
 
 
-def _family(model: torch.nn.Module) -> tuple[Adapter, dict[str, Any]]:
+def family_of(model: torch.nn.Module) -> tuple[Adapter, dict[str, Any]]:
+    """The adapter of a live model, and its config in the adapter's own terms."""
     config = _config(model)
     adapter = by_config(config)
     native, _ = adapter.read(config, {})
@@ -371,7 +232,7 @@ def _config(model: torch.nn.Module) -> dict[str, Any]:
 
 def _source(model: torch.nn.Module, masks: Masks) -> tuple[ModelSource, PruningSpace]:
     """The live model as a source, and the space that has the units of these masks."""
-    adapter, _ = _family(model)
+    adapter, _ = family_of(model)
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     config, native = adapter.read(_config(model), tensors)
     source = ModelSource(adapter=adapter, config=config, tensors=native, path=Path("the model in memory"))
@@ -386,7 +247,7 @@ def _source(model: torch.nn.Module, masks: Masks) -> tuple[ModelSource, PruningS
 def _job(model: torch.nn.Module, keep: Keep, context: int, choice: HeadUnitChoice) -> _Job:
     check_keep(keep)
     total = [key for key in WHOLE_KEYS if key in keep]
-    adapter, config = _family(model)
+    adapter, config = family_of(model)
     head_unit = offered_units(adapter, config, choice)[-1 if total else 0]
     kinds: tuple[Kind, ...] = ("heads", "keys", "dimff")
     kept: dict[Kind, int | float] = {}
@@ -420,41 +281,6 @@ def _names_of(constraint: str, learned: Iterable[UnitGroup]) -> list[str]:
 
 def _all(space: PruningSpace, group: UnitGroup, cost: Literal["parameters", "flops"]) -> float:
     return unit_cost(space, group, Targets(cost=cost)) * group.size
-
-
-def _repeated(batches: Iterable[Batch]) -> Iterator[Batch]:
-    while True:
-        seen = False
-        for batch in batches:
-            seen = True
-            yield batch
-        if not seen:
-            raise UserError("batches ran out", wanted="an iterable that can be read again, or one batch per step")
-
-
-def _with_labels(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    if "labels" not in batch:
-        labels = batch["input_ids"].clone()
-        if "attention_mask" in batch:
-            labels[batch["attention_mask"] == 0] = -100
-        batch["labels"] = labels
-    return batch
-
-
-def _divergence(
-    live: LiveGates, model: torch.nn.Module, teacher: torch.nn.Module | str, batch: Batch, logits: torch.Tensor
-) -> torch.Tensor:
-    """Mean divergence from the teacher, per predicted token."""
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    with torch.no_grad():
-        if isinstance(teacher, str):
-            with live.attached.opened(fixed=True):
-                wanted = model(**inputs).logits
-        else:
-            wanted = teacher(**inputs).logits
-    targets = batch["labels"][:, 1:]
-    summed = token_divergence(logits[:, :-1], wanted[:, :-1], targets, TEACHER_TEMPERATURE)
-    return summed / (targets != -100).sum().clamp(min=1)
 
 
 def _random_batches(model: torch.nn.Module) -> list[Batch]:

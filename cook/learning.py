@@ -1,0 +1,189 @@
+"""The Python API: masks of a transformers model learned, or found by a search, on the caller's own batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal
+
+import torch
+
+from cook.api import Batch, attach, family_of
+from cook.base.errors import UserError
+from cook.config.scheme import BlockUnit, HeadUnitChoice
+from cook.distill.teacher_loss import token_divergence
+from cook.pruning import search
+from cook.pruning.attach import AttachedGates
+from cook.pruning.budgets import Keep, check_keep
+from cook.pruning.live import LiveGates
+from cook.pruning.mask_set import Masks
+
+TEACHER_WEIGHT, TEACHER_TEMPERATURE = 2.0, 2.0
+"""Of the divergence from the teacher, beside the language-modelling loss; measured in `results/bench/quality.json`."""
+
+
+def learn_masks(
+    model: torch.nn.Module,
+    batches: Iterable[Batch],
+    keep: Keep,
+    *,
+    steps: int = 100,
+    head_unit: HeadUnitChoice = "auto",
+    teacher: Literal["self"] | torch.nn.Module | None = "self",
+    seed: int = 0,
+    context: int = 512,
+    on_step: Callable[[int, float, dict[str, float]], None] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Learns which units to keep, with the weights frozen.
+
+    Args:
+        model: A causal transformers model of a known family. It is left as it was.
+        batches: What the model is called with: `input_ids` `[batch, length]` and whatever else; without `labels`, all
+            tokens that `attention_mask` covers are predicted. Read again from the start when they run out.
+        keep: As for `plan`.
+        steps: Batches to learn from.
+        head_unit: As for `plan`.
+        teacher: `"self"`: the model with all gates open, which keeps the masks from overfitting to the batches; another
+            model with the same vocabulary; None: no teacher.
+        seed: As for `attach`.
+        context: As for `plan`.
+        on_step: Called after each step with its number, the loss in nats per token, and the expected sparsity of each
+            budget.
+
+    Returns:
+        Masks of 0 and 1, float32 `[units]`, by group name.
+
+    Raises:
+        UserError: as for `plan`; also if `batches` is empty.
+    """
+    frozen = {name: p.requires_grad for name, p in model.named_parameters()}
+    live = attach(model, keep, steps=steps, head_unit=head_unit, seed=seed, context=context)
+    try:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        device = next(model.parameters()).device
+        stream = _repeated(batches)
+        while live.step < steps:
+            batch = _with_labels({key: value.to(device) for key, value in next(stream).items()})
+            live.before_forward()
+            output = model(**batch)
+            total = loss = output.loss
+            if teacher is not None:
+                total = loss + TEACHER_WEIGHT * _divergence(live, model, teacher, batch, output.logits)
+            total.backward()
+            if not live.after_backward():
+                raise UserError(
+                    f"step {live.step + 1}: the gradient of the gates is not finite",
+                    remedy="check the batches and the model for NaN or infinity, or use fp32 or bf16 instead of fp16",
+                )
+            if on_step is not None:
+                on_step(live.step, float(loss.detach()), live.sparsity)
+        return live.masks()
+    finally:
+        live.remove()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(frozen[name])
+
+
+def search_blocks(
+    model: torch.nn.Module,
+    batches: Iterable[Batch],
+    keep: float,
+    *,
+    unit: BlockUnit = "layer",
+    teacher: Literal["self"] | None = "self",
+    on_measure: Callable[[int, float], None] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Removes blocks one after the other, each time the one whose removal raises the loss on the batches least.
+
+    Needs forward passes only. A few thousand tokens are enough.
+
+    Args:
+        model: A causal transformers model of a known family. It is left as it was.
+        batches: As for `learn_masks`; all of them are read in every measurement.
+        keep: The share of the parameters in attention and FFN blocks to keep.
+        unit: What is removed at once: `"layer"`, so that a stock class holds the result, or `"block"`, an attention or
+            FFN block.
+        teacher: `"self"`: the divergence from the whole model is added to the loss, as in `learn_masks`. The whole
+            model's logits for all batches are kept in memory.
+        on_measure: Called after each measurement with its number and the loss in nats per token.
+
+    Returns:
+        Masks of 0 and 1, float32 `[1]`, by group name.
+
+    Raises:
+        UserError: unknown family, a share out of range, or no batches.
+    """
+    check_keep({"blocks": keep})
+    adapter, config = family_of(model)
+    space = adapter.space(config)
+    device = next(model.parameters()).device
+    stored = [_with_labels({key: value.to(device) for key, value in batch.items()}) for batch in batches]
+    if not stored:
+        raise UserError("there are no batches", wanted="batches to measure the loss on")
+    attached, measured = AttachedGates(model, space.of("layer"), {}), 0
+    whole: list[torch.Tensor] = []
+
+    def loss_of(number: int, batch: Batch) -> torch.Tensor:
+        output, targets = model(**batch), batch["labels"][:, 1:]
+        count = (targets != -100).sum()
+        loss = output.loss * count
+        if teacher is not None:
+            if len(whole) == number:  # the first measurement is that of the whole model
+                whole.append(output.logits)
+            logits = (output.logits[:, :-1], whole[number][:, :-1])
+            loss = loss + TEACHER_WEIGHT * token_divergence(*logits, targets, TEACHER_TEMPERATURE)
+        return torch.stack([loss, count])
+
+    def measure(masks: Masks) -> float:
+        nonlocal measured
+        attached.set({name: mask.to(device) for name, mask in masks.items()})
+        total, count = sum(loss_of(number, batch) for number, batch in enumerate(stored)).tolist()  # type: ignore[union-attr]
+        loss = float(total / count)
+        measured += 1
+        if on_measure is not None:
+            on_measure(measured, loss)
+        return loss
+
+    was_training = model.training
+    try:
+        model.eval()
+        with torch.no_grad():
+            return search.search_blocks(measure, space, space.of("layer"), 1.0 - keep, unit=unit)
+    finally:
+        attached.remove()
+        model.train(was_training)
+
+
+def _repeated(batches: Iterable[Batch]) -> Iterator[Batch]:
+    while True:
+        seen = False
+        for batch in batches:
+            seen = True
+            yield batch
+        if not seen:
+            raise UserError("batches ran out", wanted="an iterable that can be read again, or one batch per step")
+
+
+def _with_labels(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    if "labels" not in batch:
+        labels = batch["input_ids"].clone()
+        if "attention_mask" in batch:
+            labels[batch["attention_mask"] == 0] = -100
+        batch["labels"] = labels
+    return batch
+
+
+def _divergence(
+    live: LiveGates, model: torch.nn.Module, teacher: torch.nn.Module | str, batch: Batch, logits: torch.Tensor
+) -> torch.Tensor:
+    """Mean divergence from the teacher, per predicted token."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    with torch.no_grad():
+        if isinstance(teacher, str):
+            with live.attached.opened(fixed=True):
+                wanted = model(**inputs).logits
+        else:
+            wanted = teacher(**inputs).logits
+    targets = batch["labels"][:, 1:]
+    summed = token_divergence(logits[:, :-1], wanted[:, :-1], targets, TEACHER_TEMPERATURE)
+    return summed / (targets != -100).sum().clamp(min=1)
