@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -217,14 +218,18 @@ def test_a_budget_in_mib_is_planned_and_one_in_milliseconds_is_measured_and_met(
     # A clock that counts weights: the test machine's own is too noisy for a tiny model.
     monkeypatch.setattr(profile, "median_seconds", lambda actions, *_, **__: {n: a() for n, a in actions.items()})
     monkeypatch.setattr(profile._Passes, "_pass", lambda _, model: lambda: sum(p.numel() for p in model.parameters()))
-    with pytest.raises(UserError, match=r"(?s)0\.001 ms cannot be reached.*wanted: +above"):
-        prune(tiny, tmp_path / "fast", "latency_ms=0.001", "--dry-run")
-    times = read_block_times(tmp_path / "fast" / "block_times.json")
-    assert "units of dimff per block" in capsys.readouterr().out and times.settings["length"] == 64
-    most, least = times.rest + 3 * (times.heads.ms[-1] + times.dimff.ms[-1]), times.rest
+    with pytest.raises(UserError, match="there is no such file"):
+        prune(tiny, tmp_path / "fast", "latency_ms=0.001", "--data", "nowhere.txt")
+    assert "units of dimff per block" not in capsys.readouterr().out  # other mistakes are found before the measurement
+    with pytest.raises(UserError, match="0.001 ms cannot be reached") as caught:
+        prune(tiny, tmp_path / "fast", "latency_ms=0.001")
+    assert not (tmp_path / "fast").exists()
+    least, most = map(float, re.search(r"above (\S+) and up to (\S+) ms", str(caught.value)).groups())
     budget = 0.3 * least + 0.7 * most
     prune(tiny, tmp_path / "fast", f"latency_ms={budget:.6f}", "--teacher", "none")
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "fast" / "model", trust_remote_code=True)
+    times = read_block_times(tmp_path / "fast" / "block_times.json")
+    assert "units of dimff per block" in capsys.readouterr().out and times.settings["length"] == 64
     weights = sum(p.numel() for p in small.parameters())
     assert 1000 * weights == pytest.approx(budget, abs=1000 * (32 * 8 * 2 + 32 * 4 * 2))  # to one head's weights
 

@@ -20,6 +20,10 @@ from cook.recipe.start import make_plan
 
 DATA_TYPES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
 COMPRESSED = {".gz", ".bz2", ".zst"}
+TIMES = "block_times.json"
+"""The measured table, in the output folder."""
+ALMOST_ALL = 0.99
+"""A share of the parameters that every model can keep."""
 
 
 def parse_keep(values: Sequence[str]) -> dict[str, float]:
@@ -74,20 +78,36 @@ def write_recipe(job: OneLineJob) -> tuple[Path, dict[str, Any]]:
         UserError: unknown model or data, a size that cannot be reached, anything else that a plan finds, or the folder
             has the recipe of another job; nothing is written then.
     """
-    files = _recipe_files(job)
-    folder = Path(job.output) / "recipe"
+    source, keep, folder = open_model(local_model(job.model)), parse_keep(job.keep), Path(job.output) / "recipe"
+    files = _recipe_files(job, source, keep)
     _check_same(folder, files)
-    with tempfile.TemporaryDirectory(prefix="cook-plan-") as aside:
-        for name, content in files.items():
-            write_json(Path(aside) / name, content)
-        try:
-            plan = make_plan(str(Path(aside) / "bmcook.json"))
-        except UserErrors as errors:
-            raise UserErrors("the recipe of these options cannot be used", errors.errors) from None
+    times = Path(job.output) / TIMES
+    with tempfile.TemporaryDirectory(prefix="cook-plan-") as name:
+        aside = Path(name)
+        if "latency_ms" in keep and not times.is_file():
+            # Measuring takes a while: every other mistake is found before it.
+            _planned(_recipe_files(job, source, {"params": ALMOST_ALL}), aside)
+            settings = ProfileSettings(length=job.max_length)
+            write_json(aside / TIMES, measure_block_times(source, settings, on_point=print).as_json())
+            joint = files["l0_pruning.json"]["joint"] | {"block_times": str(aside / TIMES)}
+            plan = _planned(files | {"l0_pruning.json": files["l0_pruning.json"] | {"joint": joint}}, aside)
+            write_json(times, read_json(aside / TIMES))
+        else:
+            plan = _planned(files, aside)
     for name, content in files.items():
         if not (folder / name).exists():
             write_json(folder / name, content)
     return folder / "bmcook.json", plan | {"config": str(folder / "bmcook.json")}
+
+
+def _planned(files: Mapping[str, Mapping[str, Any]], aside: Path) -> dict[str, Any]:
+    """The plan of a recipe, whose files are written to the folder `aside`."""
+    for name, content in files.items():
+        write_json(aside / name, content)
+    try:
+        return make_plan(str(aside / "bmcook.json"))
+    except UserErrors as errors:
+        raise UserErrors("the recipe of these options cannot be used", errors.errors) from None
 
 
 def _check_same(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
@@ -114,9 +134,7 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
     return {key: each for k, v in value.items() for key, each in _flat(v, f"{name}.{k}" if name else str(k)).items()}
 
 
-def _recipe_files(job: OneLineJob) -> dict[str, Mapping[str, Any]]:
-    keep = parse_keep(job.keep)
-    source = open_model(local_model(job.model))
+def _recipe_files(job: OneLineJob, source: ModelSource, keep: Keep) -> dict[str, Any]:
     scheme, stages = _scheme(job, keep, source)
     # A search is over before the first step, and the weights are frozen.
     mask_steps = 1 if scheme.get("gates", {}).get("start") == "search" else job.steps
@@ -198,8 +216,8 @@ def _scheme(job: OneLineJob, keep: Keep, source: ModelSource) -> tuple[dict[str,
         joint: dict[str, Any] = {"train_mask": True, "scope": "global"}
         if "memory_mib" in keep:
             return scheme | {"joint": joint | {"target_memory": keep["memory_mib"]}}, _JOINT
-        times = _block_times(job, source)
-        return scheme | {"joint": joint | {"target_latency": keep["latency_ms"], "block_times": str(times)}}, _JOINT
+        times = str(Path(job.output) / TIMES)
+        return scheme | {"joint": joint | {"target_latency": keep["latency_ms"], "block_times": times}}, _JOINT
     if is_global:
         key = "params" if "params" in keep else "flops"
         cost: Cost = "parameters" if key == "params" else "flops"
@@ -220,15 +238,6 @@ def _scheme(job: OneLineJob, keep: Keep, source: ModelSource) -> tuple[dict[str,
 
 
 _JOINT = ("joint_mask", "joint_finetune")
-
-
-def _block_times(job: OneLineJob, source: ModelSource) -> Path:
-    """Measures the model, unless an earlier start of this job has; returns the path of the table."""
-    path = Path(job.output) / "block_times.json"
-    if not path.is_file():
-        settings = ProfileSettings(length=job.max_length)
-        write_json(path, measure_block_times(source, settings, on_point=print).as_json())
-    return path
 
 
 def _distillation(job: OneLineJob, stage: str) -> Mapping[str, Any] | None:
