@@ -110,7 +110,9 @@ def rows_of(corpus_folder, tmp_path, *, max_length=40, prompt_length=8, **change
 def test_rows_are_cached_by_their_lengths(corpus_folder, tmp_path):
     first = rows_of(corpus_folder, tmp_path)
     assert rows_of(corpus_folder, tmp_path) == first
-    assert len({first, rows_of(corpus_folder, tmp_path, max_length=41), rows_of(corpus_folder, tmp_path, prompt_length=9)}) == 3  # fmt: skip  # noqa: E501
+    longer = rows_of(corpus_folder, tmp_path, max_length=41)
+    prompted = rows_of(corpus_folder, tmp_path, prompt_length=9)
+    assert len({first, longer, prompted}) == 3
     manifest = read_manifest(first)
     assert manifest["train"]["rows"] > manifest["held_out"]["rows"] > 0
 
