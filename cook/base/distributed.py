@@ -84,6 +84,13 @@ def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def summed_on_cpu(*parts: torch.Tensor) -> list[torch.Tensor]:
+    """The sums of small tensors over the ranks, in fp32 on the CPU: one collective, and one wait for the device."""
+    flat = all_reduce_sum(torch.cat([part.detach().float().flatten() for part in parts])).cpu()
+    sums = flat.split([part.numel() for part in parts])
+    return [total.view(part.shape) for total, part in zip(sums, parts, strict=True)]
+
+
 def broadcast(value: Any, source: int = 0, group: Any = None) -> Any:
     """The `value` of rank `source`, a small picklable object, on every rank."""
     if world_size() == 1:

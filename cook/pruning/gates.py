@@ -181,12 +181,12 @@ class Gates:
         self.controller.load_state_dict(state)
 
 
-def averaged_gradient(z: torch.Tensor, loss_scale: float) -> torch.Tensor:
-    """∂L/∂z of the global batch, the same on every rank, `[gates]` float32 on the CPU.
+def own_share(z: torch.Tensor, loss_scale: float) -> torch.Tensor:
+    """This rank's share of ∂L/∂z of the global batch, `[gates]`: its sum over the ranks is the gradient.
 
     Args:
         z: The gates of the step, after the backward pass.
         loss_scale: The factor by which the loss was multiplied before the backward pass, as with fp16.
     """
     assert z.grad is not None, "the loss does not depend on the gates"
-    return distributed.all_reduce_sum(z.grad.float() / (loss_scale * distributed.world_size())).cpu()
+    return z.grad.float() / (loss_scale * distributed.world_size())

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from cook.base import distributed
 from cook.pruning.attach import AttachedGates
-from cook.pruning.gates import Gates, averaged_gradient
+from cook.pruning.gates import Gates, own_share
 from cook.pruning.mask_set import consistent
 from cook.pruning.units import PruningSpace, UnitGroup
 
@@ -68,7 +69,8 @@ class LiveGates:
             False if a gradient is not finite on some rank: the gates did not move and the step is not counted.
         """
         assert self._z is not None, "after_backward without before_forward"
-        gradient, self._z = averaged_gradient(self._z, loss_scale), None
+        (gradient,) = distributed.summed_on_cpu(own_share(self._z, loss_scale))
+        self._z = None
         if not bool(torch.isfinite(gradient).all()):
             return False
         self.step += 1

@@ -26,7 +26,7 @@ from cook.config.types import TrainingConfig
 from cook.data.token_loss import model_inputs
 from cook.distill.teacher_loss import Projections
 from cook.pruning.attach import AttachedGates
-from cook.pruning.gates import Gates, averaged_gradient
+from cook.pruning.gates import Gates, own_share
 from cook.training.engine import Engine
 from cook.training.optim import TaskLoss, token_loss
 
@@ -109,16 +109,19 @@ def train_step(
         if number < len(micro_batches):
             engine.step()
 
-    z_gradient = averaged_gradient(z, engine.loss_scale) if z is not None else None
     map_gradient = projections.gradient() if projections else None
     if map_gradient is not None:  # as for the gates, outside the engine: unscaled and averaged over the ranks
         map_gradient = distributed.all_reduce_sum(map_gradient / (engine.loss_scale * distributed.world_size()))
     requested = loss_sum.new_tensor([float(request in asked) for request in Request])
-    health = torch.cat([torch.stack([loss_sum.nan_to_num(), bad.float()]), requested])
-    loss_total, num_bad, *votes = distributed.all_reduce_sum(health).tolist()
+    parts = [loss_sum.nan_to_num(), bad, requested]
+    if z is not None:
+        parts.append(own_share(z, engine.loss_scale))
+    # On an accelerator this is the only place where the step itself waits for the device.
+    total, bad_ranks, votes, *gradients = distributed.summed_on_cpu(*parts)
+    loss_total, num_bad, z_gradient = float(total), int(bad_ranks), gradients[0] if gradients else None
     point("step.backward")
     loss_mean = math.nan if num_bad else loss_total / num_targets
-    problem = _problem(int(num_bad), bad, z_gradient, map_gradient)
+    problem = _problem(num_bad, bad, z_gradient, map_gradient)
     if spike := problem is None and loss_mean > limits.loss:
         problem = f"the loss {loss_mean:.4g} is above {limits.loss:.4g}"
     engine.set_learning_rate(learning_rate)
@@ -136,7 +139,7 @@ def train_step(
         problem, spike = f"the gradient's norm {norm:.4g} is above {limits.norm:.4g}", True
     elif not applied:
         problem = None if seeks_scale else problem or "the gradient of the weights is not finite"
-    requests = Request(sum(request for request, count in zip(Request, votes, strict=True) if count))
+    requests = Request(sum(request for request, count in zip(Request, votes.tolist(), strict=True) if count))
     point("step.end")
     return StepResult(loss=loss_mean, applied=applied, problem=problem, spike=spike, asked=requests)
 
