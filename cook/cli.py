@@ -170,7 +170,8 @@ def prune(
     if dry_run:
         return
     start(config, [], stage="all")
-    reshape(config=config, output=str(Path(settings.output) / "model"), verify=True)
+    output = str(Path(settings.output) / "model")
+    reshape(config=config, vocabulary=settings.vocabulary or None, output=output, verify=True)
     report(config=config, output=str(Path(settings.output) / "report"))
 
 
@@ -191,6 +192,14 @@ def reshape(
     coarse_mask: Annotated[str | None, typer.Option(help="Layer mask (`.pt`).")] = None,
     heads_mask: Annotated[str | None, typer.Option(help="Head mask (`.pt`).")] = None,
     dimff_mask: Annotated[str | None, typer.Option(help="FFN mask (`.pt`).")] = None,
+    vocabulary: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|min_count=N",
+            help="Tokens that stay: a file that `cook data vocabulary` wrote, or those that occur N times in the run's "
+            "texts.",
+        ),
+    ] = None,
     output: Annotated[str | None, typer.Option(help="Folder to write. Default: `OUTPUT_DIR/pruned`.")] = None,
     uniform: Annotated[
         bool,
@@ -214,6 +223,7 @@ def reshape(
             model=model,
             model_config=model_config,
             masks=MaskPaths(layer=coarse_mask, heads=heads_mask, dimff=dimff_mask),
+            vocabulary=vocabulary,
             output=output,
             uniform=uniform,
             verify=verify,

@@ -24,7 +24,7 @@ COMMANDS = {
     "train": ("--config", "--set", "--stage", "--resume", "--dry-run"),
     "plan": ("--config", "--set", "--json"),
     "prune": ("--data", "--keep", "--output", "--steps", "--teacher"),
-    "reshape": ("--model", "--coarse-mask", "--verify", "--uniform"),
+    "reshape": ("--model", "--coarse-mask", "--vocabulary", "--verify", "--uniform"),
     "report": ("--config", "--output"),
     "eval": ("--model", "--data", "--window", "--no-speed", "--trust-remote-code"),
     "profile": ("--length", "--phase", "--output"),
@@ -45,6 +45,7 @@ COMMANDS = {
     "checkpoint verify": ("DIR",),
     "data tokenizer": ("--vocab-size", "--format"),
     "data preprocess": ("--tokenizer", "--masked-share", "--block-size"),
+    "data vocabulary": ("--tokenizer", "--min-count", "--output", "--json"),
     "data inspect": ("--samples", "--json"),
     "data shuffle": ("--memory", "--seed"),
     "data merge": ("--version", "--output"),
@@ -152,14 +153,16 @@ def prune(tiny: Path, output: Path, keep: str, *more: str) -> None:
 
 
 def test_a_model_is_pruned_by_one_command(tiny, tmp_path, capfd):
-    more = ("--finetune-steps", "2")
+    more = ("--finetune-steps", "2", "--vocabulary", "min_count=200")
     prune(tiny, tmp_path / "out", "dims=0.5", *more)
+    assert "equal to rounding" in capfd.readouterr().out
     recipe = json.loads((tmp_path / "out" / "recipe" / "bmcook.json").read_text())
     assert recipe["distillation"]["teacher"] == "self" and recipe["distillation"]["stages"] == ["ffn_mask"]
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
     assert small.config.intermediate_size == 32 and type(small) is LlamaForCausalLM
-    ids = AutoTokenizer.from_pretrained(tmp_path / "out" / "model")("the model")["input_ids"]
-    assert small(torch.tensor([ids])).logits.shape == (1, len(ids), 300)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "model")
+    ids = tokenizer("the model")["input_ids"]
+    assert small(torch.tensor([ids])).logits.shape == (1, len(ids), len(tokenizer)) and len(tokenizer) < 300
     assert (tmp_path / "out" / "report" / "report.md").is_file()
     capfd.readouterr()
     prune(tiny, tmp_path / "out", "dims=0.5", *more)

@@ -34,6 +34,8 @@ NewFolder = Annotated[Path, typer.Option(metavar="FOLDER", help="A new folder.")
 Version = Annotated[int, typer.Option(min=1, max=2, help="Version of the binary format.")]
 BlockSize = Annotated[str, typer.Option(metavar="BYTES", help="Size of a block, such as 16M.")]
 CORES = num_cores()
+LEAST = (1, 2, 5, 10, 20, 50, 100)
+"""Counts for which `cook data vocabulary` says what would stay."""
 
 Workers = Annotated[int, typer.Option(min=1, help="Processes. Default: one per core.", show_default=False)]
 
@@ -97,6 +99,45 @@ def preprocess(
         workers=workers,
         part_size=size("--part-size", part_size),
     )
+
+
+@app.command()
+def vocabulary(
+    inputs: Inputs,
+    tokenizer: Annotated[Path, typer.Option(metavar="FOLDER", help="The model's folder, or that of its tokenizer.")],
+    min_count: Annotated[int, typer.Option(min=1, help="Tokens that occur less often go.")] = 1,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A new .json file, for the option --vocabulary.")
+    ] = None,
+    format: Format = None,
+    text_field: TextField = "text",
+    as_json: AsJson = False,
+) -> None:
+    """Count the tokens of texts, and show how few of them a model for such texts needs.
+
+    What a tokenizer needs stays in any case: special tokens, characters or bytes, and the parts of which other tokens
+    are merged. A text whose tokens all stay is encoded as before; every other text can still be encoded.
+    """
+    from cook.data.commands.common import check_new_file
+    from cook.data.commands.vocabulary import count_inputs, proposals
+    from cook.export.vocabulary import tokenizer_in, write_vocabulary
+    from cook.report.tables import markdown_table
+    from cook.text.smaller import completed
+
+    if output:
+        check_new_file(output)
+    opened = tokenizer_in(tokenizer)
+    counts = count_inputs(inputs, opened, format=format, text_field=text_field, say=not as_json)
+    rows = proposals(counts, lambda ids: completed(tokenizer, ids), least=sorted({min_count, *LEAST}))
+    if as_json:
+        print(json.dumps(rows))
+    else:
+        print(f"{counts.sum():,} tokens in the texts, {(counts > 0).sum():,} different ones of {len(counts):,}\n")
+        cells = [[str(row["min_count"]), f"{row['tokens']:,}", f"{row['covered']:.4%}"] for row in rows]
+        print(markdown_table(["least count", "tokens that stay", "of the texts"], cells))
+    if output:
+        kept = completed(tokenizer, (counts >= min_count).nonzero()[0].tolist())
+        write_vocabulary(output, tokenizer, kept, min_count)
 
 
 @app.command()

@@ -38,6 +38,30 @@ def answers(model: torch.nn.Module, batches: Iterable[Batch]) -> list[Answers]:
     return found
 
 
+def answers_for(
+    model: torch.nn.Module, batches: Sequence[Batch], kept: Sequence[int], size: int
+) -> list[dict[str, torch.Tensor]]:
+    """What the whole model answers where a model with the tokens `kept` gets `batches`: its logits for these tokens.
+
+    Args:
+        model: The whole model, of `size` tokens.
+        batches: The inputs of the smaller one.
+        kept: The old ids by new ones.
+        size: Tokens of the whole model.
+    """
+    rows = torch.tensor(kept)
+    old = []
+    for batch in batches:
+        changed = {name: rows[batch[name].clamp(max=len(kept) - 1)] for name in ("input_ids", "input") if name in batch}
+        if "segment" in batch:  # CPM-Ant's prompts are not tokens
+            changed["input"] = torch.where(batch["segment"] == 0, batch["input"], changed["input"])
+        old.append({**batch, **changed})
+    return [
+        {name: value[..., rows] if value.shape[-1] == size else value for name, value in answer.items()}
+        for answer in answers(model, old)
+    ]
+
+
 def difference(first: Sequence[Answers], second: Sequence[Answers]) -> float:
     """max |a − b| / max |a| over all batches, for the output for which it is largest.
 

@@ -12,6 +12,7 @@ from cook.base.files import read_json, write_json
 from cook.config.tasks import OneLineJob
 from cook.evaluation.profile import measure_block_times
 from cook.evaluation.settings import ProfileSettings
+from cook.export.vocabulary import least_count, read_vocabulary
 from cook.families.source import open_model
 from cook.pruning.budgets import KEEP_KEYS, WHOLE_KEYS, Cost, Keep, check_keep, whole_budget
 from cook.pruning.family import ModelSource
@@ -79,6 +80,8 @@ def write_recipe(job: OneLineJob) -> tuple[Path, dict[str, Any]]:
             has the recipe of another job; nothing is written then.
     """
     source, keep, folder = open_model(local_model(job.model)), parse_keep(job.keep), Path(job.output) / "recipe"
+    if job.vocabulary and least_count(job.vocabulary) is None:
+        read_vocabulary(job.vocabulary, source.folder)
     files = _recipe_files(job, source, keep)
     _check_same(folder, files)
     times = Path(job.output) / TIMES

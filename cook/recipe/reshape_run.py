@@ -8,8 +8,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from cook.base.batches import Batch
@@ -19,12 +21,16 @@ from cook.base.errors import RunFailed, UserError
 from cook.base.files import read_json, sha256, write_atomically
 from cook.config.load import load_config
 from cook.config.types import RunConfig
-from cook.evaluation.equality import answers, difference, masked_model, written_model
+from cook.data.commands.vocabulary import count_tokens
+from cook.data.prepare import open_split
+from cook.data.training_data import one_source_each
+from cook.evaluation.equality import answers, answers_for, difference, masked_model, written_model
 from cook.evaluation.speed import LARGEST_TIMED, pass_seconds
 from cook.export.check import AUTO_CLASSES
 from cook.export.companions import Companions, copy_companions, name_tokenizer_class
 from cook.export.model_folder import published
 from cook.export.pruned_folder import Pruned, open_masks, write_pruned
+from cook.export.vocabulary import least_count, read_vocabulary, tokenizer_in, with_vocabulary
 from cook.families.consumers import misread_by
 from cook.families.registry import stock_type
 from cook.families.source import load_model, open_model
@@ -38,6 +44,7 @@ from cook.recipe.sources import check_masks
 from cook.recipe.summary import finished_stages, ladder_row, masks_after, sample_batches
 from cook.report.documents import MaskFile, ModelCard, model_card
 from cook.report.tables import human_count, markdown_table
+from cook.text.smaller import completed, shrink_tokenizer
 from cook.training.checkpoint import stored_weights
 
 TOLERANCE = 1e-5
@@ -60,6 +67,8 @@ class ReshapeOptions:
     """The model's JSON config, if it is not in the folder of the weights."""
     masks: MaskPaths = field(default_factory=MaskPaths)
     """Mask files."""
+    vocabulary: str | None = None
+    """A file that `cook data vocabulary` wrote, or `min_count=N`: the tokens that occur as often in the run's texts."""
     output: str | None = None
     """The folder to write."""
     uniform: bool = False
@@ -122,8 +131,13 @@ def reshape_run(options: ReshapeOptions) -> None:
     job = find_job(options)
     model_config = read_json(options.model_config) if options.model_config else None
     source = open_model(job.model, config=model_config, read_checkpoint=stored_weights)
+    tokens = kept_tokens(options.vocabulary, job, source) if options.vocabulary else ()
+    whole = source
+    if tokens:
+        source = with_vocabulary(whole, tokens)
+        print(f"vocabulary  {whole.config['vocab_size']:,} → {len(tokens):,} tokens")
     space, masks = open_masks(source, coarse=job.masks.layer, heads=job.masks.heads, dimff=job.masks.dimff)
-    if not masks:
+    if not masks and not tokens:
         if job.stages and job.stages[-1].pattern_mask:
             print(f"{job.model}: pruned with a sparsity pattern, at its full size; there is nothing to reshape")
             return
@@ -131,18 +145,21 @@ def reshape_run(options: ReshapeOptions) -> None:
     files = [path for path in (job.masks.layer, job.masks.heads, job.masks.dimff) if path]
     print(f"model  {source.path}\nmasks  {', '.join(files)}")
     even = padded(source, space, masks) if options.uniform else (source, masks)
-    batches, what = sample_batches(job.config, source, rows=compared_rows(source))
+    # The run's rows have the ids of the whole vocabulary.
+    batches, what = sample_batches(None if tokens else job.config, source, rows=compared_rows(source))
     output = Path(job.output)
     with published(output, source=source.path) as folder:
         pruned = write_pruned(even[0], space, even[1], folder, record=masks)
         companions = copy_companions(source.folder, folder)
+        if tokens:
+            shrink_tokenizer(folder, tokens)
         if pruned.needs_remote_code:
             name_tokenizer_class(folder, str(stock_type(source.config)))
         checked = Checked(pruned=pruned, companions=companions)
         if options.verify:
-            checked = verify(checked, source, space, masks, batches, what)
-        speeds = measured_speeds(source, folder, space, batches[0]) if options.time else {}
-        print(comparison(space, even[1], batches, speeds))
+            checked = verify(checked, whole, space, masks, batches, what, tokens)
+        speeds = measured_speeds(whole, folder, space, batches[0]) if options.time else {}
+        print(comparison(whole.adapter.space(whole.config), space, even[1], batches, speeds))
         card = ModelCard(
             name=output.resolve().name,
             rows=[ladder_row(stage) for stage in job.stages[:1] + job.stages[-1:]],
@@ -161,6 +178,23 @@ def reshape_run(options: ReshapeOptions) -> None:
         )
         write_atomically(folder / "README.md", model_card(card))
     announce(checked, output)
+
+
+def kept_tokens(vocabulary: str, job: Job, source: ModelSource) -> tuple[int, ...]:
+    """The ids that stay by the option `vocabulary`, ascending.
+
+    Raises:
+        UserError: the file or the number cannot be used, or there is no run whose texts could be counted.
+    """
+    least = least_count(vocabulary)
+    if least is None:
+        return read_vocabulary(vocabulary, source.folder)
+    if job.config is None:
+        remedy = "give --config, or count with `cook data vocabulary` and give its file"
+        raise UserError(f"--vocabulary {vocabulary}: there is no run whose texts could be counted", remedy=remedy)
+    texts = chain.from_iterable(open_split(data).training_texts() for data in one_source_each(job.config.data))
+    counts = count_tokens(texts, tokenizer_in(source.folder))
+    return completed(source.folder, np.flatnonzero(counts >= least).tolist())
 
 
 def training_commands(job: Job) -> list[str]:
@@ -188,9 +222,17 @@ def compared_rows(source: ModelSource) -> int:
 
 
 def verify(
-    checked: Checked, source: ModelSource, space: PruningSpace, masks: Masks, batches: list[Batch], what: str
+    checked: Checked,
+    source: ModelSource,
+    space: PruningSpace,
+    masks: Masks,
+    batches: list[Batch],
+    what: str,
+    tokens: Sequence[int] = (),
 ) -> Checked:
     """Compares the outputs of the masked and of the reshaped model; only one of them is in memory at a time.
+
+    If the reshaped model has only `tokens`, these are the columns of the logits that are compared.
 
     Compares in fp32. In deep models rounding errors accumulate: if the difference in fp32 is above the tolerance,
     fp64 decides, in which rounding errors nearly vanish and a mistake does not.
@@ -200,7 +242,8 @@ def verify(
     """
     for dtype, name in ((torch.float32, "fp32"), (torch.float64, "fp64")):
         model, witness = masked_model(source, space, masks, dtype)
-        wanted = answers(model, batches)
+        size = source.config["vocab_size"]
+        wanted = answers_for(model, batches, tokens, size) if tokens else answers(model, batches)
         del model
         gc.collect()  # modules have circular references
         apart = difference(wanted, answers(written_model(checked.pruned.folder, dtype), batches))
@@ -229,13 +272,15 @@ def measured_speeds(source: ModelSource, folder: Path, space: PruningSpace, batc
     return speeds
 
 
-def comparison(space: PruningSpace, masks: Masks, batches: list[Batch], speeds: dict[str, float]) -> str:
+def comparison(
+    whole: PruningSpace, space: PruningSpace, masks: Masks, batches: list[Batch], speeds: dict[str, float]
+) -> str:
     """Parameters and FLOPs per token before and after, as a table; measured tokens/s where there are any."""
     length = batches[0]["targets"].shape[1]
     rows = []
-    for name, kept in (("before", {}), ("after", kept_counts(masks))):
-        flops = forward_flops(space, kept, context=length)
-        rows.append([name, human_count(parameters(space, kept)), human_count(flops)])
+    for name, of, kept in (("before", whole, {}), ("after", space, kept_counts(masks))):
+        flops = forward_flops(of, kept, context=length)
+        rows.append([name, human_count(parameters(of, kept)), human_count(flops)])
         rows[-1] += [human_count(speeds[name])] if speeds else []
     columns = ["", "parameters", "FLOPs per token", *(["tokens/s forward"] if speeds else [])]
     return "\n" + markdown_table(columns, rows) + "\n"
