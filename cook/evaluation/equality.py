@@ -50,12 +50,14 @@ def answers_for(
         size: Tokens of the whole model.
     """
     rows = torch.tensor(kept)
-    old = []
+    old: list[Batch] = []
     for batch in batches:
-        changed = {name: rows[batch[name].clamp(max=len(kept) - 1)] for name in ("input_ids", "input") if name in batch}
+        changed: Batch = {
+            name: rows[batch[name].clamp(max=len(kept) - 1)] for name in ("input_ids", "input") if name in batch
+        }
         if "segment" in batch:  # CPM-Ant's prompts are not tokens
             changed["input"] = torch.where(batch["segment"] == 0, batch["input"], changed["input"])
-        old.append({**batch, **changed})
+        old.append(batch | changed)
     return [
         {name: value[..., rows] if value.shape[-1] == size else value for name, value in answer.items()}
         for answer in answers(model, old)
