@@ -42,6 +42,8 @@ from cook.recipe.head_units import nearest_heads, offered_units
 from cook.report.tables import human_count, markdown_table
 
 Batch = Mapping[str, torch.Tensor]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What a model will keep, before anything is trained."""

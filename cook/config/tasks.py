@@ -31,7 +31,8 @@ class OneLineJob:
     keep: Annotated[tuple[str, ...], Limits(metavar="KEY=VALUE")]
     """What to keep: `params=0.7` or `flops=0.7` of the whole model, or several nested sizes from one run,
     `params=0.8,0.65,0.5`; `memory_mib=200` (weights in 16 bits, and the cache of `max_length` tokens); `latency_ms=12`
-    (a forward pass of one row of `max_length` tokens; the model is measured first); or any of `blocks=0.8`, `heads=0.5`, `dims=0.7` (shares, or numbers of heads and dims per block)."""
+    (a forward pass of one row of `max_length` tokens; the model is measured first); or any of `blocks=0.8`,
+    `heads=0.5`, `dims=0.7` (shares, or numbers of heads and dims per block)."""
     output: str
     """Folder for everything: `recipe/`, `run/`, `model/` (the small model), `report/`."""
     head_unit: HeadUnitChoice = "auto"

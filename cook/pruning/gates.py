@@ -163,7 +163,7 @@ class Gates:
 
     @torch.no_grad()
     def openness(self) -> torch.Tensor:
-        """The probability that each unit is kept, float32 `[gates]`, in the order of the groups; the mean of all sizes."""
+        """The probability that each unit is kept, float32 `[gates]`; the mean over the sizes."""
         return self.relaxation.openness(self.values).view(1 + len(self.smaller), -1).mean(0)
 
     def binary(self, number: int = 0) -> dict[str, torch.Tensor]:
@@ -244,7 +244,7 @@ class Gates:
 
 
 def size_of_step(step: int, count: int, seed: int) -> int:
-    """The number of the size, of `count`, that step `step` trains: every size once in `count` steps, in random order."""
+    """The number of the size, of `count`, that a step trains: each once in `count` steps, in random order."""
     turn, place = divmod(step - 1, count)
     return int(torch.randperm(count, generator=generator(seed, "sizes", turn))[place]) if count > 1 else 0
 

@@ -343,4 +343,6 @@ class TrainedSizes:
         """The binary masks of one size."""
         if self._fixed:
             return self._fixed[number]
-        return {name: mask.to(self._device) for name, mask in (self._gates.binary(number) if self._gates else {}).items()}
+        return {
+            name: mask.to(self._device) for name, mask in (self._gates.binary(number) if self._gates else {}).items()
+        }

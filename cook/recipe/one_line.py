@@ -54,7 +54,8 @@ def parse_sizes(values: Sequence[str]) -> list[dict[str, float]]:
     sizes = [parse_keep([f"{key}={size}"]) for size in given.split(",")]
     if key not in ("params", "flops") or any(after[key] >= before[key] for before, after in pairwise(sizes)):
         raise UserError(
-            f"--keep {values[0]}", wanted="several sizes in descending order, of params or flops, such as params=0.8,0.5"
+            f"--keep {values[0]}",
+            wanted="several sizes in descending order, of params or flops, such as params=0.8,0.5",
         )
     return sizes
 

@@ -2,9 +2,9 @@
 
     python scripts/bench/nested_sizes.py [--seeds 0] [--sizes 0.8 0.65 0.5] [--folder results/nested_sizes]
 
-Pretrains the default run's CPM-Ant, once per seed. From its weights, `joint_mask` and `joint_finetune` make all sizes in
-one run, and each size in a run of its own with as many steps: n sizes cost one n-th. With `weights fixed`, masks alone
-are learned, with the dense model as the teacher. Started again, it skips finished stages.
+Pretrains the default run's CPM-Ant, once per seed. From its weights, `joint_mask` and `joint_finetune` make all sizes
+in one run, and each size in a run of its own with as many steps: n sizes cost one n-th. With weights `fixed`, masks
+alone are learned, with the dense model as the teacher. Started again, it skips finished stages.
 """
 
 from __future__ import annotations

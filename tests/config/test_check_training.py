@@ -251,7 +251,9 @@ def test_a_model_teaches_itself_only_while_its_weights_stand_still(load, errors_
 
 
 @pytest.mark.parametrize("target, fits", [([0.8, 0.5], True), (0.5, False)])
-def test_the_largest_of_several_sizes_may_teach_while_weights_are_trained(load, errors_of, bmcook, scheme, target, fits):
+def test_the_largest_of_several_sizes_may_teach_while_weights_are_trained(
+    load, errors_of, bmcook, scheme, target, fits
+):
     bmcook["distillation"] = {"teacher": "self", "ce_scale": 1}
     bmcook["pruning"]["mask_method"], bmcook["model"]["path"] = "joint", None
     bmcook["stages"] = [{"name": name} for name in ("pretrain", "joint_mask", "joint_finetune")]

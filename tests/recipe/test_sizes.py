@@ -69,7 +69,9 @@ def test_masks_are_nested_and_each_size_meets_its_budget(finished):
         assert all(bool((small[kind] <= large[kind]).all()) for kind in small)
     head, dim = (unit_parameters(space, space.of(kind)[0]) for kind in ("heads", "dimff"))
     for size, kept in zip(SIZES, found, strict=True):
-        assert abs(kept["heads"].sum() * head + kept["dimff"].sum() * dim - size * 3 * (4 * head + 24 * dim)) <= head / 2
+        assert (
+            abs(kept["heads"].sum() * head + kept["dimff"].sum() * dim - size * 3 * (4 * head + 24 * dim)) <= head / 2
+        )
 
 
 def test_every_stage_records_every_size(finished):
@@ -83,7 +85,10 @@ def test_every_stage_records_every_size(finished):
         assert record["masks"] == {name: sha256(finished / name) for name in FILES}
         last = read_log(finished, stage)[-1]
         assert last["held_out_loss_of_size"] == {f"{m['size']:g}": pytest.approx(m["held_out_loss"]) for m in models}
-    assert done(finished, "joint_mask")["sizes"][2]["structure"] == done(finished, "joint_finetune")["sizes"][2]["structure"]
+    assert (
+        done(finished, "joint_mask")["sizes"][2]["structure"]
+        == done(finished, "joint_finetune")["sizes"][2]["structure"]
+    )
     targets = [r for r in read_log(finished, "joint_mask") if "target_sparsity" in r][-1]["target_sparsity"]
     assert targets == {f"heads and dims, {size:g}": pytest.approx(1 - size) for size in SIZES}
 
@@ -146,7 +151,7 @@ def test_frozen_weights_learn_nested_masks_from_the_dense_model(finished, tmp_pa
     folder = again(finished, tmp_path / "run", "joint_mask")
     for stage in STAGES[1:]:
         shutil.rmtree(folder / "out" / stage)
-    settings = ("training.train_weights=false", "distillation.stages=[\"joint_mask\"]")
+    settings = ("training.train_weights=false", 'distillation.stages=["joint_mask"]')
     options = [part for setting in settings for part in ("--set", setting)]
     result = train(folder, "--stage", "joint_mask", *options)
     assert result.code == 0 and "the model is its own teacher, with all masks open" in result.out, result
