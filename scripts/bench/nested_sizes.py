@@ -96,6 +96,7 @@ def run(folder: Path, seed: int, start: Path | None, stages: dict[str, dict[str,
     if start:
         config["model"] = {"type": "cpm_ant", "path": str(start)}
         config["tokenizer"]["path"] = str(next(start.glob("*.model")))
+        config["data"]["cache_dir"] = str(folder.parent / "data")
     if start and not stages["joint_mask"].get("train_weights", True):
         config["distillation"] = {"teacher": "self", "ce_scale": 2.0, "ce_temp": 2.0}
     write_json(folder / "bmcook.json", config)
