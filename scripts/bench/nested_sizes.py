@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=float, nargs="+", default=[0.8, 0.65, 0.5], help="in descending order")
     parser.add_argument("--mask-steps", type=int, default=60)
     parser.add_argument("--finetune-steps", type=int, default=60)
+    parser.add_argument("--rows", type=int, default=8, help="per step")
     parser.add_argument("--weights", nargs="+", choices=["trained", "fixed"], default=["trained", "fixed"])
     parser.add_argument("--folder", default="results/nested_sizes")
     parser.add_argument("--output")
@@ -51,6 +52,8 @@ def compared(options: argparse.Namespace, seed: int, weights: str, folder: Path)
         stages["joint_finetune"] = {"steps": options.finetune_steps}
     else:
         stages["joint_mask"]["train_weights"] = False
+    for settings in stages.values():
+        settings |= {"train_batch_size": options.rows, "micro_batch_size": options.rows}
     together = run(folder / f"{weights}-nested", seed, start, stages, options.sizes)
     rows = []
     for size, model in zip(options.sizes, together["sizes"], strict=True):
