@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--mask-steps", type=int, default=60)
     parser.add_argument("--finetune-steps", type=int, default=60)
     parser.add_argument("--rows", type=int, default=8, help="per step")
+    parser.add_argument("--learning-rate", type=float, default=0.01, help="of the weights")
     parser.add_argument("--weights", nargs="+", choices=["trained", "fixed"], default=["trained", "fixed"])
     parser.add_argument("--folder", default="results/nested_sizes")
     parser.add_argument("--output")
@@ -54,6 +55,7 @@ def compared(options: argparse.Namespace, seed: int, weights: str, folder: Path)
         stages["joint_mask"]["train_weights"] = False
     for settings in stages.values():
         settings |= {"train_batch_size": options.rows, "micro_batch_size": options.rows}
+        settings |= {"learning_rate": options.learning_rate}
     together = run(folder / f"{weights}-nested", seed, start, stages, options.sizes)
     rows = []
     for size, model in zip(options.sizes, together["sizes"], strict=True):
