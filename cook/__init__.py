@@ -13,10 +13,12 @@ __version__ = "0.2.0"
 _HOMES = {
     "plan": "cook.api",
     "learn_masks": "cook.learning",
+    "learn_nested_masks": "cook.learning",
     "search_blocks": "cook.learning",
     "reshape": "cook.api",
     "verify": "cook.api",
     "attach": "cook.api",
+    "attach_nested": "cook.api",
     "PruningCallback": "cook.trainer_callback",
     "load_config": "cook.config.load",
     "open_model": "cook.families.source",

@@ -5,8 +5,8 @@ No launcher, no files and no DeepSpeed are needed. The command line calls the sa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -154,13 +154,49 @@ def attach(
     Raises:
         UserError: as for `plan`.
     """
-    job = _job(model, keep, context, head_unit)
+    return attach_nested(model, [keep], steps=steps, head_unit=head_unit, seed=seed, context=context)
+
+
+def attach_nested(
+    model: torch.nn.Module,
+    keeps: Sequence[Keep],
+    *,
+    steps: int,
+    head_unit: HeadUnitChoice = "auto",
+    seed: int = 0,
+    context: int = 512,
+) -> LiveGates:
+    """As `attach`, for nested masks of several sizes: every step trains one of them.
+
+    Args:
+        model: As for `attach`.
+        keeps: What each size keeps, from the largest to the smallest, with the same key.
+        steps: As for `attach`.
+        head_unit: As for `attach`.
+        seed: Of the gates' noise, and of the sizes' order.
+        context: As for `plan`.
+
+    Raises:
+        UserError: as for `plan`; also if the sizes do not have the same units.
+    """
+    jobs = [_job(model, keep, context, head_unit) for keep in keeps]
+    job = jobs[0]
+    if any(other.learned != job.learned for other in jobs):
+        raise UserError(
+            "keep: the sizes have different units of attention",
+            got=", ".join(other.head_unit for other in jobs),
+            remedy='set head_unit to "query_head" or "kv_group"',
+        )
     relaxation: Relaxation = Deterministic()
     if all(group.kind == "layer" for group in job.learned):
         relaxation = HardConcrete()
+    budgets, *smaller = [constraints(other.space, other.learned, other.targets) for other in jobs]
     gates = Gates(
         {group.name: group.size for group in job.learned},
-        constraints(job.space, job.learned, job.targets),
+        budgets,
+        smaller=[
+            [replace(c, name=f"{c.name}, size {number}") for c in each] for number, each in enumerate(smaller, start=1)
+        ],
         steps=steps,
         seed=derived_seed(seed, "gates"),
         relaxation=relaxation,

@@ -161,7 +161,7 @@ def prune(
     """
     _choose_waiting()
     from cook.recipe.dry_run import show_plan
-    from cook.recipe.one_line import write_recipe
+    from cook.recipe.one_line import small_models, write_recipe
     from cook.recipe.start import start
 
     path, facts = write_recipe(settings)
@@ -170,8 +170,8 @@ def prune(
     if dry_run:
         return
     start(config, [], stage="all")
-    output = str(Path(settings.output) / "model")
-    reshape(config=config, vocabulary=settings.vocabulary or None, output=output, verify=True)
+    for size, output in small_models(settings):
+        reshape(config=config, size=size, vocabulary=settings.vocabulary or None, output=output, verify=True)
     report(config=config, output=str(Path(settings.output) / "report"))
 
 
@@ -200,7 +200,13 @@ def reshape(
             "texts.",
         ),
     ] = None,
-    output: Annotated[str | None, typer.Option(help="Folder to write. Default: `OUTPUT_DIR/pruned`.")] = None,
+    size: Annotated[
+        float | None,
+        typer.Option(help="Which of the run's nested sizes. Default: all of them, each in a folder of its own."),
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option(help="Folder to write. Default: `OUTPUT_DIR/pruned`, `OUTPUT_DIR/pruned/SIZE`.")
+    ] = None,
     uniform: Annotated[
         bool,
         typer.Option(
@@ -224,6 +230,7 @@ def reshape(
             model_config=model_config,
             masks=MaskPaths(layer=coarse_mask, heads=heads_mask, dimff=dimff_mask),
             vocabulary=vocabulary,
+            size=size,
             output=output,
             uniform=uniform,
             verify=verify,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
 
-from cook.api import Batch, attach, family_of
+from cook.api import Batch, attach, attach_nested, family_of
 from cook.base.errors import UserError
 from cook.config.scheme import BlockUnit, HeadUnitChoice
 from cook.distill.teacher_loss import token_divergence
@@ -17,6 +18,7 @@ from cook.pruning.budgets import Keep, check_keep
 from cook.pruning.live import LiveGates
 from cook.pruning.mask_set import Masks
 
+OnStep = Callable[[int, float, dict[str, float]], None]
 TEACHER_WEIGHT, TEACHER_TEMPERATURE = 2.0, 2.0
 """Of the divergence from the teacher, beside the language-modelling loss; measured in `results/bench/quality.json`."""
 
@@ -31,7 +33,7 @@ def learn_masks(
     teacher: Literal["self"] | torch.nn.Module | None = "self",
     seed: int = 0,
     context: int = 512,
-    on_step: Callable[[int, float, dict[str, float]], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> dict[str, torch.Tensor]:
     """Learns which units to keep, with the weights frozen.
 
@@ -55,8 +57,64 @@ def learn_masks(
     Raises:
         UserError: as for `plan`; also if `batches` is empty.
     """
-    frozen = {name: p.requires_grad for name, p in model.named_parameters()}
     live = attach(model, keep, steps=steps, head_unit=head_unit, seed=seed, context=context)
+    [masks] = _learn(live, 1, batches, teacher, on_step)
+    return masks
+
+
+def learn_nested_masks(
+    model: torch.nn.Module,
+    batches: Iterable[Batch],
+    keep: Mapping[str, Sequence[float]],
+    *,
+    steps: int = 100,
+    head_unit: HeadUnitChoice = "auto",
+    teacher: Literal["self"] | torch.nn.Module | None = "self",
+    seed: int = 0,
+    context: int = 512,
+    on_step: OnStep | None = None,
+) -> dict[float, dict[str, torch.Tensor]]:
+    """Learns masks of several sizes in one run: the units of each smaller model are a subset of the larger ones'.
+
+    Every step trains one size, in random order, and moves the gates of all of them.
+
+    Args:
+        model: As for `learn_masks`.
+        batches: As for `learn_masks`.
+        keep: One name of `plan`'s `keep` with a value per size in descending order: `{"params": [0.8, 0.65, 0.5]}`.
+        steps: Batches to learn from, for all sizes together.
+        head_unit: As for `plan`.
+        teacher: As for `learn_masks`.
+        seed: As for `attach`.
+        context: As for `plan`.
+        on_step: As for `learn_masks`, with the budgets of all sizes.
+
+    Returns:
+        The masks of each size, by its value in `keep`.
+
+    Raises:
+        UserError: as for `learn_masks`; also if there are several names, or if values do not descend.
+    """
+    if len(keep) != 1:
+        raise UserError("keep: several sizes share one name", wanted="one name", got=", ".join(keep) or "none")
+    [(name, sizes)] = keep.items()
+    if not sizes or any(after >= before for before, after in pairwise(sizes)):
+        raise UserError(f"keep: {name}={list(sizes)}", wanted="values in descending order")
+    keeps = [{name: size} for size in sizes]
+    live = attach_nested(model, keeps, steps=steps, head_unit=head_unit, seed=seed, context=context)
+    return dict(zip(sizes, _learn(live, len(sizes), batches, teacher, on_step), strict=True))
+
+
+def _learn(
+    live: LiveGates,
+    sizes: int,
+    batches: Iterable[Batch],
+    teacher: Literal["self"] | torch.nn.Module | None,
+    on_step: OnStep | None,
+) -> list[dict[str, torch.Tensor]]:
+    """Learns the masks of attached gates with the weights frozen, and removes the gates."""
+    model, steps = live.model, live.gates.steps
+    frozen = {name: p.requires_grad for name, p in model.named_parameters()}
     try:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -77,7 +135,7 @@ def learn_masks(
                 )
             if on_step is not None:
                 on_step(live.step, float(loss.detach()), live.sparsity)
-        return live.masks()
+        return [live.masks(number) for number in range(sizes)]
     finally:
         live.remove()
         for name, parameter in model.named_parameters():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -30,14 +31,14 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
-def llama() -> LlamaForCausalLM:
+def llama(kv_heads: int = 4) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=61,
         hidden_size=32,
         num_hidden_layers=3,
         num_attention_heads=8,
-        num_key_value_heads=4,
+        num_key_value_heads=kv_heads,
         head_dim=6,
         intermediate_size=20,
         max_position_embeddings=64,
@@ -156,6 +157,32 @@ def test_a_search_removes_what_does_nothing(unit):
     assert cook.verify(model, masks, small) < 1e-5
     with pytest.raises(UserError, match="no batches"):
         cook.search_blocks(model, [], keep)
+
+
+@pytest.mark.parametrize("keep", [{"params": [0.85, 0.7]}, {"dims": [15, 10, 5]}])
+def test_several_sizes_are_nested_and_each_is_exact(keep):
+    model, seen = llama(), []
+    before = sum(p.numel() for p in model.parameters())
+    masks = cook.learn_nested_masks(model, batches(), keep, steps=12, on_step=lambda *step: seen.append(step[2]))
+    [(key, sizes)] = keep.items()
+    assert list(masks) == sizes and len(seen) == 12 and not any(m._forward_pre_hooks for m in model.modules())
+    for size, mask in masks.items():
+        small = cook.reshape(model, mask)
+        assert cook.verify(model, mask, small) < 1e-5
+        if key == "params":
+            assert abs(sum(p.numel() for p in small.parameters()) - size * before) < 0.05 * before
+        else:
+            assert {int(z.sum()) for z in mask.values()} == {size}
+    for large, small in itertools.pairwise(masks.values()):
+        assert all(bool((small[name] <= large[name]).all()) for name in small)
+
+
+def test_sizes_descend_and_have_the_same_units():
+    for keep in ({"params": [0.5, 0.8]}, {"params": [0.5, 0.5]}, {"params": []}, {"heads": [4], "dims": [8]}, {}):
+        with pytest.raises(UserError, match="keep: "):
+            cook.learn_nested_masks(llama(), batches(), keep)
+    with pytest.raises(UserError, match="different units of attention"):
+        cook.learn_nested_masks(llama(kv_heads=2), batches(), {"heads": [6, 4]})
 
 
 def test_heads_of_equal_blocks_are_the_units_that_are_asked_for():

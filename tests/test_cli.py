@@ -171,6 +171,16 @@ def test_a_model_is_pruned_by_one_command(tiny, tmp_path, capfd):
         prune(tiny, tmp_path / "out", "dims=0.25", *more)
 
 
+def test_one_command_makes_several_sizes(tiny, tmp_path, capfd):
+    prune(tiny, tmp_path / "out", "params=0.9,0.75")
+    whole = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny / "model").parameters())
+    for size in (0.9, 0.75):
+        small = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model" / str(size), trust_remote_code=True)
+        assert sum(p.numel() for p in small.parameters()) == pytest.approx(size * whole, rel=0.03)
+    out = capfd.readouterr().out
+    assert out.count("equal to rounding") == 2 and out.count("| all masked at once, ") == 2
+
+
 @pytest.mark.parametrize(("search", "steps"), [("layer", 1), ("block", 1), ("none", 4)])
 def test_blocks_are_searched_for_unless_gates_are_wanted(tiny, tmp_path, search, steps):
     more = () if search == "layer" else ("--search", search)
@@ -245,6 +255,9 @@ def test_a_budget_in_mib_is_planned_and_one_in_milliseconds_is_measured_and_met(
         ("nothing=0.5", ()),
         ("dims=0", ()),
         ("params=1.5", ()),
+        ("params=0.7,0.7", ()),
+        ("params=0.7,x", ()),
+        ("dims=0.7,0.5", ()),
         ("dims=0.5", ("--keep", "dims=0.6")),
         ("dims=0.5", ("--data", "missing.txt")),
         ("dims=0.5", ("--teacher", "missing")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from itertools import pairwise
 from os.path import normpath
 
 from cook.base.errors import UserError
@@ -152,6 +153,9 @@ def joint_budget_is_one(joint: JointConfig | None) -> Iterator[UserError]:
             if key == "target_sparsity":
                 remedy = "leave it out: a block without any units left is removed"
             yield UserError(f"joint.{key}: valid only for scope {other!r}", got=f"scope {joint.scope!r}", remedy=remedy)
+    if joint.scope == "block" and joint.round_to != 1:
+        remedy = 'choose target_num_heads and target_dimff yourself, or set joint.scope to "global"'
+        yield UserError("joint.round_to: valid only for scope 'global'", got="scope 'block'", remedy=remedy)
     given = [key for key in BUDGETS if getattr(joint, key) is not None]
     if len(given) > 1:
         yield UserError(f"joint: {len(given)} budgets", wanted=f"one of {', '.join(BUDGETS)}", got=", ".join(given))
@@ -168,6 +172,23 @@ def joint_budget_is_one(joint: JointConfig | None) -> Iterator[UserError]:
         )
     if joint.block_times is not None and not os.path.isfile(joint.block_times):
         yield UserError("joint.block_times: there is no such file", got=joint.block_times, remedy=PROFILE)
+
+
+def sizes_are_nested(joint: JointConfig | None, stages: tuple[StageEntry, ...]) -> Iterator[UserError]:
+    """Checks that several sizes are in descending order, and that no stage needs a single one."""
+    sizes = joint.sizes if joint else ()
+    key = "target_flops" if joint and isinstance(joint.target_flops, tuple) else "target_params"
+    if any(after >= before for before, after in pairwise(sizes)):
+        got = ", ".join(f"{size:g}" for size in sizes)
+        yield UserError(f"joint.{key}: not in descending order", wanted="each share below the one before it", got=got)
+    if len({f"{size:g}" for size in sizes}) < len({*sizes}):
+        yield UserError(f"joint.{key}: shares differ by less than 6 digits, by which their mask files are named")
+    if sizes and any(entry.name == "random_baseline" for entry in stages):
+        yield UserError(
+            "stages: random_baseline makes one model, and the scheme has several sizes",
+            got=f"joint.{key} with {len(sizes)} shares",
+            remedy="remove random_baseline, or give one share",
+        )
 
 
 PROFILE = "measure it with `cook profile MODEL --output FILE` on the machine that will run the model"

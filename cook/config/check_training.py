@@ -230,14 +230,18 @@ def teacher_can_teach(
     unfit = [
         f"{name} ({why})"
         for name, own in trainings.items()
-        if name != "pretrain" and name in (distillation.stages or trainings) and (why := unfit_for_itself(name, own))
+        if name != "pretrain"
+        and name in (distillation.stages or trainings)
+        and (why := unfit_for_itself(name, own, joint))
     ]
     if unfit:
         yield own_teacher_moves(", ".join(unfit))
 
 
-def unfit_for_itself(stage_name: str, training: TrainingConfig) -> str | None:
+def unfit_for_itself(stage_name: str, training: TrainingConfig, joint: JointConfig | None) -> str | None:
     """Returns why a model cannot be its own teacher in a stage, or None if it can."""
+    if joint and joint.sizes and stage_name.startswith("joint"):
+        return None  # the largest model teaches the smaller ones
     if not stage_name.endswith("_mask"):
         return "it learns no mask"
     return "it trains weights" if training.train_weights else None
@@ -248,7 +252,7 @@ def own_teacher_moves(where: str) -> UserError:
     return UserError(
         'distillation.teacher: "self" is the dense model only while its weights stay fixed; in these stages the '
         "weights are trained, and the teacher would change with the student",
-        wanted="mask stages with train_weights false",
+        wanted="mask stages with train_weights false, or joint stages of several sizes",
         got=where,
         remedy='list only mask stages in distillation.stages and set "train_weights": false in their training, or set '
         "distillation.teacher to the folder of a dense model",

@@ -35,7 +35,8 @@ class DistillationConfig:
 
     teacher: UserPath
     """Folder of the teacher model, or `self`: the model being trained with all gates open, without a second copy.
-    `self` is possible only in mask stages with frozen weights. Write `./self` for a folder of that name."""
+    `self` is possible only in mask stages with frozen weights, and in joint stages of several sizes: where these train
+    weights, the largest size teaches the others. Write `./self` for a folder of that name."""
     teacher_device: TeacherDevice = "auto"
     """`auto`: the teacher is on the student's device. `cpu`: its weights stay in CPU memory and are copied to the GPU
     one module at a time."""

@@ -49,6 +49,13 @@ Scope = Literal["block", "global"]
 which may end with different sizes."""
 
 
+Shares = Annotated[
+    Share | Annotated[tuple[Share, ...], Limits(minItems=2, maxItems=16)] | None,
+    Limits(title="a number above 0, below 1; a list of 2 to 16 such numbers; or null"),
+]
+"""What one model keeps, or what each of several nested models keeps, in descending order."""
+
+
 class NumberOrAuto(Limits):
     """JSON schema keywords of a number for which "auto", the default, is written instead."""
 
@@ -123,11 +130,12 @@ class JointConfig:
     the model, whose blocks may end with different sizes."""
     target_sparsity: Share | None = None
     """Scope `block`: fraction of the blocks' parameters to remove as whole blocks. None: all blocks stay."""
-    target_params: Share | None = None
+    target_params: Shares = None
     """Scope `global`: fraction of the parameters of all heads and dims to keep. If this and `target_flops` are None,
-    the budget is the number of parameters of equal blocks with the targets of `fine-grained`."""
-    target_flops: Share | None = None
-    """Scope `global`: fraction of the forward FLOPs per token of all heads and dims to keep."""
+    the budget is the number of parameters of equal blocks with the targets of `fine-grained`. A list in descending
+    order: nested masks of several sizes for the same weights, each in mask files of its own (`heads-0.5.pt`)."""
+    target_flops: Shares = None
+    """Scope `global`: fraction of the forward FLOPs per token of all heads and dims to keep, or a list as above."""
     flops_length: Size | None = None
     """Number of keys that a query attends to, for `target_flops`. None: `data.max_length`."""
     target_latency: Positive | None = None
@@ -140,6 +148,21 @@ class JointConfig:
     """Tokens in the cache, all rows together, for `target_memory`. None: `data.max_length`."""
     number_bytes: Annotated[int, Limits(enum=[1, 2, 4])] = 2
     """Bytes per weight and per cached number, for `target_memory`."""
+    round_to: Annotated[int, Limits(minimum=1, maximum=4096)] = 1
+    """Scope `global`: every block's FFN dims, and its heads times their width, end at a multiple of this number or at
+    their full size. The budget is met as nearly as these sizes allow. Query heads that share keys and values are not
+    rounded, unless `head_unit` is `kv_group`."""
+
+    @property
+    def sizes(self) -> tuple[float, ...]:
+        """The targets of several sizes, in descending order; empty if there is one size."""
+        given = self.target_params if self.target_flops is None else self.target_flops
+        return given if isinstance(given, tuple) else ()
+
+    def share(self, number: int = 0) -> float | None:
+        """The share of parameters or FLOPs that the size of this number keeps; None if neither is given."""
+        given = self.target_params if self.target_flops is None else self.target_flops
+        return given[number] if isinstance(given, tuple) else given
 
 
 @dataclass(frozen=True, kw_only=True)

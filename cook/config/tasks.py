@@ -29,9 +29,10 @@ class OneLineJob:
     """A file or folder of text, JSON lines or parquet; may be repeated. The end of a single text file is held out for
     evaluation; of several documents, some are."""
     keep: Annotated[tuple[str, ...], Limits(metavar="KEY=VALUE")]
-    """What to keep: `params=0.7` or `flops=0.7` of the whole model; `memory_mib=200` (weights in 16 bits, and the cache
-    of `max_length` tokens); `latency_ms=12` (a forward pass of one row of `max_length` tokens; the model is measured
-    first); or any of `blocks=0.8`, `heads=0.5`, `dims=0.7` (shares, or numbers of heads and dims per block)."""
+    """What to keep: `params=0.7` or `flops=0.7` of the whole model, or several nested sizes from one run,
+    `params=0.8,0.65,0.5`; `memory_mib=200` (weights in 16 bits, and the cache of `max_length` tokens); `latency_ms=12`
+    (a forward pass of one row of `max_length` tokens; the model is measured first); or any of `blocks=0.8`,
+    `heads=0.5`, `dims=0.7` (shares, or numbers of heads and dims per block)."""
     output: str
     """Folder for everything: `recipe/`, `run/`, `model/` (the small model), `report/`."""
     vocabulary: Annotated[str, Limits(metavar="FILE|min_count=N")] = ""

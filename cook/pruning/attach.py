@@ -59,6 +59,16 @@ class AttachedGates:
         finally:
             self._values = values
 
+    @contextmanager
+    def holding(self, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Uses other values, as `set` takes them, for a pass of the model as its own teacher."""
+        before = self._values
+        self.set(values)
+        try:
+            yield
+        finally:
+            self._values = before
+
     @staticmethod
     def _expanded(group: UnitGroup, value: torch.Tensor) -> torch.Tensor:
         assert value.shape == (group.size,), f"{group.name} has {group.size} units, its mask is {tuple(value.shape)}"

@@ -121,7 +121,15 @@ class GateController:
         return 1 - self._offsets - (self._costs * self.relaxation.openness(rows)).sum(1)
 
     @torch.no_grad()
-    def step(self, values: torch.Tensor, gradient: torch.Tensor, targets: torch.Tensor, *, hold: float = 0.0) -> None:
+    def step(
+        self,
+        values: torch.Tensor,
+        gradient: torch.Tensor,
+        targets: torch.Tensor,
+        *,
+        hold: float = 0.0,
+        highest: torch.Tensor | None = None,
+    ) -> None:
         """Moves `values` in place by one step that ends on `targets` if the learning rate allows it.
 
         Args:
@@ -129,6 +137,7 @@ class GateController:
             gradient: ∂L_task/∂values, averaged over ranks and micro-batches, `[gates]`.
             targets: The sparsity targets of this step, `[constraints]`.
             hold: Progress, 0 to 1, of the phase after the targets' ramp; the binarization gradient grows with it.
+            highest: The highest value of each gate, `[gates]`; None: the relaxation's.
         """
         self.steps += 1
         gradient = gradient.double()
@@ -144,10 +153,12 @@ class GateController:
         task = moment / scale + relaxation.binarization_gradient(start, hold)
         press = self._costs * relaxation.slope(start) / scale
         low, high = relaxation.low, relaxation.high
+        bound = None if highest is None else self._rows(highest.double())
 
         def moved(multipliers: torch.Tensor) -> torch.Tensor:
             pull = torch.addcmul(task, multipliers[:, None], press).clamp_(-1, 1)
-            return torch.sub(start, pull, alpha=self.learning_rate).clamp_(low, high)
+            reached = torch.sub(start, pull, alpha=self.learning_rate).clamp_(low, high)
+            return reached if bound is None else reached.minimum(bound)
 
         # At this bound every gate of the constraint moves by the full learning rate.
         reach = torch.where(self._real, (1 + task.abs()) / press, 0.0).amax(1)

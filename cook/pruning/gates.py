@@ -1,12 +1,20 @@
-"""The learned masks of one stage: gate values, the ramp of the targets, the final binary masks."""
+"""The learned masks of one stage: gate values, the ramp of the targets, the final binary masks.
+
+Masks of several sizes are nested: the units of each smaller model are a subset of those of the next larger one. Each
+size has gate values of its own, with an exact multiplier for its own target. Every step draws the gates of one size and
+moves those of all sizes by their gradient. The sizes move from the largest to the smallest, and a gate never ends above
+the same gate of the next larger size.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from cook.base import distributed
+from cook.base.seeds import generator
 from cook.config.scheme import GatesStart
 from cook.pruning.controller import Constraint, GateController, ramp
 from cook.pruning.relaxation import Deterministic, Relaxation
@@ -31,6 +39,9 @@ class Gates:
             estimation for neural network pruning", CVPR 2019). `search`: `settle` sets them before the first step, and
             steps do not move them.
         start_steps: At most a quarter of `steps`.
+        smaller: The constraints of each further size, with targets that rise from size to size. Sizes are numbered from
+            the largest, 0.
+        multiples: For each group named, the number of which it keeps a multiple, or all of its units.
     """
 
     def __init__(
@@ -45,20 +56,26 @@ class Gates:
         ramp_fraction: float | None = None,
         start: GatesStart = "open",
         start_steps: int = 8,
+        smaller: Sequence[Sequence[Constraint]] = (),
+        multiples: Mapping[str, int] | None = None,
     ):
         self.relaxation = relaxation = relaxation or Deterministic()
         self.sizes, self.steps, self.seed = dict(sizes), steps, seed
         self.ramp_fraction = relaxation.ramp if ramp_fraction is None else ramp_fraction
         self.start: GatesStart = start
+        self._multiples = dict(multiples or {})
         self.start_steps = min(start_steps, steps // 4) if start in ("taylor", "fisher") else 0
-        self.values = relaxation.start(sum(self.sizes.values()), seed)
+        self.values = relaxation.start(sum(self.sizes.values()), seed).repeat(1 + len(smaller))
         rate = relaxation.learning_rate(steps) if learning_rate is None else learning_rate
         rate = 0.0 if start == "search" else rate
-        self.controller = GateController(constraints, relaxation, learning_rate=rate)
-        self.score, self.gathered = torch.zeros(len(self.values), dtype=torch.float64), 0
+        self.controller, *self.smaller = (
+            GateController(each, relaxation, learning_rate=rate) for each in (constraints, *smaller)
+        )
+        self.score, self.gathered = torch.zeros(sum(self.sizes.values()), dtype=torch.float64), 0
         self.start_sparsity = self.expected_sparsity()
         self._leaf: torch.Tensor | None = None
         self._drawn: torch.Tensor | None = None
+        self._step = 0
 
     def settle(self, masks: Mapping[str, torch.Tensor]) -> None:
         """Sets the gates to masks of 0 and 1, by group name."""
@@ -68,14 +85,36 @@ class Gates:
 
     @property
     def constraints(self) -> tuple[Constraint, ...]:
-        return self.controller.constraints
+        """Of all sizes, as everything that is `[constraints]`."""
+        return tuple(c for controller in self._controllers for c in controller.constraints)
+
+    @property
+    def multipliers(self) -> torch.Tensor:
+        """λ of the last step, float64 `[constraints]`."""
+        return torch.cat([controller.multipliers for controller in self._controllers])
+
+    @property
+    def _controllers(self) -> tuple[GateController, ...]:
+        return (self.controller, *self.smaller)
+
+    def of_size(self, number: int) -> torch.Tensor:
+        """The values of one size, a view `[gates]`."""
+        return self.values.view(1 + len(self.smaller), -1)[number]
 
     def draw(self, step: int) -> torch.Tensor:
         """z of step `step`, float32 `[gates]`: the same on every rank, and the same after a resume."""
-        self._leaf = self.values.clone().requires_grad_()
-        is_scoring = self.gathered < self.start_steps
-        self._drawn = torch.ones_like(self._leaf) if is_scoring else self.relaxation.draw(self._leaf, self.seed, step)
+        number = size_of_step(step, 1 + len(self.smaller), self.seed)
+        self._leaf = self.of_size(number).clone().requires_grad_()
+        self._drawn, self._step = self._gated(self._leaf, step), step
         return self._drawn.detach()
+
+    def largest(self) -> torch.Tensor:
+        """z of the largest size in the step last drawn, `[gates]`."""
+        return self._gated(self.of_size(0), self._step)
+
+    def _gated(self, values: torch.Tensor, step: int) -> torch.Tensor:
+        is_scoring = self.gathered < self.start_steps
+        return torch.ones_like(values) if is_scoring else self.relaxation.draw(values, self.seed, step)
 
     def split(self, z: torch.Tensor) -> dict[str, torch.Tensor]:
         """Splits a flat vector into one tensor per group, differentiably."""
@@ -90,7 +129,11 @@ class Gates:
             self._drawn.backward(z_gradient.to(self._drawn))
             assert self._leaf.grad is not None
             hold = max(0.0, self._progress(step) - self.ramp_fraction) / max(1e-9, 1 - self.ramp_fraction)
-            self.controller.step(self.values, self._leaf.grad, self.targets(step), hold=hold)
+            targets, larger = self.targets(step).view(1 + len(self.smaller), -1), None
+            for number, controller in enumerate(self._controllers):
+                values = self.of_size(number)
+                controller.step(values, self._leaf.grad, targets[number], hold=hold, highest=larger)
+                larger = values
         self._drawn = self._leaf = None
 
     def _progress(self, step: int) -> float:
@@ -103,11 +146,11 @@ class Gates:
         self.gathered += 1
         if self.gathered == self.start_steps:
             rank = torch.empty_like(self.score)
-            for c in self.constraints:
+            for c in self.controller.constraints:
                 part, costs = slice(c.start, c.start + len(c.costs)), torch.tensor(c.costs, dtype=torch.float64)
                 order = torch.argsort(torch.argsort(self.score[part].abs() / costs, stable=True))
                 rank[part] = order / max(1, len(costs) - 1)
-            self.values = self.relaxation.ranked(rank)
+            self.values = self.relaxation.ranked(rank).repeat(1 + len(self.smaller))
             self.start_sparsity = self.expected_sparsity()
 
     def targets(self, step: int) -> torch.Tensor:
@@ -118,37 +161,82 @@ class Gates:
 
     def expected_sparsity(self) -> torch.Tensor:
         """s of every constraint, float64 `[constraints]`."""
-        return self.controller.expected_sparsity(self.values)
+        found = [controller.expected_sparsity(self.of_size(n)) for n, controller in enumerate(self._controllers)]
+        return torch.cat(found)
 
     @torch.no_grad()
     def openness(self) -> torch.Tensor:
-        """The probability that each unit is kept, float32 `[gates]`, in the order of the groups."""
-        return self.relaxation.openness(self.values)
+        """The probability that each unit is kept, float32 `[gates]`; the mean over the sizes."""
+        return self.relaxation.openness(self.values).view(1 + len(self.smaller), -1).mean(0)
 
-    def binary(self) -> dict[str, torch.Tensor]:
+    def binary(self, number: int = 0) -> dict[str, torch.Tensor]:
         """The binary masks: each constraint removes its smallest gates, as many as bring it nearest its target.
 
         A per-block constraint on heads or FFN dimensions thus ends with exactly its number; a constraint on blocks ends
-        within half a block's parameters of its target.
+        within half a block's parameters of its target. Groups that keep multiples lose as many units at a time.
+
+        Args:
+            number: The size. What a larger size removes goes first.
         """
         if self.start == "search":
             return self.split((self.values > (self.relaxation.low + self.relaxation.high) / 2).float())
-        kept = torch.ones_like(self.values)
-        for c in self.constraints:
+        kept = torch.ones(sum(self.sizes.values()))
+        for size, controller in enumerate(self._controllers[: number + 1]):
+            kept = self._removed(kept, self.of_size(size), controller.constraints)
+        return self.split(kept)
+
+    def _removed(self, inside: torch.Tensor, gates: torch.Tensor, constraints: Sequence[Constraint]) -> torch.Tensor:
+        """The binary mask of one size, `[gates]`, among the units that `inside` keeps."""
+        kept = inside.clone()
+        for c in constraints:
             part = slice(c.start, c.start + len(c.costs))
-            values, costs = self.values[part], torch.tensor(c.costs, dtype=torch.float64)
+            values, costs = gates[part], torch.tensor(c.costs, dtype=torch.float64)
+            gone = inside[part] == 0
+            values = values.masked_fill(gone, -math.inf)
             order = torch.argsort(values, stable=True)
             if c.owners:
-                order, costs = self._with_owners(c, self.relaxation.openness(values.double()), costs)
+                values = self._owned(c, self.relaxation.openness(gates[part].double())).masked_fill(gone, -1.0)
+                order, costs = self._with_owners(c, values, costs)
+            order, numbers = self._in_multiples(c, order, values)
             if c.pricing is not None:
                 removed_share = c.pricing.removed_after(order)
             else:
                 removed_share = torch.cat([torch.zeros(1, dtype=torch.float64), costs[order].cumsum(0)])
-            removed = int((removed_share - c.target).abs().argmin())
+            numbers = numbers[numbers >= gone[order].sum()]
+            removed = int(numbers[(removed_share[numbers] - c.target).abs().argmin()])
             kept[c.start + order[:removed]] = 0.0
             for owner in {*c.owners} - {-1}:
                 kept[c.start + owner] = kept[part][torch.tensor(c.owners) == owner].amax()
-        return self.split(kept)
+        return kept
+
+    def _in_multiples(
+        self, c: Constraint, order: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The order in which gates go, several of a group at once where it keeps multiples.
+
+        Returns:
+            The order, and the numbers of gates that may go: all, if no group keeps multiples.
+        """
+        if not self._multiples:
+            return order, torch.arange(len(order) + 1)
+        chunk, worth, start = torch.zeros(len(values), dtype=torch.long), values.clone(), -c.start
+        chunk[order] = torch.arange(len(order))
+        for name, size in self.sizes.items():
+            own = order[(order >= start) & (order < start + size)]
+            if name in self._multiples and len(own):
+                for units in own.flip(0).split(self._multiples[name]):
+                    chunk[units], worth[units] = chunk[units].min(), values[units].mean()
+            start += size
+        order = order[torch.argsort(chunk[order], stable=True)]
+        order = order[torch.argsort(worth[order], stable=True)]
+        last = torch.cat([chunk[order].diff() != 0, torch.ones(1, dtype=torch.bool)])
+        return order, torch.cat([torch.zeros(1, dtype=torch.long), last.nonzero().flatten() + 1])
+
+    @staticmethod
+    def _owned(c: Constraint, openness: torch.Tensor) -> torch.Tensor:
+        """The openness of a constraint's gates, multiplied by that of their owners."""
+        owners = torch.tensor(c.owners)
+        return torch.where(owners >= 0, openness * openness[owners.clamp(min=0)], openness)
 
     @staticmethod
     def _with_owners(c: Constraint, values: torch.Tensor, costs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,11 +244,10 @@ class Gates:
 
         Args:
             c: The constraint.
-            values: The openness of its gates, `[gates]`.
+            values: The openness of its gates and their owners, `[gates]`.
             costs: Their costs.
         """
         owners, costs = torch.tensor(c.owners), costs.clone()
-        values = torch.where(owners >= 0, values * values[owners.clamp(min=0)], values)
         order = torch.argsort(values, stable=True)
         place = torch.argsort(order)
         owning = sorted({*c.owners} - {-1})
@@ -172,13 +259,25 @@ class Gates:
     def state_dict(self) -> dict[str, torch.Tensor]:
         own = {"values": self.values, "score": self.score, "start_sparsity": self.start_sparsity}
         own["gathered"] = torch.tensor(self.gathered)
-        return {name: value.clone() for name, value in own.items()} | self.controller.state_dict()
+        state = {name: value.clone() for name, value in own.items()} | self.controller.state_dict()
+        for number, controller in enumerate(self.smaller, start=1):
+            state |= {f"{name}.{number}": value for name, value in controller.state_dict().items()}
+        return state
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         assert state["values"].shape == self.values.shape, "the state is that of other gates"
         self.values, self.score = state["values"].clone(), state["score"].clone()
         self.start_sparsity, self.gathered = state["start_sparsity"].clone(), int(state["gathered"])
         self.controller.load_state_dict(state)
+        for number, controller in enumerate(self.smaller, start=1):
+            names = controller.state_dict()
+            controller.load_state_dict({name: state[f"{name}.{number}"] for name in names})
+
+
+def size_of_step(step: int, count: int, seed: int) -> int:
+    """The number of the size, of `count`, that a step trains: each once in `count` steps, in random order."""
+    turn, place = divmod(step - 1, count)
+    return int(torch.randperm(count, generator=generator(seed, "sizes", turn))[place]) if count > 1 else 0
 
 
 def own_share(z: torch.Tensor, loss_scale: float) -> torch.Tensor:

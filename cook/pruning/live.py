@@ -83,14 +83,14 @@ class LiveGates:
         values = self.gates.expected_sparsity().tolist()
         return {c.name: value for c, value in zip(self.gates.constraints, values, strict=True)}
 
-    def masks(self) -> dict[str, torch.Tensor]:
-        """The masks as 0 and 1, float32 `[units]` by group name."""
-        return consistent(self.space, self._fixed | self.gates.binary())
+    def masks(self, number: int = 0) -> dict[str, torch.Tensor]:
+        """The masks as 0 and 1, float32 `[units]` by group name; of several sizes, those of this number."""
+        return consistent(self.space, self._fixed | self.gates.binary(number))
 
-    def hold(self) -> None:
-        """Applies `masks()` from now on, for evaluating or finetuning the masked model."""
+    def hold(self, number: int = 0) -> None:
+        """Applies `masks(number)` from now on, for evaluating or finetuning the masked model."""
         device = next(self.model.parameters()).device
-        self.attached.set({name: mask.to(device) for name, mask in self.gates.binary().items()})
+        self.attached.set({name: mask.to(device) for name, mask in self.gates.binary(number).items()})
 
     def remove(self) -> None:
         """Removes the gates from the model, which then computes what it computed before they were attached."""

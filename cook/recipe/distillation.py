@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def open_distillation(stage: Stage, inputs: Inputs, *, must_exist: bool = True) 
         return None
     source = None
     if options.teacher == OWN_TEACHER:
-        if why := unfit_for_itself(stage.name, stage.config.training):
+        if why := unfit_for_itself(stage.name, stage.config.training, stage.config.joint):
             raise own_teacher_moves(f"{stage.name} ({why})")
     elif not must_exist and not Path(options.teacher).exists():
         return None
@@ -121,10 +122,26 @@ def check_teacher_tokenizer(folder: Path, own: Tokenizer) -> None:
         )
 
 
+Values = Callable[[], Mapping[str, torch.Tensor]]
+"""The present values of a model's gates, by group name."""
+
+
 def make_distiller(
-    plan: DistillationPlan | None, stage: Stage, engine: Engine, attached: AttachedGates
+    plan: DistillationPlan | None,
+    stage: Stage,
+    engine: Engine,
+    attached: AttachedGates,
+    largest: Values | None = None,
 ) -> Distiller | None:
-    """Creates the stage's distillation loss; gates must be attached before, so that taps see gated values."""
+    """Creates the stage's distillation loss; gates must be attached before, so that taps see gated values.
+
+    Args:
+        plan: The distillation; None: none.
+        stage: The plan of the stage.
+        engine: The model in training.
+        attached: Its gates.
+        largest: The gates of the largest size, if the stage trains the weights of several.
+    """
     if plan is None:
         return None
     options = plan.options
@@ -133,7 +150,7 @@ def make_distiller(
         projections = Projections(seed=derived_seed(stage.config.seed, stage.name), device=engine.device)
     return Distiller(
         engine.module,
-        _teacher(plan, stage, engine, attached),
+        _teacher(plan, stage, engine, attached, largest),
         ce_scale=options.ce_scale,
         ce_temp=options.ce_temp,
         mse_hidn_scale=options.mse_hidn_scale,
@@ -144,23 +161,29 @@ def make_distiller(
     )
 
 
-def own_teacher(engine: Engine, attached: AttachedGates, *, fixed: bool) -> Teacher:
+def own_teacher(engine: Engine, attached: AttachedGates, *, fixed: bool, largest: Values | None = None) -> Teacher:
     """The model in training as its own teacher: the dense model, while its weights are frozen.
 
     Args:
         engine: The model in training.
         attached: Its gates, which are opened in the teacher's forward pass.
         fixed: Whether to open the fixed masks too.
+        largest: The teacher's gates, instead of open ones.
     """
 
     def forward(batch: Batch) -> Any:
-        with attached.opened(fixed=fixed):
+        with attached.holding(largest()) if largest else attached.opened(fixed=fixed):
             return engine.ask(**model_inputs(batch))
 
     return Teacher(module=engine.module, forward=forward)
 
 
-def _teacher(plan: DistillationPlan, stage: Stage, engine: Engine, attached: AttachedGates) -> Teacher:
+def _teacher(
+    plan: DistillationPlan, stage: Stage, engine: Engine, attached: AttachedGates, largest: Values | None
+) -> Teacher:
+    if plan.source is None and largest:
+        say(f"{stage.name}: the largest size is the teacher of the others")
+        return own_teacher(engine, attached, fixed=False, largest=largest)
     if plan.source is None:
         # If weights have been trained under the fixed masks, the removed units no longer fit the other weights. The
         # teacher is then the masked model from the start of the stage.

@@ -35,26 +35,37 @@ def plan_facts(config: RunConfig, stages: Sequence[Stage], *, world_size: int) -
     for stage in stages:
         check_settings(stage.config.training, stage.config.deepspeed, world_size=world_size)
     rows: list[dict[str, Any]] = []
-    kept: dict[str, int] = {}
+    kept: list[dict[str, int]] = [{}]  # of every size
     for stage in stages:
         inputs = open_inputs(stage, must_exist=False)
         open_distillation(stage, inputs, must_exist=False)
         begins_anew = stage.name == "pretrain" or stage.writes.layer
-        kept = {} if begins_anew else kept | kept_counts(inputs.fixed)
-        before = parameters(inputs.space, kept)
-        kept = kept | _expected_kept(stage, inputs)
+        fixed = [kept_counts(masks) for masks in inputs.nested or (inputs.fixed,)]
+        kept = [
+            {} if begins_anew else kept[min(number, len(kept) - 1)] | fixed[min(number, len(fixed) - 1)]
+            for number in range(len(stage.sizes) or 1)
+        ]
+        before = parameters(inputs.space, kept[0])
+        kept = [each | _expected_kept(stage, inputs, number) for number, each in enumerate(kept)]
+        after = [parameters(inputs.space, each) for each in kept]
         training = stage.config.training
-        trained = before if training.remove_masked else parameters(inputs.space)
+        trained = before if training.remove_masked and not stage.sizes else parameters(inputs.space)
         rows.append(
             {
                 "stage": stage.name,
                 "weights_from": inputs.origin,
                 "learns": [MASKS_OF[kind] for kind in stage.learns],
                 "uneven": bool(stage.uneven & set(stage.learns)),
+                **(
+                    {"round_to": stage.config.joint.round_to}
+                    if stage.name == "joint_mask" and stage.config.joint
+                    else {}
+                ),
                 "steps": training.steps,
                 "tokens_at_most": training.steps * training.train_batch_size * config.data.max_length,
                 "parameters_before": before,
-                "parameters_after": parameters(inputs.space, kept),
+                "parameters_after": after[0],
+                **({"parameters_of_sizes": after} if stage.sizes else {}),
                 "state_bytes_per_rank": round(_state_bytes(stage, trained, world_size)),
             }
         )
@@ -73,11 +84,13 @@ def show_plan(facts: Mapping[str, Any]) -> None:
         {
             "stage": row["stage"],
             "weights from": row["weights_from"],
-            "learns": (", ".join(row["learns"]) or "–") + (" (uneven)" if row["uneven"] else ""),
+            "learns": (", ".join(row["learns"]) or "–")
+            + (" (uneven)" if row["uneven"] else "")
+            + (f", multiples of {row['round_to']}" if row.get("round_to", 1) > 1 else ""),
             "steps": row["steps"],
             "tokens": "≤ " + human_count(row["tokens_at_most"]),
             "parameters before": human_count(row["parameters_before"]),
-            "after": human_count(row["parameters_after"]),
+            "after": ", ".join(map(human_count, row.get("parameters_of_sizes", [row["parameters_after"]]))),
             "memory per rank": f"{row['state_bytes_per_rank'] / 2**30:.2f} GiB",
         }
         for row in facts["stages"]
@@ -90,15 +103,15 @@ def show_plan(facts: Mapping[str, Any]) -> None:
     )
 
 
-def _expected_kept(stage: Stage, inputs: Inputs) -> dict[str, int]:
+def _expected_kept(stage: Stage, inputs: Inputs, number: int) -> dict[str, int]:
     """Expected units after the stage: the first blocks, and the same share of heads and FFN dimensions in each."""
     gates = make_gates(stage, inputs)
     if gates is None:
         return {}
     blocks = len([group for group in inputs.learned if group.kind == "layer"])
     within = [torch.arange(group.size) / group.size for group in inputs.learned[blocks:]]
-    gates.values = -torch.cat([torch.arange(float(blocks)), *within])
-    return kept_counts(final_masks(stage, inputs, gates))
+    gates.values = -torch.cat([torch.arange(float(blocks)), *within]).repeat(len(stage.sizes) or 1)
+    return kept_counts(final_masks(stage, inputs, gates, number))
 
 
 def _state_bytes(stage: Stage, count: int, world_size: int) -> float:

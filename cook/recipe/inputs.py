@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,6 +47,8 @@ class Inputs:
     """The whole space, regardless of `pruned_module`; files and counts refer to it."""
     fixed: dict[str, torch.Tensor]
     """Masks that are fixed during the stage."""
+    nested: tuple[dict[str, torch.Tensor], ...] = ()
+    """The masks of each size, from the largest, in a stage that trains several sizes with fixed masks."""
     learned: tuple[UnitGroup, ...]
     """Groups whose masks are learned, among those that `pruned_module` allows."""
 
@@ -81,8 +84,11 @@ def open_inputs(stage: Stage, *, must_exist: bool = True) -> Inputs:
     elif stage.config.pruning.pruned_module and stage.name != "pretrain":
         allowed = restrict(space, stage.config.pruning.pruned_module, adapter.aliases)
     check_sizes(adapter, config, allowed, stage.config.fine if _units_are_pruned(stage) else None, stage.uneven)
-    paths = stage.fixed if must_exist else _existing(stage.fixed)
-    fixed = read_masks(allowed, coarse=paths.layer, heads=paths.heads, dimff=paths.dimff)
+    found = [paths if must_exist else _existing(paths) for paths in stage.by_size(stage.fixed)]
+    fixed, *smaller = [read_masks(allowed, coarse=p.layer, heads=p.heads, dimff=p.dimff) for p in found]
+    nested = (fixed, *smaller) if stage.sizes and fixed else ()
+    if nested:
+        fixed = {}
     if stage.is_random_baseline and must_exist:
         fixed = _random_baseline(stage, allowed)
     learned: tuple[UnitGroup, ...] = ()
@@ -107,6 +113,7 @@ def open_inputs(stage: Stage, *, must_exist: bool = True) -> Inputs:
         head_unit=head_unit,
         space=space,
         fixed=fixed,
+        nested=nested,
         learned=learned,
     )
 
@@ -185,9 +192,19 @@ def make_gates(stage: Stage, inputs: Inputs) -> Gates | None:
             )
     elif (by_kind if options.relaxation == "auto" else options.relaxation) == "hard_concrete":
         relaxation = HardConcrete(initial_log_alpha=options.initial_log_alpha)
+    before, names = kept_counts(inputs.fixed), [f", {size:g}" for size in stage.sizes] or [""]
+    of_sizes = [
+        constraints(inputs.space, inputs.learned, replace(stage_targets(stage, number), before=before))
+        for number in range(len(names))
+    ]
+    budgets, *smaller = [
+        [replace(c, name=c.name + name) for c in each] for name, each in zip(names, of_sizes, strict=True)
+    ]
     return Gates(
         {group.name: group.size for group in inputs.learned},
-        constraints(inputs.space, inputs.learned, replace(stage_targets(stage), before=kept_counts(inputs.fixed))),
+        budgets,
+        smaller=smaller,
+        multiples=_multiples(stage, inputs),
         steps=stage.config.training.steps,
         seed=derived_seed(stage.config.seed, stage.name),
         relaxation=relaxation,
@@ -198,8 +215,18 @@ def make_gates(stage: Stage, inputs: Inputs) -> Gates | None:
     )
 
 
-def stage_targets(stage: Stage) -> Targets:
-    """The targets of the gates in a mask stage."""
+def _multiples(stage: Stage, inputs: Inputs) -> dict[str, int]:
+    """The number of units of which each group keeps a multiple, by `joint.round_to`."""
+    joint = stage.config.joint if stage.name == "joint_mask" else None
+    if joint is None or joint.round_to == 1:
+        return {}
+    groups = [g for g in inputs.learned if g.kind in ("heads", "dimff") and inputs.space.keys_of(g) is None]
+    widths = {group.name: group.slices[-1].block for group in groups}
+    return {name: joint.round_to // math.gcd(joint.round_to, width) for name, width in widths.items()}
+
+
+def stage_targets(stage: Stage, number: int = 0) -> Targets:
+    """The targets of the gates in a mask stage; with several sizes, of that number, the largest first."""
     fine, joint = stage.config.fine, stage.config.joint if stage.name == "joint_mask" else None
     coarse = joint or stage.config.coarse
     sparsity = coarse.target_sparsity if coarse else None
@@ -214,7 +241,7 @@ def stage_targets(stage: Stage) -> Targets:
     if joint is None:
         return targets
     if joint.target_flops is not None:
-        return replace(targets, cost="flops", share=joint.target_flops, context=joint.flops_length or length)
+        return replace(targets, cost="flops", share=joint.share(number), context=joint.flops_length or length)
     if joint.target_latency is not None:
         assert joint.block_times is not None
         return replace(targets, cost="ms", limit=joint.target_latency, times=read_block_times(joint.block_times))
@@ -222,10 +249,11 @@ def stage_targets(stage: Stage) -> Targets:
         tokens = length if joint.cache_length is None else joint.cache_length
         limit = joint.target_memory * MIB
         return replace(targets, cost="bytes", limit=limit, context=tokens, number_bytes=joint.number_bytes)
-    return replace(targets, share=joint.target_params)
+    return replace(targets, share=joint.share(number))
 
 
-def final_masks(stage: Stage, inputs: Inputs, gates: Gates | None) -> dict[str, torch.Tensor]:
-    """The masks at the end of a stage: the fixed masks and the learned ones as 0/1."""
-    masks = consistent(inputs.space, inputs.fixed | (gates.binary() if gates else {}))
+def final_masks(stage: Stage, inputs: Inputs, gates: Gates | None, number: int = 0) -> dict[str, torch.Tensor]:
+    """The masks at the end of a stage, of the size of that number: the fixed masks and the learned ones as 0/1."""
+    fixed = inputs.nested[number] if inputs.nested else inputs.fixed
+    masks = consistent(inputs.space, fixed | (gates.binary(number) if gates else {}))
     return without_empty_blocks(inputs.space, masks) if stage.writes.layer else masks

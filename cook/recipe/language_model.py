@@ -22,16 +22,16 @@ from cook.export.model_folder import copy_generation_config, write_model_folder,
 from cook.families.source import unfilled_model, without_units
 from cook.pruning.attach import AttachedGates
 from cook.pruning.counts import parameters
-from cook.pruning.gates import Gates
+from cook.pruning.gates import Gates, size_of_step
 from cook.pruning.mask_file import write_mask_file
 from cook.pruning.mask_set import FINE_KEYS, coarse_to_tensors, fine_to_tensors, kept_counts
 from cook.pruning.search import search_blocks
 from cook.recipe.compact import keep_fan_in, whole_weights, without_masked_units
 from cook.recipe.distillation import check_teacher_tokenizer, make_distiller, open_distillation
-from cook.recipe.inputs import final_masks, make_gates, open_inputs
+from cook.recipe.inputs import Inputs, final_masks, make_gates, open_inputs
 from cook.recipe.kept_structure import describe_structure
 from cook.recipe.pattern import masked_weights, pattern_identity, pattern_masks, pattern_spec
-from cook.recipe.plan import Stage
+from cook.recipe.plan import MaskPaths, Stage
 from cook.recipe.runner import StageRun, follows
 from cook.recipe.stage_data import SourceMixer, check_corpus, open_loader, rows_before
 from cook.report.gate_log import GateGroup, GateLog
@@ -89,7 +89,8 @@ class LanguageModelRun(StageRun):
             assert inputs.weights is not None
             self.inputs = replace(inputs, weights=masked_weights(inputs.weights, self.zeros))
         self.trained = without_masked_units(stage, self.inputs, self.distillation)  # the same unless units are removed
-        fixed = [[name, mask.tolist()] for name, mask in sorted(inputs.fixed.items())]
+        applied = [inputs.fixed, *inputs.nested]
+        fixed = [[name, mask.tolist()] for masks in applied for name, mask in sorted(masks.items())]
         start = follows(stage) or inputs.origin
         form = ["without masked units"] if self.trained is not self.inputs else []
         return [self.data.train.fingerprint, start, fixed, *pattern_identity(stage), *form]
@@ -104,7 +105,9 @@ class LanguageModelRun(StageRun):
             whole = self.inputs
             engine.stored_config = without_units(whole.model_config, whole.head_unit, whole.fixed)
         gates, attached = make_gates(stage, self.inputs), self._attach(engine)
-        distiller = make_distiller(self.distillation, stage, engine, attached)
+        sizes = TrainedSizes(stage, inputs, attached, gates, engine.device)
+        largest = sizes.largest if stage.sizes and training.train_weights else None
+        distiller = make_distiller(self.distillation, stage, engine, attached, largest)
         say(self._opening(engine))
         loader = open_loader(stage, data)
         run = Run(
@@ -121,6 +124,7 @@ class LanguageModelRun(StageRun):
             fingerprint=self.identity,
             on_save=lambda: self._write_masks(gates),
             at=self.at,
+            before_step=sizes.before_step,
             after_step=SourceMixer(stage, loader, data, engine, self.log, self.at).after_step,
         )
         try:
@@ -131,7 +135,7 @@ class LanguageModelRun(StageRun):
         self.at(position.step, "finishing")
         if distiller:
             distiller.remove()
-        loss = self._evaluate(engine, attached, gates, position)
+        losses = self._evaluate(engine, attached, sizes, position)
         self._write_model(engine)
         state = loader.state_dict()  # for some loaders a collective
         attached.remove()
@@ -139,7 +143,7 @@ class LanguageModelRun(StageRun):
 
         def finish() -> dict[str, Any]:
             self._write_masks(gates)
-            return self._record(gates, position, state, loss)
+            return self._record(gates, position, state, losses)
 
         return finish
 
@@ -191,7 +195,7 @@ class LanguageModelRun(StageRun):
 
     def _attach(self, engine: Engine) -> AttachedGates:
         inputs = self.trained
-        names = {group.name for group in inputs.learned} | set(inputs.fixed)
+        names = {group.name for group in inputs.learned}.union(inputs.fixed, *inputs.nested)
         groups = [group for group in inputs.space.groups if group.name in names]
         fixed = {name: mask.to(engine.device) for name, mask in inputs.fixed.items()}
         return AttachedGates(engine.module, groups, fixed)
@@ -220,6 +224,7 @@ class LanguageModelRun(StageRun):
         does += (
             [f"applies {' and '.join(held)} masks"] if held else ["random masks"] if stage.is_random_baseline else []
         )
+        does += [f"{len(stage.sizes)} nested sizes"] if stage.sizes else []
         return (
             f"\n{stage.name}: {training.steps} steps × {training.train_batch_size} rows, "
             f"{', '.join(does) or 'no masks'}, from {self.inputs.origin}; {engine.described()}"
@@ -228,31 +233,39 @@ class LanguageModelRun(StageRun):
     def _write_masks(self, gates: Gates | None) -> None:
         if gates is None or distributed.rank() != 0:
             return
-        inputs, writes = self.inputs, self.stage.writes
-        masks = final_masks(self.stage, inputs, gates)
+        for number, writes in enumerate(self.stage.by_size(self.stage.writes)):
+            self._write_size(writes, final_masks(self.stage, self.inputs, gates, number))
+
+    def _write_size(self, writes: MaskPaths, masks: Mapping[str, torch.Tensor]) -> None:
+        space = self.inputs.space
         if writes.layer:
-            write_mask_file(writes.layer, coarse_to_tensors(inputs.space, masks))
+            write_mask_file(writes.layer, coarse_to_tensors(space, masks))
         files = {kind: path for kind, path in (("heads", writes.heads), ("dimff", writes.dimff)) if path}
-        tensors = fine_to_tensors(inputs.space, masks) if files else {}
+        tensors = fine_to_tensors(space, masks) if files else {}
         for kind, path in files.items():
             elsewhere = {FINE_KEYS[other] for other in files if other != kind}
             write_mask_file(path, {key: tensor for key, tensor in tensors.items() if key not in elsewhere})
 
     def _evaluate(
-        self, engine: Engine, attached: AttachedGates, gates: Gates | None, position: Position
-    ) -> float | None:
-        """The held-out loss with binary masks, which stay attached."""
-        attached.set({name: mask.to(engine.device) for name, mask in (gates.binary() if gates else {}).items()})
-        training = self.stage.config.training
-        if not training.eval_rows:
-            return None
+        self, engine: Engine, attached: AttachedGates, sizes: TrainedSizes, position: Position
+    ) -> list[float | None]:
+        """The held-out loss of each size with binary masks; those of the smallest stay attached."""
+        stage, training, losses = self.stage, self.stage.config.training, list[float | None]()
         engine.module.eval()
         ranks = distributed.rank(), distributed.world_size()
-        batches = held_out_batches(self.data.held_out, training.micro_batch_size, training.eval_rows, *ranks)
-        loss = held_out_loss(engine, batches, engine.device)
-        self.log.write({"step": position.step, "held_out_loss": loss})
-        say(f"{self.stage.name}: held-out loss {loss:.4f}")
-        return loss
+        for number, name in enumerate([f", {size:g}" for size in stage.sizes] or [""]):
+            attached.set(sizes.binary(number))
+            loss = None
+            if training.eval_rows:
+                batches = held_out_batches(self.data.held_out, training.micro_batch_size, training.eval_rows, *ranks)
+                loss = held_out_loss(engine, batches, engine.device)
+                say(f"{stage.name}{name}: held-out loss {loss:.4f}")
+            losses.append(loss)
+        if training.eval_rows:
+            by_size = {f"{size:g}": loss for size, loss in zip(stage.sizes, losses, strict=False)}
+            named = {"held_out_loss_of_size": by_size} if by_size else {}
+            self.log.write({"step": position.step, "held_out_loss": losses[0], **named})
+        return losses
 
     def _write_model(self, engine: Engine) -> None:
         folder, inputs = self.stage.folder / "model", self.inputs
@@ -273,19 +286,63 @@ class LanguageModelRun(StageRun):
         write_gathered(engine, write)
 
     def _record(
-        self, gates: Gates | None, position: Position, state: dict[str, Any], loss: float | None
+        self, gates: Gates | None, position: Position, state: dict[str, Any], losses: list[float | None]
     ) -> dict[str, Any]:
         stage, inputs = self.stage, self.inputs
-        masks = final_masks(stage, inputs, gates)
-        files = (*vars(stage.fixed).values(), *vars(stage.writes).values(), stage.pattern_mask)
+        files = [*stage.mask_files(), *([stage.pattern_mask] if stage.pattern_mask else [])]
+        models = [
+            {
+                "held_out_loss": loss,
+                "parameters": parameters(inputs.space, kept_counts(masks)),
+                "structure": describe_structure(inputs.space, masks),
+            }
+            for number, loss in enumerate(losses)
+            for masks in [final_masks(stage, inputs, gates, number)]
+        ]
+        sizes = [{"size": size, **model} for size, model in zip(stage.sizes, models, strict=False)]
         return {
             "steps": position.step,
             "tokens": position.tokens,
             "rows": rows_before(stage) + position.step * stage.config.training.train_batch_size,
             "data": state,
-            "held_out_loss": loss,
-            "parameters": parameters(inputs.space, kept_counts(masks)),
-            "structure": describe_structure(inputs.space, masks),
+            **models[0],
+            **({"sizes": sizes} if sizes else {}),
             "head_unit": inputs.head_unit,
-            "masks": {path: sha256(path) for path in files if path},
+            "masks": {path: sha256(path) for path in files},
+        }
+
+
+class TrainedSizes:
+    """The masks of each size of a stage; without several sizes, of its one model.
+
+    Args:
+        stage: The plan.
+        inputs: The stage's inputs.
+        attached: The hooks that apply the masks.
+        gates: The masks that are learned; None if none are.
+        device: The device of the model.
+    """
+
+    def __init__(
+        self, stage: Stage, inputs: Inputs, attached: AttachedGates, gates: Gates | None, device: torch.device
+    ):
+        self._attached, self._gates, self._device = attached, gates, device
+        self._seed = derived_seed(stage.config.seed, stage.name)
+        self._fixed = [{name: mask.to(device) for name, mask in masks.items()} for masks in inputs.nested]
+
+    def before_step(self, step: int) -> None:
+        """Applies the fixed masks of the size that this step trains; learned ones are drawn in the step itself."""
+        if self._fixed:
+            self._attached.set(self._fixed[size_of_step(step, len(self._fixed), self._seed)])
+
+    def largest(self) -> Mapping[str, torch.Tensor]:
+        """The present gates of the largest size."""
+        return self._gates.split(self._gates.largest().to(self._device)) if self._gates else self._fixed[0]
+
+    def binary(self, number: int) -> Mapping[str, torch.Tensor]:
+        """The binary masks of one size."""
+        if self._fixed:
+            return self._fixed[number]
+        return {
+            name: mask.to(self._device) for name, mask in (self._gates.binary(number) if self._gates else {}).items()
         }

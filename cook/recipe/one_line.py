@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,35 @@ def parse_keep(values: Sequence[str]) -> dict[str, float]:
     return keep
 
 
+def parse_sizes(values: Sequence[str]) -> list[dict[str, float]]:
+    """What each size keeps, from the largest: `["params=0.8,0.5"]` has two sizes, `["dims=0.7", "heads=6"]` one.
+
+    Raises:
+        UserError: as `parse_keep`; also several sizes of another name, or not in descending order.
+    """
+    key, _, given = values[0].partition("=") if values else ("", "", "")
+    if len(values) != 1 or "," not in given:
+        return [parse_keep(values)]
+    sizes = [parse_keep([f"{key}={size}"]) for size in given.split(",")]
+    if key not in ("params", "flops") or any(after[key] >= before[key] for before, after in pairwise(sizes)):
+        raise UserError(
+            f"--keep {values[0]}",
+            wanted="several sizes in descending order, of params or flops, such as params=0.8,0.5",
+        )
+    return sizes
+
+
+def small_models(job: OneLineJob) -> list[tuple[float | None, str]]:
+    """Each size as the recipe of the job names it, and the folder of its model; None if there is one size."""
+    sizes = parse_sizes(job.keep)
+    if len(sizes) == 1:
+        return [(None, str(Path(job.output) / "model"))]
+    [key] = sizes[0]
+    shares = read_json(Path(job.output) / "recipe" / "l0_pruning.json")["joint"][f"target_{key}"]
+    folders = [str(Path(job.output) / "model" / f"{size[key]:g}") for size in sizes]
+    return list(zip(shares, folders, strict=True))
+
+
 def local_model(name: str) -> Path:
     """The folder of a model: the given folder, or a snapshot of the Hub model of that name.
 
@@ -79,17 +109,17 @@ def write_recipe(job: OneLineJob) -> tuple[Path, dict[str, Any]]:
         UserError: unknown model or data, a size that cannot be reached, anything else that a plan finds, or the folder
             has the recipe of another job; nothing is written then.
     """
-    source, keep, folder = open_model(local_model(job.model)), parse_keep(job.keep), Path(job.output) / "recipe"
+    source, sizes, folder = open_model(local_model(job.model)), parse_sizes(job.keep), Path(job.output) / "recipe"
     if job.vocabulary and least_count(job.vocabulary) is None:
         read_vocabulary(job.vocabulary, source.folder)
-    files = _recipe_files(job, source, keep)
+    files = _recipe_files(job, source, sizes)
     _check_same(folder, files)
     times = Path(job.output) / TIMES
     with tempfile.TemporaryDirectory(prefix="cook-plan-") as name:
         aside = Path(name)
-        if "latency_ms" in keep and not times.is_file():
+        if "latency_ms" in sizes[0] and not times.is_file():
             # Measuring takes a while: every other mistake is found before it.
-            _planned(_recipe_files(job, source, {"params": ALMOST_ALL}), aside)
+            _planned(_recipe_files(job, source, [{"params": ALMOST_ALL}]), aside)
             settings = ProfileSettings(length=job.max_length)
             write_json(aside / TIMES, measure_block_times(source, settings, on_point=print).as_json())
             joint = files["l0_pruning.json"]["joint"] | {"block_times": str(aside / TIMES)}
@@ -137,8 +167,8 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
     return {key: each for k, v in value.items() for key, each in _flat(v, f"{name}.{k}" if name else str(k)).items()}
 
 
-def _recipe_files(job: OneLineJob, source: ModelSource, keep: Keep) -> dict[str, Any]:
-    scheme, stages = _scheme(job, keep, source)
+def _recipe_files(job: OneLineJob, source: ModelSource, sizes: Sequence[Keep]) -> dict[str, Any]:
+    scheme, stages = _scheme(job, sizes, source)
     # A search is over before the first step, and the weights are frozen.
     mask_steps = 1 if scheme.get("gates", {}).get("start") == "search" else job.steps
     bmcook = {
@@ -185,9 +215,9 @@ def _recipe_files(job: OneLineJob, source: ModelSource, keep: Keep) -> dict[str,
     return {"l0_pruning.json": scheme, "bmcook.json": bmcook}
 
 
-def _scheme(job: OneLineJob, keep: Keep, source: ModelSource) -> tuple[dict[str, Any], tuple[str, str]]:
+def _scheme(job: OneLineJob, sizes: Sequence[Keep], source: ModelSource) -> tuple[dict[str, Any], tuple[str, str]]:
     """The pruning scheme, and the names of the mask stage and of the finetuning after it."""
-    adapter, config = source.adapter, source.config
+    adapter, config, keep = source.adapter, source.config, sizes[0]
     masks = Path(job.output) / "run" / "masks"
     space = adapter.space(config)
     heads = next((g.size * g.members for g in space.groups if g.kind == "heads"), 1)
@@ -225,8 +255,9 @@ def _scheme(job: OneLineJob, keep: Keep, source: ModelSource) -> tuple[dict[str,
         key = "params" if "params" in keep else "flops"
         cost: Cost = "parameters" if key == "params" else "flops"
         groups = [group for group in space.groups if group.kind != "layer"]
-        share = whole_budget(space, groups, cost, keep[key], job.max_length).share
-        return scheme | {"joint": {"train_mask": True, "scope": "global", f"target_{key}": share}}, _JOINT
+        shares = [whole_budget(space, groups, cost, size[key], job.max_length).share for size in sizes]
+        target = shares[0] if len(shares) == 1 else [round(share or 0.0, 6) for share in shares]
+        return scheme | {"joint": {"train_mask": True, "scope": "global", f"target_{key}": target}}, _JOINT
     if len(keep) > 1:
         joint = {"train_mask": True, "scope": "block"}
         if "blocks" in keep:

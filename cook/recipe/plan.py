@@ -32,6 +32,11 @@ class MaskPaths:
     heads: str | None = None
     dimff: str | None = None
 
+    def of_size(self, size: float) -> MaskPaths:
+        """The files of one of several sizes: `heads-0.5.pt` for `heads.pt`."""
+        named = {kind: path and f"{Path(path).with_suffix('')}-{size:g}.pt" for kind, path in vars(self).items()}
+        return MaskPaths(**named)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
@@ -75,6 +80,21 @@ class Stage:
         return self.name == "random_baseline"
 
     @property
+    def sizes(self) -> tuple[float, ...]:
+        """The targets of the stage's nested models, from the largest; empty if the stage makes one model."""
+        joint = self.config.joint
+        return joint.sizes if joint and self.name.startswith("joint") else ()
+
+    def by_size(self, paths: MaskPaths) -> list[MaskPaths]:
+        """These mask files of each size; the same files if the stage makes one model."""
+        return [paths.of_size(size) for size in self.sizes] or [paths]
+
+    def mask_files(self) -> list[str]:
+        """The mask files of units that the stage reads and writes."""
+        both = [*self.by_size(self.fixed), *self.by_size(self.writes)]
+        return [path for paths in both for path in vars(paths).values() if path]
+
+    @property
     def _parts(self) -> set[str]:
         """The first words of the stages of this run."""
         return {name.partition("_")[0] for name in (self.name, *(entry.name for entry in self.config.stages))}
@@ -111,7 +131,7 @@ class Stage:
 
     def inherited_masks(self) -> list[str]:
         """The mask files that stay fixed during the stage."""
-        return [path for path in vars(self.fixed).values() if path]
+        return [path for paths in self.by_size(self.fixed) for path in vars(paths).values() if path]
 
     def traces(self) -> list[Path]:
         """The pattern mask, if this run makes it."""
@@ -126,6 +146,8 @@ class Stage:
             heads = [heads, fine.head_unit, fine.allow_remote_code]
         dims: Any = fine.target_dimff if fine else None
         at_once: list[Any] = [asdict(joint) | {"train_mask": None}, heads, dims] if joint else []
+        if joint and joint.round_to == 1:
+            del at_once[0]["round_to"]
         if joint and joint.block_times:
             at_once[0] |= {"block_times": read_json(joint.block_times)}
         if fine and fine.scope != "block":

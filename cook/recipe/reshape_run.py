@@ -45,6 +45,7 @@ from cook.recipe.summary import finished_stages, ladder_row, masks_after, sample
 from cook.report.documents import MaskFile, ModelCard, model_card
 from cook.report.tables import human_count, markdown_table
 from cook.text.smaller import completed, shrink_tokenizer
+from cook.report.tables import LadderRow, human_count, markdown_table
 from cook.training.checkpoint import stored_weights
 
 TOLERANCE = 1e-5
@@ -69,6 +70,8 @@ class ReshapeOptions:
     """Mask files."""
     vocabulary: str | None = None
     """A file that `cook data vocabulary` wrote, or `min_count=N`: the tokens that occur as often in the run's texts."""
+    size: float | None = None
+    """Which of the run's several sizes; None: all of them, each in a folder of its own."""
     output: str | None = None
     """The folder to write."""
     uniform: bool = False
@@ -90,13 +93,15 @@ class Job:
     """The run that these were taken from, if any."""
     stages: list[Stage]
     """The finished stages of that run."""
+    number: int = 0
+    """The number of the size."""
 
 
-def find_job(options: ReshapeOptions) -> Job:
-    """Completes the command line's options from the run's config.
+def find_jobs(options: ReshapeOptions) -> list[Job]:
+    """Completes the command line's options from the run's config: one job per size.
 
     Raises:
-        UserError: no stage has finished yet, or there is no output folder.
+        UserError: no stage has finished yet, there is no output folder, or the run has no such size.
     """
     given = options.masks
     config = None
@@ -106,7 +111,9 @@ def find_job(options: ReshapeOptions) -> Job:
     if output is None:
         raise UserError("there is no output folder for the small model", remedy="give --output DIR")
     if options.model:
-        return Job(model=options.model, masks=given, output=output, config=config, stages=[])
+        if options.size is not None:
+            raise UserError("--size chooses one of a run's sizes", remedy="name its mask files instead")
+        return [Job(model=options.model, masks=given, output=output, config=config, stages=[])]
     assert config is not None
     stages = finished_stages(config)
     if not stages:
@@ -114,10 +121,21 @@ def find_job(options: ReshapeOptions) -> Job:
             f"no stage has finished under {config.output_dir}",
             remedy="train first (cook train --stage all), or give --model and masks",
         )
-    check_masks(stages[-1])
-    own = masks_after(stages[-1])
-    masks = MaskPaths(layer=given.layer or own.layer, heads=given.heads or own.heads, dimff=given.dimff or own.dimff)
-    return Job(model=str(stages[-1].folder / "model"), masks=masks, output=output, config=config, stages=stages)
+    last = stages[-1]
+    check_masks(last)
+    names, asked = [f"{size:g}" for size in last.sizes], None if options.size is None else f"{options.size:g}"
+    if asked and asked not in names:
+        wanted = ", ".join(names) or "no --size, since it has made one model"
+        raise UserError(f"--size {asked}: {last.name} has made no such size", wanted=wanted)
+    jobs = []
+    for number, name in enumerate(names or [""]):
+        if asked in (None, name):
+            own = masks_after(last, number)
+            masks = MaskPaths(**{kind: getattr(given, kind) or path for kind, path in vars(own).items()})
+            folder = f"{output}/{name}" if name and not (asked and options.output) else output
+            model = str(last.folder / "model")
+            jobs.append(Job(model=model, masks=masks, output=folder, config=config, stages=stages, number=number))
+    return jobs
 
 
 def reshape_run(options: ReshapeOptions) -> None:
@@ -128,7 +146,11 @@ def reshape_run(options: ReshapeOptions) -> None:
         RunFailed: the result differs from the masked model, or cannot be written.
     """
     check_versions()
-    job = find_job(options)
+    for job in find_jobs(options):
+        _reshape(job, options)
+
+
+def _reshape(job: Job, options: ReshapeOptions) -> None:
     model_config = read_json(options.model_config) if options.model_config else None
     source = open_model(job.model, config=model_config, read_checkpoint=stored_weights)
     tokens = kept_tokens(options.vocabulary, job, source) if options.vocabulary else ()
@@ -162,7 +184,7 @@ def reshape_run(options: ReshapeOptions) -> None:
         print(comparison(whole.adapter.space(whole.config), space, even[1], batches, speeds))
         card = ModelCard(
             name=output.resolve().name,
-            rows=[ladder_row(stage) for stage in job.stages[:1] + job.stages[-1:]],
+            rows=_rows(job),
             base_model=(job.config.model.path if job.config else None) or str(source.path),
             license="other",
             license_note="The licence of the weights is that of the model and the text they were trained on.",
@@ -195,6 +217,12 @@ def kept_tokens(vocabulary: str, job: Job, source: ModelSource) -> tuple[int, ..
     texts = chain.from_iterable(open_split(data).training_texts() for data in one_source_each(job.config.data))
     counts = count_tokens(texts, tokenizer_in(source.folder))
     return completed(source.folder, np.flatnonzero(counts >= least).tolist())
+
+
+def _rows(job: Job) -> list[LadderRow]:
+    """The first model of the run and the one that is reshaped."""
+    first = [ladder_row(stage) for stage in job.stages[:1]]
+    return first + [ladder_row(stage, number=job.number) for stage in job.stages[-1:]]
 
 
 def training_commands(job: Job) -> list[str]:

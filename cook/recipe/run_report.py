@@ -19,7 +19,7 @@ from cook.pruning.family import ModelSource
 from cook.pruning.mask_set import kept_counts
 from cook.recipe.kept_structure import as_lists, masks_of_structure
 from cook.recipe.plan import Stage
-from cook.recipe.summary import done_record, finished_stages, ladder_row, sample_batches
+from cook.recipe.summary import done_record, finished_stages, ladder_row, models_of, sample_batches
 from cook.report.documents import Figure, write_report
 from cook.report.events import LOG_NAME, read_log
 from cook.report.figures import plot_losses, plot_sparsity
@@ -38,8 +38,9 @@ def report_run(config: RunConfig, folder: Path) -> None:
         raise UserError(f"no stage has finished under {config.output_dir}", remedy="train first")
     # A mask stage's model is only the input of its finetuning: the table shows the models that a user would keep.
     shown = [s for s in stages if not s.learns] or stages
-    speeds = _speeds(config, shown)
-    rows = [ladder_row(stage, speeds.get(stage.name)) for stage in shown]
+    models = [(stage, number) for stage in shown for number in range(len(models_of(stage)))]
+    speeds = _speeds(config, models)
+    rows = [ladder_row(stage, speeds.get(_name(stage, number)), number) for stage, number in models]
     folder.mkdir(parents=True, exist_ok=True)
     figures = _figures(stages, folder)
     notes = _notes(config, stages)
@@ -50,24 +51,28 @@ def report_run(config: RunConfig, folder: Path) -> None:
     print(f"report: {path}")
 
 
-def _speeds(config: RunConfig, stages: list[Stage]) -> dict[str, float]:
-    """Forward tokens/s of each stage's reshaped model, measured in turns."""
-    if max(done_record(stage)["parameters"] for stage in stages) > LARGEST_TIMED:
+def _name(stage: Stage, number: int) -> str:
+    return f"{stage.name} {number}"
+
+
+def _speeds(config: RunConfig, shown: list[tuple[Stage, int]]) -> dict[str, float]:
+    """Forward tokens/s of each stage's reshaped models, measured in turns."""
+    if max(models_of(stage)[number]["parameters"] for stage, number in shown) > LARGEST_TIMED:
         return {}
     device = default_device()
     models: dict[str, torch.nn.Module] = {}
     batches: list[Batch] = []
-    for stage in stages:
+    for stage, number in shown:
         source = open_model(stage.folder / "model")
         batches = batches or sample_batches(config, source, rows=8)[0]
-        models[stage.name] = _small_model(stage, source).to(device)
+        models[_name(stage, number)] = _small_model(stage, number, source).to(device)
     tokens = sum(batch["targets"].numel() for batch in batches)
     return {name: tokens / seconds for name, seconds in forward_seconds(models, batches, device).items()}
 
 
-def _small_model(stage: Stage, source: ModelSource) -> torch.nn.Module:
+def _small_model(stage: Stage, number: int, source: ModelSource) -> torch.nn.Module:
     space = source.adapter.space(source.config, done_record(stage)["head_unit"])
-    masks = masks_of_structure(space, done_record(stage)["structure"])
+    masks = masks_of_structure(space, models_of(stage)[number]["structure"])
     model = load_model(reshaped_source(source, space, masks))
     assert sum(p.numel() for p in model.parameters()) == parameters(space, kept_counts(masks))
     return model

@@ -50,9 +50,10 @@ def finished_stages(config: RunConfig, *, baseline: bool = False) -> list[Stage]
     return [s for s in stages if s.done.exists() and (baseline or not s.is_random_baseline)]
 
 
-def masks_after(stage: Stage) -> MaskPaths:
-    """The mask files of a stage's model: fixed and learned ones."""
-    return dataclasses.replace(stage.fixed, **{kind: path for kind, path in vars(stage.writes).items() if path})
+def masks_after(stage: Stage, number: int = 0) -> MaskPaths:
+    """The mask files of a stage's model, or of its size of that number: fixed and learned ones."""
+    learned = {kind: path for kind, path in vars(stage.writes).items() if path}
+    return stage.by_size(dataclasses.replace(stage.fixed, **learned))[number]
 
 
 def done_record(stage: Stage) -> dict[str, Any]:
@@ -60,18 +61,24 @@ def done_record(stage: Stage) -> dict[str, Any]:
     return read_json(stage.done)
 
 
-def ladder_row(stage: Stage, tokens_per_second: float | None = None) -> LadderRow:
-    """A finished stage as a row of the report's table."""
+def models_of(stage: Stage) -> list[dict[str, Any]]:
+    """Loss, parameters and structure of each model that a finished stage has made, from the largest."""
     done = done_record(stage)
-    heads, dims = sizes(done["structure"], "att"), sizes(done["structure"], "ffn")
+    return list(done.get("sizes", [done]))
+
+
+def ladder_row(stage: Stage, tokens_per_second: float | None = None, number: int = 0) -> LadderRow:
+    """A finished stage, or its size of that number, as a row of the report's table."""
+    model = models_of(stage)[number]
+    heads, dims = sizes(model["structure"], "att"), sizes(model["structure"], "ffn")
     return LadderRow(
-        model=TITLES[stage.name],
+        model=TITLES[stage.name] + (f", {model['size']:g}" if "size" in model else ""),
         att_layers=len(heads),
         ffn_layers=len(dims),
         heads=range_text(heads),
         dim_ff=range_text(dims),
-        parameters=done["parameters"],
-        held_out_loss=done["held_out_loss"],
+        parameters=model["parameters"],
+        held_out_loss=model["held_out_loss"],
         tokens_per_second=tokens_per_second,
     )
 

@@ -68,6 +68,7 @@ class Run:
     on_save: Callable[[], None] = lambda: None  # called after each checkpoint, on every rank; writes the current masks
     at: At = lambda _step, _phase: None  # called at the start of every step and save, for a watchdog
     unit: str = "tok"  # name of the loader's targets, for the displayed speed
+    before_step: Callable[[int], None] = lambda _step: None  # called before each step, on every rank
     after_step: Callable[[int], None] = lambda _step: None  # called after each step, on every rank
 
 
@@ -97,6 +98,7 @@ def train(run: Run, start: Position, log: EventLog) -> Position:
             with meter.waiting():
                 num_targets = run.batches.num_targets(step - 1)
                 micro_batches = run.batches.micro_batches(step - 1, rank, world, training.rows_at_once(world))
+            run.before_step(step)
             limits, update = guard.limits(), position.updates + 1
             result = train_step(
                 run.engine,
@@ -187,7 +189,7 @@ def _report(
         names = [c.name for c in run.gates.constraints]
         sparsity, wanted = run.gates.expected_sparsity(), run.gates.targets(position.updates)
         expected, target = float(sparsity.mean()), float(wanted.mean())
-        multipliers = run.gates.controller.multipliers
+        multipliers = run.gates.multipliers
         for key, values in (("expected_sparsity", sparsity), ("target_sparsity", wanted), ("lambda", multipliers)):
             record[key] = dict(zip(names, values.tolist(), strict=True))
     if note is not None:

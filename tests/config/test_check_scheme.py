@@ -222,6 +222,34 @@ def test_all_mistakes_of_a_joint_budget_are_told_at_once(errors_of, load, scheme
     assert load().joint.target_params == 0.5
 
 
+def test_several_sizes_descend(errors_of, load, scheme):
+    scheme["joint"] = {"train_mask": True, "scope": "global", "target_params": [0.8, 0.65, 0.5]}
+    loaded = load().joint
+    assert loaded.sizes == (0.8, 0.65, 0.5) and loaded.share(2) == 0.5
+    scheme["joint"]["target_params"] = 0.5
+    assert load().joint.sizes == () and load().joint.share() == 0.5
+    scheme["joint"] |= {"target_params": None, "target_flops": [0.5, 0.5000000001, 0.8]}
+    messages = errors_of(recipe(["pretrain", *JOINT, "random_baseline"]))
+    assert [message.split("\n")[0] for message in messages] == [
+        "joint.target_flops: not in descending order",
+        "joint.target_flops: shares differ by less than 6 digits, by which their mask files are named",
+        "stages: random_baseline makes one model, and the scheme has several sizes",
+    ]
+    scheme["joint"]["target_params"] = [0.8, 0.5]
+    assert any("2 budgets" in message for message in errors_of())
+    scheme["joint"] |= {"target_flops": None, "scope": "block", "round_to": 8}
+    messages = errors_of()
+    assert [message.split("\n")[0] for message in messages] == [
+        f"joint.{key}: valid only for scope 'global'" for key in ("target_params", "round_to")
+    ]
+
+
+@pytest.mark.parametrize("shares", [[0.5], [0.8, 0], [0.8, 1.5], [0.8, "0.5"], [0.5] * 17])
+def test_sizes_are_shares(errors_of, shares):
+    messages = errors_of("joint.train_mask=true", "joint.scope=global", f"joint.target_params={json.dumps(shares)}")
+    assert messages and all("wrong value at 'joint.target_params" in message for message in messages)
+
+
 def test_a_budget_in_milliseconds_needs_its_table(errors_of, load, scheme, tmp_path):
     scheme["joint"] = {"train_mask": True, "scope": "global", "target_latency": 5.0}
     [message] = errors_of()

@@ -250,6 +250,21 @@ def test_a_model_teaches_itself_only_while_its_weights_stand_still(load, errors_
         assert "the teacher would change with the student" in message and f"got:    {unfit}" in message
 
 
+@pytest.mark.parametrize("target, fits", [([0.8, 0.5], True), (0.5, False)])
+def test_the_largest_of_several_sizes_may_teach_while_weights_are_trained(
+    load, errors_of, bmcook, scheme, target, fits
+):
+    bmcook["distillation"] = {"teacher": "self", "ce_scale": 1}
+    bmcook["pruning"]["mask_method"], bmcook["model"]["path"] = "joint", None
+    bmcook["stages"] = [{"name": name} for name in ("pretrain", "joint_mask", "joint_finetune")]
+    scheme["joint"] = {"train_mask": True, "scope": "global", "target_params": target}
+    if fits:
+        assert load().distillation.teacher == "self"
+    else:
+        [message] = errors_of()
+        assert "joint_mask (it trains weights), joint_finetune (it learns no mask)" in message
+
+
 def test_frozen_weights_of_the_one_stage_that_is_described(load, bmcook):
     bmcook["distillation"], bmcook["stages"] = {"teacher": "self", "ce_scale": 1}, []
     bmcook["pruning"]["mask_method"] = "coarse-grained"

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cook.pruning.controller import Constraint
-from cook.pruning.gates import Gates
+from cook.pruning.gates import Gates, size_of_step
 from cook.pruning.relaxation import Deterministic, HardConcrete, sample
 
 RELAXATIONS = [Deterministic(), HardConcrete()]
@@ -97,7 +97,7 @@ def test_update_carries_the_gradient_of_z_to_log_alpha(monkeypatch):
     gates.values = torch.linspace(-2, 2, 8)
     z = gates.draw(3)
     seen = []
-    monkeypatch.setattr(gates.controller, "step", lambda a, gradient, targets, hold: seen.append((gradient, targets)))
+    monkeypatch.setattr(gates.controller, "step", lambda a, gradient, targets, **_: seen.append((gradient, targets)))
     weight = torch.arange(8.0) - 3
     gates.update(weight, 3)
     # The slope of z in logα by the inverse of the formula: s = (z + 0.1) / 1.2, dz/dα = 1.2 s (1 − s) / β.
@@ -264,3 +264,153 @@ def test_gates_start_open_and_apart():
     torch.testing.assert_close(gates.targets(0), gates.expected_sparsity())
     assert torch.equal(gates.targets(200), torch.tensor([0.5], dtype=torch.float64))
     assert torch.equal(sample(gates.values, torch.full((700,), 0.5)), torch.ones(700))
+
+
+def nested(costs: np.ndarray, targets: list[float], *, seed=4, steps=60, relaxation=None, **options) -> Gates:
+    """Gates of units with these costs, in one budget per size."""
+    shares = tuple((costs / costs.sum()).tolist())
+    budgets = [[Constraint(name=f"{t:g}", start=0, costs=shares, target=t)] for t in targets]
+    relaxation = relaxation or Deterministic()
+    own = dict(steps=steps, seed=seed, relaxation=relaxation, smaller=budgets[1:], **options)
+    return Gates({"units": len(costs)}, budgets[0], **own)
+
+
+def learn(gates: Gates, first: int, last: int) -> None:
+    """Steps on a convex loss whose gradient depends on the drawn z."""
+    worth = torch.tensor(np.random.default_rng(0).uniform(0, 1, len(gates.of_size(0)))).float()
+    for step in range(first, last + 1):
+        gates.update(-worth * (1.7 - gates.draw(step)), step)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=40),
+    st.lists(st.floats(0, 0.99), min_size=2, max_size=4, unique=True),
+    st.integers(0, 99),
+    st.sampled_from(RELAXATIONS),
+)
+def test_masks_of_several_sizes_are_nested_and_each_meets_its_budget(costs, targets, seed, relaxation):
+    costs, targets = np.array(costs, dtype=float), sorted(targets)
+    gates = nested(costs, targets, relaxation=relaxation)
+    # Any values, also such that the smaller sizes would keep other units than the larger ones.
+    values = np.random.default_rng(seed).uniform(relaxation.low, relaxation.high, len(gates.values))
+    gates.values = torch.tensor(values, dtype=torch.float32)
+    masks = [gates.binary(number)["units"].numpy() for number in range(len(targets))]
+    for mask, target in zip(masks, targets, strict=True):
+        removed = costs[mask == 0].sum() / costs.sum()
+        assert abs(removed - target) <= costs.max() / costs.sum() / 2 * (1 + 1e-9)
+    assert all((small <= large).all() for large, small in itertools.pairwise(masks))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=6), st.integers(1, 20), st.integers(0, 99))
+def test_key_value_heads_are_nested_with_their_query_heads(sizes, dims, seed):
+    targets = [0.2, 0.45, 0.7]
+    budgets = [owned(sizes, dims, target).constraints for target in targets]
+    names = {"heads": sum(sizes), "keys": len(sizes), "dims": dims}
+    gates = Gates(names, budgets[0], steps=200, seed=1, relaxation=Deterministic(), smaller=budgets[1:])
+    gates.values = torch.rand(len(gates.values), generator=torch.Generator().manual_seed(seed))
+    masks = [gates.binary(number) for number in range(3)]
+    total = 2 * sum(sizes) + 3 * len(sizes) + dims
+    for mask, target in zip(masks, targets, strict=True):
+        assert torch.equal(mask["keys"], torch.stack([part.amax() for part in mask["heads"].split(sizes)]))
+        gone = {name: float((z == 0).sum()) for name, z in mask.items()}
+        assert abs((2 * gone["heads"] + 3 * gone["keys"] + gone["dims"]) / total - target) <= 2.5 / total * (1 + 1e-9)
+    for large, small in itertools.pairwise(masks):
+        assert all(bool((small[name] <= large[name]).all()) for name in names)
+
+
+@pytest.mark.parametrize("relaxation", RELAXATIONS)
+def test_every_step_ends_on_the_target_of_every_size(relaxation):
+    costs, targets = np.random.default_rng(1).uniform(1, 3, 60), [0.2, 0.35, 0.5]
+    gates = nested(costs, targets, relaxation=relaxation, steps=200)
+    missed = []
+    for step in range(1, 201):
+        learn(gates, step, step)
+        values = gates.values.view(3, -1)
+        assert bool((values[1:] <= values[:-1]).all()), step
+        openness = relaxation.openness(values.double()).numpy()
+        sparsity = 1 - openness @ (costs / costs.sum())
+        assert np.allclose(sparsity, gates.expected_sparsity().numpy(), rtol=0, atol=1e-12)
+        missed.append(np.abs(sparsity - gates.targets(step).numpy()).max())
+    # Values are float32: 60 roundings of 6e-8. At first hard concrete gates cannot close as fast as the targets rise.
+    assert max(missed[20:]) < 1e-7
+    assert [len(c.costs) for c in gates.constraints] == [60] * 3 and len(gates.multipliers) == 3
+    assert len(gates.openness()) == 60
+
+
+def test_deterministic_gates_of_every_size_end_binary():
+    gates = nested(np.ones(50), [0.2, 0.5, 0.8], steps=90)
+    learn(gates, 1, 90)
+    for number in range(3):
+        mask = gates.binary(number)["units"]
+        assert int(mask.sum()) == (40, 25, 10)[number]
+        assert float((gates.of_size(number) - mask).abs().mean()) < 0.01
+    worth = np.random.default_rng(0).uniform(0, 1, 50)
+    assert sorted(np.argsort(worth)[-10:]) == gates.binary(2)["units"].nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize(("relaxation", "start"), [(RELAXATIONS[0], "fisher"), (RELAXATIONS[1], "open")])
+def test_a_resumed_run_of_several_sizes_is_bit_identical(relaxation, start):
+    costs, targets = np.linspace(1, 2, 30), [0.3, 0.6]
+    whole, first, second = (nested(costs, targets, relaxation=relaxation, start=start) for _ in range(3))
+    learn(whole, 1, 40)
+    learn(first, 1, 19)
+    second.load_state_dict(first.state_dict())
+    learn(second, 20, 40)
+    assert torch.equal(whole.values, second.values)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name]), name
+
+
+def test_every_size_is_trained_once_in_as_many_steps_in_an_order_of_its_own():
+    order = [size_of_step(step, 3, 7) for step in range(1, 61)]
+    assert order == [size_of_step(step, 3, 7) for step in range(1, 61)]
+    turns = [tuple(order[start : start + 3]) for start in range(0, 60, 3)]
+    assert all(sorted(turn) == [0, 1, 2] for turn in turns) and len(set(turns)) > 3
+    assert order != [size_of_step(step, 3, 8) for step in range(1, 61)]
+    assert {size_of_step(step, 1, 7) for step in range(1, 9)} == {0}
+
+
+def test_a_step_draws_the_gates_of_its_size():
+    gates = nested(np.ones(4), [0.2, 0.6])
+    gates.values = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2])
+    for step in range(1, 9):
+        number = size_of_step(step, 2, gates.seed)
+        assert torch.equal(gates.draw(step), gates.of_size(number))
+        assert torch.equal(gates.largest(), gates.of_size(0))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    st.lists(st.floats(0, 0.95), min_size=1, max_size=3, unique=True),
+    st.integers(1, 8),
+    st.integers(0, 99),
+)
+def test_groups_keep_multiples_or_all_of_their_units(sizes, targets, multiple, seed):
+    names, targets, count = {f"g{n}": size for n, size in enumerate(sizes)}, sorted(targets), sum(sizes)
+    budgets = [[Constraint(name="all", start=0, costs=(1 / count,) * count, target=target)] for target in targets]
+    rounded = dict.fromkeys(names, multiple)
+    gates = Gates(names, budgets[0], steps=9, seed=1, smaller=budgets[1:], multiples=rounded)
+    gates.values = torch.rand(len(gates.values), generator=torch.Generator().manual_seed(seed))
+    before = [1] * count
+    for number, target in enumerate(targets):
+        masks = gates.binary(number)
+        for name, size in names.items():
+            kept = masks[name].sum().item()
+            assert kept == size or kept % multiple == 0
+        flat = [z for mask in masks.values() for z in mask.tolist()]
+        assert abs(1 - sum(flat) / count - target) <= multiple / 2 / count + 1e-9
+        assert all(now <= then for now, then in zip(flat, before, strict=True))
+        before = flat
+
+
+def test_multiples_leave_query_heads_and_their_keys_alone():
+    free = owned([2, 2, 2], 12, 0.5)
+    gates = Gates(free.sizes, free.constraints, steps=9, seed=1, multiples={"dims": 4})
+    for seed in range(20):
+        gates.values = torch.rand(21, generator=torch.Generator().manual_seed(seed))
+        masks = gates.binary()
+        assert masks["dims"].sum().item() in (0, 4, 8, 12)
+        assert torch.equal(masks["keys"], torch.stack([part.amax() for part in masks["heads"].split(2)]))
