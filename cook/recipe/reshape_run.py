@@ -43,9 +43,8 @@ from cook.recipe.plan import MaskPaths, Stage
 from cook.recipe.sources import check_masks
 from cook.recipe.summary import finished_stages, ladder_row, masks_after, sample_batches
 from cook.report.documents import MaskFile, ModelCard, model_card
-from cook.report.tables import human_count, markdown_table
-from cook.text.smaller import completed, shrink_tokenizer
 from cook.report.tables import LadderRow, human_count, markdown_table
+from cook.text.smaller import completed, shrink_tokenizer
 from cook.training.checkpoint import stored_weights
 
 TOLERANCE = 1e-5
