@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import importlib
 import importlib.util
 import shutil
@@ -25,7 +26,9 @@ from cook.service.access import Access, Denied
 from cook.service.controller import Conflict, Controller
 from cook.service.downloads import Download, read_manifest
 from cook.service.guard import Guard, error_response
+from cook.service.index import DatabaseError
 from cook.service.jobs import ACTIVE, IDENTIFIER, WAITING, Job, State
+from cook.service.outcomes import SCARCE
 from cook.service.objects import Artifact, JobList, JobObject, Login, Problem, Stop, job_object
 from cook.service.paths import Roots
 from cook.service.streams import MAX_JOBS, EventResponse, Streams, TooMany, cursor_of
@@ -33,6 +36,7 @@ from cook.service.submission import Checked, Plan, Submission, body_hash, check,
 from cook.service.tails import OUTPUT, TEXT_BYTES, Mark, open_gates, read_records, read_text
 
 MAX_OFFSET = 2**53
+FULL = "the disk of the server is almost full: remove old jobs with cook gc"
 KEY = r"^[\x21-\x7e]{1,200}$"
 LOGGED_IN = '<!doctype html><meta http-equiv="refresh" content="0;url=/"><title>cook</title><a href="/">cook</a>'
 
@@ -99,8 +103,13 @@ class Service:
         counts = self.controller.count(owner=owner)
         if sum(counts.get(state, 0) for state in (*WAITING, *ACTIVE)) >= self.limits.jobs:
             raise HTTPException(429, f"{owner} has {self.limits.jobs} jobs that wait or run, which is the limit")
-        if shutil.disk_usage(self.controller.home).free < self.limits.free_bytes:
-            raise HTTPException(507, "the disk of the server is almost full: remove old jobs with cook gc")
+        if self.free_bytes < self.limits.free_bytes:
+            raise HTTPException(507, FULL)
+
+    @property
+    def free_bytes(self) -> int:
+        """Free bytes on the disk of the jobs."""
+        return shutil.disk_usage(self.controller.home).free
 
 
 def service_of(request: Request) -> Service:
@@ -316,6 +325,8 @@ def create_app(service: Service) -> FastAPI:
     _add_pages(app)
     app.add_middleware(Guard, access=service.access)
     app.add_exception_handler(KeyError, _no_job)
+    for kind in (OSError, DatabaseError):
+        app.add_exception_handler(kind, _not_written)
     for kind in (HTTPException, RequestValidationError, Conflict, TooMany, UserError, Denied):
         app.add_exception_handler(kind, _refused)
     return app
@@ -328,6 +339,13 @@ def _add_pages(app: FastAPI) -> None:
 
 def _no_job(request: Request, error: Exception) -> JSONResponse:
     return error_response(404, f"there is no job {error.args[0] if error.args else ''}")
+
+
+def _not_written(request: Request, error: Exception) -> JSONResponse:
+    """Tells that the disk is full; what else fails is an error of the server."""
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or service_of(request).free_bytes < SCARCE:
+        return error_response(507, FULL)
+    raise error
 
 
 def _refused(request: Request, error: Exception) -> JSONResponse:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import socket
+import ssl
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -140,10 +141,22 @@ class Server(uvicorn.Server):
 def _has_tls(options: Options) -> bool:
     if (options.tls_cert is None) != (options.tls_key is None):
         raise UserError("--tls-cert and --tls-key must be given together")
+    if options.tls_cert is None or options.tls_key is None:
+        return False
     for path in (options.tls_cert, options.tls_key):
-        if path is not None:
-            regular_file(path)
-    return options.tls_cert is not None
+        regular_file(path)
+    try:
+        # Without a password, a key that is encrypted would wait for somebody to type it.
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
+            options.tls_cert, options.tls_key, password=""
+        )
+    except ssl.SSLError as error:
+        raise UserError(
+            "--tls-cert and --tls-key cannot be used",
+            wanted="a chain of certificates that begins with the server's own, and its key without a password, in PEM",
+            got=error.reason or str(error),
+        ) from None
+    return True
 
 
 def _listen(host: str, port: int) -> socket.socket:

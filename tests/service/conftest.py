@@ -1,10 +1,19 @@
-"""A server per test file, with one folder of inputs and a recipe that may be submitted to it."""
+"""A server per test file, with one folder of inputs and a recipe that may be submitted to it; a Slurm cluster."""
 
 from __future__ import annotations
 
 import pytest
 
 from tests.service.live import recipe, serving
+from tests.service.slurm_cluster import Cluster, missing
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    if reason := missing():
+        pytest.skip(f"Slurm: {reason}")
+    with Cluster() as made:
+        yield made
 
 
 @pytest.fixture(scope="module")

@@ -78,11 +78,17 @@ class Live:
 
 @contextlib.contextmanager
 def serving(
-    home: Path, *, plan: Any = quick_plan, executor: Any = None, port: int = 0, **options: Any
+    home: Path,
+    *,
+    plan: Any = quick_plan,
+    executor: Any = None,
+    port: int = 0,
+    database: str | None = None,
+    **options: Any,
 ) -> Iterator[Live]:
     """Serves `home` until the end of the block."""
     executors = {"local": executor or Full(gpus=(), slots=4)}
-    controller = Controller(home, executors=executors, poll=0.05, retry_delay=0.0)
+    controller = Controller(home, executors=executors, poll=0.05, retry_delay=0.0, database=database)
     controller.start()
     try:
         server = Server(Options(home=home, port=port, **options), controller=controller, plan=plan)

@@ -143,6 +143,23 @@ def test_the_index_may_fail_at_any_time(service, monkeypatch):
     wait_state(service, job, "succeeded")
 
 
+def test_jobs_are_followed_while_the_index_cannot_be_written(service, monkeypatch):
+    waiting, removed = service.submit(spec(), {"seconds": 0.2}, {}), service.submit(spec(), {}, {})
+    service.stop(removed.id)
+
+    def broken(*_):
+        raise DatabaseError("the disk is full")
+
+    for name in ("put", "delete"):
+        monkeypatch.setattr(f"cook.service.index.Index.{name}", broken)
+    service.remove(removed.id)
+    service.start()
+    assert wait_state(service, waiting, "succeeded").attempt == 1
+    assert [job.state for job in service.list() if job.id == waiting.id] == ["succeeded"]
+    monkeypatch.undo()
+    wait_for(lambda: [job.state for job in service._index.list()] == ["succeeded"], "the rows")
+
+
 def test_subscribers_get_the_newest_state_of_each_job(service):
     told = []
     with service.subscribe() as slow, service.subscribe(lambda: told.append(now())) as other:
