@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import importlib
-import importlib.util
 import shutil
 import threading
 from collections.abc import AsyncIterator
@@ -25,11 +23,13 @@ from cook.config.scheme import StageName
 from cook.service.access import Access, Denied
 from cook.service.controller import Conflict, Controller
 from cook.service.downloads import Download, read_manifest
+from cook.service.forms import router as forms
 from cook.service.guard import Guard, error_response
 from cook.service.index import DatabaseError
 from cook.service.jobs import ACTIVE, IDENTIFIER, WAITING, Job, State
+from cook.service.objects import Artifact, JobList, JobObject, Login, Problem, Stop, in_words, job_object
 from cook.service.outcomes import SCARCE
-from cook.service.objects import Artifact, JobList, JobObject, Login, Problem, Stop, job_object
+from cook.service.pages import add_pages
 from cook.service.paths import Roots
 from cook.service.streams import MAX_JOBS, EventResponse, Streams, TooMany, cursor_of
 from cook.service.submission import Checked, Plan, Submission, body_hash, check, problems
@@ -322,7 +322,8 @@ def create_app(service: Service) -> FastAPI:
     )
     app.state.service = service
     app.include_router(router)
-    _add_pages(app)
+    add_pages(app)
+    app.include_router(forms)
     app.add_middleware(Guard, access=service.access)
     app.add_exception_handler(KeyError, _no_job)
     for kind in (OSError, DatabaseError):
@@ -330,11 +331,6 @@ def create_app(service: Service) -> FastAPI:
     for kind in (HTTPException, RequestValidationError, Conflict, TooMany, UserError, Denied):
         app.add_exception_handler(kind, _refused)
     return app
-
-
-def _add_pages(app: FastAPI) -> None:
-    if importlib.util.find_spec("cook.service.pages") is not None:
-        importlib.import_module("cook.service.pages").add_pages(app)
 
 
 def _no_job(request: Request, error: Exception) -> JSONResponse:
@@ -352,12 +348,7 @@ def _refused(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, HTTPException):
         return error_response(error.status_code, str(error.detail), headers=dict(error.headers or {}))
     if isinstance(error, RequestValidationError):
-        return error_response(422, "the request has mistakes", [_in_words(each) for each in error.errors()])
+        return error_response(422, "the request has mistakes", [in_words(each) for each in error.errors()])
     if isinstance(error, UserError):
         return error_response(422, "the submission has mistakes", problems(error))
     return error_response(409 if isinstance(error, Conflict) else 429, str(error))
-
-
-def _in_words(error: dict[str, Any]) -> str:
-    place = ".".join(str(part) for part in error["loc"] if part not in ("body", "query", "header", "path"))
-    return f"{place}: {error['msg'].removeprefix('Value error, ')}".removeprefix(": ")

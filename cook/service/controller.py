@@ -15,7 +15,7 @@ import shutil
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -113,17 +113,9 @@ class Controller:
                 self._synchronise()  # a job that is not in the index yet may have the key
             return self._index.submitted(owner, key, body_hash)
 
-    def list(
-        self,
-        *,
-        owner: str | None = None,
-        state: State | Sequence[State] | None = None,
-        limit: int = 100,
-        after: str | None = None,
-    ) -> builtins.list[Job]:
-        """Jobs from the index, newest first; `after`: only those older than the job with this id."""
-        found = self._index.list(owner=owner, state=state, limit=limit, after=after)
-        return [self._unwritten.get(job.id, job) for job in found]
+    def list(self, **chosen: Any) -> builtins.list[Job]:
+        """Jobs, newest first; the arguments are those of `Index.list`."""
+        return [self._unwritten.get(job.id, job) for job in self._index.list(**chosen)]
 
     def count(self, *, owner: str | None = None) -> dict[State, int]:
         """How many jobs there are in each state (for limits)."""

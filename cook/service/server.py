@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import ssl
@@ -24,6 +25,7 @@ from cook.service.paths import Roots
 from cook.service.planner import Planner
 from cook.service.submission import Plan
 
+EVERYWHERE = ("0.0.0.0", "::")
 GRACE = 5
 """Seconds that requests in progress have to end when the server stops."""
 
@@ -69,6 +71,8 @@ class Server(uvicorn.Server):
         port = self._socket.getsockname()[1]
         names = address(options.host, port, tls=tls, behind_proxy=options.behind_proxy, names=options.allow_hosts)
         shown = f"[{options.host}]" if ":" in options.host else options.host
+        if options.host in EVERYWHERE:  # no address that a browser could open
+            shown = re.sub(r":\d+$", "", next(iter(options.allow_hosts), socket.gethostname()))
         self.url = f"{'https' if tls else 'http'}://{shown}:{port}"
         self.access = Access(tokens, names, secure=tls or options.behind_proxy)
         self._planner = Planner() if plan is None else None

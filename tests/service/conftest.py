@@ -1,11 +1,18 @@
-"""A server per test file, with one folder of inputs and a recipe that may be submitted to it; a Slurm cluster."""
+"""A server per test file, with one folder of inputs and a recipe that may be submitted to it; a browser; a Slurm cluster."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from tests.service.live import recipe, serving
+from tests.service.live import Live, recipe, serving
 from tests.service.slurm_cluster import Cluster, missing
+
+CHROMIUM = Path("/usr/bin/chromium")
 
 
 @pytest.fixture(scope="module")
@@ -30,3 +37,43 @@ def body(inputs):
 def live(tmp_path_factory, inputs, body):
     with serving(tmp_path_factory.mktemp("home"), roots=[inputs]) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if not CHROMIUM.exists():
+        pytest.skip(f"{CHROMIUM} is not installed")
+    with sync_api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Any]:
+    """Opens pages in browsers of their own, logged in; what the console reports is an error of the test."""
+    contexts, reported = [], []
+
+    def opened(live: Live, path: str = "/", *, allowed: str = "", **options: Any) -> Any:
+        context = browser.new_context(**{"viewport": {"width": 1200, "height": 900}, **options})
+        context.set_default_timeout(15_000)
+        contexts.append(context)
+        page = context.new_page()
+
+        def note(message: str) -> None:
+            if not allowed or not re.search(allowed, message):
+                reported.append(message)
+
+        page.on("console", lambda message: message.type in ("error", "warning") and note(message.text))
+        page.on("pageerror", lambda error: note(str(error)))
+        page.goto(live.server.login_link)
+        page.wait_for_url(f"{live.url}/")
+        if path != "/":
+            page.goto(f"{live.url}{path}")
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert not reported, "the console of the browser"
