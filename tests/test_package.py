@@ -96,7 +96,16 @@ def test_the_installed_command(cook_command, tmp_path, tiny):  # noqa: F811
 @pytest.fixture
 def installed_service(installed, tmp_path):
     """What the installed `cook serve` prints."""
-    command = [sys.executable, installed / "bin" / "cook", "serve", "--home", tmp_path / "home", "--port", "0", "--json"]
+    command = [
+        sys.executable,
+        installed / "bin" / "cook",
+        "serve",
+        "--home",
+        tmp_path / "home",
+        "--port",
+        "0",
+        "--json",
+    ]
     environment = os.environ | {"PYTHONPATH": str(installed)}
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE) as server:
         try:
@@ -112,7 +121,9 @@ def test_the_installed_service_has_its_pages_and_names_no_other_server(installed
         for page in ("/", "/login"):
             text = browser.get(page).raise_for_status().text
             named = re.findall(r'(?:src|href)="([^"]*)"', text)
-            assert named and all(path.startswith("/") and not path.startswith("//") for path in named if path != "#main")
+            assert named and all(
+                path.startswith("/") and not path.startswith("//") for path in named if path != "#main"
+            )
             for path in named:
                 assert browser.get(path.partition("#")[0] or page).is_success, path
 

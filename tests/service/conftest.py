@@ -1,4 +1,4 @@
-"""A server per test file, with one folder of inputs and a recipe that may be submitted to it; a browser; a Slurm cluster."""
+"""A server per test file, with its inputs and a recipe that may be submitted; a browser; a Slurm cluster."""
 
 from __future__ import annotations
 

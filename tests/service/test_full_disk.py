@@ -39,9 +39,7 @@ def fill(path) -> None:
 
 @pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_the_reason_and_not_the_server(small_disk, inputs, body):
-    with serving(
-        small_disk / "home", roots=[inputs], executor=local(), limits=Limits(free_bytes=BYTES // 8)
-    ) as live:
+    with serving(small_disk / "home", roots=[inputs], executor=local(), limits=Limits(free_bytes=BYTES // 8)) as live:
         old = live.controller.submit(spec(), {}, {})
         wait_state(live.controller, old, "succeeded")
         job = live.controller.submit(spec(name="long", retries=3), {"seconds": 1.0}, {})

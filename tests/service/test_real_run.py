@@ -109,12 +109,12 @@ def test_a_job_that_was_stopped_and_resumed_is_the_uninterrupted_run(plain, tmp_
 def test_a_job_that_was_stopped_while_it_prepared_its_data_is_the_uninterrupted_run(plain, tmp_path):
     with submitted(tmp_path, plain, local()) as (service, job):
         out = job.folder / "run" / "out"
-        wait_for((out / "run.lock").exists, lambda: service.get(job.id), 60)
+        wait_for((out / "data" / ".lock").exists, lambda: service.get(job.id), 60)
         trainer = read(out / "run.lock")["processes"][0]["pid"]
         os.kill(trainer, signal.SIGSTOP)  # so that it cannot begin before the request
         assert not (out / "pretrain" / "log.jsonl").exists()
         service.stop(job.id)
-        wait_for(lambda: has_waiting(trainer, signal.SIGTERM), "the request to stop")
+        wait_for(lambda: has_waiting(trainer, signal.SIGTERM), "the request to stop", 60)
         os.kill(trainer, signal.SIGCONT)
         stopped = wait_state(service, job, "stopped", seconds=60)
         assert exit_of(job)["outcome"] == 75 and "outside the training steps" in stopped.message, stopped
