@@ -49,6 +49,7 @@ ACCOUNTING = """
 AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=127.0.0.1
 AccountingStoragePort={dbd_port}
+AccountingStoragePass={folder}/munge.socket
 """
 DAEMON_OF_ACCOUNTING = """
 AuthType=auth/munge
@@ -88,7 +89,7 @@ class Cluster:
     """
 
     def __init__(self, *, accounting: bool = False) -> None:
-        self._accounting = accounting
+        self.accounting = accounting
         self.folder = Path(tempfile.mkdtemp(prefix="cook-slurm-", dir="/tmp"))
         self.folder.chmod(0o755)
         self.conf = self.folder / "slurm.conf"
@@ -102,13 +103,13 @@ class Cluster:
         key.chmod(0o600)
         places: dict[str, Any] = {name: _free_port() for name in ("ctld_port", "d_port", "dbd_port", "sql_port")}
         places |= {"host": socket.gethostname(), "folder": self.folder}
-        self.conf.write_text((CONFIG + (ACCOUNTING if self._accounting else "")).format(**places))
+        self.conf.write_text((CONFIG + (ACCOUNTING if self.accounting else "")).format(**places))
         names = {"key-file": "munge.key", "socket": "munge.socket", "pid-file": "munge.pid", "log-file": "munge.log"}
         paths = [f"--{option}={self.folder / name}" for option, name in {**names, "seed-file": "munge.seed"}.items()]
         try:
             self._start("munged", "--foreground", "--force", "--num-threads=2", *paths)
             _wait(lambda: (self.folder / "munge.socket").exists())
-            if self._accounting:
+            if self.accounting:
                 self._start_accounting(places)
             self.start_controller()
             self._start("slurmd", "-D", "-f", str(self.conf))

@@ -219,6 +219,9 @@ def test_of_a_job_that_slurm_has_forgotten_exit_json_decides_and_then_silence(ei
     wait_for(lambda: exit_of(good), "its end")
     kill(supervisor_of(lost).pid)  # without an exit.json
     wait_for(lambda: not any(listed(cluster, job) for job in made), "MinJobAge", 90)
+    if cluster.accounting:
+        recorded = cluster.run("sacct", "--allusers", "--noheader", "--format=JobName%40").stdout
+        assert all(name_of(job) in recorded for job in made)
     executor._silence = 1.0
     service = controller(tmp_path, executors={"slurm": executor})
     service.start()
