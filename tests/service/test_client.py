@@ -296,7 +296,7 @@ def test_watch_and_logs_until_the_end(tmp_path, inputs, capsys, monkeypatch, coo
         monkeypatch.setenv("COOK_HOME", str(tmp_path / "home"))
         # The stand-in reads its own keys, which the checks of a submission would refuse.
         spec = {"name": "x", "owner": "admin", "executor": "local", "gpus": 0, "processes": 1, "slurm": {}, "plan": {}}
-        good = live.controller.submit({**spec, "stop_grace": 20.0}, {"seconds": 0.3}, {})
+        good = live.controller.submit({**spec, "stop_grace": 20.0}, {"seconds": 1.0}, {})
         bad = live.controller.submit({**spec, "stop_grace": 20.0}, {"seconds": 0.1, "code": 1}, {})
         code, out, _ = cook("watch", good.id)
         assert code == 0 and "-- running" in out and out.rstrip().splitlines()[-1].startswith("-- succeeded")
