@@ -93,21 +93,13 @@ def test_the_installed_command(cook_command, tmp_path, tiny):  # noqa: F811
     assert json.loads((tmp_path / "out" / "model" / "config.json").read_text())["intermediate_size"] == 32
 
 
-@pytest.fixture
-def installed_service(installed, tmp_path):
+@pytest.fixture(scope="module")
+def installed_service(installed, tmp_path_factory):
     """What the installed `cook serve` prints."""
-    command = [
-        sys.executable,
-        installed / "bin" / "cook",
-        "serve",
-        "--home",
-        tmp_path / "home",
-        "--port",
-        "0",
-        "--json",
-    ]
+    folder = tmp_path_factory.mktemp("served")
+    command = [sys.executable, installed / "bin" / "cook", "serve", "--home", folder / "home", "--port", "0", "--json"]
     environment = os.environ | {"PYTHONPATH": str(installed)}
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE) as server:
+    with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE) as server:
         try:
             yield json.loads(server.stdout.readline())
         finally:
@@ -115,17 +107,18 @@ def installed_service(installed, tmp_path):
 
 
 def test_the_installed_service_has_its_pages_and_names_no_other_server(installed_service):
-    with httpx.Client(base_url=installed_service["url"], trust_env=False) as browser:
-        assert browser.get("/").headers["location"] == "/login"
-        assert browser.get(installed_service["login"]).is_success
-        for page in ("/", "/login"):
-            text = browser.get(page).raise_for_status().text
-            named = re.findall(r'(?:src|href)="([^"]*)"', text)
-            assert named and all(
-                path.startswith("/") and not path.startswith("//") for path in named if path != "#main"
-            )
-            for path in named:
-                assert browser.get(path.partition("#")[0] or page).is_success, path
+    token = (Path(installed_service["home"]) / "token").read_text().split()[0]
+    with httpx.Client(base_url=installed_service["url"], trust_env=False) as stranger:
+        assert stranger.get("/").headers["location"] == "/login"
+    with httpx.Client(
+        base_url=installed_service["url"], trust_env=False, headers={"Authorization": f"Bearer {token}"}
+    ) as client:
+        for page in ("/", "/submit", "/login"):
+            named = re.findall(r'(?:src|href)="([^"]*)"', client.get(page).raise_for_status().text)
+            paths = [path for path in named if path != "#main"]
+            assert paths and all(re.match("/(?!/)", path) for path in paths)
+            for path in paths:
+                assert client.get(path).is_success, path
 
 
 def test_the_installed_service_works_without_a_network(installed_service):

@@ -326,8 +326,8 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(forms)
     app.add_middleware(Guard, access=service.access)
     app.add_exception_handler(KeyError, _no_job)
-    for kind in (OSError, DatabaseError):
-        app.add_exception_handler(kind, _not_written)
+    app.add_exception_handler(OSError, _not_written)
+    app.add_exception_handler(DatabaseError, _not_written)
     for kind in (HTTPException, RequestValidationError, Conflict, TooMany, UserError, Denied):
         app.add_exception_handler(kind, _refused)
     return app
