@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import ssl
 import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -18,26 +14,8 @@ from cook.base.errors import UserError
 from cook.service.client import Client
 from cook.service.jobs import JobStore
 from cook.service.server import Options, Server
-from tests.recipe.tiny_run import REPOSITORY, own_environment
-from tests.service.live import serving
+from tests.service.live import served, serving
 from tests.service.parts import create, exit_of, ledger, supervisor_of, wait_for, wait_ledger
-
-
-@contextmanager
-def served(home: Path) -> Iterator[tuple[subprocess.Popen, Client]]:
-    command = [sys.executable, str(Path(__file__).with_name("serve.py")), "--home", str(home), "--port", "0", "--json"]
-    environment = own_environment(PYTHONPATH=str(REPOSITORY))
-    with (
-        open(home.parent / "errors", "a") as errors,
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors) as server,
-    ):
-        assert server.stdout is not None
-        try:
-            facts = json.loads(server.stdout.readline())
-            with Client(facts["url"], (home / "token").read_text().split()[0]) as client:
-                yield server, client
-        finally:
-            server.kill()
 
 
 @pytest.mark.slow
