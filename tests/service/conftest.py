@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tests.service.live import Live, recipe, serving
 from tests.service.slurm_cluster import Cluster, missing
 
 CHROMIUM = Path("/usr/bin/chromium")
+DISK = 48 << 20  # bytes
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +39,20 @@ def body(inputs):
 def live(tmp_path_factory, inputs, body):
     with serving(tmp_path_factory.mktemp("home"), roots=[inputs]) as running:
         yield running
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder with a file system of its own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(disk)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"a small disk needs root: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 @pytest.fixture(scope="module")

@@ -3,43 +3,17 @@
 from __future__ import annotations
 
 import os
-import subprocess
 
 import pytest
 
 from cook.service.api import Limits
 from tests.service.live import serving
-from tests.service.parts import local, spec, wait_for, wait_ledger, wait_state
-
-BYTES = 8 << 20
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={BYTES}", "tmpfs", str(disk)], capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"a small disk needs root: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
-
-
-def fill(path) -> None:
-    """Takes the last byte of the disk."""
-    with open(path, "ab", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(4096))
-        except OSError:
-            pass
+from tests.service.parts import fill, local, spec, wait_for, wait_ledger, wait_state
 
 
 @pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_the_reason_and_not_the_server(small_disk, inputs, body):
-    with serving(small_disk / "home", roots=[inputs], executor=local(), limits=Limits(free_bytes=BYTES // 8)) as live:
+    with serving(small_disk / "home", roots=[inputs], executor=local(), limits=Limits(free_bytes=1 << 20)) as live:
         old = live.controller.submit(spec(), {}, {})
         wait_state(live.controller, old, "succeeded")
         job = live.controller.submit(spec(name="long", retries=3), {"seconds": 1.0}, {})

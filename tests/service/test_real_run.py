@@ -18,7 +18,7 @@ from cook.service.executors import LocalExecutor
 from cook.service.jobs import Job, now, read
 from cook.service.slurm import SlurmExecutor
 from tests.recipe.tiny_run import read_log, train, write_run
-from tests.service.parts import SUPERVISOR, controller, exit_of, spec, wait_for, wait_state
+from tests.service.parts import SUPERVISOR, controller, exit_of, fill, spec, wait_for, wait_state
 from tests.warm import interpreter
 
 STAGES = ("pretrain", "layer_mask")
@@ -137,3 +137,14 @@ def test_a_job_that_slurm_requeued_is_the_uninterrupted_run(plain, cluster, tmp_
         process = read(job.attempt_folder / "process.json")
         assert (process["slurm_job"], process["restart"]) == (number, 1)
         assert "resuming from step" in (job.attempt_folder / "output.log").read_text()
+
+
+def test_a_job_that_a_full_disk_ended_says_so_and_is_the_uninterrupted_run(plain, small_disk):
+    with submitted(small_disk, plain, local()) as (service, job):
+        wait_steps(service, job)
+        fill(small_disk / "filler")
+        failed = wait_state(service, job, "failed", seconds=60)
+        assert exit_of(job)["outcome"] == 1 and "No space left" in failed.message, failed
+        (small_disk / "filler").unlink()
+        service.resume(job.id)
+        assert succeeded(service, job).attempt == 2
