@@ -10,6 +10,7 @@ the server (`server_cpu_ms`, the mean of a request) tells how far other programs
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -54,7 +55,8 @@ def main() -> None:
                     print("PostgreSQL is not installed: left out")
                     continue
                 rows += measure(Path(folder, "home"), name, url, options.jobs, options.requests)
-    publish("service_lists", {"jobs": options.jobs, "requests": options.requests}, rows, options.output)
+    settings = {"jobs": options.jobs, "requests": options.requests, "load_average": os.getloadavg()[0]}
+    publish("service_lists", settings, rows, options.output)
 
 
 def measure(home: Path, index: str, url: str | None, jobs: int, requests: int) -> list[dict[str, Any]]:

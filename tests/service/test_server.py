@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import ssl
 import subprocess
@@ -79,6 +80,15 @@ def test_a_server_with_a_certificate(tmp_path, certificates, capfd, monkeypatch)
         with Client(live.url, live.token, pause=0.01) as client:
             assert list(client.jobs()) == []
     assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_the_link_of_a_server_on_all_addresses_has_a_name(tmp_path, certificates):
+    files = {"tls_cert": certificates / "server.pem", "tls_key": certificates / "server.key"}
+    options = Options(home=tmp_path, host="0.0.0.0", port=0, allow_hosts=["cook.example.org"], **files)
+    server = Server(options)
+    with server.attached():
+        assert re.fullmatch(r"https://cook\.example\.org:\d+/v1/login\?code=.*", server.login_link)
+        assert server.url.removeprefix("https://") in server.access.address.hosts
 
 
 @pytest.mark.parametrize("damage", ["key of another", "password", "text"])

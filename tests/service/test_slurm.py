@@ -234,6 +234,7 @@ def test_of_a_job_that_slurm_has_forgotten_exit_json_decides_and_then_silence(ei
 
 def test_options_are_known_ones_and_single_arguments(tmp_path):
     assert "unknown options wrap" in SlurmExecutor().problem(spec(slurm={"wrap": "rm"}))
+    assert SlurmExecutor().problem(spec(slurm=dict.fromkeys(slurm.OPTIONS, "1"))) is None
     job = create(JobStore(tmp_path), executor="slurm", gpus=2, slurm={"time": "10", "partition": "a b; rm -rf"})
     command = submission(job)
     assert "--partition=a b; rm -rf" in command and "--gres=gpu:2" in command and "--signal=B:TERM@20" in command
