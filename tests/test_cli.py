@@ -18,6 +18,7 @@ from cook.base.errors import UserError
 from cook.cli import app, invoke
 from cook.evaluation import profile
 from cook.pruning.block_times import read_block_times
+from tests.command import told
 from tests.recipe.tiny_run import REPOSITORY, run
 
 COMMANDS = {
@@ -58,22 +59,6 @@ def names(command: click.Command, prefix: str = "") -> list[str]:
     if not hasattr(command, "commands"):
         return [prefix.strip()]
     return [name for key, each in command.commands.items() for name in names(each, f"{prefix} {key}")]
-
-
-def told(capsys, *arguments: object) -> tuple[int, str, str]:
-    """Exit code, output and errors of a command as a shell sees them."""
-    from cook.base.errors import run_entry
-
-    def run() -> int:
-        try:
-            app([str(argument) for argument in arguments], prog_name="cook")
-        except SystemExit as end:
-            return int(end.code or 0)
-        return 0
-
-    with pytest.raises(SystemExit) as end:
-        run_entry(run)
-    return end.value.code, *capsys.readouterr()
 
 
 def test_every_command_is_tested():

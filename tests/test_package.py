@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
 import zipfile
 from pathlib import Path
 
+import httpx
 import pytest
 
 import cook
 from tests.test_cli import tiny  # noqa: F401  # a fixture
 
 ROOT = Path(__file__).resolve().parents[1]
+CHROMIUM = Path("/usr/bin/chromium")
 
 
 def run(command: list[object], cwd: Path, **environment: str) -> str:
@@ -47,13 +50,19 @@ def wheel(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cook_command(wheel, tmp_path_factory):
-    """Runs the installed `cook` in a folder; other packages are those of this environment."""
+def installed(wheel, tmp_path_factory) -> Path:
+    """The wheel and nothing else; other packages are those of this environment."""
     target = tmp_path_factory.mktemp("installed")
     run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", target, wheel], target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def cook_command(installed):
+    """Runs the installed `cook` in a folder."""
 
     def command(cwd: Path, *arguments: object) -> str:
-        return run([sys.executable, target / "bin" / "cook", *arguments], cwd, PYTHONPATH=str(target))
+        return run([sys.executable, installed / "bin" / "cook", *arguments], cwd, PYTHONPATH=str(installed))
 
     return command
 
@@ -82,3 +91,60 @@ def test_the_installed_command(cook_command, tmp_path, tiny):  # noqa: F811
     data = ["--data", tiny / "text", "--max-length", 64]
     cook_command(tmp_path, "prune", tiny / "model", *data, "--keep", "dims=0.5", "--steps", 2, "--output", "out")
     assert json.loads((tmp_path / "out" / "model" / "config.json").read_text())["intermediate_size"] == 32
+
+
+@pytest.fixture(scope="module")
+def installed_service(installed, tmp_path_factory):
+    """What the installed `cook serve` prints."""
+    folder = tmp_path_factory.mktemp("served")
+    command = [sys.executable, installed / "bin" / "cook", "serve", "--home", folder / "home", "--port", "0", "--json"]
+    environment = os.environ | {"PYTHONPATH": str(installed)}
+    with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE) as server:
+        try:
+            yield json.loads(server.stdout.readline())
+        finally:
+            server.terminate()
+
+
+def test_the_installed_service_has_its_pages_and_names_no_other_server(installed_service):
+    token = (Path(installed_service["home"]) / "token").read_text().split()[0]
+    with httpx.Client(base_url=installed_service["url"], trust_env=False) as stranger:
+        assert stranger.get("/").headers["location"] == "/login"
+    with httpx.Client(
+        base_url=installed_service["url"], trust_env=False, headers={"Authorization": f"Bearer {token}"}
+    ) as client:
+        for page in ("/", "/submit", "/login"):
+            named = re.findall(r'(?:src|href)="([^"]*)"', client.get(page).raise_for_status().text)
+            paths = [path for path in named if path != "#main"]
+            assert paths and all(re.match("/(?!/)", path) for path in paths)
+            for path in paths:
+                assert client.get(path).is_success, path
+
+
+def test_the_installed_service_works_without_a_network(installed_service):
+    """A browser that can reach nothing but the server."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if not CHROMIUM.exists():
+        pytest.skip(f"{CHROMIUM} is not installed")
+    elsewhere, problems = [], []
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        page = browser.new_page()
+
+        def admit(route) -> None:
+            if route.request.url.startswith(installed_service["url"]):
+                route.continue_()
+            else:
+                elsewhere.append(route.request.url)
+                route.abort()
+
+        page.route("**/*", admit)
+        page.on("console", lambda message: message.type in ("error", "warning") and problems.append(message.text))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.goto(installed_service["login"])
+        page.wait_for_selector('#live[data-live="live"]')
+        assert page.is_visible("#empty") and page.title() == "Jobs · cook"
+        page.click("#logout")
+        page.wait_for_url("**/login")
+        browser.close()
+    assert (elsewhere, problems) == ([], [])

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
-import importlib.util
+import errno
 import shutil
 import threading
 from collections.abc import AsyncIterator
@@ -24,15 +23,20 @@ from cook.config.scheme import StageName
 from cook.service.access import Access, Denied
 from cook.service.controller import Conflict, Controller
 from cook.service.downloads import Download, read_manifest
+from cook.service.forms import router as forms
 from cook.service.guard import Guard, error_response
+from cook.service.index import DatabaseError
 from cook.service.jobs import ACTIVE, IDENTIFIER, WAITING, Job, State
-from cook.service.objects import Artifact, JobList, JobObject, Login, Problem, Stop, job_object
+from cook.service.objects import Artifact, JobList, JobObject, Login, Problem, Stop, in_words, job_object
+from cook.service.outcomes import SCARCE
+from cook.service.pages import add_pages
 from cook.service.paths import Roots
 from cook.service.streams import MAX_JOBS, EventResponse, Streams, TooMany, cursor_of
 from cook.service.submission import Checked, Plan, Submission, body_hash, check, problems
 from cook.service.tails import OUTPUT, TEXT_BYTES, Mark, open_gates, read_records, read_text
 
 MAX_OFFSET = 2**53
+FULL = "the disk of the server is almost full: remove old jobs with cook gc"
 KEY = r"^[\x21-\x7e]{1,200}$"
 LOGGED_IN = '<!doctype html><meta http-equiv="refresh" content="0;url=/"><title>cook</title><a href="/">cook</a>'
 
@@ -99,8 +103,13 @@ class Service:
         counts = self.controller.count(owner=owner)
         if sum(counts.get(state, 0) for state in (*WAITING, *ACTIVE)) >= self.limits.jobs:
             raise HTTPException(429, f"{owner} has {self.limits.jobs} jobs that wait or run, which is the limit")
-        if shutil.disk_usage(self.controller.home).free < self.limits.free_bytes:
-            raise HTTPException(507, "the disk of the server is almost full: remove old jobs with cook gc")
+        if self.free_bytes < self.limits.free_bytes:
+            raise HTTPException(507, FULL)
+
+    @property
+    def free_bytes(self) -> int:
+        """Free bytes on the disk of the jobs."""
+        return shutil.disk_usage(self.controller.home).free
 
 
 def service_of(request: Request) -> Service:
@@ -313,33 +322,33 @@ def create_app(service: Service) -> FastAPI:
     )
     app.state.service = service
     app.include_router(router)
-    _add_pages(app)
+    add_pages(app)
+    app.include_router(forms)
     app.add_middleware(Guard, access=service.access)
     app.add_exception_handler(KeyError, _no_job)
+    app.add_exception_handler(OSError, _not_written)
+    app.add_exception_handler(DatabaseError, _not_written)
     for kind in (HTTPException, RequestValidationError, Conflict, TooMany, UserError, Denied):
         app.add_exception_handler(kind, _refused)
     return app
-
-
-def _add_pages(app: FastAPI) -> None:
-    if importlib.util.find_spec("cook.service.pages") is not None:
-        importlib.import_module("cook.service.pages").add_pages(app)
 
 
 def _no_job(request: Request, error: Exception) -> JSONResponse:
     return error_response(404, f"there is no job {error.args[0] if error.args else ''}")
 
 
+def _not_written(request: Request, error: Exception) -> JSONResponse:
+    """Tells that the disk is full; what else fails is an error of the server."""
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or service_of(request).free_bytes < SCARCE:
+        return error_response(507, FULL)
+    raise error
+
+
 def _refused(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, HTTPException):
         return error_response(error.status_code, str(error.detail), headers=dict(error.headers or {}))
     if isinstance(error, RequestValidationError):
-        return error_response(422, "the request has mistakes", [_in_words(each) for each in error.errors()])
+        return error_response(422, "the request has mistakes", [in_words(each) for each in error.errors()])
     if isinstance(error, UserError):
         return error_response(422, "the submission has mistakes", problems(error))
     return error_response(409 if isinstance(error, Conflict) else 429, str(error))
-
-
-def _in_words(error: dict[str, Any]) -> str:
-    place = ".".join(str(part) for part in error["loc"] if part not in ("body", "query", "header", "path"))
-    return f"{place}: {error['msg'].removeprefix('Value error, ')}".removeprefix(": ")

@@ -96,7 +96,8 @@ class Client:
             base_url=url,
             headers={"Authorization": f"Bearer {token}"},
             timeout=httpx.Timeout(30.0, connect=10.0),
-            trust_env=not self.is_here,  # a proxy cannot reach this machine
+            # A proxy cannot reach this machine. A transport of its own heeds SSL_CERT_FILE all the same.
+            transport=httpx.HTTPTransport() if self.is_here else None,
         )
 
     def __enter__(self) -> Client:

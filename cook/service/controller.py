@@ -15,7 +15,7 @@ import shutil
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,12 +68,14 @@ class Controller:
         self.executors = executors
         self._hub = Hub()
         self._lock = threading.RLock()
+        self._unwritten: dict[str, Job] = {}  # by id: what the index could not be told
         self._wake, self._closing = threading.Event(), False
         self._thread: threading.Thread | None = None
         try:
             self.store.clean()
             self._index = Index(self.home, database)
-            self._synchronise()
+            with self._or_later():
+                self._synchronise()
         except BaseException:
             os.close(self._server)
             raise
@@ -111,16 +113,9 @@ class Controller:
                 self._synchronise()  # a job that is not in the index yet may have the key
             return self._index.submitted(owner, key, body_hash)
 
-    def list(
-        self,
-        *,
-        owner: str | None = None,
-        state: State | Sequence[State] | None = None,
-        limit: int = 100,
-        after: str | None = None,
-    ) -> builtins.list[Job]:
-        """Jobs from the index, newest first; `after`: only those older than the job with this id."""
-        return self._index.list(owner=owner, state=state, limit=limit, after=after)
+    def list(self, **chosen: Any) -> builtins.list[Job]:
+        """Jobs, newest first; the arguments are those of `Index.list`."""
+        return [self._unwritten.get(job.id, job) for job in self._index.list(**chosen)]
 
     def count(self, *, owner: str | None = None) -> dict[State, int]:
         """How many jobs there are in each state (for limits)."""
@@ -128,7 +123,7 @@ class Controller:
 
     def get(self, id: str) -> Job:
         """Raises KeyError if there is no such job."""
-        return self._index.get(id)
+        return self._unwritten.get(id) or self._index.get(id)
 
     def stop(self, id: str, *, now: bool = False) -> Job:
         """Requests a stop. Raises Conflict if the job has ended, KeyError if there is none."""
@@ -162,7 +157,7 @@ class Controller:
             if job.state not in ENDED:
                 raise Conflict(f"job {id} cannot be removed: it is {job.state}; stop it first")
             self.store.remove(id)
-            self._index.delete(id)
+            self._forget(id)
 
     def start(self) -> None:
         """Starts the thread that runs the jobs. Jobs that run already are attached to."""
@@ -188,14 +183,10 @@ class Controller:
     def round(self) -> None:
         """One look at all jobs that run, then the start of those that can."""
         if self._stale:
-            with self._lock:
-                self._index.close()
-                self._index = Index(self.home, self._database)
-                self._synchronise()
+            self._reopen()
         for name, executor in self.executors.items():
             executor.look()
-            active = self._index.active(name)
-            for id in sorted({job.id for job in active} | executor.living()):
+            for id in sorted({job.id for job in self._active(name)} | executor.living()):
                 self._tend(id, executor)
             self._schedule(name, executor)
 
@@ -217,15 +208,20 @@ class Controller:
             job = self.store.get(id)
             message = ""
             try:
-                if job.state in ACTIVE or executor.holds(job):
+                if job.state in ACTIVE or executor.held(job):
                     message = executor.tend(job)
             except OSError as error:
                 message = f"{error.filename or 'the job folder'}: {error.strerror}; trying again"
             with self._lock:
                 self._refresh(id, message)
 
+    def _active(self, executor: str) -> builtins.list[Job]:
+        """The jobs that an executor has to look after, oldest first."""
+        jobs = {job.id: job for job in self._index.active(executor)} | self._unwritten
+        return [jobs[id] for id in sorted(jobs) if jobs[id].executor == executor and jobs[id].state in ACTIVE]
+
     def _schedule(self, name: str, executor: Executor) -> None:
-        active = self._index.active(name)
+        active = self._active(name)
         for job in self._index.waiting(name, STARTS):
             if self._closing or not self._may_start(job, executor):
                 continue
@@ -238,17 +234,18 @@ class Controller:
             self._tend(job.id, executor)
 
     def _may_start(self, job: Job, executor: Executor) -> bool:
-        if executor.problem(job.spec) or executor.holds(job):
+        if executor.problem(job.spec) or executor.held(job):
             return False
         if job.state != "requeued" or not job.ended:
             return True
         return seconds_since(job.ended) >= min(self._retry_delay * 2 ** min(job.attempt - 1, 20), LONGEST_DELAY)
 
     def _view(self, job: Job) -> Job:
-        """The job as users see it: an attempt that Slurm may start again has not ended, whatever its exit.json says."""
+        """The job as users see it: an attempt that Slurm may start again has not ended, whatever its files say."""
         executor = self.executors.get(job.executor)
-        if executor is not None and job.state in ("requeued", "failed", "lost") and executor.holds(job):
-            return replace(job, state="running", ended=None, message="Slurm has not released the job yet")
+        held = executor.held(job) if executor is not None else None
+        if held and job.state != held and job.state in ("running", "requeued", "failed", "lost"):
+            return replace(job, state=held, ended=None, message="Slurm has not released the job yet")
         return job
 
     def _refresh(self, id: str, message: str = "") -> Job:
@@ -256,7 +253,7 @@ class Controller:
         try:
             job = self._view(self.store.get(id))
         except KeyError:
-            self._index.delete(id)
+            self._forget(id)
             raise
         if job.state in ACTIVE and (message or job.message):
             job = replace(job, message=message or job.message)
@@ -266,24 +263,46 @@ class Controller:
 
     def _record(self, job: Job) -> Job:
         try:
-            before = self._index.get(job.id)
+            before = self.get(job.id)
         except KeyError:
             before = None
         except DatabaseError:
             before, self._stale = None, True
         if before != job:
-            try:
+            self._unwritten[job.id] = job
+            with self._or_later():  # the request itself has succeeded, since its file is written
                 self._index.put([job])
-            except DatabaseError as error:
-                # The request itself has succeeded, since its file is written.
-                self._stale = True
-                _warn(f"the index cannot be written, and will be filled again: {error}")
+                del self._unwritten[job.id]
             self._hub.publish(job)
         return job
+
+    def _forget(self, id: str) -> None:
+        """Deletes the row of a job that has no folder any more. The lock must be held."""
+        self._unwritten.pop(id, None)
+        with self._or_later():
+            self._index.delete(id)
+
+    def _reopen(self) -> None:
+        """Opens the index again, and fills it."""
+        with self._lock, self._or_later():
+            fresh = Index(self.home, self._database)
+            self._index.close()
+            self._index = fresh
+            self._synchronise()
+
+    @contextlib.contextmanager
+    def _or_later(self) -> Iterator[None]:
+        """What cannot be written to the index, as on a full disk, is written as soon as it can be."""
+        try:
+            yield
+        except (DatabaseError, UserError) as error:
+            self._stale = True
+            _warn(f"the index cannot be written, trying again: {error}")
 
     def _synchronise(self) -> None:
         """Fills the index from the folders."""
         self._index.replace([self._view(job) for job in self.store.all()])
+        self._unwritten.clear()
         self._stale = False
 
 

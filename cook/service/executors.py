@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from cook.base.files import write_json
 from cook.base.processes import Process
@@ -27,6 +27,7 @@ SILENCE = 300.0  # seconds without a heartbeat after which a supervisor that can
 OVERDUE = 60.0  # seconds that a supervisor may exceed the grace of a stop
 RETRY_SPAWN = 2.0  # seconds between two starts of a supervisor that has ended before it began
 MAX_SPAWNS = 10
+Held = Literal["starting", "running"]
 
 
 class Executor(Protocol):
@@ -44,8 +45,8 @@ class Executor(Protocol):
     def living(self) -> set[str]:
         """Ids of jobs that are known to live outside this machine, whatever their folders say."""
 
-    def holds(self, job: Job) -> bool:
-        """Whether the newest attempt may still run or start again, although it has an exit.json."""
+    def held(self, job: Job) -> Held | None:
+        """What the newest attempt does, whatever its files say; None if only they tell."""
 
     def has_room(self, job: Job, active: Sequence[Job]) -> bool:
         """Whether a waiting job can start beside the active ones."""
@@ -98,8 +99,8 @@ class LocalExecutor:
     def living(self) -> set[str]:
         return set()
 
-    def holds(self, job: Job) -> bool:
-        return False
+    def held(self, job: Job) -> Held | None:
+        return None
 
     def has_room(self, job: Job, active: Sequence[Job]) -> bool:
         if job.gpus:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import sqlite3
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -64,6 +65,8 @@ class Index:
                 raise UserError(
                     f"{hidden}: the database cannot be used", got=reason, remedy="start it, or check --database"
                 ) from None
+            if not _is_damaged(error):
+                raise UserError(f"{file}: cannot be used", got=reason, remedy="free some space on the disk") from None
             # Everything in it is in the folders too.
             for path in (file, Path(f"{file}-wal"), Path(f"{file}-shm")):
                 if path.exists():
@@ -187,6 +190,12 @@ def _open(url: str) -> sa.Engine:
         engine.dispose()
         raise
     return engine
+
+
+def _is_damaged(error: Exception) -> bool:
+    """Whether another file would help. It would not on a full disk."""
+    code = getattr(getattr(error, "orig", None), "sqlite_errorcode", sqlite3.SQLITE_ERROR)
+    return code & 0xFF in (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 def _tune(connection: Any, _record: Any) -> None:

@@ -40,6 +40,7 @@ ALPHABET = "234567abcdefghijklmnopqrstuvwxyz"  # in the order of ASCII, so that 
 IDENTIFIER = re.compile(rf"[{ALPHABET}]{{12}}")
 EPOCH = 1_700_000_000_000  # milliseconds; 41 bits from here last until 2093
 NOW_GRACE = 5.0  # seconds that `stop now` leaves the ranks
+RESERVED = 4096  # bytes; JSON may end with blanks
 STOP_GRACE = 600.0  # seconds that the ranks have to save, unless the job says otherwise
 
 
@@ -121,6 +122,34 @@ def write_once(path: Path, value: Mapping[str, Any]) -> bool:
         aside.unlink(missing_ok=True)
     fsync_folder(path.parent)
     return True
+
+
+def reserve(path: Path) -> None:
+    """Allocates the space of a small file, so that `write_reserved` succeeds on a disk that is full by then."""
+    with naming(path), open(_reserved(path), "wb") as file:
+        file.write(b" " * RESERVED)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_reserved(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes JSON into the space that was reserved for a file, and gives it its name.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    content = json.dumps(value, indent=2, ensure_ascii=False).encode().ljust(RESERVED)
+    aside = _reserved(path)
+    with naming(path), open(os.open(aside, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    fsync_folder(path.parent)
+
+
+def _reserved(path: Path) -> Path:
+    return path.with_name(f".{path.name}.reserved")
 
 
 def _write(path: Path, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -70,12 +71,14 @@ class Login(BaseModel):
 
 def job_object(job: Job) -> dict[str, Any]:
     """The JSON object that describes a job."""
-    names = ("id", "name", "state", "attempt", "created", "started", "ended", "owner", "executor", "gpus", "processes")
     here = f"/v1/jobs/{job.id}"
     links = {"self": here} | {name: f"{here}/{name}" for name in ("log", "metrics", "structure", "artifacts")}
-    return {name: getattr(job, name) for name in names} | {
-        "priority": job.priority,
-        "message": job.message,
-        "plan": job.spec.get("plan"),
-        "links": links | {"events": f"/v1/events?jobs={job.id}", "page": f"/jobs/{job.id}"},
-    }
+    links |= {"events": f"/v1/events?jobs={job.id}", "page": f"/jobs/{job.id}"}
+    own = [name for name in JobObject.model_fields if name not in ("plan", "links")]
+    return {name: getattr(job, name) for name in own} | {"plan": job.spec.get("plan"), "links": links}
+
+
+def in_words(error: Mapping[str, Any]) -> str:
+    """A mistake in a request, as pydantic describes it, as text."""
+    place = ".".join(str(part) for part in error["loc"] if part not in ("body", "query", "header", "path"))
+    return f"{place}: {error['msg'].removeprefix('Value error, ')}".removeprefix(": ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from cook.service.jobs import read_outcome
 
 # The first of these that any rank ended with is that of the run: others may be its consequences.
 ORDER = (EXIT_USER_ERROR, EXIT_FAILED, EXIT_RANK_LOST, EXIT_INTERRUPTED)
+SCARCE = 1 << 20  # bytes: with fewer, the disk is full
 TAIL = 16384  # bytes of the log that are searched for the reason
 DOCUMENTED = (EXIT_OK, *ORDER)
 
@@ -42,7 +44,7 @@ def outcome_of(code: int | None, run: Path | None, attempt: Path, stopping: bool
     if code is not None and code < 0:
         name = signal.Signals(-code).name if -code in {*signal.Signals} else f"signal {-code}"
         return EXIT_RANK_LOST, f"ended by {name}, which nobody asked for (out of memory?); see output.log"
-    reason = _last_words(attempt / "output.log") or f"ended with exit code {code}"
+    reason = _last_words(attempt / "output.log") or _scarcity(attempt) or f"ended with exit code {code}"
     return (code if code is not None and code in DOCUMENTED else EXIT_FAILED), f"{reason}; see output.log"
 
 
@@ -55,6 +57,11 @@ def _last_words(log: Path) -> str:
     except OSError:
         return ""
     return next((line for line in reversed(lines) if line.startswith(("error: ", "failed: ", "stopped: "))), "")
+
+
+def _scarcity(folder: Path) -> str:
+    """What a command could not write into its log, because it could not write at all."""
+    return "failed: the disk is full: free some space" if shutil.disk_usage(folder).free < SCARCE else ""
 
 
 def _ranks(folder: Path) -> dict[int, str]:

@@ -53,7 +53,7 @@ def jobs_page(
     chosen = cast(State, state) if state in get_args(State) else None
     jobs = request.app.state.service.controller.list(state=chosen, limit=ROWS, after=after)
     following = jobs[-1].id if len(jobs) == ROWS else None
-    return _page(
+    return render(
         "jobs.html", request, jobs=jobs, state=chosen, states=get_args(State), after=after, following=following
     )
 
@@ -64,15 +64,15 @@ def job_page(request: Request, id: str) -> HTMLResponse:
     try:
         job = cast(Job, request.app.state.service.controller.get(id))
     except KeyError:
-        return _page("missing.html", request, status=404, id=id)
+        return render("missing.html", request, status=404, id=id)
     plan = job.spec.get("plan") or {}
-    return _page("job.html", request, job=job, plan=plan, artifacts=read_manifest(job.folder))
+    return render("job.html", request, job=job, plan=plan, artifacts=read_manifest(job.folder))
 
 
 @router.get("/login")
 def login_page(request: Request) -> HTMLResponse:
     """Where a browser gets its cookie."""
-    return _page("login.html", request)
+    return render("login.html", request)
 
 
 @router.get("/favicon.ico")
@@ -81,7 +81,8 @@ def icon() -> FileResponse:
     return FileResponse(PAGE / "static" / "icon.svg", media_type="image/svg+xml")
 
 
-def _page(template: str, request: Request, status: int = 200, **values: Any) -> HTMLResponse:
+def render(template: str, request: Request, status: int = 200, **values: Any) -> HTMLResponse:
+    """A page from its template."""
     owner = getattr(request.state, "owner", None)
     return HTMLResponse(_TEMPLATES.get_template(template).render(owner=owner, **values), status_code=status)
 

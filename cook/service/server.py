@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
+import ssl
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +25,7 @@ from cook.service.paths import Roots
 from cook.service.planner import Planner
 from cook.service.submission import Plan
 
+EVERYWHERE = ("0.0.0.0", "::")
 GRACE = 5
 """Seconds that requests in progress have to end when the server stops."""
 
@@ -68,6 +71,8 @@ class Server(uvicorn.Server):
         port = self._socket.getsockname()[1]
         names = address(options.host, port, tls=tls, behind_proxy=options.behind_proxy, names=options.allow_hosts)
         shown = f"[{options.host}]" if ":" in options.host else options.host
+        if options.host in EVERYWHERE:  # no address that a browser could open
+            shown = re.sub(r":\d+$", "", next(iter(options.allow_hosts), socket.gethostname()))
         self.url = f"{'https' if tls else 'http'}://{shown}:{port}"
         self.access = Access(tokens, names, secure=tls or options.behind_proxy)
         self._planner = Planner() if plan is None else None
@@ -140,10 +145,22 @@ class Server(uvicorn.Server):
 def _has_tls(options: Options) -> bool:
     if (options.tls_cert is None) != (options.tls_key is None):
         raise UserError("--tls-cert and --tls-key must be given together")
+    if options.tls_cert is None or options.tls_key is None:
+        return False
     for path in (options.tls_cert, options.tls_key):
-        if path is not None:
-            regular_file(path)
-    return options.tls_cert is not None
+        regular_file(path)
+    try:
+        # Without a password, a key that is encrypted would wait for somebody to type it.
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
+            options.tls_cert, options.tls_key, password=""
+        )
+    except ssl.SSLError as error:
+        raise UserError(
+            "--tls-cert and --tls-key cannot be used",
+            wanted="a chain of certificates that begins with the server's own, and its key without a password, in PEM",
+            got=error.reason or str(error),
+        ) from None
+    return True
 
 
 def _listen(host: str, port: int) -> socket.socket:

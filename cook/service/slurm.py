@@ -20,14 +20,26 @@ from typing import Any
 
 from cook.base.files import write_json
 from cook.service.environment import base_environment
-from cook.service.executors import OVERDUE, SILENCE, SUPERVISOR
+from cook.service.executors import OVERDUE, SILENCE, SUPERVISOR, Held
 from cook.service.jobs import Job, Request, declare_end, grace_of, now, read, seconds_since, stop_wanted
 
 PREFIX = "cook"
 TIMEOUT = 30.0  # seconds for one command
 LATE_SUBMISSION = 60.0  # seconds in which an sbatch that was cut short may still appear in the queue
 SETTLING = 30.0  # seconds in which the exit.json of a job that Slurm has ended may still appear on a shared file system
-OPTIONS = ("account", "constraint", "cpus_per_task", "gres", "mem", "partition", "qos", "reservation", "time")
+OPTIONS = (
+    "account",
+    "constraint",
+    "cpus_per_task",
+    "exclude",
+    "gres",
+    "mem",
+    "nodelist",
+    "partition",
+    "qos",
+    "reservation",
+    "time",
+)
 ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
 """Final states. PREEMPTED is none of them: Slurm may put the job back into its queue."""
 
@@ -100,8 +112,11 @@ class SlurmExecutor:
     def living(self) -> set[str]:
         return {job.name.split("-")[1] for job in self._jobs or () if job.is_live}
 
-    def holds(self, job: Job) -> bool:
-        return any(each.is_live for each in self._known(name_of(job)))
+    def held(self, job: Job) -> Held | None:
+        live = [each for each in self._known(name_of(job)) if each.is_live]
+        if not live:
+            return None
+        return "starting" if all(each.state == "PENDING" for each in live) else "running"
 
     def has_room(self, job: Job, active: Sequence[Job]) -> bool:
         return self._jobs is not None

@@ -19,22 +19,10 @@ from cook.config.load import COMPANIONS, Override, apply_override, parse_overrid
 from cook.config.schema import MAX_DEPTH, shown
 from cook.service.deepspeed_keys import refused_keys
 from cook.service.paths import SCHEME, Refused, Roots, assign_paths
+from cook.service.slurm import OPTIONS
 
 CONFIG = "bmcook.json"
 TOO_DEEP = f"the files are nested deeper than {MAX_DEPTH} levels"
-SLURM_KEYS = (
-    "account",
-    "constraint",
-    "cpus_per_task",
-    "exclude",
-    "gres",
-    "mem",
-    "nodelist",
-    "partition",
-    "qos",
-    "reservation",
-    "time",
-)
 SlurmValue = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.:,+@=/\[\]][A-Za-z0-9_.:,+@=/\[\]&|*-]{0,199}$")]
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 
@@ -79,9 +67,9 @@ class Submission(BaseModel):
     @field_validator("slurm")
     @classmethod
     def _known_options(cls, slurm: dict[str, str]) -> dict[str, str]:
-        unknown = sorted(slurm.keys() - set(SLURM_KEYS))
+        unknown = sorted(slurm.keys() - set(OPTIONS))
         if unknown:
-            raise ValueError(f"unknown option {unknown[0]!r}; possible are {', '.join(SLURM_KEYS)}")
+            raise ValueError(f"unknown option {unknown[0]!r}; possible are {', '.join(OPTIONS)}")
         return slurm
 
     @model_validator(mode="after")

@@ -30,7 +30,18 @@ from cook.base.processes import this_process
 from cook.service import trees
 from cook.service.artifacts import write_manifest
 from cook.service.environment import job_environment
-from cook.service.jobs import Job, attempt_folder, grace_of, job_of, now, read, stop_wanted, write_once
+from cook.service.jobs import (
+    Job,
+    attempt_folder,
+    grace_of,
+    job_of,
+    now,
+    read,
+    reserve,
+    stop_wanted,
+    write_once,
+    write_reserved,
+)
 from cook.service.outcomes import outcome_of
 from cook.service.steps import Step, steps_of
 
@@ -38,6 +49,7 @@ ALREADY = 3  # exit code: another supervisor has this attempt
 TURN = 0.5  # seconds between two looks at wanted.json
 HEARTBEAT = 5.0  # seconds
 LEFTOVER = 10.0  # seconds that processes may live on after a command that succeeded
+LONGEST_REASON = 1000  # characters
 HEEDED = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD}
 
 
@@ -106,7 +118,7 @@ class Supervisor:
             self._end_all()
             end = End(code=None, outcome=EXIT_FAILED, reason=f"the supervisor failed: {type(error).__name__}: {error}")
         ended = {"code": end.code, "outcome": end.outcome, "started": self._record.get("started"), "ended": now()}
-        write_json(self.folder / "exit.json", {**ended, "reason": end.reason})
+        write_reserved(self.folder / "exit.json", {**ended, "reason": end.reason[:LONGEST_REASON]})
         return end.outcome
 
     def _forget_requeued(self) -> None:
@@ -144,6 +156,7 @@ class Supervisor:
         return write_once(self.folder / "process.json", self._record)
 
     def _supervise(self) -> End:
+        reserve(self.folder / "exit.json")
         self._turn(0)
         if self.job.executor == "local" and self.job.gpus:
             self._lease()

@@ -1,10 +1,12 @@
-"""A real server on a free port of this machine, in a thread, for tests of the interface."""
+"""A real server on a free port of this machine, for tests of the interface: in a thread, or as a process."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -15,10 +17,11 @@ import httpx
 
 from cook.config.load import load_config
 from cook.service.access import read_tokens
+from cook.service.client import Client
 from cook.service.controller import Controller
 from cook.service.jobs import Job
 from cook.service.server import Options, Server
-from tests.recipe.tiny_run import write_run
+from tests.recipe.tiny_run import REPOSITORY, own_environment, write_run
 from tests.service.parts import local, wait_for
 
 STAGES = ("pretrain", "layer_mask")
@@ -102,6 +105,25 @@ def serving(
                 assert time.monotonic() - began < 10
     finally:
         controller.close()
+
+
+@contextlib.contextmanager
+def served(home: Path, *options: str) -> Iterator[tuple[subprocess.Popen, Client]]:
+    """`cook serve` as a process, and a client of it. Its errors are appended to the file `errors` beside `home`."""
+    script = str(Path(__file__).with_name("serve.py"))
+    command = [sys.executable, script, "--home", str(home), "--port", "0", "--json", *options]
+    environment = own_environment(PYTHONPATH=str(REPOSITORY))
+    with (
+        open(home.parent / "errors", "a") as errors,
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors) as server,
+    ):
+        assert server.stdout is not None
+        try:
+            facts = json.loads(server.stdout.readline())
+            with Client(facts["url"], (home / "token").read_text().split()[0]) as client:
+                yield server, client
+        finally:
+            server.kill()
 
 
 def recipe(folder: Path, stages: Sequence[str] = STAGES, **changes: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ ClusterName=cook
 SlurmctldHost={host}(127.0.0.1)
 AuthType=auth/munge
 CryptoType=crypto/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CredType=cred/munge
 SlurmUser=root
 SlurmdUser=root
@@ -45,25 +45,51 @@ MailProg=/bin/true
 NodeName={host} NodeAddr=127.0.0.1 CPUs=8 State=UNKNOWN
 PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
 """
+ACCOUNTING = """
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=127.0.0.1
+AccountingStoragePort={dbd_port}
+AccountingStoragePass={folder}/munge.socket
+"""
+DAEMON_OF_ACCOUNTING = """
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+DbdHost=localhost
+DbdAddr=127.0.0.1
+DbdPort={dbd_port}
+SlurmUser=root
+StorageType=accounting_storage/mysql
+StorageHost=127.0.0.1
+StoragePort={sql_port}
+StorageUser=root
+LogFile={folder}/slurmdbd.log
+PidFile={folder}/slurmdbd.pid
+"""
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel")
+FOR_ACCOUNTING = ("slurmdbd", "sacctmgr", "mariadbd", "mariadb-install-db", "mariadb-admin")
 
 
 def program(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin")))
 
 
-def missing() -> str | None:
+def missing(*, accounting: bool = False) -> str | None:
     """Why there can be no cluster here."""
-    absent = [name for name in PROGRAMS if program(name) is None]
+    absent = [name for name in PROGRAMS + (FOR_ACCOUNTING if accounting else ()) if program(name) is None]
     if absent:
         return f"not installed: {', '.join(absent)}"
     return "starting slurmd needs root" if os.getuid() else None
 
 
 class Cluster:
-    """The daemons. `start_controller` and `stop_controller` take slurmctld down and up again."""
+    """The daemons. `start_controller` and `stop_controller` take slurmctld down and up again.
 
-    def __init__(self) -> None:
+    Args:
+        accounting: Whether slurmdbd keeps the records of jobs, in a MariaDB of its own.
+    """
+
+    def __init__(self, *, accounting: bool = False) -> None:
+        self.accounting = accounting
         self.folder = Path(tempfile.mkdtemp(prefix="cook-slurm-", dir="/tmp"))
         self.folder.chmod(0o755)
         self.conf = self.folder / "slurm.conf"
@@ -75,14 +101,16 @@ class Cluster:
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
-        ports = [_free_port(), _free_port()]
-        text = CONFIG.format(host=socket.gethostname(), folder=self.folder, ctld_port=ports[0], d_port=ports[1])
-        self.conf.write_text(text)
+        places: dict[str, Any] = {name: _free_port() for name in ("ctld_port", "d_port", "dbd_port", "sql_port")}
+        places |= {"host": socket.gethostname(), "folder": self.folder}
+        self.conf.write_text((CONFIG + (ACCOUNTING if self.accounting else "")).format(**places))
         names = {"key-file": "munge.key", "socket": "munge.socket", "pid-file": "munge.pid", "log-file": "munge.log"}
         paths = [f"--{option}={self.folder / name}" for option, name in {**names, "seed-file": "munge.seed"}.items()]
         try:
             self._start("munged", "--foreground", "--force", "--num-threads=2", *paths)
             _wait(lambda: (self.folder / "munge.socket").exists())
+            if self.accounting:
+                self._start_accounting(places)
             self.start_controller()
             self._start("slurmd", "-D", "-f", str(self.conf))
             _wait(lambda: "idle" in self.run("sinfo", "--noheader", "--format=%T").stdout)
@@ -92,7 +120,7 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for name in ("slurmd", "slurmctld", "munged"):
+        for name in ("slurmd", "slurmctld", "slurmdbd", "mariadbd", "munged"):
             self._stop(name)
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -102,6 +130,20 @@ class Cluster:
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, env=os.environ | self.environment, capture_output=True, text=True, timeout=60)
+
+    def _start_accounting(self, places: dict[str, Any]) -> None:
+        data = ["--no-defaults", f"--datadir={self.folder / 'sql'}", "--user=root"]
+        make = [program("mariadb-install-db"), *data, "--auth-root-authentication-method=normal", "--skip-test-db"]
+        subprocess.run([str(word) for word in make], check=True, capture_output=True)
+        at = [f"--port={places['sql_port']}", f"--socket={self.folder / 'sql.socket'}"]
+        small = ["--innodb-buffer-pool-size=16M", "--innodb-log-file-size=8M", "--skip-name-resolve"]
+        self._start("mariadbd", *data, *at, *small, "--bind-address=127.0.0.1")
+        _wait(lambda: self.run("mariadb-admin", "--no-defaults", *at, "-h", "127.0.0.1", "ping").returncode == 0)
+        conf = self.folder / "slurmdbd.conf"  # found beside slurm.conf
+        conf.write_text(DAEMON_OF_ACCOUNTING.format(**places))
+        conf.chmod(0o600)
+        self._start("slurmdbd", "-D")
+        _wait(lambda: self.run("sacctmgr", "--immediate", "add", "cluster", "cook").returncode == 0)
 
     def start_controller(self) -> None:
         self._start("slurmctld", "-D", "-f", str(self.conf))

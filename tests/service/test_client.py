@@ -15,15 +15,15 @@ from pathlib import Path
 import httpx
 import pytest
 
-from cook.base.errors import RunFailed, UserError, UserErrors, run_entry
-from cook.cli import app
+from cook.base.errors import RunFailed, UserError, UserErrors
 from cook.service.bundle import bundle
 from cook.service.client import Client, _parsed, find_server, new_key
 from cook.service.executors import LocalExecutor
 from cook.service.planner import Planner
+from tests.command import told
 from tests.recipe.tiny_run import own_environment, write_run
 from tests.service.live import recipe, serving
-from tests.service.parts import local, wait_for
+from tests.service.parts import SUPERVISOR, local, wait_for
 from tests.warm import interpreter
 
 SMALL = ("pretrain", "layer_mask")
@@ -56,19 +56,7 @@ def cook(live, inputs, capsys, monkeypatch):
     for name in ("COOK_SERVER", "COOK_TOKEN"):
         monkeypatch.delenv(name, raising=False)
 
-    def command(*arguments: object) -> tuple[int, str, str]:
-        def run() -> int:
-            try:
-                app([str(argument) for argument in arguments], prog_name="cook")
-            except SystemExit as end:
-                return int(end.code or 0)
-            return 0
-
-        with pytest.raises(SystemExit) as end:
-            run_entry(run)
-        return int(end.value.code or 0), *capsys.readouterr()
-
-    return command
+    return partial(told, capsys)
 
 
 def submitted(cook, inputs, *options: object) -> dict:
@@ -308,7 +296,7 @@ def test_watch_and_logs_until_the_end(tmp_path, inputs, capsys, monkeypatch, coo
         monkeypatch.setenv("COOK_HOME", str(tmp_path / "home"))
         # The stand-in reads its own keys, which the checks of a submission would refuse.
         spec = {"name": "x", "owner": "admin", "executor": "local", "gpus": 0, "processes": 1, "slurm": {}, "plan": {}}
-        good = live.controller.submit({**spec, "stop_grace": 20.0}, {"seconds": 0.3}, {})
+        good = live.controller.submit({**spec, "stop_grace": 20.0}, {"seconds": 1.0}, {})
         bad = live.controller.submit({**spec, "stop_grace": 20.0}, {"seconds": 0.1, "code": 1}, {})
         code, out, _ = cook("watch", good.id)
         assert code == 0 and "-- running" in out and out.rstrip().splitlines()[-1].startswith("-- succeeded")
@@ -385,8 +373,7 @@ def test_a_port_that_is_taken(cook, live, tmp_path):
 
 
 def test_a_recipe_from_its_submission_to_its_files(tmp_path, inputs, cook, monkeypatch):
-    warm = interpreter()
-    supervisor = (sys.executable, "-m", "tests.service.warm_supervisor", warm)
+    supervisor = (*SUPERVISOR, "--python", interpreter())
     planner = Planner()
     try:
         executor = LocalExecutor(gpus=(), supervisor=supervisor)

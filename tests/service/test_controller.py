@@ -143,6 +143,25 @@ def test_the_index_may_fail_at_any_time(service, monkeypatch):
     wait_state(service, job, "succeeded")
 
 
+def test_jobs_are_followed_while_the_index_cannot_be_written(service, monkeypatch):
+    removed = service.submit(spec(), {}, {})
+    first, second = (service.submit(spec(processes=4), {"seconds": 0.3}, {}) for _ in range(2))
+    service.stop(removed.id)
+
+    def broken(*_):
+        raise DatabaseError("the disk is full")
+
+    for name in ("put", "delete"):
+        monkeypatch.setattr(f"cook.service.index.Index.{name}", broken)
+    service.remove(removed.id)
+    service.start()
+    found = [wait_state(service, job, "succeeded") for job in (first, second)]
+    assert [job.attempt for job in found] == [1, 1] and found[0].ended <= found[1].started, "there is room for one"
+    assert [job.state for job in service.list() if job.id != removed.id] == ["succeeded"] * 2
+    monkeypatch.undo()
+    wait_for(lambda: [job.state for job in service._index.list()] == ["succeeded"] * 2, "the rows")
+
+
 def test_subscribers_get_the_newest_state_of_each_job(service):
     told = []
     with service.subscribe() as slow, service.subscribe(lambda: told.append(now())) as other:

@@ -101,6 +101,18 @@ def test_of_several_writers_one_writes(tmp_path):
     assert os.listdir(tmp_path) == ["process.json"]
 
 
+@pytest.mark.parametrize("reserved", [True, False])
+def test_a_file_takes_the_space_that_was_reserved_for_it(tmp_path, reserved):
+    path = tmp_path / "exit.json"
+    if reserved:
+        jobs.reserve(path)
+        (before,) = tmp_path.iterdir()
+        inode, size = before.stat().st_ino, before.stat().st_size
+    jobs.write_reserved(path, {"reason": "voll ä"})
+    assert jobs.read(path) == {"reason": "voll ä"} and os.listdir(tmp_path) == ["exit.json"]
+    assert not reserved or (path.stat().st_ino, path.stat().st_size) == (inode, size)
+
+
 def test_a_job_whose_spec_is_damaged_stays_visible(store):
     job = create(store)
     (job.folder / "spec.json").write_text("{")

@@ -19,9 +19,6 @@ from cook.service.jobs import Job
 from tests.service.live import Live, serving
 from tests.service.parts import local, spec, wait_state
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = Path("/usr/bin/chromium")
-needs_browser = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"{CHROMIUM} is not installed")
 LAYERS, HEADS, DIMS, STEPS = 3, 4, 40, 50
 HOSTILE = "</script><script>document.title='taken'</script><b>bold</b>"
 
@@ -96,43 +93,6 @@ def end_all(live: Live) -> None:
         wait_state(live.controller, job, "succeeded", "stopped", "failed")
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
-@pytest.fixture
-def visit(browser: Any) -> Iterator[Any]:
-    """Opens pages in browsers of their own, logged in; what the console reports is an error of the test."""
-    contexts, reported = [], []
-
-    def opened(live: Live, path: str = "/", *, allowed: str = "", **options: Any) -> Any:
-        context = browser.new_context(**{"viewport": {"width": 1200, "height": 900}, **options})
-        context.set_default_timeout(15_000)
-        contexts.append(context)
-        page = context.new_page()
-
-        def note(message: str) -> None:
-            if not allowed or not re.search(allowed, message):
-                reported.append(message)
-
-        page.on("console", lambda message: message.type in ("error", "warning") and note(message.text))
-        page.on("pageerror", lambda error: note(str(error)))
-        page.goto(live.server.login_link)
-        page.wait_for_url(f"{live.url}/")
-        if path != "/":
-            page.goto(f"{live.url}{path}")
-        return page
-
-    yield opened
-    for context in contexts:
-        context.close()
-    assert not reported, "the console of the browser"
-
-
 def points(page: Any, number: int, chart: str = "loss-chart") -> None:
     page.wait_for_selector(f'#{chart}[data-points="{number}"]')
 
@@ -154,7 +114,6 @@ def grid(page: Any) -> int:
     return int(page.get_attribute("#structure", "data-sum"))
 
 
-@needs_browser
 def test_the_curve_moves_the_grid_changes_and_a_reload_shows_the_same(live, visit):
     trainer = Trainer(submit(live, "first"))
     page = visit(live, f"/jobs/{trainer.job.id}")
@@ -197,7 +156,6 @@ def test_the_curve_moves_the_grid_changes_and_a_reload_shows_the_same(live, visi
     points(page, 10)  # the choice of a stage survives, too
 
 
-@needs_browser
 def test_a_resumed_run_takes_back_what_it_had_not_saved(live, visit):
     trainer = Trainer(submit(live, "rewound"))
     trainer.steps("joint_mask", *range(1, 9))
@@ -221,7 +179,6 @@ def test_a_resumed_run_takes_back_what_it_had_not_saved(live, visit):
     until(page, "document.getElementById('structure-when').textContent.includes('step 3')")
 
 
-@needs_browser
 def test_a_stop_by_keyboard_in_one_browser_is_seen_in_another(live, visit):
     job = submit(live, "stopped by hand")
     one, other = visit(live, f"/jobs/{job.id}"), visit(live, f"/jobs/{job.id}")
@@ -242,7 +199,6 @@ def test_a_stop_by_keyboard_in_one_browser_is_seen_in_another(live, visit):
     assert other.get_attribute("#status", "aria-live") == "polite"
 
 
-@needs_browser
 def test_a_stop_without_saving_is_confirmed_and_a_refusal_is_shown(live, visit):
     job = submit(live, "deaf", ignores_term=True)
     page = visit(live, f"/jobs/{job.id}", allowed="409")
@@ -261,7 +217,6 @@ def test_a_stop_without_saving_is_confirmed_and_a_refusal_is_shown(live, visit):
     assert page.inner_text("#problem") == "job x has ended"
 
 
-@needs_browser
 def test_a_page_survives_a_restart_of_the_server(tmp_path, visit):
     home = tmp_path / "home"
     with serving(home, executor=local()) as live:
@@ -286,7 +241,6 @@ def test_a_page_survives_a_restart_of_the_server(tmp_path, visit):
         state(page, "stopped")
 
 
-@needs_browser
 def test_the_list_follows_the_jobs(live, visit):
     page = visit(live)
     page.wait_for_selector('#live[data-live="live"]')
@@ -306,7 +260,6 @@ def test_the_list_follows_the_jobs(live, visit):
     assert not page.is_visible("#stop") and page.is_visible("#resume")
 
 
-@needs_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone_shows_everything_without_scrolling_sideways(live, visit, scheme):
     trainer = Trainer(submit(live, "x" * 200, seconds=0.01))
@@ -325,7 +278,6 @@ def test_a_phone_shows_everything_without_scrolling_sideways(live, visit, scheme
     assert (sum(map(int, re.findall(r"\d+", back)[:3])) < 150) == (scheme == "dark")
 
 
-@needs_browser
 def test_a_browser_logs_in_with_the_token_and_out_again(live, browser):
     context = browser.new_context()
     page = context.new_page()

@@ -29,18 +29,25 @@ from tests.service.parts import (
 from tests.service.slurm_cluster import Cluster, missing
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    if reason := missing():
-        pytest.skip(f"Slurm: {reason}")
-    with Cluster() as made:
-        yield made
-
-
 @pytest.fixture
 def executor(cluster, monkeypatch):
+    return executor_of(cluster, monkeypatch)
+
+
+def executor_of(cluster, monkeypatch) -> SlurmExecutor:
     monkeypatch.setenv("SLURM_CONF", str(cluster.conf))
     return SlurmExecutor(supervisor=SUPERVISOR, timeout=20.0, settling=0.5)
+
+
+@pytest.fixture(scope="module", params=["no accounting", "accounting"])
+def either_cluster(request):
+    if request.param == "no accounting":
+        yield request.getfixturevalue("cluster")
+        return
+    if reason := missing(accounting=True):
+        pytest.skip(f"Slurm with accounting: {reason}")
+    with Cluster(accounting=True) as made:
+        yield made
 
 
 @pytest.fixture
@@ -111,13 +118,21 @@ def test_a_job_that_slurm_puts_back_into_its_queue_is_not_submitted_again(servic
     (before,) = listed(cluster, job)
     cluster.run("scontrol", "requeue", str(before["job_id"]))
     wait_for(lambda: "in Slurm's queue" in service.get(job.id).message, lambda: service.get(job.id))
-    assert service.get(job.id).state in ("running", "starting")
+    wait_state(service, job, "starting")
     (after,) = listed(cluster, job)
     assert after["job_id"] == before["job_id"]
-    # Slurm starts a requeued job only after two minutes; this test does not wait for that.
+    assert wait_state(service, job, "succeeded", seconds=60).attempt == 1
+    assert exit_of(job)["outcome"] == 0 and starts(job) == 2 and "overlap" not in ledger(job)
+
+
+def test_a_job_that_waits_in_slurms_queue_again_can_be_stopped(service, cluster):
+    job = submit(service, {"seconds": 60}, retries=1)
+    wait_ledger(job)
+    (slurm,) = listed(cluster, service.get(job.id))
+    cluster.run("scontrol", "requeuehold", str(slurm["job_id"]))
+    wait_state(service, job, "starting")
     service.stop(job.id)
-    wait_state(service, job, "stopped")
-    assert service.get(job.id).attempt == 1 and starts(job) == 1
+    assert wait_state(service, job, "stopped").attempt == 1 and starts(job) == 1
 
 
 def test_sbatch_that_is_cut_short_after_its_success_is_adopted(service, executor, cluster, tmp_path, monkeypatch):
@@ -191,7 +206,8 @@ def test_a_killed_supervisor_is_retried_under_slurm(service):
     assert "overlap" not in ledger(job)
 
 
-def test_of_a_job_that_slurm_has_forgotten_exit_json_decides_and_then_silence(executor, cluster, tmp_path):
+def test_of_a_job_that_slurm_has_forgotten_exit_json_decides_and_then_silence(either_cluster, tmp_path, monkeypatch):
+    cluster, executor = either_cluster, executor_of(either_cluster, monkeypatch)
     store, made = JobStore(tmp_path), []
     for config in ({}, {"seconds": 60, "silent": True}):
         job = store.begin(create(store, config, executor="slurm").id)
@@ -203,6 +219,9 @@ def test_of_a_job_that_slurm_has_forgotten_exit_json_decides_and_then_silence(ex
     wait_for(lambda: exit_of(good), "its end")
     kill(supervisor_of(lost).pid)  # without an exit.json
     wait_for(lambda: not any(listed(cluster, job) for job in made), "MinJobAge", 90)
+    if cluster.accounting:
+        recorded = cluster.run("sacct", "--allusers", "--noheader", "--format=JobName%40").stdout
+        assert all(name_of(job) in recorded for job in made)
     executor._silence = 1.0
     service = controller(tmp_path, executors={"slurm": executor})
     service.start()
@@ -215,6 +234,7 @@ def test_of_a_job_that_slurm_has_forgotten_exit_json_decides_and_then_silence(ex
 
 def test_options_are_known_ones_and_single_arguments(tmp_path):
     assert "unknown options wrap" in SlurmExecutor().problem(spec(slurm={"wrap": "rm"}))
+    assert SlurmExecutor().problem(spec(slurm=dict.fromkeys(slurm.OPTIONS, "1"))) is None
     job = create(JobStore(tmp_path), executor="slurm", gpus=2, slurm={"time": "10", "partition": "a b; rm -rf"})
     command = submission(job)
     assert "--partition=a b; rm -rf" in command and "--gres=gpu:2" in command and "--signal=B:TERM@20" in command

@@ -1,9 +1,9 @@
 // What all pages share: requests, the event stream, and the log-out button.
 
-export async function send(path, body = {}) {
+export async function send(path, body = {}, headers = {}) {
   const response = await fetch(path, {
     method: "POST",
-    headers: { "Content-Type": "application/json" },
+    headers: { "Content-Type": "application/json", ...headers },
     body: JSON.stringify(body),
   });
   if (response.ok) return response.status === 204 ? null : response.json();
@@ -31,6 +31,7 @@ export function follow(query, handlers, onNewStream = () => {}) {
   let timer = 0;
 
   function open() {
+    $("live").hidden = false;
     onNewStream();
     source = new EventSource(`/v1/events${query}`);
     source.onopen = () => show("live", "live");
