@@ -55,7 +55,7 @@ in_group() {
   return "$code"
 }
 
-gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+gpus=$("$PYTHON" -c 'from cook.base.device import accelerators; print(accelerators())')
 processes=${NUM_PROCESSES:-$((gpus > 0 ? gpus : 1))}
 [ "$gpus" -gt 0 ] || export DS_ACCELERATOR=cpu
 # WORLD_SIZE gives the plan the number of ranks. With the user's own launcher, only that launcher knows the number.

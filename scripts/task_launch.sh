@@ -28,7 +28,7 @@ done
 
 [ "$device" = cpu ] && export CUDA_VISIBLE_DEVICES=
 [ "$device" != cpu ] && export CUDA_VISIBLE_DEVICES="$device"
-gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+gpus=$("$PYTHON" -c 'from cook.base.device import accelerators; print(accelerators())')
 if [ "$gpus" -eq 0 ]; then
   [ "$device" = cpu ] || echo "there is no GPU $device here: running on the CPU" >&2
   export DS_ACCELERATOR=cpu

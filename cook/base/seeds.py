@@ -38,6 +38,8 @@ def rng_state() -> dict[str, torch.Tensor]:
     """The state of all global generators of this rank: torch's (used by dropout), NumPy's and Python's."""
     import torch
 
+    from cook.base.device import random_state
+
     _, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)
     _, words, gauss_next = random.getstate()
     state = {
@@ -47,19 +49,18 @@ def rng_state() -> dict[str, torch.Tensor]:
         "python": torch.tensor(words, dtype=torch.int64),
         "python_gauss": torch.tensor([] if gauss_next is None else [gauss_next], dtype=torch.float64),
     }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
+    return state | random_state()
 
 
 def restore_rng_state(state: dict[str, torch.Tensor]) -> None:
     """Restores the state of all generators that `rng_state` returned."""
     import torch
 
+    from cook.base.device import restore_random_state
+
     torch.set_rng_state(state["cpu"])
     place, has_gauss, gauss = state["numpy_rest"].tolist()
     np.random.set_state(("MT19937", state["numpy"].numpy().astype(np.uint32), int(place), int(has_gauss), gauss))
     gauss_next = state["python_gauss"].tolist()
     random.setstate((3, tuple(state["python"].tolist()), gauss_next[0] if gauss_next else None))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    restore_random_state(state)

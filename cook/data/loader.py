@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from cook.base.batches import Batch
+from cook.base.device import accelerator
 from cook.base.errors import UserError
 from cook.data.cpm_tasks.batches import NO_CHOICE
 from cook.data.order import Draws, EpochOrder
@@ -106,8 +107,8 @@ class Loader(ABC):
 
 
 def pinned(batches: list[Batch]) -> list[Batch]:
-    """The batches in page-locked memory, where there is a GPU to copy them to."""
-    if not torch.cuda.is_available():
+    """The batches in page-locked memory, where there is an accelerator to copy them to."""
+    if accelerator() is None:
         return batches
     return [{key: value.pin_memory() for key, value in batch.items()} for batch in batches]
 

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from cook.base.batches import Batch
+from cook.base.device import accelerator
 from cook.base.errors import RunFailed, UserError
 from cook.base.pool import end_with_parent
 from cook.data.rows import Rows, by_epoch
@@ -68,7 +69,7 @@ class Workers:
             persistent_workers=True,
             multiprocessing_context=context,
             worker_init_fn=_begin,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=accelerator() is not None,
         )
 
     def take(self, step: int) -> list[Batch]:

@@ -56,7 +56,7 @@ class _Visits:
     def __init__(self, parameters: list[torch.nn.Parameter], device: torch.device):
         self._parameters, self._device = parameters, device
         for parameter in parameters:
-            if device.type == "cuda" and not parameter.is_pinned():
+            if device.type != "cpu" and not parameter.is_pinned():
                 parameter.data = parameter.data.pin_memory()  # without pinning, the copy would wait for the CPU
         self._homes = [parameter.data for parameter in parameters]
 

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from cook.base.seeds import generator
 from cook.data.packing import NO_TARGET
 
-CHUNK = {"cpu": 1 << 20, "cuda": 1 << 26}
+CHUNK, CHUNK_ON_CPU = 1 << 26, 1 << 20
 """Logits per chunk that is copied to fp32: fits in a core's cache on CPUs, large enough to keep a GPU busy."""
 LEARNING_RATE = 1e-3  # Adam's default; the maps start at random and have no schedule
 
@@ -83,7 +83,8 @@ class _Divergence(torch.autograd.Function):
             make = torch.empty if len(with_target) == count else torch.zeros
             gradient_NV = make((count, vocab), dtype=dtype, device=student_NV.device)
         total = student_NV.new_zeros((), dtype=torch.float32)
-        for positions in with_target.split(max(1, CHUNK.get(student_NV.device.type, CHUNK["cuda"]) // vocab)):
+        chunk = CHUNK_ON_CPU if student_NV.device.type == "cpu" else CHUNK
+        for positions in with_target.split(max(1, chunk // vocab)):
             student_CV, teacher_CV = (
                 F.log_softmax(x.index_select(0, positions).float().div_(temperature), dim=-1)
                 for x in (student_NV, teacher_NV)

@@ -93,7 +93,7 @@ def load(entry: Entry, *, trust_remote_code: bool, dtype: str = "auto", device: 
         raise UserError(f"{folder}: cannot be loaded", got=reason) from None
     if entry.masks and source is None:
         raise UserError(f"{folder}: masks can be applied only to a family that cook knows")
-    chosen = {"auto": torch.bfloat16 if device.startswith("cuda") else None}.get(dtype) or getattr(torch, dtype, None)
+    chosen = {"auto": None if device == "cpu" else torch.bfloat16}.get(dtype) or getattr(torch, dtype, None)
     model = placed(model.eval(), device, chosen)
     if entry.masks and source is not None:
         space, masks = open_masks(source, coarse=entry.coarse, heads=entry.heads, dimff=entry.dimff)

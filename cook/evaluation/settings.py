@@ -94,6 +94,6 @@ def checked(settings: Settings) -> Settings:
 
 
 def device_of(settings: Settings | ProfileSettings) -> str:
-    import torch
+    from cook.base.device import default_device
 
-    return settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return settings.device if settings.device != "auto" else default_device().type

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from cook.base.batches import Batch, on_device
+from cook.base.device import wait_for
 from cook.base.errors import UserError
 from cook.data.token_loss import model_inputs
 
@@ -32,10 +33,10 @@ def median_seconds(
     times: dict[str, list[float]] = {name: [] for name in actions}
     for number in range(repeats + 1):
         for name, action in actions.items():
-            _wait(device)
+            wait_for(device)
             start = time.perf_counter()
             action()
-            _wait(device)
+            wait_for(device)
             if number:
                 times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
@@ -64,10 +65,10 @@ def pass_seconds(model: torch.nn.Module, batch: Batch, device: torch.device, *, 
     inputs = on_device(model_inputs(batch), device)
     times: list[float] = []
     while len(times) < 11 and sum(times) < budget:
-        _wait(device)
+        wait_for(device)
         start = time.perf_counter()
         model(**inputs)
-        _wait(device)
+        wait_for(device)
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:] or times)
 
@@ -118,17 +119,17 @@ def generation_speed(
             ids, device = prompts[name], prompts[name].device
             # Generation needs only the last position's logits, if the model can skip the others.
             last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-            _wait(device)
+            wait_for(device)
             start = time.perf_counter()
             out = model(input_ids=ids, use_cache=True, **last)
-            _wait(device)
+            wait_for(device)
             middle = time.perf_counter()
             if out.past_key_values is None:
                 raise UserError(f"{name}: the model has no cache for decoding", remedy="skip the speed with --no-speed")
             for _ in range(new_tokens):
                 following = out.logits[:, -1:].argmax(-1)
                 out = model(input_ids=following, past_key_values=out.past_key_values, use_cache=True)
-            _wait(device)
+            wait_for(device)
             if number:
                 times[name].append((middle - start, time.perf_counter() - middle))
     speeds = {}
@@ -139,11 +140,6 @@ def generation_speed(
     return speeds
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # proc(5): resets the peak resident set size to the current one
@@ -152,7 +148,7 @@ RESET_PEAK = "5"  # proc(5): resets the peak resident set size to the current on
 class PeakMemory:
     """A context that measures the peak memory inside it, minus the memory at its start.
 
-    On a GPU: bytes of tensors, from PyTorch's allocator. On a CPU: the process's resident memory, from Linux.
+    On an accelerator: bytes of tensors, from PyTorch's allocator. On a CPU: the process's resident memory, from Linux.
     """
 
     bytes: int | None = None
@@ -164,18 +160,18 @@ class PeakMemory:
 
     def __enter__(self) -> PeakMemory:
         gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-            self._before = torch.cuda.memory_allocated(self._device)
+        if self._device.type != "cpu":
+            torch.accelerator.reset_peak_memory_stats(self._device)
+            self._before = torch.accelerator.memory_allocated(self._device)
         else:
             self._before = _start_of_resident()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._before is not None:
-            _wait(self._device)
-            on_gpu = self._device.type == "cuda"
-            peak = torch.cuda.max_memory_allocated(self._device) if on_gpu else _status("VmHWM")
+            wait_for(self._device)
+            on_cpu = self._device.type == "cpu"
+            peak = _status("VmHWM") if on_cpu else torch.accelerator.max_memory_allocated(self._device)
             self.bytes = max(0, peak - self._before)
 
 

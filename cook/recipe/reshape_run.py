@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from cook.base.batches import Batch
+from cook.base.device import default_device
 from cook.base.environment import check_versions
 from cook.base.errors import RunFailed, UserError
 from cook.base.files import read_json, sha256, write_atomically
@@ -220,7 +221,7 @@ def measured_speeds(source: ModelSource, folder: Path, space: PruningSpace, batc
     """Forward tokens/s before and after, measured for some seconds each; one model is in memory at a time."""
     if parameters(space) > LARGEST_TIMED:
         return {}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     tokens, speeds = batch["targets"].numel(), {}
     for name, build in (("before", partial(load_model, source)), ("after", partial(written_model, folder))):
         speeds[name] = tokens / pass_seconds(build(dtype=torch.float32).to(device), batch, device)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from cook.base.batches import Batch
+from cook.base.device import accelerator, default_device
 from cook.base.errors import UserError
 from cook.config.types import RunConfig
 from cook.evaluation.speed import LARGEST_TIMED, forward_seconds
@@ -53,7 +54,7 @@ def _speeds(config: RunConfig, stages: list[Stage]) -> dict[str, float]:
     """Forward tokens/s of each stage's reshaped model, measured in turns."""
     if max(done_record(stage)["parameters"] for stage in stages) > LARGEST_TIMED:
         return {}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     models: dict[str, torch.nn.Module] = {}
     batches: list[Batch] = []
     for stage in stages:
@@ -99,7 +100,7 @@ def _notes(config: RunConfig, stages: list[Stage]) -> list[str]:
     seconds = sum(record["seconds"] for record in records.values())
     notes = [
         f"{len(stages)} stages, {seconds / 60:.1f} minutes of training; speeds are forward passes of the reshaped "
-        f"models, measured in turns on {os.cpu_count()} cores" + (" and a GPU." if torch.cuda.is_available() else ".")
+        f"models, measured in turns on {os.cpu_count()} cores" + (" and a GPU." if accelerator() else ".")
     ]
     baseline = records.get("random_baseline")
     after = [stage for stage in stages if stage.name not in ("pretrain", "random_baseline")]

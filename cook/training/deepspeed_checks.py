@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from cook.base.device import accelerator, default_device
 from cook.base.errors import UserError
 from cook.config.schema import shown
 from cook.training.deepspeed_builds import announced, first_line, is_built
@@ -28,7 +29,7 @@ BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_ac
 @cache
 def import_deepspeed() -> Any:
     """Imports DeepSpeed with its log silenced and with a message for every op that it builds."""
-    if not torch.cuda.is_available():
+    if accelerator() is None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
@@ -309,7 +310,7 @@ def _unbuildable(op: str, name: str) -> Iterator[UserError]:
         yield UserError(f"deepspeed.optimizer.type: DeepSpeed has no {name} for this device", got=name, remedy=remedy)
     elif not installed_ops.get(builder.name) and not is_built(builder.name):
         missing = [tool for tool in (os.environ.get("CXX", "c++"), "ninja") if shutil.which(tool) is None]
-        if torch.cuda.is_available() and cpp_extension.CUDA_HOME is None:
+        if default_device().type == "cuda" and cpp_extension.CUDA_HOME is None:
             missing.append("CUDA's toolkit (nvcc)")
         if missing:
             what = f"deepspeed.optimizer.type: {name} is C++ code that must be built first, and {missing[0]} is missing"

@@ -16,6 +16,7 @@ import torch
 
 from cook.base import distributed
 from cook.base.batches import CallForm, as_it_is
+from cook.base.device import collectives, device_of_rank
 from cook.base.distributed import in_words, on_first_rank
 from cook.base.errors import RunFailed, UserError
 from cook.base.rendezvous import Meeting, join, meet
@@ -46,13 +47,11 @@ def initialise_processes(threads: int | None, meeting: Meeting | None = None) ->
     deepspeed = import_deepspeed()
     # DeepSpeed calls deprecated functions of torch, thousands of times.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
-    if torch.cuda.is_available():
-        torch.cuda.set_device(distributed.local_rank())
-    else:
+    if device_of_rank(distributed.local_rank()).type == "cpu":
         # DeepSpeed's own CPU collectives would need a minute and a compiler first; gloo computes the same.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # The other ranks wait in a collective while the first rank tokenises a corpus or hashes a checkpoint.
-    backend, patience = "nccl" if torch.cuda.is_available() else "gloo", timedelta(hours=3)
+    backend, patience = collectives(), timedelta(hours=3)
     join(backend, meeting or meet(), patience)
     deepspeed.init_distributed(dist_backend=backend, timeout=patience, verbose=False)
 
@@ -93,8 +92,7 @@ class Engine:
         self.config = check_settings(training, deepspeed_config, world_size=world)
         self.zero_stage: int = self.config["zero_optimization"]["stage"]
         self.accumulation: int = self.config["gradient_accumulation_steps"]
-        cuda = torch.cuda.is_available()
-        self.device = torch.device("cuda", distributed.local_rank()) if cuda else torch.device("cpu")
+        self.device = device_of_rank(distributed.local_rank())
         self._schedules_itself = "scheduler" in self.config
         self._clip: float | None = None
         self._zeros: HeldZeros | None = None

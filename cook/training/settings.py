@@ -6,8 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-
+from cook.base.device import has_fast_bf16
 from cook.base.errors import UserError, UserErrors
 from cook.config.schema import shown
 from cook.config.types import TrainingConfig
@@ -31,11 +30,7 @@ def resolve_precision(training: TrainingConfig, deepspeed_config: Mapping[str, A
         return training.precision
     if enabled:
         return enabled[0]
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    # A CPU without bf16 instructions would emulate bf16 at a fraction of fp32's speed.
-    capabilities = torch.cpu.get_capabilities()
-    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
+    return "bf16" if has_fast_bf16() else "fp32"
 
 
 def filled_config(

@@ -16,6 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from cook.base.device import card  # noqa: E402
 from cook.base.files import write_json  # noqa: E402
 from cook.report.tables import markdown_table  # noqa: E402
 
@@ -28,7 +29,7 @@ def machine() -> dict[str, Any]:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "gpu": card(),
         "torch": torch.__version__,
     }
 

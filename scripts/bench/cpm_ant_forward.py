@@ -29,6 +29,7 @@ import transformers  # noqa: E402
 from transformers.models.cpmant import CpmAntConfig as StockConfig  # noqa: E402
 from transformers.models.cpmant import CpmAntForCausalLM as StockModel  # noqa: E402
 
+from cook.base.device import card, wait_for  # noqa: E402
 from cook.base.files import write_json  # noqa: E402
 from cook.families.cpm_ant_formats import to_stock  # noqa: E402
 from cook.models.cpm_ant import CpmAntConfig, CpmAntForCausalLM  # noqa: E402
@@ -142,12 +143,10 @@ def measure(options: argparse.Namespace, length: int) -> dict:
 
 
 def timed(run: Callable[[], None], device: str) -> float:
-    if device != "cpu":
-        torch.cuda.synchronize()
+    wait_for(torch.device(device))
     begin = time.perf_counter()
     run()
-    if device != "cpu":
-        torch.cuda.synchronize()
+    wait_for(torch.device(device))
     return time.perf_counter() - begin
 
 
@@ -171,7 +170,7 @@ def peak_of_one_step(options: argparse.Namespace, kind: str, length: int) -> dic
 
 def peak_mib(device: str) -> float:
     if device != "cpu":
-        return torch.cuda.max_memory_allocated() / 2**20
+        return torch.accelerator.max_memory_allocated() / 2**20
     status = Path("/proc/self/status")
     if status.exists():  # Linux hands getrusage's peak down from the parent process, but not this one
         lines = [line.split() for line in status.read_text().splitlines()]
@@ -183,7 +182,7 @@ def machine() -> dict:
     return {
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": card(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),

@@ -19,6 +19,7 @@ import torch
 from common import machine, publish
 from gated_step import SHAPES, batch_of, gates_of, model_config
 
+from cook.base.device import wait_for
 from cook.base.signals import Request
 from cook.config.types import TrainingConfig
 from cook.distill.distiller import Distiller
@@ -109,7 +110,7 @@ def main() -> None:
                     mse_att_scale=1.0,
                     attention_pairs=attention,
                 )
-            _sync(engine)
+            wait_for(engine.device)
             start = time.perf_counter()
             train_step(
                 engine,
@@ -122,15 +123,15 @@ def main() -> None:
                 extra_loss=distiller,
                 asked=Request.NOTHING,
             )
-            _sync(engine)
+            wait_for(engine.device)
             if repeat >= 2:
                 times[name].append(time.perf_counter() - start)
             attached.remove()
             if distiller:
                 distiller.remove()
-            if engine.device.type == "cuda":
-                peaks[name] = torch.cuda.max_memory_allocated() / 2**30
-                torch.cuda.reset_peak_memory_stats()
+            if engine.device.type != "cpu":
+                peaks[name] = torch.accelerator.max_memory_allocated() / 2**30
+                torch.accelerator.reset_peak_memory_stats()
 
     def ratio(name: str, other: str) -> float:
         return statistics.median(a / b for a, b in zip(times[name], times[other], strict=True))
@@ -148,11 +149,6 @@ def main() -> None:
     settings = vars(options) | {"precision": engines[False].precision, **machine()}
     settings["model"] = options.model and Path(options.model).name
     publish(options.name, settings, rows, options.output)
-
-
-def _sync(engine: Engine) -> None:
-    if engine.device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import time
 import torch
 from common import machine, publish
 
+from cook.base.device import wait_for
 from cook.base.signals import Request
 from cook.config.types import TrainingConfig
 from cook.families.registry import by_config
@@ -90,16 +91,16 @@ def gates_of(space, kind: str) -> tuple[list, Gates]:
 
 def matrix_rate(engine: Engine) -> float | None:
     """FLOP/s of a large product on the card."""
-    if engine.device.type != "cuda":
+    if engine.device.type == "cpu":
         return None
     a = torch.randn(8192, 8192, device=engine.device, dtype=torch.bfloat16)
     for _ in range(3):
         a @ a
-    torch.cuda.synchronize()
+    wait_for(engine.device)
     start = time.perf_counter()
     for _ in range(10):
         a @ a
-    torch.cuda.synchronize()
+    wait_for(engine.device)
     return 10 * 2 * 8192**3 / (time.perf_counter() - start)
 
 
@@ -129,7 +130,7 @@ def main() -> None:
         for name in variants:
             groups, bank = gates.get(name, ([], None))
             attached = AttachedGates(engine.module, groups, {})
-            _sync(engine)
+            wait_for(engine.device)
             start = time.perf_counter()
             train_step(
                 engine,
@@ -142,13 +143,13 @@ def main() -> None:
                 extra_loss=None,
                 asked=Request.NOTHING,
             )
-            _sync(engine)
+            wait_for(engine.device)
             attached.remove()
             if repeat >= 2:
                 times[name].append(time.perf_counter() - start)
             if rate:
-                peaks[name] = torch.cuda.max_memory_allocated() / 2**30
-                torch.cuda.reset_peak_memory_stats()
+                peaks[name] = torch.accelerator.max_memory_allocated() / 2**30
+                torch.accelerator.reset_peak_memory_stats()
     tokens = options.rows * options.length
     flops = 3 * tokens * forward_flops(space, context=options.length)
     rows = []
@@ -167,11 +168,6 @@ def main() -> None:
         )
     settings = vars(options) | {"precision": engine.precision, "matrix TFLOP/s": rate and rate / 1e12, **machine()}
     publish(options.name, settings, rows, options.output)
-
-
-def _sync(engine: Engine) -> None:
-    if engine.device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from common import ROOT, publish
 from transformers import AutoModel, BertConfig, BertModel
 
+from cook.base.device import default_device, wait_for
 from cook.sparsity.kernels.sparse_layers import TileWiseLinear
 from cook.sparsity.kernels.sparse_native import instructions
 from cook.sparsity.kernels.sparse_ways import by, ways
@@ -74,18 +75,13 @@ def seconds(actions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, fl
     for turn in range(repeats + 2):
         chance.shuffle(order)
         for name, action in order:
-            _wait()
+            wait_for(default_device())
             start = time.perf_counter()
             action()
-            _wait()
+            wait_for(default_device())
             if turn > 1:
                 taken[name].append(time.perf_counter() - start)
     return {name: statistics.median(times) for name, times in taken.items()}
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def pruned_layer(
@@ -340,7 +336,7 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **HELD_TO_AVX2})
     if options.quick:
         options.threads, options.repeats, options.layers, options.crossover = [1], 5, 2, [10, 40, 70]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device().type
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
     curves: dict[str, list[tuple[float, float]]] = {}

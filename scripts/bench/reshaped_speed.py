@@ -15,6 +15,7 @@ import torch
 from common import publish
 from gated_step import batch_of
 
+from cook.base.device import default_device
 from cook.evaluation.equality import largest_difference
 from cook.evaluation.speed import forward_seconds
 from cook.export.pruned_folder import mask_model
@@ -64,7 +65,7 @@ def main() -> None:
     small = load_model(
         ModelSource(adapter=adapter, config=small_config, tensors=dict(reshaped(weights, space, masks)), path=Path())
     )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         models = {"dense": dense.to(device, dtype), "small": small.to(device, dtype)}

@@ -20,6 +20,7 @@ import torch
 from common import machine, publish
 from gated_step import batch_of, model_config
 
+from cook.base.device import wait_for
 from cook.base.signals import Request
 from cook.config.types import TrainingConfig
 from cook.families.registry import by_config
@@ -125,8 +126,7 @@ def main() -> None:
                 extra_loss=None,
                 asked=Request.NOTHING,
             )
-            if engines[form].device.type == "cuda":
-                torch.cuda.synchronize()
+            wait_for(engines[form].device)
             if repeat >= 2:
                 times[form].append(time.perf_counter() - start)
     publish(options.name, vars(options) | machine(), rows(options, whole, times), options.output)

@@ -15,6 +15,7 @@ import argparse
 import torch
 from common import publish
 
+from cook.base.device import default_device
 from cook.evaluation.equality import largest_difference
 from cook.evaluation.speed import generation_speed
 from cook.export.pruned_folder import mask_model, reshaped_source
@@ -78,7 +79,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     source = open_model(options.model)
     space = source.adapter.space(source.config)
     generator = torch.Generator().manual_seed(0)

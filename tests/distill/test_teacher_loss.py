@@ -64,7 +64,7 @@ def test_hidden_error_is_the_formula():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_gradient_in_chunks_is_autograds(monkeypatch, dtype):
-    monkeypatch.setitem(losses.CHUNK, "cpu", 3 * 11)  # three positions at a time
+    monkeypatch.setattr(losses, "CHUNK_ON_CPU", 3 * 11)  # three positions at a time
     random = torch.Generator().manual_seed(1)
     student, teacher = (3 * torch.randn(3, 5, 11, generator=random).to(dtype) for _ in range(2))
     targets = torch.where(torch.rand(3, 5, generator=random) < 0.3, -100, 1)

@@ -161,21 +161,9 @@ def test_the_precision(precision, config, expected):
     assert resolve_precision(changed(precision=precision), config) == expected
 
 
-@pytest.mark.parametrize(
-    ("cuda", "cuda_bf16", "cpu", "expected"),
-    [
-        (True, True, {}, "bf16"),
-        (True, False, {"amx_bf16": True}, "fp32"),
-        (False, False, {}, "fp32"),
-        (False, True, {"avx512_bf16": False, "amx_bf16": False}, "fp32"),
-        (False, False, {"avx512_bf16": True}, "bf16"),
-        (False, False, {"amx_bf16": True}, "bf16"),
-    ],
-)
-def test_an_automatic_precision_suits_the_device(monkeypatch, cuda, cuda_bf16, cpu, expected):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
-    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: cuda_bf16)
-    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: cpu)
+@pytest.mark.parametrize(("fast", "expected"), [(True, "bf16"), (False, "fp32")])
+def test_an_automatic_precision_suits_the_device(monkeypatch, fast, expected):
+    monkeypatch.setattr("cook.training.settings.has_fast_bf16", lambda: fast)
     assert resolve_precision(changed(precision="auto"), {}) == expected
 
 
