@@ -11,12 +11,13 @@ import torch
 
 from cook.base import distributed
 from cook.base.distributed import on_all_ranks, on_first_rank, say
-from cook.base.errors import UserError
+from cook.base.errors import UserError, out_of_memory
 from cook.base.files import sha256
-from cook.base.seeds import derived_seed, seed_everything
+from cook.base.seeds import derived_seed, restore_rng_state, rng_state, seed_everything
 from cook.base.watchdog import At
 from cook.data.loader import held_out_batches
 from cook.data.training_data import TrainingData, load_rows
+from cook.distill.distiller import Distiller
 from cook.evaluation.all_ranks import held_out_loss
 from cook.export.model_folder import copy_generation_config, write_model_folder, write_tokenizer
 from cook.families.source import unfilled_model, without_units
@@ -38,8 +39,9 @@ from cook.report.gate_log import GateGroup, GateLog
 from cook.training.checkpoint import Position, find_checkpoint
 from cook.training.engine import Engine, write_gathered
 from cook.training.loop import Run
-from cook.training.settings import check_settings
-from cook.training.step import ExtraLoss
+from cook.training.micro_batch import MicroBatch
+from cook.training.settings import check_settings, resolve_precision
+from cook.training.step import ExtraLoss, try_step
 
 
 class LanguageModelRun(StageRun):
@@ -95,23 +97,23 @@ class LanguageModelRun(StageRun):
         return [self.data.train.fingerprint, start, fixed, *pattern_identity(stage), *form]
 
     def train(self) -> Callable[[], dict[str, Any]]:
-        stage, inputs, data = self.stage, self.trained, self.data
-        training = stage.config.training
-        engine = Engine(self._build, inputs.weights, training, stage.config.deepspeed, call_form=inputs.adapter.inputs)
-        if self.zeros:
-            engine.hold_zeros(self.zeros, gradients_only=pattern_spec(stage).quirks.drifting_weights)
-        if inputs is not self.inputs:
-            whole = self.inputs
-            engine.stored_config = without_units(whole.model_config, whole.head_unit, whole.fixed)
-        gates, attached = make_gates(stage, self.inputs), self._attach(engine)
-        distiller = make_distiller(self.distillation, stage, engine, attached)
+        search, opened = self._fitted()
+        engine, gates, attached, distiller = opened
+        stage, data = self.stage, self.data
         say(self._opening(engine))
         loader = open_loader(stage, data)
+        mixer = SourceMixer(stage, loader, data, engine, self.log, self.at)
+
+        def after_step(step: int) -> None:
+            if search:
+                search.works()
+            mixer.after_step(step)
+
         run = Run(
             name=stage.name,
             engine=engine,
             batches=loader,
-            training=training,
+            training=stage.config.training,
             attached=attached,
             gates=gates,
             gate_log=self._gate_log(),
@@ -121,11 +123,15 @@ class LanguageModelRun(StageRun):
             fingerprint=self.identity,
             on_save=lambda: self._write_masks(gates),
             at=self.at,
-            after_step=SourceMixer(stage, loader, data, engine, self.log, self.at).after_step,
+            after_step=after_step,
         )
         try:
             self._settle(engine, attached, gates, distiller)
             position = self.fit(run, notes=data.notes, begin=lambda resumed: check_corpus(stage, resumed=resumed))
+        except Exception as error:
+            if search and out_of_memory(error):
+                raise search.failure() from error
+            raise
         finally:
             loader.close()
         self.at(position.step, "finishing")
@@ -142,6 +148,54 @@ class LanguageModelRun(StageRun):
             return self._record(gates, position, state, loss)
 
         return finish
+
+    def _opened(self) -> tuple[Engine, Gates | None, AttachedGates, Distiller | None]:
+        stage, inputs = self.stage, self.trained
+        training, form = stage.config.training, inputs.adapter.inputs
+        engine = Engine(self._build, inputs.weights, training, stage.config.deepspeed, call_form=form)
+        if self.zeros:
+            engine.hold_zeros(self.zeros, gradients_only=pattern_spec(stage).quirks.drifting_weights)
+        if inputs is not self.inputs:
+            whole = self.inputs
+            engine.stored_config = without_units(whole.model_config, whole.head_unit, whole.fixed)
+        gates, attached = make_gates(stage, self.inputs), self._attach(engine)
+        return engine, gates, attached, make_distiller(self.distillation, stage, engine, attached)
+
+    def _fitted(self) -> tuple[MicroBatch | None, tuple[Engine, Gates | None, AttachedGates, Distiller | None]]:
+        """Opens the engine; with `micro_batch_size` "auto", with a micro-batch that fits in memory on all ranks."""
+        config = self.stage.config
+        if config.training.micro_batch_size != "auto":
+            return None, self._opened()
+        settings = check_settings(config.training, config.deepspeed, world_size=distributed.world_size())
+        zero, precision = settings["zero_optimization"]["stage"], resolve_precision(config.training, config.deepspeed)
+        search = MicroBatch(self.stage.folder, config.training, {"zero_stage": zero, "precision": precision})
+        random = rng_state()
+        while True:
+            self.at(0, "starting")
+            training = replace(config.training, micro_batch_size=search.rows)
+            self.stage = replace(self.stage, config=replace(config, training=training))
+            restore_rng_state(random)
+            engine, gates, attached, distiller = self._opened()
+            if search.is_good or zero == 3 or search.fits(self._trial(engine, gates, attached, distiller)):
+                say(f"{self.stage.name}: micro-batches of {search.rows} row(s)")
+                return search, (engine, gates, attached, distiller)
+            if distiller:
+                distiller.remove()
+            attached.remove()
+            engine.close()
+            del engine, gates, attached, distiller
+
+    def _trial(
+        self, engine: Engine, gates: Gates | None, attached: AttachedGates, distiller: Distiller | None
+    ) -> Callable[[], None]:
+        """A function that runs the passes of a step on the stage's first micro-batch."""
+        rank, world = distributed.rank(), distributed.world_size()
+        loader = open_loader(self.stage, self.data, ledger=False)
+        try:
+            batch = loader.micro_batches(0, rank, world, self.stage.config.training.rows_at_once(world))[0]
+        finally:
+            loader.close()
+        return lambda: try_step(engine, batch, attached=attached, gates=gates, extra_loss=distiller)
 
     def _settle(
         self, engine: Engine, attached: AttachedGates, gates: Gates | None, distiller: ExtraLoss | None
@@ -248,7 +302,7 @@ class LanguageModelRun(StageRun):
             return None
         engine.module.eval()
         ranks = distributed.rank(), distributed.world_size()
-        batches = held_out_batches(self.data.held_out, training.micro_batch_size, training.eval_rows, *ranks)
+        batches = held_out_batches(self.data.held_out, training.rows_at_once(ranks[1]), training.eval_rows, *ranks)
         loss = held_out_loss(engine, batches, engine.device)
         self.log.write({"step": position.step, "held_out_loss": loss})
         say(f"{self.stage.name}: held-out loss {loss:.4f}")

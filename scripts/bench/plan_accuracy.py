@@ -1,0 +1,239 @@
+"""How good a plan is: predicted and measured peak memory, communication and step time of two CPU ranks.
+
+    OMP_WAIT_POLICY=PASSIVE python scripts/bench/plan_accuracy.py [--only TEXT] [--steps 5]
+
+Two ranks over gloo, one thread each. Memory is the peak resident memory of rank 0 above its memory before the model is
+built, after a tiny model has had every library load what it needs. Times are medians; the rates that the plan needs are
+measured by both ranks at the same moment, in the same processes. Communication is counted where torch is called.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from common import publish, run_ranks
+from gated_step import SHAPES, batch_of
+
+from cook.base import distributed
+from cook.base.signals import Request
+from cook.config.types import TrainingConfig
+from cook.evaluation.speed import PeakMemory
+from cook.families.registry import by_config
+from cook.pruning.attach import AttachedGates
+from cook.recipe.cards import probe
+from cook.recipe.estimate import Card, Setup, estimate, shape_of
+from cook.training.engine import Engine, initialise_processes
+from cook.training.step import train_step
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 2048,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "CPM-Ant, default": SHAPES["default"] | {"model_type": "cook_cpm_ant"},
+    "SmolLM2-135M, 4 layers": LLAMA,
+}
+TINY: dict[str, dict[str, Any]] = {
+    "CPM-Ant, default": MODELS["CPM-Ant, default"] | {"num_layers": 1, "vocab_size": 512, "dim_ff": 64},
+    "SmolLM2-135M, 4 layers": LLAMA | {"num_hidden_layers": 1, "vocab_size": 512, "intermediate_size": 64},
+}
+CASES = [
+    {"model": model, "zero": zero, "precision": precision, "checkpointing": checkpointing, "rows": rows, "batch": batch}
+    for model, rows, zero, precision, checkpointing, batch in (
+        ("CPM-Ant, default", 8, 0, "fp32", False, 16),
+        ("CPM-Ant, default", 8, 0, "fp32", True, 16),
+        ("CPM-Ant, default", 8, 2, "fp32", False, 16),
+        ("CPM-Ant, default", 8, 3, "fp32", False, 16),
+        ("CPM-Ant, default", 4, 2, "fp32", False, 16),
+        ("CPM-Ant, default", 4, 2, "bf16", False, 8),
+        ("SmolLM2-135M, 4 layers", 4, 0, "fp32", False, 8),
+        ("SmolLM2-135M, 4 layers", 4, 0, "fp32", True, 8),
+        ("SmolLM2-135M, 4 layers", 4, 2, "fp32", False, 8),
+        ("SmolLM2-135M, 4 layers", 4, 3, "fp32", False, 8),
+        ("SmolLM2-135M, 4 layers", 2, 1, "bf16", False, 4),
+        ("SmolLM2-135M, 4 layers", 2, 3, "bf16", True, 4),
+    )
+]
+LENGTH = 256
+
+
+def engine_of(config: dict[str, Any], case: dict[str, Any], rows: int, batch: int) -> Engine:
+    adapter = by_config(config)
+    training = TrainingConfig(
+        steps=1000,
+        train_batch_size=batch,
+        micro_batch_size=rows,
+        learning_rate=1e-4,
+        precision=case["precision"],
+        activation_checkpointing=case["checkpointing"],
+    )
+    settings = {"zero_optimization": {"stage": case["zero"]}}
+    return Engine(lambda: adapter.build(config), None, training, settings, call_form=adapter.inputs)
+
+
+def step_of(engine: Engine, config: dict[str, Any], rows: int, number: int) -> None:
+    batch = batch_of({"prompt_length": 1} | config, rows, LENGTH)
+    train_step(
+        engine,
+        [dict(batch) for _ in range(engine.accumulation)],
+        number,
+        num_targets=rows * LENGTH,
+        learning_rate=1e-4,
+        attached=AttachedGates(engine.module, [], {}),
+        gates=None,
+        extra_loss=None,
+        asked=Request.NOTHING,
+    )
+
+
+@contextmanager
+def counted() -> Iterator[dict[str, float]]:
+    """Bytes that a rank would send with ring algorithms, by collective, of calls of at least 1 KiB."""
+    sent: dict[str, float] = {}
+    ring = (distributed.world_size() - 1) / distributed.world_size()
+    whole: dict[str, Callable[..., float]] = {
+        "all_reduce": lambda tensor, *_: 2 * tensor.nbytes,
+        "all_gather_into_tensor": lambda output, *_: output.nbytes,
+        "_all_gather_base": lambda output, *_: output.nbytes,
+        "all_gather": lambda outputs, *_: sum(t.nbytes for t in outputs),
+        "reduce_scatter_tensor": lambda _, source, *__: source.nbytes,
+        "_reduce_scatter_base": lambda _, source, *__: source.nbytes,
+        "reduce_scatter": lambda _, sources, *__: sum(t.nbytes for t in sources),
+        "broadcast": lambda tensor, *_: tensor.nbytes,
+        "reduce": lambda tensor, *_: tensor.nbytes,
+        "all_to_all_single": lambda output, *_: output.nbytes,
+    }
+    originals = {name: getattr(torch.distributed, name) for name in whole}
+
+    def watched(name: str) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            named = [*args, *(v for k, v in options.items() if k in ("tensor", "input", "output", "input_tensor"))]
+            sent[name] = sent.get(name, 0) + ring * whole[name](*named)
+            return originals[name](*args, **options)
+
+        return call
+
+    for name in whole:
+        setattr(torch.distributed, name, watched(name))
+    try:
+        yield sent
+    finally:
+        for name, original in originals.items():
+            setattr(torch.distributed, name, original)
+
+
+def link_speed() -> tuple[float, float]:
+    """Bytes per second of a ring all-reduce, and the seconds of a tiny one."""
+    large, tiny = torch.zeros(4_000_000), torch.zeros(256)
+    found = {}
+    for tensor in (tiny, large):
+        times = []
+        for _ in range(6):
+            distributed.barrier()
+            start = time.perf_counter()
+            distributed.all_reduce_sum(tensor)
+            times.append(time.perf_counter() - start)
+        found[tensor.nbytes] = statistics.median(times[1:])
+    return large.nbytes / found[large.nbytes], found[tiny.nbytes]  # two ranks send half of it twice
+
+
+def worker(case: dict[str, Any], steps: int) -> None:
+    initialise_processes(1)
+    config = MODELS[case["model"]]
+    rows, batch = case["rows"], case["batch"]
+    warm = engine_of(TINY[case["model"]], case, 1, distributed.world_size())
+    for number in (1, 2):
+        step_of(warm, TINY[case["model"]], 1, number)
+    warm.close()
+    del warm
+    with PeakMemory(torch.device("cpu")) as peak:
+        engine = engine_of(config, case, rows, batch)
+        step_of(engine, config, rows, 1)
+        with counted() as sent:
+            step_of(engine, config, rows, 2)
+    setup, times = setup_of(case), []
+    shape = shape_of(by_config(config).space(config), score_bias="prompt_length" in config)
+    cards = []
+    for number in range(steps):
+        distributed.barrier()
+        cards.append(probe(shape, setup))
+        speed, latency = link_speed()
+        cards[-1] = replace(cards[-1], link=speed, latency=latency)
+        for _ in range(2):
+            distributed.barrier()
+            start = time.perf_counter()
+            step_of(engine, config, rows, number + 3)
+            times.append(time.perf_counter() - start)
+    card = {key: value for key, value in asdict(cards[0]).items()}
+    numbers = ("half", "single", "bandwidth", "update", "link", "latency", "attention")
+    card |= {key: statistics.median(getattr(one, key) for one in cards) for key in numbers}
+    if distributed.rank() == 0:
+        found = {"peak": peak.bytes, "seconds": statistics.median(times), "card": card}
+        print(json.dumps(found | {"sent": sum(sent.values()), "calls": sent}))
+    distributed.barrier()
+
+
+def setup_of(case: dict[str, Any]) -> Setup:
+    return Setup(
+        zero=case["zero"],
+        half=case["precision"] != "fp32",
+        ranks=2,
+        rows=case["rows"],
+        length=LENGTH,
+        accumulation=case["batch"] // case["rows"] // 2,
+        checkpointing=case["checkpointing"],
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--only", default="", help="rows whose description contains this text")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--output")
+    options = parser.parse_args()
+    if options.worker is not None:
+        return worker(json.loads(options.worker), options.steps)
+    rows = []
+    for case in CASES:
+        if options.only not in json.dumps(case):
+            continue
+        found = run_ranks([__file__, "--worker", json.dumps(case), "--steps", str(options.steps)])
+        config = MODELS[case["model"]]
+        shape = shape_of(by_config(config).space(config), score_bias="prompt_length" in config)
+        plan = estimate(shape, setup_of(case), Card(**found["card"]))
+        assert plan.seconds is not None
+        rows.append(
+            case
+            | {
+                "MiB": found["peak"] / 2**20,
+                "plan MiB": plan.memory.peak / 2**20,
+                "memory ratio": plan.memory.peak / found["peak"],
+                "sent MiB": found["sent"] / 2**20,
+                "plan sent MiB": plan.sent / 2**20,
+                "seconds": found["seconds"],
+                "plan seconds": plan.seconds,
+                "time ratio": plan.seconds / found["seconds"],
+            }
+        )
+        print(json.dumps(rows[-1] | {"calls": found["calls"], "card": found["card"]}), flush=True)
+    publish("plan_accuracy", {"ranks": 2, "threads": 1, "length": LENGTH}, rows, options.output)
+
+
+if __name__ == "__main__":
+    main()
