@@ -38,7 +38,9 @@ class Block:
     weights: int
     """Entries of its matrices."""
     norms: int
-    """Features of all its norms."""
+    """Features of its norms of hidden states, together."""
+    head_norms: int = 0
+    """Features of its norms of queries and keys."""
     inner: int
     """Inputs of its output projection: features of all heads, or FFN dimensions."""
     keys: int = 0
@@ -53,13 +55,14 @@ class Block:
 
         A norm keeps its input and its result; an RMSNorm without a fused kernel computes in fp32 and keeps the
         normalized input too. Attention keeps queries, keys, values and its result, and no scores. An FFN keeps the
-        input of its activation and its result, and a gated one the other product and their product.
+        input of its activation and its result, and a gated one the other product and their product. (ReLU keeps only
+        its result, GPT-2's GELU six tensors; eager attention, as in Gemma 2, also keeps the scores.)
 
         Args:
             width: Bytes per number.
             bias: Whether norms have a bias: a LayerNorm, which is fused.
         """
-        norms = self.norms * (2 * width if bias else 4 + 2 * width)
+        norms = self.norms * (2 * width if bias else 4 + 2 * width) + self.head_norms * (4 + width)
         inner = 2 * self.inner + 2 * self.keys if self.keys else 2 * self.inputs * self.inner
         return norms + width * (inner + self.gates)
 
@@ -230,14 +233,15 @@ def _block(
     hidden = matrices[out.path] // inner if inner else 1
     outputs = (sum(matrices.values()) - matrices[out.path]) // hidden  # queries, keys, values; or gate and up
     attends = group.kind == "heads"
-    # A norm of queries or keys is as wide as a head, and is computed for all heads.
-    norms = sum(hidden if inside[path] == (hidden,) else inner for path in _norms(inside))
+    keys = (outputs - inner) // 2 if attends else 0
+    norms = [inside[path] == (hidden,) for path in _norms(inside)]
     return Block(
         layer=group.layer,
         weights=sum(matrices.values()),
-        norms=norms,
+        norms=hidden * sum(norms),
+        head_norms=inner + keys if not all(norms) else 0,  # norms of queries and of keys come in pairs
         inner=inner,
-        keys=(outputs - inner) // 2 if attends else 0,
+        keys=keys,
         inputs=1 if attends else outputs // max(1, inner),
         gates=(inner if group.kind in gated else 0) + (hidden if "layer" in gated else 0),
     )
@@ -309,13 +313,14 @@ def memory_of(shape: Shape, setup: Setup, *, shared: bool = False) -> Memory:
     weights, gradients, states = state_bytes(count, setup)
     host = (states + gradients if setup.offload_optimizer else 0) + (weights if setup.offload_param else 0)
     if setup.offload_optimizer and not shared:
-        states = 0.0
+        states = gradients = 0.0
     if setup.offload_param and not shared:
         weights = 0.0
+    leaves = setup.offload_optimizer and not shared  # gradients go to the host as they are reduced
     bucket = width * min(setup.bucket, trained)
     gathered = width * min(setup.live, count) if zero == 3 and ranks > 1 else 0
-    full, own = width * trained, width * trained / ranks  # gradients
-    copied = own + (4 * trained / ranks if setup.half else 0)  # flattened, and in fp32
+    full, own = width * trained, 0 if leaves else width * trained / ranks  # gradients
+    copied = 0 if leaves else own + (4 * trained / ranks if setup.half else 0)  # flattened, and in fp32
 
     static = weights + states + width * setup.teacher
     kept = activations(shape, setup, checkpointing=False)
@@ -344,7 +349,7 @@ def memory_of(shape: Shape, setup: Setup, *, shared: bool = False) -> Memory:
         2 * width * count - weights if zero in (1, 2) else 0,  # the engine flattens the weights
     )
     return Memory(
-        state=weights + (0 if setup.offload_optimizer and not shared else gradients) + states + width * setup.teacher,
+        state=weights + gradients + states + width * setup.teacher,
         host=0.0 if shared else host,
         activations=live,
         kept=kept,

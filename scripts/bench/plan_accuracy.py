@@ -29,7 +29,7 @@ from cook.evaluation.speed import PeakMemory
 from cook.families.registry import by_config
 from cook.pruning.attach import AttachedGates
 from cook.recipe.cards import probe
-from cook.recipe.estimate import Card, Setup, estimate, shape_of
+from cook.recipe.estimate import Card, Setup, estimate, memory_of, shape_of
 from cook.training.engine import Engine, initialise_processes
 from cook.training.step import train_step
 
@@ -179,7 +179,11 @@ def worker(case: dict[str, Any], steps: int) -> None:
             start = time.perf_counter()
             step_of(engine, config, rows, number + 3)
             times.append(time.perf_counter() - start)
-    card = {key: value for key, value in asdict(cards[0]).items()}
+    if not steps:
+        if distributed.rank() == 0:
+            print(json.dumps({"peak": peak.bytes, "sent": sum(sent.values()), "calls": sent}))
+        return
+    card = asdict(cards[0])
     numbers = ("half", "single", "bandwidth", "update", "link", "latency", "attention")
     card |= {key: statistics.median(getattr(one, key) for one in cards) for key in numbers}
     if distributed.rank() == 0:
@@ -216,22 +220,23 @@ def main() -> None:
         found = run_ranks([__file__, "--worker", json.dumps(case), "--steps", str(options.steps)])
         config = MODELS[case["model"]]
         shape = shape_of(by_config(config).space(config), score_bias="prompt_length" in config)
-        plan = estimate(shape, setup_of(case), Card(**found["card"]))
-        assert plan.seconds is not None
+        setup = setup_of(case)
+        plan = estimate(shape, setup, Card(**found["card"]) if options.steps else None)
+        peak = memory_of(shape, setup, shared=True).peak
         rows.append(
             case
             | {
                 "MiB": found["peak"] / 2**20,
-                "plan MiB": plan.memory.peak / 2**20,
-                "memory ratio": plan.memory.peak / found["peak"],
+                "plan MiB": peak / 2**20,
+                "memory ratio": peak / found["peak"],
                 "sent MiB": found["sent"] / 2**20,
                 "plan sent MiB": plan.sent / 2**20,
-                "seconds": found["seconds"],
+                "seconds": found.get("seconds"),
                 "plan seconds": plan.seconds,
-                "time ratio": plan.seconds / found["seconds"],
+                "time ratio": plan.seconds and plan.seconds / found["seconds"],
             }
         )
-        print(json.dumps(rows[-1] | {"calls": found["calls"], "card": found["card"]}), flush=True)
+        print(json.dumps(rows[-1] | {"calls": found["calls"], "card": found.get("card")}), flush=True)
     publish("plan_accuracy", {"ranks": 2, "threads": 1, "length": LENGTH}, rows, options.output)
 
 

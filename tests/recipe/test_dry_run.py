@@ -10,7 +10,9 @@ import pytest
 from cook.base.errors import UserError
 from cook.config.load import load_config
 from cook.config.types import RunConfig
-from cook.recipe.dry_run import _state_bytes, plan_facts, show_plan
+from cook.config.tasks import PlanOptions
+from cook.recipe.dry_run import plan_facts, setup_of, show_plan
+from cook.recipe.estimate import state_bytes
 from cook.recipe.plan import plan_stage, recipe
 from tests.recipe.tiny_run import ATT_FIRST, contents, write_run
 
@@ -111,17 +113,17 @@ def test_the_memory_of_a_rank_is_zeros_formula(config, precision, zero, ranks, e
         "training.micro_batch_size=1",
         world_size=ranks,
     )
-    assert _state_bytes(plan_stage(loaded, "pretrain"), N, ranks) == pytest.approx(N * expected)
+    assert sum(state_bytes(N, setup_of(plan_stage(loaded, "pretrain"), ranks))) == pytest.approx(N * expected)
 
 
 def test_frozen_weights_need_no_gradients_and_no_states(config):
     loaded = config("training.train_weights=false")
-    assert _state_bytes(plan_stage(loaded, "layer_mask"), WHOLE, 1) == 4 * WHOLE
+    assert state_bytes(WHOLE, setup_of(plan_stage(loaded, "layer_mask"), 1)) == (4 * WHOLE, 0, 0)
 
 
 def test_an_absent_zero_stage_is_the_one_that_will_be_used(config):
     loaded = config(deepspeed={}, world_size=2, training__micro_batch_size=1)
-    assert _state_bytes(plan_stage(loaded, "pretrain"), N, 2) == pytest.approx(N * FULL[2][2])
+    assert sum(state_bytes(N, setup_of(plan_stage(loaded, "pretrain"), 2))) == pytest.approx(N * FULL[2][2])
 
 
 def test_an_unusable_deepspeed_config_is_found_before_the_run(config):
