@@ -66,7 +66,7 @@ def card_named(name: str) -> Card:
     return found
 
 
-def measured_cpu(shape: Shape, setup: Setup) -> Card:
+def measured_cpu(shape: Shape, setup: Setup, *, budget: float = 0.4) -> Card:
     """A rank's share of this machine's CPU, measured on one layer's sizes in about two seconds.
 
     Every rank has its share of the cores and of the memory. The probe runs alone: ranks that share a memory bus are
@@ -75,15 +75,32 @@ def measured_cpu(shape: Shape, setup: Setup) -> Card:
     ranks, threads = max(1, setup.ranks // setup.hosts), torch.get_num_threads()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     try:
-        rates = probe(shape, setup)
+        rates = probe(shape, setup, budget=budget)
     finally:
         torch.set_num_threads(threads)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / ranks
     return replace(rates, memory=memory)
 
 
-def probe(shape: Shape, setup: Setup) -> Card:
-    """Measures products, attention, elementwise operations and the update on the sizes of a model, on the CPU."""
+def probe(shape: Shape, setup: Setup, *, budget: float = 0.4, clock: Callable[[], float] = time.perf_counter) -> Card:
+    """Measures products, attention, elementwise operations and the update on the sizes of a model, on the CPU.
+
+    Args:
+        shape: The model.
+        setup: How it is trained.
+        budget: Seconds for each of the four.
+        clock: Returns seconds; `time.process_time` measures the processor's time, on a busy machine.
+    """
+
+    def median(action: Callable[[], object]) -> float:
+        action()
+        times: list[float] = []
+        while sum(times) < budget and len(times) < 50:
+            start = clock()
+            action()
+            times.append(clock() - start)
+        return statistics.median(times)
+
     dtype = torch.bfloat16 if setup.half else torch.float32
     block = max(shape.blocks, key=lambda one: one.weights)
     tokens, width = min(setup.tokens, 2048), setup.width
@@ -92,23 +109,23 @@ def probe(shape: Shape, setup: Setup) -> Card:
         return torch.randn(*sizes, dtype=dtype).requires_grad_()
 
     x, weight = random(tokens, shape.hidden), random(block.inner, shape.hidden)
-    product_seconds = _seconds(lambda: _both_passes(F.linear(x, weight)))
+    product_seconds = median(lambda: _both_passes(F.linear(x, weight)))
     rate = 6 * tokens * weight.numel() / product_seconds
 
     length = min(setup.length, tokens)
     attends = max((b.inner for b in shape.blocks if b.keys), default=64)
     q, k, v = (random(tokens // length, max(1, attends // 64), length, min(64, attends)) for _ in range(3))
-    attention_seconds = _seconds(lambda: _both_passes(F.scaled_dot_product_attention(q, k, v, is_causal=False)))
+    attention_seconds = median(lambda: _both_passes(F.scaled_dot_product_attention(q, k, v, is_causal=False)))
     attention = 4 * 3.5 * length * q.numel() / attention_seconds
 
     a, b = random(tokens, block.inner), random(tokens, block.inner)
-    elementwise_seconds = _seconds(lambda: _both_passes(F.gelu(a) * b))
+    elementwise_seconds = median(lambda: _both_passes(F.gelu(a) * b))
     bandwidth = PASSES * 4 * width * a.numel() / elementwise_seconds
 
     parameter = torch.nn.Parameter(torch.zeros(4_000_000))
     parameter.grad = torch.zeros_like(parameter)
     adam = torch.optim.AdamW([parameter], fused=True)
-    update = 28 * parameter.numel() / _seconds(adam.step)
+    update = 28 * parameter.numel() / median(adam.step)
     return Card(
         name="cpu",
         memory=0,
@@ -119,6 +136,7 @@ def probe(shape: Shape, setup: Setup) -> Card:
         link=LOOPBACK,
         attention=attention / rate,
         latency=3e-4,
+        launch=0,
         overlaps=False,
         shares_memory=True,
     )
@@ -126,14 +144,3 @@ def probe(shape: Shape, setup: Setup) -> Card:
 
 def _both_passes(result: torch.Tensor) -> None:
     result.backward(torch.ones_like(result))
-
-
-def _seconds(action: Callable[[], object], budget: float = 0.4) -> float:
-    """Median seconds, after one call that does not count."""
-    action()
-    times: list[float] = []
-    while sum(times) < budget and len(times) < 50:
-        start = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)

@@ -152,6 +152,9 @@ class Card:
     """Bytes per second of the update; None: `bandwidth`."""
     latency: float = 2e-5
     """Seconds per collective."""
+    launch: float = 5e-4
+    """Seconds that PyTorch needs to start the kernels of one block, forward and backward: about 70 of about 7 µs. Small
+    models are bound by it. 0 for a CPU, whose rates are measured with it."""
     overlaps: bool = True
     """Whether ZeRO 3 gathers weights while the card computes."""
     shares_memory: bool = False
@@ -409,6 +412,8 @@ def step_seconds(shape: Shape, setup: Setup, card: Card, *, network: float | Non
     traffic *= 1.4 if setup.checkpointing else 1  # two of five accesses are forward
     traffic += LOSS_ACCESSES * 4 * setup.tokens * shape.vocab
     compute = products / rate + attention / (rate * card.attention) + setup.accumulation * traffic / bandwidth
+    hooks = 2 if setup.zero == 3 else 1  # those of ZeRO 3, on every module, take about as long again
+    compute = max(compute, setup.accumulation * len(shape.blocks) * card.launch * hooks)
 
     own = (shape.parameters if setup.trains else 0) / (setup.ranks if setup.zero else 1)
     update = 4 * ADAM_ACCESSES * own / (card.update or bandwidth)
@@ -454,11 +459,12 @@ class Planned:
 def suggest(stages: Sequence[Planned], card: Card, *, network: float | None = None) -> Setup | None:
     """The ZeRO stage, checkpointing and micro-batch with which the stages together are fastest; None: nothing fits.
 
-    The micro-batch is the largest that fits in all stages. Optimizer states are offloaded only if nothing fits without.
+    The micro-batch is the largest that fits in all stages. Among setups whose times differ by less than 5%, it is the
+    one with the lowest ZeRO stage. Optimizer states are offloaded only if nothing fits without.
     """
     first = stages[0].setup
     for offloaded in (False, True):
-        found: list[tuple[float, Setup]] = []
+        best: tuple[float, Setup] | None = None
         levels = range(1 if first.half or offloaded else 0, 4)
         for zero in levels if first.ranks > 1 else levels[:1]:
             for checkpointing in (False, True):
@@ -467,10 +473,12 @@ def suggest(stages: Sequence[Planned], card: Card, *, network: float | None = No
                 rows = [largest_rows(one.shape, one.setup, card, batch=one.batch) or 0 for one in tried]
                 if all(rows):
                     fitted = [replace(one, setup=_with_rows(one.setup, one.batch, min(rows))) for one in tried]
-                    times = (one.steps * step_seconds(one.shape, one.setup, card, network=network) for one in fitted)
-                    found.append((sum(times), fitted[0].setup))
-        if found:
-            return min(found, key=lambda pair: pair[0])[1]
+                    seconds = sum(s.steps * step_seconds(s.shape, s.setup, card, network=network) for s in fitted)
+                    # Simpler setups come first; a gain that is smaller than the estimate's error is none.
+                    if best is None or seconds < 0.95 * best[0]:
+                        best = (seconds, fitted[0].setup)
+        if best:
+            return best[1]
     return None
 
 
