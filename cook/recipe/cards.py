@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from cook.base.errors import UserError
-from cook.recipe.estimate import PASSES, Card, Setup, Shape
+from cook.recipe.estimate import PASSES, Card, Setup
+from cook.recipe.model_shape import Shape
 
 GIB = 2**30
 REACHED = 0.6

@@ -16,19 +16,9 @@ from cook.pruning.counts import parameters
 from cook.pruning.mask_set import kept_counts
 from cook.recipe.cards import card_named, measured_cpu
 from cook.recipe.distillation import open_distillation
-from cook.recipe.estimate import (
-    Card,
-    Estimate,
-    Planned,
-    Setup,
-    Shape,
-    estimate,
-    largest_rows,
-    shape_of,
-    state_bytes,
-    suggest,
-)
+from cook.recipe.estimate import Card, Estimate, Planned, Setup, estimate, largest_rows, state_bytes, suggest
 from cook.recipe.inputs import Inputs, final_masks, make_gates, open_inputs
+from cook.recipe.model_shape import Shape, shape_of
 from cook.recipe.plan import Stage
 from cook.report.console import print_plan as print_table_of_stages
 from cook.report.console import print_table
@@ -135,7 +125,8 @@ def setup_of(stage: Stage, world_size: int, options: PlanOptions = ALONE) -> Set
     half = settings["bf16"]["enabled"] or settings["fp16"]["enabled"]
     half = half or (options.card not in (None, "cpu") and training.precision == "auto")
     rows = training.rows_at_once(world_size)
-    defaults = {"bucket": "reduce_bucket_size", "live": "stage3_max_live_parameters"}
+    keys = {"bucket": "reduce_bucket_size", "live": "stage3_max_live_parameters"}
+    given: dict[str, Any] = {name: int(zero[key]) for name, key in keys.items() if key in zero}
     return Setup(
         zero=max(zero["stage"], int(half)),
         half=half,
@@ -148,7 +139,7 @@ def setup_of(stage: Stage, world_size: int, options: PlanOptions = ALONE) -> Set
         trains=training.train_weights,
         offload_optimizer=offloads(zero),
         offload_param=(zero.get("offload_param") or {}).get("device", "none") != "none",
-        **{name: int(zero[key]) for name, key in defaults.items() if key in zero},
+        **given,
     )
 
 

@@ -10,12 +10,11 @@ DeepSpeed does more than the theory needs, its code is the source, and the docst
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import prod
+from typing import Any, NamedTuple
 
-from cook.pruning.counts import Kept, kept_shapes, parameters
-from cook.pruning.units import PruningSpace, UnitGroup
+from cook.recipe.model_shape import Shape
 
 USABLE = 0.92
 """The share of a card's memory that a plan fills. The rest is for the driver, the libraries and fragmentation."""
@@ -28,65 +27,6 @@ HOST_BANDWIDTH, HOST_LINK = 2e10, 2.5e10
 """Bytes per second of a rank's share of the host's memory, and between host and card (PCIe 4.0), for offloading."""
 ADAM_ACCESSES = 7
 """Accesses per parameter in a fused Adam step: weight, gradient and two moments read, all but the gradient written."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Block:
-    """An attention or FFN block, in features per token."""
-
-    layer: int
-    weights: int
-    """Entries of its matrices."""
-    norms: int
-    """Features of its norms of hidden states, together."""
-    head_norms: int = 0
-    """Features of its norms of queries and keys."""
-    inner: int
-    """Inputs of its output projection: features of all heads, or FFN dimensions."""
-    keys: int = 0
-    """Features of the keys, and of the values; 0 in an FFN."""
-    inputs: int = 1
-    """Products with the hidden states that an FFN begins with: 2 if it is gated."""
-    gates: int = 0
-    """Features that masks multiply."""
-
-    def kept(self, *, width: int, bias: bool) -> int:
-        """Bytes per token that the forward pass keeps for the backward pass (Korthikanti et al., sec. 4.1).
-
-        A norm keeps its input and its result; an RMSNorm without a fused kernel computes in fp32 and keeps the
-        normalized input too. Attention keeps queries, keys, values and its result, and no scores. An FFN keeps the
-        input of its activation and its result, and a gated one the other product and their product. (ReLU keeps only
-        its result, GPT-2's GELU six tensors; eager attention, as in Gemma 2, also keeps the scores.)
-
-        Args:
-            width: Bytes per number.
-            bias: Whether norms have a bias: a LayerNorm, which is fused.
-        """
-        norms = self.norms * (2 * width if bias else 4 + 2 * width) + self.head_norms * (4 + width)
-        inner = 2 * self.inner + 2 * self.keys if self.keys else 2 * self.inputs * self.inner
-        return norms + width * (inner + self.gates)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """What the arithmetic needs to know about a model."""
-
-    parameters: int
-    hidden: int
-    vocab: int
-    """Rows of the output projection; 0 without one."""
-    tied: bool
-    """Whether it is the input embedding, too."""
-    bias: bool
-    """Whether norms have a bias."""
-    blocks: tuple[Block, ...]
-    score_heads: int = 0
-    """Heads with a learned bias, which is added to the scores of all layers; 0: none."""
-
-    @property
-    def layers(self) -> list[list[Block]]:
-        """Blocks by layer."""
-        return [[block for block in self.blocks if block.layer == n] for n in sorted({b.layer for b in self.blocks})]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,62 +134,6 @@ class Estimate:
     """All ranks together."""
 
 
-def shape_of(
-    space: PruningSpace, kept: Kept | None = None, *, score_bias: bool = False, gated: Collection[str] = ()
-) -> Shape:
-    """Reads a model's shape from its pruning space.
-
-    Args:
-        space: The pruning space.
-        kept: Units that each group keeps.
-        score_bias: Whether a learned bias per head is added to the attention scores.
-        gated: The kinds of units that masks multiply.
-    """
-    shapes = kept_shapes(space, kept or {})
-    groups = [group for group in (*space.groups, *space.unprunable) if group.kind in ("heads", "dimff")]
-    found = [(group, _block(space, group, shapes, gated)) for group in groups if group.slices[-1].path in shapes]
-    blocks = sorted((block for _, block in found), key=lambda block: block.layer)
-    heads = [b.inner * g.members // g.slices[-1].block for g, b in found if g.kind == "heads"]
-    logits = shapes.get(space.logits_weight, (0, 0))
-    return Shape(
-        parameters=parameters(space, kept),
-        hidden=logits[1],
-        vocab=logits[0],
-        tied=sum(shape == logits for shape in shapes.values()) == 1,
-        bias=any(f"{path.removesuffix('weight')}bias" in shapes for path in _norms(shapes)),
-        blocks=tuple(blocks),
-        score_heads=max(heads, default=0) if score_bias else 0,
-    )
-
-
-def _norms(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    return [path for path, shape in shapes.items() if len(shape) == 1 and path.endswith("weight")]
-
-
-def _block(
-    space: PruningSpace, group: UnitGroup, shapes: Mapping[str, tuple[int, ...]], gated: Collection[str]
-) -> Block:
-    block, out = space.block(group), group.slices[-1]
-    inside = {piece.path: shapes[piece.path] for piece in block.slices if piece.path in shapes}
-    matrices = {path: prod(shape) for path, shape in inside.items() if len(shape) == 2}
-    inner = shapes[out.path][out.dim]
-    hidden = matrices[out.path] // inner if inner else 1
-    outputs = (sum(matrices.values()) - matrices[out.path]) // hidden  # queries, keys, values; or gate and up
-    attends = group.kind == "heads"
-    keys = (outputs - inner) // 2 if attends else 0
-    norms = [inside[path] == (hidden,) for path in _norms(inside)]
-    return Block(
-        layer=group.layer,
-        weights=sum(matrices.values()),
-        norms=hidden * sum(norms),
-        head_norms=inner + keys if not all(norms) else 0,  # norms of queries and of keys come in pairs
-        inner=inner,
-        keys=keys,
-        inputs=1 if attends else outputs // max(1, inner),
-        gates=(inner if group.kind in gated else 0) + (hidden if "layer" in gated else 0),
-    )
-
-
 def estimate(shape: Shape, setup: Setup, card: Card | None = None, *, network: float | None = None) -> Estimate:
     """The plan of a stage.
 
@@ -311,55 +195,80 @@ def memory_of(shape: Shape, setup: Setup, *, shared: bool = False) -> Memory:
         setup: How it is trained.
         shared: Whether the host's memory is the same memory.
     """
-    width, count, zero, ranks = setup.width, shape.parameters, setup.zero, setup.ranks
-    trained = count if setup.trains else 0
+    width, count = setup.width, shape.parameters
     weights, gradients, states = state_bytes(count, setup)
-    host = (states + gradients if setup.offload_optimizer else 0) + (weights if setup.offload_param else 0)
+    host = 0.0
     if setup.offload_optimizer and not shared:
-        states = gradients = 0.0
+        host, gradients, states = states + gradients, 0.0, 0.0
     if setup.offload_param and not shared:
-        weights = 0.0
-    leaves = setup.offload_optimizer and not shared  # gradients go to the host as they are reduced
-    bucket = width * min(setup.bucket, trained)
-    gathered = width * min(setup.live, count) if zero == 3 and ranks > 1 else 0
-    full, own = width * trained, 0 if leaves else width * trained / ranks  # gradients
-    copied = 0 if leaves else own + (4 * trained / ranks if setup.half else 0)  # flattened, and in fp32
-
-    static = weights + states + width * setup.teacher
+        host, weights = host + weights, 0.0
     kept = activations(shape, setup, checkpointing=False)
     checkpointed = activations(shape, setup, checkpointing=True)
     live = checkpointed if setup.checkpointing else kept
     loss = setup.tokens * shape.vocab * (12 + (2 * width if setup.teaches else 0))
-    head = width * shape.vocab * shape.hidden if setup.trains and shape.tied else 0  # a second gradient, to be added
-    if zero == 0:
-        buffers, carried, ends, update = 0, full if setup.accumulation > 1 else 0, full + head, full
-        update += full if ranks > 1 else 0
-    elif zero == 1:
-        buffers, carried, ends = bucket, full if setup.accumulation > 1 else 0, full + own + head
-        update = own + copied
-    elif zero == 2:
-        buffers, carried, ends = bucket, own if setup.accumulation > 1 else 0, bucket + own + head
-        update = own + copied
-    else:
-        buffers, carried, ends = bucket + gathered, bucket + own, bucket + own + gathered + head
-        update = bucket + own + copied
-        carried += gathered
-    last = max((sum(b.kept(width=width, bias=shape.bias) for b in layer) for layer in shape.layers[:1]), default=0)
+    # The gradient of a tied embedding comes twice, to be added.
+    head = width * shape.vocab * shape.hidden if setup.trains and shape.tied else 0
+    first = sum(block.kept(width=width, bias=shape.bias) for layer in shape.layers[:1] for block in layer)
+    moved = _gradients(count, setup, leave=setup.offload_optimizer and not shared)
     moments = (
-        carried + live + loss,
-        ends + setup.tokens * last,
-        update,
-        2 * width * count - weights if zero in (1, 2) else 0,  # the engine flattens the weights
+        moved.carried + live + loss,
+        moved.whole + head + setup.tokens * first,
+        moved.update,
+        2 * width * count - weights if setup.zero in (1, 2) else 0.0,  # the engine flattens the weights
     )
+    static = weights + states + width * setup.teacher
     return Memory(
-        state=weights + gradients + states + width * setup.teacher,
-        host=0.0 if shared else host,
+        state=static + gradients,
+        host=host,
         activations=live,
         kept=kept,
         checkpointed=checkpointed,
-        buffers=buffers,
+        buffers=moved.buffers,
         peak=static + max(moments),
     )
+
+
+class _Gradients(NamedTuple):
+    """Bytes of gradients, of DeepSpeed's buffers for them, and of weights gathered for them, at several moments."""
+
+    carried: float
+    """When a backward pass begins."""
+    whole: float
+    """When the last one ends."""
+    update: float
+    buffers: float
+    """What of this is buffers."""
+
+
+def _gradients(count: int, setup: Setup, *, leave: bool) -> _Gradients:
+    """How gradients move at each ZeRO stage, by DeepSpeed's code (`runtime/zero/stage_1_and_2.py`, `stage3.py`).
+
+    ZeRO 0 flattens them for the all-reduce. ZeRO 1 and 2 copy them into a bucket and this rank's part out of it. ZeRO 3
+    does so with a bucket that always exists, as does its part; weights that are gathered stay until
+    `stage3_max_live_parameters` are. An update flattens this rank's part, and copies it to fp32.
+
+    Args:
+        count: Parameters.
+        setup: How they are trained.
+        leave: Whether gradients are moved to the host as they are reduced.
+    """
+    width, ranks = setup.width, setup.ranks
+    trained = count if setup.trains else 0
+    full = float(width * trained)
+    own = 0.0 if leave else full / ranks
+    copied = 0.0 if leave else own + (4 * trained / ranks if setup.half else 0)
+    bucket = float(width * min(setup.bucket, trained))
+    again = setup.accumulation > 1
+    if setup.zero == 0:
+        return _Gradients(carried=full * again, whole=full, update=full * (2 if ranks > 1 else 1), buffers=0.0)
+    if setup.zero == 1:
+        return _Gradients(carried=full * again, whole=full + own, update=own + copied, buffers=bucket)
+    if setup.zero == 2:
+        return _Gradients(carried=own * again, whole=bucket + own, update=own + copied, buffers=bucket)
+    gathered = float(width * min(setup.live, count)) if ranks > 1 else 0.0
+    always = bucket + own
+    buffers = bucket + gathered
+    return _Gradients(carried=always + gathered, whole=always + gathered, update=always + copied, buffers=buffers)
 
 
 def communication(shape: Shape, setup: Setup) -> tuple[float, float]:
@@ -468,7 +377,7 @@ def suggest(stages: Sequence[Planned], card: Card, *, network: float | None = No
         levels = range(1 if first.half or offloaded else 0, 4)
         for zero in levels if first.ranks > 1 else levels[:1]:
             for checkpointing in (False, True):
-                options = {"zero": zero, "checkpointing": checkpointing, "offload_optimizer": offloaded}
+                options: dict[str, Any] = {"zero": zero, "checkpointing": checkpointing, "offload_optimizer": offloaded}
                 tried = [replace(stage, setup=replace(stage.setup, **options)) for stage in stages]
                 rows = [largest_rows(one.shape, one.setup, card, batch=one.batch) or 0 for one in tried]
                 if all(rows):

@@ -33,7 +33,8 @@ from cook.evaluation.speed import PeakMemory
 from cook.families.registry import by_config
 from cook.pruning.attach import AttachedGates
 from cook.recipe.cards import probe
-from cook.recipe.estimate import Card, Setup, estimate, memory_of, shape_of
+from cook.recipe.estimate import Card, Setup, estimate, memory_of
+from cook.recipe.model_shape import shape_of
 from cook.training.engine import Engine, initialise_processes
 from cook.training.step import train_step
 

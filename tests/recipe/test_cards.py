@@ -9,7 +9,8 @@ import torch
 
 from cook.base.errors import UserError
 from cook.recipe.cards import CARDS, card_named, measured_cpu
-from cook.recipe.estimate import Block, Setup, Shape, step_seconds
+from cook.recipe.estimate import Setup, step_seconds
+from cook.recipe.model_shape import Block, Shape
 
 BLOCKS = (
     Block(layer=0, weights=4 * 64**2, norms=64, inner=64, keys=64),

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
-import torch
 
 from cook.families.registry import by_config
 from cook.pruning.counts import forward_flops
 from cook.recipe.estimate import (
     USABLE,
-    Block,
     Card,
     Planned,
     Setup,
-    Shape,
     activations,
     communication,
     estimate,
     largest_rows,
     memory_of,
-    shape_of,
     state_bytes,
     step_flops,
     step_seconds,
     suggest,
 )
+from cook.recipe.model_shape import Block, Shape, shape_of
 
 LLAMA = dict(
     model_type="llama",
@@ -39,15 +35,6 @@ LLAMA = dict(
     num_key_value_heads=2,
     tie_word_embeddings=True,
 )
-MODELS: dict[str, dict[str, Any]] = {
-    "llama": LLAMA,
-    "qwen3": LLAMA | dict(model_type="qwen3", head_dim=16),
-    "gpt_neox": dict(model_type="gpt_neox", vocab_size=96, hidden_size=64, intermediate_size=160, num_hidden_layers=3)
-    | dict(num_attention_heads=4, attention_dropout=0.0, hidden_dropout=0.0),
-    "cpm_ant": dict(vocab_size=96, dim_model=64, num_layers=3, num_heads=4, dim_head=16, dim_ff=160, prompt_length=4)
-    | dict(position_bias_num_buckets=32, position_bias_max_distance=64, prompt_types=3, segment_types=3, eps=1e-6)
-    | dict(model_type="cook_cpm_ant"),
-}
 ROWS, LENGTH = 8, 64
 SETUP = Setup(zero=0, half=False, ranks=1, rows=ROWS, length=LENGTH)
 CARD = Card(name="any", memory=80e9, half=3e14, single=2e13, bandwidth=2e12, link=3e11)
@@ -58,66 +45,15 @@ BLOCKS = (
 SHAPE = Shape(parameters=1000, hidden=8, vocab=30, tied=True, bias=False, blocks=BLOCKS)
 
 
-def shape(name: str) -> Shape:
-    adapter = by_config(MODELS[name])
-    return shape_of(adapter.space(MODELS[name]), score_bias=adapter.score_bias)
-
-
-def kept_by_torch(name: str) -> int:
-    """Bytes of the distinct tensors, apart from parameters, that autograd keeps in a forward pass up to the logits."""
-    model = by_config(MODELS[name]).build(MODELS[name]).train()
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(input_ids=torch.randint(96, (ROWS, LENGTH)), use_cache=False)
-    return sum(storage.nbytes() for storage in kept.values())
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_activations_are_what_autograd_keeps(name):
-    # Not counted: tables of positions and statistics of norms; in GPT-NeoX, whose values are a view of the fused
-    # projection, the queries and keys in it before they are rotated.
-    predicted = activations(shape(name), SETUP, checkpointing=False)
-    assert predicted == pytest.approx(kept_by_torch(name), rel=0.12 if name == "gpt_neox" else 0.06)
-
-
-def test_the_shape_of_grouped_query_attention():
-    found = shape("llama")
-    assert [(b.inner, b.keys, b.inputs, b.norms, b.weights) for b in found.blocks[:2]] == [
-        (64, 32, 1, 64, 64 * (64 + 32 + 32 + 64)),
-        (160, 0, 2, 64, 3 * 64 * 160),
-    ]
-    assert (found.hidden, found.vocab, found.tied, found.bias, len(found.layers)) == (64, 96, True, False, 3)
-
-
-def test_a_pruned_model_has_smaller_blocks():
-    adapter = by_config(LLAMA)
-    kept = {"layers.0.dimff": 40, "layers.1.heads": 1, "layers.2.ffn": 0}
-    found = shape_of(adapter.space(LLAMA), kept, gated={"dimff"})
-    assert [(b.layer, b.inner, b.keys, b.gates) for b in found.blocks] == [
-        (0, 64, 32, 0),
-        (0, 40, 0, 40),
-        (1, 32, 16, 0),
-        (1, 160, 0, 160),
-        (2, 64, 32, 0),
-    ]
-
-
 def test_flops_are_three_forward_passes():
     adapter = by_config(LLAMA)
-    products, attention = step_flops(shape("llama"), SETUP)
+    llama = shape_of(adapter.space(LLAMA))
+    products, attention = step_flops(llama, SETUP)
     forward = forward_flops(adapter.space(LLAMA), context=LENGTH)
     # Attention: 3.5 forward passes, as FlashAttention computes its scores again in the backward pass.
     assert products / 3 + attention / 3.5 == pytest.approx(ROWS * LENGTH * forward)
-    frozen, _ = step_flops(shape("llama"), replace(SETUP, trains=False))
-    again, _ = step_flops(shape("llama"), replace(SETUP, checkpointing=True))
+    frozen, _ = step_flops(llama, replace(SETUP, trains=False))
+    again, _ = step_flops(llama, replace(SETUP, checkpointing=True))
     assert frozen / products == pytest.approx(2 / 3)
     layers = 2 * 3 * (64 * 192 + 3 * 64 * 160)
     assert again - products == pytest.approx(ROWS * LENGTH * layers)
