@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -114,9 +115,12 @@ def probe(shape: Shape, setup: Setup, *, budget: float = 0.4, clock: Callable[[]
     rate = 6 * tokens * weight.numel() / product_seconds
 
     length = min(setup.length, tokens)
-    attends = max((b.inner for b in shape.blocks if b.keys), default=64)
-    q, k, v = (random(tokens // length, max(1, attends // 64), length, min(64, attends)) for _ in range(3))
-    attention_seconds = median(lambda: _both_passes(F.scaled_dot_product_attention(q, k, v, is_causal=False)))
+    attends = max(shape.blocks, key=lambda one: one.heads)
+    heads = max(1, attends.heads)
+    q, k, v = (random(tokens // length, heads, length, max(1, attends.inner // heads)) for _ in range(3))
+    bias = torch.randn(1, heads, length, length, dtype=dtype) if shape.score_heads else None
+    attend = partial(F.scaled_dot_product_attention, attn_mask=bias, is_causal=bias is None)
+    attention_seconds = median(lambda: _both_passes(attend(q, k, v)))
     attention = 4 * 3.5 * length * q.numel() / attention_seconds
 
     a, b = random(tokens, block.inner), random(tokens, block.inner)

@@ -29,6 +29,8 @@ class Block:
     """Inputs of its output projection: features of all heads, or FFN dimensions."""
     keys: int = 0
     """Features of the keys, and of the values; 0 in an FFN."""
+    heads: int = 0
+    """Query heads; 0 in an FFN."""
     inputs: int = 1
     """Products with the hidden states that an FFN begins with: 2 if it is gated."""
     gates: int = 0
@@ -86,9 +88,7 @@ def shape_of(
     """
     shapes = kept_shapes(space, kept or {})
     groups = [group for group in (*space.groups, *space.unprunable) if group.kind in ("heads", "dimff")]
-    found = [(group, _block(space, group, shapes, gated)) for group in groups if group.slices[-1].path in shapes]
-    blocks = sorted((block for _, block in found), key=lambda block: block.layer)
-    heads = [b.inner * g.members // g.slices[-1].block for g, b in found if g.kind == "heads"]
+    found = [_block(space, group, shapes, gated) for group in groups if group.slices[-1].path in shapes]
     logits = shapes.get(space.logits_weight, (0, 0))
     return Shape(
         parameters=parameters(space, kept),
@@ -96,8 +96,8 @@ def shape_of(
         vocab=logits[0],
         tied=sum(shape == logits for shape in shapes.values()) == 1,
         bias=any(f"{path.removesuffix('weight')}bias" in shapes for path in _norms(shapes)),
-        blocks=tuple(blocks),
-        score_heads=max(heads, default=0) if score_bias else 0,
+        blocks=tuple(sorted(found, key=lambda block: block.layer)),
+        score_heads=max((block.heads for block in found), default=0) if score_bias else 0,
     )
 
 
@@ -124,6 +124,7 @@ def _block(
         head_norms=inner + keys if not all(norms) else 0,  # norms of queries and of keys come in pairs
         inner=inner,
         keys=keys,
+        heads=inner * group.members // out.block if attends else 0,
         inputs=1 if attends else outputs // max(1, inner),
         gates=(inner if group.kind in gated else 0) + (hidden if "layer" in gated else 0),
     )

@@ -199,15 +199,11 @@ def main() -> None:
     if options.worker is not None:
         return worker(json.loads(options.worker), options.steps)
     rows = []
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
     for case in CASES:
         if options.only not in json.dumps(case):
             continue
-        command = [__file__, "--worker", json.dumps(case)]
-        os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
-        found = run_ranks([*command, "--steps", "0"])
-        del os.environ["MALLOC_MMAP_THRESHOLD_"]
-        if options.steps:  # apart: with that threshold, allocations take time
-            found |= run_ranks([*command, "--steps", str(options.steps)]) | found
+        found = run_ranks([__file__, "--worker", json.dumps(case), "--steps", str(options.steps)])
         config = MODELS[case["model"]]
         shape = shape_of(by_config(config).space(config), score_bias="prompt_length" in config)
         setup = setup_of(case)

@@ -76,9 +76,9 @@ def test_what_blocks_keep_by_hand():
 
 def test_the_shape_of_grouped_query_attention():
     found = shape("llama")
-    assert [(b.inner, b.keys, b.inputs, b.norms, b.weights) for b in found.blocks[:2]] == [
-        (64, 32, 1, 64, 64 * (64 + 32 + 32 + 64)),
-        (160, 0, 2, 64, 3 * 64 * 160),
+    assert [(b.inner, b.keys, b.heads, b.inputs, b.norms, b.weights) for b in found.blocks[:2]] == [
+        (64, 32, 4, 1, 64, 64 * (64 + 32 + 32 + 64)),
+        (160, 0, 0, 2, 64, 3 * 64 * 160),
     ]
     assert (found.hidden, found.vocab, found.tied, found.bias, len(found.layers)) == (64, 96, True, False, 3)
 
