@@ -208,18 +208,19 @@ def show_plan(facts: Mapping[str, Any]) -> None:
         }
         for row in facts["stages"]
     ]
-    hidden = {"stages", "suggested", *(name for name in ("hosts", "card") if facts[name] in (1, None))}
+    hidden = {"stages", "suggested", *(name for name in ("hosts", "card") if facts.get(name) in (1, None))}
     print_table_of_stages({name: value for name, value in facts.items() if name not in hidden}, rows)
     print(
         "Tokens: all positions of all rows. Memory: weights, gradients and optimizer states. "
         "The result of a layer mask is estimated from its target, that of uneven blocks as if they were even.\n"
     )
-    print_table([_needs(row) for row in facts["stages"]])
-    print(
-        "Activations: what the forward pass of a micro-batch keeps, without and with activation checkpointing. "
-        "Peak: the highest memory per rank. Sent: bytes that a rank sends per step."
-        + ("" if facts["card"] else " Name a card for times: cook plan --card H100.")
-    )
+    if needs := [_needs(row) for row in facts["stages"] if "estimate" in row]:  # an older server sends none
+        print_table(needs)
+        print(
+            "Activations: what the forward pass of a micro-batch keeps, without and with activation checkpointing. "
+            "Peak: the highest memory per rank. Sent: bytes that a rank sends per step."
+            + ("" if facts["card"] else " Name a card for times: cook plan --card H100.")
+        )
     if "suggested" in facts:
         print("\nSuggested settings:\n" + "\n".join(f"  --set {line}" for line in facts["suggested"]))
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from cook.base.batches import divisors
 from cook.recipe.model_shape import Shape
 
 USABLE = 0.92
@@ -347,7 +348,7 @@ def largest_rows(shape: Shape, setup: Setup, card: Card, *, batch: int) -> int |
         batch: Rows per step, over all ranks.
     """
     share = max(1, batch // setup.ranks)
-    for rows in (n for n in range(share, 0, -1) if share % n == 0):
+    for rows in reversed(divisors(share)):
         tried = _with_rows(setup, batch, rows)
         if memory_of(shape, tried, shared=card.shares_memory).peak <= USABLE * card.memory:
             return rows
@@ -394,5 +395,5 @@ def suggest(stages: Sequence[Planned], card: Card, *, network: float | None = No
 def _with_rows(setup: Setup, batch: int, rows: int) -> Setup:
     """The same with micro-batches of `rows` rows, or fewer if the rank's share of the batch does not divide."""
     share = max(1, batch // setup.ranks)
-    rows = max(n for n in range(1, min(rows, share) + 1) if share % n == 0)
+    rows = max(n for n in divisors(share) if n <= rows)
     return replace(setup, rows=rows, accumulation=share // rows)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from cook.base import distributed
+from cook.base.batches import divisors
 from cook.base.distributed import on_all_ranks, on_first_rank, say
 from cook.base.errors import RunFailed, UserError, out_of_memory
 from cook.base.files import read_json, write_json
@@ -114,7 +115,7 @@ class MicroBatch:
                 remedy='use more ranks, a higher ZeRO stage, "activation_checkpointing": true or shorter rows '
                 f"(data.max_length), then remove {self._file}",
             )
-        self.rows = max(n for n in range(1, before // 2 + 1) if self._share % n == 0)
+        self.rows = max(n for n in divisors(self._share) if n <= before // 2)
         say(f"{self._file.parent.name}: a micro-batch of {before} rows {why}; trying {self.rows}")
 
     def _note(self) -> None:
