@@ -3,8 +3,8 @@
     OMP_WAIT_POLICY=PASSIVE python scripts/bench/plan_accuracy.py [--only TEXT] [--steps 5]
 
 Two ranks over gloo, one thread each. Memory is the peak resident memory of rank 0 above its memory before the model is
-built, after a tiny model has had every library load what it needs; glibc's threshold for returning memory is fixed, so
-that freed memory does not count. Communication is counted where DeepSpeed calls torch. Times are medians of rank 0's
+built, after a tiny model has had every library load what it needs; glibc returns freed memory at once, so that it does
+not count. Communication is counted where DeepSpeed calls torch. Times are medians of rank 0's
 processor time, which other processes on the machine change little, against the plan without communication. The rates
 that the plan needs are measured between the steps, by the same processes.
 """
@@ -12,9 +12,9 @@ that the plan needs are measured between the steps, by the same processes.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -139,6 +139,13 @@ def counted() -> Iterator[dict[str, float]]:
             setattr(backend, name, original)
 
 
+def keep_freed_memory(keeps: bool) -> None:
+    """Has glibc return blocks above 1 MiB to the system at once, or keep what it would keep in the long run."""
+    libc, mmap_threshold, trim_threshold = ctypes.CDLL(None), -3, -1
+    libc.mallopt(mmap_threshold, 2**25 if keeps else 2**20)
+    libc.mallopt(trim_threshold, 2**26 if keeps else 2**17)
+
+
 def worker(case: dict[str, Any], steps: int) -> None:
     initialise_processes(1)
     config = MODELS[case["model"]]
@@ -148,11 +155,13 @@ def worker(case: dict[str, Any], steps: int) -> None:
         step_of(warm, TINY[case["model"]], 1, number)
     warm.close()
     del warm
+    keep_freed_memory(False)
     with PeakMemory(torch.device("cpu")) as peak:
         engine = engine_of(config, case, rows, batch)
         step_of(engine, config, rows, 1)
         with counted() as sent:
             step_of(engine, config, rows, 2)
+    keep_freed_memory(True)
     setup, times = setup_of(case), []
     shape = shape_of(by_config(config).space(config), score_bias="prompt_length" in config)
     cards = []
@@ -199,7 +208,6 @@ def main() -> None:
     if options.worker is not None:
         return worker(json.loads(options.worker), options.steps)
     rows = []
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
     for case in CASES:
         if options.only not in json.dumps(case):
             continue

@@ -96,6 +96,10 @@ def weights(folder: Path, stage: str) -> dict[str, torch.Tensor]:
     return load_file(folder / "out" / stage / "model" / "model.safetensors")
 
 
+def losses(folder: Path) -> dict[int, float]:
+    return {entry["step"]: entry["loss"] for entry in read_log(folder, "pretrain") if "loss" in entry}
+
+
 def record(folder: Path, stage: str) -> tuple[int, bool]:
     found = json.loads((folder / "out" / stage / RECORD).read_text())
     return found["rows"], found["good"]
@@ -120,17 +124,16 @@ def test_a_full_memory_on_one_rank_of_two_changes_the_split_and_nothing_else(tmp
 
 @pytest.mark.slow
 def test_a_full_memory_in_a_later_step_continues_with_half_from_the_checkpoint(tmp_path):
-    auto, whole = tmp_path / "auto", tmp_path / "whole"
+    auto = tmp_path / "auto"
     changes = {"training__micro_batch_size": "auto", "training__save_every": 2}
     result = run(auto, "--stage", "pretrain", fault="memory.step:0:4", **changes)
     assert result.code == 1 and "out of memory with micro-batches of 4 row(s)" in result.err, result
     assert "run the same command again" in result.err and record(auto, "pretrain") == (4, False)
+    first = losses(auto)
     result = run(auto, "--stage", "pretrain")
     assert result.code == 0 and "resuming from step 2" in result.out, result
     assert record(auto, "pretrain") == (2, True)
-    assert [entry["step"] for entry in read_log(auto, "pretrain") if "loss" in entry] == [1, 2, 3, 4, 5, 6]
-    assert run(whole, "--stage", "pretrain", **changes).code == 0
-    expected = weights(whole, "pretrain")
-    for name, value in weights(auto, "pretrain").items():
-        # fp32 sums in another order, through six steps of Adam.
-        assert torch.allclose(value, expected[name], rtol=1e-3, atol=1e-4), name
+    then = losses(auto)
+    assert list(first) == [1, 2, 3] and list(then) == [1, 2, 3, 4, 5, 6]
+    # The same batch at the same weights, in two micro-batches: fp32 sums in another order.
+    assert then[3] == pytest.approx(first[3], rel=1e-5)
