@@ -19,7 +19,7 @@ from cook.commands.data import app as data_commands
 from cook.commands.evaluation import compare, evaluate, profile
 from cook.commands.options import AsJson, options_of
 from cook.commands.service import COMMANDS as SERVICE_COMMANDS
-from cook.config.tasks import OneLineJob
+from cook.config.tasks import OneLineJob, PlanOptions
 from cook.config.types import STAGE_NAMES
 
 app = typer.Typer(
@@ -135,16 +135,19 @@ def train(
 
 
 @app.command()
-def plan(config: Config = DEFAULT_CONFIG, set: Overrides = None, as_json: AsJson = False) -> None:
-    """Check a recipe and print what it would do; nothing is written and no GPU is needed."""
-    if as_json:
-        from cook.recipe.start import make_plan
+@options_of(PlanOptions)
+def plan(
+    settings: PlanOptions, config: Config = DEFAULT_CONFIG, set: Overrides = None, as_json: AsJson = False
+) -> None:
+    """Check a recipe and print what it would do and need, for any number of GPUs; nothing is written.
 
-        print(json.dumps(make_plan(config, set or [])))
-        return
-    from cook.recipe.start import start
+    No GPU is needed. Memory and communication follow from the model and the settings, times from the named card.
+    """
+    from cook.recipe.dry_run import show_plan
+    from cook.recipe.start import make_plan
 
-    start(config, set or [], stage="all", dry_run=True)
+    facts = make_plan(config, set or [], options=settings)
+    print(json.dumps(facts)) if as_json else show_plan(facts)
 
 
 @app.command()

@@ -23,7 +23,7 @@ from tests.recipe.tiny_run import REPOSITORY, run
 
 COMMANDS = {
     "train": ("--config", "--set", "--stage", "--resume", "--dry-run"),
-    "plan": ("--config", "--set", "--json"),
+    "plan": ("--config", "--set", "--json", "--gpus", "--hosts", "--card", "--link", "--suggest"),
     "prune": ("--data", "--keep", "--output", "--steps", "--teacher"),
     "reshape": ("--model", "--coarse-mask", "--vocabulary", "--verify", "--uniform"),
     "report": ("--config", "--output"),
@@ -85,6 +85,19 @@ def test_programs_read_recipes_and_families(capsys):
     assert {"default", "smollm2"} <= set(json.loads(capsys.readouterr().out))
     invoke("families", ["--json"])
     assert {"Llama, SmolLM2"} <= {row["family"] for row in json.loads(capsys.readouterr().out)}
+
+
+def test_a_plan_for_a_cluster_as_json(capsys, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    batch = "training.train_batch_size=64"
+    code, out, _ = told(capsys, "plan", "--gpus", "8", "--hosts", "2", "--card", "H100", "--json", "--set", batch)
+    facts = json.loads(out)
+    assert code == 0 and (facts["ranks"], facts["card"]) == (16, "H100") and "suggested" not in facts
+    assert all(row["estimate"]["micro_batch_size"] == 4 for row in facts["stages"])
+    code, _, err = told(capsys, "plan", "--gpus", "3")
+    assert code == 2 and "train_batch_size" in err  # 8 rows cannot be divided among 3 ranks
+    code, _, err = told(capsys, "plan", "--gpus", "0", "--suggest")
+    assert code == 2 and "2. --suggest" in err
 
 
 def test_a_copied_recipe_lacks_only_its_model(tmp_path, capsys):

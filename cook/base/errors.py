@@ -87,10 +87,15 @@ _NO_MEMORY = re.compile(r"allocate memory|out of memory|not enough memory|bad_al
 _NO_FILES = re.compile(r"too many open files", re.IGNORECASE)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a CPU or an accelerator had not enough memory."""
+    return isinstance(error, MemoryError) or bool(isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)))
+
+
 def machine_trouble(error: BaseException) -> tuple[str, str] | None:
     """What failed, and the remedy, if the machine caused an error (disk, memory, open files); else None."""
     text = str(error)
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(text)):
+    if out_of_memory(error):
         reason = f": {text.splitlines()[0][:200]}" if text else ""
         return f"out of memory{reason}", "give the process more memory, or use smaller batches"
     if _NO_FILES.search(text) and isinstance(error, OSError | RuntimeError):

@@ -108,7 +108,7 @@ def deepspeed_agrees(
             if isinstance(value, bool) or value != getattr(own, field):
                 yield UserError(
                     f"deepspeed.{'.'.join(keys)}: differs from {label}.{field}",
-                    wanted=f'"auto" or {getattr(own, field)}',
+                    wanted=" or ".join(dict.fromkeys(('"auto"', shown(getattr(own, field))))),
                     got=shown(value),
                 )
     accumulation = deepspeed.get("gradient_accumulation_steps", "auto")
@@ -126,7 +126,7 @@ def _accumulation(
     for label, own in _trainings(training, stages, ("train_batch_size", "micro_batch_size")):
         one_rank = own.rows_at_once(world_size or 1) * accumulation
         fits = own.train_batch_size == one_rank * world_size if world_size else own.train_batch_size % one_rank == 0
-        if not fits:
+        if not fits or own.micro_batch_size == "auto":
             ranks = f"{world_size} rank(s)" if world_size else "ranks"
             yield UserError(
                 f"{key}: train_batch_size = micro_batch_size × accumulation steps × ranks does not hold in {label}",

@@ -89,7 +89,8 @@ def docstrings(section: type) -> dict[str, str]:
 def _schema(hint: Any) -> Schema:
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        node = _schema(inner[0])
+        own_type = next((mark["type"] for mark in inner[1:] if isinstance(mark, Limits) and "type" in mark), None)
+        node = {"type": own_type} if own_type else _schema(inner[0])
         for mark in inner[1:]:
             node |= object_schema(mark.section, complete=mark.complete) if isinstance(mark, KeysOf) else mark
         return node

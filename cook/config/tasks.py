@@ -64,6 +64,36 @@ class OneLineJob:
     """Random seed."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """The machines that a plan is made for."""
+
+    gpus: Size | None = None
+    """Ranks per host. Default: those that a launcher has announced (`WORLD_SIZE`), else 1."""
+    hosts: Size = 1
+    """Number of hosts."""
+    card: str | None = None
+    """Card of every rank, for times: H200, H100, A100-80, A100-40, L40S, RTX4090, MI300X, Ascend910B, or `cpu`: this
+    machine, measured for two seconds."""
+    link: Annotated[float, Limits(exclusiveMinimum=0)] = 100.0
+    """Gbit/s of a host's network, all its adapters together. Matters with several hosts only."""
+    suggest: bool = False
+    """Also print the fastest ZeRO stage, micro-batch and checkpointing that fit on the card."""
+
+    def check(self) -> None:
+        """Raises UserErrors with all invalid values."""
+        values = {"--gpus": 1 if self.gpus is None else self.gpus, "--hosts": self.hosts, "--link": self.link}
+        errors = [
+            UserError(f"{name}: too small", wanted="above 0" if name == "--link" else "at least 1", got=value)
+            for name, value in values.items()
+            if value <= 0
+        ]
+        if self.suggest and self.card is None:
+            errors.append(UserError("--suggest needs a card", remedy="name it with --card, such as --card H100"))
+        if errors:
+            raise UserErrors("the command line cannot be used", errors)
+
+
 TaskMode = Literal["pretrain", "prune", "export"]
 Positive = Annotated[float, Limits(exclusiveMinimum=0, maximum=10**6)]
 Sparsities = Annotated[tuple[float, ...], Limits(title="numbers, separated by spaces or commas")]

@@ -31,6 +31,16 @@ SpikeAction = Literal["off", "log", "skip", "stop"]
 SpikeMeasure = Literal["gradient_norm", "loss"]
 TokenizerType = Literal["sentencepiece", "hf", "jieba"]
 ModelType = Literal["cpm_ant", "hf"]
+MicroBatchSize = Annotated[
+    int | Literal["auto"],
+    Limits(
+        title='an integer from 1 to 1000000000, or "auto"',
+        type=["integer", "string"],
+        minimum=1,
+        maximum=10**9,
+        pattern="^auto$",
+    ),
+]
 MaskModules = Annotated[list[Annotated[list[bool], Limits(minItems=2, maxItems=2)]] | None, Limits(maxItems=10**5)]
 
 
@@ -111,8 +121,9 @@ class TrainingConfig:
     """Optimizer steps, including those that are not applied."""
     train_batch_size: Size
     """Rows per step, over all ranks and accumulation steps: micro_batch_size × accumulation × ranks."""
-    micro_batch_size: Size
-    """Maximal number of rows that a rank processes at once. Its share of a step may be smaller."""
+    micro_batch_size: MicroBatchSize
+    """Maximal number of rows that a rank processes at once. Its share of a step may be smaller. `auto`: the largest
+    number that fits in memory, which a stage finds by halving its share before the first step."""
     learning_rate: Annotated[float, Limits(minimum=0, maximum=100)]
     """Peak learning rate of the weights."""
     warmup: Fraction = 0.05
@@ -164,7 +175,8 @@ class TrainingConfig:
 
     def rows_at_once(self, world_size: int) -> int:
         """Returns the rows per micro-batch: `micro_batch_size`, or a rank's share of the batch if that is smaller."""
-        return min(self.micro_batch_size, max(1, self.train_batch_size // world_size))
+        share = max(1, self.train_batch_size // world_size)
+        return share if self.micro_batch_size == "auto" else min(self.micro_batch_size, share)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -125,6 +125,7 @@ ADAPTER = Adapter(
     modeling=lambda config: MODELING,
     inputs=lambda batch: batch,
     abilities=Abilities(shares_keys=False, stock_heads=False, stock_layers=False, is_stock=False),
+    score_bias=True,
     aliases={"ffn.ffn.w_in.w.weight": ("ffn.ffn.w_in.w_0.weight", "ffn.ffn.w_in.w_1.weight")},
     live_config=_live_config,
 )

@@ -90,6 +90,8 @@ class Adapter:
     """The keys of the weights in the family's files, if they differ from the model's keys."""
     is_causal: bool = True
     """Whether the model predicts the next token."""
+    score_bias: bool = False
+    """Whether a learned bias per head is added to the attention scores; its gradient needs memory."""
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Aliases in `pruned_module`: a suffix and the suffixes that it stands for."""
     live_config: Callable[[ModelConfig], dict[str, Any] | str] | None = None

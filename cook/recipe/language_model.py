@@ -5,18 +5,19 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from cook.base import distributed
 from cook.base.distributed import on_all_ranks, on_first_rank, say
-from cook.base.errors import UserError
+from cook.base.errors import UserError, out_of_memory
 from cook.base.files import sha256
-from cook.base.seeds import derived_seed, seed_everything
+from cook.base.seeds import derived_seed, restore_rng_state, rng_state, seed_everything
 from cook.base.watchdog import At
 from cook.data.loader import held_out_batches
 from cook.data.training_data import TrainingData, load_rows
+from cook.distill.distiller import Distiller
 from cook.evaluation.all_ranks import held_out_loss
 from cook.export.model_folder import copy_generation_config, write_model_folder, write_tokenizer
 from cook.families.source import unfilled_model, without_units
@@ -38,8 +39,9 @@ from cook.report.gate_log import GateGroup, GateLog
 from cook.training.checkpoint import Position, find_checkpoint
 from cook.training.engine import Engine, write_gathered
 from cook.training.loop import Run
-from cook.training.settings import check_settings
-from cook.training.step import ExtraLoss
+from cook.training.micro_batch import MicroBatch
+from cook.training.settings import check_settings, resolve_precision
+from cook.training.step import ExtraLoss, try_step
 
 
 class LanguageModelRun(StageRun):
@@ -96,25 +98,23 @@ class LanguageModelRun(StageRun):
         return [self.data.train.fingerprint, start, fixed, *pattern_identity(stage), *form]
 
     def train(self) -> Callable[[], dict[str, Any]]:
-        stage, inputs, data = self.stage, self.trained, self.data
-        training = stage.config.training
-        engine = Engine(self._build, inputs.weights, training, stage.config.deepspeed, call_form=inputs.adapter.inputs)
-        if self.zeros:
-            engine.hold_zeros(self.zeros, gradients_only=pattern_spec(stage).quirks.drifting_weights)
-        if inputs is not self.inputs:
-            whole = self.inputs
-            engine.stored_config = without_units(whole.model_config, whole.head_unit, whole.fixed)
-        gates, attached = make_gates(stage, self.inputs), self._attach(engine)
-        sizes = TrainedSizes(stage, inputs, attached, gates, engine.device)
-        largest = sizes.largest if stage.sizes and training.train_weights else None
-        distiller = make_distiller(self.distillation, stage, engine, attached, largest)
+        search, opened = self._fitted()
+        engine, gates, attached, sizes, distiller = opened
+        stage, data = self.stage, self.data
         say(self._opening(engine))
         loader = open_loader(stage, data)
+        mixer = SourceMixer(stage, loader, data, engine, self.log, self.at)
+
+        def after_step(step: int) -> None:
+            if search:
+                search.works()
+            mixer.after_step(step)
+
         run = Run(
             name=stage.name,
             engine=engine,
             batches=loader,
-            training=training,
+            training=stage.config.training,
             attached=attached,
             gates=gates,
             gate_log=self._gate_log(),
@@ -125,11 +125,15 @@ class LanguageModelRun(StageRun):
             on_save=lambda: self._write_masks(gates),
             at=self.at,
             before_step=sizes.before_step,
-            after_step=SourceMixer(stage, loader, data, engine, self.log, self.at).after_step,
+            after_step=after_step,
         )
         try:
             self._settle(engine, attached, gates, distiller)
             position = self.fit(run, notes=data.notes, begin=lambda resumed: check_corpus(stage, resumed=resumed))
+        except Exception as error:
+            if search and out_of_memory(error):
+                raise search.failure() from error
+            raise
         finally:
             loader.close()
         self.at(position.step, "finishing")
@@ -146,6 +150,60 @@ class LanguageModelRun(StageRun):
             return self._record(gates, position, state, losses)
 
         return finish
+
+    def _opened(self) -> Opened:
+        stage, inputs = self.stage, self.trained
+        training, form = stage.config.training, inputs.adapter.inputs
+        engine = Engine(self._build, inputs.weights, training, stage.config.deepspeed, call_form=form)
+        if self.zeros:
+            engine.hold_zeros(self.zeros, gradients_only=pattern_spec(stage).quirks.drifting_weights)
+        if inputs is not self.inputs:
+            whole = self.inputs
+            engine.stored_config = without_units(whole.model_config, whole.head_unit, whole.fixed)
+        gates, attached = make_gates(stage, self.inputs), self._attach(engine)
+        sizes = TrainedSizes(stage, inputs, attached, gates, engine.device)
+        largest = sizes.largest if stage.sizes and training.train_weights else None
+        distiller = make_distiller(self.distillation, stage, engine, attached, largest)
+        return Opened(engine, gates, attached, sizes, distiller)
+
+    def _fitted(self) -> tuple[MicroBatch | None, Opened]:
+        """Opens the engine; with `micro_batch_size` "auto", with a micro-batch that fits in memory on all ranks."""
+        config = self.stage.config
+        if config.training.micro_batch_size != "auto":
+            return None, self._opened()
+        settings = check_settings(config.training, config.deepspeed, world_size=distributed.world_size())
+        zero, precision = settings["zero_optimization"]["stage"], resolve_precision(config.training, config.deepspeed)
+        search = MicroBatch(self.stage.folder, config.training, {"zero_stage": zero, "precision": precision})
+        random = rng_state()
+        while True:
+            self.at(0, "starting")
+            training = replace(config.training, micro_batch_size=search.rows)
+            self.stage = replace(self.stage, config=replace(config, training=training))
+            restore_rng_state(random)
+            opened = self._opened()
+            if search.is_good or zero == 3 or search.fits(self._trial(opened)):
+                say(f"{self.stage.name}: micro-batches of {search.rows} row(s)")
+                return search, opened
+            if opened.distiller:
+                opened.distiller.remove()
+            opened.attached.remove()
+            opened.engine.close()
+            del opened
+
+    def _trial(self, opened: Opened) -> Callable[[], None]:
+        """A function that runs the passes of a step on the stage's first micro-batch."""
+        rank, world = distributed.rank(), distributed.world_size()
+        loader = open_loader(self.stage, self.data, ledger=False)
+        try:
+            batch = loader.micro_batches(0, rank, world, self.stage.config.training.rows_at_once(world))[0]
+        finally:
+            loader.close()
+
+        def passes() -> None:
+            opened.sizes.before_step(1)
+            try_step(opened.engine, batch, attached=opened.attached, gates=opened.gates, extra_loss=opened.distiller)
+
+        return passes
 
     def _settle(
         self, engine: Engine, attached: AttachedGates, gates: Gates | None, distiller: ExtraLoss | None
@@ -257,7 +315,8 @@ class LanguageModelRun(StageRun):
             attached.set(sizes.binary(number))
             loss = None
             if training.eval_rows:
-                batches = held_out_batches(self.data.held_out, training.micro_batch_size, training.eval_rows, *ranks)
+                rows = training.rows_at_once(ranks[1])
+                batches = held_out_batches(self.data.held_out, rows, training.eval_rows, *ranks)
                 loss = held_out_loss(engine, batches, engine.device)
                 say(f"{stage.name}{name}: held-out loss {loss:.4f}")
             losses.append(loss)
@@ -310,6 +369,16 @@ class LanguageModelRun(StageRun):
             "head_unit": inputs.head_unit,
             "masks": {path: sha256(path) for path in files},
         }
+
+
+class Opened(NamedTuple):
+    """An engine, and what belongs to its model."""
+
+    engine: Engine
+    gates: Gates | None
+    attached: AttachedGates
+    sizes: TrainedSizes
+    distiller: Distiller | None
 
 
 class TrainedSizes:

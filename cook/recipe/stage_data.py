@@ -124,8 +124,8 @@ class SourceMixer:
 
     def _loss(self, rows: Any) -> float:
         assert self._mixing is not None
-        engine, size = self._engine, self._stage.config.training.micro_batch_size
         ranks = distributed.rank(), distributed.world_size()
+        engine, size = self._engine, self._stage.config.training.rows_at_once(ranks[1])
         engine.module.eval()
         try:
             return held_out_loss(engine, held_out_batches(rows, size, self._mixing.rows, *ranks), engine.device)

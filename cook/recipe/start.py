@@ -13,7 +13,7 @@ from cook.base.outcome import Outcome, recorded_code
 from cook.base.signals import ending_quietly
 from cook.base.watchdog import At
 from cook.config.load import load_config
-from cook.config.tasks import TaskConfig
+from cook.config.tasks import PlanOptions, TaskConfig
 from cook.config.types import RunConfig
 from cook.recipe.plan import Stage, plan_stage, recipe
 
@@ -46,9 +46,16 @@ def start(
 
 
 def make_plan(
-    config: str, overrides: Sequence[str] = (), *, stage: str | None = "all", resume: str = "auto"
+    config: str,
+    overrides: Sequence[str] = (),
+    *,
+    stage: str | None = "all",
+    resume: str = "auto",
+    options: PlanOptions | None = None,
 ) -> dict[str, Any]:
     """Checks everything and returns the plan, as `cook.recipe.dry_run.plan_facts` does; nothing is written.
+
+    Without `options`, the plan is for the ranks that a launcher has announced.
 
     Raises:
         UserError: as `start` does.
@@ -57,8 +64,12 @@ def make_plan(
 
     # A plan made outside any launcher must not be held to the single rank that it happens to have.
     known = launched_world_size() if "WORLD_SIZE" in os.environ else None
+    options = options or PlanOptions()
+    options.check()
+    if options.gpus or options.hosts > 1:
+        known = (options.gpus or 1) * options.hosts
     settings, stages = _read(config, overrides, stage, resume, known)
-    return plan_facts(settings, stages, world_size=launched_world_size())
+    return plan_facts(settings, stages, world_size=known or 1, options=options)
 
 
 def _read(

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from cook.base.batches import CallForm, as_it_is
 from cook.base.device import collectives, device_of_rank
 from cook.base.distributed import in_words, on_first_rank
 from cook.base.errors import RunFailed, UserError
+from cook.base.faults import point
 from cook.base.rendezvous import Meeting, join, meet
 from cook.base.tensor_files import LazyTensors
 from cook.config.types import TrainingConfig
@@ -190,6 +191,32 @@ class Engine:
                 return self.module.forward(**self._call_form(inputs))
         finally:
             self.module.train(training)
+
+    def attempt(
+        self, loss_of: Callable[[Callable[..., Any]], torch.Tensor], leaves: Sequence[torch.Tensor] = ()
+    ) -> None:
+        """Runs a forward and a backward pass that changes nothing and does not communicate; not at ZeRO 3.
+
+        It needs the memory of a step's: what a first step has yet to create is reserved meanwhile.
+
+        Args:
+            loss_of: Computes the loss of a micro-batch with the function of the model that it receives.
+            leaves: Tensors besides the weights whose gradient is wanted.
+        """
+        assert self.zero_stage < 3, "at ZeRO 3 a pass needs all ranks"
+        trained = [parameter for _, parameter in self._trained()]
+        count = sum(parameter.numel() for parameter in trained)
+        own = count // distributed.world_size() if self.zero_stage else count
+        reserved = []
+        if self.device.type != "cpu" and not self._engine.optimizer.state and not self._engine.zero_cpu_offload():
+            reserved.append(torch.empty(2 * own, device=self.device))  # moments
+        if self.accumulation > 1:
+            carried = own if self.zero_stage == 2 else count
+            reserved.append(torch.empty(carried, dtype=self.dtype, device=self.device))
+        loss = loss_of(lambda **inputs: self.module(**self._call_form(inputs)))
+        point("memory.trial")
+        torch.autograd.grad(loss, [*trained, *leaves], allow_unused=True)
+        del reserved
 
     def backward(self, loss: torch.Tensor) -> None:
         """Backward pass of one micro-batch; gradients add up as loss / accumulation."""

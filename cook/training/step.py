@@ -102,7 +102,8 @@ def train_step(
         if gates and z is not None:
             assert attached is not None, "learned gates need their hooks"
             attached.set(gates.split(z))
-        own_loss, loss = _losses(engine, batch, task_loss, extra_loss)
+        own_loss, loss = _losses(engine, on_device(batch, engine.device), task_loss, extra_loss)
+        point("memory.step")
         engine.backward(loss * share)
         loss_sum += own_loss.detach()
         bad |= ~torch.isfinite(loss.detach())
@@ -158,12 +159,29 @@ def _problem(
     return None
 
 
+def try_step(
+    engine: Engine,
+    batch: Batch,
+    *,
+    attached: AttachedGates | None,
+    gates: Gates | None,
+    task_loss: TaskLoss = token_loss,
+    extra_loss: ExtraLoss | None,
+) -> None:
+    """Runs the passes of a step on one micro-batch, which change nothing; see `Engine.attempt`."""
+    batch = on_device(batch, engine.device)
+    z = gates.draw(1).to(engine.device).requires_grad_() if gates else None
+    if gates and z is not None and attached is not None:
+        attached.set(gates.split(z))
+    leaves = [] if z is None else [z]
+    engine.attempt(lambda forward: _losses(forward, batch, task_loss, extra_loss)[1], leaves)
+
+
 def _losses(
-    engine: Engine, batch: Batch, task_loss: TaskLoss, extra_loss: ExtraLoss | None
+    forward: Callable[..., Any], batch: Batch, task_loss: TaskLoss, extra_loss: ExtraLoss | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     # A function of its own: the model's output is freed before the backward pass.
-    batch = on_device(batch, engine.device)
-    output = engine(**model_inputs(batch))
+    output = forward(**model_inputs(batch))
     loss = task_loss(output, batch)
     return loss, loss if extra_loss is None else loss + extra_loss(batch, output.logits)
 

@@ -8,7 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 from cook.base import faults
+from cook.base.errors import out_of_memory
 
 COOK = Path(faults.__file__).parents[1]
 
@@ -24,7 +28,16 @@ def test_it_kills_the_rank_it_is_told_to_and_no_other():
     assert [code_of(wanted) for wanted in asked] == [0, 0, 0, *[-signal.SIGKILL] * 3]
 
 
+def test_a_point_of_memory_raises(monkeypatch):
+    monkeypatch.setenv(faults.VARIABLE, "memory.step:0:2")
+    monkeypatch.setattr(faults, "_passed", 0)
+    faults.point("memory.step")
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        faults.point("memory.step")
+    assert out_of_memory(error.value)
+
+
 def test_the_names_are_those_in_the_code():
     sources = [path.read_text() for path in COOK.rglob("*.py")]
     used = {name for source in sources for name in re.findall(r'\bpoint\("([a-z.]+)"\)', source)}
-    assert used == set(faults.NAMES)
+    assert used == {*faults.NAMES, *faults.MEMORY}

@@ -68,6 +68,17 @@ def test_a_rank_holds_no_more_than_its_share(load):
     assert [training.rows_at_once(world) for world in (1, 2, 4, 8)] == [8, 4, 2, 1]
 
 
+def test_a_micro_batch_that_is_searched_for_begins_with_a_ranks_share(load, errors_of):
+    training = load("training.micro_batch_size=auto", world_size=4).training
+    assert [training.rows_at_once(world) for world in (1, 2, 4, 8)] == [8, 4, 2, 1]
+    [message] = errors_of("training.micro_batch_size=all")
+    assert 'an integer from 1 to 1000000000, or "auto"' in message
+    # What is not known yet cannot be equal to a number of DeepSpeed's.
+    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        [message] = errors_of("training.micro_batch_size=auto", f"deepspeed.{key}=1", world_size=2)
+        assert key in message and '"auto"' in message
+
+
 def test_a_stage_has_a_batch_of_its_own(errors_of):
     [message] = errors_of("stages.att_mask.training.micro_batch_size=5")
     assert message.startswith("stages.att_mask.training.train_batch_size: ")

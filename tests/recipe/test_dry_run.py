@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cook.base.errors import UserError
+from cook.base.errors import UserError, UserErrors
 from cook.config.load import load_config
+from cook.config.tasks import PlanOptions
 from cook.config.types import RunConfig
-from cook.recipe.dry_run import _state_bytes, plan_facts, show_plan
+from cook.recipe.cards import CARDS
+from cook.recipe.dry_run import plan_facts, setup_of, show_plan
+from cook.recipe.estimate import state_bytes
 from cook.recipe.plan import plan_stage, recipe
 from tests.recipe.tiny_run import ATT_FIRST, contents, write_run
 
@@ -111,17 +116,17 @@ def test_the_memory_of_a_rank_is_zeros_formula(config, precision, zero, ranks, e
         "training.micro_batch_size=1",
         world_size=ranks,
     )
-    assert _state_bytes(plan_stage(loaded, "pretrain"), N, ranks) == pytest.approx(N * expected)
+    assert sum(state_bytes(N, setup_of(plan_stage(loaded, "pretrain"), ranks))) == pytest.approx(N * expected)
 
 
 def test_frozen_weights_need_no_gradients_and_no_states(config):
     loaded = config("training.train_weights=false")
-    assert _state_bytes(plan_stage(loaded, "layer_mask"), WHOLE, 1) == 4 * WHOLE
+    assert state_bytes(WHOLE, setup_of(plan_stage(loaded, "layer_mask"), 1)) == (4 * WHOLE, 0, 0)
 
 
 def test_an_absent_zero_stage_is_the_one_that_will_be_used(config):
     loaded = config(deepspeed={}, world_size=2, training__micro_batch_size=1)
-    assert _state_bytes(plan_stage(loaded, "pretrain"), N, 2) == pytest.approx(N * FULL[2][2])
+    assert sum(state_bytes(N, setup_of(plan_stage(loaded, "pretrain"), 2))) == pytest.approx(N * FULL[2][2])
 
 
 def test_an_unusable_deepspeed_config_is_found_before_the_run(config):
@@ -145,3 +150,92 @@ def test_a_stage_with_fixed_masks_needs_the_memory_of_the_smaller_model(config):
         for stage, smaller in zip(("layer_finetune", "ffn_finetune"), counts, strict=True):
             count = found[stage]["parameters_before"] if smaller else WHOLE
             assert found[stage]["state_bytes_per_rank"] == 16 * count  # fp32 at ZeRO 0
+
+
+def estimates(loaded: RunConfig, world_size: int = 1, **options: Any) -> list[dict[str, Any]]:
+    facts = plan_facts(loaded, recipe(loaded), world_size=world_size, options=PlanOptions(**options))
+    return [row["estimate"] for row in facts["stages"]]
+
+
+def test_what_each_stage_needs(config, capsys):
+    loaded = config(stages=ATT_FIRST[:2])
+    pretrain, mask = estimates(loaded)
+    # 2 rows of 40 tokens. Attention: 3 tensors of 32 for the norm, then q, k, v and the result; FFN: 3 of 32, 4 of 24.
+    layer = 4 * (3 * 32 + 4 * 32 + 3 * 32 + 4 * 24)
+    scores = 2 * 4 * 4 * 40 * 40  # a bias for four heads, and the same with hidden keys masked
+    assert pretrain["activation_bytes"] == 80 * (3 * layer + 4 * 4 * 32) + scores
+    assert pretrain["checkpointed_activation_bytes"] == 80 * (layer + 3 * 4 * 32 + 4 * 4 * 32) + scores
+    # A gate on the result of every block.
+    assert mask["activation_bytes"] - pretrain["activation_bytes"] == 80 * 6 * 4 * 32
+    assert (pretrain["micro_batch_size"], pretrain["accumulation_steps"], pretrain["sent_bytes_per_step"]) == (2, 2, 0)
+    assert "days" not in pretrain
+    show_plan(plan_facts(loaded, recipe(loaded), world_size=1))
+    out = capsys.readouterr().out
+    assert "pretrain:" in out and "cook plan --card H100" in out
+
+
+def test_a_plan_for_many_gpus_on_a_card(config, capsys):
+    settings = ("training.train_batch_size=32", "training.precision=auto")
+    loaded = config(*settings, world_size=8, stages=ATT_FIRST[:3])
+    options = PlanOptions(gpus=4, hosts=2, card="a100-40", link=25.0, suggest=True)
+    facts = plan_facts(loaded, recipe(loaded), world_size=8, options=options)
+    assert (facts["ranks"], facts["hosts"], facts["card"]) == (8, 2, "A100-40")
+    first = facts["stages"][0]["estimate"]
+    assert (first["precision"], first["zero_stage"], first["largest_micro_batch_size"]) == ("half", 1, 4)
+    # Stage 1 in bf16: an all-reduce of the gradients and an all-gather of the weights.
+    assert first["sent_bytes_per_step"] == round(3 * 2 * WHOLE * 7 / 8)
+    assert first["sent_bytes_per_step_by_zero_stage"]["3"] == round((2 + 2 * 2 * 2) * WHOLE * 7 / 8 + 2 * WHOLE * 7 / 8)
+    assert first["days"] == pytest.approx(6 * first["seconds_per_step"] / 86400)
+    assert first["tokens_per_second"] == pytest.approx(32 * 40 / first["seconds_per_step"])
+    assert facts["suggested"][1:] == ["training.micro_batch_size=4", "training.activation_checkpointing=false"]
+    show_plan(facts)
+    out = capsys.readouterr().out
+    assert "hosts:" in out and "tokens/s" in out and f"  --set {facts['suggested'][0]}" in out
+    # A slower network between the hosts makes steps longer.
+    slow = estimates(loaded, 8, gpus=4, hosts=2, card="A100-40", link=0.001)
+    assert slow[0]["seconds_per_step"] > first["seconds_per_step"]
+
+
+def test_the_plan_chooses_the_micro_batch_where_the_settings_leave_it_open(config):
+    loaded = config('training.micro_batch_size="auto"', stages=ATT_FIRST[:1])
+    assert estimates(loaded)[0]["micro_batch_size"] == 4  # all that a rank has, without a card
+    assert estimates(loaded, card="H100")[0]["micro_batch_size"] == 4
+    fitting = config('training.micro_batch_size="auto"', "training.train_batch_size=1048576", stages=ATT_FIRST[:1])
+    found = estimates(fitting, card="RTX4090")[0]
+    assert found["micro_batch_size"] == found["largest_micro_batch_size"] < 1048576
+    assert found["micro_batch_size"] * found["accumulation_steps"] == 1048576
+
+
+def test_a_stage_that_changes_a_suggested_setting_is_named(config):
+    entries = [{"name": "pretrain", "training": {"micro_batch_size": 1}}]
+    loaded = config(f"stages={json.dumps(entries)}")
+    facts = plan_facts(loaded, recipe(loaded), world_size=1, options=PlanOptions(card="H100", suggest=True))
+    assert "stages.pretrain.training.micro_batch_size=4" in facts["suggested"]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentences"),
+    [
+        ({"gpus": 0, "hosts": 0, "link": 0.0}, ("--gpus", "--hosts", "--link")),
+        ({"suggest": True}, ("--suggest needs a card",)),
+    ],
+)
+def test_mistaken_options_are_reported_at_once(options, sentences):
+    with pytest.raises(UserErrors) as error:
+        PlanOptions(**options).check()
+    assert all(sentence in str(error.value) for sentence in sentences)
+    assert len(error.value.errors) == len(sentences)
+
+
+def test_an_unknown_card_is_an_error(config):
+    loaded = config()
+    with pytest.raises(UserError, match="no such card"):
+        plan_facts(loaded, recipe(loaded), world_size=1, options=PlanOptions(card="B1000"))
+
+
+def test_a_suggestion_that_is_impossible_is_an_error(config, monkeypatch):
+    loaded = config(stages=ATT_FIRST[:1])
+    small = dataclasses.replace(CARDS["H100"], memory=1000.0)
+    monkeypatch.setitem(CARDS, "H100", small)
+    with pytest.raises(UserError, match="not even one row per micro-batch fits on H100"):
+        plan_facts(loaded, recipe(loaded), world_size=1, options=PlanOptions(card="H100", suggest=True))
