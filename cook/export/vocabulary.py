@@ -14,6 +14,7 @@ from cook.base.files import read_json, write_json
 from cook.base.tensor_files import LazyTensors
 from cook.export.check import account, quiet
 from cook.pruning.family import ModelSource
+from cook.text.jieba import is_jieba
 from cook.text.smaller import completed, renumbered
 from cook.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -26,8 +27,7 @@ def tokenizer_in(folder: Path) -> Tokenizer:
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    settings = folder / "tokenizer_config.json"
-    if settings.is_file() and read_json(settings).get("tokenizer_class") == "CpmAntTokenizer":
+    if is_jieba(folder):
         return load_tokenizer("jieba", str(folder / "vocab.txt"))
     with quiet():
         return load_tokenizer("hf", str(folder))

@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from cook.base.errors import UserError
-from cook.base.files import regular_file, write_atomically, write_json
+from cook.base.files import read_json, regular_file, write_atomically, write_json
 
 SPECIAL = ("<pad>", "<unk>", "<mask>", "<sep>", "</n>", "</_>", "<s>", "</s>", "<d>", "</d>")
 """Ids 0 to 9. `</n>` stands for a line end and `</_>` for a space. Text is never encoded as one of the others."""
 
 STANDS_FOR = {"</n>": "\n", "</_>": " "}
+CLASS = "CpmAntTokenizer"
+"""The class of transformers that reads such a vocabulary."""
 MAX_WORD_CHARS = 200
 """A longer word becomes a single unknown id, as in CPM-Live."""
 KEPT_WORDS = 1 << 18
@@ -95,7 +97,7 @@ class JiebaTokenizer:
     def save(self, folder: str | Path) -> None:
         """Writes `vocab.txt` and a `tokenizer_config.json` for the class of transformers, which prepends `<s>`."""
         write_atomically(Path(folder) / "vocab.txt", "".join(f"{line}\n" for line in self._lines))
-        settings = {"tokenizer_class": "CpmAntTokenizer", "split_special_tokens": True, "model_max_length": 10**30}
+        settings = {"tokenizer_class": CLASS, "split_special_tokens": True, "model_max_length": 10**30}
         write_json(Path(folder) / "tokenizer_config.json", settings)
 
     def _spell(self, word: str) -> list[int]:
@@ -111,6 +113,12 @@ class JiebaTokenizer:
             ids.append(found)
             start = end
         return ids
+
+
+def is_jieba(folder: Path) -> bool:
+    """Whether a folder has the files that `JiebaTokenizer.save` writes."""
+    settings = folder / "tokenizer_config.json"
+    return settings.is_file() and read_json(settings).get("tokenizer_class") == CLASS
 
 
 def _segmenter() -> tuple[Callable[[str], Iterable[str]], str]:

@@ -19,7 +19,7 @@ from cook.base.errors import UserError
 from cook.base.files import read_json, write_atomically, write_json
 from cook.text.hf import open_backend
 from cook.text.hf_export import parse_model
-from cook.text.jieba import SPECIAL
+from cook.text.jieba import SPECIAL, is_jieba
 
 BYTES = tuple(f"<0x{value:02X}>" for value in range(256))
 CONFIGS = ("config.json", "generation_config.json")
@@ -34,7 +34,7 @@ def completed(folder: Path, chosen: Iterable[int]) -> tuple[int, ...]:
         UserError: the folder has no tokenizer that can be made smaller.
     """
     wanted = set(chosen) | set(_named_ids(folder))
-    if _is_jieba(folder):
+    if is_jieba(folder):
         lines = _lines(folder)
         wanted |= {number for number, line in enumerate(lines) if number < len(SPECIAL) or len(line) == 1}
         return tuple(sorted(wanted & set(range(len(lines)))))
@@ -69,7 +69,7 @@ def shrink_tokenizer(folder: Path, kept: Sequence[int]) -> list[str]:
         Names of files that were removed, since they describe the old vocabulary in another form.
     """
     number = {old: new for new, old in enumerate(kept)}
-    if _is_jieba(folder):
+    if is_jieba(folder):
         lines = _lines(folder)
         write_atomically(folder / "vocab.txt", "".join(f"{lines[old]}\n" for old in kept))
     else:
@@ -85,11 +85,6 @@ def shrink_tokenizer(folder: Path, kept: Sequence[int]) -> list[str]:
     if added.is_file():
         write_json(added, {token: number[old] for token, old in read_json(added).items() if old in number})
     return _left_files(folder, kept)
-
-
-def _is_jieba(folder: Path) -> bool:
-    file = folder / "tokenizer_config.json"
-    return file.is_file() and read_json(file).get("tokenizer_class") == "CpmAntTokenizer"
 
 
 def _lines(folder: Path) -> list[str]:
@@ -239,7 +234,7 @@ def _left_files(folder: Path, kept: Sequence[int]) -> list[str]:
             for name in ("unk_id", "bos_id", "eos_id", "pad_id"):
                 setattr(trainer, name, number.get(getattr(trainer, name), -1))
             path.write_bytes(proto.SerializeToString())
-        elif path.name in ("vocab.json", "merges.txt") or path.name == "vocab.txt" and not _is_jieba(folder):
+        elif path.name in ("vocab.json", "merges.txt") or path.name == "vocab.txt" and not is_jieba(folder):
             path.unlink()
             removed.append(path.name)
     return removed
