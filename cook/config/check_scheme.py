@@ -153,9 +153,6 @@ def joint_budget_is_one(joint: JointConfig | None) -> Iterator[UserError]:
             if key == "target_sparsity":
                 remedy = "leave it out: a block without any units left is removed"
             yield UserError(f"joint.{key}: valid only for scope {other!r}", got=f"scope {joint.scope!r}", remedy=remedy)
-    if joint.scope == "block" and joint.round_to != 1:
-        remedy = 'choose target_num_heads and target_dimff yourself, or set joint.scope to "global"'
-        yield UserError("joint.round_to: valid only for scope 'global'", got="scope 'block'", remedy=remedy)
     given = [key for key in BUDGETS if getattr(joint, key) is not None]
     if len(given) > 1:
         yield UserError(f"joint: {len(given)} budgets", wanted=f"one of {', '.join(BUDGETS)}", got=", ".join(given))

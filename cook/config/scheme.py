@@ -148,10 +148,6 @@ class JointConfig:
     """Tokens in the cache, all rows together, for `target_memory`. None: `data.max_length`."""
     number_bytes: Annotated[int, Limits(enum=[1, 2, 4])] = 2
     """Bytes per weight and per cached number, for `target_memory`."""
-    round_to: Annotated[int, Limits(minimum=1, maximum=4096)] = 1
-    """Scope `global`: every block's FFN dims, and its heads times their width, end at a multiple of this number or at
-    their full size. The budget is met as nearly as these sizes allow. Query heads that share keys and values are not
-    rounded, unless `head_unit` is `kv_group`."""
 
     @property
     def sizes(self) -> tuple[float, ...]:

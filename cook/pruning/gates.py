@@ -41,7 +41,6 @@ class Gates:
         start_steps: At most a quarter of `steps`.
         smaller: The constraints of each further size, with targets that rise from size to size. Sizes are numbered from
             the largest, 0.
-        multiples: For each group named, the number of which it keeps a multiple, or all of its units.
     """
 
     def __init__(
@@ -57,13 +56,11 @@ class Gates:
         start: GatesStart = "open",
         start_steps: int = 8,
         smaller: Sequence[Sequence[Constraint]] = (),
-        multiples: Mapping[str, int] | None = None,
     ):
         self.relaxation = relaxation = relaxation or Deterministic()
         self.sizes, self.steps, self.seed = dict(sizes), steps, seed
         self.ramp_fraction = relaxation.ramp if ramp_fraction is None else ramp_fraction
         self.start: GatesStart = start
-        self._multiples = dict(multiples or {})
         self.start_steps = min(start_steps, steps // 4) if start in ("taylor", "fisher") else 0
         self.values = relaxation.start(sum(self.sizes.values()), seed).repeat(1 + len(smaller))
         rate = relaxation.learning_rate(steps) if learning_rate is None else learning_rate
@@ -173,7 +170,7 @@ class Gates:
         """The binary masks: each constraint removes its smallest gates, as many as bring it nearest its target.
 
         A per-block constraint on heads or FFN dimensions thus ends with exactly its number; a constraint on blocks ends
-        within half a block's parameters of its target. Groups that keep multiples lose as many units at a time.
+        within half a block's parameters of its target.
 
         Args:
             number: The size. What a larger size removes goes first.
@@ -192,62 +189,34 @@ class Gates:
             part = slice(c.start, c.start + len(c.costs))
             values, costs = gates[part], torch.tensor(c.costs, dtype=torch.float64)
             gone = inside[part] == 0
-            values = values.masked_fill(gone, -math.inf)
-            order = torch.argsort(values, stable=True)
+            order = torch.argsort(values.masked_fill(gone, -math.inf), stable=True)
             if c.owners:
-                values = self._owned(c, self.relaxation.openness(gates[part].double())).masked_fill(gone, -1.0)
-                order, costs = self._with_owners(c, values, costs)
-            order, numbers = self._in_multiples(c, order, values)
+                order, costs = self._with_owners(c, self.relaxation.openness(values.double()), costs, gone)
             if c.pricing is not None:
                 removed_share = c.pricing.removed_after(order)
             else:
                 removed_share = torch.cat([torch.zeros(1, dtype=torch.float64), costs[order].cumsum(0)])
-            numbers = numbers[numbers >= gone[order].sum()]
-            removed = int(numbers[(removed_share[numbers] - c.target).abs().argmin()])
+            fewest = int(gone[order].sum())
+            removed = fewest + int((removed_share[fewest:] - c.target).abs().argmin())
             kept[c.start + order[:removed]] = 0.0
             for owner in {*c.owners} - {-1}:
                 kept[c.start + owner] = kept[part][torch.tensor(c.owners) == owner].amax()
         return kept
 
-    def _in_multiples(
-        self, c: Constraint, order: torch.Tensor, values: torch.Tensor
+    @staticmethod
+    def _with_owners(
+        c: Constraint, values: torch.Tensor, costs: torch.Tensor, gone: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The order in which gates go, several of a group at once where it keeps multiples.
-
-        Returns:
-            The order, and the numbers of gates that may go: all, if no group keeps multiples.
-        """
-        if not self._multiples:
-            return order, torch.arange(len(order) + 1)
-        chunk, worth, start = torch.zeros(len(values), dtype=torch.long), values.clone(), -c.start
-        chunk[order] = torch.arange(len(order))
-        for name, size in self.sizes.items():
-            own = order[(order >= start) & (order < start + size)]
-            if name in self._multiples and len(own):
-                for units in own.flip(0).split(self._multiples[name]):
-                    chunk[units], worth[units] = chunk[units].min(), values[units].mean()
-            start += size
-        order = order[torch.argsort(chunk[order], stable=True)]
-        order = order[torch.argsort(worth[order], stable=True)]
-        last = torch.cat([chunk[order].diff() != 0, torch.ones(1, dtype=torch.bool)])
-        return order, torch.cat([torch.zeros(1, dtype=torch.long), last.nonzero().flatten() + 1])
-
-    @staticmethod
-    def _owned(c: Constraint, openness: torch.Tensor) -> torch.Tensor:
-        """The openness of a constraint's gates, multiplied by that of their owners."""
-        owners = torch.tensor(c.owners)
-        return torch.where(owners >= 0, openness * openness[owners.clamp(min=0)], openness)
-
-    @staticmethod
-    def _with_owners(c: Constraint, values: torch.Tensor, costs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The order in which gates without gates of their own go, and their costs: the last one takes its owner along.
 
         Args:
             c: The constraint.
-            values: The openness of its gates and their owners, `[gates]`.
+            values: The openness of its gates, `[gates]`.
             costs: Their costs.
+            gone: Which of them a larger size has removed.
         """
         owners, costs = torch.tensor(c.owners), costs.clone()
+        values = torch.where(owners >= 0, values * values[owners.clamp(min=0)], values).masked_fill(gone, -1.0)
         order = torch.argsort(values, stable=True)
         place = torch.argsort(order)
         owning = sorted({*c.owners} - {-1})

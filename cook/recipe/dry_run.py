@@ -77,11 +77,6 @@ def plan_facts(
                 "weights_from": inputs.origin,
                 "learns": [MASKS_OF[kind] for kind in stage.learns],
                 "uneven": bool(stage.uneven & set(stage.learns)),
-                **(
-                    {"round_to": stage.config.joint.round_to}
-                    if stage.name == "joint_mask" and stage.config.joint
-                    else {}
-                ),
                 "steps": training.steps,
                 "tokens_at_most": training.steps * training.train_batch_size * config.data.max_length,
                 "parameters_before": before,
@@ -211,9 +206,7 @@ def show_plan(facts: Mapping[str, Any]) -> None:
         {
             "stage": row["stage"],
             "weights from": row["weights_from"],
-            "learns": (", ".join(row["learns"]) or "–")
-            + (" (uneven)" if row["uneven"] else "")
-            + (f", multiples of {row['round_to']}" if row.get("round_to", 1) > 1 else ""),
+            "learns": (", ".join(row["learns"]) or "–") + (" (uneven)" if row["uneven"] else ""),
             "steps": row["steps"],
             "tokens": "≤ " + human_count(row["tokens_at_most"]),
             "parameters before": human_count(row["parameters_before"]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -204,7 +203,6 @@ def make_gates(stage: Stage, inputs: Inputs) -> Gates | None:
         {group.name: group.size for group in inputs.learned},
         budgets,
         smaller=smaller,
-        multiples=_multiples(stage, inputs),
         steps=stage.config.training.steps,
         seed=derived_seed(stage.config.seed, stage.name),
         relaxation=relaxation,
@@ -213,16 +211,6 @@ def make_gates(stage: Stage, inputs: Inputs) -> Gates | None:
         start=start,
         start_steps=options.start_steps,
     )
-
-
-def _multiples(stage: Stage, inputs: Inputs) -> dict[str, int]:
-    """The number of units of which each group keeps a multiple, by `joint.round_to`."""
-    joint = stage.config.joint if stage.name == "joint_mask" else None
-    if joint is None or joint.round_to == 1:
-        return {}
-    groups = [g for g in inputs.learned if g.kind in ("heads", "dimff") and inputs.space.keys_of(g) is None]
-    widths = {group.name: group.slices[-1].block for group in groups}
-    return {name: joint.round_to // math.gcd(joint.round_to, width) for name, width in widths.items()}
 
 
 def stage_targets(stage: Stage, number: int = 0) -> Targets:

@@ -146,8 +146,6 @@ class Stage:
             heads = [heads, fine.head_unit, fine.allow_remote_code]
         dims: Any = fine.target_dimff if fine else None
         at_once: list[Any] = [asdict(joint) | {"train_mask": None}, heads, dims] if joint else []
-        if joint and joint.round_to == 1:
-            del at_once[0]["round_to"]
         if joint and joint.block_times:
             at_once[0] |= {"block_times": read_json(joint.block_times)}
         if fine and fine.scope != "block":

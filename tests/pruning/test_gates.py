@@ -282,7 +282,7 @@ def learn(gates: Gates, first: int, last: int) -> None:
         gates.update(-worth * (1.7 - gates.draw(step)), step)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     st.lists(st.integers(1, 50), min_size=1, max_size=40),
     st.lists(st.floats(0, 0.99), min_size=2, max_size=4, unique=True),
@@ -302,7 +302,7 @@ def test_masks_of_several_sizes_are_nested_and_each_meets_its_budget(costs, targ
     assert all((small <= large).all() for large, small in itertools.pairwise(masks))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=6), st.integers(1, 20), st.integers(0, 99))
 def test_key_value_heads_are_nested_with_their_query_heads(sizes, dims, seed):
     targets = [0.2, 0.45, 0.7]
@@ -350,7 +350,8 @@ def test_deterministic_gates_of_every_size_end_binary():
     assert sorted(np.argsort(worth)[-10:]) == gates.binary(2)["units"].nonzero().flatten().tolist()
 
 
-@pytest.mark.parametrize(("relaxation", "start"), [(RELAXATIONS[0], "fisher"), (RELAXATIONS[1], "open")])
+@pytest.mark.parametrize("start", ["open", "fisher"])
+@pytest.mark.parametrize("relaxation", RELAXATIONS)
 def test_a_resumed_run_of_several_sizes_is_bit_identical(relaxation, start):
     costs, targets = np.linspace(1, 2, 30), [0.3, 0.6]
     whole, first, second = (nested(costs, targets, relaxation=relaxation, start=start) for _ in range(3))
@@ -379,38 +380,3 @@ def test_a_step_draws_the_gates_of_its_size():
         number = size_of_step(step, 2, gates.seed)
         assert torch.equal(gates.draw(step), gates.of_size(number))
         assert torch.equal(gates.largest(), gates.of_size(0))
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    st.lists(st.integers(1, 40), min_size=1, max_size=4),
-    st.lists(st.floats(0, 0.95), min_size=1, max_size=3, unique=True),
-    st.integers(1, 8),
-    st.integers(0, 99),
-)
-def test_groups_keep_multiples_or_all_of_their_units(sizes, targets, multiple, seed):
-    names, targets, count = {f"g{n}": size for n, size in enumerate(sizes)}, sorted(targets), sum(sizes)
-    budgets = [[Constraint(name="all", start=0, costs=(1 / count,) * count, target=target)] for target in targets]
-    rounded = dict.fromkeys(names, multiple)
-    gates = Gates(names, budgets[0], steps=9, seed=1, smaller=budgets[1:], multiples=rounded)
-    gates.values = torch.rand(len(gates.values), generator=torch.Generator().manual_seed(seed))
-    before = [1] * count
-    for number, target in enumerate(targets):
-        masks = gates.binary(number)
-        for name, size in names.items():
-            kept = masks[name].sum().item()
-            assert kept == size or kept % multiple == 0
-        flat = [z for mask in masks.values() for z in mask.tolist()]
-        assert abs(1 - sum(flat) / count - target) <= multiple / 2 / count + 1e-9
-        assert all(now <= then for now, then in zip(flat, before, strict=True))
-        before = flat
-
-
-def test_multiples_leave_query_heads_and_their_keys_alone():
-    free = owned([2, 2, 2], 12, 0.5)
-    gates = Gates(free.sizes, free.constraints, steps=9, seed=1, multiples={"dims": 4})
-    for seed in range(20):
-        gates.values = torch.rand(21, generator=torch.Generator().manual_seed(seed))
-        masks = gates.binary()
-        assert masks["dims"].sum().item() in (0, 4, 8, 12)
-        assert torch.equal(masks["keys"], torch.stack([part.amax() for part in masks["heads"].split(2)]))

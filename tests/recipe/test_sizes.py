@@ -147,21 +147,16 @@ def test_two_ranks_train_the_sizes_that_one_rank_does(finished, tmp_path):
         assert two["structure"] == one["structure"]
 
 
-def test_frozen_weights_learn_nested_masks_of_multiples_from_the_dense_model(finished, tmp_path):
+def test_frozen_weights_learn_nested_masks_from_the_dense_model(finished, tmp_path):
     folder = again(finished, tmp_path / "run", "joint_mask")
     for stage in STAGES[1:]:
         shutil.rmtree(folder / "out" / stage)
-    settings = ("training.train_weights=false", 'distillation.stages=["joint_mask"]', "joint.round_to=16")
+    settings = ("training.train_weights=false", 'distillation.stages=["joint_mask"]')
     options = [part for setting in settings for part in ("--set", setting)]
     result = train(folder, "--stage", "joint_mask", *options)
     assert result.code == 0 and "the model is its own teacher, with all masks open" in result.out, result
     found = [units(folder, size) for size in SIZES]
     assert all(bool((s[kind] <= b[kind]).all()) for b, s in itertools.pairwise(found) for kind in s)
-    # A head is 8 features wide, and a block has 24 dims.
-    numbers = {kind: {int(row.sum()) for kept in found for row in kept[kind]} for kind in ("heads", "dimff")}
-    assert numbers["heads"] <= {0, 2, 4} and numbers["dimff"] <= {0, 16, 24}
-    plan = train(folder, "--stage", "joint_mask", *options, "--dry-run")
-    assert plan.code == 0 and "(uneven), multiples of 16" in " ".join(plan.out.split()), plan
 
 
 def test_the_plan_has_every_size(finished):
