@@ -191,6 +191,7 @@ def reshape(
     coarse_mask: Annotated[str | None, typer.Option(help="Layer mask (`.pt`).")] = None,
     heads_mask: Annotated[str | None, typer.Option(help="Head mask (`.pt`).")] = None,
     dimff_mask: Annotated[str | None, typer.Option(help="FFN mask (`.pt`).")] = None,
+    hidden_mask: Annotated[str | None, typer.Option(help="Mask of the hidden dims (`.pt`).")] = None,
     output: Annotated[str | None, typer.Option(help="Folder to write. Default: `OUTPUT_DIR/pruned`.")] = None,
     uniform: Annotated[
         bool,
@@ -213,7 +214,7 @@ def reshape(
             overrides=set or [],
             model=model,
             model_config=model_config,
-            masks=MaskPaths(layer=coarse_mask, heads=heads_mask, dimff=dimff_mask),
+            masks=MaskPaths(layer=coarse_mask, heads=heads_mask, dimff=dimff_mask, hidden=hidden_mask),
             output=output,
             uniform=uniform,
             verify=verify,

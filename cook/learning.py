@@ -31,6 +31,8 @@ def learn_masks(
     teacher: Literal["self"] | torch.nn.Module | None = "self",
     seed: int = 0,
     context: int = 512,
+    hidden: bool = False,
+    round_to: int = 1,
     on_step: Callable[[int, float, dict[str, float]], None] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Learns which units to keep, with the weights frozen.
@@ -46,6 +48,8 @@ def learn_masks(
             model with the same vocabulary; None: no teacher.
         seed: As for `attach`.
         context: As for `plan`.
+        hidden: As for `plan`.
+        round_to: As for `plan`.
         on_step: Called after each step with its number, the loss in nats per token, and the expected sparsity of each
             budget.
 
@@ -56,7 +60,9 @@ def learn_masks(
         UserError: as for `plan`; also if `batches` is empty.
     """
     frozen = {name: p.requires_grad for name, p in model.named_parameters()}
-    live = attach(model, keep, steps=steps, head_unit=head_unit, seed=seed, context=context)
+    live = attach(
+        model, keep, steps=steps, head_unit=head_unit, seed=seed, context=context, hidden=hidden, round_to=round_to
+    )
     try:
         for parameter in model.parameters():
             parameter.requires_grad_(False)

@@ -54,6 +54,7 @@ def padded(source: ModelSource, space: PruningSpace, masks: Masks) -> tuple[Mode
                 for piece in filled.slices if added else ():
                     zeroed.setdefault(piece.path, []).append((piece, added))
             emptied |= set(space.block(group).residue) if is_gone else set()
+    even |= {"hidden": masks["hidden"]} if "hidden" in masks else {}
     if source.adapter.modeling(source.adapter.shrink(source.config, space, kept_units(space, even)).config):
         raise UserError("--uniform: this family always needs its modeling file", remedy="leave --uniform out")
     readers = {p: partial(_read, source.tensors, p, zeroed.get(p, []), p in emptied) for p in space.shapes}

@@ -18,7 +18,7 @@ from cook.report.console import print_plan as print_table_of_stages
 from cook.report.tables import human_count
 from cook.training.settings import check_settings
 
-MASKS_OF = {"layer": "layers", "heads": "heads", "dimff": "dims"}
+MASKS_OF = {"layer": "layers", "heads": "heads", "dimff": "dims", "hidden": "hidden dims"}
 
 
 def _described(source: DataConfig | SourceConfig) -> str:

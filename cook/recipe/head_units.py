@@ -96,6 +96,10 @@ def check_sizes(
                 got=wanted,
                 remedy=f"set {key} to the size before pruning",
             )
+    hidden = fine.target_hidden
+    if hidden is not None and space.hidden is not None and hidden > space.hidden.size:
+        wanted = f"at most {space.hidden.size}"
+        raise UserError("fine-grained.target_hidden: above the hidden size", wanted=wanted, got=hidden)
     heads = next((group for group in space.groups if group.kind == "heads"), None)
     if uneven and adapter.abilities.is_stock and not fine.allow_remote_code:
         raise UserError(
@@ -104,6 +108,14 @@ def check_sizes(
         )
     if heads is not None and "heads" not in uneven and fine.target_num_heads != fine.num_heads:
         _check_heads(adapter, config, heads, fine)
+
+
+def hidden_stays(adapter: Adapter) -> UserError:
+    """The error for a model whose hidden size cannot be pruned."""
+    return UserError(
+        f"the hidden size of this {adapter.family} model cannot be pruned",
+        remedy="prune its heads, FFN dimensions or layers",
+    )
 
 
 def _has_one_section(space: PruningSpace) -> bool:

@@ -106,7 +106,7 @@ def find_job(options: ReshapeOptions) -> Job:
         )
     check_masks(stages[-1])
     own = masks_after(stages[-1])
-    masks = MaskPaths(layer=given.layer or own.layer, heads=given.heads or own.heads, dimff=given.dimff or own.dimff)
+    masks = MaskPaths(**{kind: path or getattr(own, kind) for kind, path in vars(given).items()})
     return Job(model=str(stages[-1].folder / "model"), masks=masks, output=output, config=config, stages=stages)
 
 
@@ -121,13 +121,16 @@ def reshape_run(options: ReshapeOptions) -> None:
     job = find_job(options)
     model_config = read_json(options.model_config) if options.model_config else None
     source = open_model(job.model, config=model_config, read_checkpoint=stored_weights)
-    space, masks = open_masks(source, coarse=job.masks.layer, heads=job.masks.heads, dimff=job.masks.dimff)
+    given = job.masks
+    space, masks = open_masks(source, coarse=given.layer, heads=given.heads, dimff=given.dimff, hidden=given.hidden)
     if not masks:
         if job.stages and job.stages[-1].pattern_mask:
             print(f"{job.model}: pruned with a sparsity pattern, at its full size; there is nothing to reshape")
             return
-        raise UserError("there are no masks to apply", remedy="give --coarse-mask, --heads-mask or --dimff-mask")
-    files = [path for path in (job.masks.layer, job.masks.heads, job.masks.dimff) if path]
+        raise UserError(
+            "there are no masks to apply", remedy="give --coarse-mask, --heads-mask, --dimff-mask or --hidden-mask"
+        )
+    files = [path for path in vars(given).values() if path]
     print(f"model  {source.path}\nmasks  {', '.join(files)}")
     even = padded(source, space, masks) if options.uniform else (source, masks)
     batches, what = sample_batches(job.config, source, rows=compared_rows(source))
@@ -257,6 +260,8 @@ def announce(checked: Checked, output: Path) -> None:
             f"copied unchanged, since {pruned.config['architectures'][0]} does not use them: "
             + listed(pruned.account.carried)
         )
+    if pruned.account.outgrown:
+        print(f"left out, since they are made for the hidden size before: {listed(pruned.account.outgrown)}")
     if companions.copied:
         print(f"copied: {listed(companions.copied)}")
     if companions.left:
