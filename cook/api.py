@@ -39,7 +39,7 @@ from cook.pruning.live import LiveGates
 from cook.pruning.mask_set import Masks, consistent
 from cook.pruning.relaxation import Deterministic, HardConcrete, Relaxation
 from cook.pruning.units import HeadUnit, Kind, PruningSpace, UnitGroup
-from cook.recipe.head_units import hidden_stays, nearest_heads, offered_units
+from cook.recipe.head_units import nearest_heads, nearest_hidden, offered_units
 from cook.report.tables import human_count, markdown_table
 
 Batch = Mapping[str, torch.Tensor]
@@ -267,7 +267,7 @@ def _job(model: torch.nn.Module, keep: Keep, context: int, choice: HeadUnitChoic
     total = [key for key in WHOLE_KEYS if key in keep]
     adapter, config = family_of(model)
     head_unit = offered_units(adapter, config, choice)[-1 if total else 0]
-    kinds: tuple[Kind, ...] = ("heads", "keys", "dimff", *(("hidden",) if hidden else ()))  # type: ignore[assignment]
+    kinds: tuple[Kind, ...] = ("heads", "keys", "dimff", *(("hidden",) if hidden else ()))
     kept: dict[Kind, int | float] = {}
     if not total:
         keys: dict[Kind, str] = {"layer": "blocks", "heads": "heads", "dimff": "dims", "hidden": "hidden"}
@@ -276,11 +276,9 @@ def _job(model: torch.nn.Module, keep: Keep, context: int, choice: HeadUnitChoic
             head_unit, kept["heads"] = nearest_heads(adapter, config, keep["heads"], choice)
         if "dims" in keep:
             kept["dimff"] = keep["dims"]
-        if "hidden" in keep:
-            kept["hidden"] = keep["hidden"]
     space = adapter.space(config, head_unit)
-    if "hidden" in kinds and space.hidden is None:
-        raise hidden_stays(adapter)
+    if "hidden" in kinds:
+        kept["hidden"] = nearest_hidden(adapter, config, space, keep.get("hidden", 1.0), round_to)
     learned = tuple(group for kind in KINDS if kind in kinds for group in space.of(kind))
     targets = Targets(blocks=keep.get("blocks"), kept=kept)
     if total == ["latency_ms"]:

@@ -194,8 +194,7 @@ class PruningConfig:
     mask_method: MaskMethod
     """`coarse-grained`: whole attention and FFN blocks; `fine-grained`: heads or FFN dims inside the kept blocks;
     `joint`: heads, dims and optionally blocks and hidden dims at once; `pattern`: single weights, see the section
-    `pattern`;
-    `m4n2_1d`, `m4n2_2d`: two of every four weights, along the inputs or in both directions."""
+    `pattern`; `m4n2_1d`, `m4n2_2d`: two of every four weights, along the inputs or in both directions."""
     l0_pruning: UserPath = "l0_pruning.json"
     """The file of the scheme, relative to the folder of this file."""
 

@@ -17,6 +17,7 @@ from cook.families import stock_models, stock_space
 from cook.families.layout import Attention, Family, FeedForward
 from cook.families.stock_models import config_object, is_ragged, plain, remembered, skeleton, weight_shapes
 from cook.families.stock_space import Heads, head_dim_of, heads_of
+from cook.families.stream import stream_size
 from cook.models import ragged
 from cook.pruning.counts import kept_shapes
 from cook.pruning.family import Abilities, Adapter, KeptUnits, ModelConfig, Shrunk
@@ -151,16 +152,17 @@ def holds(family: Family, config: ModelConfig, shapes: Shapes) -> bool:
         return False
 
 
-def holds_heads(family: Family, config: ModelConfig, heads: int, kv_heads: int) -> bool:
-    """Whether the stock class builds attention blocks with these heads, each as wide as now."""
+def holds_heads(family: Family, config: ModelConfig, heads: int, kv_heads: int, hidden: int | None = None) -> bool:
+    """Whether the stock class builds attention blocks with these heads, each as wide as now, and this hidden size."""
     base = _with_layers(family, config, [0])
     dim = head_dim_of(family, config_object(config))
     wanted = Heads(heads=heads, kv_heads=kv_heads, head_dim=dim)
     try:
-        model = skeleton(family, _sized(family, base, wanted, base[family.names.ffn]))
+        model = skeleton(family, _sized(family, base, wanted, base[family.names.ffn], hidden))
     except (UserError, ValueError):
         return False
-    return heads_of(family, dim, model, f"{family.layers}.0") == wanted
+    is_wide = hidden in (None, stream_size(family, config_object(base), model))
+    return is_wide and heads_of(family, dim, model, f"{family.layers}.0") == wanted
 
 
 def _renamed(family: Family, paths: Shapes, layers: list[int]) -> dict[str, str]:

@@ -129,20 +129,24 @@ def _step(product: nn.Module) -> int:
 
 def _of_shape(old: nn.Module, shape: list[int]) -> nn.Module:
     # A new module instead of a new weight in the old one, so that ZeRO-3, which hooks the construction, sees it too.
+    made: Any = type(old)
     if isinstance(old, nn.Linear):
         return nn.Linear(shape[1], shape[0], bias=old.bias is not None)
-    if type(old) is nn.Embedding:
-        return nn.Embedding(*shape, padding_idx=old.padding_idx)
-    kind: Any = type(old)
-    if hasattr(old, "scalar_embed_scale"):  # Gemma's embeddings are multiplied by the root of the hidden size
-        scale = old.scalar_embed_scale * (shape[1] / old.embedding_dim) ** 0.5
-        return kind(*shape, old.padding_idx, embed_scale=scale)
-    if isinstance(old, nn.Embedding):  # OPT's positions begin at an offset
-        return kind(shape[0] - getattr(old, "offset", 0), shape[1])
     if isinstance(old, nn.LayerNorm):
         return nn.LayerNorm(shape[0], eps=old.eps, bias=old.bias is not None)
-    if type(old).__name__.endswith("RMSNorm"):
-        return kind(shape[0], getattr(old, "variance_epsilon", None) or old.eps)
+    if made.__name__.endswith("RMSNorm"):
+        norm: nn.Module = made(shape[0], getattr(old, "variance_epsilon", None) or old.eps)
+        return norm
+    if isinstance(old, nn.Embedding):
+        table: Any = old
+        if made is nn.Embedding:
+            table = made(shape[0], shape[1], padding_idx=old.padding_idx)
+        elif hasattr(table, "scalar_embed_scale"):  # Gemma's embeddings are multiplied by the root of the hidden size
+            scale = table.scalar_embed_scale * (shape[1] / old.embedding_dim) ** 0.5
+            table = made(shape[0], shape[1], old.padding_idx, embed_scale=scale)
+        else:  # OPT's positions begin at an offset
+            table = made(shape[0] - table.offset, shape[1])
+        return table  # type: ignore[no-any-return]
     assert isinstance(old, Conv1D), f"a weight of {type(old).__name__} has another shape"
     return Conv1D(shape[1], shape[0])
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils.hooks import RemovableHandle
 
 from cook.pruning.units import GatePoint, UnitGroup
 
@@ -30,7 +31,7 @@ class AttachedGates:
         self._groups = {group.name: group for group in groups}
         self._fixed = {name: self._expanded(self._groups[name], mask) for name, mask in fixed.items()}
         self._values = self._fixed
-        self._handles = []
+        self._handles: list[RemovableHandle] = []
         self._corrected: list[tuple[torch.nn.Module, Any]] = []
         for group in groups:
             for gate in (group.gate, *group.more_gates):
@@ -99,7 +100,7 @@ class AttachedGates:
             return y if norm.bias is None else y + z * norm.bias
 
         self._corrected.append((norm, norm.__dict__.get("forward")))
-        norm.forward = corrected  # type: ignore[method-assign]
+        norm.forward = corrected
 
     def _input_hook(self, name: str) -> Callable[..., tuple[Any, ...] | None]:
         def gate_input(_module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:

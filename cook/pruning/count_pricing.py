@@ -44,7 +44,7 @@ class CountPricing:
     """What else goes with the last unit of a group, such as the block's norms, as a + b·h: float64 `[2, groups]`."""
 
     def share(self, kept: torch.Tensor) -> float:
-        """N / whole for the kept units of each group, float64 `[groups]`; blocks without units count with their norms."""
+        """N / whole for the kept units per group, float64 `[groups]`; a block without units counts with its norms."""
         full = torch.tensor(self.sizes, dtype=torch.float64)
         return float(1 - (self._sum(full) - self._sum(kept)) / self.whole)
 

@@ -120,7 +120,7 @@ def fine_to_tensors(space: PruningSpace, masks: Masks) -> dict[str, torch.Tensor
     Raises:
         UserError: blocks have different numbers of units, which the layout cannot store.
     """
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for kind, key in FINE_KEYS.items():
         if kind == "hidden":
             tensors |= {key: masks[kind]} if kind in masks else {}

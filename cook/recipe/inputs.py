@@ -233,8 +233,10 @@ def stage_targets(stage: Stage) -> Targets:
 
 
 def _kept(fine: FineConfig) -> dict[Kind, int | float]:
-    hidden: dict[Kind, int | float] = {} if fine.target_hidden is None else {"hidden": fine.target_hidden}
-    return {"heads": fine.target_num_heads, "dimff": fine.target_dimff} | hidden
+    kept: dict[Kind, int | float] = {"heads": fine.target_num_heads, "dimff": fine.target_dimff}
+    if fine.target_hidden is not None:
+        kept["hidden"] = fine.target_hidden
+    return kept
 
 
 def final_masks(stage: Stage, inputs: Inputs, gates: Gates | None) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from cook.evaluation.settings import ProfileSettings
 from cook.families.source import open_model
 from cook.pruning.budgets import KEEP_KEYS, NUMBERS, WHOLE_KEYS, Cost, Keep, check_keep, whole_budget
 from cook.pruning.family import ModelSource
-from cook.recipe.head_units import hidden_stays, nearest_heads, reachable_heads
+from cook.recipe.head_units import nearest_heads, nearest_hidden, reachable_heads
 from cook.recipe.start import make_plan
 
 DATA_TYPES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
@@ -178,11 +178,9 @@ def _scheme(job: OneLineJob, keep: Keep, source: ModelSource) -> tuple[dict[str,
     is_global = bool(set(keep) & set(WHOLE_KEYS))
     kept_hidden = None
     if "hidden" in keep or job.hidden:
-        if space.hidden is None:
-            raise hidden_stays(adapter)
         if not (is_global or "hidden" in keep):
             raise UserError("--hidden: for one budget of the whole model", remedy="give --keep hidden=SHARE instead")
-        kept_hidden = _number(keep.get("hidden", 1.0), space.hidden.size, job.round_to)
+        kept_hidden = nearest_hidden(adapter, config, space, keep.get("hidden", 1.0), job.round_to)
     coarse = {
         "train_mask": True,
         "coarse_mask": str(masks / "layer_mask.pt"),
@@ -196,7 +194,9 @@ def _scheme(job: OneLineJob, keep: Keep, source: ModelSource) -> tuple[dict[str,
         "target_num_heads": kept_heads,
         "target_dimff": kept_dims,
         "head_unit": unit if kept_heads != heads else job.head_unit,
-        "allow_remote_code": is_global or kept_heads not in reachable_heads(adapter, config, unit, False),
+        "allow_remote_code": is_global
+        or kept_hidden is not None
+        or kept_heads not in reachable_heads(adapter, config, unit, False),
         "heads_mask": str(masks / "heads_mask.pt"),
         "dimff_mask": str(masks / "dimff_mask.pt"),
         "prune_mode": "att" if "heads" in keep else "hidden" if "hidden" in keep else "ffn",

@@ -159,7 +159,7 @@ def compute_norms_in_fp64(model):
 def test_the_gradient_of_soft_gates_is_that_of_finite_differences(case):
     model, space = load_model(SOURCES[case[0]], torch.float64), SPACES[case]
     compute_norms_in_fp64(model)
-    model.set_attn_implementation("sdpa")  # Gemma 2's own computes softmax in fp32
+    model.config._attn_implementation = "sdpa"  # Gemma 2's own computes softmax in fp32
     generator = torch.Generator().manual_seed(0)
     z = (0.3 + 0.7 * torch.rand(32, dtype=torch.float64, generator=generator)).requires_grad_()
     attached = AttachedGates(model, [space.hidden], {})
