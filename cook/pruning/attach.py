@@ -89,7 +89,7 @@ class AttachedGates:
             z = self._values.get(name)
             if z is None:
                 return forward(x)
-            kept = z.sum()
+            kept = z.to(torch.promote_types(z.dtype, x.dtype)).sum()
             scale = (len(z) / kept).sqrt().to(x.dtype)
             if not isinstance(norm, torch.nn.LayerNorm):
                 return forward(x * scale) / scale

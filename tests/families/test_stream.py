@@ -160,6 +160,9 @@ def test_the_gradient_of_soft_gates_is_that_of_finite_differences(case):
     model, space = load_model(SOURCES[case[0]], torch.float64), SPACES[case]
     compute_norms_in_fp64(model)
     model.config._attn_implementation = "sdpa"  # Gemma 2's own computes softmax in fp32
+    for module in model.modules():
+        if hasattr(module, "attn_logit_softcapping"):
+            module.attn_logit_softcapping = None
     generator = torch.Generator().manual_seed(0)
     z = (0.3 + 0.7 * torch.rand(32, dtype=torch.float64, generator=generator)).requires_grad_()
     attached = AttachedGates(model, [space.hidden], {})

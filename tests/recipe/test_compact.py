@@ -78,11 +78,12 @@ def test_the_smaller_model_has_the_masked_models_loss_and_gradients(name, case):
         AttachedGates(models[0], [g for g in whole.space.every if g.name in masks], masks)
         batch = {"input_ids": IDS}
         (loss, wanted), (got_loss, got) = (loss_and_gradients(model, batch) for model in models)
-        torch.testing.assert_close(got_loss, loss, rtol=1e-10, atol=0)  # fp64: sums in another order
+        # fp64: sums in another order. RMSNorms of transformers round other inputs to fp32.
+        torch.testing.assert_close(got_loss, loss, rtol=1e-7 if case == 3 else 1e-10, atol=0)
         assert sum(p.numel() for p in models[1].parameters()) < sum(p.numel() for p in models[0].parameters())
         zeros = {path: torch.zeros_like(weight) for path, weight in models[0].named_parameters()}
         put_back = dict(whole_weights(got.items(), inputs_of_zeros(whole, zeros), torch.float64))
-        scale = max(gradient.abs().max() for gradient in wanted.values())
+        scale, tolerance = max(gradient.abs().max() for gradient in wanted.values()), 5e-6 if case == 3 else 1e-7
         # Gemma's embedding is rescaled, so that its gradient is too.
         rescaled = {piece.path for piece in whole.space.hidden.slices if piece.power} if case == 3 else ()
         for path in wanted.keys() & rescaled:
@@ -90,7 +91,7 @@ def test_the_smaller_model_has_the_masked_models_loss_and_gradients(name, case):
         for path, gradient in wanted.items():  # Gemma's norms compute in fp32 also in a model in fp64
             if path in rescaled:
                 continue
-            torch.testing.assert_close(put_back.get(path, zeros[path]), gradient, rtol=0, atol=float(1e-7 * scale))
+            torch.testing.assert_close(put_back.get(path, zeros[path]), gradient, rtol=0, atol=float(tolerance * scale))
 
 
 def inputs_of_zeros(whole, zeros):
