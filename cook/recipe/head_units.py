@@ -72,6 +72,8 @@ def check_sizes(
     space: PruningSpace,
     fine: FineConfig | None,
     uneven: Collection[str] = (),
+    *,
+    keeps_heads: bool = False,
 ) -> None:
     """Checks that a scheme fits the model and that the family can reach its targets.
 
@@ -81,6 +83,7 @@ def check_sizes(
         space: The model's space.
         fine: The scheme's section; None if neither heads nor FFN dimensions are pruned.
         uneven: Kinds of units for which blocks share a budget.
+        keeps_heads: Whether no stage prunes heads, whatever their target.
 
     Raises:
         UserError: names the model's sizes, or the possible targets.
@@ -109,7 +112,8 @@ def check_sizes(
     if heads is not None and "heads" not in uneven and fine.target_num_heads != fine.num_heads:
         _check_heads(adapter, config, heads, fine)
     if heads is not None and hidden is not None and not uneven and not fine.allow_remote_code:
-        if not adapter.stock_holds(config, *heads.heads(fine.target_num_heads // heads.members), hidden):
+        units = heads.size if keeps_heads else fine.target_num_heads // heads.members
+        if not adapter.stock_holds(config, *heads.heads(units), hidden):
             raise UserError(
                 "fine-grained.target_hidden: no stock class can load this hidden size",
                 wanted="a multiple of the number of heads"

@@ -81,7 +81,9 @@ def open_inputs(stage: Stage, *, must_exist: bool = True) -> Inputs:
         restricted(matrices_of(space), stage.config.pruning.pruned_module, adapter.aliases)  # reports mistakes early
     elif stage.config.pruning.pruned_module and stage.name != "pretrain":
         allowed = restrict(space, stage.config.pruning.pruned_module, adapter.aliases)
-    check_sizes(adapter, config, allowed, stage.config.fine if _units_are_pruned(stage) else None, stage.uneven)
+    fine = stage.config.fine if _prunes(stage, *INNER.values(), "joint") else None
+    keeps_heads = not (_prunes(stage, "att", "joint") or stage.fixed.heads)
+    check_sizes(adapter, config, allowed, fine, stage.uneven, keeps_heads=keeps_heads)
     paths = stage.fixed if must_exist else _existing(stage.fixed)
     fixed = read_masks(allowed, coarse=paths.layer, heads=paths.heads, dimff=paths.dimff, hidden=paths.hidden)
     if stage.is_random_baseline and must_exist:
@@ -93,9 +95,11 @@ def open_inputs(stage: Stage, *, must_exist: bool = True) -> Inputs:
         if not groups and kind == "hidden" and space.hidden is None:
             raise hidden_stays(adapter)
         if not groups:
+            names = "the names of all matrices on the residual stream, embeddings and output projection included"
             raise UserError(
                 f"{stage.name}: pruned_module leaves no units of kind {kind!r} to learn a mask for",
-                remedy="add the names of their weights to pruning.pruned_module, or remove the stage",
+                remedy=f"add {names if kind == 'hidden' else 'the names of their weights'} to pruning.pruned_module, or "
+                "remove the stage",
             )
         learned += groups
         if kind == "heads" and stage.one_budget:
@@ -149,12 +153,10 @@ def _existing(paths: MaskPaths) -> MaskPaths:
     return MaskPaths(**{kind: there(path) for kind, path in vars(paths).items()})
 
 
-def _units_are_pruned(stage: Stage) -> bool:
-    """Whether this or a later stage of the recipe masks heads, FFN dimensions or hidden dimensions; their mistakes are
-    reported early.
-    """
+def _prunes(stage: Stage, *units: str) -> bool:
+    """Whether this or another stage of the recipe prunes such units; mistakes of later stages are reported early."""
     names = {stage.name, *(entry.name for entry in stage.config.stages)}
-    return stage.name != "pretrain" and any(name.startswith((*INNER.values(), "joint")) for name in names)
+    return stage.name != "pretrain" and any(name.startswith(units) for name in names)
 
 
 def _random_baseline(stage: Stage, space: PruningSpace) -> dict[str, torch.Tensor]:
