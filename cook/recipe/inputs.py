@@ -95,11 +95,12 @@ def open_inputs(stage: Stage, *, must_exist: bool = True) -> Inputs:
         if not groups and kind == "hidden" and space.hidden is None:
             raise hidden_stays(adapter)
         if not groups:
-            names = "the names of all matrices on the residual stream, embeddings and output projection included"
+            names = "the names of their weights"
+            if kind == "hidden":
+                names = "the names of all matrices on the residual stream, embeddings and output projection included"
             raise UserError(
                 f"{stage.name}: pruned_module leaves no units of kind {kind!r} to learn a mask for",
-                remedy=f"add {names if kind == 'hidden' else 'the names of their weights'} to pruning.pruned_module, or "
-                "remove the stage",
+                remedy=f"add {names} to pruning.pruned_module, or remove the stage",
             )
         learned += groups
         if kind == "heads" and stage.one_budget:
