@@ -52,7 +52,7 @@ def some_dims(seed, size=32, kept=20):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(data=st.data())
 def test_masked_and_reshaped_are_equal(case, data):
     space = SPACES[case]
@@ -66,7 +66,7 @@ def test_masked_and_reshaped_are_equal(case, data):
     assert difference(masked, small, real) <= EXACT
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES[:1] + CASES[-1:], ids=str)
 def test_masks_of_hidden_dims_change_the_model(case):
     masks = {"hidden": some_dims(1)}
     assert difference(both(case, {}, input_ids=IDS)[0], both(case, masks, input_ids=IDS)[0]) > 0.01
