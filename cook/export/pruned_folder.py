@@ -71,7 +71,7 @@ def write_pruned(
         found = replace(found, carried=(), outgrown=found.carried)
     kept = kept_units(space, masks)
     shrunk = source.adapter.shrink(source.config, space, kept)
-    config = _with_architecture(shrunk.config, source.config)
+    config = shrunk.config if found.outgrown else _with_architecture(shrunk.config, source.config)
     files = source.stored or source.tensors
     native = LazyTensors(
         {name: partial(source.tensors.__getitem__, name) for name in source.tensors if name in space.shapes}
