@@ -46,11 +46,13 @@ def hidden_dims(
     for path, module in model.named_modules():
         names = [name for name, _ in module.named_parameters(recurse=False)]
         own = {name: shapes[f"{path}.{name}"] for name in names if f"{path}.{name}" in shapes}
-        if not own and not isinstance(module, torch.nn.Embedding):
-            continue
         layer, name = _layer_of(family, path)
         role = _role(family, name) if layer else ""
         if role == "inside":
+            continue
+        if not own and not isinstance(module, torch.nn.Embedding):
+            if type(module).__name__.endswith("Norm"):
+                return None  # without weights, it cannot be told whether it is on the stream
             continue
         if role == "out":
             _writes(found, path, module, own, _gated(model, path))

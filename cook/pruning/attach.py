@@ -91,7 +91,7 @@ class AttachedGates:
                 return forward(x)
             kept = z.to(torch.promote_types(z.dtype, x.dtype)).sum()
             scale = (len(z) / kept).sqrt().to(x.dtype)
-            if not isinstance(norm, torch.nn.LayerNorm):
+            if not isinstance(norm, torch.nn.LayerNorm):  # an RMSNorm, whatever its class
                 return forward(x * scale) / scale
             z = z.to(x.dtype)
             centered = x - z * (x.sum(-1, keepdim=True) / kept).to(x.dtype)

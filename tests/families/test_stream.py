@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from cook.export.pruned_folder import mask_model, prune_to_folder, reshaped_source
 from cook.families.source import load_model, open_model
 from cook.families.stock_models import weight_shapes
+from cook.families.stream import hidden_dims
+from cook.families.tables import LLAMA
 from cook.pruning.attach import AttachedGates
 from cook.pruning.counts import kept_shapes, parameters
 from cook.pruning.mask_set import kept_counts
@@ -207,6 +209,22 @@ def test_a_stock_class_holds_a_hidden_size_that_its_heads_fill():
     small = reshaped_source(source, space, masks)
     assert (small.config["model_type"], small.config["n_embd"], small.config["n_head"]) == ("gpt2", 24, 3)
     assert difference(*both(("gpt2", "kv_group"), masks, input_ids=IDS)) <= EXACT
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model.model, "norm", torch.nn.LayerNorm(32, elementwise_affine=False)),
+        lambda model: setattr(model.model.layers[1], "extra", torch.nn.Linear(32, 5)),
+        lambda model: setattr(model.model.layers[1], "scale", torch.nn.Parameter(torch.ones(32))),
+    ],
+)
+def test_a_model_with_anything_else_on_the_stream_keeps_its_hidden_size(change):
+    model = MODELS["llama, tied"]
+    model = type(model)(model.config)
+    assert hidden_dims(LLAMA, model.config, model, weight_shapes(model)).size == 32
+    change(model)
+    assert hidden_dims(LLAMA, model.config, model, weight_shapes(model)) is None
 
 
 def test_the_hidden_size_of_an_encoder_without_a_head_stays():

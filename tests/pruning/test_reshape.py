@@ -215,6 +215,7 @@ def test_pruning_twice_is_pruning_once(data):
 def test_generation_is_the_same_with_a_cache(seed):
     model, space = tiny_model(3), SPACES["plain"]
     masks = random_masks(space, seed, blocks=0.8) | {"layers.0.att": torch.zeros(1)}
+    masks |= {"hidden": hidden_mask(seed, 16)} if seed else {}
     small, _ = small_model(model.state_dict(), config_of(), masks)
     mask_model(model, space, masks)
     ids = torch.randint(0, 61, (2, 4), generator=torch.Generator().manual_seed(seed))
