@@ -31,6 +31,7 @@ from cook.pruning.budgets import (
     unit_cost,
     whole_budget,
 )
+from cook.pruning.count_pricing import CountPricing
 from cook.pruning.counts import forward_flops, parameters, unit_flops
 from cook.pruning.family import Adapter, ModelSource
 from cook.pruning.gates import Gates
@@ -38,7 +39,7 @@ from cook.pruning.live import LiveGates
 from cook.pruning.mask_set import Masks, consistent
 from cook.pruning.relaxation import Deterministic, HardConcrete, Relaxation
 from cook.pruning.units import HeadUnit, Kind, PruningSpace, UnitGroup
-from cook.recipe.head_units import nearest_heads, offered_units
+from cook.recipe.head_units import nearest_heads, nearest_hidden, offered_units
 from cook.report.tables import human_count, markdown_table
 
 Batch = Mapping[str, torch.Tensor]
@@ -81,7 +82,15 @@ class _Job:
     targets: Targets
 
 
-def plan(model: torch.nn.Module, keep: Keep, *, head_unit: HeadUnitChoice = "auto", context: int = 512) -> Plan:
+def plan(
+    model: torch.nn.Module,
+    keep: Keep,
+    *,
+    head_unit: HeadUnitChoice = "auto",
+    context: int = 512,
+    hidden: bool = False,
+    round_to: int = 1,
+) -> Plan:
     """Predicts the sizes of a pruned model. Nothing is trained and the model is not changed.
 
     Args:
@@ -92,26 +101,29 @@ def plan(model: torch.nn.Module, keep: Keep, *, head_unit: HeadUnitChoice = "aut
             `{"flops": 0.7}`: the same for the FLOPs of a forward pass;
             `{"memory_mib": 200}`: MiB of all weights in the model's dtype, and of the cache of `context` tokens;
             or any of `"blocks"` (share of the parameters in attention and FFN blocks), `"heads"` and `"dims"` (share,
-            or number as an int, that each block keeps).
+            or number as an int, that each block keeps) and `"hidden"` (the same of the hidden size).
         head_unit: What is removed as one unit of attention where query heads share keys and values: `"query_head"`,
             `"kv_group"` (a key-value head with all its query heads), or `"auto"`. With budgets for the whole model,
             `auto` means query heads, each key-value head going with the last of them; with `heads` it means whole
             groups where these reach the number.
         context: Mean number of keys to which a query attends, for FLOPs; the length of the cache, for memory.
+        hidden: Whether hidden dimensions too are units of a budget for the whole model.
+        round_to: A number, such as 64, of which the hidden size and the FFN dimensions of a block end as multiples.
 
     Raises:
         UserError: unknown family or key, or a size that cannot be reached.
     """
-    job = _job(model, keep, context, head_unit)
+    job = _job(model, keep, context, head_unit, hidden, round_to)
     even: dict[str, float] = {}
     for c in constraints(job.space, job.learned, job.targets):
         groups = {g.name: g for g in job.learned}
         names = [n for n in groups if c.name == n or c.name.startswith(f"{n}.")] or _names_of(c.name, job.learned)
         for name in names:
-            even[name] = 1.0 - c.target
+            even[name] = 1.0 - c.target if not isinstance(c.pricing, CountPricing) else c.pricing.even(1.0 - c.target)
     kept = {g.name: round(even[g.name] * g.size) for g in job.learned if g.kind != "layer"}
     units: dict[str, tuple[int, int]] = {}
-    for kind, label in (("layer", "blocks"), ("heads", "heads"), ("dimff", "FFN dimensions")):
+    labels = {"layer": "blocks", "heads": "heads", "dimff": "FFN dimensions", "hidden": "hidden dimensions"}
+    for kind, label in labels.items():
         groups_of_kind = [g for g in job.learned if g.kind == kind]
         if groups_of_kind:
             total = sum(g.size * g.members for g in groups_of_kind)
@@ -140,6 +152,8 @@ def attach(
     head_unit: HeadUnitChoice = "auto",
     seed: int = 0,
     context: int = 512,
+    hidden: bool = False,
+    round_to: int = 1,
 ) -> LiveGates:
     """Attaches learned gates to a model, for a training loop of your own.
 
@@ -150,11 +164,15 @@ def attach(
         head_unit: As for `plan`.
         seed: Of the gates' noise, where they have any.
         context: As for `plan`.
+        hidden: As for `plan`.
+        round_to: As for `plan`.
 
     Raises:
         UserError: as for `plan`.
     """
-    return attach_nested(model, [keep], steps=steps, head_unit=head_unit, seed=seed, context=context)
+    return attach_nested(
+        model, [keep], steps=steps, head_unit=head_unit, seed=seed, context=context, hidden=hidden, round_to=round_to
+    )
 
 
 def attach_nested(
@@ -165,6 +183,8 @@ def attach_nested(
     head_unit: HeadUnitChoice = "auto",
     seed: int = 0,
     context: int = 512,
+    hidden: bool = False,
+    round_to: int = 1,
 ) -> LiveGates:
     """As `attach`, for nested masks of several sizes: every step trains one of them.
 
@@ -175,11 +195,13 @@ def attach_nested(
         head_unit: As for `attach`.
         seed: Of the gates' noise, and of the sizes' order.
         context: As for `plan`.
+        hidden: As for `plan`.
+        round_to: As for `plan`.
 
     Raises:
         UserError: as for `plan`; also if the sizes do not have the same units.
     """
-    jobs = [_job(model, keep, context, head_unit) for keep in keeps]
+    jobs = [_job(model, keep, context, head_unit, hidden, round_to) for keep in keeps]
     job = jobs[0]
     if any(other.learned != job.learned for other in jobs):
         raise UserError(
@@ -276,27 +298,29 @@ def _source(model: torch.nn.Module, masks: Masks) -> tuple[ModelSource, PruningS
     source = ModelSource(adapter=adapter, config=config, tensors=native, path=Path("the model in memory"))
     for unit in adapter.head_units(config):
         space = adapter.space(config, unit)
-        sizes = {group.name: group.size for group in space.groups}
+        sizes = {group.name: group.size for group in space.every}
         if all(sizes.get(name) == len(mask) for name, mask in masks.items()):
             return source, space
     raise UserError("the masks are of another model", remedy="give the model for which they were learned")
 
 
-def _job(model: torch.nn.Module, keep: Keep, context: int, choice: HeadUnitChoice) -> _Job:
+def _job(model: torch.nn.Module, keep: Keep, context: int, choice: HeadUnitChoice, hidden: bool, round_to: int) -> _Job:
     check_keep(keep)
     total = [key for key in WHOLE_KEYS if key in keep]
     adapter, config = family_of(model)
     head_unit = offered_units(adapter, config, choice)[-1 if total else 0]
-    kinds: tuple[Kind, ...] = ("heads", "keys", "dimff")
+    kinds: tuple[Kind, ...] = ("heads", "keys", "dimff", *(("hidden",) if hidden else ()))
     kept: dict[Kind, int | float] = {}
     if not total:
-        keys: dict[Kind, str] = {"layer": "blocks", "heads": "heads", "dimff": "dims"}
+        keys: dict[Kind, str] = {"layer": "blocks", "heads": "heads", "dimff": "dims", "hidden": "hidden"}
         kinds = tuple(kind for kind, key in keys.items() if key in keep)
         if "heads" in keep:
             head_unit, kept["heads"] = nearest_heads(adapter, config, keep["heads"], choice)
         if "dims" in keep:
             kept["dimff"] = keep["dims"]
     space = adapter.space(config, head_unit)
+    if "hidden" in kinds:
+        kept["hidden"] = nearest_hidden(adapter, config, space, keep.get("hidden", 1.0), round_to)
     learned = tuple(group for kind in KINDS if kind in kinds for group in space.of(kind))
     targets = Targets(blocks=keep.get("blocks"), kept=kept)
     if total == ["latency_ms"]:
@@ -308,6 +332,7 @@ def _job(model: torch.nn.Module, keep: Keep, context: int, choice: HeadUnitChoic
     elif total:
         cost: Cost = "parameters" if total == ["params"] else "flops"
         targets = whole_budget(space, learned, cost, keep[total[0]], context)
+    targets = replace(targets, round_to=round_to)
     return _Job(adapter=adapter, config=config, head_unit=head_unit, space=space, learned=learned, targets=targets)
 
 

@@ -33,6 +33,8 @@ def learn_masks(
     teacher: Literal["self"] | torch.nn.Module | None = "self",
     seed: int = 0,
     context: int = 512,
+    hidden: bool = False,
+    round_to: int = 1,
     on_step: OnStep | None = None,
 ) -> dict[str, torch.Tensor]:
     """Learns which units to keep, with the weights frozen.
@@ -48,6 +50,8 @@ def learn_masks(
             model with the same vocabulary; None: no teacher.
         seed: As for `attach`.
         context: As for `plan`.
+        hidden: As for `plan`.
+        round_to: As for `plan`.
         on_step: Called after each step with its number, the loss in nats per token, and the expected sparsity of each
             budget.
 
@@ -57,7 +61,9 @@ def learn_masks(
     Raises:
         UserError: as for `plan`; also if `batches` is empty.
     """
-    live = attach(model, keep, steps=steps, head_unit=head_unit, seed=seed, context=context)
+    live = attach(
+        model, keep, steps=steps, head_unit=head_unit, seed=seed, context=context, hidden=hidden, round_to=round_to
+    )
     [masks] = _learn(live, 1, batches, teacher, on_step)
     return masks
 
@@ -72,6 +78,8 @@ def learn_nested_masks(
     teacher: Literal["self"] | torch.nn.Module | None = "self",
     seed: int = 0,
     context: int = 512,
+    hidden: bool = False,
+    round_to: int = 1,
     on_step: OnStep | None = None,
 ) -> dict[float, dict[str, torch.Tensor]]:
     """Learns masks of several sizes in one run: the units of each smaller model are a subset of the larger ones'.
@@ -87,6 +95,8 @@ def learn_nested_masks(
         teacher: As for `learn_masks`.
         seed: As for `attach`.
         context: As for `plan`.
+        hidden: As for `plan`.
+        round_to: As for `plan`.
         on_step: As for `learn_masks`, with the budgets of all sizes.
 
     Returns:
@@ -101,7 +111,9 @@ def learn_nested_masks(
     if not sizes or any(after >= before for before, after in pairwise(sizes)):
         raise UserError(f"keep: {name}={list(sizes)}", wanted="values in descending order")
     keeps = [{name: size} for size in sizes]
-    live = attach_nested(model, keeps, steps=steps, head_unit=head_unit, seed=seed, context=context)
+    live = attach_nested(
+        model, keeps, steps=steps, head_unit=head_unit, seed=seed, context=context, hidden=hidden, round_to=round_to
+    )
     return dict(zip(sizes, _learn(live, len(sizes), batches, teacher, on_step), strict=True))
 
 

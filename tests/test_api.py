@@ -111,6 +111,50 @@ def test_every_budget_is_met_and_exact(make, keep):
 
 
 @pytest.mark.parametrize(
+    "make, keep, options",
+    [
+        (llama, {"hidden": 0.75, "heads": 0.5, "dims": 0.5}, {"round_to": 4}),
+        (llama, {"params": 0.6}, {"hidden": True}),
+        (llama, {"flops": 0.6}, {"hidden": True, "round_to": 4}),
+        (gpt2, {"hidden": 0.75}, {}),
+        (gpt2, {"params": 0.6}, {"hidden": True}),
+    ],
+)
+def test_hidden_dims_are_units_too(make, keep, options):
+    model = make()
+    plan = cook.plan(model, keep, **options)
+    masks = cook.learn_masks(model, batches(), keep, steps=8, **options)
+    small = cook.reshape(model, masks)
+    assert cook.verify(model, masks, small) < 1e-5
+    kept = int(masks["hidden"].sum())
+    assert kept < 32 and small.get_input_embeddings().weight.shape == (61, kept)
+    if "hidden" in keep:
+        assert kept == 24 and plan.units["hidden dimensions"] == (32, 24)
+    after = sum(p.numel() for p in small.parameters())
+    if "params" in keep:
+        # A hidden dimension is the largest unit.
+        assert abs(after - 0.6 * plan.parameters[0]) <= 0.6 * plan.parameters[0] / kept / 2 + 1
+    for name, mask in masks.items():
+        if name.endswith(("hidden", "dimff")):
+            assert int(mask.sum()) % options.get("round_to", 1) == 0
+
+
+def test_useless_hidden_dims_are_those_that_go():
+    model = llama()
+    useless = [1, 5, 7, 20, 30]
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight *= 20.0
+                weight[useless] = 0.0
+        model.model.embed_tokens.weight *= 20.0
+        model.model.embed_tokens.weight[:, useless] = 0.0
+        model.lm_head.weight *= 20.0
+    masks = cook.learn_masks(model, batches(8), {"hidden": 27}, steps=40)
+    assert (masks["hidden"] == 0).nonzero().flatten().tolist() == useless
+
+
+@pytest.mark.parametrize(
     "unit, wanted", [("auto", "query_head"), ("query_head", "query_head"), ("kv_group", "kv_group")]
 )
 def test_one_budget_chooses_query_heads_or_whole_groups(unit, wanted):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import combinations, pairwise
 from os.path import normpath
 
 from cook.base.errors import UserError
@@ -22,8 +22,10 @@ from cook.config.types import (
     two_of_four,
 )
 
-UNITS = ("layer", "att", "ffn", "joint")
-METHODS = {"layer": "coarse-grained", "att": "fine-grained", "ffn": "fine-grained", "joint": "joint"}
+INNER = ("att", "ffn", "hidden")
+"""The units of fine-grained stages."""
+UNITS = ("layer", *INNER, "joint")
+METHODS = {"layer": "coarse-grained", "joint": "joint"} | dict.fromkeys(INNER, "fine-grained")
 
 
 def mask_is_structured(pruning: PruningConfig, stages: tuple[StageEntry, ...]) -> Iterator[UserError]:
@@ -50,20 +52,21 @@ def recipe_in_order(stages: tuple[StageEntry, ...]) -> Iterator[UserError]:
     if "random_baseline" in names and names[-1] != "random_baseline":
         yield UserError("stages: random_baseline must come last", got=order)
     at = {unit: [i for i, name in enumerate(names) if name.partition("_")[0] == unit] for unit in UNITS}
-    inner = at["att"] + at["ffn"]
+    inner = [place for unit in INNER for place in at[unit]]
     if at["layer"] and inner and max(at["layer"]) > min(inner):
-        yield UserError("stages: the layer stages must come before the att and ffn stages", got=order)
+        yield UserError("stages: the layer stages must come before the att, ffn and hidden stages", got=order)
     if at["joint"] and (at["layer"] or inner):
-        remedy = "keep one kind: the joint stages learn all masks of the layer, att and ffn stages"
-        what = "stages: joint stages cannot be combined with layer, att and ffn stages"
+        remedy = "keep one kind: the joint stages learn all masks of the layer, att, ffn and hidden stages"
+        what = "stages: joint stages cannot be combined with layer, att, ffn and hidden stages"
         yield UserError(what, got=order, remedy=remedy)
     for unit in UNITS:
         mask, finetune = f"{unit}_mask", f"{unit}_finetune"
         if mask in names and finetune in names and names.index(mask) > names.index(finetune):
             yield UserError(f"stages: {mask} must come before {finetune}", got=order)
-    if at["att"] and at["ffn"] and max(at["att"]) > min(at["ffn"]) and max(at["ffn"]) > min(at["att"]):
-        remedy = "put both att stages before both ffn stages, or the other way round"
-        yield UserError("stages: the att and ffn stages are interleaved", got=order, remedy=remedy)
+    for one, other in combinations(INNER, 2):
+        if at[one] and at[other] and max(at[one]) > min(at[other]) and max(at[other]) > min(at[one]):
+            remedy = f"put both {one} stages before both {other} stages, or the other way round"
+            yield UserError(f"stages: the {one} and {other} stages are interleaved", got=order, remedy=remedy)
 
 
 def sections_given(
@@ -77,7 +80,7 @@ def sections_given(
     used, method = _units_in_recipe(stages), method_of(pruning)
     for section, given, units in (
         ("coarse-grained", coarse, ("layer",)),
-        ("fine-grained", fine, ("att", "ffn", "joint")),
+        ("fine-grained", fine, (*INNER, "joint")),
         ("joint", joint, ("joint",)),
     ):
         reasons = [f"stages.{unit}_mask" for unit in units if unit in used]
@@ -93,17 +96,24 @@ def masks_given(
     used = _units_in_recipe(stages)
     if fine is not None:
         described = str(stage_of(pruning, coarse, fine, None) or method_of(pruning))
-        inner = (used | {described.partition("_")[0]}) & {"att", "ffn", "joint"}
-        if fine.heads_mask is None and inner:
+        inner = (used | {described.partition("_")[0]}) & {*INNER, "joint"}
+        if fine.heads_mask is None and inner - {"hidden"}:
             wanted = "the path of the head mask: att mask training writes it, ffn mask training reads it"
             yield UserError("fine-grained.heads_mask: missing", wanted=wanted)
         if fine.dimff_mask is None and inner & {"ffn", "joint"}:
             wanted = "the path of the FFN mask: ffn mask training writes it"
             yield UserError("fine-grained.dimff_mask: missing", wanted=wanted)
+        for key, wanted in (
+            ("target_hidden", "the hidden size after pruning"),
+            ("hidden_mask", "the path of the mask"),
+        ):
+            learns = "hidden" in inner or ("joint" in inner and fine.target_hidden is not None)
+            if getattr(fine, key) is None and learns:
+                yield UserError(f"fine-grained.{key}: missing, and hidden dims are pruned", wanted=wanted)
         if fine.coarse_mask is None and "joint" in inner:
             wanted = "the path of the layer mask: joint mask training writes it too"
             yield UserError("fine-grained.coarse_mask: missing", wanted=wanted)
-    if coarse is not None and fine is not None and "layer" in used and used & {"att", "ffn"}:
+    if coarse is not None and fine is not None and "layer" in used and used & {*INNER}:
         if fine.coarse_mask is not None and normpath(fine.coarse_mask) != normpath(coarse.coarse_mask):
             what = "fine-grained.coarse_mask: not the mask that the layer stages of the recipe write"
             yield UserError(what, wanted=coarse.coarse_mask, got=fine.coarse_mask)
@@ -118,6 +128,10 @@ def sizes_fit(fine: FineConfig | None, facts: ModelFacts) -> Iterator[UserError]
     """Checks that the targets do not exceed the sizes, and that the sizes are those of the model."""
     if fine is None:
         return
+    for key, number in (("target_dimff", fine.target_dimff), ("target_hidden", fine.target_hidden or 0)):
+        if number % fine.round_to and (key, number) != ("target_dimff", fine.dim_ff):
+            what = f"fine-grained.{key}: not a multiple of round_to"
+            yield UserError(what, wanted=f"a multiple of {fine.round_to}", got=number)
     for target, size in (("target_num_heads", "num_heads"), ("target_dimff", "dim_ff")):
         before, after, real = getattr(fine, size), getattr(fine, target), getattr(facts, size)
         if after > before:
@@ -133,7 +147,7 @@ def layer_mask_given(
     """Checks that fine-grained stages know which blocks are kept."""
     used = _units_in_recipe(stages)
     fits = fine is None or fine.coarse_mask is not None
-    is_fine = used & {"att", "ffn"} or method_of(pruning) == "fine-grained"
+    is_fine = used & {*INNER} or method_of(pruning) == "fine-grained"
     if is_fine and not fits and ("layer" in used or facts.layers_removed is False):
         yield UserError(
             "fine-grained.coarse_mask: missing, and no layers have been removed from the model yet",

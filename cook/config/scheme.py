@@ -15,6 +15,8 @@ StageName = Literal[
     "att_finetune",
     "ffn_mask",
     "ffn_finetune",
+    "hidden_mask",
+    "hidden_finetune",
     "joint_mask",
     "joint_finetune",
     "pattern",
@@ -34,8 +36,8 @@ NUMBERED = tuple(
 """The patterns of types 0 to 8."""
 NAMES = (*NUMBERED, "unstructured", "m4n2_1d", "m4n2_2d")
 """The names of all patterns."""
-PruneMode = Literal["att", "ffn"]
-"""Which units a fine-grained stage prunes: attention heads or FFN dims."""
+PruneMode = Literal["att", "ffn", "hidden"]
+"""Which units a fine-grained stage prunes: attention heads, FFN dims, or hidden dims."""
 RelaxationName = Literal["auto", "deterministic", "hard_concrete"]
 """The relaxation of a 0/1 mask while it is learned."""
 GatesStart = Literal["open", "taylor", "fisher", "search"]
@@ -82,7 +84,7 @@ class CoarseConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FineConfig:
-    """The scheme's `fine-grained` section: heads and FFN dims inside the kept blocks."""
+    """The scheme's `fine-grained` section: heads and FFN dims inside the kept blocks, and hidden dims."""
 
     train_mask: bool
     """True: the mask is learned together with the weights. False: it is read, made binary and fixed (finetuning)."""
@@ -97,6 +99,12 @@ class FineConfig:
     """Heads per kept attention block after pruning."""
     target_dimff: Size
     """FFN dims per kept FFN block after pruning."""
+    target_hidden: Size | None = None
+    """Hidden size after pruning. None: the hidden size stays. If `joint` has scope `global`, hidden dims are units of
+    its budget, and a `target_*` of `joint` determines how many stay."""
+    round_to: Size = 1
+    """The FFN dims per block and the hidden dims that stay are multiples of this number, such as 64 or 128, for fast
+    kernels. The targets must be multiples too."""
     head_unit: HeadUnitChoice = "auto"
     """Unit that is removed if query heads share keys and values. `kv_group`: a key-value head with all of its query
     heads. `query_head`: query heads, the same number from each group; with scope `global` any of them, and a key-value
@@ -109,16 +117,18 @@ class FineConfig:
     """Head mask file: written by att mask training, read by all later stages."""
     dimff_mask: MaskPath | None = None
     """FFN mask file: written by ffn mask training, read by all later stages."""
+    hidden_mask: MaskPath | None = None
+    """Mask file of the hidden dims: written by hidden mask training, read by all later stages."""
     scope: Scope = "block"
     """`block`: every kept block ends with the targets. `global`: the blocks share the total number of heads (or dims)
     that the targets give, and may end with different sizes."""
     prune_mode: PruneMode
-    """The units that the described stage prunes. `att`: heads; `ffn`: FFN dims."""
+    """The units that the described stage prunes. `att`: heads; `ffn`: FFN dims; `hidden`: hidden dims."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JointConfig:
-    """The scheme's `joint` section: heads, dims and optionally blocks in one stage.
+    """The scheme's `joint` section: heads, dims and optionally blocks and hidden dims in one stage.
 
     Sizes, targets and mask files are those of `fine-grained`.
     """
@@ -131,11 +141,13 @@ class JointConfig:
     target_sparsity: Share | None = None
     """Scope `block`: fraction of the blocks' parameters to remove as whole blocks. None: all blocks stay."""
     target_params: Shares = None
-    """Scope `global`: fraction of the parameters of all heads and dims to keep. If this and `target_flops` are None,
-    the budget is the number of parameters of equal blocks with the targets of `fine-grained`. A list in descending
-    order: nested masks of several sizes for the same weights, each in mask files of its own (`heads-0.5.pt`)."""
+    """Scope `global`: fraction of the parameters of all heads and dims to keep; of the whole model if
+    `fine-grained.target_hidden` is given. If this and `target_flops` are None, the budget is the number of parameters
+    of equal blocks with the targets of `fine-grained`. A list in descending order: nested masks of several sizes for
+    the same weights, each in mask files of its own (`heads-0.5.pt`)."""
     target_flops: Shares = None
-    """Scope `global`: fraction of the forward FLOPs per token of all heads and dims to keep, or a list as above."""
+    """Scope `global`: fraction of the forward FLOPs per token of all heads and dims to keep; of the whole model if
+    `fine-grained.target_hidden` is given. Or a list as above."""
     flops_length: Size | None = None
     """Number of keys that a query attends to, for `target_flops`. None: `data.max_length`."""
     target_latency: Positive | None = None

@@ -205,8 +205,8 @@ class PruningConfig:
     """Suffixes of the names of the weights that may be pruned. No other weights are pruned."""
     mask_method: MaskMethod
     """`coarse-grained`: whole attention and FFN blocks; `fine-grained`: heads or FFN dims inside the kept blocks;
-    `joint`: heads, dims and optionally blocks at once; `pattern`: single weights, see the section `pattern`;
-    `m4n2_1d`, `m4n2_2d`: two of every four weights, along the inputs or in both directions."""
+    `joint`: heads, dims and optionally blocks and hidden dims at once; `pattern`: single weights, see the section
+    `pattern`; `m4n2_1d`, `m4n2_2d`: two of every four weights, along the inputs or in both directions."""
     l0_pruning: UserPath = "l0_pruning.json"
     """The file of the scheme, relative to the folder of this file."""
 
@@ -330,6 +330,8 @@ def stage_of(
         return None
     if fine.prune_mode == "att":
         return "att_mask" if fine.train_mask else "att_finetune"
+    if fine.prune_mode == "hidden":
+        return "hidden_mask" if fine.train_mask else "hidden_finetune"
     return "ffn_mask" if fine.train_mask else "ffn_finetune"
 
 

@@ -17,7 +17,7 @@ from cook.families.source import load_model, open_model, placed
 from cook.pruning.family import ModelSource
 from cook.text.hf import check_tokenizer_file, open_backend
 
-MASKS = ("coarse", "heads", "dimff")
+MASKS = ("coarse", "heads", "dimff", "hidden")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,7 @@ class Entry:
     """The layer mask to apply to it, if any."""
     heads: str | None = None
     dimff: str | None = None
+    hidden: str | None = None
 
     @property
     def masks(self) -> dict[str, str]:
@@ -38,7 +39,7 @@ class Entry:
 
 
 def parse_entry(text: str) -> Entry:
-    """`[NAME=]DIR[,coarse=FILE][,heads=FILE][,dimff=FILE]`; the default name is the folder's.
+    """`[NAME=]DIR[,coarse=FILE][,heads=FILE][,dimff=FILE][,hidden=FILE]`; the default name is the folder's.
 
     Raises:
         UserError: the folder is missing, or a kind of mask is given twice.
@@ -49,7 +50,9 @@ def parse_entry(text: str) -> Entry:
         name, folder = "", first
     masks = [other.split("=", 1) for other in others]
     if not folder or not all(path for _, path in masks) or len({kind for kind, _ in masks}) < len(masks):
-        raise UserError(f"not a model: {text!r}", wanted="[NAME=]DIR[,coarse=FILE][,heads=FILE][,dimff=FILE]")
+        raise UserError(
+            f"not a model: {text!r}", wanted="[NAME=]DIR[,coarse=FILE][,heads=FILE][,dimff=FILE][,hidden=FILE]"
+        )
     return Entry(name=name or Path(folder).name or folder, folder=folder, **dict(masks))
 
 
@@ -96,7 +99,7 @@ def load(entry: Entry, *, trust_remote_code: bool, dtype: str = "auto", device: 
     chosen = {"auto": None if device == "cpu" else torch.bfloat16}.get(dtype) or getattr(torch, dtype, None)
     model = placed(model.eval(), device, chosen)
     if entry.masks and source is not None:
-        space, masks = open_masks(source, coarse=entry.coarse, heads=entry.heads, dimff=entry.dimff)
+        space, masks = open_masks(source, **entry.masks)
         mask_model(model, space, {name: mask.to(device) for name, mask in masks.items()})
     return Loaded(entry=entry, model=model, tokenizer=tokenizer)
 

@@ -46,6 +46,8 @@ class Account:
     """Second copies of tied weights, which are left out."""
     recomputed: tuple[str, ...]
     """Tables that the model computes itself."""
+    outgrown: tuple[str, ...] = ()
+    """Heads of other tasks that are left out, since their inputs are the hidden dimensions before pruning."""
 
 
 def account(source: ModelSource, space: PruningSpace) -> Account:

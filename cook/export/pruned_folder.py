@@ -67,9 +67,11 @@ def write_pruned(
 ) -> Pruned:
     """Reshapes a model tensor by tensor into a new folder, and checks that every weight has its place there."""
     found = account(source, space)
+    if "hidden" in masks and not masks["hidden"].all():
+        found = replace(found, carried=(), outgrown=found.carried)
     kept = kept_units(space, masks)
     shrunk = source.adapter.shrink(source.config, space, kept)
-    config = _with_architecture(shrunk.config, source.config)
+    config = shrunk.config if found.outgrown else _with_architecture(shrunk.config, source.config)
     files = source.stored or source.tensors
     native = LazyTensors(
         {name: partial(source.tensors.__getitem__, name) for name in source.tensors if name in space.shapes}
@@ -111,7 +113,12 @@ def reshaped_source(source: ModelSource, space: PruningSpace, masks: Masks) -> M
 
 
 def open_masks(
-    source: ModelSource, *, coarse: str | None = None, heads: str | None = None, dimff: str | None = None
+    source: ModelSource,
+    *,
+    coarse: str | None = None,
+    heads: str | None = None,
+    dimff: str | None = None,
+    hidden: str | None = None,
 ) -> tuple[PruningSpace, dict[str, torch.Tensor]]:
     """Reads the masks in some files; returns them with the model's space in their attention units.
 
@@ -122,7 +129,7 @@ def open_masks(
     problem: UserError | None = None
     for space in spaces:
         try:
-            return space, read_masks(space, coarse=coarse, heads=heads, dimff=dimff)
+            return space, read_masks(space, coarse=coarse, heads=heads, dimff=dimff, hidden=hidden)
         except UserError as error:
             problem = problem or error
     assert problem is not None
@@ -139,4 +146,4 @@ def _fine_if_even(space: PruningSpace, masks: Masks) -> dict[str, torch.Tensor]:
 
 def mask_model(model: torch.nn.Module, space: PruningSpace, masks: Mapping[str, torch.Tensor]) -> AttachedGates:
     """Attaches fixed masks to a whole model."""
-    return AttachedGates(model, [group for group in space.groups if group.name in masks], masks)
+    return AttachedGates(model, [group for group in space.every if group.name in masks], masks)

@@ -14,7 +14,7 @@ from cook.families.layout import Attention, FeedForward
 from cook.families.stock_space import block_and_units
 from cook.models import cpm_ant
 from cook.pruning.family import Abilities, Adapter, KeptUnits, ModelConfig, Modeling, Shrunk
-from cook.pruning.units import PruningSpace, Site, UnitGroup, WeightSlice
+from cook.pruning.units import GatePoint, PruningSpace, Site, UnitGroup, WeightSlice
 
 MODEL_TYPE = cpm_ant.CpmAntConfig.model_type
 LOGITS = "input_embedding.weight"
@@ -45,6 +45,31 @@ def _units(layer: int, site: Site, dim_head: int, shapes: Mapping[str, tuple[int
     return block_and_units(table, site, shapes, layer, prefix, slices, width, {"size": shapes[out.path][1] // width})
 
 
+def _hidden(shapes: Mapping[str, tuple[int, ...]]) -> UnitGroup:
+    """The hidden dimensions: everything but the position biases is on the stream."""
+    outs = tuple(f".{table.out}.weight" for table in (ATTENTION, FFN))
+    slices, gates, norms = [], [GatePoint(module="encoder", at="input", repeat=1)], []
+    for path, shape in shapes.items():
+        module = path.removesuffix(".weight")
+        if len(shape) == 1:
+            norms.append(module)
+        if path.endswith(outs):
+            gates.append(GatePoint(module=module, at="output", repeat=1))
+        if path != "position_bias.relative_attention_bias":
+            reads = len(shape) == 2 and not path.endswith(outs)
+            slices.append(WeightSlice(path=path, dim=int(reads), block=1, fan_in=reads))
+    return UnitGroup(
+        kind="hidden",
+        site="stream",
+        layer=-1,
+        size=shapes[LOGITS][1],
+        slices=tuple(slices),
+        gate=gates[0],
+        more_gates=tuple(gates[1:]),
+        norms=tuple(norms),
+    )
+
+
 def _space(config: ModelConfig, head_unit: str = "kv_group") -> PruningSpace:
     # Every head has its own keys and values, so there is one kind of unit.
     native = _config(config)
@@ -53,7 +78,13 @@ def _space(config: ModelConfig, head_unit: str = "kv_group") -> PruningSpace:
     groups: list[UnitGroup] = []
     for layer in range(native.num_layers):
         groups += _units(layer, "att", native.dim_head, shapes) + _units(layer, "ffn", native.dim_head, shapes)
-    return PruningSpace(num_layers=native.num_layers, shapes=shapes, groups=tuple(groups), logits_weight=LOGITS)
+    return PruningSpace(
+        num_layers=native.num_layers,
+        shapes=shapes,
+        groups=tuple(groups),
+        logits_weight=LOGITS,
+        hidden=_hidden(shapes),
+    )
 
 
 def _shrink(config: ModelConfig, _space: PruningSpace, kept: KeptUnits, renumber: bool = True) -> Shrunk:
@@ -76,6 +107,7 @@ def _shrink(config: ModelConfig, _space: PruningSpace, kept: KeptUnits, renumber
     # If all sizes are equal, the plain field describes the weights.
     out |= {"dim_ff": sizes.pop(), "layer_dim_ff": None} if len(sizes) == 1 else {"layer_dim_ff": new_dims}
     all_heads = list(range(native.num_heads))
+    out["dim_model"] = len(kept.get("hidden", range(native.dim_model)))
     out["layer_heads"] = None if all(h in ([], all_heads) for h in new_heads) else new_heads
     return Shrunk(config=out, layers=tuple(range(native.num_layers)))
 
@@ -121,7 +153,7 @@ ADAPTER = Adapter(
     build=lambda config: cpm_ant.CpmAntForCausalLM(_config(config)),
     read=_read,
     shrink=_shrink,
-    stock_holds=lambda config, heads, kv_heads: True,  # its export always contains the modeling file
+    stock_holds=lambda config, heads, kv_heads, hidden=None: True,  # its export always contains the modeling file
     modeling=lambda config: MODELING,
     inputs=lambda batch: batch,
     abilities=Abilities(shares_keys=False, stock_heads=False, stock_layers=False, is_stock=False),

@@ -58,6 +58,7 @@ class ConfigNames:
     head_dim: str | None = "head_dim"
     """None if the class always divides the hidden size by the heads, and so cannot have fewer heads."""
     hidden: str = "hidden_size"
+    like_hidden: tuple[str, ...] = ()  # other sizes that are equal to the hidden size unless given
     ffn: str = "intermediate_size"
     per_layer: tuple[str, ...] = ("layer_types",)  # lists with one entry per layer, if the config has them
     first_layers: tuple[str, ...] = ()  # numbers of first layers that differ from the others
@@ -78,6 +79,9 @@ class Family:
     carried: tuple[str, ...] = ()
     """Patterns of keys in the family's files that the model's class may lack: heads of other tasks, which are copied
     unchanged."""
+    embedding_times_root: str = ""
+    """Path of the last norm, if the class multiplies embeddings by the root of the hidden size, as Gemma does, whose
+    norms multiply by 1 + weight."""
     empty_layer_is_identity: bool = True
     """Whether a layer without its two blocks returns its input unchanged, and so can be removed. False if norms
     are on the residual stream itself."""

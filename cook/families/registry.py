@@ -19,6 +19,7 @@ HEADERS = (
     "attention units",
     "fewer heads",
     "fewer dims",
+    "fewer hidden dims",
     "fewer layers",
     "missing blocks",
     "main job",
@@ -92,6 +93,7 @@ def _facts(adapter: Adapter) -> dict[str, Any]:
         "fewer_heads": result(can.stock_heads),
         "fewer_heads_except": can.stock_heads_except,
         "fewer_dims": result(True),
+        "fewer_hidden_dims": result(can.stock_heads),  # both need a head size that the config names
         "fewer_layers": result(can.stock_layers),
         "block_missing": result(False),
         "is_causal": adapter.is_causal,
@@ -106,6 +108,7 @@ def _row(facts: dict[str, Any]) -> list[str]:
         ", ".join(facts["head_units"]),
         facts["fewer_heads"] + (f", not with {exception}" if exception else ""),
         facts["fewer_dims"],
+        facts["fewer_hidden_dims"] + (f", not with {exception}" if exception else ""),
         facts["fewer_layers"],
         facts["block_missing"],
         "yes" if facts["is_causal"] else "no: encoder",

@@ -17,6 +17,7 @@ from cook.families import stock_models, stock_space
 from cook.families.layout import Attention, Family, FeedForward
 from cook.families.stock_models import config_object, is_ragged, plain, remembered, skeleton, weight_shapes
 from cook.families.stock_space import Heads, head_dim_of, heads_of
+from cook.families.stream import stream_size
 from cook.models import ragged
 from cook.pruning.counts import kept_shapes
 from cook.pruning.family import Abilities, Adapter, KeptUnits, ModelConfig, Shrunk
@@ -93,16 +94,18 @@ def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptU
     if not (renumber and family.empty_layer_is_identity):
         layers = list(range(space.num_layers))
     layers = layers or [space.num_layers - 1]  # transformers classes are not tested without any layer
+    hidden = len(kept.get("hidden", ())) or (space.hidden.size if space.hidden else None)
     renamed = _renamed(family, left, layers)
     shapes = {renamed.get(path, path): shape for path, shape in left.items()}
     base = _with_layers(family, config, layers) | remembered(config, space.num_layers, layers)
     sizes = [_sizes(family, config, space, kept, layer) for layer in layers]
     heads, ffn = sizes[0]
     if len(set(sizes)) == 1 and heads is not None and ffn is not None and not heads.per_key:
-        uniform = _sized(family, base, heads, ffn)
+        uniform = _sized(family, base, heads, ffn, hidden)
         if holds(family, uniform, shapes):
             stock = {"architectures": [type(skeleton(family, uniform)).__name__]}
             return Shrunk(config=plain(config_object(uniform)) | stock, layers=tuple(layers), renamed=renamed)
+    base = _with_hidden(family, base, hidden)
     structure = _structure(family, base, shapes, [heads for heads, _ in sizes])
     own = {
         "architectures": [ragged.RaggedModel.__name__],
@@ -114,13 +117,31 @@ def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptU
     return Shrunk(config=base | own, layers=tuple(layers), renamed=renamed)
 
 
-def _sized(family: Family, base: ModelConfig, heads: Heads, ffn: int) -> dict[str, Any]:
-    """A stock config with these sizes in every layer."""
+def _sized(family: Family, base: ModelConfig, heads: Heads, ffn: int, hidden: int | None = None) -> dict[str, Any]:
+    """A stock config with these sizes in every layer; the hidden size stays if it is None."""
     names = family.names
     fields = {names.heads: heads.heads, names.ffn: ffn}
     fields |= {names.kv_heads: heads.kv_heads} if names.kv_heads else {}
     fields |= {names.head_dim: heads.head_dim} if names.head_dim else {}
+    if hidden is not None:
+        fields |= {
+            name: hidden for name in names.like_hidden if base.get(name, base[names.hidden]) == base[names.hidden]
+        }
+        fields |= {names.hidden: hidden}
     return dict(base) | fields
+
+
+def _with_hidden(family: Family, base: dict[str, Any], hidden: int | None) -> dict[str, Any]:
+    """The stock config with this hidden size, if its heads stay as they are; else unchanged, and the weights differ."""
+    names = family.names
+    if hidden in (None, base[names.hidden]) or names.head_dim is None:
+        return base
+    changed = base | {names.hidden: hidden, names.head_dim: head_dim_of(family, config_object(base))}
+    try:
+        skeleton(family, changed)
+    except (UserError, ValueError):
+        return base
+    return changed
 
 
 def holds(family: Family, config: ModelConfig, shapes: Shapes) -> bool:
@@ -131,16 +152,17 @@ def holds(family: Family, config: ModelConfig, shapes: Shapes) -> bool:
         return False
 
 
-def holds_heads(family: Family, config: ModelConfig, heads: int, kv_heads: int) -> bool:
-    """Whether the stock class builds attention blocks with these heads, each as wide as now."""
+def holds_heads(family: Family, config: ModelConfig, heads: int, kv_heads: int, hidden: int | None = None) -> bool:
+    """Whether the stock class builds attention blocks with these heads, each as wide as now, and this hidden size."""
     base = _with_layers(family, config, [0])
     dim = head_dim_of(family, config_object(config))
     wanted = Heads(heads=heads, kv_heads=kv_heads, head_dim=dim)
     try:
-        model = skeleton(family, _sized(family, base, wanted, base[family.names.ffn]))
+        model = skeleton(family, _sized(family, base, wanted, base[family.names.ffn], hidden))
     except (UserError, ValueError):
         return False
-    return heads_of(family, dim, model, f"{family.layers}.0") == wanted
+    is_wide = hidden in (None, stream_size(family, config_object(base), model))
+    return is_wide and heads_of(family, dim, model, f"{family.layers}.0") == wanted
 
 
 def _renamed(family: Family, paths: Shapes, layers: list[int]) -> dict[str, str]:

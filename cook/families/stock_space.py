@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cook.families.layout import Attention, Family, FeedForward
 from cook.families.stock_models import config_object, skeleton, weight_shapes
+from cook.families.stream import hidden_dims
 from cook.models import ragged
 from cook.pruning.family import ModelConfig
 from cook.pruning.units import GatePoint, HeadUnit, PruningSpace, Site, UnitGroup, WeightSlice
@@ -94,7 +95,13 @@ def space(family: Family, config: ModelConfig, head_unit: HeadUnit = "kv_group")
         groups += _feed_forward(family, model, shapes, number, layer)
     head = model.get_output_embeddings()  # type: ignore[operator]
     logits = next((path for path, weight in model.named_parameters() if head and weight is head.weight), "")
-    return PruningSpace(num_layers=num_layers, shapes=shapes, groups=tuple(groups), logits_weight=logits)
+    return PruningSpace(
+        num_layers=num_layers,
+        shapes=shapes,
+        groups=tuple(groups),
+        logits_weight=logits,
+        hidden=hidden_dims(family, made, model, shapes),
+    )
 
 
 def _attention(

@@ -31,6 +31,7 @@ GEMMA2 = Family(
     model_types=frozenset({"gemma2"}),
     attention=Attention(norms_after=("post_attention_layernorm",)),
     ffn=FeedForward(norms_before=("pre_feedforward_layernorm",), norms_after=("post_feedforward_layernorm",)),
+    embedding_times_root="model.norm",
 )
 GEMMA3 = replace(GEMMA2, family="Gemma 3", model_types=frozenset({"gemma3_text"}))
 
@@ -96,7 +97,7 @@ OPT = Family(
     ffn=FeedForward(
         modules={"fc1": "value", "fc2": "value"}, ins=("fc1",), out="fc2", norms_before=("final_layer_norm",)
     ),
-    names=ConfigNames(kv_heads=None, head_dim=None, ffn="ffn_dim"),
+    names=ConfigNames(kv_heads=None, head_dim=None, ffn="ffn_dim", like_hidden=("word_embed_proj_dim",)),
 )
 
 # Encoders with norms on the residual stream, with any head of transformers.

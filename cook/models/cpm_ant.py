@@ -168,7 +168,14 @@ def residual_std(config: CpmAntConfig) -> float:
 
 
 class Embedding(nn.Embedding):
-    """A table that divides what it looks up by sqrt(dim), and that is an output projection as well."""
+    """A table that divides what it looks up by sqrt(dim), and that is an output projection as well.
+
+    `fan_in` is the dim, unless the model is trained with units removed and its weights unchanged.
+    """
+
+    def __init__(self, rows: int, dim: int):
+        super().__init__(rows, dim)
+        self.fan_in = dim
 
     def forward(self, x: Tensor, project: bool = False) -> Tensor:
         """Looks up ids, or with `project` gives the scores of every row for hidden states.
@@ -176,8 +183,8 @@ class Embedding(nn.Embedding):
         Both go through the module's call, where ZeRO-3 gathers the weight.
         """
         if project:
-            return scaled_product(x, self.weight, self.embedding_dim)
-        return F.embedding(x, self.weight) * (1 / math.sqrt(self.embedding_dim))
+            return scaled_product(x, self.weight, self.fan_in)
+        return F.embedding(x, self.weight) * (1 / math.sqrt(self.fan_in))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -83,11 +83,16 @@ class Absent(nn.Module):
 
 def reshape_modules(model: PreTrainedModel, structure: dict[str, Any]) -> None:
     """Changes a newly built stock model as described by `structure`."""
-    for path, shape in structure["shapes"].items():
-        if path.endswith(".weight"):  # the size of a bias follows from its weight
-            name = path.removesuffix(".weight")
-            model.set_submodule(name, _product_of(model.get_submodule(name), shape))
+    shapes = structure["shapes"]
+    for path, shape in shapes.items():
+        name, _, kind = path.rpartition(".")
+        # The size of a bias follows from its weight, unless that was removed with its block.
+        if kind == "weight" or f"{name}.weight" not in shapes:
+            old = model.get_submodule(name)
+            model.set_submodule(name, _of_shape(old, shape if kind == "weight" else [*shape, 1][:: _step(old)]))
             model._init_weights(model.get_submodule(name))
+    if any(isinstance(model.get_submodule(path.rpartition(".")[0]), nn.Embedding) for path in shapes):
+        model.tie_weights()
     # Hooks, since they run before those of gates: a gate sees the heads that there are. Attention in between sees equal
     # groups, as the stock class and its cache expect: a head of zeros costs a little time and no memory in the cache.
     for path, parts in structure.get("spread", {}).items():
@@ -117,10 +122,31 @@ def reshape_modules(model: PreTrainedModel, structure: dict[str, Any]) -> None:
         model.set_submodule(path, nn.Identity())
 
 
-def _product_of(old: nn.Module, shape: list[int]) -> nn.Module:
+def _step(product: nn.Module) -> int:
+    """1 if the outputs of a product are the first dimension of its weight, -1 if they are the last."""
+    return -1 if isinstance(product, Conv1D) else 1
+
+
+def _of_shape(old: nn.Module, shape: list[int]) -> nn.Module:
     # A new module instead of a new weight in the old one, so that ZeRO-3, which hooks the construction, sees it too.
+    made: Any = type(old)
     if isinstance(old, nn.Linear):
         return nn.Linear(shape[1], shape[0], bias=old.bias is not None)
+    if isinstance(old, nn.LayerNorm):
+        return nn.LayerNorm(shape[0], eps=old.eps, bias=old.bias is not None)
+    if made.__name__.endswith("RMSNorm"):
+        norm: nn.Module = made(shape[0], getattr(old, "variance_epsilon", None) or old.eps)
+        return norm
+    if isinstance(old, nn.Embedding):
+        table: Any = old
+        if made is nn.Embedding:
+            table = made(shape[0], shape[1], padding_idx=old.padding_idx)
+        elif hasattr(table, "scalar_embed_scale"):  # Gemma's embeddings are multiplied by the root of the hidden size
+            scale = table.scalar_embed_scale * (shape[1] / old.embedding_dim) ** 0.5
+            table = made(shape[0], shape[1], old.padding_idx, embed_scale=scale)
+        else:  # OPT's positions begin at an offset
+            table = made(shape[0] - table.offset, shape[1])
+        return table
     assert isinstance(old, Conv1D), f"a weight of {type(old).__name__} has another shape"
     return Conv1D(shape[1], shape[0])
 

@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch.utils.hooks import RemovableHandle
 
-from cook.pruning.units import UnitGroup
+from cook.pruning.units import GatePoint, UnitGroup
 
 
 class AttachedGates:
@@ -29,13 +31,13 @@ class AttachedGates:
         self._groups = {group.name: group for group in groups}
         self._fixed = {name: self._expanded(self._groups[name], mask) for name, mask in fixed.items()}
         self._values = self._fixed
-        self._handles = []
+        self._handles: list[RemovableHandle] = []
+        self._corrected: list[tuple[torch.nn.Module, Any]] = []
         for group in groups:
-            module = model.get_submodule(group.gate.module)
-            if group.gate.at == "input":
-                self._handles.append(module.register_forward_pre_hook(self._input_hook(group.name)))
-            else:
-                self._handles.append(module.register_forward_hook(self._output_hook(group.name)))
+            for gate in (group.gate, *group.more_gates):
+                self._hook(model.get_submodule(gate.module), gate, group.name)
+            for path in group.norms:
+                self._correct(model.get_submodule(path), group.name)
 
     def set(self, values: Mapping[str, torch.Tensor]) -> None:
         """Sets the gates to use beside the fixed ones: `[units]` per group, in [0, 1]; absent groups stay open.
@@ -77,6 +79,39 @@ class AttachedGates:
             return value.repeat_interleave(torch.tensor(repeat, device=value.device), output_size=sum(repeat))
         return value.repeat_interleave(repeat) if repeat > 1 else value
 
+    def _hook(self, module: torch.nn.Module, gate: GatePoint, name: str) -> None:
+        if gate.at == "input":
+            self._handles.append(module.register_forward_pre_hook(self._input_hook(name)))
+        else:
+            self._handles.append(module.register_forward_hook(self._output_hook(name)))
+
+    def _correct(self, norm: torch.nn.Module, name: str) -> None:
+        """Makes a norm compute over the kept features alone; its input is gated already.
+
+        A norm over all features divides by √(Σx²/D + ε), that of the reshaped model by √(Σx²/D' + ε), with D' = Σz. The
+        input times √(D/D') and the output times √(D'/D) give the latter, ε included. A LayerNorm also subtracts the
+        mean over D' from the kept features alone. The module's forward is replaced, since with ZeRO-3 its weights are
+        there only inside of it.
+        """
+        forward: Callable[[torch.Tensor], torch.Tensor] = norm.forward
+
+        def corrected(x: torch.Tensor) -> torch.Tensor:
+            z = self._values.get(name)
+            if z is None:
+                return forward(x)
+            kept = z.to(torch.promote_types(z.dtype, x.dtype)).sum()
+            scale = (len(z) / kept).sqrt().to(x.dtype)
+            if not isinstance(norm, torch.nn.LayerNorm):  # an RMSNorm, whatever its class
+                return forward(x * scale) / scale
+            z = z.to(x.dtype)
+            centered = x - z * (x.sum(-1, keepdim=True) / kept).to(x.dtype)
+            y = F.layer_norm(centered * scale, norm.normalized_shape, eps=norm.eps) / scale
+            y = y if norm.weight is None else y * norm.weight
+            return y if norm.bias is None else y + z * norm.bias
+
+        self._corrected.append((norm, norm.__dict__.get("forward")))
+        norm.forward = corrected
+
     def _input_hook(self, name: str) -> Callable[..., tuple[Any, ...] | None]:
         def gate_input(_module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
             z = self._values.get(name)
@@ -85,11 +120,13 @@ class AttachedGates:
         return gate_input
 
     def _output_hook(self, name: str) -> Callable[..., torch.Tensor | None]:
-        def gate_output(
-            _module: torch.nn.Module, _inputs: tuple[Any, ...], output: torch.Tensor
-        ) -> torch.Tensor | None:
+        def gate_output(_module: torch.nn.Module, _inputs: tuple[Any, ...], output: Any) -> Any:
             z = self._values.get(name)
-            return None if z is None else output * z.to(output.dtype)
+            if z is None:
+                return None
+            if isinstance(output, tuple):  # an attention block of which only a bias remains
+                return output[0] * z.to(output[0].dtype), *output[1:]
+            return output * z.to(output.dtype)
 
         return gate_output
 
@@ -97,4 +134,8 @@ class AttachedGates:
         """Removes the hooks; the model is as before."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._values, self._fixed = [], {}, {}
+        for norm, forward in reversed(self._corrected):
+            del norm.forward
+            if forward is not None:
+                norm.forward = forward
+        self._handles, self._corrected, self._values, self._fixed = [], [], {}, {}

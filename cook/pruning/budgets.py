@@ -7,10 +7,13 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Literal
 
+import torch
+
 from cook.base.errors import UserError
 from cook.config.scheme import Scope
 from cook.pruning.block_times import BlockTimes, TimePricing
 from cook.pruning.controller import Constraint, Pricing
+from cook.pruning.count_pricing import count_pricing
 from cook.pruning.counts import (
     Kept,
     cache_features,
@@ -23,7 +26,7 @@ from cook.pruning.counts import (
 from cook.pruning.units import Kind, PruningSpace, UnitGroup
 
 MIB = 1 << 20
-KINDS: tuple[Kind, ...] = ("layer", "heads", "keys", "dimff")
+KINDS: tuple[Kind, ...] = ("layer", "heads", "keys", "dimff", "hidden")
 """The order of groups in the flat vector of gates."""
 Cost = Literal["units", "parameters", "flops", "bytes", "ms"]
 """What a budget counts: units, parameters, FLOPs per token, bytes of weights and cache, or measured milliseconds."""
@@ -31,7 +34,9 @@ Keep = Mapping[str, float]
 """What to keep, by a name of `KEEP_KEYS`: a share, a number of heads or FFN dimensions, or MiB or milliseconds."""
 WHOLE_KEYS = ("params", "flops", "memory_mib", "latency_ms")
 """The names of budgets for all units together."""
-KEEP_KEYS = (*WHOLE_KEYS, "blocks", "heads", "dims")
+KEEP_KEYS = (*WHOLE_KEYS, "blocks", "heads", "dims", "hidden")
+NUMBERS = ("heads", "dims", "hidden")
+"""The names whose values may be numbers of units."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +52,8 @@ class Budget:
     """As in `Constraint.owners`."""
     pricing: Pricing | None = None
     """How the costs change, if they do."""
+    multiples: tuple[tuple[int, int], ...] = ()
+    """As in `Constraint.multiples`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +63,16 @@ class Targets:
     blocks: float | None = None
     """Share of the blocks' parameters; required where blocks have gates."""
     kept: dict[Kind, int | float] = field(default_factory=dict)
-    """Heads and FFN dimensions that each block keeps, if all keep equally many: number (int) or share (float)."""
+    """Heads and FFN dimensions that each block keeps, if all keep equally many, and hidden dimensions: number (int) or
+    share (float)."""
     scope: Scope = "block"
-    """`block`: each block has its own budget; `global`: one budget for the heads and FFN dimensions of all blocks."""
+    """`block`: each block has its own budget; `global`: one budget for the heads and FFN dimensions of all blocks, and
+    the hidden dimensions if they are learned too."""
     cost: Cost = "units"
     """What the global budget counts."""
     share: float | None = None
-    """Share of the global budget's costs to keep; None: the share that follows from `limit` or `kept`."""
+    """Share of the global budget's costs to keep; None: the share that follows from `limit` or `kept`. With hidden
+    dimensions the budget covers the whole model."""
     limit: float | None = None
     """Bytes or milliseconds of the whole pruned model."""
     before: Kept = field(default_factory=dict)
@@ -73,6 +83,8 @@ class Targets:
     """Bytes per weight and per cached feature."""
     times: BlockTimes | None = None
     """The measured times, where milliseconds are counted."""
+    round_to: int = 1
+    """The numbers of FFN dimensions and of hidden dimensions that stay are multiples of it."""
 
     def kept_share(self, group: UnitGroup) -> float:
         """The share of its units that `group` keeps if all blocks keep equally many."""
@@ -84,11 +96,11 @@ def constraints(space: PruningSpace, learned: Sequence[UnitGroup], targets: Targ
     """Returns one constraint over all blocks, by their parameters, and the constraints of heads and FFN dimensions.
 
     With scope `block`, each block has one constraint per kind of unit (one per section if the block has sections), by
-    the number of units. With scope `global`, the heads and FFN dimensions of all blocks share one constraint.
+    the number of units, and so have the hidden dimensions. With scope `global`, all of them share one constraint.
 
     Args:
         space: The model's space.
-        learned: Groups with gates, in the order of the flat vector of gates: blocks, then heads, then dims.
+        learned: Groups with gates, in the order of the flat vector of gates: blocks, heads, dims, hidden dimensions.
         targets: What the model keeps.
     """
     groups = {kind: [group for group in learned if group.kind == kind] for kind in KINDS}
@@ -97,11 +109,11 @@ def constraints(space: PruningSpace, learned: Sequence[UnitGroup], targets: Targ
         assert targets.blocks is not None, "blocks have gates and no target"
         sizes = [float(unit_parameters(space, group)) for group in groups["layer"]]
         budgets.append(Budget(name="blocks", costs=sizes, removed=1.0 - targets.blocks))
-    inner = groups["heads"] + groups["keys"] + groups["dimff"]
+    inner = groups["heads"] + groups["keys"] + groups["dimff"] + groups["hidden"]
     if inner and targets.scope == "global":
         budgets.append(_shared(space, inner, targets))
     else:
-        budgets += [budget for group in inner for budget in _of_block(group, targets.kept_share(group))]
+        budgets += [budget for group in inner for budget in _of_block(group, targets)]
     made, start = [], 0
     for budget in budgets:
         total = sum(budget.costs)
@@ -113,15 +125,26 @@ def constraints(space: PruningSpace, learned: Sequence[UnitGroup], targets: Targ
                 target=budget.removed,
                 owners=budget.owners,
                 pricing=budget.pricing,
+                multiples=budget.multiples,
             )
         )
         start += len(budget.costs)
     return made
 
 
-def _of_block(group: UnitGroup, kept: float) -> list[Budget]:
+def _multiple(group: UnitGroup, targets: Targets) -> int:
+    return targets.round_to if group.kind in ("dimff", "hidden") else 1
+
+
+def _multiples(groups: Sequence[UnitGroup], targets: Targets) -> tuple[tuple[int, int], ...]:
+    return tuple((group.size, _multiple(group, targets)) for group in groups) if targets.round_to > 1 else ()
+
+
+def _of_block(group: UnitGroup, targets: Targets) -> list[Budget]:
+    kept = targets.kept_share(group)
     if group.sections == 1 or group.section_sizes:
-        return [Budget(name=group.name, costs=[1.0] * group.size, removed=1.0 - kept)]
+        multiples = _multiples([group], targets)
+        return [Budget(name=group.name, costs=[1.0] * group.size, removed=1.0 - kept, multiples=multiples)]
     return [
         Budget(name=f"{group.name}.{n}", costs=[1.0] * size, removed=1.0 - kept) for n, size in enumerate(group.spans)
     ]
@@ -141,6 +164,8 @@ def unit_cost(space: PruningSpace, group: UnitGroup, targets: Targets) -> float:
 
 
 def _shared(space: PruningSpace, groups: Sequence[UnitGroup], targets: Targets) -> Budget:
+    if groups[-1].kind == "hidden" and targets.cost != "units":
+        return _shared_with_hidden(space, groups, targets)
     each = [unit_cost(space, group, targets) for group in groups]
     costs = [cost for group, cost in zip(groups, each, strict=True) for _ in range(group.size)]
     share = targets.share
@@ -160,7 +185,33 @@ def _shared(space: PruningSpace, groups: Sequence[UnitGroup], targets: Targets) 
         pricing = TimePricing(sizes=tuple(group.size for group in groups), curves=curves)
     kinds = {group.kind for group in groups} - {"keys"}
     name = "heads and dims" if len(kinds) > 1 else groups[0].kind
-    return Budget(name=name, costs=costs, removed=1.0 - share, owners=_owners(space, groups), pricing=pricing)
+    owners, multiples = _owners(space, groups), _multiples(groups, targets)
+    return Budget(name=name, costs=costs, removed=1.0 - share, owners=owners, pricing=pricing, multiples=multiples)
+
+
+def _shared_with_hidden(space: PruningSpace, groups: Sequence[UnitGroup], targets: Targets) -> Budget:
+    """One budget for the whole model: what a unit costs depends on how many others there are."""
+    if targets.cost == "ms":
+        raise UserError(
+            "target_latency: the times of blocks were measured for one hidden size",
+            remedy="set another budget, such as target_params, or leave fine-grained.target_hidden out",
+        )
+    owners = _owners(space, groups)
+    pricing = count_pricing(space, groups, owners, lambda kept: whole_cost(space, targets, {**targets.before, **kept}))
+    share = targets.share
+    if targets.limit is not None:
+        share = targets.limit / pricing.whole
+    elif share is None:
+        kept = {group.name: round(targets.kept_share(group) * group.size) for group in groups}
+        share = whole_cost(space, targets, kept) / pricing.whole
+    if not 0 < share <= 1:
+        what = f"the budget of {share:.4g} of the whole model's {targets.cost} cannot be reached"
+        raise UserError(what, wanted="above 0 and up to 1")
+    costs = pricing.linearised(torch.ones(sum(pricing.sizes), dtype=torch.float64))[0].tolist()
+    multiples = _multiples(groups, targets)
+    return Budget(
+        name="all units", costs=costs, removed=1.0 - share, owners=owners, pricing=pricing, multiples=multiples
+    )
 
 
 def _owners(space: PruningSpace, groups: Sequence[UnitGroup]) -> tuple[int, ...]:
@@ -192,21 +243,27 @@ def _share_of_limit(space: PruningSpace, groups: Sequence[UnitGroup], targets: T
 
 
 def whole_cost(space: PruningSpace, targets: Targets, kept: Kept) -> float:
-    """Bytes or milliseconds of the whole model with the units in `kept`."""
+    """Parameters, FLOPs per token, bytes or milliseconds of the whole model with the units in `kept`."""
     if targets.cost == "ms":
         assert targets.times is not None
         return targets.times.total(space, kept)
+    if targets.cost == "parameters":
+        return float(parameters(space, kept))
+    if targets.cost == "flops":
+        return forward_flops(space, kept, context=targets.context)
     numbers = parameters(space, kept) + cache_features(space, kept) * targets.context
     return float(targets.number_bytes * numbers)
 
 
 def whole_budget(space: PruningSpace, learned: Sequence[UnitGroup], cost: Cost, share: float, context: int) -> Targets:
-    """One budget over all heads and FFN dimensions, so that the model keeps `share` of its parameters or FLOPs.
+    """One budget over all groups, so that the model keeps `share` of its parameters or FLOPs.
 
     Raises:
         UserError: removing heads and FFN dimensions alone cannot reach `share`.
     """
     targets = Targets(scope="global", cost=cost, context=context)
+    if learned[-1].kind == "hidden":
+        return replace(targets, share=share)
     whole = parameters(space) if cost == "parameters" else forward_flops(space, context=context)
     prunable = sum(unit_cost(space, group, targets) * group.size for group in learned)
     removed = (1 - share) * whole
@@ -232,8 +289,10 @@ def check_keep(keep: Keep) -> None:
         if key in keep and len(keep) > 1:
             raise UserError(f"keep: {key} is a budget for all units", remedy="use it without other keys")
     for key, value in keep.items():
-        is_number = isinstance(value, int) and key in ("heads", "dims")
+        is_number = isinstance(value, int) and key in NUMBERS
         is_absolute = key in ("memory_mib", "latency_ms")
         if not (value > 0 if is_absolute else value >= 1 if is_number else 0 < value <= 1):
-            wanted = "above 0" if is_absolute else "a share above 0 and up to 1.0, or a number of heads or dims"
+            wanted = (
+                "above 0" if is_absolute else "a share above 0 and up to 1.0, or a number of heads, dims or hidden dims"
+            )
             raise UserError(f"keep: {key}={value}", wanted=wanted)

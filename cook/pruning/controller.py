@@ -63,6 +63,8 @@ class Constraint:
     owner goes with the last of its gates: key-value heads own their query heads."""
     pricing: Pricing | None = None
     """Replaces `costs`, which then hold only when all gates are open."""
+    multiples: tuple[tuple[int, int], ...] = ()
+    """For consecutive groups of gates: their number, and the number of which the kept ones are a multiple."""
 
 
 class GateController:

@@ -62,7 +62,7 @@ def kept_shapes(space: PruningSpace, kept: Kept) -> dict[str, tuple[int, ...]]:
     """
     shapes = {path: list(shape) for path, shape in space.shapes.items()}
     gone: set[str] = set()
-    for group in space.groups:
+    for group in space.every:
         left = kept.get(group.name, group.size)
         gone |= weights_gone(space, group, left)
         if group.kind != "layer":
@@ -73,7 +73,7 @@ def kept_shapes(space: PruningSpace, kept: Kept) -> dict[str, tuple[int, ...]]:
 
 def weights_gone(space: PruningSpace, group: UnitGroup, left: int) -> set[str]:
     """The weights that are removed entirely if `group` keeps `left` units."""
-    if left:
+    if left or group.kind == "hidden":
         return set()
     if group.kind == "layer":
         return {piece.path for piece in group.slices}

@@ -78,8 +78,9 @@ class Adapter:
     shrink: Callable[..., Shrunk]
     """(config, space, kept, renumber=True) → the reshaped model's config: that of the stock class if it can load the
     result. Without `renumber`, weights and modules that stay keep their names."""
-    stock_holds: Callable[[ModelConfig, int, int], bool]
-    """(config, heads, kv_heads) → whether all attention blocks can have these numbers without remote code."""
+    stock_holds: Callable[..., bool]
+    """(config, heads, kv_heads, hidden=None) → whether all attention blocks can have these numbers, and the model this
+    hidden size, without remote code."""
     modeling: Callable[[ModelConfig], Modeling | None]
     """The code that a model with this config needs; None if stock transformers loads it."""
     inputs: Callable[[Batch], Batch]

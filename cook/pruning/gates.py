@@ -17,6 +17,7 @@ from cook.base import distributed
 from cook.base.seeds import generator
 from cook.config.scheme import GatesStart
 from cook.pruning.controller import Constraint, GateController, ramp
+from cook.pruning.count_pricing import in_multiples
 from cook.pruning.relaxation import Deterministic, Relaxation
 
 
@@ -192,12 +193,15 @@ class Gates:
             order = torch.argsort(values.masked_fill(gone, -math.inf), stable=True)
             if c.owners:
                 order, costs = self._with_owners(c, self.relaxation.openness(values.double()), costs, gone)
+            allowed = torch.arange(len(order) + 1)
+            if c.multiples:
+                order, allowed = in_multiples(order, *zip(*c.multiples, strict=True))
             if c.pricing is not None:
                 removed_share = c.pricing.removed_after(order)
             else:
                 removed_share = torch.cat([torch.zeros(1, dtype=torch.float64), costs[order].cumsum(0)])
-            fewest = int(gone[order].sum())
-            removed = fewest + int((removed_share[fewest:] - c.target).abs().argmin())
+            allowed = allowed[allowed >= gone[order].sum()]
+            removed = int(allowed[(removed_share[allowed] - c.target).abs().argmin()])
             kept[c.start + order[:removed]] = 0.0
             for owner in {*c.owners} - {-1}:
                 kept[c.start + owner] = kept[part][torch.tensor(c.owners) == owner].amax()

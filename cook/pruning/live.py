@@ -45,7 +45,7 @@ class LiveGates:
     ):
         self.model, self.space, self.gates, self.step = model, space, gates, 0
         self._fixed = dict(fixed or {})
-        masked = [group for group in space.groups if group.name in self._fixed and group not in groups]
+        masked = [group for group in space.every if group.name in self._fixed and group not in groups]
         device = next(model.parameters()).device
         self.attached = AttachedGates(
             model, [*groups, *masked], {name: mask.to(device) for name, mask in self._fixed.items()}

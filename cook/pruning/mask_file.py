@@ -78,11 +78,16 @@ def _is_plain(value: object) -> bool:
 
 
 def read_masks(
-    space: PruningSpace, *, coarse: str | None = None, heads: str | None = None, dimff: str | None = None
+    space: PruningSpace,
+    *,
+    coarse: str | None = None,
+    heads: str | None = None,
+    dimff: str | None = None,
+    hidden: str | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Reads all masks of a model from up to three files, by group name.
+    """Reads all masks of a model from up to four files, by group name.
 
-    A fine mask file may hold both kinds. The second kind is used too, unless it has its own file.
+    A fine mask file may hold several kinds. The other kinds are used too, unless they have their own file.
 
     Raises:
         UserError: a file is not a mask file, belongs to another model, or contradicts another file.
@@ -92,7 +97,7 @@ def read_masks(
         required = ("self_att_layer_z", "ffn_layer_z")
         masks |= coarse_from_tensors(space, read_mask_file(coarse, required=required, allowed=COARSE_KEYS), coarse)
     blocks = dict(masks)
-    files = {"heads": heads, "dimff": dimff}
+    files = {"heads": heads, "dimff": dimff, "hidden": hidden}
     contents = {
         kind: read_mask_file(path, required=(FINE_KEYS[kind],), allowed=tuple(FINE_KEYS.values()))
         for kind, path in files.items()
@@ -102,9 +107,10 @@ def read_masks(
         for kind, key in FINE_KEYS.items():
             if key in content and (kind == given or kind not in contents):
                 masks |= fine_from_tensors(space, blocks, content, kind, str(files[given]))
-    if len(contents) == 2:
-        for key in FINE_KEYS.values():
-            both = [content[key] for content in contents.values() if key in content]
-            if len(both) == 2 and not torch.equal(*both):
-                raise UserError(f"{heads} and {dimff} hold different {key}", remedy="give masks of one run")
+    for key in FINE_KEYS.values():
+        first, *others = [given for given, content in contents.items() if key in content] or [""]
+        for other in others:
+            if not torch.equal(contents[first][key], contents[other][key]):
+                what = f"{files[first]} and {files[other]} hold different {key}"
+                raise UserError(what, remedy="give masks of one run")
     return consistent(space, masks)

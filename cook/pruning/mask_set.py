@@ -14,7 +14,7 @@ from cook.pruning.units import PruningSpace, UnitGroup
 
 Masks = Mapping[str, torch.Tensor]
 COARSE_KEYS = ("self_att_layer_z", "cross_att_layer_z", "ffn_layer_z")
-FINE_KEYS = {"heads": "heads_z", "dimff": "dimff_z"}
+FINE_KEYS = {"heads": "heads_z", "dimff": "dimff_z", "hidden": "hidden_z"}
 
 
 def kept_counts(masks: Masks) -> dict[str, int]:
@@ -114,13 +114,17 @@ def coarse_from_tensors(
 
 
 def fine_to_tensors(space: PruningSpace, masks: Masks) -> dict[str, torch.Tensor]:
-    """The fine file's content: `heads_z`, `dimff_z` or both, for the kinds in `masks`.
+    """The fine file's content: `heads_z`, `dimff_z`, `hidden_z` (one number per hidden dimension), for the kinds in
+    `masks`.
 
     Raises:
         UserError: blocks have different numbers of units, which the layout cannot store.
     """
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for kind, key in FINE_KEYS.items():
+        if kind == "hidden":
+            tensors |= {key: masks[kind]} if kind in masks else {}
+            continue
         groups = _rows(space, masks, kind)
         masked = [g for g in space.groups if g.kind == kind and g.name in masks]
         if masked:
@@ -141,13 +145,15 @@ def fine_from_tensors(
         space: The model's space.
         block_masks: The coarse masks, which define the block of each row.
         tensors: The file's content.
-        kind: `heads` or `dimff`.
+        kind: `heads`, `dimff` or `hidden`.
         source: The file's name, for errors.
 
     Raises:
         UserError: the rows belong to another model or another coarse mask, prune a group that must stay whole, or
             separate units that must be pruned together.
     """
+    if kind == "hidden":
+        return {kind: _hidden_mask(space, tensors[FINE_KEYS[kind]], source)}
     rows, groups = tensors[FINE_KEYS[kind]], _rows(space, block_masks, kind)
     sizes = sorted({group.size * group.members for group in groups or space.groups if group.kind == kind})
     if len(sizes) != 1 or rows.shape != (len(groups), sizes[0]):
@@ -162,6 +168,17 @@ def fine_from_tensors(
         if group in space.unprunable and not masks.pop(group.name).all():
             raise UserError(f"{source}: {FINE_KEYS[kind]} prunes {group.name}, which pruned_module does not allow")
     return masks
+
+
+def _hidden_mask(space: PruningSpace, mask: torch.Tensor, source: str) -> torch.Tensor:
+    size = space.hidden.size if space.hidden else 0
+    if mask.shape != (size,) or not mask.any():
+        raise UserError(
+            f"{source}: hidden_z does not fit the model",
+            wanted=f"shape ({size},), not all 0" if size else "no hidden mask: the hidden size must stay",
+            got=f"shape {tuple(mask.shape)}",
+        )
+    return mask.clone()
 
 
 def _units(group: UnitGroup, row: torch.Tensor, source: str) -> torch.Tensor:

@@ -42,7 +42,8 @@ def padded(source: ModelSource, space: PruningSpace, masks: Masks) -> tuple[Mode
                 remedy="leave --uniform out, or prune the original model in one step",
             )
         own = {group.name: _own(space, masks, group) for group in groups}
-        sections, size = _sizes(source, space, own, groups)
+        hidden = int(masks["hidden"].sum()) if "hidden" in masks else None
+        sections, size = _sizes(source, space, own, groups, hidden)
         for group in groups:
             is_gone = not masks.get(space.block(group).name, torch.ones(1)).all()
             even |= _filled(space, group, own[group.name], sections, size)
@@ -54,6 +55,7 @@ def padded(source: ModelSource, space: PruningSpace, masks: Masks) -> tuple[Mode
                 for piece in filled.slices if added else ():
                     zeroed.setdefault(piece.path, []).append((piece, added))
             emptied |= set(space.block(group).residue) if is_gone else set()
+    even |= {"hidden": masks["hidden"]} if "hidden" in masks else {}
     if source.adapter.modeling(source.adapter.shrink(source.config, space, kept_units(space, even)).config):
         raise UserError("--uniform: this family always needs its modeling file", remedy="leave --uniform out")
     readers = {p: partial(_read, source.tensors, p, zeroed.get(p, []), p in emptied) for p in space.shapes}
@@ -72,7 +74,11 @@ def _own(space: PruningSpace, masks: Masks, group: UnitGroup) -> torch.Tensor:
 
 
 def _sizes(
-    source: ModelSource, space: PruningSpace, own: Mapping[str, torch.Tensor], groups: list[UnitGroup]
+    source: ModelSource,
+    space: PruningSpace,
+    own: Mapping[str, torch.Tensor],
+    groups: list[UnitGroup],
+    hidden: int | None,
 ) -> tuple[int, int]:
     """Sections, and units per section, of the largest group, or the next larger numbers that a stock class can load."""
     first = groups[0]
@@ -85,7 +91,7 @@ def _sizes(
             if first.kind == "dimff":
                 return number, each
             heads = (number * each, number) if first.head_unit == "query_head" else first.heads(each)
-            if source.adapter.stock_holds(source.config, *heads):
+            if source.adapter.stock_holds(source.config, *heads, hidden):
                 return number, each
     raise UserError(
         "--uniform: no transformers class can load these sizes in all layers",

@@ -19,7 +19,7 @@ Cuts = Sequence[tuple[WeightSlice, tuple[int, ...]]]
 
 def kept_units(space: PruningSpace, masks: Masks) -> dict[str, tuple[int, ...]]:
     """The indices of the units that every masked group keeps, ascending."""
-    sizes = {group.name: group.size for group in space.groups}
+    sizes = {group.name: group.size for group in space.every}
     strange = [name for name, mask in masks.items() if len(mask) != sizes.get(name)]
     assert not strange, f"masks for groups that the model lacks: {strange}"
     soft = [name for name, mask in masks.items() if not ((mask == 0) | (mask == 1)).all()]
@@ -112,7 +112,7 @@ def filled_up(small: Mapping[str, torch.Tensor], space: PruningSpace, masks: Mas
 
 def fan_in_sizes(space: PruningSpace) -> dict[str, int]:
     """The number by whose square root a module divides, by the module's path: its input size before any cut."""
-    pieces = [piece for group in space.groups for piece in group.slices if piece.fan_in]
+    pieces = [piece for group in space.every for piece in group.slices if piece.fan_in]
     return {piece.path.removesuffix(".weight"): space.shapes[piece.path][piece.dim] for piece in pieces}
 
 
@@ -121,7 +121,8 @@ def _dropped_and_cut(space: PruningSpace, masks: Masks) -> tuple[set[str], dict[
     kept = kept_units(space, masks)
     cuts: dict[str, list[tuple[WeightSlice, tuple[int, ...]]]] = {}
     dropped: set[str] = set()
-    for group in space.groups:
+    assert kept.get("hidden", (0,)), "a model without hidden dimensions"
+    for group in space.every:
         if group.name not in kept:
             continue
         dropped |= weights_gone(space, group, len(kept[group.name]))
@@ -144,9 +145,11 @@ def _kept_indices(size: int, dim: int, cuts: Cuts) -> torch.Tensor:
 def _put_back(tensor: torch.Tensor, whole: torch.Tensor, cuts: Cuts) -> torch.Tensor:
     whole = whole.to(tensor.dtype, copy=True)
     indices = [torch.arange(size) for size in whole.shape]
+    scale = 1.0
     for dim in {piece.dim for piece, _ in cuts}:
         indices[dim] = _kept_indices(whole.shape[dim], dim, cuts)
-    whole[torch.meshgrid(*indices, indexing="ij")] = tensor
+        scale /= _scale(len(indices[dim]), whole.shape[dim], dim, cuts, rescale=False)
+    whole[torch.meshgrid(*indices, indexing="ij")] = _scaled(tensor, scale, cuts)
     return whole
 
 
@@ -155,8 +158,21 @@ def _cut(tensor: torch.Tensor, cuts: Cuts, rescale: bool) -> torch.Tensor:
     scale = 1.0
     for dim in sorted({piece.dim for piece, _ in cuts}):
         stays = _kept_indices(tensor.shape[dim], dim, cuts)
-        if rescale and any(piece.fan_in for piece, _ in cuts if piece.dim == dim):
-            scale *= (len(stays) / tensor.shape[dim]) ** 0.5
+        scale *= _scale(len(stays), tensor.shape[dim], dim, cuts, rescale)
         tensor = tensor.index_select(dim, stays)
+    return _scaled(tensor, scale, cuts)
+
+
+def _scale(new: int, old: int, dim: int, cuts: Cuts, rescale: bool) -> float:
+    """The factor of a weight that keeps `new` of `old` indices of a dimension; without `rescale`, but for fan-in."""
+    pieces = [piece for piece, _ in cuts if piece.dim == dim]
+    power = max((piece.power for piece in pieces), key=abs)
+    return float((new / old) ** (power + 0.5 * (rescale and any(piece.fan_in for piece in pieces))))
+
+
+def _scaled(tensor: torch.Tensor, scale: float, cuts: Cuts) -> torch.Tensor:
+    if scale == 1.0:
+        return tensor
+    added = max(piece.added for piece, _ in cuts)
     # In float64, so that only the result is rounded.
-    return tensor if scale == 1.0 else (tensor.double() * scale).to(tensor.dtype)
+    return ((tensor.double() + added) * scale - added).to(tensor.dtype)

@@ -12,6 +12,8 @@ from cook.pruning.units import PruningSpace, UnitGroup
 def restrict(space: PruningSpace, allowed: Sequence[str], aliases: Mapping[str, tuple[str, ...]]) -> PruningSpace:
     """The space with only the groups that `allowed` names; the others become `unprunable`.
 
+    Hidden dimensions remain if all matrices on the residual stream are named, the embeddings among them.
+
     Args:
         space: All that the family can prune.
         allowed: Suffixes of state-dict keys, whole path components (`w_out.weight` does not match `xw_out.weight`).
@@ -40,11 +42,13 @@ def restrict(space: PruningSpace, allowed: Sequence[str], aliases: Mapping[str, 
             )
         return bool(chosen)
 
+    stream = [s.path for s in space.hidden.slices if len(space.shapes[s.path]) == 2] if space.hidden else []
+    hidden = space.hidden if all(map(named, stream)) else None
     groups = tuple(group for group in space.groups if is_allowed(group))
     if not groups:
         raise UserError("pruned_module leaves nothing to prune", got=list(allowed), wanted=_some_paths(space))
     others = tuple(group for group in space.groups if group not in groups)
-    return dataclasses.replace(space, groups=groups, unprunable=(*space.unprunable, *others))
+    return dataclasses.replace(space, groups=groups, unprunable=(*space.unprunable, *others), hidden=hidden)
 
 
 def _ends(path: str, suffix: str) -> bool:

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["layer", "heads", "keys", "dimff"]
-"""`keys` are key-value heads whose query heads are units of their own: each goes with the last of its query heads."""
-Site = Literal["att", "ffn"]
+Kind = Literal["layer", "heads", "keys", "dimff", "hidden"]
+"""`keys` are key-value heads whose query heads are units of their own: each goes with the last of its query heads.
+`hidden` are the dimensions of the residual stream, one group for the whole model."""
+Site = Literal["att", "ffn", "stream"]
 HeadUnit = Literal["kv_group", "query_head"]
 """The unit of attention: a key-value head with all its query heads, or a single query head, whose keys and values
 stay as long as another query head reads them."""
@@ -35,6 +36,10 @@ class WeightSlice:
     """Index at which the part of a fused weight begins, along `dim`."""
     fan_in: bool = False
     """True if the model divides by √(size of `dim`) at run time, so that slicing must multiply by √(new/old)."""
+    power: float = 0.0
+    """Slicing multiplies the weight by (new/old)^power, where another use of the hidden size must be balanced."""
+    added: float = 0.0
+    """What the model adds to the weight at run time, which `power` then scales too: 1 in Gemma's norms."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +55,8 @@ class GatePoint:
 
 @dataclass(frozen=True, kw_only=True)
 class UnitGroup:
-    """Units of one kind in one place: the block itself as a single unit, its heads, its keys, or its FFN dimensions."""
+    """Units of one kind in one place: the block itself as a single unit, its heads, its keys, or its FFN dimensions; or
+    the dimensions of the residual stream, whose site is `stream` and whose layer is -1."""
 
     kind: Kind
     site: Site
@@ -61,6 +67,10 @@ class UnitGroup:
     slices: tuple[WeightSlice, ...]
     """In a group of heads or FFN dimensions, the block's output projection comes last."""
     gate: GatePoint
+    more_gates: tuple[GatePoint, ...] = ()
+    """Where else the same gates multiply: hidden dimensions have one wherever something is added to the stream."""
+    norms: tuple[str, ...] = ()
+    """Paths of the norms over the units, whose statistics must be those of the kept units alone."""
     members: int = 1
     """Heads (or FFN dimensions) per unit: a key-value group is one unit of several query heads. Configs, mask files and
     reports count members."""
@@ -94,7 +104,9 @@ class UnitGroup:
 
     @property
     def name(self) -> str:
-        """A unique, readable name, such as `layers.3.heads` or `layers.3.ffn`."""
+        """A unique, readable name, such as `layers.3.heads`, `layers.3.ffn` or `hidden`."""
+        if self.kind == "hidden":
+            return self.kind
         return f"layers.{self.layer}.{self.site if self.kind == 'layer' else self.kind}"
 
 
@@ -113,10 +125,18 @@ class PruningSpace:
     groups: tuple[UnitGroup, ...]
     unprunable: tuple[UnitGroup, ...] = ()
     """Groups that the user excludes from pruning (`pruned_module`); mask files list them as kept."""
+    hidden: UnitGroup | None = None
+    """The dimensions of the residual stream; None if the hidden size cannot be pruned. It is not among `groups`, which
+    all belong to a block."""
+
+    @property
+    def every(self) -> tuple[UnitGroup, ...]:
+        """The groups of all blocks, and the hidden dimensions."""
+        return (*self.groups, *([self.hidden] if self.hidden else []))
 
     def of(self, kind: Kind, site: Site | None = None) -> tuple[UnitGroup, ...]:
         """The groups of one kind (and site), from the first layer to the last."""
-        return tuple(g for g in self.groups if g.kind == kind and site in (None, g.site))
+        return tuple(g for g in self.every if g.kind == kind and site in (None, g.site))
 
     def keys_of(self, group: UnitGroup) -> UnitGroup | None:
         """The prunable key-value heads that a group of query heads reads, if they are units of their own."""

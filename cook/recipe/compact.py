@@ -30,7 +30,7 @@ def without_masked_units(stage: Stage, inputs: Inputs, distillation: Distillatio
     Returns:
         `inputs` itself if nothing is removed, or if the stage needs the whole model; the reason is printed.
     """
-    cut = [group for group in inputs.space.groups if _loses_units(inputs, group)]
+    cut = [group for group in inputs.space.every if _loses_units(inputs, group)]
     if not cut or not stage.config.training.remove_masked:
         return inputs
     if reason := _needs_whole_model(stage, inputs, distillation, cut):
@@ -53,7 +53,7 @@ def cut_inputs(inputs: Inputs) -> Inputs:
         weights=weights,
         space=space,
         fixed={},
-        learned=tuple(group for group in space.groups if group.name in learned),
+        learned=tuple(group for group in space.every if group.name in learned),
     )
 
 
@@ -88,6 +88,8 @@ def _needs_whole_model(
     heads = [group for group in cut if group.kind == "heads"]
     if distillation.attention and heads:
         return "the teacher's attention is compared head by head"
+    if distillation.hidden and any(group.kind == "hidden" for group in cut):
+        return "its hidden states are compared with the teacher dim by dim"
     for pair in distillation.hidden:
         place = pair.student
         for group in cut:

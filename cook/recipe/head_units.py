@@ -72,6 +72,8 @@ def check_sizes(
     space: PruningSpace,
     fine: FineConfig | None,
     uneven: Collection[str] = (),
+    *,
+    keeps_heads: bool = False,
 ) -> None:
     """Checks that a scheme fits the model and that the family can reach its targets.
 
@@ -81,6 +83,7 @@ def check_sizes(
         space: The model's space.
         fine: The scheme's section; None if neither heads nor FFN dimensions are pruned.
         uneven: Kinds of units for which blocks share a budget.
+        keeps_heads: Whether no stage prunes heads, whatever their target.
 
     Raises:
         UserError: names the model's sizes, or the possible targets.
@@ -96,6 +99,10 @@ def check_sizes(
                 got=wanted,
                 remedy=f"set {key} to the size before pruning",
             )
+    hidden = fine.target_hidden
+    if hidden is not None and space.hidden is not None and hidden > space.hidden.size:
+        most = f"at most {space.hidden.size}"
+        raise UserError("fine-grained.target_hidden: above the hidden size", wanted=most, got=hidden)
     heads = next((group for group in space.groups if group.kind == "heads"), None)
     if uneven and adapter.abilities.is_stock and not fine.allow_remote_code:
         raise UserError(
@@ -104,6 +111,52 @@ def check_sizes(
         )
     if heads is not None and "heads" not in uneven and fine.target_num_heads != fine.num_heads:
         _check_heads(adapter, config, heads, fine)
+    if heads is not None and hidden is not None and not uneven and not fine.allow_remote_code:
+        units = heads.size if keeps_heads else fine.target_num_heads // heads.members
+        if not adapter.stock_holds(config, *heads.heads(units), hidden):
+            raise UserError(
+                "fine-grained.target_hidden: no stock class can load this hidden size",
+                wanted="a multiple of the number of heads"
+                if adapter.abilities.stock_heads
+                else "the number of heads that stay, times their size",
+                got=hidden,
+                remedy="set another target_hidden, or fine-grained.allow_remote_code to true",
+            )
+
+
+def hidden_stays(adapter: Adapter) -> UserError:
+    """The error for a model whose hidden size cannot be pruned."""
+    return UserError(
+        f"the hidden size of this {adapter.family} model cannot be pruned",
+        remedy="prune its heads, FFN dimensions or layers",
+    )
+
+
+def nearest_hidden(
+    adapter: Adapter, config: Mapping[str, Any], space: PruningSpace, wanted: float, round_to: int
+) -> int:
+    """A number of hidden dimensions: `wanted` itself, or for a share the nearest number.
+
+    Of numbers within 1/16 of the hidden size, one that a stock class can load is preferred.
+
+    Raises:
+        UserError: the number is above the hidden size or not a multiple of `round_to`, or the hidden size must stay.
+    """
+    if space.hidden is None:
+        raise hidden_stays(adapter)
+    size = space.hidden.size
+    if isinstance(wanted, int):
+        if wanted > size or wanted % round_to:
+            multiple = f", a multiple of {round_to}" if round_to > 1 else ""
+            raise UserError(f"keep: hidden={wanted} cannot be reached", wanted=f"at most {size}{multiple}")
+        return wanted
+    numbers = sorted({*range(round_to, size + 1, round_to), size}, key=lambda number: abs(number - wanted * size))
+    near = [number for number in numbers if abs(number - wanted * size) <= size / 16]
+    heads = next(iter(space.of("heads")), None)
+    if heads is None or not adapter.abilities.stock_heads:
+        return numbers[0]
+    now = heads.heads(heads.size)
+    return next((number for number in near if adapter.stock_holds(config, *now, number)), numbers[0])
 
 
 def _has_one_section(space: PruningSpace) -> bool:

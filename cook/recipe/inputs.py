@@ -11,6 +11,7 @@ import torch
 
 from cook.base.errors import UserError
 from cook.base.seeds import derived_seed, generator
+from cook.config.types import FineConfig
 from cook.families.registry import by_config
 from cook.families.source import open_model
 from cook.pruning.block_times import read_block_times
@@ -22,9 +23,9 @@ from cook.pruning.mask_set import consistent, kept_counts, kept_groups, without_
 from cook.pruning.random_masks import random_masks_like
 from cook.pruning.relaxation import Deterministic, HardConcrete, Relaxation
 from cook.pruning.restrict import restrict
-from cook.pruning.units import HeadUnit, PruningSpace, UnitGroup
-from cook.recipe.head_units import check_sizes, choose_head_unit
-from cook.recipe.plan import LEARNS, MaskPaths, Stage, mask_paths
+from cook.pruning.units import HeadUnit, Kind, PruningSpace, UnitGroup
+from cook.recipe.head_units import check_sizes, choose_head_unit, hidden_stays
+from cook.recipe.plan import INNER, LEARNS, MaskPaths, Stage, mask_paths
 from cook.sparsity.matrices import matrices_of, restricted
 
 
@@ -82,9 +83,13 @@ def open_inputs(stage: Stage, *, must_exist: bool = True) -> Inputs:
         restricted(matrices_of(space), stage.config.pruning.pruned_module, adapter.aliases)  # reports mistakes early
     elif stage.config.pruning.pruned_module and stage.name != "pretrain":
         allowed = restrict(space, stage.config.pruning.pruned_module, adapter.aliases)
-    check_sizes(adapter, config, allowed, stage.config.fine if _units_are_pruned(stage) else None, stage.uneven)
+    fine = stage.config.fine if _prunes(stage, *INNER.values(), "joint") else None
+    keeps_heads = not (_prunes(stage, "att", "joint") or stage.fixed.heads)
+    check_sizes(adapter, config, allowed, fine, stage.uneven, keeps_heads=keeps_heads)
     found = [paths if must_exist else _existing(paths) for paths in stage.by_size(stage.fixed)]
-    fixed, *smaller = [read_masks(allowed, coarse=p.layer, heads=p.heads, dimff=p.dimff) for p in found]
+    fixed, *smaller = [
+        read_masks(allowed, coarse=p.layer, heads=p.heads, dimff=p.dimff, hidden=p.hidden) for p in found
+    ]
     nested = (fixed, *smaller) if stage.sizes and fixed else ()
     if nested:
         fixed = {}
@@ -92,11 +97,17 @@ def open_inputs(stage: Stage, *, must_exist: bool = True) -> Inputs:
         fixed = _random_baseline(stage, allowed)
     learned: tuple[UnitGroup, ...] = ()
     for kind in stage.learns:
-        groups = allowed.of("layer") if kind == "layer" else tuple(kept_groups(allowed, fixed, kind))
+        whole = kind in ("layer", "hidden")
+        groups = allowed.of(kind) if whole else tuple(kept_groups(allowed, fixed, kind))
+        if not groups and kind == "hidden" and space.hidden is None:
+            raise hidden_stays(adapter)
         if not groups:
+            names = "the names of their weights"
+            if kind == "hidden":
+                names = "the names of all matrices on the residual stream, embeddings and output projection included"
             raise UserError(
                 f"{stage.name}: pruned_module leaves no units of kind {kind!r} to learn a mask for",
-                remedy="add the names of their weights to pruning.pruned_module, or remove the stage",
+                remedy=f"add {names} to pruning.pruned_module, or remove the stage",
             )
         learned += groups
         if kind == "heads" and stage.one_budget:
@@ -148,13 +159,13 @@ def _existing(paths: MaskPaths) -> MaskPaths:
     def there(path: str | None) -> str | None:
         return path if path and Path(path).exists() else None
 
-    return MaskPaths(layer=there(paths.layer), heads=there(paths.heads), dimff=there(paths.dimff))
+    return MaskPaths(**{kind: there(path) for kind, path in vars(paths).items()})
 
 
-def _units_are_pruned(stage: Stage) -> bool:
-    """Whether this or a later stage of the recipe masks heads or FFN dimensions; their mistakes are reported early."""
+def _prunes(stage: Stage, *units: str) -> bool:
+    """Whether this or another stage of the recipe prunes such units; mistakes of later stages are reported early."""
     names = {stage.name, *(entry.name for entry in stage.config.stages)}
-    return stage.name != "pretrain" and any(name.startswith(("att", "ffn", "joint")) for name in names)
+    return stage.name != "pretrain" and any(name.startswith(units) for name in names)
 
 
 def _random_baseline(stage: Stage, space: PruningSpace) -> dict[str, torch.Tensor]:
@@ -170,7 +181,7 @@ def _random_baseline(stage: Stage, space: PruningSpace) -> dict[str, torch.Tenso
             "random_baseline needs learned masks, and there are none yet",
             remedy="run the mask stages first, or name their mask files in the scheme",
         )
-    learned = read_masks(space, coarse=paths.layer, heads=paths.heads, dimff=paths.dimff)
+    learned = read_masks(space, coarse=paths.layer, heads=paths.heads, dimff=paths.dimff, hidden=paths.hidden)
     return random_masks_like(space, learned, generator(stage.config.seed, "random baseline"))
 
 
@@ -221,7 +232,8 @@ def stage_targets(stage: Stage, number: int = 0) -> Targets:
     length = stage.config.data.max_length
     targets = Targets(
         blocks=None if sparsity is None else 1.0 - sparsity,
-        kept={"heads": fine.target_num_heads, "dimff": fine.target_dimff} if fine else {},
+        kept=_kept(fine) if fine else {},
+        round_to=fine.round_to if fine else 1,
         scope=joint.scope if joint else fine.scope if fine else "block",
         cost="parameters" if joint else "units",
         context=length,
@@ -238,6 +250,13 @@ def stage_targets(stage: Stage, number: int = 0) -> Targets:
         limit = joint.target_memory * MIB
         return replace(targets, cost="bytes", limit=limit, context=tokens, number_bytes=joint.number_bytes)
     return replace(targets, share=joint.share(number))
+
+
+def _kept(fine: FineConfig) -> dict[Kind, int | float]:
+    kept: dict[Kind, int | float] = {"heads": fine.target_num_heads, "dimff": fine.target_dimff}
+    if fine.target_hidden is not None:
+        kept["hidden"] = fine.target_hidden
+    return kept
 
 
 def final_masks(stage: Stage, inputs: Inputs, gates: Gates | None, number: int = 0) -> dict[str, torch.Tensor]:

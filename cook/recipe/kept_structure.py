@@ -12,7 +12,10 @@ from cook.pruning.units import PruningSpace
 
 
 def describe_structure(space: PruningSpace, masks: Masks) -> dict[str, Any]:
-    """Heads (`att`) and FFN dimensions (`ffn`) of each layer as a string of 0 and 1; None for a missing block."""
+    """Heads (`att`) and FFN dimensions (`ffn`) of each layer as a string of 0 and 1; None for a missing block.
+
+    The string `hidden` of the hidden dimensions is there if they are masked.
+    """
     layers: list[dict[str, str | None]] = [{"att": None, "ffn": None} for _ in range(space.num_layers)]
     for group in space.groups:
         block = masks.get(space.block(group).name)
@@ -20,7 +23,8 @@ def describe_structure(space: PruningSpace, masks: Masks) -> dict[str, Any]:
             mask = masks.get(group.name, torch.ones(group.size))
             units = "".join(str(int(z)) * group.members for z in mask.tolist())
             layers[group.layer][group.site] = units if "1" in units else None
-    return {"layers": layers}
+    hidden = {"hidden": "".join(str(int(z)) for z in masks["hidden"].tolist())} if "hidden" in masks else {}
+    return {"layers": layers} | hidden
 
 
 def masks_of_structure(space: PruningSpace, structure: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -32,6 +36,8 @@ def masks_of_structure(space: PruningSpace, structure: Mapping[str, Any]) -> dic
             masks[group.name] = torch.tensor([float(units is not None)])
         elif group.kind != "keys" and units is not None:
             masks[group.name] = torch.tensor([float(unit) for unit in units[:: group.members]])
+    if "hidden" in structure:
+        masks["hidden"] = torch.tensor([float(unit) for unit in structure["hidden"]])
     return consistent(space, masks)
 
 

@@ -254,7 +254,7 @@ class LanguageModelRun(StageRun):
     def _attach(self, engine: Engine) -> AttachedGates:
         inputs = self.trained
         names = {group.name for group in inputs.learned}.union(inputs.fixed, *inputs.nested)
-        groups = [group for group in inputs.space.groups if group.name in names]
+        groups = [group for group in inputs.space.every if group.name in names]
         fixed = {name: mask.to(engine.device) for name, mask in inputs.fixed.items()}
         return AttachedGates(engine.module, groups, fixed)
 
@@ -276,7 +276,7 @@ class LanguageModelRun(StageRun):
 
     def _opening(self, engine: Engine) -> str:
         stage, training = self.stage, self.stage.config.training
-        held = [kind for kind in ("layer", "heads", "dimff") if getattr(stage.fixed, kind)]
+        held = [kind for kind, path in vars(stage.fixed).items() if path]
         does = [f"learns {' and '.join(stage.learns)} masks"] if stage.learns else []
         does += ["applies a pattern"] if stage.pattern_mask else []
         does += (
@@ -298,7 +298,7 @@ class LanguageModelRun(StageRun):
         space = self.inputs.space
         if writes.layer:
             write_mask_file(writes.layer, coarse_to_tensors(space, masks))
-        files = {kind: path for kind, path in (("heads", writes.heads), ("dimff", writes.dimff)) if path}
+        files = {kind: path for kind in FINE_KEYS if (path := getattr(writes, kind))}
         tensors = fine_to_tensors(space, masks) if files else {}
         for kind, path in files.items():
             elsewhere = {FINE_KEYS[other] for other in files if other != kind}

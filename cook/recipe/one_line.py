@@ -15,9 +15,9 @@ from cook.evaluation.profile import measure_block_times
 from cook.evaluation.settings import ProfileSettings
 from cook.export.vocabulary import least_count, read_vocabulary
 from cook.families.source import open_model
-from cook.pruning.budgets import KEEP_KEYS, WHOLE_KEYS, Cost, Keep, check_keep, whole_budget
+from cook.pruning.budgets import KEEP_KEYS, NUMBERS, WHOLE_KEYS, Cost, Keep, check_keep, whole_budget
 from cook.pruning.family import ModelSource
-from cook.recipe.head_units import nearest_heads, reachable_heads
+from cook.recipe.head_units import nearest_heads, nearest_hidden, reachable_heads
 from cook.recipe.start import make_plan
 
 DATA_TYPES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
@@ -38,7 +38,7 @@ def parse_keep(values: Sequence[str]) -> dict[str, float]:
     for value in values:
         key, equals, number = value.partition("=")
         try:
-            keep[key] = float(number) if "." in number or key not in ("heads", "dims") else int(number)
+            keep[key] = float(number) if "." in number or key not in NUMBERS else int(number)
         except ValueError:
             equals = ""
         if not equals or sum(other.startswith(f"{key}=") for other in values) > 1:
@@ -203,7 +203,9 @@ def _recipe_files(job: OneLineJob, source: ModelSource, sizes: Sequence[Keep]) -
         "pruning": {
             "is_pruning": True,
             "pruning_mask_path": None,
-            "pruned_module": _matrices(source),
+            "pruned_module": _matrices(
+                source, with_hidden=scheme.get("fine-grained", {}).get("target_hidden") is not None
+            ),
             "mask_method": {"layer": "coarse-grained", "joint": "joint"}.get(stages[0].split("_")[0], "fine-grained"),
             "l0_pruning": "l0_pruning.json",
         },
@@ -223,9 +225,13 @@ def _scheme(job: OneLineJob, sizes: Sequence[Keep], source: ModelSource) -> tupl
     heads = next((g.size * g.members for g in space.groups if g.kind == "heads"), 1)
     dims = next((g.size * g.members for g in space.groups if g.kind == "dimff"), 1)
     unit, kept_heads = nearest_heads(adapter, config, keep.get("heads", heads), job.head_unit)
-    kept_dims = keep.get("dims", dims)
-    kept_dims = kept_dims if isinstance(kept_dims, int) else max(1, round(kept_dims * dims))
+    kept_dims = _number(keep["dims"], dims, job.round_to) if "dims" in keep else dims
     is_global = bool(set(keep) & set(WHOLE_KEYS))
+    kept_hidden = None
+    if "hidden" in keep or job.hidden:
+        if not (is_global or "hidden" in keep):
+            raise UserError("--hidden: for one budget of the whole model", remedy="give --keep hidden=SHARE instead")
+        kept_hidden = nearest_hidden(adapter, config, space, keep.get("hidden", 1.0), job.round_to)
     coarse = {
         "train_mask": True,
         "coarse_mask": str(masks / "layer_mask.pt"),
@@ -239,11 +245,17 @@ def _scheme(job: OneLineJob, sizes: Sequence[Keep], source: ModelSource) -> tupl
         "target_num_heads": kept_heads,
         "target_dimff": kept_dims,
         "head_unit": unit if kept_heads != heads else job.head_unit,
-        "allow_remote_code": is_global or kept_heads not in reachable_heads(adapter, config, unit, False),
+        "allow_remote_code": is_global
+        or kept_hidden is not None
+        or kept_heads not in reachable_heads(adapter, config, unit, False),
         "heads_mask": str(masks / "heads_mask.pt"),
         "dimff_mask": str(masks / "dimff_mask.pt"),
-        "prune_mode": "att" if "heads" in keep else "ffn",
+        "prune_mode": "att" if "heads" in keep else "hidden" if "hidden" in keep else "ffn",
     }
+    if kept_hidden is not None:
+        fine |= {"target_hidden": kept_hidden, "hidden_mask": str(masks / "hidden_mask.pt")}
+    if job.round_to > 1:
+        fine["round_to"] = job.round_to
     scheme: dict[str, Any] = {"coarse-grained": coarse, "fine-grained": fine}
     if "memory_mib" in keep or "latency_ms" in keep:
         joint: dict[str, Any] = {"train_mask": True, "scope": "global"}
@@ -254,7 +266,7 @@ def _scheme(job: OneLineJob, sizes: Sequence[Keep], source: ModelSource) -> tupl
     if is_global:
         key = "params" if "params" in keep else "flops"
         cost: Cost = "parameters" if key == "params" else "flops"
-        groups = [group for group in space.groups if group.kind != "layer"]
+        groups = [group for group in (space.every if job.hidden else space.groups) if group.kind != "layer"]
         shares = [whole_budget(space, groups, cost, size[key], job.max_length).share for size in sizes]
         target = shares[0] if len(shares) == 1 else [round(share or 0.0, 6) for share in shares]
         return scheme | {"joint": {"train_mask": True, "scope": "global", f"target_{key}": target}}, _JOINT
@@ -268,7 +280,15 @@ def _scheme(job: OneLineJob, sizes: Sequence[Keep], source: ModelSource) -> tupl
             return {"coarse-grained": coarse}, ("layer_mask", "layer_finetune")
         gates = {"start": "search", "start_steps": 2}
         return {"coarse-grained": coarse | {"unit": job.search}, "gates": gates}, ("layer_mask", "layer_finetune")
-    return scheme, ("att_mask", "att_finetune") if "heads" in keep else ("ffn_mask", "ffn_finetune")
+    unit_name = {"heads": "att", "hidden": "hidden"}.get(next(iter(keep)), "ffn")
+    return scheme, (f"{unit_name}_mask", f"{unit_name}_finetune")
+
+
+def _number(wanted: float, size: int, round_to: int) -> int:
+    """A number as it is; a share of `size` as the nearest multiple of `round_to`, at least one."""
+    return (
+        wanted if isinstance(wanted, int) else round_to * max(1, min(size // round_to, round(wanted * size / round_to)))
+    )
 
 
 _JOINT = ("joint_mask", "joint_finetune")
@@ -280,11 +300,14 @@ def _distillation(job: OneLineJob, stage: str) -> Mapping[str, Any] | None:
     return {"teacher": job.teacher, "stages": [stage], "ce_scale": 2.0, "ce_temp": 2.0}
 
 
-def _matrices(source: ModelSource) -> list[str]:
-    """The names of all prunable matrices inside a layer."""
+def _matrices(source: ModelSource, *, with_hidden: bool) -> list[str]:
+    """The names of all prunable matrices inside a layer; with those on the residual stream if it is pruned too."""
     space = source.adapter.space(source.config)
     pieces = [(group.layer, piece.path) for group in space.groups for piece in group.slices]
-    return sorted({path.split(f".{layer}.", 1)[1] for layer, path in pieces if len(space.shapes[path]) == 2})
+    inside = {path.split(f".{layer}.", 1)[1] for layer, path in pieces if len(space.shapes[path]) == 2}
+    stream = [piece.path for piece in space.hidden.slices] if with_hidden and space.hidden else []
+    outside = {p for p in stream if len(space.shapes[p]) == 2 and not p.endswith(tuple(f".{name}" for name in inside))}
+    return sorted(inside | outside)
 
 
 def _data_type(paths: tuple[str, ...]) -> str:

@@ -19,9 +19,14 @@ LEARNS: dict[str, tuple[Kind, ...]] = {
     "layer_mask": ("layer",),
     "att_mask": ("heads",),
     "ffn_mask": ("dimff",),
-    "joint_mask": ("layer", "heads", "dimff"),
+    "hidden_mask": ("hidden",),
+    "joint_mask": ("layer", "heads", "dimff", "hidden"),
 }
-"""The masks that a stage learns and writes."""
+"""The masks that a stage learns and writes; a joint stage those of hidden dimensions only if they have a target."""
+KEYS = {"layer": "coarse_mask", "heads": "heads_mask", "dimff": "dimff_mask", "hidden": "hidden_mask"}
+"""The scheme's keys for the mask files."""
+INNER = {"heads": "att", "dimff": "ffn", "hidden": "hidden"}
+"""The first words of the stages that prune inside the kept blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +36,7 @@ class MaskPaths:
     layer: str | None = None
     heads: str | None = None
     dimff: str | None = None
+    hidden: str | None = None
 
     def of_size(self, size: float) -> MaskPaths:
         """The files of one of several sizes: `heads-0.5.pt` for `heads.pt`."""
@@ -153,12 +159,17 @@ class Stage:
         blocks: Any = coarse.target_sparsity if coarse else None
         if coarse and coarse.unit != "block":
             blocks = [blocks, coarse.unit]
+        if fine and fine.round_to != 1:
+            dims = [dims, fine.round_to]
         targets: list[Any] = [blocks, heads, dims]
+        if fine and fine.target_hidden is not None:
+            targets.append([fine.target_hidden, fine.round_to])
+            at_once += [targets[3]] if joint else []
         if self.is_random_baseline:
             return targets + (at_once if any(entry.name == "joint_mask" for entry in self.config.stages) else [])
         if self.name == "joint_mask":
             return at_once
-        return [targets[("layer", "heads", "dimff").index(kind)] for kind in self.learns]
+        return [targets[("layer", "heads", "dimff", "hidden").index(kind)] for kind in self.learns]
 
     def pattern_settings(self) -> dict[str, Any]:
         """The settings that determine the mask of single weights; empty in other stages."""
@@ -223,7 +234,7 @@ def plan_stage(config: RunConfig, name: StageName) -> Stage:
     """The plan of one stage, in or outside the recipe.
 
     The order of the recipe determines which masks already exist. Other masks are applied if they exist: the
-    layer mask if it is named, the other fine mask if its file exists ("heads first" and "dims first" both
+    layer mask if it is named, the other fine masks if their files exist ("heads first" and "dims first" both
     work).
 
     Raises:
@@ -247,34 +258,41 @@ def _check_sections(config: RunConfig, name: str) -> None:
     """The loader has checked the stages that the files name; a stage can also be named on the command line."""
     sections = {"coarse-grained": config.coarse, "fine-grained": config.fine, "joint": config.joint}
     needed = {"layer": ("coarse-grained",), "joint": ("joint", "fine-grained")}
-    needed |= dict.fromkeys(("att", "ffn"), ("fine-grained",))
+    needed |= dict.fromkeys(INNER.values(), ("fine-grained",))
     for key in needed.get(name.partition("_")[0], ()):
         if sections[key] is None:
             raise UserError(f"{name} needs the section {key!r}", remedy="add it to l0_pruning.json")
 
 
 def _learns(config: RunConfig, name: str) -> tuple[Kind, ...]:
-    """In a joint stage blocks have gates only if they have a target."""
-    kinds = LEARNS.get(name, ())
+    """In a joint stage blocks and hidden dimensions have gates only if they have a target."""
+    kinds = _masked(config, name)
     if name == "joint_mask" and (config.joint is None or config.joint.target_sparsity is None):
         return tuple(kind for kind in kinds if kind != "layer")
     return kinds
 
 
+def _masked(config: RunConfig, name: str) -> tuple[Kind, ...]:
+    kinds = LEARNS.get(name, ())
+    if name == "joint_mask" and (config.fine is None or config.fine.target_hidden is None):
+        return tuple(kind for kind in kinds if kind != "hidden")
+    return kinds
+
+
 def _writes(config: RunConfig, name: str) -> MaskPaths:
     paths = mask_paths(config)
-    for kind in LEARNS.get(name, ()):
+    for kind in _masked(config, name):
         if getattr(paths, kind) is None:
-            key = {"layer": "coarse_mask", "heads": "heads_mask", "dimff": "dimff_mask"}[kind]
+            key = KEYS[kind]
             raise UserError(f"{name} needs {key}, where it writes its mask", remedy=f"set {key} in l0_pruning.json")
-    return MaskPaths(**{kind: getattr(paths, kind) for kind in LEARNS.get(name, ())})
+    return MaskPaths(**{kind: getattr(paths, kind) for kind in _masked(config, name)})
 
 
 def mask_paths(config: RunConfig) -> MaskPaths:
     """The mask files that the scheme names, whether they exist or not."""
     coarse, fine = config.coarse, config.fine
     layer = (fine.coarse_mask if fine else None) or (coarse.coarse_mask if coarse else None)
-    return MaskPaths(layer=layer, heads=fine.heads_mask if fine else None, dimff=fine.dimff_mask if fine else None)
+    return MaskPaths(layer=layer, **{kind: getattr(fine, KEYS[kind]) if fine else None for kind in INNER})
 
 
 def _fixed(config: RunConfig, name: str, order: list[StageName], before: list[StageName]) -> MaskPaths:
@@ -282,20 +300,19 @@ def _fixed(config: RunConfig, name: str, order: list[StageName], before: list[St
     if name in ("pretrain", "layer_mask", "joint_mask", "pattern", "random_baseline"):
         return MaskPaths()
     if name == "joint_finetune":
-        return paths
+        return MaskPaths(**{kind: getattr(paths, kind) for kind in _masked(config, "joint_mask")})
     if name == "layer_finetune":
         return MaskPaths(layer=config.coarse.coarse_mask if config.coarse else None)
     layer = config.fine.coarse_mask if config.fine else None
-    own, other = ("heads", "dimff") if name.startswith("att") else ("dimff", "heads")
-    other_stage = "att_mask" if other == "heads" else "ffn_mask"
-    other_path = getattr(paths, other)
-    if name in order and other_stage in order:
-        other_path = other_path if other_stage in before else None
-    elif other_path and not Path(other_path).exists():
-        other_path = None
-    fixed = {"layer": layer, other: other_path}
-    if name.endswith("_finetune"):
-        fixed[own] = getattr(paths, own)
+    fixed = {"layer": layer}
+    for kind, unit in INNER.items():
+        path = getattr(paths, kind)
+        if name.startswith(unit):
+            fixed[kind] = path if name.endswith("_finetune") else None
+        elif name in order and f"{unit}_mask" in order:
+            fixed[kind] = path if f"{unit}_mask" in before else None
+        else:
+            fixed[kind] = path if path and Path(path).exists() else None
     return MaskPaths(**fixed)
 
 

@@ -157,13 +157,16 @@ def _reshape(job: Job, options: ReshapeOptions) -> None:
     if tokens:
         source = with_vocabulary(whole, tokens)
         print(f"vocabulary  {whole.config['vocab_size']:,} → {len(tokens):,} tokens")
-    space, masks = open_masks(source, coarse=job.masks.layer, heads=job.masks.heads, dimff=job.masks.dimff)
+    given = job.masks
+    space, masks = open_masks(source, coarse=given.layer, heads=given.heads, dimff=given.dimff, hidden=given.hidden)
     if not masks and not tokens:
         if job.stages and job.stages[-1].pattern_mask:
             print(f"{job.model}: pruned with a sparsity pattern, at its full size; there is nothing to reshape")
             return
-        raise UserError("there are no masks to apply", remedy="give --coarse-mask, --heads-mask or --dimff-mask")
-    files = [path for path in (job.masks.layer, job.masks.heads, job.masks.dimff) if path]
+        raise UserError(
+            "there are no masks to apply", remedy="give --coarse-mask, --heads-mask, --dimff-mask or --hidden-mask"
+        )
+    files = [path for path in vars(given).values() if path]
     print(f"model  {source.path}\nmasks  {', '.join(files)}")
     even = padded(source, space, masks) if options.uniform else (source, masks)
     # The run's rows have the ids of the whole vocabulary.
@@ -330,6 +333,8 @@ def announce(checked: Checked, output: Path) -> None:
             f"copied unchanged, since {pruned.config['architectures'][0]} does not use them: "
             + listed(pruned.account.carried)
         )
+    if pruned.account.outgrown:
+        print(f"left out, since they are made for the hidden size before: {listed(pruned.account.outgrown)}")
     if companions.copied:
         print(f"copied: {listed(companions.copied)}")
     if companions.left:

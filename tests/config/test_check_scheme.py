@@ -10,6 +10,7 @@ from cook.config.types import for_stage
 
 JOINT = ["joint_mask", "joint_finetune"]
 ATT, FFN, LAYER = ["att_mask", "att_finetune"], ["ffn_mask", "ffn_finetune"], ["layer_mask", "layer_finetune"]
+HIDDEN = ["hidden_mask", "hidden_finetune"]
 
 
 def recipe(names):
@@ -51,6 +52,28 @@ def test_recipes_in_order(load, names):
 def test_recipes_out_of_order(errors_of, names, said):
     [message] = errors_of(recipe(names), "joint.train_mask=true")
     assert said in message
+
+
+def test_hidden_stages_need_their_target_and_their_mask(errors_of, load):
+    messages = errors_of(recipe([*LAYER, *HIDDEN]))
+    assert [message.split(":")[0] for message in messages] == ["fine-grained.target_hidden", "fine-grained.hidden_mask"]
+    given = ["fine-grained.target_hidden=24", "fine-grained.hidden_mask=results/tiny/hidden.pt"]
+    assert load(recipe([*LAYER, *HIDDEN]), *given).fine.target_hidden == 24
+    assert load(recipe(JOINT), "joint.train_mask=true").fine.target_hidden is None
+    [message] = errors_of(recipe(JOINT), "joint.train_mask=true", given[0])
+    assert message.startswith("fine-grained.hidden_mask: missing")
+    [message] = errors_of(recipe(["att_mask", "hidden_mask", "att_finetune", "hidden_finetune"]), *given)
+    assert "the att and hidden stages are interleaved" in message
+
+
+def test_targets_are_multiples_of_round_to(errors_of, load):
+    hidden = ["fine-grained.target_hidden=24", "fine-grained.hidden_mask=results/tiny/hidden.pt"]
+    messages = errors_of(*hidden, "fine-grained.round_to=16")
+    assert [message.split(" ")[0] for message in messages] == [
+        "fine-grained.target_dimff:",
+        "fine-grained.target_hidden:",
+    ]
+    assert load(*hidden, "fine-grained.round_to=8").fine.round_to == 8
 
 
 @pytest.mark.parametrize("method", ["coarse-grained", "fine-grained"])

@@ -88,6 +88,19 @@ def test_the_head_for_pairs_of_sentences_goes_along_exactly(tmp_path, name):
     assert torch.equal(before.bert.pooler.dense.weight, after.bert.pooler.dense.weight)
 
 
+def test_heads_that_the_class_lacks_are_left_out_with_fewer_hidden_dims(tmp_path):
+    saved(tmp_path / "bert", "BertForPreTraining", BertConfig(**BERT))
+    source = open_model(tmp_path / "bert")
+    space = source.adapter.space(source.config)
+    result = prune_to_folder(
+        source, space, {"hidden": (torch.arange(space.hidden.size) % 4 > 0).float()}, tmp_path / "small"
+    )
+    assert {"cls.seq_relationship.weight", "bert.pooler.dense.weight"} <= set(result.account.outgrown)
+    assert result.auto_class == "AutoModelForMaskedLM" and not result.account.carried
+    model = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "small", trust_remote_code=True)
+    assert model.get_input_embeddings().weight.shape[1] == space.hidden.size * 3 // 4
+
+
 @pytest.mark.parametrize("uniform", [False, True])
 def test_a_model_with_a_carried_head_keeps_its_class(tmp_path, uniform):
     saved(tmp_path / "bert", "BertForPreTraining", BertConfig(**BERT))

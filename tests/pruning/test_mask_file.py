@@ -51,6 +51,20 @@ def test_files_are_in_the_guides_layout_with_a_twin(files, tmp_path):
     assert len(list(tmp_path.iterdir())) == 6
 
 
+def test_hidden_dims_have_one_number_each(tmp_path, files):
+    masks = {"hidden": (torch.arange(24) % 3 > 0).float()}
+    write_mask_file(tmp_path / "hidden.pt", fine_to_tensors(SPACE, masks))
+    assert set(torch.load(tmp_path / "hidden.pt", weights_only=True)) == {"hidden_z"}
+    assert torch.equal(read_masks(SPACE, hidden=str(tmp_path / "hidden.pt"))["hidden"], masks["hidden"])
+    for wrong in (torch.ones(23), torch.zeros(24), torch.ones(1, 24)):
+        write_mask_file(tmp_path / "wrong.pt", {"hidden_z": wrong})
+        with pytest.raises(UserError, match="hidden_z does not fit the model"):
+            read_masks(SPACE, hidden=str(tmp_path / "wrong.pt"))
+    write_mask_file(tmp_path / "both.pt", HEADS | {"hidden_z": torch.ones(24)})
+    with pytest.raises(UserError, match="hold different hidden_z"):
+        read_masks(SPACE, coarse=files["coarse"], heads=str(tmp_path / "both.pt"), hidden=str(tmp_path / "hidden.pt"))
+
+
 def test_the_layout_of_a_whole_model(tmp_path):
     masks = random_masks(SPACE, 3)
     masks |= {f"layers.{i}.{site}": torch.ones(1) for i in range(2) for site in ("att", "ffn")}

@@ -44,6 +44,21 @@ def test_any_masks_give_a_stock_model_that_computes_the_same(case, data):
     assert difference(source, model, space, masks, small) <= 1e-5
 
 
+def test_the_hidden_size_stays_as_the_mask_says_and_heads_are_padded_until_a_class_fits():
+    source = SOURCES["llama"]
+    space = source.adapter.space(source.config)
+    masks = {f"layers.{i}.heads": torch.tensor([1.0, 1, i > 0, 0]) for i in range(3)}  # groups of 2, 4 or 6 heads
+    masks |= {"hidden": (torch.arange(32) < 24).float(), "layers.1.dimff": (torch.arange(20) < 5).float()}
+    filled, even = padded(source, space, masks)
+    small = reshaped_source(filled, space, even)
+    assert small.config["model_type"] == "llama"
+    assert (small.config["hidden_size"], small.config["num_attention_heads"]) == (24, 6)
+    assert difference(source, MODELS["llama"], space, masks, small) <= 1e-5
+    # 21 hidden dims are no multiple of 6 or 8 heads, which Llama's config wants.
+    with pytest.raises(UserError, match="no transformers class can load these sizes"):
+        padded(source, space, masks | {"hidden": (torch.arange(32) < 21).float()})
+
+
 def test_the_size_is_the_largest_that_a_block_keeps():
     source = SOURCES["llama"]
     space = source.adapter.space(source.config)

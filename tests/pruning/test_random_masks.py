@@ -43,9 +43,9 @@ def shape(masks):
 @settings(deadline=None)
 @given(st.integers(0, 10**6), st.booleans(), st.booleans())
 def test_as_many_of_everything(seed, coarse, fine):
-    masks = learned(seed, coarse=coarse, fine=fine)
+    masks = learned(seed, coarse=coarse, fine=fine) | {"hidden": (torch.arange(24) < 9).float()}
     random = random_masks_like(SPACE, masks, torch.Generator().manual_seed(seed))
-    assert shape(random) == shape(masks)
+    assert shape(random) == shape(masks) and random["hidden"].sum() == 9
     assert all(((m == 0) | (m == 1)).all() for m in random.values())
     kept = [{name: int(m.sum()) for name, m in chosen.items()} for chosen in (masks, random)]
     assert parameters(SPACE, kept[0]) == parameters(SPACE, kept[1])

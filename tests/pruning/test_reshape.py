@@ -12,6 +12,9 @@ from cook.evaluation.equality import largest_difference
 from cook.export.pruned_folder import mask_model
 from cook.families.cpm_ant import ADAPTER
 from cook.pruning import reshape
+from cook.pruning.attach import AttachedGates
+from cook.pruning.counts import parameters
+from cook.pruning.mask_set import kept_counts
 from cook.pruning.reshape import kept_units, reshaped
 from tests.models.cpm_ant_tiny import RAGGED, random_batch, tiny_model
 from tests.tiny_pruning import config_of, masks_of, random_masks, tiny_space
@@ -55,6 +58,66 @@ def test_masked_is_reshaped(name, data):
     masks = data.draw(masks_of(space))
     small, _ = small_model(model.state_dict(), config_of(**CHANGES[name]), masks)
     assert difference(model, small, space, masks, data.draw(st.integers(0, 99))) <= 1e-5
+
+
+def hidden_mask(seed, kept, size=24):
+    mask = torch.zeros(size)
+    mask[torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:kept]] = 1
+    return mask
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_masked_is_reshaped_with_fewer_hidden_dims(name, data):
+    model, space = MODELS[name], SPACES[name]
+    masks = data.draw(masks_of(space))
+    masks["hidden"] = hidden_mask(data.draw(st.integers(0, 99)), data.draw(st.integers(6, 24)))
+    small, config = small_model(model.state_dict(), config_of(**CHANGES[name]), masks)
+    assert config["dim_model"] == int(masks["hidden"].sum()) == ADAPTER.space(config).hidden.size
+    assert difference(model, small, space, masks, data.draw(st.integers(0, 99))) <= 1e-5
+    assert parameters(space, kept_counts(masks)) == sum(p.numel() for p in small.parameters())
+
+
+def test_a_small_model_planted_in_a_larger_one_comes_out():
+    """Its weights times √(24/16) wherever the model divides by the root of the hidden size."""
+    small, big = tiny_model(5, dim_model=16), tiny_model(6)
+    mask = hidden_mask(1, 16)
+    kept = mask.nonzero().flatten()
+    tensors = {name: weight.clone() for name, weight in big.state_dict().items()}
+    for name, weight in small.state_dict().items():
+        reads = weight.ndim == 2 and not name.endswith(("attention_out.weight", "w_out.weight"))
+        scale = (24 / 16) ** 0.5 if reads and "position_bias" not in name else 1.0
+        dims = [kept if n < o else torch.arange(o) for n, o in zip(weight.shape, tensors[name].shape, strict=True)]
+        tensors[name][torch.meshgrid(*dims, indexing="ij")] = weight * scale
+    big.load_state_dict(tensors)
+    found, config = small_model(tensors, config_of(), {"hidden": mask})
+    assert config == config_of(dim_model=16) | {"layer_heads": None, "layer_dim_ff": None, "mask_modules": None}
+    for name, weight in small.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], weight, rtol=1e-6, atol=1e-7)
+    gates = mask_model(big, SPACES["plain"], {"hidden": mask})
+    assert largest_difference(small, big, batches(small.config, 0)) <= 1e-5
+    gates.remove()
+
+
+def test_the_gradient_of_soft_hidden_gates_is_that_of_finite_differences():
+    model, space = tiny_model(3).double(), SPACES["plain"]
+    z = (0.3 + 0.7 * torch.rand(24, dtype=torch.float64)).requires_grad_()
+    attached = AttachedGates(model, [space.hidden], {})
+    ids = torch.randint(0, 61, (2, 5), generator=torch.Generator().manual_seed(0))
+
+    def loss(values):
+        attached.set({"hidden": values})
+        return model(input_ids=ids).logits.square().mean()
+
+    loss(z).backward()
+    with torch.no_grad():
+        for unit in (0, 11, 23):
+            step = torch.zeros(24, dtype=torch.float64)
+            step[unit] = 1e-6
+            measured = (loss(z + step) - loss(z - step)) / 2e-6
+            # The differences lose about half the digits of fp64, and the position bias is added in fp32.
+            assert float(z.grad[unit]) == pytest.approx(float(measured), rel=1e-4)
 
 
 EXTREMES = {
@@ -152,6 +215,7 @@ def test_pruning_twice_is_pruning_once(data):
 def test_generation_is_the_same_with_a_cache(seed):
     model, space = tiny_model(3), SPACES["plain"]
     masks = random_masks(space, seed, blocks=0.8) | {"layers.0.att": torch.zeros(1)}
+    masks |= {"hidden": hidden_mask(seed, 16)} if seed else {}
     small, _ = small_model(model.state_dict(), config_of(), masks)
     mask_model(model, space, masks)
     ids = torch.randint(0, 61, (2, 4), generator=torch.Generator().manual_seed(seed))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from cook.base.errors import UserError
@@ -26,9 +28,15 @@ def names(space):
 def test_both_spellings_allow_everything():
     for spelling in (GUIDE, NATIVE):
         space = restrict(SPACE, spelling, ADAPTER.aliases)
-        assert space == SPACE and space.unprunable == ()
+        assert space == replace(SPACE, hidden=None) and space.unprunable == ()
     older = tiny_space(gated_ffn=False)
-    assert restrict(older, GUIDE, ADAPTER.aliases) == older
+    assert restrict(older, GUIDE, ADAPTER.aliases) == replace(older, hidden=None)
+
+
+def test_hidden_dims_stay_unless_all_matrices_on_the_stream_are_named():
+    embeddings = [f"{name}_embedding.weight" for name in ("input", "segment", "prompt")]
+    assert restrict(SPACE, [*NATIVE, *embeddings], ADAPTER.aliases) == SPACE
+    assert restrict(SPACE, [*NATIVE, *embeddings[1:]], ADAPTER.aliases).hidden is None
 
 
 @pytest.mark.parametrize("spelling", [GUIDE[:2], NATIVE[:3]])

@@ -87,6 +87,28 @@ def test_a_joint_stage_writes_all_masks_and_reads_none(config, blocks):
     assert masks_after(mask) == masks_after(finetune) == mask.writes
 
 
+HIDDEN = {"fine__target_hidden": 24, "fine__hidden_mask": "out/masks/hidden.pt"}
+
+
+def test_hidden_stages_read_the_masks_before_them(config):
+    stages = ("pretrain", "ffn_mask", "ffn_finetune", "hidden_mask", "hidden_finetune", "att_mask")
+    planned = {stage.name: stage for stage in recipe(config(stages, **HIDDEN))}
+    hidden = HIDDEN["fine__hidden_mask"]
+    assert planned["ffn_finetune"].fixed == MaskPaths(layer=L, dimff=D)
+    assert planned["hidden_mask"].learns == ("hidden",) and planned["hidden_mask"].writes == MaskPaths(hidden=hidden)
+    assert planned["hidden_mask"].fixed == MaskPaths(layer=L, dimff=D)
+    assert planned["hidden_finetune"].fixed == planned["att_mask"].fixed == MaskPaths(layer=L, dimff=D, hidden=hidden)
+
+
+def test_a_joint_stage_learns_hidden_dims_if_they_have_a_target(config):
+    joint = {"train_mask": True, "scope": "global"}
+    _, mask, finetune, _ = recipe(config(JOINT, joint=joint, **HIDDEN))
+    assert mask.learns == ("heads", "dimff", "hidden") and mask.writes.hidden == HIDDEN["fine__hidden_mask"]
+    assert finetune.fixed == mask.writes
+    _, mask, finetune, _ = recipe(config(JOINT, joint=joint, fine__hidden_mask=HIDDEN["fine__hidden_mask"]))
+    assert mask.learns == ("heads", "dimff") and mask.writes.hidden is None and finetune.fixed.hidden is None
+
+
 @pytest.mark.parametrize(
     ("stages", "changes", "kinds"),
     [
@@ -117,6 +139,7 @@ SWITCHES = [
     ("att_finetune", {"pruning__mask_method": "fine-grained", "fine__train_mask": False}),
     ("ffn_mask", {"pruning__mask_method": "fine-grained", "fine__prune_mode": "ffn"}),
     ("ffn_finetune", {"pruning__mask_method": "fine-grained", "fine__train_mask": False, "fine__prune_mode": "ffn"}),
+    ("hidden_mask", {"pruning__mask_method": "fine-grained", "fine__prune_mode": "hidden", **HIDDEN}),
     ("joint_mask", {"pruning__mask_method": "joint"}),
     ("joint_finetune", {"pruning__mask_method": "joint", "joint__train_mask": False}),
 ]
@@ -129,7 +152,7 @@ def test_the_switches_of_the_two_files_describe_each_stage(config, name, switche
     loaded = config(stages, **joint, **switches)
     assert loaded.stage == name
     # Planning a stage sets the same switches again, whatever the files say.
-    assert plan_stage(config(stages, **joint), name).config.stage == name
+    assert plan_stage(config(stages, **joint, **(HIDDEN if name == "hidden_mask" else {})), name).config.stage == name
 
 
 @pytest.mark.parametrize(

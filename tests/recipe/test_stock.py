@@ -99,6 +99,56 @@ def test_a_ragged_model_frozen_under_zero_3_on_two_ranks(tmp_path):
     assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+STREAM = (*(f"{site}.weight" for site in SITES), "embed_tokens.weight")
+HIDDEN = {"fine__target_hidden": 24, "fine__hidden_mask": "out/masks/hidden.pt", "pruning__pruned_module": [*STREAM]}
+
+
+@pytest.mark.parametrize("kind", ["staged", "joint"])
+def test_the_hidden_size_of_a_llama_is_learned(tmp_path, kind):
+    stages = ("ffn_mask", "hidden_mask", "hidden_finetune") if kind == "staged" else ("joint_mask", "joint_finetune")
+    joint = {"joint": {"train_mask": True, "scope": "global", "target_params": 0.5}} if kind == "joint" else {}
+    more = {"fine__coarse_mask": "out/masks/layer.pt", "fine__allow_remote_code": True} if joint else {}
+    write_stock_run(
+        tmp_path, stages, name="llama, tied", training__steps=6, fine__round_to=2, **HIDDEN, **more, **joint
+    )
+    done = train(tmp_path, "--stage", "all")
+    assert done.code == 0 and "trains the whole model" not in done.out, done
+    mask = torch.load(tmp_path / "out/masks/hidden.pt", weights_only=True)["hidden_z"]
+    record = json.loads((tmp_path / "out" / stages[-1] / "done.json").read_text())
+    assert record["structure"]["hidden"] == "".join(str(int(z)) for z in mask.tolist())
+    pruned = do_prune(tmp_path, "--config", "bmcook.json", "--verify")
+    assert pruned.code == 0 and "equal to rounding" in pruned.out, pruned
+    config = json.loads((tmp_path / "out/pruned/config.json").read_text())
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "out/pruned", trust_remote_code=kind == "joint")
+    left = sum(p.numel() for p in small.parameters())
+    kept = int(mask.sum())
+    assert small.get_input_embeddings().weight.shape[1] == kept and left == record["parameters"]
+    if kind == "staged":
+        assert config["model_type"] == "llama" and config["hidden_size"] == kept == 24
+    else:
+        whole = sum(w.numel() for w in load_file(tmp_path / "model/model.safetensors").values())
+        # Two hidden dimensions at once are the largest step.
+        assert abs(left - whole / 2) <= left / kept + 1 and kept % 2 == 0
+
+
+def test_a_hidden_size_that_no_stock_class_loads_is_named(tmp_path, monkeypatch):
+    write_stock_run(tmp_path, ("hidden_mask",), name="llama, tied", **(HIDDEN | {"fine__target_hidden": 20}))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="target_hidden: no stock class can load this hidden size"):
+        open_inputs(plan_stage(load_config("bmcook.json"), "hidden_mask"))
+    allowed = load_config("bmcook.json", ["fine-grained.allow_remote_code=true"])
+    assert [group.name for group in open_inputs(plan_stage(allowed, "hidden_mask")).learned] == ["hidden"]
+
+
+def test_hidden_dims_need_all_matrices_on_the_stream_to_be_named(tmp_path):
+    write_stock_run(tmp_path, ("hidden_mask",), **(HIDDEN | {"pruning__pruned_module": [*STREAM[:-1]]}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        config = load_config("bmcook.json")
+        with pytest.raises(UserError, match="pruned_module leaves no units of kind 'hidden'"):
+            open_inputs(plan_stage(config, "hidden_mask"))
+
+
 def plant_a_useless_layer(folder, number):
     """Makes a layer of `folder/model` add nothing, and fits the last product to the corpus, so that others matter."""
     model = AutoModelForCausalLM.from_pretrained(folder / "model")

@@ -20,11 +20,16 @@ export class Structure {
   /** `stages`: [{groups, values}] in the order of the recipe; later stages replace what earlier ones have learned. */
   show(stages) {
     this.layers = new Map();
+    this.hidden = undefined; // of the whole model
     for (const { groups, values } of stages) {
       let start = 0;
       for (const group of groups) {
         const part = values.subarray(start, start + group.units);
         start += group.units;
+        if (group.kind === "hidden") {
+          this.hidden = { values: part, members: 1 };
+          continue;
+        }
         const layer = this.layers.get(group.layer) ?? { att: 255, ffn: 255 };
         if (group.kind === "blocks") layer[group.site] = part[0];
         else layer[group.kind] = { values: part, members: group.members || 1 };
@@ -138,6 +143,8 @@ export class Structure {
     const parts = [`${this.rows.length} layers`];
     if (heads[1]) parts.push(`${heads[0]} of ${heads[1]} heads kept`);
     if (dims[1]) parts.push(`${dims[0]} of ${dims[1]} FFN dimensions kept`);
+    const [hidden, hiddenSize] = counted(this.hidden);
+    if (hiddenSize) parts.push(`${hidden} of ${hiddenSize} hidden dimensions kept`);
     this.canvas.setAttribute("aria-label", `Units of the model by layer: ${parts.join(", ")}`);
     let sumOfAll = 0;
     for (const [, layer] of this.rows) {

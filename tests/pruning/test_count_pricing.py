@@ -1,0 +1,105 @@
+"""Prices that depend on one another give the exact count, and their tangent; numbers that stay are multiples."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cook.pruning.budgets import Targets, constraints, whole_cost
+from cook.pruning.count_pricing import in_multiples
+from cook.pruning.counts import parameters
+from cook.pruning.gates import Gates
+from cook.pruning.mask_set import consistent, kept_counts
+from tests.tiny_families import tiny_source
+
+COSTS = {"parameters": {}, "flops": {"context": 7}, "bytes": {"context": 9, "number_bytes": 2}}
+FAMILIES = ("llama", "llama, tied", "gpt2", "phi3")
+
+
+def space_of(name):
+    source = tiny_source(name)
+    return source.adapter.space(source.config, source.adapter.head_units(source.config)[-1])
+
+
+SPACES = {name: space_of(name) for name in FAMILIES}
+
+
+def learned_of(space):
+    return [group for kind in ("heads", "keys", "dimff", "hidden") for group in space.of(kind)]
+
+
+def constraint_of(space, cost="parameters", **named):
+    targets = Targets(scope="global", cost=cost, share=0.5, **COSTS[cost] | named)
+    (made,) = constraints(space, learned_of(space), targets)
+    return made, targets
+
+
+def kept_after(space, constraint, closed):
+    """Units per group with these gates closed, and the keys that no query head reads any more."""
+    z = torch.ones(len(constraint.costs))
+    z[closed] = 0
+    parts = z.split([group.size for group in learned_of(space)])
+    masks = {group.name: part for group, part in zip(learned_of(space), parts, strict=True)}
+    return kept_counts(consistent(space, masks))
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_count_after_each_gate_is_the_exact_one(name, cost):
+    space = SPACES[name]
+    constraint, targets = constraint_of(space, cost)
+    owning = {*constraint.owners} - {-1}
+    hidden = range(len(constraint.costs) - space.hidden.size, len(constraint.costs))
+    for seed in range(2):
+        order = torch.randperm(len(constraint.costs), generator=torch.Generator().manual_seed(seed))
+        order = torch.tensor([gate for gate in order.tolist() if gate not in owning and gate != hidden[3]])
+        removed = constraint.pricing.removed_after(order)
+        whole = whole_cost(space, targets, {})
+        for count in (*range(0, len(order), 7), len(order)):
+            exact = whole_cost(space, targets, kept_after(space, constraint, order[:count]))
+            # A sum of as many float64 numbers as there are gates.
+            assert float(removed[count]) == pytest.approx(1 - exact / whole, abs=1e-10)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_costs_are_the_tangent_of_the_share(name):
+    space = SPACES[name]
+    constraint, _ = constraint_of(space)
+    pricing = constraint.pricing
+    openness = torch.rand(len(constraint.costs), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    costs, offset = pricing.linearised(openness)
+    sums = [part.sum() for part in openness.split(list(pricing.sizes))]
+    assert float(costs @ openness) + offset == pytest.approx(pricing.share(torch.stack(sums)))
+    for number, size in enumerate(pricing.sizes):
+        ahead, behind = (torch.stack([s + (n == number) * step for n, s in enumerate(sums)]) for step in (1e-3, -1e-3))
+        gate = sum(pricing.sizes[:number]) + size // 2
+        assert float(costs[gate]) == pytest.approx((pricing.share(ahead) - pricing.share(behind)) / 2e-3)
+
+
+@pytest.mark.parametrize("round_to", [1, 4])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_final_masks_meet_the_budget_to_within_a_unit(name, round_to):
+    space = SPACES[name]
+    constraint, _ = constraint_of(space, round_to=round_to)
+    gates = Gates({g.name: g.size for g in learned_of(space)}, [constraint], steps=1, seed=0)
+    gates.values = torch.rand(len(gates.values), generator=torch.Generator().manual_seed(1))
+    kept = kept_counts(consistent(space, gates.binary()))
+    full = parameters(space)
+    largest = max(
+        parameters(space, kept | {g.name: min(g.size, kept[g.name] + round_to * (g.kind in ("dimff", "hidden")))})
+        for g in learned_of(space)
+    )
+    assert abs(parameters(space, kept) - full / 2) <= max(largest - parameters(space, kept), full // 20)
+    for group in learned_of(space):
+        if group.kind in ("dimff", "hidden"):
+            assert kept[group.name] % round_to == 0 or kept[group.name] == group.size
+
+
+def test_gates_go_in_multiples_at_the_mean_of_their_places():
+    order = torch.tensor([0, 3, 5, 1, 2, 6, 4])
+    new, allowed = in_multiples(order, (4, 3), (2, 1))
+    # Of the first group, 0 and 3 go at 0.5, 1 and 2 at 3.5; of the second, 5 at 2, 6 at 5, 4 at 6.
+    assert new.tolist() == [0, 3, 5, 1, 2, 6, 4] and allowed.tolist() == [0, 2, 3, 5, 6, 7]
+    # Three of seven go first, so that four stay.
+    new, allowed = in_multiples(torch.arange(7), (7,), (4,))
+    assert new.tolist() == list(range(7)) and allowed.tolist() == [0, 3, 7]
