@@ -70,6 +70,7 @@ def test_help_names_the_options(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     code, out, _ = told(capsys, *command.split(), "--help")
     assert code == 0 and [option for option in COMMANDS[command] if option not in out] == []
+    assert "typing" not in out
 
 
 @pytest.mark.parametrize(

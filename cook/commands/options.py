@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import operator
 from collections.abc import Callable
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -55,6 +57,9 @@ def options_of(section: type) -> Callable[[Callable[..., None]], Callable[..., N
 def _option(name: str, hint: Any, default: Any, text: str) -> Any:
     kind, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     limits: dict[str, Any] = next((mark for mark in marks if isinstance(mark, Limits)), {})
+    if get_origin(kind) in (Union, UnionType):  # such as Size | None
+        parts = (get_args(part)[0] if get_origin(part) is Annotated else part for part in get_args(kind))
+        kind = functools.reduce(operator.or_, parts)
     if get_origin(kind) is tuple:
         kind = list[get_args(kind)[0]]  # type: ignore[misc]
     names = [f"--{name.replace('_', '-')}"] if default is False else []  # others get --x and --no-x
