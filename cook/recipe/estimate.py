@@ -318,8 +318,8 @@ def step_seconds(shape: Shape, setup: Setup, card: Card, *, network: float | Non
     products, attention = step_flops(shape, setup)
     rate = card.share * (card.half if setup.half else card.single)
     bandwidth = card.share * card.bandwidth
-    traffic: float = PASSES * setup.tokens * sum(b.kept(width=setup.width, bias=shape.bias) for b in shape.blocks)
-    traffic *= 1.4 if setup.checkpointing else 1  # two of five accesses are forward
+    passes = PASSES * 1.4 if setup.checkpointing else PASSES  # two of five are forward
+    traffic = passes * setup.tokens * sum(b.kept(width=setup.width, bias=shape.bias) for b in shape.blocks)
     traffic += LOSS_ACCESSES * 4 * setup.tokens * shape.vocab
     compute = products / rate + attention / (rate * card.attention) + setup.accumulation * traffic / bandwidth
     hooks = 2 if setup.zero == 3 else 1  # those of ZeRO 3, on every module, take about as long again
