@@ -54,7 +54,7 @@ def some_dims(seed, size=32, kept=20):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(data=st.data())
 def test_masked_and_reshaped_are_equal(case, data):
     space = SPACES[case]

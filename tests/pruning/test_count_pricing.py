@@ -13,7 +13,7 @@ from cook.pruning.mask_set import consistent, kept_counts
 from tests.tiny_families import tiny_source
 
 COSTS = {"parameters": {}, "flops": {"context": 7}, "bytes": {"context": 9, "number_bytes": 2}}
-FAMILIES = ("llama", "llama, tied", "gpt2", "phi3")
+FAMILIES = ("llama", "llama, tied", "gpt2", "phi3", "bert")
 
 
 def space_of(name):
