@@ -49,7 +49,7 @@ def plan_facts(config: RunConfig, stages: Sequence[Stage], *, world_size: int) -
         kept = [each | _expected_kept(stage, inputs, number) for number, each in enumerate(kept)]
         after = [parameters(inputs.space, each) for each in kept]
         training = stage.config.training
-        trained = before if training.remove_masked and not stage.sizes else parameters(inputs.space)
+        trained = before if training.remove_masked else parameters(inputs.space)
         rows.append(
             {
                 "stage": stage.name,
