@@ -6,7 +6,7 @@ count the original units, and the weights of removed units are written back unch
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -14,8 +14,9 @@ import torch
 from cook.base.distributed import say
 from cook.config.distillation import OWN_TEACHER
 from cook.distill.taps import lacking
+from cook.pruning.mask_set import Masks
 from cook.pruning.reshape import fan_in_sizes, kept_units, reshaped, restored
-from cook.pruning.units import UnitGroup
+from cook.pruning.units import PruningSpace, UnitGroup
 from cook.recipe.distillation import DistillationPlan
 from cook.recipe.inputs import Inputs
 from cook.recipe.plan import Stage
@@ -53,8 +54,15 @@ def cut_inputs(inputs: Inputs) -> Inputs:
         weights=weights,
         space=space,
         fixed={},
+        nested=tuple(_among(kept, space, masks) for masks in inputs.nested),
         learned=tuple(group for group in space.every if group.name in learned),
     )
+
+
+def _among(kept: Mapping[str, tuple[int, ...]], space: PruningSpace, masks: Masks) -> dict[str, torch.Tensor]:
+    """Masks of the groups of the smaller `space`, without the units that are not kept."""
+    names = [group.name for group in space.every if group.name in masks]
+    return {name: masks[name][list(kept[name])] if name in kept else masks[name] for name in names}
 
 
 def keep_fan_in(model: torch.nn.Module, whole: Inputs) -> None:
@@ -83,7 +91,7 @@ def _needs_whole_model(
 ) -> str | None:
     if distillation is None:
         return None
-    if distillation.options.teacher == OWN_TEACHER and not stage.adapted:
+    if distillation.options.teacher == OWN_TEACHER and not stage.adapted and not stage.sizes:
         return "it is the teacher, with all masks open"
     heads = [group for group in cut if group.kind == "heads"]
     if distillation.attention and heads:

@@ -61,7 +61,7 @@ def plan_facts(
         ]
         before = parameters(inputs.space, kept[0])
         training = stage.config.training
-        trained = kept[0] if training.remove_masked and not stage.sizes else {}
+        trained = kept[0] if training.remove_masked else {}
         shape, setup = _arithmetic(stage, inputs, trained, world_size, options)
         kept = [each | _expected_kept(stage, inputs, number) for number, each in enumerate(kept)]
         after = [parameters(inputs.space, each) for each in kept]

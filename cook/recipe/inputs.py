@@ -48,7 +48,8 @@ class Inputs:
     fixed: dict[str, torch.Tensor]
     """Masks that are fixed during the stage."""
     nested: tuple[dict[str, torch.Tensor], ...] = ()
-    """The masks of each size, from the largest, in a stage that trains several sizes with fixed masks."""
+    """The masks of each size in a stage that trains several sizes with fixed masks, from the largest, which is `fixed`.
+    """
     learned: tuple[UnitGroup, ...]
     """Groups whose masks are learned, among those that `pruned_module` allows."""
 
@@ -91,8 +92,6 @@ def open_inputs(stage: Stage, *, must_exist: bool = True) -> Inputs:
         read_masks(allowed, coarse=p.layer, heads=p.heads, dimff=p.dimff, hidden=p.hidden) for p in found
     ]
     nested = (fixed, *smaller) if stage.sizes and fixed else ()
-    if nested:
-        fixed = {}
     if stage.is_random_baseline and must_exist:
         fixed = _random_baseline(stage, allowed)
     learned: tuple[UnitGroup, ...] = ()

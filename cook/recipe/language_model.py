@@ -91,7 +91,7 @@ class LanguageModelRun(StageRun):
             assert inputs.weights is not None
             self.inputs = replace(inputs, weights=masked_weights(inputs.weights, self.zeros))
         self.trained = without_masked_units(stage, self.inputs, self.distillation)  # the same unless units are removed
-        applied = [inputs.fixed, *inputs.nested]
+        applied = inputs.nested or (inputs.fixed,)
         fixed = [[name, mask.tolist()] for masks in applied for name, mask in sorted(masks.items())]
         start = follows(stage) or inputs.origin
         form = ["without masked units"] if self.trained is not self.inputs else []

@@ -1,6 +1,6 @@
 """One run of several nested sizes against one run per size, at the steps of one run each.
 
-    python scripts/bench/nested_sizes.py [--seeds 0] [--sizes 0.8 0.65 0.5] [--folder results/nested_sizes]
+    python scripts/bench/nested_sizes.py [--seeds 0] [--sizes 0.5 0.3 0.15] [--folder results/nested_sizes]
 
 Pretrains the default run's CPM-Ant, once per seed. From its weights, `joint_mask` and `joint_finetune` make all sizes
 in one run, and each size in a run of its own with as many steps: n sizes cost one n-th. With weights `fixed`, masks
@@ -25,11 +25,11 @@ def main() -> None:
     """Trains what is missing, and publishes the losses."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--sizes", type=float, nargs="+", default=[0.8, 0.65, 0.5], help="in descending order")
+    parser.add_argument("--sizes", type=float, nargs="+", default=[0.5, 0.3, 0.15], help="in descending order")
     parser.add_argument("--mask-steps", type=int, default=60)
     parser.add_argument("--finetune-steps", type=int, default=60)
     parser.add_argument("--rows", type=int, default=8, help="per step")
-    parser.add_argument("--learning-rate", type=float, default=0.01, help="of the weights")
+    parser.add_argument("--learning-rate", type=float, default=0.005, help="of the weights")
     parser.add_argument("--weights", nargs="+", choices=["trained", "fixed"], default=["trained", "fixed"])
     parser.add_argument("--folder", default="results/nested_sizes")
     parser.add_argument("--output")
@@ -41,7 +41,8 @@ def main() -> None:
         for weights in options.weights
         for row in compared(options, seed, weights, folder)
     ]
-    publish("nested_sizes", vars(options) | {"bar in nats": BAR}, rows, options.output)
+    settings = {name: value for name, value in vars(options).items() if name not in ("folder", "output")}
+    publish("nested_sizes", settings | {"bar in nats": BAR}, rows, options.output)
 
 
 def compared(options: argparse.Namespace, seed: int, weights: str, folder: Path) -> list[dict[str, Any]]:
