@@ -22,8 +22,11 @@ USABLE = 0.92
 PASSES = 5
 """Memory accesses per number of a kept activation: read and written forward; read with its gradient, which is written
 for the input, backward."""
-LOSS_ACCESSES = 8
-"""Accesses per fp32 logit: converted, log-softmax and its gradient."""
+LOSS_ACCESSES = 11
+"""Accesses per fp32 logit: written; read twice for the log-softmax, which is written; its gradient zeroed; read twice
+with the log-softmax, and written, for the logits' gradient, which two products read."""
+GRADIENT_ACCESSES = 8
+"""Accesses per gradient between backward pass and update: copied to a bucket and back, divided, its norm, clipped."""
 HOST_BANDWIDTH, HOST_LINK = 2e10, 2.5e10
 """Bytes per second of a rank's share of the host's memory, and between host and card (PCIe 4.0), for offloading."""
 ADAM_ACCESSES = 7
@@ -278,7 +281,7 @@ def communication(shape: Shape, setup: Setup) -> tuple[float, float]:
     An all-reduce of n bytes sends 2·n·(R−1)/R, a reduce-scatter or an all-gather half of that. ZeRO 0 and 1 reduce the
     gradients once per step, 2 and 3 after every micro-batch. At 1 and 2 DeepSpeed all-reduces its buckets, though a
     rank keeps only its own part, and gathers the new weights; at 3 it scatters gradients, and gathers the weights for
-    the forward and for the backward pass.
+    the forward and for the backward pass, or once for both if they are no more than `live`.
     """
     ring = (setup.ranks - 1) / setup.ranks
     trained = setup.width * (shape.parameters if setup.trains else 0) * ring
@@ -288,7 +291,7 @@ def communication(shape: Shape, setup: Setup) -> tuple[float, float]:
         0: (2 * trained, 0.0),
         1: (2 * trained, trained),
         2: (2 * trained * each, trained),
-        3: (trained * each, 2 * weights * each),
+        3: (trained * each, weights * each * (2 if shape.parameters > setup.live else 1)),
     }[setup.zero]
 
 
@@ -327,6 +330,7 @@ def step_seconds(shape: Shape, setup: Setup, card: Card, *, network: float | Non
 
     own = (shape.parameters if setup.trains else 0) / (setup.ranks if setup.zero else 1)
     update = 4 * ADAM_ACCESSES * own / (card.update or bandwidth)
+    update += setup.width * GRADIENT_ACCESSES * (shape.parameters if setup.trains else 0) / (card.update or bandwidth)
     if setup.offload_optimizer and not card.shares_memory:
         update = 4 * ADAM_ACCESSES * own / HOST_BANDWIDTH + 2 * setup.width * own / HOST_LINK
     gradients, weights = communication(shape, setup)
