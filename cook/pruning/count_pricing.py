@@ -40,7 +40,7 @@ class CountPricing:
     """a_g, float64 `[groups]`; b for the hidden group."""
     by_hidden: torch.Tensor
     """b_g, float64 `[groups]`; q for the hidden group."""
-    shell: torch.Tensor
+    block_rest: torch.Tensor
     """What else goes with the last unit of a group, such as the block's norms, as a + b·h: float64 `[2, groups]`."""
 
     def share(self, kept: torch.Tensor) -> float:
@@ -85,9 +85,9 @@ class CountPricing:
         for number, size in enumerate(self.sizes):
             places = (group == number).nonzero().flatten()
             if number != self.hidden and len(places) == size:
-                price[places[-1]] += self.shell[0, number] + self.shell[1, number] * hidden_before[places[-1]]
-                # The shell of a block also goes with every hidden dimension, until the block is gone.
-                price[places[-1] + 1 :] -= torch.where(is_hidden[places[-1] + 1 :], self.shell[1, number], 0.0)
+                price[places[-1]] += self.block_rest[0, number] + self.block_rest[1, number] * hidden_before[places[-1]]
+                # The rest of a block also goes with every hidden dimension, until the block is gone.
+                price[places[-1] + 1 :] -= torch.where(is_hidden[places[-1] + 1 :], self.block_rest[1, number], 0.0)
         removed = torch.cat([torch.zeros(1, dtype=torch.float64), price.cumsum(0)])
         return removed[ends] / self.whole
 
@@ -121,7 +121,7 @@ def count_pricing(
         return one - stream.size * (one - two), one - two
 
     own, by_hidden = torch.zeros(2, len(groups), dtype=torch.float64)
-    shell = torch.zeros(2, len(groups), dtype=torch.float64)
+    block_rest = torch.zeros(2, len(groups), dtype=torch.float64)
     for number, group in enumerate(groups):
         if group.kind != "hidden":
             own[number], by_hidden[number] = priced({}, {group.name: group.size - 1})
@@ -131,7 +131,7 @@ def count_pricing(
             inside = [n for n, g in enumerate(groups) if g is group or g is keys]
             last, none = ({groups[n].name: units for n in inside} for units in (1, 0))
             each = torch.tensor(priced(last, none), dtype=torch.float64)
-            shell[:, number] = each - torch.stack([own[inside].sum(), by_hidden[inside].sum()])
+            block_rest[:, number] = each - torch.stack([own[inside].sum(), by_hidden[inside].sum()])
     square = (whole - fewer - (fewer - fewest)) / 2
     sizes = torch.tensor([group.size for group in groups], dtype=torch.float64)
     own[hidden] = whole - fewer - float((by_hidden * sizes).sum()) - square * (2 * stream.size - 1)
@@ -143,7 +143,7 @@ def count_pricing(
         whole=whole,
         own=own,
         by_hidden=by_hidden,
-        shell=shell,
+        block_rest=block_rest,
     )
 
 
