@@ -65,7 +65,7 @@ limit that is enough."""
 def told(tmp_path_factory) -> tuple[dict[str, Any], Result]:
     output = tmp_path_factory.mktemp("faults") / "faults.json"
     only = [option for name in NAMES for option in ("--only", name)]
-    result = run([sys.executable, SCRIPT, "--kills", "2", *only, "--output", str(output)], REPOSITORY, timeout=2400)
+    result = run([sys.executable, SCRIPT, "--kills", "1", *only, "--output", str(output)], REPOSITORY, timeout=2400)
     assert output.exists(), result
     return {row["fault"]: row for row in json.loads(output.read_text())["rows"]}, result
 

@@ -157,7 +157,7 @@ def plant_a_useless_layer(folder, number):
             weight.data *= 0.0 if f"layers.{number}." in name else 5.0
     text = "\n".join(path.read_text() for path in sorted((folder / "docs").iterdir()))
     ids = torch.tensor(AutoTokenizer.from_pretrained(folder / "model")(text)["input_ids"])
-    ids = ids[: len(ids) // 40 * 40].view(-1, 40)
+    ids = ids[: len(ids) // 40 * 40].view(-1, 40)[:200]
     with torch.no_grad():
         hidden = model.model(input_ids=ids).last_hidden_state[:, :-1].flatten(0, 1)
     optimizer = torch.optim.Adam([model.lm_head.weight], lr=0.05)
