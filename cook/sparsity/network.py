@@ -81,7 +81,9 @@ def _columns_for_total(scores: Scores, previous: Mapping[str, torch.Tensor], per
     # The share that remains if a share `gone` of the columns and of the row tiles is removed.
     estimate = torch.minimum(entries * (1 - gone), remaining.double())
     target = float(entries[0]) * (1 - percent / 100)
-    count = int((estimate - target).abs().argmin())
+    # Rows come after columns and can only remove more.
+    distance = (estimate - target).abs().masked_fill(remaining < target, torch.inf)
+    count = int(distance.argmin())
     kept = torch.ones(len(norms), dtype=torch.bool)
     kept[order[: max(count, int((left == 0).sum()))]] = False
     pieces = kept.split([score.shape[1] for score in scores.values()])
