@@ -6,7 +6,7 @@ A document's tokens (unknown ones left out) are cut into pieces of max_length - 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +25,11 @@ from cook.data.cpm_live.records import (
     Record,
     Segment,
 )
-from cook.data.reports import LeftOut
+from cook.data.reports import LeftOut, Progress
 from cook.data.source_files import has_ending, is_compressed, lines_of, matching_files, opened
 from cook.text.tokenizer import Tokenizer
 
+READ_AT_ONCE = 64 << 20
 COUNTS = ("documents", "tokens", "records")
 SHORT = f"documents shorter than {MIN_REST} tokens"
 RESTS = f"tokens in rests and documents shorter than {MIN_REST} tokens"
@@ -125,6 +126,22 @@ def records_of(
                     yield Record(MASKED_LM_PROMPT, (Segment(len(tokens), MASKED_SEGMENT, MASKED_LM),), tokens)
                 else:
                     yield Record(LM_PROMPT, (Segment(len(tokens), TEXT_SEGMENT, LM),), tokens)
+
+
+def texts_of(
+    inputs: Sequence[str], *, format: str | None, text_field: str, left_out: LeftOut, doing: str
+) -> Iterator[str]:
+    """The documents of files, folders or glob patterns, with a progress bar named `doing`; counts what is left out.
+
+    Raises:
+        UserError: there is no text to read, or a document cannot be read.
+    """
+    form = format or format_of(inputs)
+    parts = parts_of(input_files(inputs, form, left_out), READ_AT_ONCE)
+    with Progress(doing, sum(part.size for part in parts)) as progress:
+        for part in parts:
+            yield from documents(part, form, text_field)
+            progress.advance(part.size)
 
 
 def documents(part: Part, format: str, text_field: str) -> Iterator[str]:

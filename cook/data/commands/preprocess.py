@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,15 @@ from cook.base.files import read_json, write_json
 from cook.base.pool import in_order
 from cook.data.cache import fingerprint_of
 from cook.data.commands import common
-from cook.data.commands.pieces import COUNTS, Part, Settings, documents, format_of, input_files, parts_of, records_of
+from cook.data.commands.pieces import (
+    COUNTS,
+    Part,
+    Settings,
+    input_files,
+    parts_of,
+    records_of,
+    texts_of,
+)
 from cook.data.corpus import MIN_REST
 from cook.data.cpm_live.meta import FileInfo, write_meta
 from cook.data.cpm_live.writer import LiveWriter
@@ -29,7 +37,6 @@ FORMAT = 2
 """Raised whenever the same inputs would give other records."""
 
 UNFINISHED = ".unfinished"
-TOKENIZER_PART = 64 << 20
 
 
 def train_tokenizer(
@@ -45,17 +52,9 @@ def train_tokenizer(
     from cook.text.sentencepiece import train_sentencepiece
 
     common.check_new_file(target)
-    format = format or format_of(inputs)
     left_out = LeftOut()
-    parts = parts_of(input_files(inputs, format, left_out), TOKENIZER_PART)
-    with Progress("reading", sum(part.size for part in parts)) as progress:
-
-        def texts() -> Iterator[str]:
-            for part in parts:
-                yield from documents(part, format, text_field)
-                progress.advance(part.size)
-
-        left_out.add(NOT_SAMPLED, train_sentencepiece(texts(), target, vocab_size=vocab_size, seed=seed))
+    texts = texts_of(inputs, format=format, text_field=text_field, left_out=left_out, doing="reading")
+    left_out.add(NOT_SAMPLED, train_sentencepiece(texts, target, vocab_size=vocab_size, seed=seed))
     print(f"{target}: {vocab_size} ids")
     for sentence in left_out.sentences("the input"):
         print(sentence)

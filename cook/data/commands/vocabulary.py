@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from cook.data.commands.pieces import documents, format_of, input_files, parts_of
+from cook.data.commands.pieces import texts_of
 from cook.data.corpus import grouped
-from cook.data.reports import LeftOut, Progress
+from cook.data.reports import LeftOut
 from cook.text.tokenizer import Tokenizer
-
-PART = 64 << 20
 
 
 def count_tokens(texts: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
@@ -33,16 +31,8 @@ def count_inputs(
         UserError: there is no text to read.
     """
     left_out = LeftOut()
-    form = format or format_of(inputs)
-    parts = parts_of(input_files(inputs, form, left_out), PART)
-    with Progress("counting", sum(part.size for part in parts)) as progress:
-
-        def texts() -> Iterator[str]:
-            for part in parts:
-                yield from documents(part, form, text_field)
-                progress.advance(part.size)
-
-        counts = count_tokens(texts(), tokenizer)
+    texts = texts_of(inputs, format=format, text_field=text_field, left_out=left_out, doing="counting")
+    counts = count_tokens(texts, tokenizer)
     for sentence in left_out.sentences("the input") if say else ():
         print(sentence)
     return counts
