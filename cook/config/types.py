@@ -140,6 +140,9 @@ class TrainingConfig:
     """Precision of the forward and backward passes. `auto`: bf16 if the device supports it, else fp32."""
     train_weights: bool = True
     """False: only the gates are trained, and the weights stay fixed."""
+    carry_optimizer: bool = True
+    """True: the optimizer starts with the moments and the step count that the stage before ended with, as long as both
+    train their weights and that stage's last checkpoint exists. False: it starts from zero."""
     remove_masked: bool = True
     """Stages with fixed masks train the smaller model, without the removed units, which is equal up to rounding. False:
     they train the whole model with the masks applied."""

@@ -27,6 +27,7 @@ from cook.pruning.gates import Gates, size_of_step
 from cook.pruning.mask_file import write_mask_file
 from cook.pruning.mask_set import FINE_KEYS, coarse_to_tensors, fine_to_tensors, kept_counts
 from cook.pruning.search import search_blocks
+from cook.recipe.carried import carry_optimizer
 from cook.recipe.compact import keep_fan_in, whole_weights, without_masked_units
 from cook.recipe.distillation import check_teacher_tokenizer, make_distiller, open_distillation
 from cook.recipe.inputs import Inputs, final_masks, make_gates, open_inputs
@@ -36,7 +37,7 @@ from cook.recipe.plan import MaskPaths, Stage
 from cook.recipe.runner import StageRun, follows
 from cook.recipe.stage_data import SourceMixer, check_corpus, open_loader, rows_before
 from cook.report.gate_log import GateGroup, GateLog
-from cook.training.checkpoint import Position, find_checkpoint
+from cook.training.checkpoint import Position
 from cook.training.engine import Engine, write_gathered
 from cook.training.loop import Run
 from cook.training.micro_batch import MicroBatch
@@ -128,8 +129,12 @@ class LanguageModelRun(StageRun):
             after_step=after_step,
         )
         try:
-            self._settle(engine, attached, gates, distiller)
-            position = self.fit(run, notes=data.notes, begin=lambda resumed: check_corpus(stage, resumed=resumed))
+            position = self.fit(
+                run,
+                notes=data.notes,
+                begin=lambda resumed: check_corpus(stage, resumed=resumed),
+                fresh=lambda: self._start(engine, attached, gates, distiller),
+            )
         except Exception as error:
             if search and out_of_memory(error):
                 raise search.failure() from error
@@ -205,13 +210,16 @@ class LanguageModelRun(StageRun):
 
         return passes
 
-    def _settle(
-        self, engine: Engine, attached: AttachedGates, gates: Gates | None, distiller: ExtraLoss | None
-    ) -> None:
-        """Searches for the blocks to remove, if the scheme wants it and no checkpoint has them already."""
+    def _start(self, engine: Engine, attached: AttachedGates, gates: Gates | None, distiller: ExtraLoss | None) -> None:
+        """Finds what a checkpoint would hold: the optimizer's state, and the blocks that a search removes."""
+        if sentence := carry_optimizer(self.stage, self.inputs, self.trained, engine):
+            say(f"{self.stage.name}: {sentence}")
+        if gates and gates.start == "search":
+            self._settle(engine, attached, gates, distiller)
+
+    def _settle(self, engine: Engine, attached: AttachedGates, gates: Gates, distiller: ExtraLoss | None) -> None:
+        """Searches for the blocks to remove."""
         stage, inputs = self.stage, self.inputs
-        if gates is None or gates.start != "search" or find_checkpoint(stage.folder / "checkpoints", self.resume):
-            return
         assert stage.config.coarse is not None, "a search without a target for blocks"
         rank, world = distributed.rank(), distributed.world_size()
         rows = stage.config.training.rows_at_once(world)

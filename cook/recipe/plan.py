@@ -203,6 +203,8 @@ class Stage:
             "remove_masked",
         ):
             training.pop(key)
+        if self.after is None:
+            training.pop("carry_optimizer")  # nothing to carry
         for key in ("cache_dir", "workers", "ledger"):
             data.pop(key)
         teacher = asdict(config.distillation) if config.distillation else {}

@@ -305,7 +305,8 @@ class Engine:
             RunFailed: this rank could not write; raised only after all ranks have finished.
         """
         self._writer.begin()
-        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        order = {"optimized": self._optimized}
+        self._engine.save_checkpoint(str(folder), tag=TAG, client_state=order, save_latest=False)
         if self._writer.failure:
             raise RunFailed(in_words(self._writer.failure)) from self._writer.failure
         return list(self._writer.written)
@@ -321,7 +322,7 @@ class Engine:
 
         Every rank reads the files of all ranks. fp32 masters, optimizer moments and counters are restored exactly.
         """
-        shards, trained = Shards(folder), self._trained()
+        shards = Shards(folder)
         if self._frozen is None:
             stored = shards.weights()  # tied weights under all their names, and buffers
             names = [name for name, _ in self.module.named_parameters() if name in stored]
@@ -330,14 +331,7 @@ class Engine:
             if self.zero_stage:
                 self._load_masters(weights)
         optimizer, model = self._engine.optimizer, shards.model
-        moments = shards.moments(self._optimized)
-        reserve_state(optimizer, self.zero_stage, [p for _, p in trained], shards.counters(), list(moments))
-        for key, tensors in moments.items():
-            for name, parameter in trained:
-                if self.zero_stage:
-                    self._partitions.set_optimized(parameter, tensors[name], key)
-                else:
-                    optimizer.state[parameter][key].copy_(tensors[name])
+        self.load_moments(shards.moments(self._optimized), shards.counters())
         for group, saved in zip(optimizer.param_groups, shards.groups(), strict=True):
             group |= {key: saved[key] for key in ("lr", "step") if key in saved}
         if self.precision == "fp16":
@@ -346,6 +340,22 @@ class Engine:
             self._engine.lr_scheduler.load_state_dict(model["lr_scheduler"])
         for counter in ("global_steps", "global_samples", "skipped_steps"):
             setattr(self._engine, counter, model[counter])
+
+    def load_moments(self, moments: Mapping[str, Mapping[str, torch.Tensor]], counters: Mapping[str, Any]) -> None:
+        """Sets the optimizer's tensors per weight and its counters; all ranks call it.
+
+        Args:
+            moments: Tensors in the shapes of the trained weights, by the optimizer's key and the weight's name.
+            counters: The optimizer's step count, as it stores it.
+        """
+        optimizer, trained = self._engine.optimizer, self._trained()
+        reserve_state(optimizer, self.zero_stage, [p for _, p in trained], counters, list(moments))
+        for key, tensors in moments.items():
+            for name, parameter in trained:
+                if self.zero_stage:
+                    self._partitions.set_optimized(parameter, tensors[name], key)
+                else:
+                    optimizer.state[parameter][key].copy_(tensors[name])
 
     def close(self) -> None:
         """Frees hooks and buffers, so that another stage can run in the same process."""

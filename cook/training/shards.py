@@ -187,11 +187,13 @@ class Shards:
         parts = [read_shard(path, mmap=True)["frozen_param_fragments"][name].flatten() for path in self._models]
         return torch.cat(parts)[: math.prod(shape)].reshape(tuple(shape))
 
-    def moments(self, trained: Sequence[str]) -> dict[str, LazyTensors]:
+    def moments(self, trained: Sequence[str] | None = None) -> dict[str, LazyTensors]:
         """The optimizer's tensors per weight (Adam's `exp_avg`, `exp_avg_sq`), by key and parameter name.
 
-        `trained` has the names of the trained parameters in the optimizer's order, in which ZeRO 0 numbers them.
+        `trained` has the names of the trained parameters in the optimizer's order, in which ZeRO 0 numbers them. None:
+        as the engine stored them; older checkpoints lack them.
         """
+        trained = self.model.get("optimized", ()) if trained is None else trained
         if self._ranks:
             state, shapes = self._base(self._ranks[0])["state"].get(0, {}), self._shapes()
             keys = [key for key, value in state.items() if torch.is_tensor(value) and value.dim()]
