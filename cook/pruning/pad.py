@@ -17,7 +17,7 @@ from cook.base.tensor_files import LazyTensors
 from cook.pruning.family import ModelSource
 from cook.pruning.mask_set import Masks
 from cook.pruning.reshape import kept_units
-from cook.pruning.units import PruningSpace, UnitGroup, WeightSlice
+from cook.pruning.units import WIDE, PruningSpace, UnitGroup, WeightSlice
 
 Zeroed = list[tuple[WeightSlice, tuple[int, ...]]]
 
@@ -55,7 +55,7 @@ def padded(source: ModelSource, space: PruningSpace, masks: Masks) -> tuple[Mode
                 for piece in filled.slices if added else ():
                     zeroed.setdefault(piece.path, []).append((piece, added))
             emptied |= set(space.block(group).residue) if is_gone else set()
-    even |= {"hidden": masks["hidden"]} if "hidden" in masks else {}
+    even |= {kind: masks[kind] for kind in WIDE if kind in masks}
     if source.adapter.modeling(source.adapter.shrink(source.config, space, kept_units(space, even)).config):
         raise UserError("--uniform: this family always needs its modeling file", remedy="leave --uniform out")
     readers = {p: partial(_read, source.tensors, p, zeroed.get(p, []), p in emptied) for p in space.shapes}
@@ -116,7 +116,5 @@ def _read(tensors: Mapping[str, torch.Tensor], path: str, zeroed: Zeroed, is_emp
     if is_empty:
         return torch.zeros_like(tensor)
     for piece, units in zeroed:
-        starts = piece.offset + torch.tensor(units) * piece.block
-        indices = (starts[:, None] + torch.arange(piece.block)).flatten()
-        tensor = tensor.index_fill(piece.dim, indices, 0)
+        tensor = tensor.index_fill(piece.dim, piece.indices(units), 0)
     return tensor
