@@ -177,7 +177,9 @@ ADAPTER = Adapter(
     build=lambda config: cpm_ant.CpmAntForCausalLM(_config(config)),
     read=_read,
     shrink=_shrink,
-    stock_holds=lambda config, heads, kv_heads, hidden=None: True,  # its export always contains the modeling file
+    stock_holds=lambda config, heads, kv_heads, hidden=None, head_dim=None: (
+        True
+    ),  # its export always contains the modeling file
     modeling=lambda config: MODELING,
     inputs=lambda batch: batch,
     abilities=Abilities(shares_keys=False, stock_heads=False, stock_layers=False, is_stock=False),

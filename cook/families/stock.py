@@ -15,7 +15,7 @@ from cook.base.batches import Batch
 from cook.base.errors import UserError
 from cook.families import stock_models, stock_space
 from cook.families.layout import Attention, Family, FeedForward
-from cook.families.rotary import with_pairs, without_factors
+from cook.families.rotary import turned_dims, with_pairs, without_factors
 from cook.families.stock_models import config_object, is_ragged, plain, remembered, skeleton, weight_shapes
 from cook.families.stock_space import Heads, head_dim_of, heads_of
 from cook.families.stream import stream_size
@@ -171,13 +171,27 @@ def holds(family: Family, config: ModelConfig, shapes: Shapes) -> bool:
         return False
 
 
-def holds_heads(family: Family, config: ModelConfig, heads: int, kv_heads: int, hidden: int | None = None) -> bool:
-    """Whether the stock class builds attention blocks with these heads, each as wide as now, and this hidden size."""
-    base = _with_layers(family, config, [0])
-    dim = head_dim_of(family, config_object(config))
+def holds_heads(
+    family: Family,
+    config: ModelConfig,
+    heads: int,
+    kv_heads: int,
+    hidden: int | None = None,
+    head_dim: int | None = None,
+) -> bool:
+    """Whether the stock class builds attention blocks with these heads, of this size or as wide as now, and this hidden
+    size.
+    """
+    base, made = _with_layers(family, config, [0]), config_object(config)
+    before = head_dim_of(family, made)
+    dim = head_dim or before
     wanted = Heads(heads=heads, kv_heads=kv_heads, head_dim=dim)
+    turned: dict[str, Any] = {}
+    if dim != before:
+        whole = skeleton(family, config)
+        turned = with_pairs(made, whole, range((turned_dims(made, whole) or 0) * dim // before // 2), dim)
     try:
-        model = skeleton(family, _sized(family, base, wanted, base[family.names.ffn], hidden))
+        model = skeleton(family, _sized(family, base, wanted, base[family.names.ffn], hidden) | turned)
     except (UserError, ValueError):
         return False
     is_wide = hidden in (None, stream_size(family, config_object(base), model))

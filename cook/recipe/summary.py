@@ -32,6 +32,8 @@ TITLES = {
     "att_finetune": "heads, finetuned",
     "ffn_mask": "dims masked",
     "ffn_finetune": "dims, finetuned",
+    "headdim_mask": "head dims masked",
+    "headdim_finetune": "head dims, finetuned",
     "hidden_mask": "hidden dims masked",
     "hidden_finetune": "hidden dims, finetuned",
     "joint_mask": "all masked at once",

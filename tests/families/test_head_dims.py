@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from cook.export.pruned_folder import mask_model, prune_to_folder, reshaped_source
 from cook.families.cpm_ant import ADAPTER
 from cook.families.head_dims import units_of_head
-from cook.families.source import load_model, open_model
+from cook.families.source import load_model
 from cook.families.stock_models import weight_shapes
 from cook.pruning.attach import AttachedGates
 from cook.pruning.counts import kept_shapes, parameters
