@@ -158,10 +158,17 @@ def layer_mask_given(
         )
 
 
-def joint_budget_is_one(joint: JointConfig | None) -> Iterator[UserError]:
-    """Checks that the keys of a joint budget match its scope, and that there is only one budget."""
+def joint_budget_is_one(joint: JointConfig | None, fine: FineConfig | None) -> Iterator[UserError]:
+    """Checks that the keys of a joint budget match its scope, that there is one budget, and that units are left."""
     if joint is None:
         return
+    for name in ("blocks", "pin"):
+        if getattr(joint, name) and joint.scope == "block":
+            remedy = 'leave it out, or set joint.scope to "global"'
+            yield UserError(f"joint.{name}: valid only for scope 'global'", got="scope 'block'", remedy=remedy)
+    others = joint.blocks or (fine and (fine.target_hidden or fine.target_head_dim))
+    if {*joint.pin} == {"heads", "dims"} and not others:
+        yield UserError("joint.pin: leaves nothing to prune", got=", ".join(joint.pin), remedy="pin fewer units")
     other = "block" if joint.scope == "global" else "global"
     for key in {"global": (*BUDGETS, *BUDGETS.values()), "block": ("target_sparsity",)}[other]:
         if key is not None and getattr(joint, key) is not None:

@@ -40,8 +40,8 @@ NAMES = (*NUMBERED, "unstructured", "m4n2_1d", "m4n2_2d")
 """The names of all patterns."""
 PruneMode = Literal["att", "ffn", "headdim", "hidden"]
 """Which units a fine-grained stage prunes: attention heads, FFN dims, head dims, or hidden dims."""
-PinnedUnits = Literal["blocks", "heads", "dims", "head_dims", "hidden"]
-"""Units that may be excluded from a global budget."""
+PinnedUnits = Literal["heads", "dims"]
+"""Units that may be left out of a global budget; others are in it only if they are asked for."""
 RelaxationName = Literal["auto", "deterministic", "hard_concrete"]
 """The relaxation of a 0/1 mask while it is learned."""
 GatesStart = Literal["open", "taylor", "fisher", "search"]
@@ -153,8 +153,8 @@ class JointConfig:
     """Scope `block`: fraction of the blocks' parameters to remove as whole blocks. None: all blocks stay."""
     blocks: bool = False
     """Scope `global`: whole attention and FFN blocks are units of the budget too."""
-    pin: Annotated[tuple[PinnedUnits, ...], Limits(maxItems=4)] = ()
-    """Scope `global`: units that the budget leaves as they are."""
+    pin: Annotated[tuple[PinnedUnits, ...], Limits(maxItems=2, uniqueItems=True)] = ()
+    """Scope `global`: units that stay as they are, although there are others to remove."""
     target_params: Shares = None
     """Scope `global`: fraction of the parameters of all heads and dims to keep; of the whole model if blocks, head dims
     or hidden dims are among the units. If this and `target_flops` are None, the budget is the number of parameters
@@ -179,7 +179,7 @@ class JointConfig:
     @property
     def pinned(self) -> tuple[str, ...]:
         """The kinds of units in `pin`, by the names of `cook.pruning.units`."""
-        return tuple({"blocks": "layer", "dims": "dimff"}.get(name, name) for name in self.pin)
+        return tuple({"dims": "dimff"}.get(name, name) for name in self.pin)
 
     @property
     def sizes(self) -> tuple[float, ...]:

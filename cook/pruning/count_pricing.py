@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, chain, combinations
 from math import prod
 
@@ -134,7 +135,7 @@ def count_pricing(
         units, gone = [*own, *wide], absent[name]
         alike = _shape_of(space, [block, *own]), name in number
         if alike not in known:
-            known[alike] = _polynomial(units, lambda kept, gone=gone: count(kept) - count({**kept, **gone}))
+            known[alike] = _polynomial(units, partial(_of_block, count, gone))
         add(known[alike], units, exists[name])
     most = max(map(len, products))
     one = len(groups) + len(ungated)
@@ -146,6 +147,10 @@ def count_pricing(
         coefficients=torch.tensor([*products.values()], dtype=torch.float64),
         blocks=tuple(tuple(number[group.name] for group in inside[name]) for name in ungated),
     )
+
+
+def _of_block(count: Count, gone: Mapping[str, int], kept: Mapping[str, int]) -> float:
+    return count(kept) - count({**kept, **gone})
 
 
 def _polynomial(groups: Sequence[UnitGroup], count: Count, *, square: bool = False) -> dict[Product, float]:

@@ -8,10 +8,19 @@ from typing import Any
 from cook.base.errors import UserError
 from cook.config.scheme import HeadUnitChoice
 from cook.config.types import FineConfig
+from cook.pruning.budgets import KINDS
 from cook.pruning.family import Adapter
 from cook.pruning.mask_set import WIDE_NAMES
 from cook.pruning.units import HeadUnit, Kind, PruningSpace, UnitGroup
 
+BUDGET_UNITS: dict[str, Kind] = {
+    "blocks": "layer",
+    "heads": "heads",
+    "dims": "dimff",
+    "head_dims": "head_dims",
+    "hidden": "hidden",
+}
+"""The kinds of units that one budget can have, by their names for users."""
 HOW: dict[HeadUnit, str] = {
     "kv_group": "whole key-value groups",
     "query_head": "the same number of query heads per group",
@@ -142,6 +151,29 @@ def _check_head_dim(space: PruningSpace, wanted: int | None) -> None:
     if wanted > size or wanted % group.members:
         pairs = ", an even number: rotary positions turn pairs" if group.members > 1 else ""
         raise UserError("fine-grained.target_head_dim: not possible", wanted=f"at most {size}{pairs}", got=wanted)
+
+
+def budget_kinds(space: PruningSpace, units: Collection[str], pin: Collection[str], hidden: bool) -> tuple[Kind, ...]:
+    """The kinds of units of one budget for the whole model, in the order of their gates.
+
+    Args:
+        space: The model's space.
+        units: Names of `BUDGET_UNITS`, or `all` of those that the model has; empty: heads and dims.
+        pin: Names of those that stay.
+        hidden: Whether hidden dimensions are among them too.
+
+    Raises:
+        UserError: an unknown name, or no units are left.
+    """
+    names = BUDGET_UNITS if "all" in units else {*units} or {"heads", "dims"}
+    if strange := sorted({*names, *pin} - {*BUDGET_UNITS}):
+        raise UserError(f"unknown units {strange[0]!r}", wanted=f"{', '.join(BUDGET_UNITS)}, or all")
+    chosen = {BUDGET_UNITS[name] for name in ({*names, *(["hidden"] if hidden else [])} - {*pin})}
+    if "all" in units:
+        chosen = {kind for kind in chosen if space.of(kind)}
+    if not chosen:
+        raise UserError("all units are pinned, and nothing is left to prune", remedy="pin fewer units")
+    return tuple(kind for kind in KINDS if kind in chosen or (kind == "keys" and "heads" in chosen))
 
 
 def size_stays(adapter: Adapter, kind: Kind) -> UserError:

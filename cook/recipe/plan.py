@@ -292,15 +292,15 @@ def _learns(config: RunConfig, name: str) -> tuple[Kind, ...]:
     """In a joint stage blocks, head and hidden dimensions have gates only if they have a target."""
     kinds, joint = _masked(config, name), config.joint
     if name == "joint_mask" and (joint is None or not (joint.blocks or joint.target_sparsity is not None)):
-        kinds = tuple(kind for kind in kinds if kind != "layer")
-    pinned = joint.pinned if name == "joint_mask" and joint else ()
-    return tuple(kind for kind in kinds if kind not in pinned)
+        return tuple(kind for kind in kinds if kind != "layer")
+    return kinds
 
 
 def _masked(config: RunConfig, name: str) -> tuple[Kind, ...]:
     kinds = LEARNS.get(name, ())
     if name == "joint_mask":
         gone = {kind for kind, key in WIDE_TARGETS.items() if config.fine is None or getattr(config.fine, key) is None}
+        gone |= {*config.joint.pinned} if config.joint else set()
         return tuple(kind for kind in kinds if kind not in gone)
     return kinds
 
