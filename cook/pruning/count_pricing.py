@@ -65,12 +65,17 @@ class CountPricing:
 
     def linearised(self, openness: torch.Tensor) -> tuple[torch.Tensor, float]:
         """The tangent of the kept share at `openness`, float64 `[gates]`: share ≈ Σ cost·openness + offset."""
+        share, prices = self.prices(torch.stack([part.sum() for part in openness.split(list(self.sizes))]))
+        costs = prices.repeat_interleave(torch.tensor(self.sizes))
+        return costs, share - float(costs @ openness)
+
+    def prices(self, kept: torch.Tensor) -> tuple[float, torch.Tensor]:
+        """The share for the kept units per group, and its derivatives by them, float64 `[groups]`."""
         with torch.enable_grad():
-            kept = torch.stack([part.sum() for part in openness.detach().split(list(self.sizes))]).requires_grad_()
+            kept = kept.detach().clone().requires_grad_()
             share = self.share(kept)
             (prices,) = torch.autograd.grad(share, kept)
-        costs = prices.repeat_interleave(torch.tensor(self.sizes))
-        return costs, float(share.detach()) - float(costs @ openness)
+        return float(share.detach()), prices
 
     def removed_after(self, order: torch.Tensor) -> torch.Tensor:
         """The removed share of N after 0, 1, 2, … of the gates in `order` are closed, float64 `[gates + 1]`.

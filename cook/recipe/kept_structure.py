@@ -23,7 +23,8 @@ def describe_structure(space: PruningSpace, masks: Masks) -> dict[str, Any]:
             mask = masks.get(group.name, torch.ones(group.size))
             units = "".join(str(int(z)) * group.members for z in mask.tolist())
             layers[group.layer][group.site] = units if "1" in units else None
-    wide = {kind: "".join(str(int(z)) for z in masks[kind].tolist()) for kind in WIDE if kind in masks}
+    members = {group.name: group.members for group in space.every}
+    wide = {k: "".join(str(int(z)) * members[k] for z in masks[k].tolist()) for k in WIDE if k in masks}
     return {"layers": layers} | wide
 
 
@@ -36,7 +37,10 @@ def masks_of_structure(space: PruningSpace, structure: Mapping[str, Any]) -> dic
             masks[group.name] = torch.tensor([float(units is not None)])
         elif group.kind != "keys" and units is not None:
             masks[group.name] = torch.tensor([float(unit) for unit in units[:: group.members]])
-    masks |= {kind: torch.tensor([float(unit) for unit in structure[kind]]) for kind in WIDE if kind in structure}
+    for group in space.every:
+        if group.kind in WIDE and group.kind in structure:
+            units = structure[group.kind][:: group.members]
+            masks[group.kind] = torch.tensor([float(unit) for unit in units])
     return consistent(space, masks)
 
 
