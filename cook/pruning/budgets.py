@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate
 from typing import Literal, get_args
 
@@ -11,9 +12,9 @@ import torch
 
 from cook.base.errors import UserError
 from cook.config.scheme import Scope
-from cook.pruning.block_times import BlockTimes, TimePricing
+from cook.pruning.block_times import BlockTimes, TimePricing, WholeTimePricing
 from cook.pruning.controller import Constraint, Pricing
-from cook.pruning.count_pricing import count_pricing
+from cook.pruning.count_pricing import CountPricing, count_pricing
 from cook.pruning.counts import (
     Kept,
     cache_features,
@@ -177,17 +178,21 @@ def _shared(space: PruningSpace, groups: Sequence[UnitGroup], targets: Targets) 
         share = even / sum(costs)
     pricing = None
     if targets.times is not None:
-        if any(group.kind == "keys" for group in groups):
-            raise UserError(
-                "target_latency: the units of attention must be whole key-value groups, which are what was measured",
-                remedy='set fine-grained.head_unit to "auto" or "kv_group"',
-            )
+        _check_whole_groups(groups)
         curves = tuple(targets.times.curve(group) for group in groups)
         pricing = TimePricing(sizes=tuple(group.size for group in groups), curves=curves)
     kinds = {group.kind for group in groups} - {"keys"}
     name = "heads and dims" if len(kinds) > 1 else groups[0].kind
     owners, multiples = _owners(space, groups), _multiples(groups, targets)
     return Budget(name=name, costs=costs, removed=1.0 - share, owners=owners, pricing=pricing, multiples=multiples)
+
+
+def _check_whole_groups(groups: Sequence[UnitGroup]) -> None:
+    if any(group.kind == "keys" for group in groups):
+        raise UserError(
+            "target_latency: the units of attention must be whole key-value groups, which are what was measured",
+            remedy='set fine-grained.head_unit to "auto" or "kv_group"',
+        )
 
 
 def is_coupled(groups: Sequence[UnitGroup]) -> bool:
@@ -197,13 +202,19 @@ def is_coupled(groups: Sequence[UnitGroup]) -> bool:
 
 def _shared_by_all(space: PruningSpace, groups: Sequence[UnitGroup], targets: Targets) -> Budget:
     """One budget for the whole model: what a unit costs depends on how many others there are."""
-    if targets.cost == "ms":
-        raise UserError(
-            "target_latency: the times of blocks were measured for one hidden size",
-            remedy="set another budget, such as target_params, or leave fine-grained.target_hidden out",
-        )
     owners = _owners(space, groups)
-    pricing = count_pricing(space, groups, owners, lambda kept: whole_cost(space, targets, {**targets.before, **kept}))
+    pricing: CountPricing | WholeTimePricing
+    if targets.times is not None:
+        if lacking := [g.kind for g in groups if g.kind in WIDE and g.kind not in targets.times.wide]:
+            raise UserError(
+                f"target_latency: the table has no times for several numbers of {lacking[0]}",
+                remedy="measure it again with `cook profile`, or leave these units out of the budget",
+            )
+        _check_whole_groups(groups)
+        before = targets.before
+        pricing = WholeTimePricing(space=space, groups=tuple(groups), owners=owners, times=targets.times, before=before)
+    else:
+        pricing = count_pricing(space, groups, owners, partial(_cost_with, space, targets))
     share = targets.share
     if targets.limit is not None:
         share = targets.limit / pricing.whole
@@ -218,6 +229,10 @@ def _shared_by_all(space: PruningSpace, groups: Sequence[UnitGroup], targets: Ta
     return Budget(
         name="all units", costs=costs, removed=1.0 - share, owners=owners, pricing=pricing, multiples=multiples
     )
+
+
+def _cost_with(space: PruningSpace, targets: Targets, kept: Kept) -> float:
+    return whole_cost(space, targets, {**targets.before, **kept})
 
 
 def _owners(space: PruningSpace, groups: Sequence[UnitGroup]) -> tuple[int, ...]:

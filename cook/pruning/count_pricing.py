@@ -82,34 +82,40 @@ class CountPricing:
 
         Gates that own others are not in `order`: an owner goes with the last of its gates.
         """
-        steps, ends = self._with_owners(order)
-        group = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))[steps]
-        start = torch.zeros(1, dtype=torch.long)
-        kept = [size - torch.cat([start, (group == n).cumsum(0)])[ends] for n, size in enumerate(self.sizes)]
+        kept = kept_after(self.sizes, self.owners, order)
         kept += [torch.stack([kept[number] for number in inside]).amin(0).clamp(max=1) for inside in self.blocks]
-        total = torch.zeros(len(ends), dtype=torch.float64)
+        total = torch.zeros(len(order) + 1, dtype=torch.float64)
         for factors, coefficient in zip(self.factors.tolist(), self.coefficients.tolist(), strict=True):
-            product = torch.full((len(ends),), coefficient, dtype=torch.float64)
+            product = torch.full((len(order) + 1,), coefficient, dtype=torch.float64)
             for factor in factors:
                 product = product * kept[factor] if factor < len(kept) else product
             total += product
         return 1 - total / self.whole
 
-    def _with_owners(self, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`order` with each owner behind the last of its gates; and how many steps of it 0, 1, 2, … of `order` are."""
-        if not self.owners:
-            return order, torch.arange(len(order) + 1)
-        left = {number: self.owners.count(number) for number in {*self.owners} - {-1}}
-        steps, ends = [], [0]
+
+def kept_after(sizes: Sequence[int], owners: Sequence[int], order: torch.Tensor) -> list[torch.Tensor]:
+    """The kept units of each group after 0, 1, 2, … of the gates in `order` are closed, int64 `[gates + 1]` each.
+
+    Args:
+        sizes: Gates per group.
+        owners: As in `Constraint.owners`; each owner goes with the last of its gates.
+        order: Gates, first to go first, without those that own others.
+    """
+    steps, ends = order, torch.arange(len(order) + 1)
+    if owners:
+        left = {number: list(owners).count(number) for number in {*owners} - {-1}}
+        gone, marks = [], [0]
         for gate in order.tolist():
-            steps.append(gate)
-            while (gate := self.owners[gate]) >= 0:
+            gone.append(gate)
+            while (gate := owners[gate]) >= 0:
                 left[gate] -= 1
                 if left[gate]:
                     break
-                steps.append(gate)
-            ends.append(len(steps))
-        return torch.tensor(steps), torch.tensor(ends)
+                gone.append(gate)
+            marks.append(len(gone))
+        steps, ends = torch.tensor(gone, dtype=torch.long), torch.tensor(marks)
+    group, start = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))[steps], torch.zeros(1).long()
+    return [size - torch.cat([start, (group == number).cumsum(0)])[ends] for number, size in enumerate(sizes)]
 
 
 def count_pricing(

@@ -17,6 +17,7 @@ from cook.export.vocabulary import least_count, read_vocabulary
 from cook.families.source import open_model
 from cook.pruning.budgets import KEEP_KEYS, NUMBERS, WHOLE_KEYS, Cost, Keep, check_keep, whole_budget
 from cook.pruning.family import ModelSource
+from cook.pruning.units import WIDE
 from cook.recipe.head_units import (
     BUDGET_UNITS,
     budget_kinds,
@@ -128,7 +129,10 @@ def write_recipe(job: OneLineJob) -> tuple[Path, dict[str, Any]]:
             # Measuring takes a while: every other mistake is found before it.
             _planned(_recipe_files(job, source, [{"params": ALMOST_ALL}]), aside)
             settings = ProfileSettings(length=job.max_length)
-            write_json(aside / TIMES, measure_block_times(source, settings, on_point=print).as_json())
+            space = source.adapter.space(source.config)
+            wide = [kind for kind in budget_kinds(space, job.units, job.pin, job.hidden) if kind in WIDE]
+            measured = measure_block_times(source, settings, wide=wide, on_point=print)
+            write_json(aside / TIMES, measured.as_json())
             joint = files["l0_pruning.json"]["joint"] | {"block_times": str(aside / TIMES)}
             plan = _planned(files | {"l0_pruning.json": files["l0_pruning.json"] | {"joint": joint}}, aside)
             write_json(times, read_json(aside / TIMES))
