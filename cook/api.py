@@ -5,7 +5,7 @@ No launcher, no files and no DeepSpeed are needed. The command line calls the sa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -39,10 +39,25 @@ from cook.pruning.live import LiveGates
 from cook.pruning.mask_set import Masks, consistent
 from cook.pruning.relaxation import Deterministic, HardConcrete, Relaxation
 from cook.pruning.units import HeadUnit, Kind, PruningSpace, UnitGroup
-from cook.recipe.head_units import nearest_heads, nearest_hidden, offered_units
+from cook.recipe.head_units import (
+    BUDGET_UNITS,
+    budget_kinds,
+    nearest_head_dim,
+    nearest_heads,
+    nearest_hidden,
+    offered_units,
+)
 from cook.report.tables import human_count, markdown_table
 
 Batch = Mapping[str, torch.Tensor]
+LABELS: dict[Kind, str] = {
+    "layer": "blocks",
+    "heads": "heads",
+    "dimff": "FFN dimensions",
+    "head_dims": "dimensions of each head",
+    "hidden": "hidden dimensions",
+}
+"""The kinds of units in a plan."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +105,7 @@ def plan(
     context: int = 512,
     hidden: bool = False,
     round_to: int = 1,
+    units: Collection[str] = (),
 ) -> Plan:
     """Predicts the sizes of a pruned model. Nothing is trained and the model is not changed.
 
@@ -101,7 +117,8 @@ def plan(
             `{"flops": 0.7}`: the same for the FLOPs of a forward pass;
             `{"memory_mib": 200}`: MiB of all weights in the model's dtype, and of the cache of `context` tokens;
             or any of `"blocks"` (share of the parameters in attention and FFN blocks), `"heads"` and `"dims"` (share,
-            or number as an int, that each block keeps) and `"hidden"` (the same of the hidden size).
+            or number as an int, that each block keeps), `"head_dims"` and `"hidden"` (the same of the dimensions of a
+            head and of the hidden size).
         head_unit: What is removed as one unit of attention where query heads share keys and values: `"query_head"`,
             `"kv_group"` (a key-value head with all its query heads), or `"auto"`. With budgets for the whole model,
             `auto` means query heads, each key-value head going with the last of them; with `heads` it means whole
@@ -109,11 +126,13 @@ def plan(
         context: Mean number of keys to which a query attends, for FLOPs; the length of the cache, for memory.
         hidden: Whether hidden dimensions too are units of a budget for the whole model.
         round_to: A number, such as 64, of which the hidden size and the FFN dimensions of a block end as multiples.
+        units: What a budget for the whole model may take: names of `"blocks"`, `"heads"`, `"dims"`, `"head_dims"` and
+            `"hidden"`, or `"all"` that the model has. Empty: heads and dims. What is left out stays as it is.
 
     Raises:
         UserError: unknown family or key, or a size that cannot be reached.
     """
-    job = _job(model, keep, context, head_unit, hidden, round_to)
+    job = _job(model, keep, context, head_unit, hidden, round_to, units)
     even: dict[str, float] = {}
     for c in constraints(job.space, job.learned, job.targets):
         groups = {g.name: g for g in job.learned}
@@ -121,13 +140,12 @@ def plan(
         for name in names:
             even[name] = 1.0 - c.target if not isinstance(c.pricing, CountPricing) else c.pricing.even(1.0 - c.target)
     kept = {g.name: round(even[g.name] * g.size) for g in job.learned if g.kind != "layer"}
-    units: dict[str, tuple[int, int]] = {}
-    labels = {"layer": "blocks", "heads": "heads", "dimff": "FFN dimensions", "hidden": "hidden dimensions"}
-    for kind, label in labels.items():
+    shown: dict[str, tuple[int, int]] = {}
+    for kind, label in LABELS.items():
         groups_of_kind = [g for g in job.learned if g.kind == kind]
         if groups_of_kind:
             total = sum(g.size * g.members for g in groups_of_kind)
-            units[label] = total, round(sum(even[g.name] * g.size * g.members for g in groups_of_kind))
+            shown[label] = total, round(sum(even.get(g.name, 1.0) * g.size * g.members for g in groups_of_kind))
     before, flops = parameters(job.space), forward_flops(job.space, context=context)
     after, flops_after = parameters(job.space, kept), forward_flops(job.space, kept, context=context)
     if job.targets.blocks is not None:
@@ -138,7 +156,7 @@ def plan(
     return Plan(
         family=job.adapter.family,
         head_unit=job.head_unit,
-        units=units,
+        units=shown,
         parameters=(before, after),
         flops=(flops, flops_after),
     )
@@ -154,6 +172,7 @@ def attach(
     context: int = 512,
     hidden: bool = False,
     round_to: int = 1,
+    units: Collection[str] = (),
 ) -> LiveGates:
     """Attaches learned gates to a model, for a training loop of your own.
 
@@ -166,12 +185,21 @@ def attach(
         context: As for `plan`.
         hidden: As for `plan`.
         round_to: As for `plan`.
+        units: As for `plan`.
 
     Raises:
         UserError: as for `plan`.
     """
     return attach_nested(
-        model, [keep], steps=steps, head_unit=head_unit, seed=seed, context=context, hidden=hidden, round_to=round_to
+        model,
+        [keep],
+        steps=steps,
+        head_unit=head_unit,
+        seed=seed,
+        context=context,
+        hidden=hidden,
+        round_to=round_to,
+        units=units,
     )
 
 
@@ -185,6 +213,7 @@ def attach_nested(
     context: int = 512,
     hidden: bool = False,
     round_to: int = 1,
+    units: Collection[str] = (),
 ) -> LiveGates:
     """As `attach`, for nested masks of several sizes: every step trains one of them.
 
@@ -197,11 +226,12 @@ def attach_nested(
         context: As for `plan`.
         hidden: As for `plan`.
         round_to: As for `plan`.
+        units: As for `plan`.
 
     Raises:
         UserError: as for `plan`; also if the sizes do not have the same units.
     """
-    jobs = [_job(model, keep, context, head_unit, hidden, round_to) for keep in keeps]
+    jobs = [_job(model, keep, context, head_unit, hidden, round_to, units) for keep in keeps]
     job = jobs[0]
     if any(other.learned != job.learned for other in jobs):
         raise UserError(
@@ -304,21 +334,32 @@ def _source(model: torch.nn.Module, masks: Masks) -> tuple[ModelSource, PruningS
     raise UserError("the masks are of another model", remedy="give the model for which they were learned")
 
 
-def _job(model: torch.nn.Module, keep: Keep, context: int, choice: HeadUnitChoice, hidden: bool, round_to: int) -> _Job:
+def _job(
+    model: torch.nn.Module,
+    keep: Keep,
+    context: int,
+    choice: HeadUnitChoice,
+    hidden: bool,
+    round_to: int,
+    units: Collection[str],
+) -> _Job:
     check_keep(keep)
     total = [key for key in WHOLE_KEYS if key in keep]
     adapter, config = family_of(model)
     head_unit = offered_units(adapter, config, choice)[-1 if total else 0]
-    kinds: tuple[Kind, ...] = ("heads", "keys", "dimff", *(("hidden",) if hidden else ()))
+    space = adapter.space(config, head_unit)
     kept: dict[Kind, int | float] = {}
-    if not total:
-        keys: dict[Kind, str] = {"layer": "blocks", "heads": "heads", "dimff": "dims", "hidden": "hidden"}
-        kinds = tuple(kind for kind, key in keys.items() if key in keep)
+    if total:
+        kinds = budget_kinds(space, units, (), hidden)
+    else:
+        kinds = tuple(kind for name, kind in BUDGET_UNITS.items() if name in keep)
         if "heads" in keep:
             head_unit, kept["heads"] = nearest_heads(adapter, config, keep["heads"], choice)
         if "dims" in keep:
             kept["dimff"] = keep["dims"]
-    space = adapter.space(config, head_unit)
+        space = adapter.space(config, head_unit)
+    if "head_dims" in kinds:
+        kept["head_dims"] = nearest_head_dim(adapter, space, keep.get("head_dims", 1.0))
     if "hidden" in kinds:
         kept["hidden"] = nearest_hidden(adapter, config, space, keep.get("hidden", 1.0), round_to)
     learned = tuple(group for kind in KINDS if kind in kinds for group in space.of(kind))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -35,6 +35,7 @@ def learn_masks(
     context: int = 512,
     hidden: bool = False,
     round_to: int = 1,
+    units: Collection[str] = (),
     on_step: OnStep | None = None,
 ) -> dict[str, torch.Tensor]:
     """Learns which units to keep, with the weights frozen.
@@ -52,6 +53,7 @@ def learn_masks(
         context: As for `plan`.
         hidden: As for `plan`.
         round_to: As for `plan`.
+        units: As for `plan`.
         on_step: Called after each step with its number, the loss in nats per token, and the expected sparsity of each
             budget.
 
@@ -62,7 +64,15 @@ def learn_masks(
         UserError: as for `plan`; also if `batches` is empty.
     """
     live = attach(
-        model, keep, steps=steps, head_unit=head_unit, seed=seed, context=context, hidden=hidden, round_to=round_to
+        model,
+        keep,
+        steps=steps,
+        head_unit=head_unit,
+        seed=seed,
+        context=context,
+        hidden=hidden,
+        round_to=round_to,
+        units=units,
     )
     [masks] = _learn(live, 1, batches, teacher, on_step)
     return masks
@@ -80,6 +90,7 @@ def learn_nested_masks(
     context: int = 512,
     hidden: bool = False,
     round_to: int = 1,
+    units: Collection[str] = (),
     on_step: OnStep | None = None,
 ) -> dict[float, dict[str, torch.Tensor]]:
     """Learns masks of several sizes in one run: the units of each smaller model are a subset of the larger ones'.
@@ -97,6 +108,7 @@ def learn_nested_masks(
         context: As for `plan`.
         hidden: As for `plan`.
         round_to: As for `plan`.
+        units: As for `plan`.
         on_step: As for `learn_masks`, with the budgets of all sizes.
 
     Returns:
@@ -112,7 +124,15 @@ def learn_nested_masks(
         raise UserError(f"keep: {name}={list(sizes)}", wanted="values in descending order")
     keeps = [{name: size} for size in sizes]
     live = attach_nested(
-        model, keeps, steps=steps, head_unit=head_unit, seed=seed, context=context, hidden=hidden, round_to=round_to
+        model,
+        keeps,
+        steps=steps,
+        head_unit=head_unit,
+        seed=seed,
+        context=context,
+        hidden=hidden,
+        round_to=round_to,
+        units=units,
     )
     return dict(zip(sizes, _learn(live, len(sizes), batches, teacher, on_step), strict=True))
 

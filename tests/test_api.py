@@ -139,6 +139,53 @@ def test_hidden_dims_are_units_too(make, keep, options):
             assert int(mask.sum()) % options.get("round_to", 1) == 0
 
 
+@pytest.mark.parametrize(
+    "make, keep, units",
+    [
+        (llama, {"params": 0.6}, ["all"]),
+        (llama, {"flops": 0.6}, ["dims", "head_dims"]),
+        (llama, {"memory_mib": 0.06}, ["blocks", "heads", "head_dims"]),
+        (llama, {"head_dims": 4, "dims": 0.5}, []),
+        (gpt2, {"params": 0.6}, ["all"]),
+        (gpt2, {"head_dims": 0.5}, []),
+    ],
+)
+def test_head_dims_and_blocks_are_units_too(make, keep, units):
+    model = make()
+    plan = cook.plan(model, keep, units=units)
+    masks = cook.learn_masks(model, batches(), keep, steps=8, units=units)
+    small = cook.reshape(model, masks)
+    assert cook.verify(model, masks, small) < 1e-5
+    after, kinds = sum(p.numel() for p in small.parameters()), {name.rpartition(".")[2] for name in masks}
+    if "params" in keep:  # a head dimension, or a hidden one, is the largest unit
+        assert abs(after - 0.6 * plan.parameters[0]) <= 0.03 * plan.parameters[0]
+        assert kinds == {"att", "ffn", "heads", "dimff", "head_dims", "hidden"} | ({"keys"} if make is llama else set())
+    elif "flops" in keep:
+        assert kinds == {"dimff", "head_dims"} and after < plan.parameters[0]
+    elif "head_dims" in keep:
+        kept = int(masks["head_dims"].sum())
+        assert kept == (2 if make is llama else 4) and plan.units["dimensions of each head"][1] == 4
+        assert make is gpt2 or small.config.head_dim == 4 and small.config.model_type == "llama"
+
+
+def test_useless_head_dims_are_those_that_go():
+    model = llama()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "_proj" in name:
+                weight *= 20.0
+            if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+                weight.view(-1, 6, 32)[:, [1, 4]] = 0.0
+        model.lm_head.weight *= 20.0
+    masks = cook.learn_masks(model, batches(8), {"head_dims": 4}, steps=40)
+    assert masks["head_dims"].tolist() == [1, 0, 1]
+
+
+def test_unknown_or_pinned_units_are_refused():
+    with pytest.raises(UserError, match="experts"):
+        cook.plan(llama(), {"params": 0.6}, units=["experts"])
+
+
 def test_useless_hidden_dims_are_those_that_go():
     model = llama()
     useless = [1, 5, 7, 20, 30]

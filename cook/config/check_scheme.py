@@ -22,7 +22,7 @@ from cook.config.types import (
     two_of_four,
 )
 
-INNER = ("att", "ffn", "hidden")
+INNER = ("att", "ffn", "headdim", "hidden")
 """The units of fine-grained stages."""
 UNITS = ("layer", *INNER, "joint")
 METHODS = {"layer": "coarse-grained", "joint": "joint"} | dict.fromkeys(INNER, "fine-grained")
@@ -54,10 +54,10 @@ def recipe_in_order(stages: tuple[StageEntry, ...]) -> Iterator[UserError]:
     at = {unit: [i for i, name in enumerate(names) if name.partition("_")[0] == unit] for unit in UNITS}
     inner = [place for unit in INNER for place in at[unit]]
     if at["layer"] and inner and max(at["layer"]) > min(inner):
-        yield UserError("stages: the layer stages must come before the att, ffn and hidden stages", got=order)
+        yield UserError("stages: the layer stages must come before the att, ffn, headdim and hidden stages", got=order)
     if at["joint"] and (at["layer"] or inner):
-        remedy = "keep one kind: the joint stages learn all masks of the layer, att, ffn and hidden stages"
-        what = "stages: joint stages cannot be combined with layer, att, ffn and hidden stages"
+        remedy = "keep one kind: the joint stages learn all masks of the others"
+        what = "stages: joint stages cannot be combined with layer, att, ffn, headdim and hidden stages"
         yield UserError(what, got=order, remedy=remedy)
     for unit in UNITS:
         mask, finetune = f"{unit}_mask", f"{unit}_finetune"
@@ -97,19 +97,21 @@ def masks_given(
     if fine is not None:
         described = str(stage_of(pruning, coarse, fine, None) or method_of(pruning))
         inner = (used | {described.partition("_")[0]}) & {*INNER, "joint"}
-        if fine.heads_mask is None and inner - {"hidden"}:
+        if fine.heads_mask is None and inner - {"hidden", "headdim"}:
             wanted = "the path of the head mask: att mask training writes it, ffn mask training reads it"
             yield UserError("fine-grained.heads_mask: missing", wanted=wanted)
         if fine.dimff_mask is None and inner & {"ffn", "joint"}:
             wanted = "the path of the FFN mask: ffn mask training writes it"
             yield UserError("fine-grained.dimff_mask: missing", wanted=wanted)
-        for key, wanted in (
-            ("target_hidden", "the hidden size after pruning"),
-            ("hidden_mask", "the path of the mask"),
+        for unit, what, keys in (
+            ("headdim", "head dims", {"target_head_dim": "dims per head", "head_dims_mask": "the path of the mask"}),
+            ("hidden", "hidden dims", {"target_hidden": "the hidden size", "hidden_mask": "the path of the mask"}),
         ):
-            learns = "hidden" in inner or ("joint" in inner and fine.target_hidden is not None)
-            if getattr(fine, key) is None and learns:
-                yield UserError(f"fine-grained.{key}: missing, and hidden dims are pruned", wanted=wanted)
+            learns = unit in inner or ("joint" in inner and getattr(fine, next(iter(keys))) is not None)
+            for key, wanted in keys.items():
+                if getattr(fine, key) is None and learns:
+                    wanted += " after pruning" if key.startswith("target") else ""
+                    yield UserError(f"fine-grained.{key}: missing, and {what} are pruned", wanted=wanted)
         if fine.coarse_mask is None and "joint" in inner:
             wanted = "the path of the layer mask: joint mask training writes it too"
             yield UserError("fine-grained.coarse_mask: missing", wanted=wanted)
@@ -156,10 +158,17 @@ def layer_mask_given(
         )
 
 
-def joint_budget_is_one(joint: JointConfig | None) -> Iterator[UserError]:
-    """Checks that the keys of a joint budget match its scope, and that there is only one budget."""
+def joint_budget_is_one(joint: JointConfig | None, fine: FineConfig | None) -> Iterator[UserError]:
+    """Checks that the keys of a joint budget match its scope, that there is one budget, and that units are left."""
     if joint is None:
         return
+    for name in ("blocks", "pin"):
+        if getattr(joint, name) and joint.scope == "block":
+            remedy = 'leave it out, or set joint.scope to "global"'
+            yield UserError(f"joint.{name}: valid only for scope 'global'", got="scope 'block'", remedy=remedy)
+    others = joint.blocks or (fine and (fine.target_hidden or fine.target_head_dim))
+    if {*joint.pin} == {"heads", "dims"} and not others:
+        yield UserError("joint.pin: leaves nothing to prune", got=", ".join(joint.pin), remedy="pin fewer units")
     other = "block" if joint.scope == "global" else "global"
     for key in {"global": (*BUDGETS, *BUDGETS.values()), "block": ("target_sparsity",)}[other]:
         if key is not None and getattr(joint, key) is not None:

@@ -15,6 +15,8 @@ StageName = Literal[
     "att_finetune",
     "ffn_mask",
     "ffn_finetune",
+    "headdim_mask",
+    "headdim_finetune",
     "hidden_mask",
     "hidden_finetune",
     "joint_mask",
@@ -36,8 +38,10 @@ NUMBERED = tuple(
 """The patterns of types 0 to 8."""
 NAMES = (*NUMBERED, "unstructured", "m4n2_1d", "m4n2_2d")
 """The names of all patterns."""
-PruneMode = Literal["att", "ffn", "hidden"]
-"""Which units a fine-grained stage prunes: attention heads, FFN dims, or hidden dims."""
+PruneMode = Literal["att", "ffn", "headdim", "hidden"]
+"""Which units a fine-grained stage prunes: attention heads, FFN dims, head dims, or hidden dims."""
+PinnedUnits = Literal["heads", "dims"]
+"""Units that may be left out of a global budget; others are in it only if they are asked for."""
 RelaxationName = Literal["auto", "deterministic", "hard_concrete"]
 """The relaxation of a 0/1 mask while it is learned."""
 GatesStart = Literal["open", "taylor", "fisher", "search"]
@@ -84,7 +88,7 @@ class CoarseConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FineConfig:
-    """The scheme's `fine-grained` section: heads and FFN dims inside the kept blocks, and hidden dims."""
+    """The scheme's `fine-grained` section: heads and FFN dims inside the kept blocks, head dims and hidden dims."""
 
     train_mask: bool
     """True: the mask is learned together with the weights. False: it is read, made binary and fixed (finetuning)."""
@@ -102,6 +106,10 @@ class FineConfig:
     target_hidden: Size | None = None
     """Hidden size after pruning. None: the hidden size stays. If `joint` has scope `global`, hidden dims are units of
     its budget, and a `target_*` of `joint` determines how many stay."""
+    target_head_dim: Size | None = None
+    """Dims per head after pruning, the same in all layers. None: they stay. Under rotary positions dims go in pairs, so
+    it is even. If `joint` has scope `global`, head dims are units of its budget, and a `target_*` of `joint` determines
+    how many stay."""
     round_to: Size = 1
     """The FFN dims per block and the hidden dims that stay are multiples of this number, such as 64 or 128, for fast
     kernels. The targets must be multiples too."""
@@ -117,18 +125,21 @@ class FineConfig:
     """Head mask file: written by att mask training, read by all later stages."""
     dimff_mask: MaskPath | None = None
     """FFN mask file: written by ffn mask training, read by all later stages."""
+    head_dims_mask: MaskPath | None = None
+    """Mask file of the head dims: written by headdim mask training, read by all later stages."""
     hidden_mask: MaskPath | None = None
     """Mask file of the hidden dims: written by hidden mask training, read by all later stages."""
     scope: Scope = "block"
     """`block`: every kept block ends with the targets. `global`: the blocks share the total number of heads (or dims)
     that the targets give, and may end with different sizes."""
     prune_mode: PruneMode
-    """The units that the described stage prunes. `att`: heads; `ffn`: FFN dims; `hidden`: hidden dims."""
+    """The units that the described stage prunes. `att`: heads; `ffn`: FFN dims; `headdim`: head dims;
+    `hidden`: hidden dims."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JointConfig:
-    """The scheme's `joint` section: heads, dims and optionally blocks and hidden dims in one stage.
+    """The scheme's `joint` section: heads, dims and optionally blocks, head dims and hidden dims in one stage.
 
     Sizes, targets and mask files are those of `fine-grained`.
     """
@@ -140,14 +151,18 @@ class JointConfig:
     the model, whose blocks may end with different sizes."""
     target_sparsity: Share | None = None
     """Scope `block`: fraction of the blocks' parameters to remove as whole blocks. None: all blocks stay."""
+    blocks: bool = False
+    """Scope `global`: whole attention and FFN blocks are units of the budget too."""
+    pin: Annotated[tuple[PinnedUnits, ...], Limits(maxItems=2, uniqueItems=True)] = ()
+    """Scope `global`: units that stay as they are, although there are others to remove."""
     target_params: Shares = None
-    """Scope `global`: fraction of the parameters of all heads and dims to keep; of the whole model if
-    `fine-grained.target_hidden` is given. If this and `target_flops` are None, the budget is the number of parameters
+    """Scope `global`: fraction of the parameters of all heads and dims to keep; of the whole model if blocks, head dims
+    or hidden dims are among the units. If this and `target_flops` are None, the budget is the number of parameters
     of equal blocks with the targets of `fine-grained`. A list in descending order: nested masks of several sizes for
     the same weights, each in mask files of its own (`heads-0.5.pt`)."""
     target_flops: Shares = None
-    """Scope `global`: fraction of the forward FLOPs per token of all heads and dims to keep; of the whole model if
-    `fine-grained.target_hidden` is given. Or a list as above."""
+    """Scope `global`: fraction of the forward FLOPs per token of all heads and dims to keep; of the whole model as
+    above. Or a list as above."""
     flops_length: Size | None = None
     """Number of keys that a query attends to, for `target_flops`. None: `data.max_length`."""
     target_latency: Positive | None = None
@@ -160,6 +175,11 @@ class JointConfig:
     """Tokens in the cache, all rows together, for `target_memory`. None: `data.max_length`."""
     number_bytes: Annotated[int, Limits(enum=[1, 2, 4])] = 2
     """Bytes per weight and per cached number, for `target_memory`."""
+
+    @property
+    def pinned(self) -> tuple[str, ...]:
+        """The kinds of units in `pin`, by the names of `cook.pruning.units`."""
+        return tuple({"dims": "dimff"}.get(name, name) for name in self.pin)
 
     @property
     def sizes(self) -> tuple[float, ...]:

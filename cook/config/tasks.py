@@ -32,8 +32,8 @@ class OneLineJob:
     """What to keep: `params=0.7` or `flops=0.7` of the whole model, or several nested sizes from one run,
     `params=0.8,0.65,0.5`; `memory_mib=200` (weights in 16 bits, and the cache of `max_length` tokens); `latency_ms=12`
     (a forward pass of one row of `max_length` tokens; the model is measured first); or any of `blocks=0.8`,
-    `heads=0.5`, `dims=0.7` (shares, or numbers of heads and dims per block) and `hidden=0.8` (share or number of hidden
-    dims)."""
+    `heads=0.5`, `dims=0.7` (shares, or numbers of heads and dims per block), `head_dims=0.5` (dims per head) and
+    `hidden=0.8` (shares or numbers)."""
     output: str
     """Folder for everything: `recipe/`, `run/`, `model/` (the small model), `report/`."""
     vocabulary: Annotated[str, Limits(metavar="FILE|min_count=N")] = ""
@@ -44,7 +44,12 @@ class OneLineJob:
     keys and values go with the last query head that reads them), `kv_group`, or `auto` (query heads with `params` or
     `flops`, else whole groups if these reach the number of heads)."""
     hidden: bool = False
-    """With `params`, `flops` or `memory_mib`: hidden dims are units of the budget too."""
+    """With a budget for the whole model: hidden dims are units of it too."""
+    units: Annotated[tuple[str, ...], Limits(metavar="NAME")] = ()
+    """With a budget for the whole model: what it may take, `blocks`, `heads`, `dims`, `head_dims` (dims of all heads),
+    `hidden` or `all` that the model has; may be repeated. By default heads and dims."""
+    pin: Annotated[tuple[str, ...], Limits(metavar="NAME")] = ()
+    """With a budget for the whole model: units that stay as they are, such as `heads` with `--units all`."""
     round_to: Size = 1
     """The FFN dims per block and the hidden dims that stay are multiples of this number, such as 64."""
     search: Literal["layer", "block", "none"] = "layer"

@@ -333,6 +333,8 @@ def stage_of(
         return None
     if fine.prune_mode == "att":
         return "att_mask" if fine.train_mask else "att_finetune"
+    if fine.prune_mode == "headdim":
+        return "headdim_mask" if fine.train_mask else "headdim_finetune"
     if fine.prune_mode == "hidden":
         return "hidden_mask" if fine.train_mask else "hidden_finetune"
     return "ffn_mask" if fine.train_mask else "ffn_finetune"

@@ -16,7 +16,7 @@ from cook.export.pruned_folder import mask_model
 from cook.families.source import load_model, open_model
 from cook.pruning.family import ModelSource
 from cook.pruning.mask_set import Masks
-from cook.pruning.units import PruningSpace
+from cook.pruning.units import WIDE, PruningSpace
 
 Answers = dict[str, torch.Tensor]
 """A model's outputs for one batch, by name: logits, span logits, or the hidden states of an encoder without a head."""
@@ -106,10 +106,10 @@ def masked_model(
 ) -> tuple[torch.nn.Module, str]:
     """Returns the whole model with its masked units set to zero, and a description of how it was loaded.
 
-    transformers loads the folder with its own class where it has one; else cook reads and masks the model. Hidden
-    dimensions cannot be masked by zeros in the weights, since norms average over them.
+    transformers loads the folder with its own class where it has one; else cook reads and masks the model. Hidden and
+    head dimensions cannot be masked by zeros in the weights alone, since norms average over them.
     """
-    stays = "hidden" not in masks or bool(masks["hidden"].all())
+    stays = all(bool(masks[kind].all()) for kind in WIDE if kind in masks)
     found = transformers_class(source.config) if (source.path / "config.json").is_file() else None
     if found is None or not stays:
         model = load_model(source, dtype)

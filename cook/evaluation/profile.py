@@ -15,12 +15,16 @@ from cook.export.pruned_folder import reshaped_source
 from cook.families.source import load_model, placed
 from cook.pruning.block_times import BlockTimes, Curve
 from cook.pruning.family import ModelSource
-from cook.pruning.units import Kind, PruningSpace
+from cook.pruning.units import WIDE, Kind, PruningSpace
 from cook.report.tables import markdown_table
 
 
 def measure_block_times(
-    source: ModelSource, settings: ProfileSettings, *, on_point: Callable[[str], None] = lambda _text: None
+    source: ModelSource,
+    settings: ProfileSettings,
+    *,
+    wide: Sequence[Kind] = WIDE,
+    on_point: Callable[[str], None] = lambda _text: None,
 ) -> BlockTimes:
     """Measures a model whose blocks have been cut to several sizes, each in turns with the whole model.
 
@@ -30,6 +34,7 @@ def measure_block_times(
     Args:
         source: The model; it must be a causal language model, with blocks of one size.
         settings: What to measure.
+        wide: Of head and hidden dimensions, those whose numbers are measured too, if the model can lose them.
         on_point: Called with a sentence after each measurement.
 
     Raises:
@@ -65,6 +70,14 @@ def measure_block_times(
             points.append((units / size, (share - removed[kind]) / count))
         points.append((1.0, (1.0 - removed[kind]) / count))
         curves[kind] = points
+    widths: dict[str, list[tuple[float, float]]] = {}
+    for group in (group for group in space.every if group.kind in wide and group.layer < 0):
+        widths[group.kind] = [(1.0, 1.0)]
+        for number in range(settings.points - 1, 0, -1):
+            units = max(1, round(group.size * number / settings.points))
+            share = run.share({group.name: units})
+            on_point(f"{units} of {group.size} units of {group.kind}: {share:.3f} of the time")
+            widths[group.kind].insert(0, (units / group.size, share))
     whole = 1000 * statistics.median(run.whole)
     return BlockTimes(
         rest=max(0.0, whole * (removed["heads"] + removed["dimff"] - 1.0)),
@@ -72,6 +85,7 @@ def measure_block_times(
         dimff=_curve(curves["dimff"], whole),
         num_layers=space.num_layers,
         settings={"model": str(source.path), **asdict(settings), "device": device_of(settings)},
+        wide={kind: _curve(points, whole) for kind, points in widths.items()},
     )
 
 
@@ -98,7 +112,7 @@ class _Passes:
 
     def share(self, kept: dict[str, int]) -> float:
         """The time of the model with some sizes, as a share of the whole model's."""
-        sizes = {group.name: group.size for group in self._space.groups}
+        sizes = {group.name: group.size for group in self._space.every}
         masks = {name: (torch.arange(sizes[name]) < units).float() for name, units in kept.items()}
         small = self._placed(reshaped_source(self._source, self._space, masks))
         actions = {"whole": self._pass(self._model), "small": self._pass(small)}
@@ -125,6 +139,11 @@ def table(times: BlockTimes) -> str:
         for name, curve in (("attention", times.heads), ("FFN", times.dimff))
         for share, ms in zip(curve.shares, curve.ms, strict=True)
     ]
+    rows += [
+        [f"whole model, {kind}", f"{share:.2f}", f"{ms:.3f}"]
+        for kind, curve in times.wide.items()
+        for share, ms in zip(curve.shares, curve.ms, strict=True)
+    ]
     total = times.rest + times.num_layers * (times.heads.ms[-1] + times.dimff.ms[-1])
     note = f"whole model {total:.2f} ms, of which {times.rest:.2f} ms are outside the blocks"
-    return markdown_table(["block", "share of units", "ms per block"], rows) + f"\n\n{note}"
+    return markdown_table(["block", "share of units", "ms"], rows) + f"\n\n{note}"

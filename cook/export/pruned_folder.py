@@ -118,6 +118,7 @@ def open_masks(
     coarse: str | None = None,
     heads: str | None = None,
     dimff: str | None = None,
+    head_dims: str | None = None,
     hidden: str | None = None,
 ) -> tuple[PruningSpace, dict[str, torch.Tensor]]:
     """Reads the masks in some files; returns them with the model's space in their attention units.
@@ -129,7 +130,7 @@ def open_masks(
     problem: UserError | None = None
     for space in spaces:
         try:
-            return space, read_masks(space, coarse=coarse, heads=heads, dimff=dimff, hidden=hidden)
+            return space, read_masks(space, coarse=coarse, heads=heads, dimff=dimff, head_dims=head_dims, hidden=hidden)
         except UserError as error:
             problem = problem or error
     assert problem is not None

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from cook.families import cpm_ant_formats
+from cook.families.head_dims import HeadDims, units_of_head
 from cook.families.layout import Attention, FeedForward
 from cook.families.stock_space import block_and_units
 from cook.models import cpm_ant
@@ -70,6 +71,27 @@ def _hidden(shapes: Mapping[str, tuple[int, ...]]) -> UnitGroup:
     )
 
 
+def _head_dims(native: cpm_ant.CpmAntConfig, shapes: Mapping[str, tuple[int, ...]]) -> UnitGroup | None:
+    """The head dimensions: nothing rotates, so each is a unit."""
+    units = units_of_head(native.dim_head, 0)
+    assert units is not None
+    made = HeadDims(units=units)
+    for layer in range(native.num_layers):
+        prefix = f"encoder.layers.{layer}.self_att.self_attention"
+        out = f"{prefix}.attention_out"
+        if f"{out}.weight" not in shapes:
+            continue
+        width = shapes[f"{out}.weight"][1]
+        heads = width // native.dim_head
+        for part in ("q", "k", "v"):
+            path = f"{prefix}.project_{part}"
+            piece = made.add(f"{path}.weight", 0, heads, power=0.5 if part == "q" else 0.0)
+            if part == "q":
+                made.gate(path, "output", piece, width)
+        made.gate(out, "input", made.add(f"{out}.weight", 1, heads, fan_in=True), width)
+    return made.group() if made.gates else None
+
+
 def _space(config: ModelConfig, head_unit: str = "kv_group") -> PruningSpace:
     # Every head has its own keys and values, so there is one kind of unit.
     native = _config(config)
@@ -84,6 +106,7 @@ def _space(config: ModelConfig, head_unit: str = "kv_group") -> PruningSpace:
         groups=tuple(groups),
         logits_weight=LOGITS,
         hidden=_hidden(shapes),
+        head_dims=_head_dims(native, shapes),
     )
 
 
@@ -107,6 +130,7 @@ def _shrink(config: ModelConfig, _space: PruningSpace, kept: KeptUnits, renumber
     # If all sizes are equal, the plain field describes the weights.
     out |= {"dim_ff": sizes.pop(), "layer_dim_ff": None} if len(sizes) == 1 else {"layer_dim_ff": new_dims}
     all_heads = list(range(native.num_heads))
+    out["dim_head"] = len(kept.get("head_dims", range(native.dim_head)))
     out["dim_model"] = len(kept.get("hidden", range(native.dim_model)))
     out["layer_heads"] = None if all(h in ([], all_heads) for h in new_heads) else new_heads
     return Shrunk(config=out, layers=tuple(range(native.num_layers)))
@@ -153,7 +177,9 @@ ADAPTER = Adapter(
     build=lambda config: cpm_ant.CpmAntForCausalLM(_config(config)),
     read=_read,
     shrink=_shrink,
-    stock_holds=lambda config, heads, kv_heads, hidden=None: True,  # its export always contains the modeling file
+    stock_holds=lambda config, heads, kv_heads, hidden=None, head_dim=None: (
+        True
+    ),  # its export always contains the modeling file
     modeling=lambda config: MODELING,
     inputs=lambda batch: batch,
     abilities=Abilities(shares_keys=False, stock_heads=False, stock_layers=False, is_stock=False),

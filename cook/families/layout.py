@@ -33,6 +33,10 @@ class Attention:
     norms_after: tuple[str, ...] = ()  # norms that are applied to this block's output only
     remembers: Mapping[str, Size] = field(default_factory=lambda: {"self_attn.num_key_value_groups": "heads_per_kv"})
     """Module attributes from which the forward pass reads sizes; `module.config.name` for the module's config."""
+    head_dim: str = "self_attn.head_dim"
+    """The module attribute with the size of a head."""
+    scaling: str = "self_attn.scaling"
+    """The one with the factor of scores; empty if it does not follow from the size of a head."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from cook.base.batches import Batch
 from cook.base.errors import UserError
 from cook.families import stock_models, stock_space
 from cook.families.layout import Attention, Family, FeedForward
+from cook.families.rotary import turned_dims, with_pairs, without_factors
 from cook.families.stock_models import config_object, is_ragged, plain, remembered, skeleton, weight_shapes
 from cook.families.stock_space import Heads, head_dim_of, heads_of
 from cook.families.stream import stream_size
@@ -99,14 +100,20 @@ def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptU
     shapes = {renamed.get(path, path): shape for path, shape in left.items()}
     base = _with_layers(family, config, layers) | remembered(config, space.num_layers, layers)
     sizes = [_sizes(family, config, space, kept, layer) for layer in layers]
+    made, dim = config_object(config), head_dim_of(family, config_object(config))
+    pairs, new_dim = _kept_pairs(space, kept, dim)
+    turned = with_pairs(made, skeleton(family, config), pairs, new_dim) if new_dim != dim else {}
     heads, ffn = sizes[0]
     if len(set(sizes)) == 1 and heads is not None and ffn is not None and not heads.per_key:
-        uniform = _sized(family, base, heads, ffn, hidden)
+        uniform = _sized(family, base, heads, ffn, hidden) | turned
         if holds(family, uniform, shapes):
             stock = {"architectures": [type(skeleton(family, uniform)).__name__]}
             return Shrunk(config=plain(config_object(uniform)) | stock, layers=tuple(layers), renamed=renamed)
     base = _with_hidden(family, base, hidden)
-    structure = _structure(family, base, shapes, [heads for heads, _ in sizes])
+    if turned and family.names.head_dim:
+        base |= {family.names.head_dim: new_dim}
+    even = base | ({"rope_parameters": without_factors(base["rope_parameters"])} if turned else {})
+    structure = _structure(family, even, shapes, [heads for heads, _ in sizes])
     own = {
         "architectures": [ragged.RaggedModel.__name__],
         "model_type": ragged.MODEL_TYPE,
@@ -114,7 +121,19 @@ def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptU
         "stock_class": family.auto_class,
         "structure": structure,
     }
-    return Shrunk(config=base | own, layers=tuple(layers), renamed=renamed)
+    if new_dim != head_dim_of(family, config_object(base)):
+        structure["head_dim"] = new_dim
+    return Shrunk(config=base | turned | own, layers=tuple(layers), renamed=renamed)
+
+
+def _kept_pairs(space: PruningSpace, kept: KeptUnits, head_dim: int) -> tuple[list[int], int]:
+    """The pairs that rotary positions turn and that stay, and the dimensions of a head that stay."""
+    group = space.head_dims
+    if group is None or "head_dims" not in kept:
+        return [], head_dim
+    # Pairs that are turned are dims i and i + n/2 of the first n; without rotary positions units are single dims.
+    turned = [unit for unit, dims in enumerate(group.slices[0].within) if len(dims) == 2 and dims[0] == unit]
+    return [unit for unit in kept["head_dims"] if unit in turned], len(kept["head_dims"]) * group.members
 
 
 def _sized(family: Family, base: ModelConfig, heads: Heads, ffn: int, hidden: int | None = None) -> dict[str, Any]:
@@ -152,13 +171,27 @@ def holds(family: Family, config: ModelConfig, shapes: Shapes) -> bool:
         return False
 
 
-def holds_heads(family: Family, config: ModelConfig, heads: int, kv_heads: int, hidden: int | None = None) -> bool:
-    """Whether the stock class builds attention blocks with these heads, each as wide as now, and this hidden size."""
-    base = _with_layers(family, config, [0])
-    dim = head_dim_of(family, config_object(config))
+def holds_heads(
+    family: Family,
+    config: ModelConfig,
+    heads: int,
+    kv_heads: int,
+    hidden: int | None = None,
+    head_dim: int | None = None,
+) -> bool:
+    """Whether the stock class builds attention blocks with these heads, of this size or as wide as now, and this hidden
+    size.
+    """
+    base, made = _with_layers(family, config, [0]), config_object(config)
+    before = head_dim_of(family, made)
+    dim = head_dim or before
     wanted = Heads(heads=heads, kv_heads=kv_heads, head_dim=dim)
+    turned: dict[str, Any] = {}
+    if dim != before:
+        whole = skeleton(family, config)
+        turned = with_pairs(made, whole, range((turned_dims(made, whole) or 0) * dim // before // 2), dim)
     try:
-        model = skeleton(family, _sized(family, base, wanted, base[family.names.ffn], hidden))
+        model = skeleton(family, _sized(family, base, wanted, base[family.names.ffn], hidden) | turned)
     except (UserError, ValueError):
         return False
     is_wide = hidden in (None, stream_size(family, config_object(base), model))
@@ -195,7 +228,7 @@ def _sizes(
     att, ffn = groups.get("heads"), groups.get("dimff")
     heads = None
     if att is not None:
-        dim = head_dim_of(family, config_object(config))
+        _, dim = _kept_pairs(space, kept, head_dim_of(family, config_object(config)))
         queries, keys = att.heads(counts.get(att.name, att.size))
         heads = Heads(heads=queries, kv_heads=keys, head_dim=dim)
         if att.head_unit == "query_head":
@@ -233,15 +266,27 @@ def _structure(family: Family, base: ModelConfig, shapes: Shapes, heads: list[He
             structure["uneven_keys"] |= own.kv_heads != before.kv_heads
             if own.per_key:
                 _lay_out(family.attention, layer, own, structure)
-            for attribute, size in family.attention.remembers.items():
+            values: dict[str, float] = {name: own.sizes[size] for name, size in family.attention.remembers.items()}
+            if own.head_dim != before.head_dim:
+                values |= _of_head_dim(family.attention, model.get_submodule(layer), before.head_dim, own.head_dim)
+            for attribute, value in values.items():
                 # A config's field is an attribute `config.name` of the module.
                 module, dot, field = f"{layer}.{attribute}".partition(".config.")
                 path, _, name = (module, dot, f"config.{field}") if dot else module.rpartition(".")
-                structure["attributes"].setdefault(path, {})[name] = own.sizes[size]
+                structure["attributes"].setdefault(path, {})[name] = value
         for table in (family.attention, family.ffn):
             if f"{layer}.{table.out}.weight" not in shapes:
                 _take_out(table, layer, shapes, structure)
     return structure
+
+
+def _of_head_dim(table: Attention, layer: torch.nn.Module, before: int, after: int) -> dict[str, float]:
+    """The attributes of a layer's attention that follow from the size of a head."""
+    values: dict[str, float] = {table.head_dim: after}
+    if table.scaling:
+        path, _, name = table.scaling.rpartition(".")
+        values[table.scaling] = getattr(layer.get_submodule(path), name) * (before / after) ** 0.5
+    return values
 
 
 def _lay_out(table: Attention, layer: str, heads: Heads, structure: dict[str, Any]) -> None:

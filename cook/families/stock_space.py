@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from cook.families.head_dims import head_dims
 from cook.families.layout import Attention, Family, FeedForward
 from cook.families.stock_models import config_object, skeleton, weight_shapes
 from cook.families.stream import hidden_dims
@@ -56,6 +57,8 @@ class Part:
 
 def head_dim_of(family: Family, config: PreTrainedConfig) -> int:
     """Features per head."""
+    if getattr(config, "structure", None) and "head_dim" in config.structure:
+        return int(config.structure["head_dim"])
     explicit = getattr(config, family.names.head_dim, None) if family.names.head_dim else None
     return int(explicit or getattr(config, family.names.hidden) // getattr(config, family.names.heads))
 
@@ -89,9 +92,12 @@ def space(family: Family, config: ModelConfig, head_unit: HeadUnit = "kv_group")
     shapes, made = weight_shapes(model), config_object(config)
     num_layers = getattr(made, family.names.layers)
     groups: list[UnitGroup] = []
+    heads: dict[str, Heads] = {}
     for number in range(num_layers):
         layer = f"{family.layers}.{number}"
         groups += _attention(family, head_dim_of(family, made), head_unit, model, shapes, number, layer)
+        if own := heads_of(family, head_dim_of(family, made), model, layer):
+            heads[layer] = own
         groups += _feed_forward(family, model, shapes, number, layer)
     head = model.get_output_embeddings()  # type: ignore[operator]
     logits = next((path for path, weight in model.named_parameters() if head and weight is head.weight), "")
@@ -101,6 +107,7 @@ def space(family: Family, config: ModelConfig, head_unit: HeadUnit = "kv_group")
         groups=tuple(groups),
         logits_weight=logits,
         hidden=hidden_dims(family, made, model, shapes),
+        head_dims=head_dims(family, made, model, shapes, heads),
     )
 
 

@@ -29,7 +29,8 @@ QWEN3 = replace(QWEN2, family="Qwen3", model_types=frozenset({"qwen3"}))
 GEMMA2 = Family(
     family="Gemma 2",
     model_types=frozenset({"gemma2"}),
-    attention=Attention(norms_after=("post_attention_layernorm",)),
+    # Scores are divided by the root of a number in the config.
+    attention=Attention(norms_after=("post_attention_layernorm",), scaling=""),
     ffn=FeedForward(norms_before=("pre_feedforward_layernorm",), norms_after=("post_feedforward_layernorm",)),
     embedding_times_root="model.norm",
 )
@@ -63,6 +64,8 @@ GPT2 = Family(
         out="attn.c_proj",
         norms_before=("ln_1",),
         remembers={"attn.num_heads": "heads", "attn.split_size": "width"},
+        head_dim="attn.head_dim",
+        scaling="attn.scaling",
     ),
     ffn=FeedForward(ins=("mlp.c_fc",), out="mlp.c_proj", norms_before=("ln_2",)),
     names=ConfigNames(layers="n_layer", heads="n_head", kv_heads=None, head_dim=None, hidden="n_embd", ffn="n_inner"),
@@ -79,6 +82,8 @@ GPT_NEOX = Family(
         interleaved=True,
         out="attention.dense",
         remembers={},
+        head_dim="attention.head_size",
+        scaling="attention.scaling",
     ),
     ffn=FeedForward(ins=("mlp.dense_h_to_4h",), out="mlp.dense_4h_to_h"),
     names=ConfigNames(kv_heads=None, head_dim=None),
@@ -114,6 +119,8 @@ BERT = Family(
         out="attention.output.dense",
         norms_before=(),
         remembers={},
+        head_dim="attention.self.attention_head_size",
+        scaling="attention.self.scaling",
     ),
     ffn=FeedForward(
         modules={"intermediate": "value", "output.dense": "value"},
@@ -141,8 +148,12 @@ HEADS = {
 
 
 def _gpt2_variant(family: Family, config: ModelConfig) -> Family:
+    attention = family.attention
+    if not config.get("scale_attn_weights", True):
+        attention = replace(attention, scaling="")
     # Scores may be divided by the layer number, which must then stay the same.
-    return replace(family, empty_layer_is_identity=not config.get("scale_attn_by_inverse_layer_idx"))
+    is_identity = not config.get("scale_attn_by_inverse_layer_idx")
+    return replace(family, attention=attention, empty_layer_is_identity=is_identity)
 
 
 def _opt_variant(family: Family, config: ModelConfig) -> Family:

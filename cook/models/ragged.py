@@ -14,6 +14,7 @@ model `stock_type` and then changes it as described by `structure`:
                                           `wide`: the query heads of key-value heads that have fewer than others
     gathered    {module: [[own, wide]]}   products that take such parts as inputs, and skip what was filled up
     uneven_keys true|false                whether some attention block has other key-value heads than the config
+    head_dim    number                    dimensions of a head, if the stock class computes another number
 """
 
 from __future__ import annotations
@@ -159,6 +160,8 @@ def config_class(stock_type: str) -> type[PreTrainedConfig]:
         return _new_config, (stock_type,), self.__dict__
 
     body = {"model_type": MODEL_TYPE, "__module__": __name__, "__reduce__": __reduce__}
+    # Phi-3's own check wants as many factors of rotary positions as a head has pairs by the stock sizes.
+    body["validate_rope"] = PreTrainedConfig.validate_rope
     return type("RaggedConfig", (CONFIG_MAPPING[stock_type],), body)
 
 

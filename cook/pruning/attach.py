@@ -12,6 +12,11 @@ from torch.utils.hooks import RemovableHandle
 
 from cook.pruning.units import GatePoint, UnitGroup
 
+Layout = tuple[int | tuple[int, ...], tuple[int, ...]]
+"""How gates lie along features: `repeat` and `features` of a gate point."""
+Expanded = dict[Layout, torch.Tensor]
+"""A group's value of each feature, by layout."""
+
 
 class AttachedGates:
     """The hooks of some groups on a model; a group without a value is open.
@@ -30,14 +35,14 @@ class AttachedGates:
         """
         self._groups = {group.name: group for group in groups}
         self._fixed = {name: self._expanded(self._groups[name], mask) for name, mask in fixed.items()}
-        self._values = self._fixed
+        self._values: dict[str, Expanded] = self._fixed
         self._handles: list[RemovableHandle] = []
         self._corrected: list[tuple[torch.nn.Module, Any]] = []
         for group in groups:
             for gate in (group.gate, *group.more_gates):
                 self._hook(model.get_submodule(gate.module), gate, group.name)
             for path in group.norms:
-                self._correct(model.get_submodule(path), group.name)
+                self._correct(model.get_submodule(path), group)
 
     def set(self, values: Mapping[str, torch.Tensor]) -> None:
         """Sets the gates to use beside the fixed ones: `[units]` per group, in [0, 1]; absent groups stay open.
@@ -72,20 +77,20 @@ class AttachedGates:
             self._values = before
 
     @staticmethod
-    def _expanded(group: UnitGroup, value: torch.Tensor) -> torch.Tensor:
+    def _expanded(group: UnitGroup, value: torch.Tensor) -> Expanded:
+        """The value of each feature, for every way in which the group's gates lie along features."""
         assert value.shape == (group.size,), f"{group.name} has {group.size} units, its mask is {tuple(value.shape)}"
-        repeat = group.gate.repeat
-        if isinstance(repeat, tuple):
-            return value.repeat_interleave(torch.tensor(repeat, device=value.device), output_size=sum(repeat))
-        return value.repeat_interleave(repeat) if repeat > 1 else value
+        layouts = {_layout(gate) for gate in (group.gate, *group.more_gates)}
+        layouts |= {(1, group.norm_features)} if group.norms else set()
+        return {layout: _spread(value, layout) for layout in layouts}
 
     def _hook(self, module: torch.nn.Module, gate: GatePoint, name: str) -> None:
         if gate.at == "input":
-            self._handles.append(module.register_forward_pre_hook(self._input_hook(name)))
+            self._handles.append(module.register_forward_pre_hook(self._input_hook(name, gate)))
         else:
-            self._handles.append(module.register_forward_hook(self._output_hook(name)))
+            self._handles.append(module.register_forward_hook(self._output_hook(name, gate)))
 
-    def _correct(self, norm: torch.nn.Module, name: str) -> None:
+    def _correct(self, norm: torch.nn.Module, group: UnitGroup) -> None:
         """Makes a norm compute over the kept features alone; its input is gated already.
 
         A norm over all features divides by √(Σx²/D + ε), that of the reshaped model by √(Σx²/D' + ε), with D' = Σz. The
@@ -96,7 +101,7 @@ class AttachedGates:
         forward: Callable[[torch.Tensor], torch.Tensor] = norm.forward
 
         def corrected(x: torch.Tensor) -> torch.Tensor:
-            z = self._values.get(name)
+            z = self._value(group.name, (1, group.norm_features))
             if z is None:
                 return forward(x)
             kept = z.to(torch.promote_types(z.dtype, x.dtype)).sum()
@@ -112,16 +117,19 @@ class AttachedGates:
         self._corrected.append((norm, norm.__dict__.get("forward")))
         norm.forward = corrected
 
-    def _input_hook(self, name: str) -> Callable[..., tuple[Any, ...] | None]:
+    def _value(self, name: str, layout: Layout) -> torch.Tensor | None:
+        return self._values[name][layout] if name in self._values else None
+
+    def _input_hook(self, name: str, gate: GatePoint) -> Callable[..., tuple[Any, ...] | None]:
         def gate_input(_module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            z = self._values.get(name)
+            z = self._value(name, _layout(gate))
             return None if z is None else (inputs[0] * z.to(inputs[0].dtype), *inputs[1:])
 
         return gate_input
 
-    def _output_hook(self, name: str) -> Callable[..., torch.Tensor | None]:
+    def _output_hook(self, name: str, gate: GatePoint) -> Callable[..., torch.Tensor | None]:
         def gate_output(_module: torch.nn.Module, _inputs: tuple[Any, ...], output: Any) -> Any:
-            z = self._values.get(name)
+            z = self._value(name, _layout(gate))
             if z is None:
                 return None
             if isinstance(output, tuple):  # an attention block of which only a bias remains
@@ -139,3 +147,16 @@ class AttachedGates:
             if forward is not None:
                 norm.forward = forward
         self._handles, self._corrected, self._values, self._fixed = [], [], {}, {}
+
+
+def _layout(gate: GatePoint) -> Layout:
+    return gate.repeat, gate.features
+
+
+def _spread(value: torch.Tensor, layout: Layout) -> torch.Tensor:
+    repeat, features = layout
+    if features:
+        return torch.cat([value, value.new_ones(1)])[torch.tensor(features, device=value.device)]
+    if isinstance(repeat, tuple):
+        return value.repeat_interleave(torch.tensor(repeat, device=value.device), output_size=sum(repeat))
+    return value.repeat_interleave(repeat) if repeat > 1 else value

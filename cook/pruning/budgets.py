@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from cook.base.errors import UserError
 from cook.config.scheme import Scope
-from cook.pruning.block_times import BlockTimes, TimePricing
+from cook.pruning.block_times import BlockTimes, TimePricing, WholeTimePricing
 from cook.pruning.controller import Constraint, Pricing
-from cook.pruning.count_pricing import count_pricing
+from cook.pruning.count_pricing import CountPricing, count_pricing
 from cook.pruning.counts import (
     Kept,
     cache_features,
@@ -23,10 +24,10 @@ from cook.pruning.counts import (
     unit_flops,
     unit_parameters,
 )
-from cook.pruning.units import Kind, PruningSpace, UnitGroup
+from cook.pruning.units import WIDE, Kind, PruningSpace, UnitGroup
 
 MIB = 1 << 20
-KINDS: tuple[Kind, ...] = ("layer", "heads", "keys", "dimff", "hidden")
+KINDS: tuple[Kind, ...] = get_args(Kind)
 """The order of groups in the flat vector of gates."""
 Cost = Literal["units", "parameters", "flops", "bytes", "ms"]
 """What a budget counts: units, parameters, FLOPs per token, bytes of weights and cache, or measured milliseconds."""
@@ -34,8 +35,8 @@ Keep = Mapping[str, float]
 """What to keep, by a name of `KEEP_KEYS`: a share, a number of heads or FFN dimensions, or MiB or milliseconds."""
 WHOLE_KEYS = ("params", "flops", "memory_mib", "latency_ms")
 """The names of budgets for all units together."""
-KEEP_KEYS = (*WHOLE_KEYS, "blocks", "heads", "dims", "hidden")
-NUMBERS = ("heads", "dims", "hidden")
+KEEP_KEYS = (*WHOLE_KEYS, "blocks", "heads", "dims", "head_dims", "hidden")
+NUMBERS = ("heads", "dims", "head_dims", "hidden")
 """The names whose values may be numbers of units."""
 
 
@@ -63,16 +64,16 @@ class Targets:
     blocks: float | None = None
     """Share of the blocks' parameters; required where blocks have gates."""
     kept: dict[Kind, int | float] = field(default_factory=dict)
-    """Heads and FFN dimensions that each block keeps, if all keep equally many, and hidden dimensions: number (int) or
-    share (float)."""
+    """Heads and FFN dimensions that each block keeps, if all keep equally many, dimensions per head, and hidden
+    dimensions: number (int) or share (float)."""
     scope: Scope = "block"
-    """`block`: each block has its own budget; `global`: one budget for the heads and FFN dimensions of all blocks, and
-    the hidden dimensions if they are learned too."""
+    """`block`: each block has its own budget; `global`: one budget for all units with gates, but for blocks with a
+    target of their own."""
     cost: Cost = "units"
     """What the global budget counts."""
     share: float | None = None
-    """Share of the global budget's costs to keep; None: the share that follows from `limit` or `kept`. With hidden
-    dimensions the budget covers the whole model."""
+    """Share of the global budget's costs to keep; None: the share that follows from `limit` or `kept`. With blocks,
+    head or hidden dimensions the budget covers the whole model."""
     limit: float | None = None
     """Bytes or milliseconds of the whole pruned model."""
     before: Kept = field(default_factory=dict)
@@ -93,23 +94,24 @@ class Targets:
 
 
 def constraints(space: PruningSpace, learned: Sequence[UnitGroup], targets: Targets) -> list[Constraint]:
-    """Returns one constraint over all blocks, by their parameters, and the constraints of heads and FFN dimensions.
+    """Returns one constraint over all blocks, by their parameters, and the constraints of the other units.
 
     With scope `block`, each block has one constraint per kind of unit (one per section if the block has sections), by
-    the number of units, and so have the hidden dimensions. With scope `global`, all of them share one constraint.
+    the number of units, and so have head and hidden dimensions. With scope `global`, all of them share one constraint,
+    and so do blocks without a target of their own.
 
     Args:
         space: The model's space.
         learned: Groups with gates, in the order of the flat vector of gates: blocks, heads, dims, hidden dimensions.
         targets: What the model keeps.
     """
-    groups = {kind: [group for group in learned if group.kind == kind] for kind in KINDS}
+    blocks = [group for group in learned if group.kind == "layer" and targets.blocks is not None]
+    inner = [group for group in learned if group not in blocks]
     budgets: list[Budget] = []
-    if groups["layer"]:
-        assert targets.blocks is not None, "blocks have gates and no target"
-        sizes = [float(unit_parameters(space, group)) for group in groups["layer"]]
+    if blocks:
+        assert targets.blocks is not None
+        sizes = [float(unit_parameters(space, group)) for group in blocks]
         budgets.append(Budget(name="blocks", costs=sizes, removed=1.0 - targets.blocks))
-    inner = groups["heads"] + groups["keys"] + groups["dimff"] + groups["hidden"]
     if inner and targets.scope == "global":
         budgets.append(_shared(space, inner, targets))
     else:
@@ -164,8 +166,8 @@ def unit_cost(space: PruningSpace, group: UnitGroup, targets: Targets) -> float:
 
 
 def _shared(space: PruningSpace, groups: Sequence[UnitGroup], targets: Targets) -> Budget:
-    if groups[-1].kind == "hidden" and targets.cost != "units":
-        return _shared_with_hidden(space, groups, targets)
+    if is_coupled(groups) and targets.cost != "units":
+        return _shared_by_all(space, groups, targets)
     each = [unit_cost(space, group, targets) for group in groups]
     costs = [cost for group, cost in zip(groups, each, strict=True) for _ in range(group.size)]
     share = targets.share
@@ -176,11 +178,7 @@ def _shared(space: PruningSpace, groups: Sequence[UnitGroup], targets: Targets) 
         share = even / sum(costs)
     pricing = None
     if targets.times is not None:
-        if any(group.kind == "keys" for group in groups):
-            raise UserError(
-                "target_latency: the units of attention must be whole key-value groups, which are what was measured",
-                remedy='set fine-grained.head_unit to "auto" or "kv_group"',
-            )
+        _check_whole_groups(groups)
         curves = tuple(targets.times.curve(group) for group in groups)
         pricing = TimePricing(sizes=tuple(group.size for group in groups), curves=curves)
     kinds = {group.kind for group in groups} - {"keys"}
@@ -189,15 +187,34 @@ def _shared(space: PruningSpace, groups: Sequence[UnitGroup], targets: Targets) 
     return Budget(name=name, costs=costs, removed=1.0 - share, owners=owners, pricing=pricing, multiples=multiples)
 
 
-def _shared_with_hidden(space: PruningSpace, groups: Sequence[UnitGroup], targets: Targets) -> Budget:
-    """One budget for the whole model: what a unit costs depends on how many others there are."""
-    if targets.cost == "ms":
+def _check_whole_groups(groups: Sequence[UnitGroup]) -> None:
+    if any(group.kind == "keys" for group in groups):
         raise UserError(
-            "target_latency: the times of blocks were measured for one hidden size",
-            remedy="set another budget, such as target_params, or leave fine-grained.target_hidden out",
+            "target_latency: the units of attention must be whole key-value groups, which are what was measured",
+            remedy='set fine-grained.head_unit to "auto" or "kv_group"',
         )
+
+
+def is_coupled(groups: Sequence[UnitGroup]) -> bool:
+    """Whether what a unit costs depends on others, so that one budget covers the whole model."""
+    return any(group.kind == "layer" or group.kind in WIDE for group in groups)
+
+
+def _shared_by_all(space: PruningSpace, groups: Sequence[UnitGroup], targets: Targets) -> Budget:
+    """One budget for the whole model: what a unit costs depends on how many others there are."""
     owners = _owners(space, groups)
-    pricing = count_pricing(space, groups, owners, lambda kept: whole_cost(space, targets, {**targets.before, **kept}))
+    pricing: CountPricing | WholeTimePricing
+    if targets.times is not None:
+        if lacking := [g.kind for g in groups if g.kind in WIDE and g.kind not in targets.times.wide]:
+            raise UserError(
+                f"target_latency: the table has no times for several numbers of {lacking[0]}",
+                remedy="measure it again with `cook profile`, or leave these units out of the budget",
+            )
+        _check_whole_groups(groups)
+        before = targets.before
+        pricing = WholeTimePricing(space=space, groups=tuple(groups), owners=owners, times=targets.times, before=before)
+    else:
+        pricing = count_pricing(space, groups, owners, partial(_cost_with, space, targets))
     share = targets.share
     if targets.limit is not None:
         share = targets.limit / pricing.whole
@@ -214,17 +231,22 @@ def _shared_with_hidden(space: PruningSpace, groups: Sequence[UnitGroup], target
     )
 
 
+def _cost_with(space: PruningSpace, targets: Targets, kept: Kept) -> float:
+    return whole_cost(space, targets, {**targets.before, **kept})
+
+
 def _owners(space: PruningSpace, groups: Sequence[UnitGroup]) -> tuple[int, ...]:
-    """`Constraint.owners` of one budget for these groups; empty if no query head has learned keys."""
+    """`Constraint.owners` of one budget for these groups; empty if no group's owner has gates."""
     ends = list(accumulate(group.size for group in groups))
     starts = {group.name: end - group.size for group, end in zip(groups, ends, strict=True)}
     owners: list[int] = []
     for group in groups:
         keys = space.keys_of(group)
+        block = "" if group.kind == "layer" or group.kind in WIDE else space.block(group).name
         if keys is not None and keys.name in starts:
             owners += [starts[keys.name] + n for n, size in enumerate(group.spans) for _ in range(size)]
         else:
-            owners += [-1] * group.size
+            owners += [starts.get(block, -1)] * group.size
     return tuple(owners) if max(owners) >= 0 else ()
 
 
@@ -262,7 +284,7 @@ def whole_budget(space: PruningSpace, learned: Sequence[UnitGroup], cost: Cost, 
         UserError: removing heads and FFN dimensions alone cannot reach `share`.
     """
     targets = Targets(scope="global", cost=cost, context=context)
-    if learned[-1].kind == "hidden":
+    if is_coupled(learned):
         return replace(targets, share=share)
     whole = parameters(space) if cost == "parameters" else forward_flops(space, context=context)
     prunable = sum(unit_cost(space, group, targets) * group.size for group in learned)
@@ -293,6 +315,8 @@ def check_keep(keep: Keep) -> None:
         is_absolute = key in ("memory_mib", "latency_ms")
         if not (value > 0 if is_absolute else value >= 1 if is_number else 0 < value <= 1):
             wanted = (
-                "above 0" if is_absolute else "a share above 0 and up to 1.0, or a number of heads, dims or hidden dims"
+                "above 0"
+                if is_absolute
+                else "a share above 0 and up to 1.0, or a number of heads, dims, head dims or hidden dims"
             )
             raise UserError(f"keep: {key}={value}", wanted=wanted)

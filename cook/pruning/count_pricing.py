@@ -1,150 +1,212 @@
-"""Prices of units under a budget for the whole model, where the hidden size makes them depend on one another.
+"""Prices of units under one budget for the whole model, where what a unit costs depends on how many others there are.
 
-An FFN dimension has a weight per hidden dimension in every matrix, so it is cheaper once hidden dimensions are gone,
-and a hidden dimension is cheaper once heads are. With k_g kept units per group and h kept hidden dimensions, a count of
-parameters, FLOPs or bytes is
+An FFN dimension has a weight per hidden dimension in every matrix, so it is cheaper once hidden dimensions are gone; a
+head dimension costs a row per head, and a block takes all its units along. With k_g kept units per group, a count of
+parameters, FLOPs or bytes is a polynomial,
 
-    N = c + Σ_g (a_g + b_g·h)·k_g + b·h + q·h²,
+    N = Σ_j c_j · Π k_g,
 
-since no weight has more than one dimension of heads or FFN dimensions. (q·h²: products of the stream with itself, in a
-model's head.) The numbers a, b, c, q are differences of the exact count, so there is no second count to maintain.
+in which a product has units of one block, head and hidden dimensions, and the block itself (1 as long as it has units,
+since its norms go with the last of them). The coefficients are mixed differences of the exact count, so there is no
+second count to maintain, and no kind of unit is known here by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import partial
+from itertools import accumulate, chain, combinations
+from math import prod
 
 import torch
 
-from cook.pruning.units import PruningSpace, UnitGroup
+from cook.pruning.units import WIDE, PruningSpace, UnitGroup
 
 Count = Callable[[Mapping[str, int]], float]
 """The exact count of the whole model with some units kept per group; a group that is not named keeps all."""
+Product = tuple[int, ...]
+"""The places of groups; one may occur twice."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CountPricing:
-    """The share of a count of the whole model that consecutive gates leave; hidden dimensions are among them."""
+    """The share of a count of the whole model that consecutive gates leave."""
 
     sizes: tuple[int, ...]
     """Gates per group."""
-    hidden: int
-    """Which group has the hidden dimensions."""
     owners: tuple[int, ...]
     """As in `Constraint.owners`."""
     whole: float
     """N with all units."""
-    own: torch.Tensor
-    """a_g, float64 `[groups]`; b for the hidden group."""
-    by_hidden: torch.Tensor
-    """b_g, float64 `[groups]`; q for the hidden group."""
-    block_rest: torch.Tensor
-    """What else goes with the last unit of a group, such as the block's norms, as a + b·h: float64 `[2, groups]`."""
+    factors: torch.Tensor
+    """The numbers of the variables in each product, int64 `[products, most]`. A variable is the units of a group, in
+    the order of `sizes`; or one of `blocks`; or, behind these, the number 1."""
+    coefficients: torch.Tensor
+    """float64 `[products]`."""
+    blocks: tuple[tuple[int, ...], ...]
+    """Blocks without a gate of their own, each as the groups inside of it: 1, or 0 if one of them has no units."""
 
-    def share(self, kept: torch.Tensor) -> float:
+    def share(self, kept: torch.Tensor) -> torch.Tensor:
         """N / whole for the kept units per group, float64 `[groups]`; a block without units counts with its norms."""
-        full = torch.tensor(self.sizes, dtype=torch.float64)
-        return float(1 - (self._sum(full) - self._sum(kept)) / self.whole)
+        variables = torch.cat([kept, kept.new_ones(len(self.blocks) + 1)])
+        return (variables[self.factors].prod(1) * self.coefficients).sum() / self.whole
 
     def even(self, share: float) -> float:
-        """The share of its units that every group keeps if all keep the same share, and `share` of N stays."""
+        """The share of its units that every group keeps if all keep the same share, and `share` of N stays; blocks with
+        gates of their own stay.
+        """
         low, high, full = 0.0, 1.0, torch.tensor(self.sizes, dtype=torch.float64)
         for _ in range(50):
             middle = (low + high) / 2
-            low, high = (low, middle) if self.share(full * middle) > share else (middle, high)
+            kept = torch.where(full > 1, full * middle, full)
+            low, high = (low, middle) if float(self.share(kept)) > share else (middle, high)
         return high
-
-    def _sum(self, kept: torch.Tensor) -> torch.Tensor:
-        return (self.own * kept).sum() + kept[self.hidden] * (self.by_hidden * kept).sum()
 
     def linearised(self, openness: torch.Tensor) -> tuple[torch.Tensor, float]:
         """The tangent of the kept share at `openness`, float64 `[gates]`: share ≈ Σ cost·openness + offset."""
-        kept = torch.stack([part.sum() for part in openness.split(list(self.sizes))])
-        prices = self.own + self.by_hidden * kept[self.hidden]
-        prices[self.hidden] += (self.by_hidden * kept).sum()
-        costs = (prices / self.whole).repeat_interleave(torch.tensor(self.sizes))
-        return costs, self.share(kept) - float(costs @ openness)
+        share, prices = self.prices(torch.stack([part.sum() for part in openness.split(list(self.sizes))]))
+        costs = prices.repeat_interleave(torch.tensor(self.sizes))
+        return costs, share - float(costs @ openness)
+
+    def prices(self, kept: torch.Tensor) -> tuple[float, torch.Tensor]:
+        """The share for the kept units per group, and its derivatives by them, float64 `[groups]`."""
+        with torch.enable_grad():
+            kept = kept.detach().clone().requires_grad_()
+            share = self.share(kept)
+            (prices,) = torch.autograd.grad(share, kept)
+        return float(share.detach()), prices
 
     def removed_after(self, order: torch.Tensor) -> torch.Tensor:
         """The removed share of N after 0, 1, 2, … of the gates in `order` are closed, float64 `[gates + 1]`.
 
         Gates that own others are not in `order`: an owner goes with the last of its gates.
         """
-        steps, ends = self._with_owners(order)
-        group = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))[steps]
-        is_hidden = group == self.hidden
-        hidden_before = self.sizes[self.hidden] - (is_hidden.cumsum(0) - is_hidden.long())
-        # The hidden group's own price: b + Σ b_g·k_g + q·(2h − 1), with h before the step.
-        coupled = torch.where(is_hidden, 0.0, self.by_hidden[group]).cumsum(0)
-        sizes = torch.tensor(self.sizes, dtype=torch.float64)
-        others = (self.by_hidden * sizes).sum() - self.by_hidden[self.hidden] * sizes[self.hidden] - coupled
-        price = self.own[group] + self.by_hidden[group] * hidden_before
-        price = torch.where(is_hidden, price + others + self.by_hidden[group] * (hidden_before - 1), price)
-        for number, size in enumerate(self.sizes):
-            places = (group == number).nonzero().flatten()
-            if number != self.hidden and len(places) == size:
-                price[places[-1]] += self.block_rest[0, number] + self.block_rest[1, number] * hidden_before[places[-1]]
-                # The rest of a block also goes with every hidden dimension, until the block is gone.
-                price[places[-1] + 1 :] -= torch.where(is_hidden[places[-1] + 1 :], self.block_rest[1, number], 0.0)
-        removed = torch.cat([torch.zeros(1, dtype=torch.float64), price.cumsum(0)])
-        return removed[ends] / self.whole
+        kept = kept_after(self.sizes, self.owners, order)
+        kept += [torch.stack([kept[number] for number in inside]).amin(0).clamp(max=1) for inside in self.blocks]
+        total = torch.zeros(len(order) + 1, dtype=torch.float64)
+        for factors, coefficient in zip(self.factors.tolist(), self.coefficients.tolist(), strict=True):
+            product = torch.full((len(order) + 1,), coefficient, dtype=torch.float64)
+            for factor in factors:
+                product = product * kept[factor] if factor < len(kept) else product
+            total += product
+        return 1 - total / self.whole
 
-    def _with_owners(self, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`order` with each owner behind the last of its gates; and how many steps of it 0, 1, 2, … of `order` are."""
-        if not self.owners:
-            return order, torch.arange(len(order) + 1)
-        owner = torch.tensor(self.owners)[order]
-        left = {number: self.owners.count(number) for number in {*self.owners} - {-1}}
-        steps, ends = [], [0]
-        for gate, owning in zip(order.tolist(), owner.tolist(), strict=True):
-            steps.append(gate)
-            if owning >= 0:
-                left[owning] -= 1
-                steps += [owning] if not left[owning] else []
-            ends.append(len(steps))
-        return torch.tensor(steps), torch.tensor(ends)
+
+def kept_after(sizes: Sequence[int], owners: Sequence[int], order: torch.Tensor) -> list[torch.Tensor]:
+    """The kept units of each group after 0, 1, 2, … of the gates in `order` are closed, int64 `[gates + 1]` each.
+
+    Args:
+        sizes: Gates per group.
+        owners: As in `Constraint.owners`; each owner goes with the last of its gates.
+        order: Gates, first to go first, without those that own others.
+    """
+    steps, ends = order, torch.arange(len(order) + 1)
+    if owners:
+        left = {number: list(owners).count(number) for number in {*owners} - {-1}}
+        gone, marks = [], [0]
+        for gate in order.tolist():
+            gone.append(gate)
+            while (gate := owners[gate]) >= 0:
+                left[gate] -= 1
+                if left[gate]:
+                    break
+                gone.append(gate)
+            marks.append(len(gone))
+        steps, ends = torch.tensor(gone, dtype=torch.long), torch.tensor(marks)
+    group, start = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))[steps], torch.zeros(1).long()
+    return [size - torch.cat([start, (group == number).cumsum(0)])[ends] for number, size in enumerate(sizes)]
 
 
 def count_pricing(
     space: PruningSpace, groups: Sequence[UnitGroup], owners: tuple[int, ...], count: Count
 ) -> CountPricing:
-    """The prices of units in consecutive groups of gates, one of which has the hidden dimensions."""
-    hidden = next(number for number, group in enumerate(groups) if group.kind == "hidden")
-    stream = groups[hidden]
-    whole, fewer, fewest = (count({stream.name: stream.size - n}) for n in range(3))
+    """The prices of units in consecutive groups of gates."""
+    number = {group.name: n for n, group in enumerate(groups)}
+    wide = [group for group in groups if group.kind in WIDE]
+    inside: dict[str, list[UnitGroup]] = {space.block(g).name: [] for g in groups if g.kind not in WIDE}
+    for group in groups:
+        if group.kind not in ("layer", *WIDE):
+            inside[space.block(group).name].append(group)
+    absent = {name: {name: 0} if name in number else {g.name: 0 for g in own} for name, own in inside.items()}
+    without_blocks = {name: 0 for gone in absent.values() for name in gone}
+    products: dict[Product, float] = {}
 
-    def priced(first: Mapping[str, int], then: Mapping[str, int]) -> tuple[float, float]:
-        """What a step from some units to others takes, as a + b·h."""
-        one, two = (count({**first, **cut}) - count({**then, **cut}) for cut in ({}, {stream.name: stream.size - 1}))
-        return one - stream.size * (one - two), one - two
+    def add(found: Mapping[Product, float], places: Sequence[UnitGroup], *more: int) -> None:
+        for product, coefficient in found.items():
+            products[(*(number[places[n].name] for n in product), *more)] = coefficient
 
-    own, by_hidden = torch.zeros(2, len(groups), dtype=torch.float64)
-    block_rest = torch.zeros(2, len(groups), dtype=torch.float64)
-    for number, group in enumerate(groups):
-        if group.kind != "hidden":
-            own[number], by_hidden[number] = priced({}, {group.name: group.size - 1})
-    for number, group in enumerate(groups):
-        if group.kind in ("heads", "dimff"):
-            keys = space.keys_of(group)
-            inside = [n for n, g in enumerate(groups) if g is group or g is keys]
-            last, none = ({groups[n].name: units for n in inside} for units in (1, 0))
-            each = torch.tensor(priced(last, none), dtype=torch.float64)
-            block_rest[:, number] = each - torch.stack([own[inside].sum(), by_hidden[inside].sum()])
-    square = (whole - fewer - (fewer - fewest)) / 2
-    sizes = torch.tensor([group.size for group in groups], dtype=torch.float64)
-    own[hidden] = whole - fewer - float((by_hidden * sizes).sum()) - square * (2 * stream.size - 1)
-    by_hidden[hidden] = square
+    add(_polynomial(wide, lambda kept: count({**without_blocks, **kept}), square=True), wide)
+    known: dict[object, dict[Product, float]] = {}
+    ungated = [name for name in inside if name not in number]
+    exists = number | {name: len(groups) + n for n, name in enumerate(ungated)}
+    for name, own in inside.items():
+        # Blocks that are alike have the same polynomial, whose variables are named by place.
+        block = space.block(own[0]) if own else next(group for group in groups if group.name == name)
+        units, gone = [*own, *wide], absent[name]
+        alike = _shape_of(space, [block, *own]), name in number
+        if alike not in known:
+            known[alike] = _polynomial(units, partial(_of_block, count, gone))
+        add(known[alike], units, exists[name])
+    most = max(map(len, products))
+    one = len(groups) + len(ungated)
     return CountPricing(
         sizes=tuple(group.size for group in groups),
-        hidden=hidden,
         owners=owners,
-        whole=whole,
-        own=own,
-        by_hidden=by_hidden,
-        block_rest=block_rest,
+        whole=count({}),
+        factors=torch.tensor([[*product, *[one] * (most - len(product))] for product in products]),
+        coefficients=torch.tensor([*products.values()], dtype=torch.float64),
+        blocks=tuple(tuple(number[group.name] for group in inside[name]) for name in ungated),
     )
+
+
+def _of_block(count: Count, gone: Mapping[str, int], kept: Mapping[str, int]) -> float:
+    return count(kept) - count({**kept, **gone})
+
+
+def _polynomial(groups: Sequence[UnitGroup], count: Count, *, square: bool = False) -> dict[Product, float]:
+    """A count as Σ c · Π k_g, by the places of the groups in each product.
+
+    By mixed differences where all units are kept: the count is linear in each k_g; with `square` also quadratic, as
+    products of the stream with itself are.
+    """
+    found: dict[Product, float] = {}
+    values = {
+        gone: count({groups[n].name: groups[n].size - 1 for n in gone})
+        for length in range(len(groups) + 1)
+        for gone in combinations(range(len(groups)), length)
+    }
+
+    def add(places: Product, difference: float) -> None:
+        """Adds difference · Π (k_g − K_g)."""
+        for length in range(len(places) + 1) if difference else ():
+            for left in combinations(range(len(places)), length):
+                others = [groups[place].size for n, place in enumerate(places) if n not in left]
+                product = tuple(places[n] for n in left)
+                found[product] = found.get(product, 0.0) + difference * prod(-size for size in others)
+
+    for places in values:
+        parts = chain.from_iterable(combinations(places, length) for length in range(len(places) + 1))
+        add(places, sum((-1) ** len(gone) * values[gone] for gone in parts))
+    for n, group in enumerate(groups) if square else ():
+        twice = values[()] - 2 * values[(n,)] + count({group.name: group.size - 2})
+        add((n, n), twice / 2)
+        add((n,), twice / 2)
+    return {product: coefficient for product, coefficient in found.items() if coefficient}
+
+
+def _shape_of(space: PruningSpace, groups: Sequence[UnitGroup]) -> object:
+    """What the count of a block depends on: its weights' shapes, and which part of them belongs to its units."""
+    layer = f".{groups[0].layer}."
+    return [
+        (
+            g.kind,
+            g.size,
+            g.sections,
+            [(s.path.replace(layer, "."), space.shapes[s.path], s.dim, s.block) for s in g.slices],
+        )
+        for g in groups
+    ].__repr__()
 
 
 def in_multiples(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import prod
 
-from cook.pruning.units import PruningSpace, UnitGroup
+from cook.pruning.units import WIDE, PruningSpace, UnitGroup, WeightSlice
 
 Kept = Mapping[str, int]
 """Units that each group keeps, by group name; a group that is not named keeps all."""
@@ -15,7 +15,7 @@ def unit_parameters(space: PruningSpace, group: UnitGroup) -> int:
     """Parameters removed with one unit of `group`, everything else kept."""
     # A buffer may be a single number, without any dimension.
     owned = [(s, space.shapes[s.path]) for s in group.slices]
-    return sum(prod(shape) // (shape[s.dim] if shape else 1) * s.block for s, shape in owned)
+    return sum(prod(shape) // (shape[s.dim] if shape else 1) * s.block * s.repeats for s, shape in owned)
 
 
 def unit_flops(space: PruningSpace, group: UnitGroup, *, context: int) -> int:
@@ -51,7 +51,8 @@ def cache_features(space: PruningSpace, kept: Kept | None = None) -> int:
         units, keys = kept.get(group.name, group.size), space.keys_of(group)
         count = group.heads(units)[1] if keys is None else kept.get(keys.name, keys.size)
         total += 2 * (group.slices[-1].block // group.members) * count if units else 0
-    return total
+    size = space.head_dims.size if space.head_dims else 1
+    return total * kept.get("head_dims", size) // size
 
 
 def kept_shapes(space: PruningSpace, kept: Kept) -> dict[str, tuple[int, ...]]:
@@ -65,15 +66,22 @@ def kept_shapes(space: PruningSpace, kept: Kept) -> dict[str, tuple[int, ...]]:
     for group in space.every:
         left = kept.get(group.name, group.size)
         gone |= weights_gone(space, group, left)
-        if group.kind != "layer":
+        if group.kind != "layer" and left < group.size:
             for piece in group.slices:
-                shapes[piece.path][piece.dim] -= (group.size - left) * piece.block
+                heads = round(piece.repeats * _share_of_heads(space, piece, kept))
+                shapes[piece.path][piece.dim] -= (group.size - left) * piece.block * heads
     return {path: tuple(shape) for path, shape in shapes.items() if path not in gone}
+
+
+def _share_of_heads(space: PruningSpace, piece: WeightSlice, kept: Kept) -> float:
+    """The share of the heads that stays in which head dimensions lie; 1 for other units."""
+    owner = space.owner(piece)
+    return 1.0 if owner is None else kept.get(owner.name, owner.size) / owner.size
 
 
 def weights_gone(space: PruningSpace, group: UnitGroup, left: int) -> set[str]:
     """The weights that are removed entirely if `group` keeps `left` units."""
-    if left or group.kind == "hidden":
+    if left or group.kind in WIDE:
         return set()
     if group.kind == "layer":
         return {piece.path for piece in group.slices}

@@ -79,8 +79,8 @@ class Adapter:
     """(config, space, kept, renumber=True) → the reshaped model's config: that of the stock class if it can load the
     result. Without `renumber`, weights and modules that stay keep their names."""
     stock_holds: Callable[..., bool]
-    """(config, heads, kv_heads, hidden=None) → whether all attention blocks can have these numbers, and the model this
-    hidden size, without remote code."""
+    """(config, heads, kv_heads, hidden=None, head_dim=None) → whether all attention blocks can have these numbers, and
+    the model this hidden size and size of heads, without remote code."""
     modeling: Callable[[ModelConfig], Modeling | None]
     """The code that a model with this config needs; None if stock transformers loads it."""
     inputs: Callable[[Batch], Batch]

@@ -203,7 +203,8 @@ class Gates:
             allowed = allowed[allowed >= gone[order].sum()]
             removed = int(allowed[(removed_share[allowed] - c.target).abs().argmin()])
             kept[c.start + order[:removed]] = 0.0
-            for owner in {*c.owners} - {-1}:
+            # A key-value head goes before the block that owns it.
+            for owner in sorted({*c.owners} - {-1}, key=lambda gate: c.owners[gate] < 0):
                 kept[c.start + owner] = kept[part][torch.tensor(c.owners) == owner].amax()
         return kept
 
@@ -220,7 +221,10 @@ class Gates:
             gone: Which of them a larger size has removed.
         """
         owners, costs = torch.tensor(c.owners), costs.clone()
-        values = torch.where(owners >= 0, values * values[owners.clamp(min=0)], values).masked_fill(gone, -1.0)
+        own = values
+        for _ in range(2):  # query heads are multiplied by their keys, and these by their block
+            values = torch.where(owners >= 0, own * values[owners.clamp(min=0)], own)
+        values = values.masked_fill(gone, -1.0)
         order = torch.argsort(values, stable=True)
         place = torch.argsort(order)
         owning = sorted({*c.owners} - {-1})

@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from cook.base.errors import UserError
-from cook.pruning.units import PruningSpace, UnitGroup
+from cook.pruning.units import WIDE, PruningSpace, UnitGroup
 
 Masks = Mapping[str, torch.Tensor]
 COARSE_KEYS = ("self_att_layer_z", "cross_att_layer_z", "ffn_layer_z")
-FINE_KEYS = {"heads": "heads_z", "dimff": "dimff_z", "hidden": "hidden_z"}
+FINE_KEYS = {"heads": "heads_z", "dimff": "dimff_z", "head_dims": "head_dims_z", "hidden": "hidden_z"}
+WIDE_NAMES = {"head_dims": "the size of heads", "hidden": "the hidden size"}
 
 
 def kept_counts(masks: Masks) -> dict[str, int]:
@@ -114,15 +115,15 @@ def coarse_from_tensors(
 
 
 def fine_to_tensors(space: PruningSpace, masks: Masks) -> dict[str, torch.Tensor]:
-    """The fine file's content: `heads_z`, `dimff_z`, `hidden_z` (one number per hidden dimension), for the kinds in
-    `masks`.
+    """The fine file's content, for the kinds in `masks`: `heads_z`, `dimff_z`, `head_dims_z` (one number per pair of
+    dimensions that rotary positions turn, or per dimension), `hidden_z` (one number per hidden dimension).
 
     Raises:
         UserError: blocks have different numbers of units, which the layout cannot store.
     """
     tensors: dict[str, torch.Tensor] = {}
     for kind, key in FINE_KEYS.items():
-        if kind == "hidden":
+        if kind in WIDE:
             tensors |= {key: masks[kind]} if kind in masks else {}
             continue
         groups = _rows(space, masks, kind)
@@ -145,15 +146,15 @@ def fine_from_tensors(
         space: The model's space.
         block_masks: The coarse masks, which define the block of each row.
         tensors: The file's content.
-        kind: `heads`, `dimff` or `hidden`.
+        kind: `heads`, `dimff`, `head_dims` or `hidden`.
         source: The file's name, for errors.
 
     Raises:
         UserError: the rows belong to another model or another coarse mask, prune a group that must stay whole, or
             separate units that must be pruned together.
     """
-    if kind == "hidden":
-        return {kind: _hidden_mask(space, tensors[FINE_KEYS[kind]], source)}
+    if kind in WIDE:
+        return {kind: _wide_mask(space, kind, tensors[FINE_KEYS[kind]], source)}
     rows, groups = tensors[FINE_KEYS[kind]], _rows(space, block_masks, kind)
     sizes = sorted({group.size * group.members for group in groups or space.groups if group.kind == kind})
     if len(sizes) != 1 or rows.shape != (len(groups), sizes[0]):
@@ -170,12 +171,12 @@ def fine_from_tensors(
     return masks
 
 
-def _hidden_mask(space: PruningSpace, mask: torch.Tensor, source: str) -> torch.Tensor:
-    size = space.hidden.size if space.hidden else 0
+def _wide_mask(space: PruningSpace, kind: str, mask: torch.Tensor, source: str) -> torch.Tensor:
+    size = next((group.size for group in space.every if group.name == kind), 0)
     if mask.shape != (size,) or not mask.any():
         raise UserError(
-            f"{source}: hidden_z does not fit the model",
-            wanted=f"shape ({size},), not all 0" if size else "no hidden mask: the hidden size must stay",
+            f"{source}: {FINE_KEYS[kind]} does not fit the model",
+            wanted=f"shape ({size},), not all 0" if size else f"no such mask: {WIDE_NAMES[kind]} must stay",
             got=f"shape {tuple(mask.shape)}",
         )
     return mask.clone()

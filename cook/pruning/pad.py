@@ -17,7 +17,7 @@ from cook.base.tensor_files import LazyTensors
 from cook.pruning.family import ModelSource
 from cook.pruning.mask_set import Masks
 from cook.pruning.reshape import kept_units
-from cook.pruning.units import PruningSpace, UnitGroup, WeightSlice
+from cook.pruning.units import WIDE, PruningSpace, UnitGroup, WeightSlice
 
 Zeroed = list[tuple[WeightSlice, tuple[int, ...]]]
 
@@ -42,8 +42,8 @@ def padded(source: ModelSource, space: PruningSpace, masks: Masks) -> tuple[Mode
                 remedy="leave --uniform out, or prune the original model in one step",
             )
         own = {group.name: _own(space, masks, group) for group in groups}
-        hidden = int(masks["hidden"].sum()) if "hidden" in masks else None
-        sections, size = _sizes(source, space, own, groups, hidden)
+        wide = {g.kind: int(masks[g.kind].sum()) * g.members if g.kind in masks else None for g in space.every}
+        sections, size = _sizes(source, space, own, groups, (wide.get("hidden"), wide.get("head_dims")))
         for group in groups:
             is_gone = not masks.get(space.block(group).name, torch.ones(1)).all()
             even |= _filled(space, group, own[group.name], sections, size)
@@ -55,7 +55,7 @@ def padded(source: ModelSource, space: PruningSpace, masks: Masks) -> tuple[Mode
                 for piece in filled.slices if added else ():
                     zeroed.setdefault(piece.path, []).append((piece, added))
             emptied |= set(space.block(group).residue) if is_gone else set()
-    even |= {"hidden": masks["hidden"]} if "hidden" in masks else {}
+    even |= {kind: masks[kind] for kind in WIDE if kind in masks}
     if source.adapter.modeling(source.adapter.shrink(source.config, space, kept_units(space, even)).config):
         raise UserError("--uniform: this family always needs its modeling file", remedy="leave --uniform out")
     readers = {p: partial(_read, source.tensors, p, zeroed.get(p, []), p in emptied) for p in space.shapes}
@@ -78,9 +78,12 @@ def _sizes(
     space: PruningSpace,
     own: Mapping[str, torch.Tensor],
     groups: list[UnitGroup],
-    hidden: int | None,
+    wide: tuple[int | None, int | None],
 ) -> tuple[int, int]:
-    """Sections, and units per section, of the largest group, or the next larger numbers that a stock class can load."""
+    """Sections, and units per section, of the largest group, or the next larger numbers that a stock class can load.
+
+    `wide`: the hidden size and the dimensions per head, where they are masked.
+    """
     first = groups[0]
     size = max(1, *(int(mask.sum(1).max()) for mask in own.values()))
     sections = first.sections
@@ -91,7 +94,7 @@ def _sizes(
             if first.kind == "dimff":
                 return number, each
             heads = (number * each, number) if first.head_unit == "query_head" else first.heads(each)
-            if source.adapter.stock_holds(source.config, *heads, hidden):
+            if source.adapter.stock_holds(source.config, *heads, *wide):
                 return number, each
     raise UserError(
         "--uniform: no transformers class can load these sizes in all layers",
@@ -116,7 +119,5 @@ def _read(tensors: Mapping[str, torch.Tensor], path: str, zeroed: Zeroed, is_emp
     if is_empty:
         return torch.zeros_like(tensor)
     for piece, units in zeroed:
-        starts = piece.offset + torch.tensor(units) * piece.block
-        indices = (starts[:, None] + torch.arange(piece.block)).flatten()
-        tensor = tensor.index_fill(piece.dim, indices, 0)
+        tensor = tensor.index_fill(piece.dim, piece.indices(units), 0)
     return tensor

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from cook.pruning.mask_set import Masks, consistent
-from cook.pruning.units import PruningSpace
+from cook.pruning.units import WIDE, PruningSpace
 
 
 def random_masks_like(space: PruningSpace, masks: Masks, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Random masks that keep as many attention blocks, FFN blocks, heads, FFN and hidden dimensions as `masks`.
+    """Random masks that keep as many attention blocks, FFN blocks, heads, FFN, head and hidden dimensions as `masks`.
 
     The kept blocks and the kept units inside them are drawn at random; the r-th kept block gets as many units as
     the r-th kept block of `masks`, in its key-value groups as many as there, in another order.
@@ -35,8 +35,9 @@ def random_masks_like(space: PruningSpace, masks: Masks, generator: torch.Genera
                 each = [each[n] for n in torch.randperm(len(each), generator=generator).tolist()]
             drawn = [_random_mask(size, kept, generator) for size, kept in zip(spans, each, strict=True)]
             chosen[inner[layer].name] = torch.cat(drawn)
-    if "hidden" in masks:
-        chosen["hidden"] = _random_mask(len(masks["hidden"]), int(masks["hidden"].sum()), generator)
+    for kind in WIDE:
+        if kind in masks:
+            chosen[kind] = _random_mask(len(masks[kind]), int(masks[kind].sum()), generator)
     return consistent(space, chosen)
 
 

@@ -11,10 +11,10 @@ from cook.base.errors import UserError
 from cook.base.tensor_files import LazyTensors
 from cook.pruning.counts import weights_gone
 from cook.pruning.mask_set import Masks, consistent
-from cook.pruning.units import PruningSpace, WeightSlice
+from cook.pruning.units import WIDE, PruningSpace, WeightSlice
 
-Cuts = Sequence[tuple[WeightSlice, tuple[int, ...]]]
-"""The slices of a weight that lose units, and the indices of these units."""
+Cuts = Sequence[tuple[WeightSlice, tuple[int, ...], int]]
+"""The slices of a weight that lose units, the indices of these units, and how many units there were."""
 
 
 def kept_units(space: PruningSpace, masks: Masks) -> dict[str, tuple[int, ...]]:
@@ -119,9 +119,9 @@ def fan_in_sizes(space: PruningSpace) -> dict[str, int]:
 def _dropped_and_cut(space: PruningSpace, masks: Masks) -> tuple[set[str], dict[str, Cuts]]:
     """The weights that are removed as a whole, and those that lose some units."""
     kept = kept_units(space, masks)
-    cuts: dict[str, list[tuple[WeightSlice, tuple[int, ...]]]] = {}
+    cuts: dict[str, list[tuple[WeightSlice, tuple[int, ...], int]]] = {}
     dropped: set[str] = set()
-    assert kept.get("hidden", (0,)), "a model without hidden dimensions"
+    assert all(kept.get(kind, (0,)) for kind in WIDE), "a model without any hidden or head dimensions"
     for group in space.every:
         if group.name not in kept:
             continue
@@ -129,50 +129,51 @@ def _dropped_and_cut(space: PruningSpace, masks: Masks) -> tuple[set[str], dict[
         if kept[group.name] and len(kept[group.name]) < group.size:
             removed = tuple(sorted(set(range(group.size)) - set(kept[group.name])))
             for piece in group.slices:
-                cuts.setdefault(piece.path, []).append((piece, removed))
+                cuts.setdefault(piece.path, []).append((piece, removed, group.size))
     return dropped, {path: pieces for path, pieces in cuts.items() if path not in dropped}
 
 
 def _kept_indices(size: int, dim: int, cuts: Cuts) -> torch.Tensor:
     stays = torch.ones(size, dtype=torch.bool)
-    for piece, removed in cuts:
+    for piece, removed, _ in cuts:
         if piece.dim == dim:
-            starts = piece.offset + torch.tensor(removed) * piece.block
-            stays[(starts[:, None] + torch.arange(piece.block)).flatten()] = False
+            stays[piece.indices(removed)] = False
     return stays.nonzero().flatten()
 
 
 def _put_back(tensor: torch.Tensor, whole: torch.Tensor, cuts: Cuts) -> torch.Tensor:
     whole = whole.to(tensor.dtype, copy=True)
     indices = [torch.arange(size) for size in whole.shape]
-    scale = 1.0
-    for dim in {piece.dim for piece, _ in cuts}:
+    for dim in {piece.dim for piece, _, _ in cuts}:
         indices[dim] = _kept_indices(whole.shape[dim], dim, cuts)
-        scale /= _scale(len(indices[dim]), whole.shape[dim], dim, cuts, rescale=False)
-    whole[torch.meshgrid(*indices, indexing="ij")] = _scaled(tensor, scale, cuts)
+        tensor = _scaled(tensor, dim, indices[dim], whole.shape[dim], cuts, rescale=False, inverse=True)
+    whole[torch.meshgrid(*indices, indexing="ij")] = tensor
     return whole
 
 
 def _cut(tensor: torch.Tensor, cuts: Cuts, rescale: bool) -> torch.Tensor:
     """Removes units, all of one dimension at once; indices refer to the whole tensor."""
-    scale = 1.0
-    for dim in sorted({piece.dim for piece, _ in cuts}):
-        stays = _kept_indices(tensor.shape[dim], dim, cuts)
-        scale *= _scale(len(stays), tensor.shape[dim], dim, cuts, rescale)
-        tensor = tensor.index_select(dim, stays)
-    return _scaled(tensor, scale, cuts)
+    for dim in sorted({piece.dim for piece, _, _ in cuts}):
+        size = tensor.shape[dim]
+        stays = _kept_indices(size, dim, cuts)
+        tensor = _scaled(tensor.index_select(dim, stays), dim, stays, size, cuts, rescale=rescale)
+    return tensor
 
 
-def _scale(new: int, old: int, dim: int, cuts: Cuts, rescale: bool) -> float:
-    """The factor of a weight that keeps `new` of `old` indices of a dimension; without `rescale`, but for fan-in."""
-    pieces = [piece for piece, _ in cuts if piece.dim == dim]
-    power = max((piece.power for piece in pieces), key=abs)
-    return float((new / old) ** (power + 0.5 * (rescale and any(piece.fan_in for piece in pieces))))
-
-
-def _scaled(tensor: torch.Tensor, scale: float, cuts: Cuts) -> torch.Tensor:
-    if scale == 1.0:
+def _scaled(
+    tensor: torch.Tensor, dim: int, stays: torch.Tensor, size: int, cuts: Cuts, *, rescale: bool, inverse: bool = False
+) -> torch.Tensor:
+    """The factors of what stays along one dimension of `size` indices; without `rescale`, but for fan-in."""
+    pieces = [(piece, 1 - len(removed) / units, units) for piece, removed, units in cuts if piece.dim == dim]
+    factors = torch.ones(size, dtype=torch.float64)
+    if rescale and any(piece.fan_in for piece, _, _ in pieces):
+        factors *= (len(stays) / size) ** 0.5
+    for piece, share, units in pieces:
+        if piece.power:
+            factors[piece.indices(range(units))] *= share**piece.power
+    if bool((factors == 1).all()):
         return tensor
-    added = max(piece.added for piece, _ in cuts)
+    added = max(piece.added for piece, _, _ in pieces)
+    factors = factors[stays].view([-1 if axis == dim else 1 for axis in range(tensor.ndim)])
     # In float64, so that only the result is rounded.
-    return ((tensor.double() + added) * scale - added).to(tensor.dtype)
+    return ((tensor.double() + added) * (1 / factors if inverse else factors) - added).to(tensor.dtype)

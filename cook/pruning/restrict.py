@@ -12,7 +12,8 @@ from cook.pruning.units import PruningSpace, UnitGroup
 def restrict(space: PruningSpace, allowed: Sequence[str], aliases: Mapping[str, tuple[str, ...]]) -> PruningSpace:
     """The space with only the groups that `allowed` names; the others become `unprunable`.
 
-    Hidden dimensions remain if all matrices on the residual stream are named, the embeddings among them.
+    Hidden dimensions remain if all matrices on the residual stream are named, the embeddings among them. Head
+    dimensions remain if all matrices of attention are named.
 
     Args:
         space: All that the family can prune.
@@ -42,13 +43,18 @@ def restrict(space: PruningSpace, allowed: Sequence[str], aliases: Mapping[str, 
             )
         return bool(chosen)
 
-    stream = [s.path for s in space.hidden.slices if len(space.shapes[s.path]) == 2] if space.hidden else []
-    hidden = space.hidden if all(map(named, stream)) else None
+    def if_all_named(group: UnitGroup | None) -> UnitGroup | None:
+        paths = [s.path for s in group.slices if len(space.shapes[s.path]) == 2] if group else []
+        return group if all(map(named, paths)) else None
+
+    hidden, head_dims = if_all_named(space.hidden), if_all_named(space.head_dims)
     groups = tuple(group for group in space.groups if is_allowed(group))
     if not groups:
         raise UserError("pruned_module leaves nothing to prune", got=list(allowed), wanted=_some_paths(space))
     others = tuple(group for group in space.groups if group not in groups)
-    return dataclasses.replace(space, groups=groups, unprunable=(*space.unprunable, *others), hidden=hidden)
+    return dataclasses.replace(
+        space, groups=groups, unprunable=(*space.unprunable, *others), hidden=hidden, head_dims=head_dims
+    )
 
 
 def _ends(path: str, suffix: str) -> bool:

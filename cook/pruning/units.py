@@ -6,13 +6,19 @@ read it and use nothing else about the model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
-Kind = Literal["layer", "heads", "keys", "dimff", "hidden"]
+import torch
+
+Kind = Literal["layer", "heads", "keys", "dimff", "head_dims", "hidden"]
 """`keys` are key-value heads whose query heads are units of their own: each goes with the last of its query heads.
-`hidden` are the dimensions of the residual stream, one group for the whole model."""
+`head_dims` are the dimensions of every head, and `hidden` those of the residual stream: each is one group for the whole
+model."""
+WIDE: tuple[Kind, ...] = ("head_dims", "hidden")
+"""The kinds with one group for the whole model, whose name is that of the kind."""
 Site = Literal["att", "ffn", "stream"]
 HeadUnit = Literal["kv_group", "query_head"]
 """The unit of attention: a key-value head with all its query heads, or a single query head, whose keys and values
@@ -40,6 +46,25 @@ class WeightSlice:
     """Slicing multiplies the weight by (new/old)^power, where another use of the hidden size must be balanced."""
     added: float = 0.0
     """What the model adds to the weight at run time, which `power` then scales too: 1 in Gemma's norms."""
+    within: tuple[tuple[int, ...], ...] = ()
+    """For head dimensions: the indices of each unit in one head; unit u has offset + h·period + `within`[u] for every
+    head h, and `block` is the number of these indices."""
+    period: int = 0
+    """Indices per head, along `dim`, where `within` is given."""
+    repeats: int = 1
+    """Heads, where `within` is given."""
+
+    def indices(self, units: Sequence[int]) -> torch.Tensor:
+        """The indices of these units along `dim`, in no order, int64."""
+        if not self.within:
+            starts = self.offset + torch.tensor(units, dtype=torch.long) * self.block
+            return (starts[:, None] + torch.arange(self.block)).flatten()
+        inside = torch.tensor([index for unit in units for index in self.within[unit]], dtype=torch.long)
+        return (self.offset + torch.arange(self.repeats)[:, None] * self.period + inside).flatten()
+
+    def spans(self, index: int, size: int) -> bool:
+        """Whether an index along `dim` is in the part that `size` units have, which has no `within`."""
+        return not self.within and self.offset <= index < self.offset + size * self.block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +74,16 @@ class GatePoint:
     module: str
     """Path of the module as `Module.get_submodule` takes it."""
     at: Literal["input", "output"]
-    repeat: int | tuple[int, ...]
+    repeat: int | tuple[int, ...] = 1
     """Consecutive features that share one gate, one number per gate where they differ; 0 if one gate scales all."""
+    features: tuple[int, ...] = ()
+    """The gate of each feature, or -1 for none, where `repeat` cannot describe it: in every head of q, k and v."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnitGroup:
     """Units of one kind in one place: the block itself as a single unit, its heads, its keys, or its FFN dimensions; or
-    the dimensions of the residual stream, whose site is `stream` and whose layer is -1."""
+    one group for the whole model, whose layer is -1: the dimensions of every head, or of the residual stream."""
 
     kind: Kind
     site: Site
@@ -71,6 +98,8 @@ class UnitGroup:
     """Where else the same gates multiply: hidden dimensions have one wherever something is added to the stream."""
     norms: tuple[str, ...] = ()
     """Paths of the norms over the units, whose statistics must be those of the kept units alone."""
+    norm_features: tuple[int, ...] = ()
+    """The unit of each feature of these norms, if they are not the units themselves."""
     members: int = 1
     """Heads (or FFN dimensions) per unit: a key-value group is one unit of several query heads. Configs, mask files and
     reports count members."""
@@ -105,7 +134,7 @@ class UnitGroup:
     @property
     def name(self) -> str:
         """A unique, readable name, such as `layers.3.heads`, `layers.3.ffn` or `hidden`."""
-        if self.kind == "hidden":
+        if self.kind in WIDE:
             return self.kind
         return f"layers.{self.layer}.{self.site if self.kind == 'layer' else self.kind}"
 
@@ -128,11 +157,13 @@ class PruningSpace:
     hidden: UnitGroup | None = None
     """The dimensions of the residual stream; None if the hidden size cannot be pruned. It is not among `groups`, which
     all belong to a block."""
+    head_dims: UnitGroup | None = None
+    """The dimensions of every head; None if they cannot be pruned. Not among `groups` either."""
 
     @property
     def every(self) -> tuple[UnitGroup, ...]:
-        """The groups of all blocks, and the hidden dimensions."""
-        return (*self.groups, *([self.hidden] if self.hidden else []))
+        """The groups of all blocks, the head dimensions and the hidden dimensions."""
+        return (*self.groups, *(group for group in (self.head_dims, self.hidden) if group))
 
     def of(self, kind: Kind, site: Site | None = None) -> tuple[UnitGroup, ...]:
         """The groups of one kind (and site), from the first layer to the last."""
@@ -141,6 +172,25 @@ class PruningSpace:
     def keys_of(self, group: UnitGroup) -> UnitGroup | None:
         """The prunable key-value heads that a group of query heads reads, if they are units of their own."""
         return next((g for g in self.of("keys") if group.kind == "heads" and g.layer == group.layer), None)
+
+    def owner(self, piece: WeightSlice) -> UnitGroup | None:
+        """The heads (or keys) in which the head dimensions of this slice lie; None if they cannot be pruned."""
+        return self._owners.get((piece.path, piece.dim, piece.offset)) if piece.period else None
+
+    @cached_property
+    def _owners(self) -> dict[tuple[str, int, int], UnitGroup]:
+        """The groups of `owner` by path, dimension and offset of the slice."""
+        places = {(s.path, s.dim): set[int]() for s in (self.head_dims.slices if self.head_dims else ())}
+        for piece in self.head_dims.slices if self.head_dims else ():
+            places[piece.path, piece.dim].add(piece.offset)
+        return {
+            (own.path, own.dim, offset): group
+            for group in self.groups
+            if group.kind in ("heads", "keys")
+            for own in group.slices
+            for offset in places.get((own.path, own.dim), ())
+            if own.spans(offset, group.size)
+        }
 
     def block(self, group: UnitGroup) -> UnitGroup:
         """The `layer` group of the block that contains `group`."""

@@ -101,9 +101,12 @@ def _needs_whole_model(
     for pair in distillation.hidden:
         place = pair.student
         for group in cut:
-            out = group.gate.module
-            if place.path.startswith(f"{out.rpartition('.')[0]}.") and (place.path, place.when) != (out, "post"):
-                return f"{place.path} is compared with the teacher unit by unit"
+            for gate in (group.gate, *(group.more_gates if group.kind == "head_dims" else ())):
+                inside = place.path.startswith(f"{gate.module.rpartition('.')[0]}.")
+                # What a block's last product returns has the hidden size, whatever units are gone.
+                is_product = gate.at == "output" and group.kind == "head_dims"
+                if inside and (is_product or (place.path, place.when) != (gate.module, "post")):
+                    return f"{place.path} is compared with the teacher unit by unit"
     with torch.device("meta"):
         whole, small = (inputs.adapter.build(form.model_config) for form in (inputs, cut_inputs(inputs)))
     for pair in (*distillation.hidden, *distillation.attention):

@@ -28,7 +28,13 @@ from cook.training.settings import check_settings
 
 ALONE = PlanOptions()
 """No card, one host."""
-MASKS_OF = {"layer": "layers", "heads": "heads", "dimff": "dims", "hidden": "hidden dims"}
+MASKS_OF = {
+    "layer": "layers",
+    "heads": "heads",
+    "dimff": "dims",
+    "head_dims": "head dims",
+    "hidden": "hidden dims",
+}
 
 
 def _described(source: DataConfig | SourceConfig) -> str:
@@ -260,6 +266,8 @@ def _expected_kept(stage: Stage, inputs: Inputs, number: int) -> dict[str, int]:
     if gates is None:
         return {}
     blocks = len([group for group in inputs.learned if group.kind == "layer"])
-    within = [torch.arange(group.size) / group.size for group in inputs.learned[blocks:]]
-    gates.values = -torch.cat([torch.arange(float(blocks)), *within]).repeat(len(stage.sizes) or 1)
+    # Where blocks share the budget of the units inside of them, none goes before the last of these.
+    of_blocks = torch.ones(blocks) if stage.one_budget else -torch.arange(float(blocks))
+    within = [1 - torch.arange(group.size) / group.size for group in inputs.learned[blocks:]]
+    gates.values = torch.cat([of_blocks, *within]).repeat(len(stage.sizes) or 1)
     return kept_counts(final_masks(stage, inputs, gates, number))

@@ -8,9 +8,19 @@ from typing import Any
 from cook.base.errors import UserError
 from cook.config.scheme import HeadUnitChoice
 from cook.config.types import FineConfig
+from cook.pruning.budgets import KINDS
 from cook.pruning.family import Adapter
-from cook.pruning.units import HeadUnit, PruningSpace, UnitGroup
+from cook.pruning.mask_set import WIDE_NAMES
+from cook.pruning.units import HeadUnit, Kind, PruningSpace, UnitGroup
 
+BUDGET_UNITS: dict[str, Kind] = {
+    "blocks": "layer",
+    "heads": "heads",
+    "dims": "dimff",
+    "head_dims": "head_dims",
+    "hidden": "hidden",
+}
+"""The kinds of units that one budget can have, by their names for users."""
 HOW: dict[HeadUnit, str] = {
     "kv_group": "whole key-value groups",
     "query_head": "the same number of query heads per group",
@@ -99,6 +109,7 @@ def check_sizes(
                 got=wanted,
                 remedy=f"set {key} to the size before pruning",
             )
+    _check_head_dim(space, fine.target_head_dim)
     hidden = fine.target_hidden
     if hidden is not None and space.hidden is not None and hidden > space.hidden.size:
         most = f"at most {space.hidden.size}"
@@ -111,9 +122,17 @@ def check_sizes(
         )
     if heads is not None and "heads" not in uneven and fine.target_num_heads != fine.num_heads:
         _check_heads(adapter, config, heads, fine)
-    if heads is not None and hidden is not None and not uneven and not fine.allow_remote_code:
+    head_dim, is_free = fine.target_head_dim, uneven or fine.allow_remote_code
+    if heads is not None and (hidden, head_dim) != (None, None) and not is_free:
         units = heads.size if keeps_heads else fine.target_num_heads // heads.members
-        if not adapter.stock_holds(config, *heads.heads(units), hidden):
+        number = heads.heads(units)
+        if head_dim is not None and not adapter.stock_holds(config, *number, hidden, head_dim):
+            raise UserError(
+                "fine-grained.target_head_dim: no stock class can load heads of this size",
+                got=head_dim,
+                remedy="set fine-grained.allow_remote_code to true, or leave target_head_dim out",
+            )
+        if hidden is not None and not adapter.stock_holds(config, *number, hidden, head_dim):
             raise UserError(
                 "fine-grained.target_hidden: no stock class can load this hidden size",
                 wanted="a multiple of the number of heads"
@@ -124,12 +143,63 @@ def check_sizes(
             )
 
 
-def hidden_stays(adapter: Adapter) -> UserError:
-    """The error for a model whose hidden size cannot be pruned."""
+def _check_head_dim(space: PruningSpace, wanted: int | None) -> None:
+    group = space.head_dims
+    if wanted is None or group is None:
+        return
+    size = group.size * group.members
+    if wanted > size or wanted % group.members:
+        pairs = ", an even number: rotary positions turn pairs" if group.members > 1 else ""
+        raise UserError("fine-grained.target_head_dim: not possible", wanted=f"at most {size}{pairs}", got=wanted)
+
+
+def budget_kinds(space: PruningSpace, units: Collection[str], pin: Collection[str], hidden: bool) -> tuple[Kind, ...]:
+    """The kinds of units of one budget for the whole model, in the order of their gates.
+
+    Args:
+        space: The model's space.
+        units: Names of `BUDGET_UNITS`, or `all` of those that the model has; empty: heads and dims.
+        pin: Names of those that stay.
+        hidden: Whether hidden dimensions are among them too.
+
+    Raises:
+        UserError: an unknown name, or no units are left.
+    """
+    names = BUDGET_UNITS if "all" in units else {*units} or {"heads", "dims"}
+    if strange := sorted({*names, *pin} - {*BUDGET_UNITS}):
+        raise UserError(f"unknown units {strange[0]!r}", wanted=f"{', '.join(BUDGET_UNITS)}, or all")
+    chosen = {BUDGET_UNITS[name] for name in ({*names, *(["hidden"] if hidden else [])} - {*pin})}
+    if "all" in units:
+        chosen = {kind for kind in chosen if space.of(kind)}
+    if not chosen:
+        raise UserError("all units are pinned, and nothing is left to prune", remedy="pin fewer units")
+    return tuple(kind for kind in KINDS if kind in chosen or (kind == "keys" and "heads" in chosen))
+
+
+def size_stays(adapter: Adapter, kind: Kind) -> UserError:
+    """The error for a model whose hidden size or size of heads cannot be pruned."""
     return UserError(
-        f"the hidden size of this {adapter.family} model cannot be pruned",
+        f"{WIDE_NAMES[kind]} of this {adapter.family} model cannot be pruned",
         remedy="prune its heads, FFN dimensions or layers",
     )
+
+
+def nearest_head_dim(adapter: Adapter, space: PruningSpace, wanted: float) -> int:
+    """A number of dimensions per head: `wanted` itself, or for a share the nearest number of whole units.
+
+    Raises:
+        UserError: the number cannot be reached, or the size of heads must stay.
+    """
+    group = space.head_dims
+    if group is None:
+        raise size_stays(adapter, "head_dims")
+    size = group.size * group.members
+    if isinstance(wanted, int):
+        if wanted > size or wanted % group.members:
+            even = ", an even number" if group.members > 1 else ""
+            raise UserError(f"keep: head_dims={wanted} cannot be reached", wanted=f"at most {size}{even}")
+        return wanted
+    return group.members * max(1, round(wanted * group.size))
 
 
 def nearest_hidden(
@@ -143,7 +213,7 @@ def nearest_hidden(
         UserError: the number is above the hidden size or not a multiple of `round_to`, or the hidden size must stay.
     """
     if space.hidden is None:
-        raise hidden_stays(adapter)
+        raise size_stays(adapter, "hidden")
     size = space.hidden.size
     if isinstance(wanted, int):
         if wanted > size or wanted % round_to:

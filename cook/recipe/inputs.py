@@ -23,8 +23,8 @@ from cook.pruning.mask_set import consistent, kept_counts, kept_groups, without_
 from cook.pruning.random_masks import random_masks_like
 from cook.pruning.relaxation import Deterministic, HardConcrete, Relaxation
 from cook.pruning.restrict import restrict
-from cook.pruning.units import HeadUnit, Kind, PruningSpace, UnitGroup
-from cook.recipe.head_units import check_sizes, choose_head_unit, hidden_stays
+from cook.pruning.units import WIDE, HeadUnit, Kind, PruningSpace, UnitGroup
+from cook.recipe.head_units import check_sizes, choose_head_unit, size_stays
 from cook.recipe.plan import INNER, LEARNS, MaskPaths, Stage, mask_paths
 from cook.sparsity.matrices import matrices_of, restricted
 
@@ -88,20 +88,20 @@ def open_inputs(stage: Stage, *, must_exist: bool = True) -> Inputs:
     keeps_heads = not (_prunes(stage, "att", "joint") or stage.fixed.heads)
     check_sizes(adapter, config, allowed, fine, stage.uneven, keeps_heads=keeps_heads)
     found = [paths if must_exist else _existing(paths) for paths in stage.by_size(stage.fixed)]
-    fixed, *smaller = [
-        read_masks(allowed, coarse=p.layer, heads=p.heads, dimff=p.dimff, hidden=p.hidden) for p in found
-    ]
+    fixed, *smaller = [read_masks(allowed, **p.by_option) for p in found]
     nested = (fixed, *smaller) if stage.sizes and fixed else ()
     if stage.is_random_baseline and must_exist:
         fixed = _random_baseline(stage, allowed)
     learned: tuple[UnitGroup, ...] = ()
     for kind in stage.learns:
-        whole = kind in ("layer", "hidden")
+        whole = kind == "layer" or kind in WIDE
         groups = allowed.of(kind) if whole else tuple(kept_groups(allowed, fixed, kind))
-        if not groups and kind == "hidden" and space.hidden is None:
-            raise hidden_stays(adapter)
+        if not groups and kind in WIDE and not space.of(kind):
+            raise size_stays(adapter, kind)
         if not groups:
             names = "the names of their weights"
+            if kind == "head_dims":
+                names = "the names of all matrices of attention"
             if kind == "hidden":
                 names = "the names of all matrices on the residual stream, embeddings and output projection included"
             raise UserError(
@@ -180,7 +180,7 @@ def _random_baseline(stage: Stage, space: PruningSpace) -> dict[str, torch.Tenso
             "random_baseline needs learned masks, and there are none yet",
             remedy="run the mask stages first, or name their mask files in the scheme",
         )
-    learned = read_masks(space, coarse=paths.layer, heads=paths.heads, dimff=paths.dimff, hidden=paths.hidden)
+    learned = read_masks(space, **paths.by_option)
     return random_masks_like(space, learned, generator(stage.config.seed, "random baseline"))
 
 
@@ -253,9 +253,8 @@ def stage_targets(stage: Stage, number: int = 0) -> Targets:
 
 def _kept(fine: FineConfig) -> dict[Kind, int | float]:
     kept: dict[Kind, int | float] = {"heads": fine.target_num_heads, "dimff": fine.target_dimff}
-    if fine.target_hidden is not None:
-        kept["hidden"] = fine.target_hidden
-    return kept
+    wide: dict[Kind, int | None] = {"head_dims": fine.target_head_dim, "hidden": fine.target_hidden}
+    return kept | {kind: target for kind, target in wide.items() if target is not None}
 
 
 def final_masks(stage: Stage, inputs: Inputs, gates: Gates | None, number: int = 0) -> dict[str, torch.Tensor]:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from cook.pruning.mask_set import Masks, consistent
-from cook.pruning.units import PruningSpace
+from cook.pruning.units import WIDE, PruningSpace
 
 
 def describe_structure(space: PruningSpace, masks: Masks) -> dict[str, Any]:
     """Heads (`att`) and FFN dimensions (`ffn`) of each layer as a string of 0 and 1; None for a missing block.
 
-    The string `hidden` of the hidden dimensions is there if they are masked.
+    The strings `hidden` of the hidden dimensions and `head_dims` of the heads' are there if they are masked.
     """
     layers: list[dict[str, str | None]] = [{"att": None, "ffn": None} for _ in range(space.num_layers)]
     for group in space.groups:
@@ -23,8 +23,9 @@ def describe_structure(space: PruningSpace, masks: Masks) -> dict[str, Any]:
             mask = masks.get(group.name, torch.ones(group.size))
             units = "".join(str(int(z)) * group.members for z in mask.tolist())
             layers[group.layer][group.site] = units if "1" in units else None
-    hidden = {"hidden": "".join(str(int(z)) for z in masks["hidden"].tolist())} if "hidden" in masks else {}
-    return {"layers": layers} | hidden
+    members = {group.name: group.members for group in space.every}
+    wide = {k: "".join(str(int(z)) * members[k] for z in masks[k].tolist()) for k in WIDE if k in masks}
+    return {"layers": layers} | wide
 
 
 def masks_of_structure(space: PruningSpace, structure: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -36,8 +37,10 @@ def masks_of_structure(space: PruningSpace, structure: Mapping[str, Any]) -> dic
             masks[group.name] = torch.tensor([float(units is not None)])
         elif group.kind != "keys" and units is not None:
             masks[group.name] = torch.tensor([float(unit) for unit in units[:: group.members]])
-    if "hidden" in structure:
-        masks["hidden"] = torch.tensor([float(unit) for unit in structure["hidden"]])
+    for group in space.every:
+        if group.kind in WIDE and group.kind in structure:
+            units = structure[group.kind][:: group.members]
+            masks[group.kind] = torch.tensor([float(unit) for unit in units])
     return consistent(space, masks)
 
 

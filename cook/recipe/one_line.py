@@ -17,7 +17,15 @@ from cook.export.vocabulary import least_count, read_vocabulary
 from cook.families.source import open_model
 from cook.pruning.budgets import KEEP_KEYS, NUMBERS, WHOLE_KEYS, Cost, Keep, check_keep, whole_budget
 from cook.pruning.family import ModelSource
-from cook.recipe.head_units import nearest_heads, nearest_hidden, reachable_heads
+from cook.pruning.units import WIDE
+from cook.recipe.head_units import (
+    BUDGET_UNITS,
+    budget_kinds,
+    nearest_head_dim,
+    nearest_heads,
+    nearest_hidden,
+    reachable_heads,
+)
 from cook.recipe.start import make_plan
 
 DATA_TYPES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
@@ -121,7 +129,10 @@ def write_recipe(job: OneLineJob) -> tuple[Path, dict[str, Any]]:
             # Measuring takes a while: every other mistake is found before it.
             _planned(_recipe_files(job, source, [{"params": ALMOST_ALL}]), aside)
             settings = ProfileSettings(length=job.max_length)
-            write_json(aside / TIMES, measure_block_times(source, settings, on_point=print).as_json())
+            space = source.adapter.space(source.config)
+            wide = [kind for kind in budget_kinds(space, job.units, job.pin, job.hidden) if kind in WIDE]
+            measured = measure_block_times(source, settings, wide=wide, on_point=print)
+            write_json(aside / TIMES, measured.as_json())
             joint = files["l0_pruning.json"]["joint"] | {"block_times": str(aside / TIMES)}
             plan = _planned(files | {"l0_pruning.json": files["l0_pruning.json"] | {"joint": joint}}, aside)
             write_json(times, read_json(aside / TIMES))
@@ -227,11 +238,16 @@ def _scheme(job: OneLineJob, sizes: Sequence[Keep], source: ModelSource) -> tupl
     unit, kept_heads = nearest_heads(adapter, config, keep.get("heads", heads), job.head_unit)
     kept_dims = _number(keep["dims"], dims, job.round_to) if "dims" in keep else dims
     is_global = bool(set(keep) & set(WHOLE_KEYS))
-    kept_hidden = None
-    if "hidden" in keep or job.hidden:
-        if not (is_global or "hidden" in keep):
-            raise UserError("--hidden: for one budget of the whole model", remedy="give --keep hidden=SHARE instead")
+    kinds = budget_kinds(space, job.units, job.pin, job.hidden) if is_global else ()
+    for option, value in {"hidden": job.hidden and "hidden" not in keep, "units": job.units, "pin": job.pin}.items():
+        if value and not is_global:
+            remedy = "give --keep hidden=SHARE instead" if option == "hidden" else "leave it out"
+            raise UserError(f"--{option}: for one budget of the whole model", remedy=remedy)
+    kept_hidden = kept_head_dim = None
+    if "hidden" in keep or "hidden" in kinds:
         kept_hidden = nearest_hidden(adapter, config, space, keep.get("hidden", 1.0), job.round_to)
+    if "head_dims" in keep or "head_dims" in kinds:
+        kept_head_dim = nearest_head_dim(adapter, space, keep.get("head_dims", 1.0))
     coarse = {
         "train_mask": True,
         "coarse_mask": str(masks / "layer_mask.pt"),
@@ -246,19 +262,25 @@ def _scheme(job: OneLineJob, sizes: Sequence[Keep], source: ModelSource) -> tupl
         "target_dimff": kept_dims,
         "head_unit": unit if kept_heads != heads else job.head_unit,
         "allow_remote_code": is_global
-        or kept_hidden is not None
+        or (kept_hidden, kept_head_dim) != (None, None)
         or kept_heads not in reachable_heads(adapter, config, unit, False),
         "heads_mask": str(masks / "heads_mask.pt"),
         "dimff_mask": str(masks / "dimff_mask.pt"),
-        "prune_mode": "att" if "heads" in keep else "hidden" if "hidden" in keep else "ffn",
+        "prune_mode": STAGE_OF.get(next(iter(keep)), "ffn"),
     }
+    if kept_head_dim is not None:
+        fine |= {"target_head_dim": kept_head_dim, "head_dims_mask": str(masks / "head_dims_mask.pt")}
     if kept_hidden is not None:
         fine |= {"target_hidden": kept_hidden, "hidden_mask": str(masks / "hidden_mask.pt")}
     if job.round_to > 1:
         fine["round_to"] = job.round_to
     scheme: dict[str, Any] = {"coarse-grained": coarse, "fine-grained": fine}
+    whole: dict[str, Any] = {"train_mask": True, "scope": "global"}
+    whole |= {"blocks": True} if "layer" in kinds else {}
+    if is_global and (pin := [name for name in ("heads", "dims") if BUDGET_UNITS[name] not in kinds]):
+        whole["pin"] = pin
     if "memory_mib" in keep or "latency_ms" in keep:
-        joint: dict[str, Any] = {"train_mask": True, "scope": "global"}
+        joint: dict[str, Any] = whole
         if "memory_mib" in keep:
             return scheme | {"joint": joint | {"target_memory": keep["memory_mib"]}}, _JOINT
         times = str(Path(job.output) / TIMES)
@@ -266,10 +288,10 @@ def _scheme(job: OneLineJob, sizes: Sequence[Keep], source: ModelSource) -> tupl
     if is_global:
         key = "params" if "params" in keep else "flops"
         cost: Cost = "parameters" if key == "params" else "flops"
-        groups = [group for group in (space.every if job.hidden else space.groups) if group.kind != "layer"]
+        groups = [group for kind in kinds for group in space.of(kind)]
         shares = [whole_budget(space, groups, cost, size[key], job.max_length).share for size in sizes]
         target = shares[0] if len(shares) == 1 else [round(share or 0.0, 6) for share in shares]
-        return scheme | {"joint": {"train_mask": True, "scope": "global", f"target_{key}": target}}, _JOINT
+        return scheme | {"joint": whole | {f"target_{key}": target}}, _JOINT
     if len(keep) > 1:
         joint = {"train_mask": True, "scope": "block"}
         if "blocks" in keep:
@@ -280,7 +302,7 @@ def _scheme(job: OneLineJob, sizes: Sequence[Keep], source: ModelSource) -> tupl
             return {"coarse-grained": coarse}, ("layer_mask", "layer_finetune")
         gates = {"start": "search", "start_steps": 2}
         return {"coarse-grained": coarse | {"unit": job.search}, "gates": gates}, ("layer_mask", "layer_finetune")
-    unit_name = {"heads": "att", "hidden": "hidden"}.get(next(iter(keep)), "ffn")
+    unit_name = fine["prune_mode"]
     return scheme, (f"{unit_name}_mask", f"{unit_name}_finetune")
 
 
@@ -292,6 +314,8 @@ def _number(wanted: float, size: int, round_to: int) -> int:
 
 
 _JOINT = ("joint_mask", "joint_finetune")
+STAGE_OF = {"heads": "att", "head_dims": "headdim", "hidden": "hidden"}
+"""The first words of the stages that prune one kind of unit."""
 
 
 def _distillation(job: OneLineJob, stage: str) -> Mapping[str, Any] | None:

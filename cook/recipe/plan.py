@@ -19,13 +19,23 @@ LEARNS: dict[str, tuple[Kind, ...]] = {
     "layer_mask": ("layer",),
     "att_mask": ("heads",),
     "ffn_mask": ("dimff",),
+    "headdim_mask": ("head_dims",),
     "hidden_mask": ("hidden",),
-    "joint_mask": ("layer", "heads", "dimff", "hidden"),
+    "joint_mask": ("layer", "heads", "dimff", "head_dims", "hidden"),
 }
-"""The masks that a stage learns and writes; a joint stage those of hidden dimensions only if they have a target."""
-KEYS = {"layer": "coarse_mask", "heads": "heads_mask", "dimff": "dimff_mask", "hidden": "hidden_mask"}
+"""The masks that a stage learns and writes; a joint stage those of head and hidden dimensions only if they have a
+target."""
+KEYS = {
+    "layer": "coarse_mask",
+    "heads": "heads_mask",
+    "dimff": "dimff_mask",
+    "head_dims": "head_dims_mask",
+    "hidden": "hidden_mask",
+}
 """The scheme's keys for the mask files."""
-INNER = {"heads": "att", "dimff": "ffn", "hidden": "hidden"}
+INNER = {"heads": "att", "dimff": "ffn", "head_dims": "headdim", "hidden": "hidden"}
+WIDE_TARGETS = {"head_dims": "target_head_dim", "hidden": "target_hidden"}
+"""The keys of `fine-grained` with the targets of kinds that are optional in joint stages."""
 """The first words of the stages that prune inside the kept blocks."""
 
 
@@ -36,7 +46,13 @@ class MaskPaths:
     layer: str | None = None
     heads: str | None = None
     dimff: str | None = None
+    head_dims: str | None = None
     hidden: str | None = None
+
+    @property
+    def by_option(self) -> dict[str, str | None]:
+        """The files by the names of `cook.pruning.mask_file.read_masks`."""
+        return {"coarse" if kind == "layer" else kind: path for kind, path in vars(self).items()}
 
     def of_size(self, size: float) -> MaskPaths:
         """The files of one of several sizes: `heads-0.5.pt` for `heads.pt`."""
@@ -152,6 +168,9 @@ class Stage:
             heads = [heads, fine.head_unit, fine.allow_remote_code]
         dims: Any = fine.target_dimff if fine else None
         at_once: list[Any] = [asdict(joint) | {"train_mask": None}, heads, dims] if joint else []
+        for key in ("blocks", "pin"):
+            if joint and not getattr(joint, key):
+                at_once[0].pop(key)
         if joint and joint.block_times:
             at_once[0] |= {"block_times": read_json(joint.block_times)}
         if fine and fine.scope != "block":
@@ -162,14 +181,19 @@ class Stage:
         if fine and fine.round_to != 1:
             dims = [dims, fine.round_to]
         targets: list[Any] = [blocks, heads, dims]
+        wide: dict[str, list[Any]] = {}
+        if fine and fine.target_head_dim is not None:
+            wide["head_dims"] = ["head_dims", fine.target_head_dim]
         if fine and fine.target_hidden is not None:
-            targets.append([fine.target_hidden, fine.round_to])
-            at_once += [targets[3]] if joint else []
+            wide["hidden"] = [fine.target_hidden, fine.round_to]
+        targets += wide.values()
+        at_once += wide.values() if joint else []
         if self.is_random_baseline:
             return targets + (at_once if any(entry.name == "joint_mask" for entry in self.config.stages) else [])
         if self.name == "joint_mask":
             return at_once
-        return [targets[("layer", "heads", "dimff", "hidden").index(kind)] for kind in self.learns]
+        of_kind = dict(zip(("layer", "heads", "dimff"), targets, strict=False)) | wide
+        return [of_kind[kind] for kind in self.learns]
 
     def pattern_settings(self) -> dict[str, Any]:
         """The settings that determine the mask of single weights; empty in other stages."""
@@ -267,17 +291,19 @@ def _check_sections(config: RunConfig, name: str) -> None:
 
 
 def _learns(config: RunConfig, name: str) -> tuple[Kind, ...]:
-    """In a joint stage blocks and hidden dimensions have gates only if they have a target."""
-    kinds = _masked(config, name)
-    if name == "joint_mask" and (config.joint is None or config.joint.target_sparsity is None):
+    """In a joint stage blocks, head and hidden dimensions have gates only if they have a target."""
+    kinds, joint = _masked(config, name), config.joint
+    if name == "joint_mask" and (joint is None or not (joint.blocks or joint.target_sparsity is not None)):
         return tuple(kind for kind in kinds if kind != "layer")
     return kinds
 
 
 def _masked(config: RunConfig, name: str) -> tuple[Kind, ...]:
     kinds = LEARNS.get(name, ())
-    if name == "joint_mask" and (config.fine is None or config.fine.target_hidden is None):
-        return tuple(kind for kind in kinds if kind != "hidden")
+    if name == "joint_mask":
+        gone = {kind for kind, key in WIDE_TARGETS.items() if config.fine is None or getattr(config.fine, key) is None}
+        gone |= {*config.joint.pinned} if config.joint else set()
+        return tuple(kind for kind in kinds if kind not in gone)
     return kinds
 
 

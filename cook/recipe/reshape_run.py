@@ -158,13 +158,14 @@ def _reshape(job: Job, options: ReshapeOptions) -> None:
         source = with_vocabulary(whole, tokens)
         print(f"vocabulary  {whole.config['vocab_size']:,} → {len(tokens):,} tokens")
     given = job.masks
-    space, masks = open_masks(source, coarse=given.layer, heads=given.heads, dimff=given.dimff, hidden=given.hidden)
+    space, masks = open_masks(source, **given.by_option)
     if not masks and not tokens:
         if job.stages and job.stages[-1].pattern_mask:
             print(f"{job.model}: pruned with a sparsity pattern, at its full size; there is nothing to reshape")
             return
         raise UserError(
-            "there are no masks to apply", remedy="give --coarse-mask, --heads-mask, --dimff-mask or --hidden-mask"
+            "there are no masks to apply",
+            remedy="give --coarse-mask, --heads-mask, --dimff-mask, --head-dims-mask or --hidden-mask",
         )
     files = [path for path in vars(given).values() if path]
     print(f"model  {source.path}\nmasks  {', '.join(files)}")

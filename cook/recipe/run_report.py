@@ -17,14 +17,24 @@ from cook.families.source import load_model, open_model
 from cook.pruning.counts import parameters
 from cook.pruning.family import ModelSource
 from cook.pruning.mask_set import kept_counts
+from cook.pruning.spending import Spent
+from cook.pruning.units import Kind
 from cook.recipe.kept_structure import as_lists, masks_of_structure
 from cook.recipe.plan import Stage
-from cook.recipe.summary import done_record, finished_stages, ladder_row, models_of, sample_batches
+from cook.recipe.summary import done_record, finished_stages, ladder_row, models_of, sample_batches, spent_by
 from cook.report.documents import Figure, write_report
 from cook.report.events import LOG_NAME, read_log
 from cook.report.figures import plot_losses, plot_sparsity
-from cook.report.pruning_figures import plot_structure
-from cook.report.tables import ladder_table
+from cook.report.pruning_figures import plot_spending, plot_structure
+from cook.report.tables import ladder_table, markdown_table
+
+SHOWN: dict[Kind, str] = {
+    "layer": "blocks",
+    "heads": "heads",
+    "dimff": "FFN dims",
+    "head_dims": "head dims",
+    "hidden": "hidden dims",
+}
 
 
 def report_run(config: RunConfig, folder: Path) -> None:
@@ -42,10 +52,13 @@ def report_run(config: RunConfig, folder: Path) -> None:
     speeds = _speeds(config, models)
     rows = [ladder_row(stage, speeds.get(_name(stage, number)), number) for stage, number in models]
     folder.mkdir(parents=True, exist_ok=True)
-    figures = _figures(stages, folder)
+    last = [stage for stage in stages if not stage.is_random_baseline and stage.pattern_mask is None]
+    spent = spent_by(last[-1]) if last else []
+    figures = _figures(stages, folder, spent)
     notes = _notes(config, stages)
-    path = write_report(folder, rows, figures, title=f"Report of {config.output_dir}", notes=notes)
-    print("\n" + ladder_table(rows) + "\n")
+    taken = [_spending_table(spent)] if any(row.parameters for row in spent) else []
+    path = write_report(folder, rows, figures, title=f"Report of {config.output_dir}", notes=[*notes, *taken])
+    print("\n" + "\n\n".join([ladder_table(rows), *taken]) + "\n")
     for note in notes:
         print(note)
     print(f"report: {path}")
@@ -78,7 +91,17 @@ def _small_model(stage: Stage, number: int, source: ModelSource) -> torch.nn.Mod
     return model
 
 
-def _figures(stages: list[Stage], folder: Path) -> list[Figure]:
+def _spending_table(spent: list[Spent]) -> str:
+    total = sum(row.parameters for row in spent)
+    rows = [
+        [SHOWN[row.kind], f"{row.before:,}", f"{row.after:,}", f"{row.parameters:,}", f"{row.parameters / total:.0%}"]
+        for row in spent
+        if row.parameters
+    ]
+    return markdown_table(["taken from", "before", "after", "parameters", "share"], rows)
+
+
+def _figures(stages: list[Stage], folder: Path, spent: list[Spent]) -> list[Figure]:
     logs = {stage.name: read_log(stage.folder / LOG_NAME) for stage in stages}
     main = [(stage.name, logs[stage.name]) for stage in stages if not stage.is_random_baseline]
     side = [(stage.name, logs[stage.name]) for stage in stages if stage.is_random_baseline]
@@ -97,6 +120,10 @@ def _figures(stages: list[Stage], folder: Path) -> list[Figure]:
         structure = as_lists(done_record(stage)["structure"])
         caption = "The kept structure: heads and FFN dimensions of each layer's blocks."
         figures.append(Figure(caption=caption, path=plot_structure(structure, folder / "structure.png")))
+        if any(row.parameters for row in spent):
+            caption = "The parameters that went with each kind of units, all of them removed together and evenly."
+            bars = [(SHOWN[row.kind], row.before, row.after, row.parameters) for row in spent]
+            figures.append(Figure(caption=caption, path=plot_spending(bars, folder / "spending.png")))
     return figures
 
 

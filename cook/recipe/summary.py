@@ -14,8 +14,11 @@ from cook.config.types import RunConfig
 from cook.data.loader import held_out_batches
 from cook.data.token_loss import LABELS, model_inputs
 from cook.data.training_data import load_rows
+from cook.families.source import open_model
 from cook.pruning.family import ModelSource
-from cook.recipe.kept_structure import sizes
+from cook.pruning.mask_set import kept_counts
+from cook.pruning.spending import Spent, spending
+from cook.recipe.kept_structure import masks_of_structure, sizes
 from cook.recipe.plan import MaskPaths, Stage, plan_stage, recipe
 from cook.report.tables import LadderRow, range_text
 
@@ -32,6 +35,8 @@ TITLES = {
     "att_finetune": "heads, finetuned",
     "ffn_mask": "dims masked",
     "ffn_finetune": "dims, finetuned",
+    "headdim_mask": "head dims masked",
+    "headdim_finetune": "head dims, finetuned",
     "hidden_mask": "hidden dims masked",
     "hidden_finetune": "hidden dims, finetuned",
     "joint_mask": "all masked at once",
@@ -79,10 +84,25 @@ def ladder_row(stage: Stage, tokens_per_second: float | None = None, number: int
         ffn_layers=len(dims),
         heads=range_text(heads),
         dim_ff=range_text(dims),
+        head_dim=_wide(model["structure"], "head_dims"),
+        hidden=_wide(model["structure"], "hidden"),
         parameters=model["parameters"],
         held_out_loss=model["held_out_loss"],
         tokens_per_second=tokens_per_second,
     )
+
+
+def _wide(structure: dict[str, Any], kind: str) -> tuple[int, int] | None:
+    """How many dimensions the whole model keeps of a kind, and has; None if all stay."""
+    units = structure.get(kind)
+    return (units.count("1"), len(units)) if units else None
+
+
+def spent_by(stage: Stage) -> list[Spent]:
+    """What each kind of units of a finished stage's smallest model lost."""
+    source = open_model(stage.folder / "model")
+    space = source.adapter.space(source.config, done_record(stage)["head_unit"])
+    return spending(space, kept_counts(masks_of_structure(space, models_of(stage)[-1]["structure"])))
 
 
 def sample_batches(

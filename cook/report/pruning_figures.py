@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cook.report import drawing
 from cook.report.drawing import BLUE, GREY, INK
+from cook.report.tables import human_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -105,6 +106,30 @@ def _summary(block: str, units: str, rows: Sequence[Sequence[int]]) -> str:
     kept, total = sum(map(sum, rows)), sum(map(len, rows))
     blocks = sum(1 for row in rows if row)
     return f"{block}: {blocks} of {len(rows)} blocks, {kept:,} of {total:,} {units}"
+
+
+def plot_spending(rows: Sequence[tuple[str, int, int, int]], path: str | Path) -> Path:
+    """Draws how many parameters went with each kind of units, as bars.
+
+    Args:
+        rows: Name, units before and after, and parameters removed.
+        path: The image file, which is also returned.
+    """
+    figure = drawing.new_figure(8, 1.4 + 0.5 * len(rows))
+    axes = figure.subplots()
+    total = max(1, sum(parameters for *_, parameters in rows))
+    shares = [100 * parameters / total for *_, parameters in rows]
+    axes.barh(range(len(rows)), shares, color=BLUE, height=0.6)
+    for number, (_, before, after, parameters) in enumerate(rows):
+        text = f" {before:,} → {after:,}, {human_count(-parameters)} parameters" if parameters else " nothing"
+        axes.text(max(0.0, shares[number]), number, text, va="center", fontsize=9, color=INK)
+    axes.set_yticks(range(len(rows)), [name for name, *_ in rows])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.5 * max(1.0, *shares))
+    axes.set_xlabel("share of the removed parameters (%)")
+    axes.set_title("What the budget was spent on", loc="left", fontweight="bold", fontsize=11)
+    drawing.tidy(axes)
+    return drawing.save(figure, path)
 
 
 Curve = Sequence[tuple[float, float]]

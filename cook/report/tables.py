@@ -55,6 +55,10 @@ class LadderRow:
     """Heads per attention block: "4", or "2–6" if blocks differ."""
     dim_ff: str
     """FFN dimension per block: "350", or a range if blocks differ."""
+    head_dim: tuple[int, int] | None = None
+    """Dimensions per head, after and before, if some are removed."""
+    hidden: tuple[int, int] | None = None
+    """The hidden size, after and before, if it is pruned."""
     parameters: int
     """Total number of parameters, including embeddings."""
     held_out_loss: float | None
@@ -81,8 +85,18 @@ def ladder_cells(row: LadderRow) -> tuple[str, ...]:
 
 
 def ladder_table(rows: Sequence[LadderRow]) -> str:
-    """Formats the models as a Markdown table with aligned columns, without a final newline."""
-    return markdown_table(LADDER_HEADERS, [ladder_cells(row) for row in rows])
+    """Formats the models as a Markdown table with aligned columns, without a final newline.
+
+    The size of heads and the hidden size have columns if some model has others than the first.
+    """
+    headers, cells = list(LADDER_HEADERS), [list(ladder_cells(row)) for row in rows]
+    for header, key in (("hidden", "hidden"), ("head dims", "head_dim")):
+        sizes = [getattr(row, key) for row in rows]
+        if before := next((size[1] for size in sizes if size), None):
+            headers.insert(5, header)
+            for row, size in zip(cells, sizes, strict=True):
+                row.insert(5, str(size[0] if size else before))
+    return markdown_table(headers, cells)
 
 
 def range_text(sizes: Sequence[int]) -> str:

@@ -116,3 +116,71 @@ def test_a_budget_in_bytes_counts_the_weights_and_cache_of_the_small_model(name)
     masks = gates.binary()
     one_unit = max((whole - size({g.name: torch.ones(g.size).index_fill(0, torch.tensor([0]), 0)})) for g in learned)
     assert size(masks) == pytest.approx(limit, abs=one_unit)
+
+
+WIDE_TIMES = {
+    "hidden": Curve(shares=(0.25, 0.5, 1.0), ms=(5.0, 9.0, 16.5)),
+    "head_dims": Curve(shares=(1 / 3, 1.0), ms=(13.0, 16.5)),
+}
+
+
+@pytest.fixture
+def wide_times() -> BlockTimes:
+    return BlockTimes(rest=1.5, heads=HEADS, dimff=DIMS, num_layers=3, settings={}, wide=WIDE_TIMES)
+
+
+def whole_ms(space, kept) -> float:
+    """The rule in words, by numpy: blocks and the rest, attention by its heads' size, all by the hidden size."""
+
+    def left(name):
+        size = next(g.size for g in (*space.every,) if g.name == name)
+        return kept.get(name, size) / size
+
+    attention = sum(
+        left(f"layers.{n}.att") * np.interp(left(f"layers.{n}.heads"), HEADS.shares, HEADS.ms) for n in range(3)
+    )
+    others = 1.5 + sum(
+        left(f"layers.{n}.ffn") * np.interp(left(f"layers.{n}.dimff"), DIMS.shares, DIMS.ms) for n in range(3)
+    )
+    hidden, dims = WIDE_TIMES["hidden"], WIDE_TIMES["head_dims"]
+    attention *= 1 - (16.5 - np.interp(left("head_dims"), dims.shares, dims.ms)) / 6.0
+    return (attention + others) * np.interp(left("hidden"), hidden.shares, hidden.ms) / 16.5
+
+
+@pytest.mark.parametrize("kinds", [("heads", "dimff", "hidden"), ("layer", "heads", "dimff", "head_dims", "hidden")])
+def test_a_budget_in_milliseconds_covers_the_whole_model(wide_times, kinds):
+    source = tiny_source("llama")
+    space = source.adapter.space(source.config)
+    learned = [group for kind in kinds for group in space.of(kind)]
+    [constraint] = constraints(space, learned, Targets(scope="global", cost="ms", limit=8.0, times=wide_times))
+    assert constraint.target == pytest.approx(1 - 8.0 / 16.5)
+    sizes, pricing = [group.size for group in learned], constraint.pricing
+
+    def share(values):
+        parts = np.split(values, np.cumsum(sizes)[:-1])
+        return whole_ms(space, {g.name: part.sum() for g, part in zip(learned, parts, strict=True)}) / 16.5
+
+    values = np.random.default_rng(0).uniform(0.4, 0.9, sum(sizes))
+    costs, offset = pricing.linearised(torch.tensor(values))
+    assert float(costs @ torch.tensor(values)) + offset == pytest.approx(share(values), abs=1e-12)
+    for unit in (0, 9, 20, len(values) - 33, len(values) - 1):
+        step = np.eye(len(values))[unit] * 1e-6
+        assert float(costs[unit]) == pytest.approx((share(values + step) - share(values - step)) / 2e-6, rel=1e-5)
+
+    gates = Gates({g.name: g.size for g in learned}, [constraint], steps=1, seed=0)
+    gates.values = torch.rand(len(gates.values), generator=torch.Generator().manual_seed(1)) + 0.1
+    kept = kept_counts(gates.binary())
+    assert wide_times.total(space, kept) == pytest.approx(whole_ms(space, kept))
+    # The largest unit is a pair of head dimensions: 1.75 ms of the whole model.
+    assert wide_times.total(space, kept) == pytest.approx(8.0, abs=0.9)
+
+
+def test_a_table_without_hidden_sizes_is_named(times, wide_times, tmp_path):
+    source = tiny_source("llama")
+    space = source.adapter.space(source.config)
+    learned = [*space.of("heads"), *space.of("hidden")]
+    with pytest.raises(UserError, match="no times for several numbers of hidden"):
+        constraints(space, learned, Targets(scope="global", cost="ms", limit=8.0, times=times))
+    path = tmp_path / "times.json"
+    path.write_text(json.dumps(wide_times.as_json()))
+    assert read_block_times(path) == wide_times

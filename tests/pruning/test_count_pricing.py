@@ -22,49 +22,58 @@ def space_of(name):
 
 
 SPACES = {name: space_of(name) for name in FAMILIES}
+STREAM = ("heads", "keys", "dimff", "hidden")
+LEARNED = {"stream": STREAM, "heads": (*STREAM[:3], "head_dims"), "all": ("layer", *STREAM[:3], "head_dims", "hidden")}
+LEARNED |= {"pinned": ("layer", "dimff", "head_dims")}
 
 
-def learned_of(space):
-    return [group for kind in ("heads", "keys", "dimff", "hidden") for group in space.of(kind)]
+def learned_of(space, kinds=STREAM):
+    return [group for kind in kinds for group in space.of(kind)]
 
 
-def constraint_of(space, cost="parameters", **named):
+def constraint_of(space, cost="parameters", kinds=STREAM, **named):
     targets = Targets(scope="global", cost=cost, share=0.5, **COSTS[cost] | named)
-    (made,) = constraints(space, learned_of(space), targets)
+    (made,) = constraints(space, learned_of(space, kinds), targets)
     return made, targets
 
 
-def kept_after(space, constraint, closed):
-    """Units per group with these gates closed, and the keys that no query head reads any more."""
+def kept_after(space, constraint, closed, learned):
+    """Units per group with these gates closed, and without the owners that have no open gates left."""
     z = torch.ones(len(constraint.costs))
     z[closed] = 0
-    parts = z.split([group.size for group in learned_of(space)])
-    masks = {group.name: part for group, part in zip(learned_of(space), parts, strict=True)}
-    return kept_counts(consistent(space, masks))
+    for owner in sorted({*constraint.owners} - {-1}, key=lambda gate: constraint.owners[gate] < 0):
+        z[owner] = z[torch.tensor(constraint.owners) == owner].amax()
+    parts = z.split([group.size for group in learned])
+    return kept_counts(consistent(space, {group.name: part for group, part in zip(learned, parts, strict=True)}))
 
 
+@pytest.mark.parametrize("kinds", LEARNED)
 @pytest.mark.parametrize("cost", COSTS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_count_after_each_gate_is_the_exact_one(name, cost):
-    space = SPACES[name]
-    constraint, targets = constraint_of(space, cost)
-    owning = {*constraint.owners} - {-1}
-    hidden = range(len(constraint.costs) - space.hidden.size, len(constraint.costs))
+def test_the_count_after_each_gate_is_the_exact_one(name, cost, kinds):
+    space, learned = SPACES[name], learned_of(SPACES[name], LEARNED[kinds])
+    constraint, targets = constraint_of(space, cost, LEARNED[kinds])
+    # Owners go with the last of their gates; a head or hidden dimension always stays.
+    fixed, first = {*constraint.owners} - {-1}, 0
+    for group in learned:
+        fixed |= {first} if group.layer < 0 else set()
+        first += group.size
     for seed in range(2):
         order = torch.randperm(len(constraint.costs), generator=torch.Generator().manual_seed(seed))
-        order = torch.tensor([gate for gate in order.tolist() if gate not in owning and gate != hidden[3]])
+        order = torch.tensor([gate for gate in order.tolist() if gate not in fixed])
         removed = constraint.pricing.removed_after(order)
         whole = whole_cost(space, targets, {})
         for count in (*range(0, len(order), 7), len(order)):
-            exact = whole_cost(space, targets, kept_after(space, constraint, order[:count]))
+            exact = whole_cost(space, targets, kept_after(space, constraint, order[:count], learned))
             # A sum of as many float64 numbers as there are gates.
             assert float(removed[count]) == pytest.approx(1 - exact / whole, abs=1e-10)
 
 
+@pytest.mark.parametrize("kinds", LEARNED)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_costs_are_the_tangent_of_the_share(name):
+def test_costs_are_the_tangent_of_the_share(name, kinds):
     space = SPACES[name]
-    constraint, _ = constraint_of(space)
+    constraint, _ = constraint_of(space, kinds=LEARNED[kinds])
     pricing = constraint.pricing
     openness = torch.rand(len(constraint.costs), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     costs, offset = pricing.linearised(openness)
@@ -76,21 +85,23 @@ def test_costs_are_the_tangent_of_the_share(name):
         assert float(costs[gate]) == pytest.approx((pricing.share(ahead) - pricing.share(behind)) / 2e-3)
 
 
+@pytest.mark.parametrize("kinds", ["stream", "all"])
 @pytest.mark.parametrize("round_to", [1, 4])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_final_masks_meet_the_budget_to_within_a_unit(name, round_to):
+def test_the_final_masks_meet_the_budget_to_within_a_unit(name, round_to, kinds):
     space = SPACES[name]
-    constraint, _ = constraint_of(space, round_to=round_to)
-    gates = Gates({g.name: g.size for g in learned_of(space)}, [constraint], steps=1, seed=0)
+    learned = learned_of(space, LEARNED[kinds])
+    constraint, _ = constraint_of(space, round_to=round_to, kinds=LEARNED[kinds])
+    gates = Gates({g.name: g.size for g in learned}, [constraint], steps=1, seed=0)
     gates.values = torch.rand(len(gates.values), generator=torch.Generator().manual_seed(1))
     kept = kept_counts(consistent(space, gates.binary()))
     full = parameters(space)
     largest = max(
         parameters(space, kept | {g.name: min(g.size, kept[g.name] + round_to * (g.kind in ("dimff", "hidden")))})
-        for g in learned_of(space)
+        for g in learned
     )
     assert abs(parameters(space, kept) - full / 2) <= max(largest - parameters(space, kept), full // 20)
-    for group in learned_of(space):
+    for group in learned:
         if group.kind in ("dimff", "hidden"):
             assert kept[group.name] % round_to == 0 or kept[group.name] == group.size
 

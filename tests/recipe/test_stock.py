@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from cook.export.pruned_folder import prune_to_folder
 from cook.pruning.mask_file import read_mask_file
 from cook.recipe.inputs import make_gates, open_inputs
 from cook.recipe.plan import plan_stage
-from tests.recipe.tiny_run import do_prune, read_log, train, write_run
+from tests.recipe.tiny_run import REPOSITORY, do_prune, read_log, run, train, write_run
 from tests.text.test_hf import gpt2_like
 from tests.tiny_families import tiny_source
 
@@ -129,6 +130,50 @@ def test_the_hidden_size_of_a_llama_is_learned(tmp_path, kind):
         whole = sum(w.numel() for w in load_file(tmp_path / "model/model.safetensors").values())
         # Two hidden dimensions at once are the largest step.
         assert abs(left - whole / 2) <= left / kept + 1 and kept % 2 == 0
+
+
+HEAD_DIMS = {"fine__target_head_dim": 4, "fine__head_dims_mask": "out/masks/head_dims.pt"}
+
+
+@pytest.mark.parametrize("kind", ["staged", "joint"])
+def test_the_size_of_the_heads_of_a_llama_is_learned(tmp_path, kind):
+    stages, joint = ("headdim_mask", "headdim_finetune"), {}
+    if kind == "joint":
+        stages = ("joint_mask", "joint_finetune")
+        joint = {"train_mask": True, "scope": "global", "target_params": 0.5, "blocks": True, "pin": ["heads"]}
+        joint = {"joint": joint, "fine__coarse_mask": "out/masks/layer.pt", "fine__allow_remote_code": True, **HIDDEN}
+    write_stock_run(tmp_path, stages, name="llama, tied", training__steps=6, **HEAD_DIMS, **joint)
+    done = train(tmp_path, "--stage", "all")
+    assert done.code == 0 and "trains the whole model" not in done.out, done
+    mask = torch.load(tmp_path / "out/masks/head_dims.pt", weights_only=True)["head_dims_z"]
+    record = json.loads((tmp_path / "out" / stages[-1] / "done.json").read_text())
+    assert mask.shape == (3,) and record["structure"]["head_dims"] == "".join(str(int(z)) * 2 for z in mask.tolist())
+    pruned = do_prune(tmp_path, "--config", "bmcook.json", "--verify")
+    assert pruned.code == 0 and "equal to rounding" in pruned.out, pruned
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "out/pruned", trust_remote_code=kind == "joint")
+    left = sum(p.numel() for p in small.parameters())
+    assert left == record["parameters"]
+    if kind == "staged":
+        assert small.config.model_type == "llama" and small.config.head_dim == 4
+    else:
+        whole = sum(w.numel() for w in load_file(tmp_path / "model/model.safetensors").values())
+        assert abs(left - whole / 2) <= 0.05 * whole
+        assert not (tmp_path / "out/masks/heads.pt").exists()
+        # Where attention is left, it has all of its heads.
+        assert {layer["att"] for layer in record["structure"]["layers"]} <= {None, "1" * 8}
+        drawn = json.loads((tmp_path / "out" / stages[0] / "gates.json").read_text())
+        assert {"blocks", "dimff", "head_dims", "hidden"} == {group["kind"] for group in drawn["groups"]}
+        report = run(
+            [sys.executable, "-m", "cook", "report", "--config", "bmcook.json"], tmp_path, PYTHONPATH=str(REPOSITORY)
+        )
+        assert report.code == 0 and "| head dims" in report.out, report
+
+
+def test_a_size_of_heads_that_cannot_be_reached_is_named(tmp_path, monkeypatch):
+    write_stock_run(tmp_path, ("headdim_mask",), name="llama, tied", **(HEAD_DIMS | {"fine__target_head_dim": 3}))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="target_head_dim: not possible"):
+        open_inputs(plan_stage(load_config("bmcook.json"), "headdim_mask"))
 
 
 def test_a_hidden_size_that_no_stock_class_loads_is_named(tmp_path, monkeypatch):

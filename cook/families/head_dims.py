@@ -1,0 +1,156 @@
+"""The dimensions of the heads of a model: one group for the whole model.
+
+Unit u is the same dimensions of every head in every layer: of queries and keys, which make the score, and of values and
+the output projection's inputs. A stock class has one size for all four, so they go together. Under rotary positions a
+unit is a pair of dimensions that are turned together, and where a part of the head is not turned, two of the others.
+Without rotary positions a unit is one dimension.
+
+Scores are divided by √head_dim: queries, or the weights of the norm behind them, are multiplied by √(new/old).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from cook.families.layout import Family
+from cook.families.rotary import turned_dims
+from cook.pruning.units import GatePoint, UnitGroup, WeightSlice
+
+if TYPE_CHECKING:
+    from cook.families.stock_space import Heads
+
+Units = tuple[tuple[int, ...], ...]
+"""The dimensions of each unit in one head."""
+
+
+def units_of_head(head_dim: int, turned: int) -> Units | None:
+    """The units of a head of which rotary positions turn the first dimensions; None if an odd number is not turned."""
+    if not turned:
+        return tuple((index,) for index in range(head_dim))
+    half, rest = turned // 2, (head_dim - turned) // 2
+    pairs = [(index, index + half) for index in range(half)]
+    others = [(turned + index, turned + index + rest) for index in range(rest)]
+    return (*pairs, *others) if head_dim % 2 == 0 else None
+
+
+@dataclass(kw_only=True)
+class HeadDims:
+    """The group of head dimensions in the making."""
+
+    units: Units
+    slices: list[WeightSlice] = field(default_factory=list)
+    gates: list[GatePoint] = field(default_factory=list)
+    norms: list[str] = field(default_factory=list)
+
+    def add(self, path: str, dim: int, heads: int, *, offset: int = 0, period: int = 0, **more: Any) -> WeightSlice:
+        """Adds the units of consecutive heads in a weight, each head after `period` indices (None: head_dim)."""
+        size = len(self.units[0])
+        period = period or len(self.units) * size
+        piece = WeightSlice(
+            path=path, dim=dim, block=size, offset=offset, within=self.units, period=period, repeats=heads, **more
+        )
+        self.slices.append(piece)
+        return piece
+
+    def gate(self, module: str, at: Literal["input", "output"], piece: WeightSlice, features: int) -> None:
+        """Adds a gate where the units of `piece` are among this number of features."""
+        gate_of = [-1] * features
+        for unit in range(len(self.units)):
+            for index in piece.indices([unit]).tolist():
+                gate_of[index] = unit
+        self.gates.append(GatePoint(module=module, at=at, features=tuple(gate_of)))
+
+    def group(self) -> UnitGroup:
+        unit_of = {index: unit for unit, indices in enumerate(self.units) for index in indices}
+        return UnitGroup(
+            kind="head_dims",
+            site="att",
+            layer=-1,
+            size=len(self.units),
+            members=len(self.units[0]),
+            slices=tuple(self.slices),
+            gate=self.gates[0],
+            more_gates=tuple(self.gates[1:]),
+            norms=tuple(self.norms),
+            norm_features=tuple(unit_of[index] for index in range(len(unit_of))) if self.norms else (),
+        )
+
+
+def head_dims(
+    family: Family,
+    config: PreTrainedConfig,
+    model: torch.nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    heads: Mapping[str, Heads],
+) -> UnitGroup | None:
+    """The group of a stock model's head dimensions; None if a weight of its attention has no place in these rules.
+
+    Args:
+        family: The family's table.
+        config: The model's config.
+        model: The model, without weights.
+        shapes: The shapes of its weights.
+        heads: The heads of each layer that has attention, by the layer's path.
+    """
+    turned, sizes = turned_dims(config, model), {own.head_dim for own in heads.values()}
+    units = units_of_head(max(sizes), turned) if len(sizes) == 1 and turned is not None else None
+    if units is None:
+        return None
+    made = HeadDims(units=units)
+    if all(_add_layer(made, family, model, shapes, layer, own) for layer, own in heads.items()):
+        return made.group()
+    return None
+
+
+def _add_layer(
+    made: HeadDims,
+    family: Family,
+    model: torch.nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    layer: str,
+    own: Heads,
+) -> bool:
+    """Adds the attention block of a layer; False if it has a weight that is not known here."""
+    table, dim = family.attention, own.head_dim
+    paths = {"q": f"{layer}.{table.q}", "k": f"{layer}.{table.k}", "v": f"{layer}.{table.v}"}
+    counts = {"q": own.heads, "k": own.kv_heads, "v": own.kv_heads}
+    norms = {n: f"{paths[n].rpartition('.')[0]}.{n}_norm" for n in ("q", "k")}
+    norms = {name: path for name, path in norms.items() if f"{path}.weight" in shapes}
+    inside = tuple(f"{layer}.{name}." for name in table.modules)
+    products = {f"{path}.{end}" for path in (*paths.values(), f"{layer}.{table.out}") for end in ("weight", "bias")}
+    others = {path for path in shapes if path.startswith(inside)} - products - {f"{n}.weight" for n in norms.values()}
+    if others or any(shapes[f"{path}.weight"] != (dim,) for path in norms.values()):
+        return False
+    end = 0
+    for name, path in paths.items():
+        product = model.get_submodule(path)
+        out_dim = 1 if isinstance(product, Conv1D) else 0
+        # In an interleaved weight every head has its queries, keys and values together.
+        place = {"offset": end, "period": 3 * dim if table.interleaved else dim}
+        power = 0.5 if table.scaling and name == "q" and not norms else 0.0
+        piece = made.add(f"{path}.weight", out_dim, counts[name], **place, power=power)
+        if f"{path}.bias" in shapes:
+            made.add(f"{path}.bias", 0, counts[name], **place, power=power)
+        if name == "q" or (name == "k" and norms):
+            features = shapes[piece.path][out_dim]
+            if own.per_key and name == "q":  # attention sees equally many query heads of every key-value head
+                wide = own.kv_heads * own.queries
+                features += (wide - own.heads) * dim
+                piece = WeightSlice(**vars(piece) | {"repeats": wide})
+            made.gate(path, "output", piece, features)
+        if table.q == table.k:
+            end += dim if table.interleaved else counts[name] * dim
+    for name, path in norms.items():
+        made.add(f"{path}.weight", 0, 1, power=0.5 if table.scaling and name == "q" else 0.0)
+        made.norms.append(path)
+    out = f"{layer}.{table.out}"
+    in_dim = 0 if isinstance(model.get_submodule(out), Conv1D) else 1
+    piece = made.add(f"{out}.weight", in_dim, own.heads)
+    made.gate(out, "input", piece, shapes[piece.path][in_dim])
+    return True

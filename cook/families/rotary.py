@@ -1,0 +1,102 @@
+"""Rotary positions of stock models that lose head dimensions.
+
+Pair i of a head turns with a frequency that follows from its number in the whole head. A stock class computes it from
+head_dim, and so gives other frequencies to a model whose heads have fewer pairs. But one of the types of rotary
+positions in transformers, `longrope`, divides the frequency of each pair by a factor from the config. The factors
+written here make every pair keep its frequency, in a stock class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+NEIGHBOURS = 8
+"""Floating-point numbers around a factor among which the one that gives the exact frequency is looked for."""
+
+
+def turned_dims(config: PreTrainedConfig, model: torch.nn.Module) -> int | None:
+    """How many dimensions of a head rotary positions turn, 0 if there are none; None if frequencies change at run time,
+    or differ in number.
+    """
+    module = _module(model)
+    if module is None:
+        return 0
+    types = [getattr(module, "rope_type", "")]
+    types = [*types[0].values()] if isinstance(types[0], dict) else types
+    if any("dynamic" in each for each in types):
+        return None
+    if any(parameters.get("short_factor") != parameters.get("long_factor") for _, parameters in _parameters(config)):
+        return None
+    numbers = {2 * len(getattr(module, f"{prefix}inv_freq", ())) for prefix, _ in _parameters(config)}
+    return numbers.pop() if len(numbers) == 1 else None
+
+
+def with_pairs(config: PreTrainedConfig, model: torch.nn.Module, kept: Sequence[int], head_dim: int) -> dict[str, Any]:
+    """The changed fields of a config with which the pairs that stay turn as before; empty without rotary positions.
+
+    Args:
+        config: The whole model's config.
+        model: The whole model, without weights.
+        kept: The pairs that stay, by number.
+        head_dim: Dimensions per head of the smaller model.
+    """
+    module = _module(model)
+    if module is None:
+        return {}
+    with torch.device("cpu"):
+        real: Any = type(module)(config)
+    of_types = {}
+    for prefix, before in _parameters(config):
+        parameters = {
+            "rope_type": "longrope",
+            "rope_theta": before["rope_theta"],
+            "original_max_position_embeddings": config.max_position_embeddings,
+            "attention_factor": float(getattr(real, f"{prefix}attention_scaling")),
+        }
+        if 2 * len(kept) < head_dim or before.get("partial_rotary_factor") is not None:
+            # Classes round the product of both down.
+            parameters["partial_rotary_factor"] = min(1.0, (2 * len(kept) + 0.5) / head_dim)
+        wanted = getattr(real, f"{prefix}inv_freq")[list(kept)]
+        parameters["short_factor"] = parameters["long_factor"] = factors(wanted, before["rope_theta"])
+        of_types[prefix.removesuffix("_")] = parameters
+    return {"rope_parameters": of_types.get("", of_types), "head_dim": head_dim}
+
+
+def without_factors(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary positions of a config without factors, whose number would have to be that of the pairs."""
+    if any(isinstance(own, Mapping) for own in parameters.values()):
+        return {name: without_factors(own) for name, own in parameters.items() if own}
+    given = {name: parameters[name] for name in ("rope_theta", "partial_rotary_factor") if name in parameters}
+    return {"rope_type": "default"} | given
+
+
+def factors(wanted: torch.Tensor, theta: float) -> list[float]:
+    """Factors f for which longrope's frequencies 1 / (f · theta^(2i/n)) are `wanted`, float32 `[n/2]`."""
+    number = 2 * len(wanted)
+    powers = theta ** (torch.arange(0, number, 2, dtype=torch.int64).float() / number)
+    first = (1.0 / (wanted.double() * powers.double())).float()
+    tried = [first]
+    for towards in (torch.inf, -torch.inf):
+        each = first
+        for _ in range(NEIGHBOURS):
+            each = torch.nextafter(each, torch.full_like(each, towards))
+            tried.append(each)
+    candidates = torch.stack(tried)
+    apart = (1.0 / (candidates * powers) - wanted).abs()
+    return candidates.gather(0, apart.argmin(0)[None])[0].tolist() if number else []
+
+
+def _module(model: torch.nn.Module) -> Any:
+    return next((module for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding")), None)
+
+
+def _parameters(config: PreTrainedConfig) -> list[tuple[str, dict[str, Any]]]:
+    """The parameters of each type of layer that has its own, with the prefix of its frequencies; else one entry."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = {name: own for name, own in parameters.items() if isinstance(own, dict)}
+    used = set(getattr(config, "layer_types", None) or nested)
+    return [(f"{name}_", own) for name, own in nested.items() if name in used] if nested else [("", parameters)]
