@@ -32,7 +32,7 @@ def evaluate(
     text = read_texts(data)
     entry = Entry(name=model, folder=model, coarse=coarse_mask, heads=heads_mask, dimff=dimff_mask, hidden=hidden_mask)
     loaded, record = measure_loss(entry, text, settings)
-    if settings.speed:
+    if settings.speed and not loaded.streamed:
         record |= measure_speed([loaded], text, settings)[0]
     print(json.dumps(record))
 
