@@ -247,7 +247,7 @@ def score_blocks(hidden_RQK: Tensor, num_heads: int) -> tuple[tuple[slice, slice
     queries, keys = hidden_RQK.shape[1:]
     rows = max(1, min(256, -(-queries // 4), BLOCK_SCORES // keys))  # more would leave out fewer keys
     heads = max(1, BLOCK_SCORES // (rows * keys))
-    last_Q = (~hidden_RQK.all(0) * torch.arange(1, keys + 1)).amax(1)
+    last_Q = (~hidden_RQK.all(0) * torch.arange(1, keys + 1, device=hidden_RQK.device)).amax(1)
     seen = {start: max(1, int(last_Q[start : start + rows].max())) for start in range(0, queries, rows)}
     return tuple(
         (slice(head, head + heads), slice(start, start + rows), slice(seen[start]))
