@@ -38,12 +38,12 @@ class MetaDevice(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _value(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """The answer to a question for a value: ones, and every element counts."""
+        """The answer to a question for a value: every condition holds, and copies are zeros."""
         asked = args[0] if args and isinstance(args[0], torch.Tensor) else None
         if func is aten._to_copy.default and asked is not None and str(kwargs.get("device")) == "cpu":
-            return torch.ones(asked.shape, dtype=kwargs.get("dtype") or asked.dtype)
+            return torch.zeros(asked.shape, dtype=kwargs.get("dtype") or asked.dtype)
         if func is aten.copy_.default and asked is not None and not asked.is_meta:
-            return asked.fill_(1)
+            return asked.zero_()
         if func is aten._local_scalar_dense.default and asked is not None:
             return True if asked.dtype == torch.bool else 1.0 if asked.is_floating_point() else 1
         if func is aten.nonzero.default and asked is not None:

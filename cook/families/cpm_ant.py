@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from cook.base.batches import Batch
 from cook.families import cpm_ant_formats
 from cook.families.layout import Attention, FeedForward
 from cook.families.stock_space import block_and_units
@@ -138,6 +139,11 @@ def _read(
     return dict(config), tensors
 
 
+def _with_facts(batch: Batch) -> Batch:
+    rows = batch["segment"], batch["context"], batch.get("span"), batch["length"]
+    return batch | {"facts": cpm_ant.Facts.of(*rows)}
+
+
 MODELING = Modeling(
     file=Path(cpm_ant.__file__),
     auto_map={
@@ -156,6 +162,7 @@ ADAPTER = Adapter(
     stock_holds=lambda config, heads, kv_heads, hidden=None: True,  # its export always contains the modeling file
     modeling=lambda config: MODELING,
     inputs=lambda batch: batch,
+    on_host=_with_facts,
     abilities=Abilities(shares_keys=False, stock_heads=False, stock_layers=False, is_stock=False),
     score_bias=True,
     aliases={"ffn.ffn.w_in.w.weight": ("ffn.ffn.w_in.w_0.weight", "ffn.ffn.w_in.w_1.weight")},

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cook.base.batches import Batch
+from cook.base.batches import Batch, CallForm, as_it_is
 from cook.base.tensor_files import LazyTensors, shapes_of
 from cook.pruning.units import HeadUnit, PruningSpace
 
@@ -89,6 +89,8 @@ class Adapter:
     """The model's arguments for a batch of `cook.data.packing`, without `targets`; samples of a row must not mix."""
     abilities: Abilities
     """Which of its reshaped models stock classes can load."""
+    on_host: CallForm = as_it_is
+    """Adds to a batch, before it is moved to the device, what the model would have to ask the device for."""
     file_names: Callable[[ModelConfig], Mapping[str, str]] = lambda _config: {}
     """The keys of the weights in the family's files, if they differ from the model's keys."""
     is_causal: bool = True
