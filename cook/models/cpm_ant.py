@@ -641,8 +641,8 @@ class CpmAntForCausalLM(PreTrainedModel, GenerationMixin):
             that are not padding. The first `prompt_length` ids of a row are prompt ids. In a packed row `span` numbers
             the samples, each comes with a prompt of its own, in segment 0, and is computed as if it were alone. (CPM-
             Live looks the later prompts up among the tokens, so that its packed rows differ from its single ones.)
-            `labels` or `targets`: (B, L), aligned: entry i is the token after i. `facts`: what is known of the batch, or
-            None. The logits are (B, L, V).
+            `labels` or `targets`: (B, L), aligned: entry i is the token after i. `facts`: what is known of the batch,
+            or None. The logits are (B, L, V).
 
         `targets` are aligned in both; the loss is their mean cross-entropy without the entries -100. `position`,
         `position_ids` and `token_type_ids` are accepted and unused: positions are indices.
