@@ -2,10 +2,10 @@
 
     python scripts/bench/reshape_cost.py [--gib 8] [--kinds llama cpm_ant zero3] [--folder DIR] [--no-outputs]
 
-Each kind is a checkpoint of about that many GiB, made of random numbers and deleted afterwards: a sharded Llama in bf16,
-a CPM-Ant in bf16, and a Llama in the files that DeepSpeed writes at ZeRO 3 on 4 ranks (fp32 weights; the moments, which
-are not read, are left out). Half of the heads and FFN dimensions and one block go. Every way reads files that are not
-in the page cache, and ends when its result is on the disk: `cp` is followed by `sync`, cook flushes every file.
+Each kind is a checkpoint of about that many GiB, made of random numbers and deleted afterwards: a sharded Llama in
+bf16, a CPM-Ant in bf16, and a Llama in the files that DeepSpeed writes at ZeRO 3 on 4 ranks (fp32 weights; the moments,
+which are not read, are left out). Half of the heads and FFN dimensions and one block go. Every way reads files that are
+not in the page cache, and ends when its result is on the disk: `cp` is followed by `sync`, cook flushes every file.
 
 `anonymous` is the peak of the memory that the system cannot take back; `resident` also counts pages of mapped files.
 Both are above those of the same command on a model of one MiB, which are the libraries. `--verify` and `cook eval
