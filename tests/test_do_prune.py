@@ -107,6 +107,25 @@ def test_what_is_not_equal_is_not_published(tmp_path, monkeypatch, dims):
     assert prune(monkeypatch, model, "--verify", dims=dims) is None
 
 
+@pytest.mark.parametrize("dims", [EVEN, UNEVEN], ids=["even", "uneven"])
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "BertForMaskedLM"])
+def test_a_model_larger_than_memory_is_verified_layer_by_layer(tmp_path, monkeypatch, capsys, name, dims):
+    model = saved(tmp_path / "model", name, BertConfig(**SIZES) if name.startswith("Bert") else None)
+    monkeypatch.setattr("cook.families.streamed.free_memory", lambda device: 1000)
+    prune(monkeypatch, model, "--verify", dims=dims)
+    assert "as read and masked by cook, layer by layer: largest relative difference" in capsys.readouterr().out
+    real = reshape_run.masked_model
+
+    def misread(source, *arguments, **options):
+        ends = (".1.mlp.up_proj.weight", ".1.intermediate.dense.weight")
+        wrong = {n: tensor * 1.1 if n.endswith(ends) else tensor for n, tensor in source.tensors.items()}
+        return real(dataclasses.replace(source, tensors=wrong), *arguments, **options)
+
+    monkeypatch.setattr(reshape_run, "masked_model", misread)
+    with pytest.raises(RunFailed, match="NOT EQUAL"):
+        prune(monkeypatch, model, "--verify", dims=dims)
+
+
 def test_an_earlier_export_survives_a_failure(tmp_path, monkeypatch):
     model = saved(tmp_path / "model")
     prune(monkeypatch, model)
@@ -191,7 +210,7 @@ def test_speed_is_measured_when_asked_for_with_one_model_in_memory(tmp_path, mon
     monkeypatch.setattr(reshape_run, "written_model", watched(reshape_run.written_model))
     real = reshape_run.masked_model
     monkeypatch.setattr(
-        reshape_run, "masked_model", lambda *arguments: (watched(lambda: real(*arguments)[0])(), "the witness")
+        reshape_run, "masked_model", lambda *args, **named: (watched(lambda: real(*args, **named)[0])(), "the witness")
     )
     prune(monkeypatch, model, "--verify", "--time")
     assert "tokens/s forward" in capsys.readouterr().out and len(alive) == 4

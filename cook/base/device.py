@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 CPU = torch.device("cpu")
+CGROUP = Path("/sys/fs/cgroup")
 UNUSED = ("mps",)
 """Accelerators that have no collectives, so that DeepSpeed cannot train on them."""
 
@@ -62,6 +65,18 @@ def wait_for(device: torch.device) -> None:
     """Waits until the device has computed everything; a CPU always has."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process can still allocate on a device; for a CPU: on the host, or in the container's limit."""
+    if device.type != "cpu":
+        return int(torch.get_device_module(device).mem_get_info(device)[0])
+    free, limit, used = psutil.virtual_memory().available, Path("memory.max"), Path("memory.current")
+    try:
+        free = min(free, int((CGROUP / limit).read_text()) - int((CGROUP / used).read_text()))
+    except (OSError, ValueError):  # no control group, or "max": no limit
+        pass
+    return max(0, free)
 
 
 def random_state() -> dict[str, torch.Tensor]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import pickletools
-import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 
 from cook.base.errors import UserError
 from cook.base.files import fsync_folder, naming, read_json, regular_file, write_json
@@ -49,6 +47,31 @@ class LazyTensors(Mapping[str, torch.Tensor]):
 def known_shape(tensors: Mapping[str, torch.Tensor], name: str) -> Shape | None:
     """The shape of a tensor, or None if it is unknown without reading the tensor."""
     return tensors.shapes.get(name) if isinstance(tensors, LazyTensors) else tuple(tensors[name].shape)
+
+
+def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Shape]:
+    """The shapes of all tensors; only those of unknown shape are read."""
+    known = {name: known_shape(tensors, name) for name in tensors}
+    return {name: tuple(tensors[name].shape) if shape is None else shape for name, shape in known.items()}
+
+
+def in_parts(
+    change: Callable[..., torch.Tensor], tensor: torch.Tensor, *others: torch.Tensor, numel: int = 1 << 22
+) -> torch.Tensor:
+    """`change` of every element, in the tensor's type, computed on about `numel` elements at a time.
+
+    So the intermediate results in a wider type need little memory. `others` broadcast to the tensor's shape; `change`
+    receives a part of each.
+    """
+    out = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    if not tensor.numel():
+        return out
+    rows = max(1, numel * tensor.shape[0] // tensor.numel()) if tensor.dim() else 1
+    read = [tensor, *(other.expand(tensor.shape) for other in others)]
+    parts = [each.split(rows) for each in (out, *read)] if tensor.dim() else [[each] for each in (out, *read)]
+    for target, *part in zip(*parts, strict=True):
+        target.copy_(change(*part))
+    return out
 
 
 def open_safetensors_folder(folder: Path) -> LazyTensors:
@@ -202,10 +225,28 @@ def open_pt(path: Path) -> Mapping[str, torch.Tensor]:
     return content
 
 
+BUFFERED = 64 << 20  # bytes in memory before a shard is begun on the disk
+HEADER = 256 << 10  # bytes for the names and shapes of a shard that is begun before all of its tensors are known
+TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""The names of the types in safetensors files."""
+
+
 class ShardWriter:
     """A context manager that writes tensors to a folder, made if missing, as safetensors shards with an index.
 
-    It holds at most one shard in memory. If all tensors fit in one shard, it writes `model.safetensors` alone.
+    It holds at most one tensor and `BUFFERED` bytes in memory. If all tensors fit in one shard, it writes
+    `model.safetensors` alone.
     """
 
     def __init__(self, folder: Path, shard_bytes: int = 2 << 30):
@@ -215,38 +256,74 @@ class ShardWriter:
         self.total_bytes = 0
         self._pending: dict[str, torch.Tensor] = {}
         self._pending_bytes = 0
+        self._file: BinaryIO | None = None  # the shard that is being written
+        self._entries: dict[str, dict[str, Any]] = {}  # the header of its tensors
+        self._reserved = 0  # bytes of the header's place in it
+        self._written = 0  # bytes of tensors in it
+        self._room = 0  # bytes that its header needs at most, with what is pending
 
     def __enter__(self) -> ShardWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         return self
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size > self.shard_bytes:
-            self._flush()
-        self._pending[name] = tensor.contiguous()
-        self._pending_bytes += size
-        self.total_bytes += size
+        held, room = self._written + self._pending_bytes, len(json.dumps(name)) + 20 * tensor.dim() + 100
+        if held and (held + tensor.nbytes > self.shard_bytes or self._room + room > HEADER):
+            self._finish()
+        self._pending[name] = tensor
+        self._pending_bytes += tensor.nbytes
+        self._room += room
+        self.total_bytes += tensor.nbytes
+        if self._pending_bytes >= BUFFERED:
+            self._write()
 
-    def _flush(self) -> None:
-        file = self.folder / f"shard-{len(self.files):05d}.safetensors"
-        self.files.append(file)
-        try:
-            save_file(self._pending, file, metadata={"format": "pt"})
-        except SafetensorError as error:
-            found = re.search(r"\(os error (\d+)\)", str(error))
-            if found is None:
-                raise
-            raise OSError(int(found[1]), os.strerror(int(found[1])), str(file)) from None
-        self.names.append(list(self._pending))
+    def _write(self, *, is_all: bool = False) -> None:
+        """Writes what is pending; unless that is a whole shard, the header's place is reserved before it."""
+        # Readers map the file: an offset must be a multiple of the type's size, and no bytes may lie between tensors.
+        pending = dict(sorted(self._pending.items(), key=lambda item: -item[1].element_size()))
+        if self._file is not None and self._written % next(iter(pending.values())).element_size():
+            self._pending, room = {}, self._room
+            self._finish()
+            self._room = room
+        for name, tensor in pending.items():
+            begin, self._written = self._written, self._written + tensor.nbytes
+            kind, shape = TYPES[tensor.dtype], list(tensor.shape)
+            self._entries[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, self._written]}
+        if self._file is None:
+            self.files.append(self.folder / f"shard-{len(self.files):05d}.safetensors")
+            self._reserved = 0 if is_all else HEADER
+            self._file = open(self.files[-1], "wb")  # noqa: SIM115  # open from one tensor to the next
+            with naming(self.files[-1]):
+                self._file.write(self._header())
         self._pending, self._pending_bytes = {}, 0
+        with naming(self.files[-1]):
+            for name in list(pending):
+                flat = pending.pop(name).detach().cpu().contiguous().reshape(-1)
+                self._file.write(flat.view(torch.uint8).numpy().data)
+
+    def _header(self) -> bytes:
+        text = json.dumps({"__metadata__": {"format": "pt"}, **self._entries}, separators=(",", ":")).encode()
+        text = text.ljust(max(self._reserved, -(-len(text) // 8) * 8))  # the format allows spaces at the end
+        return len(text).to_bytes(8, "little") + text
+
+    def _finish(self) -> None:
+        """Completes the shard."""
+        if self._pending or self._file is None:
+            self._write(is_all=self._file is None)
+        assert self._file is not None
+        with naming(self.files[-1]), self._file as file:
+            file.seek(0)
+            file.write(self._header())
+        self.names.append(list(self._entries))
+        self._file, self._entries = None, {}
+        self._written = self._room = 0
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             self._clear()
             return
         try:
-            self._flush()
+            self._finish()
         except BaseException:
             self._clear()
             raise
@@ -257,7 +334,6 @@ class ShardWriter:
         finals = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
         finals = ["model.safetensors"] if count == 1 else finals
         for file, final in zip(self.files, finals, strict=True):
-            file.chmod(0o644)  # safetensors makes its files readable only by their owner
             file.replace(self.folder / final)
         if count > 1:
             weight_map = {name: final for names, final in zip(self.names, finals, strict=True) for name in names}
@@ -266,6 +342,9 @@ class ShardWriter:
         fsync_folder(self.folder)
 
     def _clear(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # what is buffered cannot be written either
+                self._file.close()
         for file in self.files:
             file.unlink(missing_ok=True)
 

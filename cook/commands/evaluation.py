@@ -34,7 +34,7 @@ def evaluate(
     masks = {"coarse": coarse_mask, "heads": heads_mask, "dimff": dimff_mask}
     entry = Entry(name=model, folder=model, **masks, head_dims=head_dims_mask, hidden=hidden_mask)
     loaded, record = measure_loss(entry, text, settings)
-    if settings.speed:
+    if settings.speed and not loaded.streamed:
         record |= measure_speed([loaded], text, settings)[0]
     print(json.dumps(record))
 

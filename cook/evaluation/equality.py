@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +15,7 @@ from cook.data.token_loss import model_inputs
 from cook.export.check import quiet, transformers_class
 from cook.export.pruned_folder import mask_model
 from cook.families.source import load_model, open_model
+from cook.families.streamed import streamed_model
 from cook.pruning.family import ModelSource
 from cook.pruning.mask_set import Masks
 from cook.pruning.units import WIDE, PruningSpace
@@ -101,14 +103,35 @@ def _call(model: torch.nn.Module, inputs: Batch) -> Batch:
     return {name: inputs[name][None] for name in ("input_ids", "position_ids") if name in inputs}
 
 
+def together(batches: Iterable[Batch]) -> list[Batch]:
+    """The same rows in fewer batches: those of equal shapes in one, for models whose weights every batch reads."""
+    alike: dict[tuple[Any, ...], list[Batch]] = {}
+    for batch in batches:
+        shapes = {name: tuple(value.shape[1:]) if torch.is_tensor(value) else value for name, value in batch.items()}
+        alike.setdefault(tuple(shapes.items()), []).append(batch)
+    return [
+        {
+            name: torch.cat([b[name] for b in equal]) if torch.is_tensor(value) else value
+            for name, value in first.items()
+        }
+        for equal in alike.values()
+        for first in equal[:1]
+    ]
+
+
 def masked_model(
-    source: ModelSource, space: PruningSpace, masks: Masks, dtype: torch.dtype
+    source: ModelSource, space: PruningSpace, masks: Masks, dtype: torch.dtype, *, streamed: bool = False
 ) -> tuple[torch.nn.Module, str]:
     """Returns the whole model with its masked units set to zero, and a description of how it was loaded.
 
     transformers loads the folder with its own class where it has one; else cook reads and masks the model. Hidden and
-    head dimensions cannot be masked by zeros in the weights alone, since norms average over them.
+    head dimensions cannot be masked by zeros in the weights alone, since norms average over them. `streamed`: one layer
+    is in memory at a time.
     """
+    if streamed:
+        model = streamed_model(source, dtype)
+        mask_model(model, space, masks)
+        return model, "the model as read and masked by cook, layer by layer"
     stays = all(bool(masks[kind].all()) for kind in WIDE if kind in masks)
     found = transformers_class(source.config) if (source.path / "config.json").is_file() else None
     if found is None or not stays:
@@ -120,8 +143,10 @@ def masked_model(
     return model, f"{found[0].__name__} of transformers with the masked units set to zero"
 
 
-def written_model(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
-    """Loads a reshaped model as its users do."""
+def written_model(folder: Path, dtype: torch.dtype, *, streamed: bool = False) -> torch.nn.Module:
+    """Loads a reshaped model as its users do; `streamed`: as cook reads it, with one layer in memory at a time."""
+    if streamed:
+        return streamed_model(open_model(folder), dtype)
     found = transformers_class(read_model_config(folder))
     return load_model(open_model(folder), dtype) if found is None else _loaded(folder, found[0], dtype)
 

@@ -14,6 +14,7 @@ from cook.base.tensor_files import read_model_config
 from cook.export.pruned_folder import mask_model, open_masks
 from cook.families.registry import knows, stock_type
 from cook.families.source import load_model, open_model, placed
+from cook.families.streamed import fits_into_memory, streamed_model
 from cook.pruning.family import ModelSource
 from cook.text.hf import check_tokenizer_file, open_backend
 
@@ -63,20 +64,27 @@ class Loaded:
     entry: Entry
     model: torch.nn.Module
     tokenizer: Any
+    streamed: bool = False
+    """Whether each layer's weights are read from the files when it computes."""
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
 
-def load(entry: Entry, *, trust_remote_code: bool, dtype: str = "auto", device: str = "cpu") -> Loaded:
+def load(
+    entry: Entry, *, trust_remote_code: bool, dtype: str = "auto", device: str = "cpu", weights: str = "auto"
+) -> Loaded:
     """Loads a model and its tokenizer; families that cook knows need no remote code.
 
-    `dtype` is `auto` (as stored; bfloat16 on a GPU) or the name of a floating type.
+    `dtype` is `auto` (as stored; bfloat16 on a GPU) or the name of a floating type. `weights` is `memory`, `disk`, for
+    layers that are read when they compute, or `auto`: `disk` for a model that does not fit into memory.
 
     Raises:
         UserError: the model or the tokenizer cannot be loaded, or the masks belong to another model.
     """
+    chosen = {"auto": None if device == "cpu" else torch.bfloat16}.get(dtype) or getattr(torch, dtype, None)
+    streamed = False
     folder = Path(entry.folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: not a model folder", wanted="config.json, safetensors and tokenizer files")
@@ -84,7 +92,11 @@ def load(entry: Entry, *, trust_remote_code: bool, dtype: str = "auto", device: 
         tokenizer = load_tokenizer(folder, trust_remote_code)
         source = known_source(folder)
         if source is not None:
-            model = load_model(source, dtype=None)
+            fits = weights == "memory" or (weights == "auto" and fits_into_memory(source, chosen, device))
+            streamed = not fits
+            model = streamed_model(source, chosen, device) if streamed else load_model(source, dtype=None)
+        elif weights == "disk":
+            raise UserError(f"{folder}: --weights disk works only with a family that cook knows")
         else:
             from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -96,12 +108,11 @@ def load(entry: Entry, *, trust_remote_code: bool, dtype: str = "auto", device: 
         raise UserError(f"{folder}: cannot be loaded", got=reason) from None
     if entry.masks and source is None:
         raise UserError(f"{folder}: masks can be applied only to a family that cook knows")
-    chosen = {"auto": None if device == "cpu" else torch.bfloat16}.get(dtype) or getattr(torch, dtype, None)
-    model = placed(model.eval(), device, chosen)
+    model = model if streamed else placed(model.eval(), device, chosen)
     if entry.masks and source is not None:
         space, masks = open_masks(source, **entry.masks)
         mask_model(model, space, {name: mask.to(device) for name, mask in masks.items()})
-    return Loaded(entry=entry, model=model, tokenizer=tokenizer)
+    return Loaded(entry=entry, model=model, tokenizer=tokenizer, streamed=streamed)
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:

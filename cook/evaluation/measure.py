@@ -27,7 +27,13 @@ def measure_loss(entry: Entry, text: str, settings: Settings) -> tuple[Loaded, d
     """
     device = device_of(settings)
     with PeakMemory(torch.device(device)) as memory:
-        loaded = load(entry, trust_remote_code=settings.trust_remote_code, dtype=settings.dtype, device=device)
+        loaded = load(
+            entry,
+            trust_remote_code=settings.trust_remote_code,
+            dtype=settings.dtype,
+            device=device,
+            weights=settings.weights,
+        )
         windowing = _windowing(loaded, settings)
         ids = text_ids(loaded, text)
         if len(ids) > 1 and not predicts_blindly(loaded.model, ids):
@@ -47,6 +53,7 @@ def measure_loss(entry: Entry, text: str, settings: Settings) -> tuple[Loaded, d
         "parameters": sum(p.numel() for p in loaded.model.parameters()),
         "dtype": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
         "device": str(loaded.device),
+        **({"weights": "disk"} if loaded.streamed else {}),
     }
     return loaded, record
 
@@ -162,7 +169,7 @@ def compare(entries: Sequence[Entry], text: str, settings: Settings, *, files: S
         same_tokens = same_tokens and torch.equal(ids, first_ids)
         models += [loaded] if settings.speed else []
         del loaded
-    if settings.speed:
+    if settings.speed and not any(loaded.streamed for loaded in models):
         for record, speed in zip(records, measure_speed(models, text, settings), strict=True):
             record.update(speed)
     for record in records:

@@ -31,8 +31,11 @@ class Settings:
     """`auto`: as stored; bfloat16 on a GPU."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, …; `auto`: a GPU if there is one."""
+    weights: Literal["auto", "memory", "disk"] = "auto"
+    """`disk`: each layer is read from the files when it computes, for models larger than memory; every batch reads the
+    whole model. `auto`: this for a model that does not fit into memory."""
     speed: bool = True
-    """Time prefill and decoding."""
+    """Time prefill and decoding; not done for weights on the disk."""
     prompts: Size = 1
     """Prompts per batch when these are timed."""
     prompt_tokens: Size = 128

@@ -14,7 +14,7 @@ import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from cook.base.errors import UserError
-from cook.base.tensor_files import open_safetensors_folder, read_model_config
+from cook.base.tensor_files import open_safetensors_folder, read_model_config, shapes_of
 from cook.families.source import open_model
 from cook.models import ragged
 from cook.pruning.counts import kept_shapes
@@ -143,10 +143,10 @@ def _loading_problems(
     config: ModelConfig, files: Mapping[str, torch.Tensor], source: ModelSource, found: Account
 ) -> list[str]:
     """What transformers misses, or has no place for, beyond what it says of the model before."""
-    after = loading_report(config, _shapes(files))
+    after = loading_report(config, shapes_of(files))
     if after is None:
         return []
-    before = loading_report(source.config, _shapes(_files(source)))
+    before = loading_report(source.config, shapes_of(_files(source)))
     lacked = set() if before is None else before["missing_keys"]
     ignored = {*found.carried} if before is None else {*found.carried} & before["unexpected_keys"]
     problems = [f"{name!r} is missing" for name in sorted(after["missing_keys"] - lacked)]
@@ -159,7 +159,7 @@ def _differences(
 ) -> list[str]:
     """How a written model differs from what should be left of the one before."""
     expected = {renamed.get(name, name): shape for name, shape in kept.items()}
-    shapes = _shapes(written.tensors)
+    shapes = shapes_of(written.tensors)
     problems = [
         f"{name!r} has the shape {shapes.get(name)}, not {shape}"
         for name, shape in sorted(expected.items())
@@ -169,10 +169,6 @@ def _differences(
     if len(written.stored) != len(expected) + len(found.carried):
         problems.append(f"{len(written.stored)} tensors, not {len(expected)} and {len(found.carried)} carried along")
     return problems
-
-
-def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def transformers_class(config: ModelConfig) -> tuple[type[PreTrainedModel], PreTrainedConfig] | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from cook.base.batches import Batch
 from cook.families import cpm_ant_formats
 from cook.families.head_dims import HeadDims, units_of_head
 from cook.families.layout import Attention, FeedForward
@@ -162,6 +163,11 @@ def _read(
     return dict(config), tensors
 
 
+def _with_facts(batch: Batch) -> Batch:
+    rows = batch["segment"], batch["context"], batch.get("span"), batch["length"]
+    return batch | {"facts": cpm_ant.Facts.of(*rows)}
+
+
 MODELING = Modeling(
     file=Path(cpm_ant.__file__),
     auto_map={
@@ -182,6 +188,7 @@ ADAPTER = Adapter(
     ),  # its export always contains the modeling file
     modeling=lambda config: MODELING,
     inputs=lambda batch: batch,
+    on_host=_with_facts,
     abilities=Abilities(shares_keys=False, stock_heads=False, stock_layers=False, is_stock=False),
     score_bias=True,
     aliases={"ffn.ffn.w_in.w.weight": ("ffn.ffn.w_in.w_0.weight", "ffn.ffn.w_in.w_1.weight")},

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cook.base.errors import UserError
-from cook.base.tensor_files import LazyTensors
+from cook.base.tensor_files import LazyTensors, in_parts
 from cook.models.cpm_ant import CpmAntConfig
 
 NATIVE_FIELDS = (
@@ -185,8 +185,9 @@ def _tokens(config: CpmAntConfig, stock: Mapping[str, Tensor]) -> Tensor:
     if len(table) != rows:
         raise UserError("the stock embedding has another size", wanted=f"{rows} rows", got=f"{len(table)} rows")
     tokens = table[: config.vocab_size]
-    if "lm_head.weight" in stock:
-        distance = (stock["lm_head.weight"].float() - tokens.float()).abs().max()
+    head = stock["lm_head.weight"] if "lm_head.weight" in stock else tokens
+    if head is not tokens and not head.is_meta:
+        distance = (head.float() - tokens.float()).abs().max()
         if distance > 1e-3 * tokens.float().abs().max():
             raise UserError(
                 "the output projection differs from the token embedding, to which CPM-Ant ties it",
@@ -198,7 +199,7 @@ def _tokens(config: CpmAntConfig, stock: Mapping[str, Tensor]) -> Tensor:
 
 def _scaled(tensor: Tensor, factor: float) -> Tensor:
     """Multiplies in fp32, so that half precision is rounded once."""
-    return (tensor.float() * factor).to(tensor.dtype)
+    return in_parts(lambda part: part.float() * factor, tensor)
 
 
 def _scaled_linear(weight: Tensor, sign: int) -> Tensor:

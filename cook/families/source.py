@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -141,10 +141,20 @@ def unfilled_model(adapter: Adapter, config: Mapping[str, Any]) -> torch.nn.Modu
     return model
 
 
-def load_model(source: ModelSource, dtype: torch.dtype | None = torch.float32) -> torch.nn.Module:
-    """Loads the whole model into memory, in eval mode, with weights of type `dtype`; None keeps the stored types."""
+def load_model(
+    source: ModelSource,
+    dtype: torch.dtype | None = torch.float32,
+    *,
+    leave: Callable[[torch.nn.Module], Container[str]] = lambda model: (),
+) -> torch.nn.Module:
+    """Loads the whole model into memory, in eval mode, with weights of type `dtype`; None keeps the stored types.
+
+    `leave` returns the names of weights that are not read and stay uninitialised.
+    """
     model = unfilled_model(source.adapter, source.config)
-    weights = {name: t.to(dtype) if dtype and t.is_floating_point() else t for name, t in source.tensors.items()}
+    left = leave(model)
+    read = ((name, source.tensors[name]) for name in source.tensors if name not in left)
+    weights = {name: t.to(dtype) if dtype and t.is_floating_point() else t for name, t in read}
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tied -= {name for name, _ in model.named_parameters()}
     try:
@@ -152,7 +162,7 @@ def load_model(source: ModelSource, dtype: torch.dtype | None = torch.float32) -
     except RuntimeError as error:  # other shapes
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"{source.path}: the weights do not fit the model's config", got=reason) from None
-    lacking = [name for name in missing if name not in tied]
+    lacking = [name for name in missing if name not in tied and name not in left]
     if lacking or unexpected:
         problem = f"{lacking[0]!r} is missing" if lacking else f"{unexpected[0]!r} has no place in the model"
         raise UserError(f"{source.path}: the weights do not fit the model's config: {problem}")

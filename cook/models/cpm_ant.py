@@ -195,6 +195,7 @@ class Layout:
         segment_RK, context_RK: Segment types (int), and whether a position is context, seen by all (bool).
         span_RK: The sample of a packed row that a position belongs to, or None if all belong to one.
         real_RK: False where a position is padding, or None if none is.
+        kinds: The segment types that occur, ascending; None: unknown.
         queries: How many of the last positions are computed now; the others are in the cache.
     """
 
@@ -202,6 +203,7 @@ class Layout:
     context_RK: Tensor
     span_RK: Tensor | None = None
     real_RK: Tensor | None = None
+    kinds: tuple[int, ...] | None = None
     queries: int
 
     def hidden_RQK(self) -> Tensor:
@@ -242,12 +244,42 @@ class Bias:
         return replace(self, added_RHQK=self.added_RHQK.index_select(1, heads), bias_RHQK=bias)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What the numbers of a batch say of its layout: known before the batch is moved, they cost no wait for the device.
+
+    Attributes:
+        same_segment, same_context, same_span, same_real: Whether all rows are equal in this.
+        alone: Whether every row is one sample.
+        full: Whether no position is padding.
+        kinds: The segment types that occur, ascending.
+    """
+
+    same_segment: bool
+    same_context: bool
+    same_span: bool
+    same_real: bool
+    alone: bool
+    full: bool
+    kinds: tuple[int, ...]
+
+    @classmethod
+    def of(cls, segment: Tensor, context: Tensor, span: Tensor | None, length: Tensor) -> Facts:
+        """Reads them from a batch (B, L): one question to its device, and one for the segment types."""
+        spans = torch.zeros_like(segment) if span is None else span
+        real = torch.arange(segment.shape[1], device=segment.device) < length[:, None]
+        same = [(x == x[:1]).all() for x in (segment, context, spans, real)]
+        flags = torch.stack([*same, (spans == spans[:, :1]).all(), real.all()]).tolist()
+        names = ("same_segment", "same_context", "same_span", "same_real", "alone", "full")
+        return cls(**dict(zip(names, flags, strict=True)), kinds=tuple(segment.unique().tolist()))
+
+
 def score_blocks(hidden_RQK: Tensor, num_heads: int) -> tuple[tuple[slice, slice, slice], ...]:
     """Cuts a row's scores into blocks of about `BLOCK_SCORES`: heads, queries, and the keys that any of these see."""
     queries, keys = hidden_RQK.shape[1:]
     rows = max(1, min(256, -(-queries // 4), BLOCK_SCORES // keys))  # more would leave out fewer keys
     heads = max(1, BLOCK_SCORES // (rows * keys))
-    last_Q = (~hidden_RQK.all(0) * torch.arange(1, keys + 1)).amax(1)
+    last_Q = (~hidden_RQK.all(0) * torch.arange(1, keys + 1, device=hidden_RQK.device)).amax(1)
     seen = {start: max(1, int(last_Q[start : start + rows].max())) for start in range(0, queries, rows)}
     return tuple(
         (slice(head, head + heads), slice(start, start + rows), slice(seen[start]))
@@ -312,10 +344,12 @@ class PositionBias(nn.Module):
         distance_N = torch.arange(1 - keys, queries, device=table.device)
         line_HN = F.embedding(self.bucket(distance_N), table_EH).t()
         same_HQK = line_HN.unfold(1, keys, 1).flip(1)
-        kinds_S, kind_RK = layout.segment_RK.unique(return_inverse=True)
-        if len(kinds_S) == 1:
+        found = layout.segment_RK.unique().tolist() if layout.kinds is None else layout.kinds
+        kinds = len(found)
+        if kinds == 1:
             return same_HQK[None]
-        kinds = len(kinds_S)
+        kinds_S = torch.tensor(found).to(table.device, non_blocking=True)
+        kind_RK = torch.bucketize(layout.segment_RK, kinds_S.to(layout.segment_RK.dtype))
         pairs = self.num_buckets + kinds_S[:, None] * self.num_segments + kinds_S[None, :]
         pair_SSH = F.embedding(pairs, table_EH) * (1 - torch.eye(kinds, device=table.device))[..., None]
         # Products with one-hot rows select exactly, and their backward is a product as well.
@@ -590,6 +624,7 @@ class CpmAntForCausalLM(PreTrainedModel, GenerationMixin):
         segment: Tensor | None = None,
         span: Tensor | None = None,
         targets: Tensor | None = None,
+        facts: Facts | None = None,
         position_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         output_attentions: bool | None = None,
@@ -606,7 +641,8 @@ class CpmAntForCausalLM(PreTrainedModel, GenerationMixin):
             that are not padding. The first `prompt_length` ids of a row are prompt ids. In a packed row `span` numbers
             the samples, each comes with a prompt of its own, in segment 0, and is computed as if it were alone. (CPM-
             Live looks the later prompts up among the tokens, so that its packed rows differ from its single ones.)
-            `labels` or `targets`: (B, L), aligned: entry i is the token after i. The logits are (B, L, V).
+            `labels` or `targets`: (B, L), aligned: entry i is the token after i. `facts`: what is known of the batch,
+            or None. The logits are (B, L, V).
 
         `targets` are aligned in both; the loss is their mean cross-entropy without the entries -100. `position`,
         `position_ids` and `token_type_ids` are accepted and unused: positions are indices.
@@ -621,7 +657,7 @@ class CpmAntForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError("CPM-Live's batch needs `length`, `context` and `segment` beside `input`")
             if input_ids is not None or past_key_values is not None:
                 raise ValueError("CPM-Live's batch cannot be combined with input_ids or past_key_values")
-            hidden, layout = self._embed_batch(input, length, context, segment, span)
+            hidden, layout = self._embed_batch(input, length, context, segment, span, facts)
             targets, prompt = labels if targets is None else targets, 0
         else:
             past_key_values = self._cache(past_key_values, use_cache)
@@ -642,7 +678,7 @@ class CpmAntForCausalLM(PreTrainedModel, GenerationMixin):
         return output.to_tuple() if return_dict is False else output
 
     def _embed_batch(
-        self, ids: Tensor, length: Tensor, context: Tensor, segment: Tensor, span: Tensor | None
+        self, ids: Tensor, length: Tensor, context: Tensor, segment: Tensor, span: Tensor | None, facts: Facts | None
     ) -> tuple[Tensor, Layout]:
         index_L = torch.arange(ids.shape[1], device=ids.device)
         real_BL = index_L < length[:, None]
@@ -656,22 +692,16 @@ class CpmAntForCausalLM(PreTrainedModel, GenerationMixin):
         prompt_BLM = self.prompt_embedding(ids.masked_fill(~is_prompt_BL, 0))
         text_BLM = self.input_embedding(ids.masked_fill(is_prompt_BL, 0))
         hidden_BLM = torch.where(is_prompt_BL[..., None], prompt_BLM, text_BLM)
-        layout = self._batch_layout(segment, context.bool(), span, real_BL)
-        return hidden_BLM + self.segment_embedding(segment), layout
-
-    def _batch_layout(self, segment: Tensor, context: Tensor, span: Tensor | None, real: Tensor) -> Layout:
-        """Drops what says nothing, and the batch axis where all rows are the same: one question to the device."""
-        spans = torch.zeros_like(segment) if span is None else span
-        same = [(x == x[:1]).all() for x in (segment, context, spans, real)]
-        alone = (spans == spans[:, :1]).all() | (span is None)
-        one_segment, one_context, one_span, one_real, alone, full = torch.stack([*same, alone, real.all()]).tolist()
-        return Layout(
-            segment_RK=segment[:1] if one_segment else segment,
-            context_RK=context[:1] if one_context else context,
-            span_RK=None if alone else spans[:1] if one_span else spans,
-            real_RK=None if full else real[:1] if one_real else real,
+        facts = Facts.of(segment, context, span, length) if facts is None else facts
+        layout = Layout(  # without what says nothing, and without the batch axis where all rows are the same
+            segment_RK=segment[:1] if facts.same_segment else segment,
+            context_RK=context[:1].bool() if facts.same_context else context.bool(),
+            span_RK=None if facts.alone or span is None else span[:1] if facts.same_span else span,
+            real_RK=None if facts.full else real_BL[:1] if facts.same_real else real_BL,
+            kinds=facts.kinds,
             queries=segment.shape[1],
         )
+        return hidden_BLM + self.segment_embedding(segment), layout
 
     def _embed_text(
         self, input_ids: Tensor | None, embeds: Tensor | None, attention_mask: Tensor | None, cache: Any
@@ -695,7 +725,11 @@ class CpmAntForCausalLM(PreTrainedModel, GenerationMixin):
         if attention_mask is not None and not attention_mask.all():
             real = F.pad(attention_mask.bool(), (keys - attention_mask.shape[1], 0), value=True)
         layout = Layout(
-            segment_RK=is_text_1K * TEXT_SEGMENT, context_RK=~is_text_1K, real_RK=real, queries=prompt + tokens
+            segment_RK=is_text_1K * TEXT_SEGMENT,
+            context_RK=~is_text_1K,
+            real_RK=real,
+            kinds=(0, TEXT_SEGMENT) if self.config.prompt_length else (TEXT_SEGMENT,),
+            queries=prompt + tokens,
         )
         return hidden_BQM, layout, prompt
 

@@ -6,14 +6,16 @@ writes the functions itself. Either way it is one file, and one line in `registr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cook.base.batches import Batch
+from cook.base.batches import Batch, CallForm, as_it_is
+from cook.base.tensor_files import LazyTensors, shapes_of
 from cook.pruning.units import HeadUnit, PruningSpace
 
 ModelConfig = Mapping[str, Any]
@@ -87,6 +89,8 @@ class Adapter:
     """The model's arguments for a batch of `cook.data.packing`, without `targets`; samples of a row must not mix."""
     abilities: Abilities
     """Which of its reshaped models stock classes can load."""
+    on_host: CallForm = as_it_is
+    """Adds to a batch, before it is moved to the device, what the model would have to ask the device for."""
     file_names: Callable[[ModelConfig], Mapping[str, str]] = lambda _config: {}
     """The keys of the weights in the family's files, if they differ from the model's keys."""
     is_causal: bool = True
@@ -100,24 +104,21 @@ class Adapter:
     for a family that has only Hugging Face's format."""
 
 
-class Stored(Mapping[str, torch.Tensor]):
+class Stored(LazyTensors):
     """The tensors of a model's files; records the names that are read."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]):
-        self._tensors, self.read = tensors, set[str]()
+        shapes = tensors.shapes if isinstance(tensors, LazyTensors) else shapes_of(tensors)
+        super().__init__({name: partial(tensors.__getitem__, name) for name in tensors}, shapes)
+        self.read = set[str]()
+        self.only_shapes = False
+        """True: reads nothing, and returns tensors without values."""
 
     def __getitem__(self, name: str) -> torch.Tensor:
         self.read.add(name)
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._tensors  # Mapping's own would read the tensor
+        if self.only_shapes and name in self.shapes:
+            return torch.empty(self.shapes[name], device="meta")
+        return super().__getitem__(name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +141,11 @@ class ModelSource:
     def stored_for(self, names: Iterable[str]) -> set[str]:
         """The names in the files of the tensors that the native tensors `names` are made of."""
         self.stored.read.clear()
-        for name in names:
-            if name in self.tensors:
-                self.tensors[name]  # mapped from the file, not read whole
+        self.stored.only_shapes = True
+        try:
+            for name in names:
+                if name in self.tensors:
+                    self.tensors[name]
+        finally:
+            self.stored.only_shapes = False
         return set(self.stored.read)

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from cook.base.errors import UserError
-from cook.base.tensor_files import LazyTensors
+from cook.base.tensor_files import LazyTensors, in_parts
 from cook.pruning.counts import weights_gone
 from cook.pruning.mask_set import Masks, consistent
 from cook.pruning.units import WIDE, PruningSpace, WeightSlice
@@ -107,7 +107,8 @@ def filled_up(small: Mapping[str, torch.Tensor], space: PruningSpace, masks: Mas
         zeros = torch.zeros(space.shapes[path])
         return zeros if path in dropped else _put_back(small[path], zeros, cuts[path])
 
-    return LazyTensors({path: partial(whole, path) for path in space.shapes if path in dropped or path in small})
+    found = [path for path in space.shapes if path in dropped or path in small]
+    return LazyTensors({path: partial(whole, path) for path in found}, {path: space.shapes[path] for path in found})
 
 
 def fan_in_sizes(space: PruningSpace) -> dict[str, int]:
@@ -176,4 +177,5 @@ def _scaled(
     added = max(piece.added for piece, _, _ in pieces)
     factors = factors[stays].view([-1 if axis == dim else 1 for axis in range(tensor.ndim)])
     # In float64, so that only the result is rounded.
-    return ((tensor.double() + added) * (1 / factors if inverse else factors) - added).to(tensor.dtype)
+    factors = 1 / factors if inverse else factors
+    return in_parts(lambda part, factor: (part.double() + added) * factor - added, tensor, factors)

@@ -168,7 +168,8 @@ def _made(
             train_weights=True,
         )
         settings = {key: value for key, value in stage.config.deepspeed.items() if key != "scheduler"}
-        engine = Engine(build, inputs.weights, training, settings, call_form=inputs.adapter.inputs)
+        adapter = inputs.adapter
+        engine = Engine(build, inputs.weights, training, settings, call_form=adapter.inputs, on_host=adapter.on_host)
         with closing(open_batches()) as batches:
             run = Run(
                 name=f"{stage.name}, scores",

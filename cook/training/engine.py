@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from cook.base import distributed
-from cook.base.batches import CallForm, as_it_is
+from cook.base.batches import Batch, CallForm, as_it_is, on_device
 from cook.base.device import collectives, device_of_rank
 from cook.base.distributed import in_words, on_first_rank
 from cook.base.errors import RunFailed, UserError
@@ -75,6 +75,7 @@ class Engine:
         deepspeed_config: The user's config, `auto` values included.
         make_optimizer: Creates the optimizer if the DeepSpeed config names none.
         call_form: Converts a batch to the model's arguments.
+        on_host: Completes a batch before it is moved to the device.
     """
 
     def __init__(
@@ -85,9 +86,10 @@ class Engine:
         deepspeed_config: Mapping[str, Any],
         make_optimizer: MakeOptimizer = pretraining_adamw,
         call_form: CallForm = as_it_is,
+        on_host: CallForm = as_it_is,
     ):
         deepspeed = import_deepspeed()
-        self._deepspeed, self._call_form = deepspeed, call_form
+        self._deepspeed, self._call_form, self._on_host = deepspeed, call_form, on_host
         self.precision = resolve_precision(training, deepspeed_config)
         world = distributed.world_size()
         self.config = check_settings(training, deepspeed_config, world_size=world)
@@ -174,6 +176,10 @@ class Engine:
         """Whether an overflow may only mean that fp16's loss scale has to decrease further."""
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         return self.precision == "fp16" and self.loss_scale > getattr(scaler, "min_scale", self.loss_scale)
+
+    def moved(self, batch: Batch) -> Batch:
+        """The batch on the engine's device."""
+        return on_device(self._on_host(batch), self.device)
 
     def __call__(self, **inputs: Any) -> Any:
         return self._engine(**self._call_form(inputs))

@@ -166,17 +166,19 @@ class Shards:
     def weights(self) -> LazyTensors:
         """Every weight in fp32 (frozen ones in the engine's type), and the persistent buffers."""
         module = {name: tensor.detach().clone for name, tensor in self.model["module"].items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.model["module"].items()}
         if not self._ranks:
-            return LazyTensors(module)
+            return LazyTensors(module, shapes)
         readers: dict[str, Callable[[], torch.Tensor]] = {name: module[name] for name in self.model["buffer_names"]}
         frozen = self.model["frozen_param_shapes"] or {}
+        shapes |= {name: tuple(shape) for name, shape in (frozen | self._shapes()).items()}  # ZeRO 3's module has none
         readers |= {name: partial(self._frozen, name, shape) for name, shape in frozen.items()}
         readers |= {name: partial(self._whole, name, shape, None) for name, shape in self._shapes().items()}
         for name in set(module) - set(readers) if not self._partitioned else ():
             readers[name] = module[name]  # frozen: ZeRO 1 does not list them separately
         for alias, name in (self.model["shared_params"] or {}).items():
-            readers[alias] = readers[name]
-        return LazyTensors(readers)
+            readers[alias], shapes[alias] = readers[name], shapes[name]
+        return LazyTensors(readers, {name: shapes[name] for name in readers})
 
     def _shapes(self) -> dict[str, Sequence[int]]:
         return {name: shape for group in self.model["param_shapes"] for name, shape in group.items()}

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cook.base import distributed
-from cook.base.batches import Batch, on_device
+from cook.base.batches import Batch
 from cook.base.errors import RunFailed
 from cook.base.faults import point
 from cook.base.signals import Request
@@ -102,7 +102,7 @@ def train_step(
         if gates and z is not None:
             assert attached is not None, "learned gates need their hooks"
             attached.set(gates.split(z))
-        own_loss, loss = _losses(engine, on_device(batch, engine.device), task_loss, extra_loss)
+        own_loss, loss = _losses(engine, engine.moved(batch), task_loss, extra_loss)
         point("memory.step")
         engine.backward(loss * share)
         loss_sum += own_loss.detach()
@@ -169,7 +169,7 @@ def try_step(
     extra_loss: ExtraLoss | None,
 ) -> None:
     """Runs the passes of a step on one micro-batch, which change nothing; see `Engine.attempt`."""
-    batch = on_device(batch, engine.device)
+    batch = engine.moved(batch)
     z = gates.draw(1).to(engine.device).requires_grad_() if gates else None
     if gates and z is not None and attached is not None:
         attached.set(gates.split(z))

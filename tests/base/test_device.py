@@ -99,3 +99,55 @@ def test_uses_of_one_kind_of_accelerator_are_found():
 def test_no_module_names_a_kind_of_accelerator():
     files = [*(ROOT / "cook").rglob("*.py"), *(ROOT / "scripts").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]
     assert {str(file.relative_to(ROOT)): lines for file in files if (lines := named_kinds(file.read_text()))} == {}
+
+
+MAKERS = ("arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm")
+MAKERS += ("tensor", "tril_indices", "triu_indices", "zeros")
+IN_A_STEP = (
+    "cook/models",
+    "cook/distill",
+    "cook/families/stock.py",
+    "cook/families/tables.py",
+    "cook/pruning/attach.py",
+)
+IN_A_STEP += ("cook/data/token_loss.py", "cook/training/step.py", "cook/training/engine.py", "cook/training/zero.py")
+IN_A_STEP += ("cook/training/optim.py", "cook/evaluation/scoring.py", "cook/sparsity/kernels/sparse_triton.py")
+"""Code whose tensors meet those of the model. The gates and their controller compute on the CPU."""
+ON_THE_DEFAULT_DEVICE = {
+    ("cook/models/cpm_ant.py", "__init__"): "parameters are made where the model is built",
+    ("cook/models/cpm_ant.py", "forward"): "the numbers of a layer's heads, moved in the same line",
+    ("cook/distill/teacher_loss.py", "apply"): "drawn on the CPU, so that every device gets the same numbers",
+    ("cook/training/zero.py", "_filtered"): "norms, which are moved to the CPU in the next line",
+    ("cook/evaluation/scoring.py", "predicts_blindly"): "a stand-in for logits that the model does not give",
+    ("cook/families/stock.py", "_by_key"): "sizes of a config",
+}
+
+
+def without_device(source: str) -> list[tuple[str, int]]:
+    """Function and line of every `torch.zeros(…)` and the like without a device."""
+    found = []
+    for function in ast.walk(ast.parse(source)):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        for node in ast.walk(function):
+            made = node.func if isinstance(node, ast.Call) else None
+            if isinstance(made, ast.Attribute) and made.attr in MAKERS and ast.unparse(made.value) == "torch":
+                if not {"device", None} & {keyword.arg for keyword in node.keywords}:
+                    found.append((function.name, node.lineno))
+    return found
+
+
+def test_tensors_without_a_device_are_found():
+    source = (
+        "def f(x):\n    torch.zeros(3)\n    torch.ones(3, device=x.device)\n    x.new_zeros(3)\n    torch.arange(x)\n"
+    )
+    assert without_device(source) == [("f", 2), ("f", 5)]
+
+
+def test_code_in_a_step_makes_no_tensor_without_a_device():
+    files = [
+        file for path in IN_A_STEP for file in ([ROOT / path] if path.endswith(".py") else (ROOT / path).glob("*.py"))
+    ]
+    places = [(str(f.relative_to(ROOT)), name, line) for f in files for name, line in without_device(f.read_text())]
+    assert [place for place in places if place[:2] not in ON_THE_DEFAULT_DEVICE] == []
+    assert {place[:2] for place in places} == set(ON_THE_DEFAULT_DEVICE), "an exception that nothing needs"

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import weakref
 import zipfile
 
 import pytest
@@ -17,6 +18,7 @@ from cook.base.errors import UserError
 from cook.base.tensor_files import (
     LazyTensors,
     ShardWriter,
+    in_parts,
     load_pt,
     open_pt,
     open_safetensors_folder,
@@ -56,6 +58,60 @@ def test_shards_hold_everything_once_and_stay_within_their_size(tmp_path_factory
     back = open_safetensors_folder(folder)
     assert set(back) == set(tensors) and len(back) == len(tensors)
     assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+
+
+TYPES = [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint8]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(TYPES), st.integers(0, 9)), min_size=1, max_size=12), st.integers(1, 300))
+def test_a_shard_that_is_begun_early_is_a_plain_safetensors_file(tmp_path_factory, given, buffered):
+    """safetensors' own reader is the oracle; offsets are multiples of the types' sizes, as readers of a map need."""
+    folder = tmp_path_factory.mktemp("shards")
+    tensors = {f"w{i}": torch.randn(size, 3).mul(9).to(kind) for i, (kind, size) in enumerate(given)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensor_files, "BUFFERED", buffered)
+        patch.setattr(tensor_files, "HEADER", 600)  # a header for few tensors: others need another shard
+        with ShardWriter(folder, 200) as writer:
+            for name, tensor in tensors.items():
+                writer.add(name, tensor)
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        length = int.from_bytes(file.read_bytes()[:8], "little")
+        entries = json.loads(file.read_bytes()[8 : 8 + length])
+        assert length % 8 == 0 and entries.pop("__metadata__") == {"format": "pt"}
+        for name, entry in entries.items():
+            assert entry["data_offsets"][0] % tensors[name].element_size() == 0
+        found |= load_file(file)
+    assert found.keys() == tensors.keys() == dict(open_safetensors_folder(folder)).keys()
+    assert all(torch.equal(found[name], t) and found[name].dtype == t.dtype for name, t in tensors.items())
+
+
+def test_a_writer_keeps_few_bytes_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_files, "BUFFERED", 100)
+    alive = []
+    with ShardWriter(tmp_path) as writer:
+        for i in range(9):
+            tensor = torch.full((10,), float(i))
+            alive.append(weakref.ref(tensor))
+            writer.add(f"w{i}", tensor)
+            del tensor
+            assert sum(ref() is not None for ref in alive) <= 2
+    assert len(load_file(tmp_path / "model.safetensors")) == 9
+
+
+def test_elements_are_changed_in_parts_without_another_result():
+    tensor = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    wanted = (tensor.double() * 1.7).bfloat16()
+    sizes = []
+
+    def change(part):
+        sizes.append(part.numel())
+        return part.double() * 1.7
+
+    assert torch.equal(in_parts(change, tensor, numel=10), wanted) and max(sizes) == 10
+    assert torch.equal(in_parts(change, tensor.t(), numel=1), wanted.t())
+    assert torch.equal(in_parts(change, tensor[0, 0]), wanted[0, 0]) and in_parts(change, tensor[:0]).shape == (0, 5)
 
 
 def test_a_folder_is_written_over_without_remains(tmp_path):

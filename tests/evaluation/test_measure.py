@@ -19,6 +19,7 @@ from tests.evaluation.conftest import TEXT, WORDS, write_tokenizer
 from tests.models.cpm_ant_tiny import tiny_model
 from tests.tiny_pruning import config_of, random_masks, tiny_space
 
+SPEED = {"prefill_tokens_per_second", "decode_tokens_per_second", "first_token_ms", "token_ms"}
 QUICK = ("--window", "10", "--prompt-tokens", "6", "--new-tokens", "2", "--repeats", "1")
 
 
@@ -59,6 +60,24 @@ def test_dense_masked_reshaped_and_somebody_elses(tmp_path, ladder, stock_folder
     single = json.loads(capsys.readouterr().out)
     assert single["loss"] == theirs["loss"] and single["tokens"] == theirs["tokens"]
     assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_layers_on_the_disk_give_the_same_losses_and_no_speed(tmp_path, ladder, stock_folder, capsys):
+    models = [*ladder, f"theirs={stock_folder}"]
+    memory = compare(tmp_path, *models, *QUICK, "--no-speed")["models"]
+    disk = compare(tmp_path, *models, *QUICK, "--weights", "disk")["models"]
+    for whole, streamed in zip(memory, disk, strict=True):
+        assert streamed["loss"] == whole["loss"] and streamed["parameters"] == whole["parameters"]
+        assert streamed["weights"] == "disk" and "weights" not in whole and not streamed.keys() & SPEED
+    invoke("eval", ["--model", ladder[2], "--data", str(tmp_path / "text.txt"), "--window", "10", "--weights", "disk"])
+    single = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert single["loss"] == disk[2]["loss"] and not single.keys() & SPEED
+
+
+def test_a_model_that_does_not_fit_into_memory_is_streamed(tmp_path, ladder, monkeypatch):
+    monkeypatch.setattr("cook.families.streamed.free_memory", lambda device: 1000)
+    (found,) = compare(tmp_path, ladder[0], *QUICK)["models"]
+    assert found["weights"] == "disk"
 
 
 def test_the_table(tmp_path, ladder, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections import Counter
 from pathlib import Path
@@ -9,8 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from cook.base.batches import Batch, on_device
 from cook.base.signals import Request
+from cook.families.cpm_ant import ADAPTER
 from cook.training.step import train_step
+from tests.meta_device import MetaDevice
 from tests.training import tiny_training as tiny
 
 COOK = str(Path(__file__).parents[2] / "cook")
@@ -28,6 +32,9 @@ class PlainEngine:
         self.module = tiny.build()
         self.module.load_state_dict(tiny.weights())
         self.optimizer = torch.optim.SGD(self.module.parameters(), lr=0.0)
+
+    def moved(self, batch: Batch) -> Batch:
+        return on_device(ADAPTER.on_host(batch), self.device)
 
     def __call__(self, **inputs: torch.Tensor) -> object:
         return self.module(**inputs)
@@ -92,8 +99,22 @@ def test_a_step_itself_waits_for_the_device_once(waits, gated):
     assert waits == {
         "base/distributed.py": 1,
         "training/step.py": 3 + gated,  # of sums that are on the CPU by then
-        "models/cpm_ant.py": 5 * engine.accumulation,  # CPM-Ant's layout of segments depends on the batch
+        "models/cpm_ant.py": 6 * engine.accumulation,  # of the batch before it is moved; four only on a CPU
     }
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_device_is_waited_for_once_per_step(monkeypatch, gated):
+    """The same step on a device without values: the only question is for the sums that the log needs."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *kind: False)  # torch knows no autocast for it
+    monkeypatch.setattr(torch, "autocast", lambda *kind, **options: contextlib.nullcontext())
+    engine = PlainEngine()
+    engine.device = torch.device("meta")
+    engine.module.to("meta")
+    engine.optimizer = torch.optim.SGD(engine.module.parameters(), lr=0.0)
+    with MetaDevice() as device:
+        step_once(engine, gated)
+    assert device.waits == ["aten._to_copy.default"]
 
 
 def test_a_wait_is_counted(waits):
