@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.hooks import RemovableHandle
 
+from cook.pruning.routing import routed
 from cook.pruning.units import GatePoint, UnitGroup
 
 
@@ -29,10 +30,10 @@ class AttachedGates:
             fixed: 0/1 masks that apply from now on, by group name.
         """
         self._groups = {group.name: group for group in groups}
-        self._fixed = {name: self._expanded(self._groups[name], mask) for name, mask in fixed.items()}
+        self._fixed = {name: self._checked(name, mask) for name, mask in fixed.items()}
         self._values = self._fixed
         self._handles: list[RemovableHandle] = []
-        self._corrected: list[tuple[torch.nn.Module, Any]] = []
+        self._replaced: list[tuple[torch.nn.Module, Any]] = []
         for group in groups:
             for gate in (group.gate, *group.more_gates):
                 self._hook(model.get_submodule(gate.module), gate, group.name)
@@ -46,7 +47,7 @@ class AttachedGates:
         """
         unknown = set(values) - set(self._groups)
         assert not unknown, f"no gate was attached for {sorted(unknown)}"
-        self._values = self._fixed | {name: self._expanded(self._groups[name], z) for name, z in values.items()}
+        self._values = self._fixed | {name: self._checked(name, z) for name, z in values.items()}
 
     @contextmanager
     def opened(self, *, fixed: bool) -> Iterator[None]:
@@ -71,19 +72,67 @@ class AttachedGates:
         finally:
             self._values = before
 
-    @staticmethod
-    def _expanded(group: UnitGroup, value: torch.Tensor) -> torch.Tensor:
-        assert value.shape == (group.size,), f"{group.name} has {group.size} units, its mask is {tuple(value.shape)}"
-        repeat = group.gate.repeat
+    def _checked(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        size = self._groups[name].size
+        assert value.shape == (size,), f"{name} has {size} units, its mask is {tuple(value.shape)}"
+        return value
+
+    def _at(self, gate: GatePoint, name: str) -> torch.Tensor | None:
+        """The values of a group's gates, one per feature at this point; None if they are open."""
+        value, repeat = self._values.get(name), gate.repeat
+        if value is None or repeat in (0, 1):
+            return value
         if isinstance(repeat, tuple):
             return value.repeat_interleave(torch.tensor(repeat, device=value.device), output_size=sum(repeat))
-        return value.repeat_interleave(repeat) if repeat > 1 else value
+        return value.repeat_interleave(repeat)
 
     def _hook(self, module: torch.nn.Module, gate: GatePoint, name: str) -> None:
         if gate.at == "input":
-            self._handles.append(module.register_forward_pre_hook(self._input_hook(name)))
+            self._handles.append(module.register_forward_pre_hook(self._input_hook(gate, name)))
+        elif gate.at == "output":
+            self._handles.append(module.register_forward_hook(self._output_hook(gate, name)))
+        elif gate.at in ("softmax", "sigmoid"):
+            # Before the hooks by which transformers collects the logits for the loss that balances experts.
+            self._handles.append(module.register_forward_hook(self._router_hook(gate, name), prepend=True))
         else:
-            self._handles.append(module.register_forward_hook(self._output_hook(name)))
+            self._replace(module, (self._scaled if gate.at == "weight" else self._counted)(module, gate, name))
+
+    def _replace(self, module: torch.nn.Module, forward: Callable[..., Any]) -> None:
+        self._replaced.append((module, module.__dict__.get("forward")))
+        module.forward = forward
+
+    def _scaled(self, module: torch.nn.Module, gate: GatePoint, name: str) -> Callable[..., Any]:
+        """A forward pass in which the module's weight is multiplied: what is inside of it has no module of its own."""
+        forward: Callable[..., Any] = module.forward
+
+        def scaled(*inputs: Any, **named: Any) -> Any:
+            z = self._values.get(name)
+            if z is None:
+                return forward(*inputs, **named)
+            weight = module.get_parameter(gate.weight)
+            by_expert = z.view(len(weight), -1).unsqueeze(3 - gate.dim)
+            module.__dict__[gate.weight] = weight * by_expert.to(weight.dtype)  # found before the parameter
+            try:
+                return forward(*inputs, **named)
+            finally:
+                del module.__dict__[gate.weight]
+
+        return scaled
+
+    def _counted(self, norm: torch.nn.Module, gate: GatePoint, name: str) -> Callable[..., Any]:
+        """The forward pass of an RMSNorm whose mean square is that of the kept features."""
+        forward: Callable[[torch.Tensor], torch.Tensor] = norm.forward
+        eps: Any = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", 0.0)
+
+        def counted(x: torch.Tensor) -> torch.Tensor:
+            z = self._at(gate, name)
+            if z is None:
+                return forward(x)
+            squares = x.to(torch.promote_types(z.dtype, x.dtype)).square()
+            kept = (squares * z).sum(-1, keepdim=True) / z.sum().clamp(min=1e-6)
+            return forward(x) * ((squares.mean(-1, keepdim=True) + eps) / (kept + eps)).sqrt().to(x.dtype)
+
+        return counted
 
     def _correct(self, norm: torch.nn.Module, name: str) -> None:
         """Makes a norm compute over the kept features alone; its input is gated already.
@@ -109,33 +158,39 @@ class AttachedGates:
             y = y if norm.weight is None else y * norm.weight
             return y if norm.bias is None else y + z * norm.bias
 
-        self._corrected.append((norm, norm.__dict__.get("forward")))
-        norm.forward = corrected
+        self._replace(norm, corrected)
 
-    def _input_hook(self, name: str) -> Callable[..., tuple[Any, ...] | None]:
+    def _input_hook(self, gate: GatePoint, name: str) -> Callable[..., tuple[Any, ...] | None]:
         def gate_input(_module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            z = self._values.get(name)
+            z = self._at(gate, name)
             return None if z is None else (inputs[0] * z.to(inputs[0].dtype), *inputs[1:])
 
         return gate_input
 
-    def _output_hook(self, name: str) -> Callable[..., torch.Tensor | None]:
+    def _output_hook(self, gate: GatePoint, name: str) -> Callable[..., torch.Tensor | None]:
         def gate_output(_module: torch.nn.Module, _inputs: tuple[Any, ...], output: Any) -> Any:
-            z = self._values.get(name)
+            z = self._at(gate, name)
             if z is None:
                 return None
-            if isinstance(output, tuple):  # an attention block of which only a bias remains
+            if isinstance(output, tuple):  # an attention block of which only a bias remains, or GPT-OSS's experts
                 return output[0] * z.to(output[0].dtype), *output[1:]
             return output * z.to(output.dtype)
 
         return gate_output
 
+    def _router_hook(self, gate: GatePoint, name: str) -> Callable[..., Any]:
+        def gate_router(router: torch.nn.Module, _inputs: tuple[Any, ...], output: Any) -> Any:
+            z = self._values.get(name)
+            return None if z is None else routed(router, output, z, gate.at)  # type: ignore[arg-type]
+
+        return gate_router
+
     def remove(self) -> None:
         """Removes the hooks; the model is as before."""
         for handle in self._handles:
             handle.remove()
-        for norm, forward in reversed(self._corrected):
-            del norm.forward
+        for module, forward in reversed(self._replaced):
+            del module.forward
             if forward is not None:
-                norm.forward = forward
-        self._handles, self._corrected, self._values, self._fixed = [], [], {}, {}
+                module.forward = forward
+        self._handles, self._replaced, self._values, self._fixed = [], [], {}, {}

@@ -140,7 +140,10 @@ class ModelSource:
     def stored_for(self, names: Iterable[str]) -> set[str]:
         """The names in the files of the tensors that the native tensors `names` are made of."""
         self.stored.read.clear()
+        parts: Mapping[str, Iterable[str]] = getattr(self.tensors, "parts", {})
         for name in names:
-            if name in self.tensors:
+            if name in parts:
+                self.stored.read.update(parts[name])
+            elif name in self.tensors:
                 self.tensors[name]  # mapped from the file, not read whole
         return set(self.stored.read)

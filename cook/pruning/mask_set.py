@@ -14,7 +14,7 @@ from cook.pruning.units import PruningSpace, UnitGroup
 
 Masks = Mapping[str, torch.Tensor]
 COARSE_KEYS = ("self_att_layer_z", "cross_att_layer_z", "ffn_layer_z")
-FINE_KEYS = {"heads": "heads_z", "dimff": "dimff_z", "hidden": "hidden_z"}
+FINE_KEYS = {"heads": "heads_z", "experts": "experts_z", "dimff": "dimff_z", "hidden": "hidden_z"}
 
 
 def kept_counts(masks: Masks) -> dict[str, int]:
@@ -60,6 +60,12 @@ def consistent(space: PruningSpace, masks: Masks) -> dict[str, torch.Tensor]:
             made[keys.name] = kept
             made[heads.name] = torch.cat([part * z for part, z in zip(own, kept, strict=True)])
     return made
+
+
+def fits(group: UnitGroup, mask: torch.Tensor) -> bool:
+    """Whether a mask leaves as many units of each section as must stay, and of experts the same number in each."""
+    kept = {int(part.sum()) for part in mask.split(group.spans)}
+    return min(kept) >= group.least and not (group.is_even and len(kept) > 1)
 
 
 def coarse_to_tensors(space: PruningSpace, masks: Masks) -> dict[str, torch.Tensor]:
@@ -114,8 +120,8 @@ def coarse_from_tensors(
 
 
 def fine_to_tensors(space: PruningSpace, masks: Masks) -> dict[str, torch.Tensor]:
-    """The fine file's content: `heads_z`, `dimff_z`, `hidden_z` (one number per hidden dimension), for the kinds in
-    `masks`.
+    """The fine file's content: `heads_z`, `experts_z`, `dimff_z`, `hidden_z` (one number per hidden dimension), for the
+    kinds in `masks`.
 
     Raises:
         UserError: blocks have different numbers of units, which the layout cannot store.
@@ -145,7 +151,7 @@ def fine_from_tensors(
         space: The model's space.
         block_masks: The coarse masks, which define the block of each row.
         tensors: The file's content.
-        kind: `heads`, `dimff` or `hidden`.
+        kind: `heads`, `experts`, `dimff` or `hidden`.
         source: The file's name, for errors.
 
     Raises:
@@ -165,6 +171,12 @@ def fine_from_tensors(
         )
     masks = {group.name: _units(group, row, source) for group, row in zip(groups, rows, strict=True)}
     for group in groups:
+        if not fits(group, masks[group.name]):
+            raise UserError(
+                f"{source}: {FINE_KEYS[kind]} keeps too few units of {group.name}, or experts of different sizes",
+                wanted=f"at least {group.least} of every {group.section_size}"
+                + (", and the same number of each" if group.is_even else ""),
+            )
         if group in space.unprunable and not masks.pop(group.name).all():
             raise UserError(f"{source}: {FINE_KEYS[kind]} prunes {group.name}, which pruned_module does not allow")
     return masks

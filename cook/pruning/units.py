@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["layer", "heads", "keys", "dimff", "hidden"]
+Kind = Literal["layer", "heads", "keys", "experts", "dimff", "hidden"]
 """`keys` are key-value heads whose query heads are units of their own: each goes with the last of its query heads.
-`hidden` are the dimensions of the residual stream, one group for the whole model."""
+`experts` are those of an FFN block that is a mixture of experts; its `dimff` are the dimensions inside them. `hidden`
+are the dimensions of the residual stream, one group for the whole model."""
 Site = Literal["att", "ffn", "stream"]
 HeadUnit = Literal["kv_group", "query_head"]
 """The unit of attention: a key-value head with all its query heads, or a single query head, whose keys and values
@@ -40,17 +41,27 @@ class WeightSlice:
     """Slicing multiplies the weight by (new/old)^power, where another use of the hidden size must be balanced."""
     added: float = 0.0
     """What the model adds to the weight at run time, which `power` then scales too: 1 in Gemma's norms."""
+    row_units: int = 0
+    """Units per index of dimension 0, if each index has units of its own: the dimensions inside experts, whose weights
+    are fused. Unit u is then unit u % row_units of index u // row_units."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GatePoint:
-    """Where a group's gate multiplies: the last feature dimension of a module's input or output."""
+    """Where a group's gate acts: on the last feature dimension of a module's input or output, unless `at` names another
+    way."""
 
     module: str
     """Path of the module as `Module.get_submodule` takes it."""
-    at: Literal["input", "output"]
+    at: Literal["input", "output", "softmax", "sigmoid", "weight", "statistics"]
+    """`softmax`, `sigmoid`: on the scores of a router (`cook.pruning.routing`). `weight`: on `weight`, inside the
+    module's forward pass. `statistics`: on those of a norm, which then are those of the kept features alone."""
     repeat: int | tuple[int, ...]
     """Consecutive features that share one gate, one number per gate where they differ; 0 if one gate scales all."""
+    weight: str = ""
+    """The name of a fused weight of experts, `[experts, ...]`, whose gates are `[experts, dimensions]`."""
+    dim: int = 0
+    """The dimension of `weight` along which the dimensions lie."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +93,12 @@ class UnitGroup:
     head_unit: HeadUnit = "kv_group"
     """For a group of heads: the kind of unit. It does not follow from the other numbers: with one key-value head the
     query heads form a single section, and so do whole groups."""
+    least: int = 0
+    """Units of each section that always stay: experts, of which each token needs some."""
+    active: int = 0
+    """In a mixture of experts: the experts that compute each token."""
+    cache: int | None = None
+    """For a group of heads: numbers per token in the cache of a decoder, if they do not depend on the heads."""
     residue: tuple[str, ...] = ()
     """For a `layer` group: the weights that still act if the block has no units left: its output projection's bias and
     the norm after it."""
@@ -96,6 +113,17 @@ class UnitGroup:
     def spans(self) -> tuple[int, ...]:
         """Units in each section."""
         return self.section_sizes or (self.section_size,) * self.sections
+
+    @property
+    def is_even(self) -> bool:
+        """Whether every section must keep the same number of units, whatever the budget: groups of experts, and the
+        dimensions inside experts, whose weights are fused."""
+        return self.sections > 1 and self.kind in ("experts", "dimff")
+
+    @property
+    def counted(self) -> int:
+        """The units by which configs count: query heads, experts, or FFN dimensions, of an expert where there are any."""
+        return self.section_size if self.is_even and self.kind == "dimff" else self.size * self.members
 
     def heads(self, units: int) -> tuple[int, int]:
         """The query heads and key-value heads of an attention block that keeps `units` of these units."""
@@ -141,6 +169,12 @@ class PruningSpace:
     def keys_of(self, group: UnitGroup) -> UnitGroup | None:
         """The prunable key-value heads that a group of query heads reads, if they are units of their own."""
         return next((g for g in self.of("keys") if group.kind == "heads" and g.layer == group.layer), None)
+
+    def experts_of(self, group: UnitGroup) -> UnitGroup | None:
+        """The experts in which the dimensions of a group are."""
+        return next(
+            (g for g in (*self.of("experts"), *self.unprunable) if g.name == f"layers.{group.layer}.experts"), None
+        )
 
     def block(self, group: UnitGroup) -> UnitGroup:
         """The `layer` group of the block that contains `group`."""
