@@ -195,6 +195,7 @@ def reshape(
     coarse_mask: Annotated[str | None, typer.Option(help="Layer mask (`.pt`).")] = None,
     heads_mask: Annotated[str | None, typer.Option(help="Head mask (`.pt`).")] = None,
     dimff_mask: Annotated[str | None, typer.Option(help="FFN mask (`.pt`).")] = None,
+    experts_mask: Annotated[str | None, typer.Option(help="Mask of the experts (`.pt`).")] = None,
     hidden_mask: Annotated[str | None, typer.Option(help="Mask of the hidden dims (`.pt`).")] = None,
     vocabulary: Annotated[
         str | None,
@@ -232,7 +233,9 @@ def reshape(
             overrides=set or [],
             model=model,
             model_config=model_config,
-            masks=MaskPaths(layer=coarse_mask, heads=heads_mask, dimff=dimff_mask, hidden=hidden_mask),
+            masks=MaskPaths(
+                layer=coarse_mask, heads=heads_mask, dimff=dimff_mask, experts=experts_mask, hidden=hidden_mask
+            ),
             vocabulary=vocabulary,
             size=size,
             output=output,

@@ -54,13 +54,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "roberta": {"model_type": "roberta", "architectures": ["RobertaForMaskedLM"], **ALIKE, "pad_token_id": 1},
 }
 """config.json by a name; a test runs over all of them."""
-MIXED = {"num_hidden_layers": 3, "head_dim": 6, "num_experts_per_tok": 2}
+MIXED = {"num_hidden_layers": 3, "head_dim": 6, "num_experts_per_tok": 2, "intermediate_size": 16}
 MOE: dict[str, dict[str, Any]] = {
     "mixtral": {"model_type": "mixtral", "num_local_experts": 5, **MIXED},
     "qwen2_moe": {
         "model_type": "qwen2_moe",
         "num_experts": 5,
-        "moe_intermediate_size": 8,
+        "moe_intermediate_size": 16,
         "shared_expert_intermediate_size": 12,
         "mlp_only_layers": [0],
         **MIXED,
@@ -68,12 +68,12 @@ MOE: dict[str, dict[str, Any]] = {
     "qwen3_moe": {
         "model_type": "qwen3_moe",
         "num_experts": 5,
-        "moe_intermediate_size": 8,
+        "moe_intermediate_size": 16,
         "norm_topk_prob": True,
         "decoder_sparse_step": 2,
         **MIXED,
     },
-    "olmoe": {"model_type": "olmoe", "num_experts": 5, **MIXED, "head_dim": None, "intermediate_size": 8},
+    "olmoe": {"model_type": "olmoe", "num_experts": 5, **MIXED, "head_dim": None},
     "granitemoe": {
         "model_type": "granitemoe",
         "num_local_experts": 5,
@@ -82,14 +82,14 @@ MOE: dict[str, dict[str, Any]] = {
         "embedding_multiplier": 2.0,
         **MIXED,
     },
-    "gpt_oss": {"model_type": "gpt_oss", "num_local_experts": 5, "sliding_window": 5, **MIXED, "intermediate_size": 8},
+    "gpt_oss": {"model_type": "gpt_oss", "num_local_experts": 5, "sliding_window": 5, **MIXED},
     "deepseek_v3": {
         "model_type": "deepseek_v3",
         "n_routed_experts": 8,
         "n_group": 2,
         "topk_group": 1,
         "n_shared_experts": 1,
-        "moe_intermediate_size": 8,
+        "moe_intermediate_size": 16,
         "first_k_dense_replace": 1,
         "q_lora_rank": 10,
         "kv_lora_rank": 12,

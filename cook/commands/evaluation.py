@@ -22,6 +22,7 @@ def evaluate(
     coarse_mask: Annotated[str | None, typer.Option(help="Layer mask (`.pt`) to apply while evaluating.")] = None,
     heads_mask: Annotated[str | None, typer.Option(help="Head mask (`.pt`).")] = None,
     dimff_mask: Annotated[str | None, typer.Option(help="FFN mask (`.pt`).")] = None,
+    experts_mask: Annotated[str | None, typer.Option(help="Mask of the experts (`.pt`).")] = None,
     hidden_mask: Annotated[str | None, typer.Option(help="Mask of the hidden dims (`.pt`).")] = None,
 ) -> None:
     """Print loss, perplexity, speed, memory and size of a model as one JSON object."""
@@ -30,7 +31,15 @@ def evaluate(
     from cook.evaluation.measure import measure_loss, measure_speed, read_texts
 
     text = read_texts(data)
-    entry = Entry(name=model, folder=model, coarse=coarse_mask, heads=heads_mask, dimff=dimff_mask, hidden=hidden_mask)
+    entry = Entry(
+        name=model,
+        folder=model,
+        coarse=coarse_mask,
+        heads=heads_mask,
+        dimff=dimff_mask,
+        experts=experts_mask,
+        hidden=hidden_mask,
+    )
     loaded, record = measure_loss(entry, text, settings)
     if settings.speed:
         record |= measure_speed([loaded], text, settings)[0]
@@ -42,7 +51,7 @@ def compare(
     models: Annotated[
         list[str],
         typer.Argument(
-            metavar="[NAME=]DIR[,coarse=FILE][,heads=FILE][,dimff=FILE][,hidden=FILE]...",
+            metavar="[NAME=]DIR[,coarse=FILE][,heads=FILE][,dimff=FILE][,experts=FILE][,hidden=FILE]...",
             help="Model folders; one with mask files is measured under these masks.",
         ),
     ],

@@ -22,7 +22,7 @@ from cook.config.types import (
     two_of_four,
 )
 
-INNER = ("att", "ffn", "hidden")
+INNER = ("att", "ffn", "experts", "hidden")
 """The units of fine-grained stages."""
 UNITS = ("layer", *INNER, "joint")
 METHODS = {"layer": "coarse-grained", "joint": "joint"} | dict.fromkeys(INNER, "fine-grained")
@@ -54,10 +54,10 @@ def recipe_in_order(stages: tuple[StageEntry, ...]) -> Iterator[UserError]:
     at = {unit: [i for i, name in enumerate(names) if name.partition("_")[0] == unit] for unit in UNITS}
     inner = [place for unit in INNER for place in at[unit]]
     if at["layer"] and inner and max(at["layer"]) > min(inner):
-        yield UserError("stages: the layer stages must come before the att, ffn and hidden stages", got=order)
+        yield UserError("stages: the layer stages must come before the att, ffn, experts and hidden stages", got=order)
     if at["joint"] and (at["layer"] or inner):
-        remedy = "keep one kind: the joint stages learn all masks of the layer, att, ffn and hidden stages"
-        what = "stages: joint stages cannot be combined with layer, att, ffn and hidden stages"
+        remedy = "keep one kind: the joint stages learn all masks of the layer, att, ffn, experts and hidden stages"
+        what = "stages: joint stages cannot be combined with layer, att, ffn, experts and hidden stages"
         yield UserError(what, got=order, remedy=remedy)
     for unit in UNITS:
         mask, finetune = f"{unit}_mask", f"{unit}_finetune"
@@ -97,19 +97,20 @@ def masks_given(
     if fine is not None:
         described = str(stage_of(pruning, coarse, fine, None) or method_of(pruning))
         inner = (used | {described.partition("_")[0]}) & {*INNER, "joint"}
-        if fine.heads_mask is None and inner - {"hidden"}:
+        if fine.heads_mask is None and inner - {"hidden", "experts"}:
             wanted = "the path of the head mask: att mask training writes it, ffn mask training reads it"
             yield UserError("fine-grained.heads_mask: missing", wanted=wanted)
         if fine.dimff_mask is None and inner & {"ffn", "joint"}:
             wanted = "the path of the FFN mask: ffn mask training writes it"
             yield UserError("fine-grained.dimff_mask: missing", wanted=wanted)
-        for key, wanted in (
-            ("target_hidden", "the hidden size after pruning"),
-            ("hidden_mask", "the path of the mask"),
+        for kind, what, wanted in (
+            ("hidden", "hidden dims", "the hidden size after pruning"),
+            ("experts", "experts", "the experts per block after pruning"),
         ):
-            learns = "hidden" in inner or ("joint" in inner and fine.target_hidden is not None)
-            if getattr(fine, key) is None and learns:
-                yield UserError(f"fine-grained.{key}: missing, and hidden dims are pruned", wanted=wanted)
+            learns = kind in inner or ("joint" in inner and getattr(fine, f"target_{kind}") is not None)
+            for key, value in ((f"target_{kind}", wanted), (f"{kind}_mask", "the path of the mask")):
+                if getattr(fine, key) is None and learns:
+                    yield UserError(f"fine-grained.{key}: missing, and {what} are pruned", wanted=value)
         if fine.coarse_mask is None and "joint" in inner:
             wanted = "the path of the layer mask: joint mask training writes it too"
             yield UserError("fine-grained.coarse_mask: missing", wanted=wanted)

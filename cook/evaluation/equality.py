@@ -107,9 +107,12 @@ def masked_model(
     """Returns the whole model with its masked units set to zero, and a description of how it was loaded.
 
     transformers loads the folder with its own class where it has one; else cook reads and masks the model. Hidden
-    dimensions cannot be masked by zeros in the weights, since norms average over them.
+    dimensions and experts cannot be masked by zeros in the weights, since norms average over them and routers choose
+    them.
     """
-    stays = "hidden" not in masks or bool(masks["hidden"].all())
+    of_experts = {g.name for g in space.groups if g.site == "ffn"} if space.of("experts") else set()
+    across = {g.name for g in space.groups if any(gate.at == "statistics" for gate in g.more_gates)}
+    stays = all(bool(mask.all()) for name, mask in masks.items() if name in {"hidden", *of_experts, *across})
     found = transformers_class(source.config) if (source.path / "config.json").is_file() else None
     if found is None or not stays:
         model = load_model(source, dtype)

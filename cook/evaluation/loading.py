@@ -17,7 +17,8 @@ from cook.families.source import load_model, open_model, placed
 from cook.pruning.family import ModelSource
 from cook.text.hf import check_tokenizer_file, open_backend
 
-MASKS = ("coarse", "heads", "dimff", "hidden")
+MASKS = ("coarse", "heads", "dimff", "experts", "hidden")
+SYNTAX = "[NAME=]DIR" + "".join(f"[,{kind}=FILE]" for kind in MASKS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,7 @@ class Entry:
     """The layer mask to apply to it, if any."""
     heads: str | None = None
     dimff: str | None = None
+    experts: str | None = None
     hidden: str | None = None
 
     @property
@@ -39,7 +41,7 @@ class Entry:
 
 
 def parse_entry(text: str) -> Entry:
-    """`[NAME=]DIR[,coarse=FILE][,heads=FILE][,dimff=FILE][,hidden=FILE]`; the default name is the folder's.
+    """Reads `SYNTAX`; the default name is the folder's.
 
     Raises:
         UserError: the folder is missing, or a kind of mask is given twice.
@@ -50,9 +52,7 @@ def parse_entry(text: str) -> Entry:
         name, folder = "", first
     masks = [other.split("=", 1) for other in others]
     if not folder or not all(path for _, path in masks) or len({kind for kind, _ in masks}) < len(masks):
-        raise UserError(
-            f"not a model: {text!r}", wanted="[NAME=]DIR[,coarse=FILE][,heads=FILE][,dimff=FILE][,hidden=FILE]"
-        )
+        raise UserError(f"not a model: {text!r}", wanted=SYNTAX)
     return Entry(name=name or Path(folder).name or folder, folder=folder, **dict(masks))
 
 

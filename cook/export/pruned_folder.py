@@ -117,6 +117,7 @@ def open_masks(
     *,
     coarse: str | None = None,
     heads: str | None = None,
+    experts: str | None = None,
     dimff: str | None = None,
     hidden: str | None = None,
 ) -> tuple[PruningSpace, dict[str, torch.Tensor]]:
@@ -129,7 +130,7 @@ def open_masks(
     problem: UserError | None = None
     for space in spaces:
         try:
-            return space, read_masks(space, coarse=coarse, heads=heads, dimff=dimff, hidden=hidden)
+            return space, read_masks(space, coarse=coarse, heads=heads, experts=experts, dimff=dimff, hidden=hidden)
         except UserError as error:
             problem = problem or error
     assert problem is not None

@@ -13,6 +13,9 @@ import torch
 from cook.families.layout import Experts
 from cook.pruning.units import GatePoint, UnitGroup, WeightSlice
 
+MULTIPLE = 8
+"""Grouped products need rows of fused weights that fill 16 bytes: 8 numbers in half precision."""
+
 
 def expert_groups(
     table: Experts, model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]], number: int, layer: str
@@ -53,6 +56,7 @@ def expert_groups(
         size=count * dims,
         sections=count,
         least=1,
+        multiple=MULTIPLE if dims % MULTIPLE == 0 else 1,
         active=chosen,
         slices=tuple(_inner_slices(table, inside, shapes, dims)),
         gate=GatePoint(module=inside, at="weight", repeat=1, weight="down_proj", dim=_inner(table)),

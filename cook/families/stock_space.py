@@ -161,18 +161,17 @@ def _attention(
     if not whole:
         units = {"size": found.heads, "sections": found.kv_heads, "head_unit": "query_head"}
         units["section_sizes"] = found.per_key
-    # Their statistics are those of the heads that stay.
-    norms = [
-        GatePoint(module=f"{layer}.{name}", at="statistics", repeat=repeat)
-        for name, repeat in zip(table.norms_across, (width, head_dim), strict=False)
-    ]
+    across = dict(zip(table.norms_across, (width, head_dim), strict=False))
     slices = (
         *_in_slices(model, shapes, layer, parts),
-        *(WeightSlice(path=f"{norm.module}.weight", dim=0, block=norm.repeat) for norm in norms),
+        *(WeightSlice(path=f"{layer}.{name}.weight", dim=0, block=block) for name, block in across.items()),
         *(WeightSlice(path=f"{layer}.{name}", dim=0, block=width // head_dim) for name in table.per_head),
         _out_slice(model, f"{layer}.{table.out}", width),
     )
-    units["more_gates"] = tuple(norms)
+    # Their statistics are those of the heads that stay.
+    units["more_gates"] = tuple(
+        GatePoint(module=f"{layer}.{name}", at="statistics", repeat=block) for name, block in across.items()
+    )
     if table.latent:
         read = model.get_submodule(f"{layer}.{table.reads[-1]}").get_parameter("weight")
         units["cache"] = read.shape[0]

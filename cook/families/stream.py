@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from cook.families.experts import stream_dims
+from cook.families.experts import MULTIPLE, stream_dims
 from cook.families.layout import Family
 from cook.models import ragged
 from cook.pruning.units import GatePoint, UnitGroup, WeightSlice
@@ -95,6 +95,7 @@ def hidden_dims(
         gate=first,
         more_gates=tuple(more),
         norms=tuple(found.norms),
+        multiple=MULTIPLE if family.experts is not None and size % MULTIPLE == 0 else 1,
     )
 
 

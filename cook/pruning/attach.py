@@ -121,10 +121,10 @@ class AttachedGates:
 
     def _counted(self, norm: torch.nn.Module, gate: GatePoint, name: str) -> Callable[..., Any]:
         """The forward pass of an RMSNorm whose mean square is that of the kept features."""
-        forward: Callable[[torch.Tensor], torch.Tensor] = norm.forward
+        forward: Callable[..., Any] = norm.forward
         eps: Any = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", 0.0)
 
-        def counted(x: torch.Tensor) -> torch.Tensor:
+        def counted(x: torch.Tensor) -> Any:
             z = self._at(gate, name)
             if z is None:
                 return forward(x)
@@ -172,7 +172,7 @@ class AttachedGates:
             z = self._at(gate, name)
             if z is None:
                 return None
-            if isinstance(output, tuple):  # an attention block of which only a bias remains, or GPT-OSS's experts
+            if isinstance(output, tuple):  # an attention block of which only a bias remains, or a block of experts
                 return output[0] * z.to(output[0].dtype), *output[1:]
             return output * z.to(output.dtype)
 

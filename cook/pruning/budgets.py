@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from math import lcm
 from typing import Literal
 
 import torch
@@ -26,7 +27,7 @@ from cook.pruning.counts import (
 from cook.pruning.units import Kind, PruningSpace, UnitGroup
 
 MIB = 1 << 20
-KINDS: tuple[Kind, ...] = ("layer", "heads", "keys", "dimff", "hidden")
+KINDS: tuple[Kind, ...] = ("layer", "heads", "keys", "experts", "dimff", "hidden")
 """The order of groups in the flat vector of gates."""
 Cost = Literal["units", "parameters", "flops", "bytes", "ms"]
 """What a budget counts: units, parameters, FLOPs per token, bytes of weights and cache, or measured milliseconds."""
@@ -34,8 +35,8 @@ Keep = Mapping[str, float]
 """What to keep, by a name of `KEEP_KEYS`: a share, a number of heads or FFN dimensions, or MiB or milliseconds."""
 WHOLE_KEYS = ("params", "flops", "memory_mib", "latency_ms")
 """The names of budgets for all units together."""
-KEEP_KEYS = (*WHOLE_KEYS, "blocks", "heads", "dims", "hidden")
-NUMBERS = ("heads", "dims", "hidden")
+KEEP_KEYS = (*WHOLE_KEYS, "blocks", "heads", "experts", "dims", "hidden")
+NUMBERS = ("heads", "experts", "dims", "hidden")
 """The names whose values may be numbers of units."""
 
 
@@ -54,6 +55,8 @@ class Budget:
     """How the costs change, if they do."""
     multiples: tuple[tuple[int, int], ...] = ()
     """As in `Constraint.multiples`."""
+    least: tuple[tuple[int, int], ...] = ()
+    """As in `Constraint.least`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +66,8 @@ class Targets:
     blocks: float | None = None
     """Share of the blocks' parameters; required where blocks have gates."""
     kept: dict[Kind, int | float] = field(default_factory=dict)
-    """Heads and FFN dimensions that each block keeps, if all keep equally many, and hidden dimensions: number (int) or
-    share (float)."""
+    """Heads, experts and FFN dimensions (of an expert) that each block keeps, if all keep equally many, and hidden
+    dimensions: number (int) or share (float)."""
     scope: Scope = "block"
     """`block`: each block has its own budget; `global`: one budget for the heads and FFN dimensions of all blocks, and
     the hidden dimensions if they are learned too."""
@@ -87,9 +90,27 @@ class Targets:
     """The numbers of FFN dimensions and of hidden dimensions that stay are multiples of it."""
 
     def kept_share(self, group: UnitGroup) -> float:
-        """The share of its units that `group` keeps if all blocks keep equally many."""
-        kept = 1.0 if group.kind == "keys" else self.kept[group.kind]
-        return kept / (group.size * group.members) if isinstance(kept, int) else kept
+        """The share of its units that `group` keeps if all blocks keep equally many.
+
+        Raises:
+            UserError: more or fewer than are possible.
+        """
+        kept = 1.0 if group.kind == "keys" else self.kept.get(group.kind, 1.0)
+        if not (group.is_even or group.least):
+            return kept / group.counted if isinstance(kept, int) else kept
+        # Experts, and the dimensions inside them: the same whole number in every section.
+        sections = group.sections if group.kind == "experts" else 1
+        size, step = group.counted // sections, lcm(group.multiple, self.round_to if group.kind == "dimff" else 1)
+        wanted = kept / sections if isinstance(kept, int) else kept * size
+        number = min(size, step * max(1, round(wanted / step)))
+        if number < group.least or (isinstance(kept, int) and number != wanted):
+            raise UserError(
+                f"{'experts' if group.kind == 'experts' else 'dims of an expert'}: {kept} cannot be kept",
+                wanted=f"{max(group.least, step) * sections} to {size * sections}"
+                + (f", a multiple of {step * sections}" if step * sections > 1 else ""),
+                remedy="each token needs that many experts" if group.kind == "experts" else None,
+            )
+        return number / size
 
 
 def constraints(space: PruningSpace, learned: Sequence[UnitGroup], targets: Targets) -> list[Constraint]:
@@ -109,7 +130,7 @@ def constraints(space: PruningSpace, learned: Sequence[UnitGroup], targets: Targ
         assert targets.blocks is not None, "blocks have gates and no target"
         sizes = [float(unit_parameters(space, group)) for group in groups["layer"]]
         budgets.append(Budget(name="blocks", costs=sizes, removed=1.0 - targets.blocks))
-    inner = groups["heads"] + groups["keys"] + groups["dimff"] + groups["hidden"]
+    inner = [group for kind in KINDS[1:] for group in groups[kind]]
     if inner and targets.scope == "global":
         budgets.append(_shared(space, inner, targets))
     else:
@@ -126,6 +147,7 @@ def constraints(space: PruningSpace, learned: Sequence[UnitGroup], targets: Targ
                 owners=budget.owners,
                 pricing=budget.pricing,
                 multiples=budget.multiples,
+                least=budget.least,
             )
         )
         start += len(budget.costs)
@@ -133,18 +155,31 @@ def constraints(space: PruningSpace, learned: Sequence[UnitGroup], targets: Targ
 
 
 def _multiple(group: UnitGroup, targets: Targets) -> int:
-    return targets.round_to if group.kind in ("dimff", "hidden") else 1
+    return lcm(group.multiple, targets.round_to) if group.kind in ("dimff", "hidden") else 1
 
 
 def _multiples(groups: Sequence[UnitGroup], targets: Targets) -> tuple[tuple[int, int], ...]:
-    return tuple((group.size, _multiple(group, targets)) for group in groups) if targets.round_to > 1 else ()
+    found = tuple((group.size, _multiple(group, targets)) for group in groups)
+    return found if any(multiple > 1 for _, multiple in found) else ()
+
+
+def _least(groups: Sequence[UnitGroup]) -> tuple[tuple[int, int], ...]:
+    return tuple((group.size, group.least) for group in groups) if any(group.least for group in groups) else ()
 
 
 def _of_block(group: UnitGroup, targets: Targets) -> list[Budget]:
     kept = targets.kept_share(group)
     if group.sections == 1 or group.section_sizes:
         multiples = _multiples([group], targets)
-        return [Budget(name=group.name, costs=[1.0] * group.size, removed=1.0 - kept, multiples=multiples)]
+        return [
+            Budget(
+                name=group.name,
+                costs=[1.0] * group.size,
+                removed=1.0 - kept,
+                multiples=multiples,
+                least=_least([group]),
+            )
+        ]
     return [
         Budget(name=f"{group.name}.{n}", costs=[1.0] * size, removed=1.0 - kept) for n, size in enumerate(group.spans)
     ]
@@ -176,6 +211,11 @@ def _shared(space: PruningSpace, groups: Sequence[UnitGroup], targets: Targets) 
         share = even / sum(costs)
     pricing = None
     if targets.times is not None:
+        if any(group.kind == "experts" for group in groups):
+            raise UserError(
+                "target_latency: the times of experts are not measured",
+                remedy="set another budget, such as target_memory",
+            )
         if any(group.kind == "keys" for group in groups):
             raise UserError(
                 "target_latency: the units of attention must be whole key-value groups, which are what was measured",
@@ -185,8 +225,15 @@ def _shared(space: PruningSpace, groups: Sequence[UnitGroup], targets: Targets) 
         pricing = TimePricing(sizes=tuple(group.size for group in groups), curves=curves)
     kinds = {group.kind for group in groups} - {"keys"}
     name = "heads and dims" if len(kinds) > 1 else groups[0].kind
-    owners, multiples = _owners(space, groups), _multiples(groups, targets)
-    return Budget(name=name, costs=costs, removed=1.0 - share, owners=owners, pricing=pricing, multiples=multiples)
+    return Budget(
+        name=name,
+        costs=costs,
+        removed=1.0 - share,
+        owners=_owners(space, groups),
+        pricing=pricing,
+        multiples=_multiples(groups, targets),
+        least=_least(groups),
+    )
 
 
 def _shared_with_hidden(space: PruningSpace, groups: Sequence[UnitGroup], targets: Targets) -> Budget:
@@ -210,7 +257,13 @@ def _shared_with_hidden(space: PruningSpace, groups: Sequence[UnitGroup], target
     costs = pricing.linearised(torch.ones(sum(pricing.sizes), dtype=torch.float64))[0].tolist()
     multiples = _multiples(groups, targets)
     return Budget(
-        name="all units", costs=costs, removed=1.0 - share, owners=owners, pricing=pricing, multiples=multiples
+        name="all units",
+        costs=costs,
+        removed=1.0 - share,
+        owners=owners,
+        pricing=pricing,
+        multiples=multiples,
+        least=_least(groups),
     )
 
 
@@ -233,11 +286,12 @@ def _share_of_limit(space: PruningSpace, groups: Sequence[UnitGroup], targets: T
     assert targets.limit is not None
     whole = whole_cost(space, targets, targets.before)
     share = 1 - (whole - targets.limit) / prunable
-    if not 0 < share <= 1:
+    least = sum(unit_cost(space, group, targets) * group.least for group in groups) / prunable
+    if not least < share <= 1:
         unit, scale = ("MiB", MIB) if targets.cost == "bytes" else ("ms", 1)
         raise UserError(
             f"the budget of {targets.limit / scale:.4g} {unit} cannot be reached with heads and FFN dimensions",
-            wanted=f"above {(whole - prunable) / scale:.4g} and up to {whole / scale:.4g} {unit}",
+            wanted=f"above {(whole - prunable * (1 - least)) / scale:.4g} and up to {whole / scale:.4g} {unit}",
         )
     return share
 
@@ -267,11 +321,12 @@ def whole_budget(space: PruningSpace, learned: Sequence[UnitGroup], cost: Cost, 
     whole = parameters(space) if cost == "parameters" else forward_flops(space, context=context)
     prunable = sum(unit_cost(space, group, targets) * group.size for group in learned)
     removed = (1 - share) * whole
-    if removed >= prunable:
+    removable = sum(unit_cost(space, group, targets) * (group.size - group.least) for group in learned)
+    if removed >= removable:
         key = "params" if cost == "parameters" else "flops"
         raise UserError(
             f"keep: {key}={share:g} cannot be reached with heads and FFN dimensions alone",
-            wanted=f"more than {1 - prunable / whole:.2f}",
+            wanted=f"more than {1 - removable / whole:.2f}",
         )
     return replace(targets, share=1.0 - removed / prunable)
 
@@ -293,6 +348,8 @@ def check_keep(keep: Keep) -> None:
         is_absolute = key in ("memory_mib", "latency_ms")
         if not (value > 0 if is_absolute else value >= 1 if is_number else 0 < value <= 1):
             wanted = (
-                "above 0" if is_absolute else "a share above 0 and up to 1.0, or a number of heads, dims or hidden dims"
+                "above 0"
+                if is_absolute
+                else "a share above 0 and up to 1.0, or a number of heads, experts, dims or hidden dims"
             )
             raise UserError(f"keep: {key}={value}", wanted=wanted)

@@ -82,10 +82,11 @@ def read_masks(
     *,
     coarse: str | None = None,
     heads: str | None = None,
+    experts: str | None = None,
     dimff: str | None = None,
     hidden: str | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Reads all masks of a model from up to four files, by group name.
+    """Reads all masks of a model from up to five files, by group name.
 
     A fine mask file may hold several kinds. The other kinds are used too, unless they have their own file.
 
@@ -97,7 +98,7 @@ def read_masks(
         required = ("self_att_layer_z", "ffn_layer_z")
         masks |= coarse_from_tensors(space, read_mask_file(coarse, required=required, allowed=COARSE_KEYS), coarse)
     blocks = dict(masks)
-    files = {"heads": heads, "dimff": dimff, "hidden": hidden}
+    files = {"heads": heads, "experts": experts, "dimff": dimff, "hidden": hidden}
     contents = {
         kind: read_mask_file(path, required=(FINE_KEYS[kind],), allowed=tuple(FINE_KEYS.values()))
         for kind, path in files.items()

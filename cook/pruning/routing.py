@@ -1,9 +1,9 @@
 """Gates of experts: they act on the scores of the router, so that what it chooses from is what is left.
 
 A router returns its logits, and the weights and the numbers of the experts of each token. A gate z changes the scores
-before the choice. With z = 0 an expert is never chosen and the others share its weight, as in the model without it; with
-z = 1 nothing changes. The gradient of z is the sum over the tokens that the expert computes, so that an expert that is
-rarely chosen has a small one. Classes of transformers are the source of both ways to make weights of scores.
+before the choice. With z = 0 an expert is never chosen and the others share its weight, as in the model without it;
+with z = 1 nothing changes. The gradient of z is the mean over all tokens of the batch, to which only those contribute
+that the expert computes, so that an expert that is rarely chosen has a small one.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def routed(router: torch.nn.Module, output: Routed, z: torch.Tensor, scores: Lit
 
 
 def _by_sigmoid(router: Any, logits: torch.Tensor, z: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights and numbers of the experts chosen by biased scores, out of the best groups (DeepSeek-V3, sec. 2.1.2)."""
+    """Weights and numbers of the experts that biased scores choose in the best groups (arXiv:2412.19437, 2.1.2)."""
     score = logits.float().sigmoid() * z
     choice = (score + router.e_score_correction_bias).masked_fill(z == 0, -torch.inf)
     by_group = choice.view(len(choice), router.num_group, -1)

@@ -95,6 +95,8 @@ class UnitGroup:
     query heads form a single section, and so do whole groups."""
     least: int = 0
     """Units of each section that always stay: experts, of which each token needs some."""
+    multiple: int = 1
+    """What stays of a section must be a multiple of it: rows of fused weights must fill 16 bytes."""
     active: int = 0
     """In a mixture of experts: the experts that compute each token."""
     cache: int | None = None
@@ -122,7 +124,7 @@ class UnitGroup:
 
     @property
     def counted(self) -> int:
-        """The units by which configs count: query heads, experts, or FFN dimensions, of an expert where there are any."""
+        """The units by which configs count: query heads, experts, or FFN dimensions (of one expert)."""
         return self.section_size if self.is_even and self.kind == "dimff" else self.size * self.members
 
     def heads(self, units: int) -> tuple[int, int]:

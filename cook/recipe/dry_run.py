@@ -28,7 +28,7 @@ from cook.training.settings import check_settings
 
 ALONE = PlanOptions()
 """No card, one host."""
-MASKS_OF = {"layer": "layers", "heads": "heads", "dimff": "dims", "hidden": "hidden dims"}
+MASKS_OF = {"layer": "layers", "heads": "heads", "experts": "experts", "dimff": "dims", "hidden": "hidden dims"}
 
 
 def _described(source: DataConfig | SourceConfig) -> str:

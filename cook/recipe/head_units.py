@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from math import lcm
 from typing import Any
 
 from cook.base.errors import UserError
@@ -91,7 +92,7 @@ def check_sizes(
     if fine is None:
         return
     for kind, key, wanted in (("heads", "num_heads", fine.num_heads), ("dimff", "dim_ff", fine.dim_ff)):
-        sizes = sorted({group.size * group.members for group in space.groups if group.kind == kind})
+        sizes = sorted({group.counted for group in space.groups if group.kind == kind})
         if sizes and sizes != [wanted]:
             raise UserError(
                 f"fine-grained.{key} differs from the model's",
@@ -103,6 +104,13 @@ def check_sizes(
     if hidden is not None and space.hidden is not None and hidden > space.hidden.size:
         most = f"at most {space.hidden.size}"
         raise UserError("fine-grained.target_hidden: above the hidden size", wanted=most, got=hidden)
+    if fine.target_experts is not None and not any(group.kind == "experts" for group in space.groups):
+        raise no_experts(adapter)
+    if "dimff" in uneven and fine.scope == "global" and any(group.is_even for group in space.of("dimff")):
+        raise UserError(
+            'fine-grained.scope "global": the dims of experts have one number per block',
+            remedy='set the scope to "block", or prune whole experts',
+        )
     heads = next((group for group in space.groups if group.kind == "heads"), None)
     if uneven and adapter.abilities.is_stock and not fine.allow_remote_code:
         raise UserError(
@@ -132,6 +140,13 @@ def hidden_stays(adapter: Adapter) -> UserError:
     )
 
 
+def no_experts(adapter: Adapter) -> UserError:
+    """The error for a model without experts."""
+    return UserError(
+        f"this {adapter.family} model has no experts", remedy="prune its heads, FFN dimensions, hidden size or layers"
+    )
+
+
 def nearest_hidden(
     adapter: Adapter, config: Mapping[str, Any], space: PruningSpace, wanted: float, round_to: int
 ) -> int:
@@ -144,7 +159,7 @@ def nearest_hidden(
     """
     if space.hidden is None:
         raise hidden_stays(adapter)
-    size = space.hidden.size
+    size, round_to = space.hidden.size, lcm(round_to, space.hidden.multiple)
     if isinstance(wanted, int):
         if wanted > size or wanted % round_to:
             multiple = f", a multiple of {round_to}" if round_to > 1 else ""

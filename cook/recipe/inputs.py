@@ -24,7 +24,7 @@ from cook.pruning.random_masks import random_masks_like
 from cook.pruning.relaxation import Deterministic, HardConcrete, Relaxation
 from cook.pruning.restrict import restrict
 from cook.pruning.units import HeadUnit, Kind, PruningSpace, UnitGroup
-from cook.recipe.head_units import check_sizes, choose_head_unit, hidden_stays
+from cook.recipe.head_units import check_sizes, choose_head_unit, hidden_stays, no_experts
 from cook.recipe.plan import INNER, LEARNS, MaskPaths, Stage, mask_paths
 from cook.sparsity.matrices import matrices_of, restricted
 
@@ -89,7 +89,8 @@ def open_inputs(stage: Stage, *, must_exist: bool = True) -> Inputs:
     check_sizes(adapter, config, allowed, fine, stage.uneven, keeps_heads=keeps_heads)
     found = [paths if must_exist else _existing(paths) for paths in stage.by_size(stage.fixed)]
     fixed, *smaller = [
-        read_masks(allowed, coarse=p.layer, heads=p.heads, dimff=p.dimff, hidden=p.hidden) for p in found
+        read_masks(allowed, coarse=p.layer, heads=p.heads, experts=p.experts, dimff=p.dimff, hidden=p.hidden)
+        for p in found
     ]
     nested = (fixed, *smaller) if stage.sizes and fixed else ()
     if stage.is_random_baseline and must_exist:
@@ -98,8 +99,17 @@ def open_inputs(stage: Stage, *, must_exist: bool = True) -> Inputs:
     for kind in stage.learns:
         whole = kind in ("layer", "hidden")
         groups = allowed.of(kind) if whole else tuple(kept_groups(allowed, fixed, kind))
+        if stage.name == "joint_mask" and stage.one_budget and any(group.is_even for group in groups):
+            if kind == "experts":
+                raise UserError(
+                    f"{stage.name}: the experts of this model are in groups, which must keep the same number",
+                    remedy='set joint.scope to "block", or leave fine-grained.target_experts out',
+                )
+            continue  # the dims of experts stay: whole experts are the units of this budget
         if not groups and kind == "hidden" and space.hidden is None:
             raise hidden_stays(adapter)
+        if not groups and kind == "experts" and not space.of("experts"):
+            raise no_experts(adapter)
         if not groups:
             names = "the names of their weights"
             if kind == "hidden":
@@ -180,7 +190,8 @@ def _random_baseline(stage: Stage, space: PruningSpace) -> dict[str, torch.Tenso
             "random_baseline needs learned masks, and there are none yet",
             remedy="run the mask stages first, or name their mask files in the scheme",
         )
-    learned = read_masks(space, coarse=paths.layer, heads=paths.heads, dimff=paths.dimff, hidden=paths.hidden)
+    kinds = {kind: path for kind, path in vars(paths).items() if kind != "layer"}
+    learned = read_masks(space, coarse=paths.layer, **kinds)
     return random_masks_like(space, learned, generator(stage.config.seed, "random baseline"))
 
 
@@ -255,6 +266,8 @@ def _kept(fine: FineConfig) -> dict[Kind, int | float]:
     kept: dict[Kind, int | float] = {"heads": fine.target_num_heads, "dimff": fine.target_dimff}
     if fine.target_hidden is not None:
         kept["hidden"] = fine.target_hidden
+    if fine.target_experts is not None:
+        kept["experts"] = fine.target_experts
     return kept
 
 
@@ -262,4 +275,6 @@ def final_masks(stage: Stage, inputs: Inputs, gates: Gates | None, number: int =
     """The masks at the end of a stage, of the size of that number: the fixed masks and the learned ones as 0/1."""
     fixed = inputs.nested[number] if inputs.nested else inputs.fixed
     masks = consistent(inputs.space, fixed | (gates.binary(number) if gates else {}))
+    if stage.name == "joint_mask" and stage.one_budget:  # which leaves the dims of experts alone
+        masks = {g.name: torch.ones(g.size) for g in inputs.space.of("dimff") if g.is_even} | masks
     return without_empty_blocks(inputs.space, masks) if stage.writes.layer else masks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,18 @@ from cook.evaluation.profile import measure_block_times
 from cook.evaluation.settings import ProfileSettings
 from cook.export.vocabulary import least_count, read_vocabulary
 from cook.families.source import open_model
-from cook.pruning.budgets import KEEP_KEYS, NUMBERS, WHOLE_KEYS, Cost, Keep, check_keep, whole_budget
+from cook.pruning.budgets import KEEP_KEYS, NUMBERS, WHOLE_KEYS, Cost, Keep, Targets, check_keep, whole_budget
 from cook.pruning.family import ModelSource
-from cook.recipe.head_units import nearest_heads, nearest_hidden, reachable_heads
+from cook.pruning.restrict import is_matrix
+from cook.recipe.head_units import nearest_heads, nearest_hidden, no_experts, reachable_heads
 from cook.recipe.start import make_plan
 
 DATA_TYPES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
 COMPRESSED = {".gz", ".bz2", ".zst"}
 TIMES = "block_times.json"
 """The measured table, in the output folder."""
+PRUNE_MODES = {"heads": "att", "experts": "experts", "hidden": "hidden"}
+"""The units of a stage by the name of what to keep; FFN dimensions for others."""
 ALMOST_ALL = 0.99
 """A share of the parameters that every model can keep."""
 
@@ -223,9 +227,10 @@ def _scheme(job: OneLineJob, sizes: Sequence[Keep], source: ModelSource) -> tupl
     masks = Path(job.output) / "run" / "masks"
     space = adapter.space(config)
     heads = next((g.size * g.members for g in space.groups if g.kind == "heads"), 1)
-    dims = next((g.size * g.members for g in space.groups if g.kind == "dimff"), 1)
+    inner = next((g for g in space.groups if g.kind == "dimff"), None)
+    dims, step = (inner.counted, lcm(job.round_to, inner.multiple)) if inner else (1, 1)
     unit, kept_heads = nearest_heads(adapter, config, keep.get("heads", heads), job.head_unit)
-    kept_dims = _number(keep["dims"], dims, job.round_to) if "dims" in keep else dims
+    kept_dims = _number(keep["dims"], dims, step) if "dims" in keep else dims
     is_global = bool(set(keep) & set(WHOLE_KEYS))
     kept_hidden = None
     if "hidden" in keep or job.hidden:
@@ -250,10 +255,16 @@ def _scheme(job: OneLineJob, sizes: Sequence[Keep], source: ModelSource) -> tupl
         or kept_heads not in reachable_heads(adapter, config, unit, False),
         "heads_mask": str(masks / "heads_mask.pt"),
         "dimff_mask": str(masks / "dimff_mask.pt"),
-        "prune_mode": "att" if "heads" in keep else "hidden" if "hidden" in keep else "ffn",
+        "prune_mode": next((mode for key, mode in PRUNE_MODES.items() if key in keep), "ffn"),
     }
     if kept_hidden is not None:
         fine |= {"target_hidden": kept_hidden, "hidden_mask": str(masks / "hidden_mask.pt")}
+    experts = space.of("experts")
+    if "experts" in keep and not experts:
+        raise no_experts(adapter)
+    if "experts" in keep or (is_global and experts and not experts[0].is_even):
+        share = Targets(kept={"experts": keep.get("experts", 1.0)}).kept_share(experts[0])
+        fine |= {"target_experts": round(share * experts[0].size), "experts_mask": str(masks / "experts_mask.pt")}
     if job.round_to > 1:
         fine["round_to"] = job.round_to
     scheme: dict[str, Any] = {"coarse-grained": coarse, "fine-grained": fine}
@@ -266,7 +277,8 @@ def _scheme(job: OneLineJob, sizes: Sequence[Keep], source: ModelSource) -> tupl
     if is_global:
         key = "params" if "params" in keep else "flops"
         cost: Cost = "parameters" if key == "params" else "flops"
-        groups = [group for group in (space.every if job.hidden else space.groups) if group.kind != "layer"]
+        every = space.every if job.hidden else space.groups
+        groups = [group for group in every if group.kind != "layer" and not group.is_even]
         shares = [whole_budget(space, groups, cost, size[key], job.max_length).share for size in sizes]
         target = shares[0] if len(shares) == 1 else [round(share or 0.0, 6) for share in shares]
         return scheme | {"joint": {"train_mask": True, "scope": "global", f"target_{key}": target}}, _JOINT
@@ -280,7 +292,7 @@ def _scheme(job: OneLineJob, sizes: Sequence[Keep], source: ModelSource) -> tupl
             return {"coarse-grained": coarse}, ("layer_mask", "layer_finetune")
         gates = {"start": "search", "start_steps": 2}
         return {"coarse-grained": coarse | {"unit": job.search}, "gates": gates}, ("layer_mask", "layer_finetune")
-    unit_name = {"heads": "att", "hidden": "hidden"}.get(next(iter(keep)), "ffn")
+    unit_name = PRUNE_MODES.get(next(iter(keep)), "ffn")
     return scheme, (f"{unit_name}_mask", f"{unit_name}_finetune")
 
 
@@ -304,9 +316,9 @@ def _matrices(source: ModelSource, *, with_hidden: bool) -> list[str]:
     """The names of all prunable matrices inside a layer; with those on the residual stream if it is pruned too."""
     space = source.adapter.space(source.config)
     pieces = [(group.layer, piece.path) for group in space.groups for piece in group.slices]
-    inside = {path.split(f".{layer}.", 1)[1] for layer, path in pieces if len(space.shapes[path]) == 2}
+    inside = {path.split(f".{layer}.", 1)[1] for layer, path in pieces if is_matrix(space, path)}
     stream = [piece.path for piece in space.hidden.slices] if with_hidden and space.hidden else []
-    outside = {p for p in stream if len(space.shapes[p]) == 2 and not p.endswith(tuple(f".{name}" for name in inside))}
+    outside = {p for p in stream if is_matrix(space, p) and not p.endswith(tuple(f".{name}" for name in inside))}
     return sorted(inside | outside)
 
 

@@ -19,13 +19,16 @@ LEARNS: dict[str, tuple[Kind, ...]] = {
     "layer_mask": ("layer",),
     "att_mask": ("heads",),
     "ffn_mask": ("dimff",),
+    "experts_mask": ("experts",),
     "hidden_mask": ("hidden",),
-    "joint_mask": ("layer", "heads", "dimff", "hidden"),
+    "joint_mask": ("layer", "heads", "experts", "dimff", "hidden"),
 }
-"""The masks that a stage learns and writes; a joint stage those of hidden dimensions only if they have a target."""
-KEYS = {"layer": "coarse_mask", "heads": "heads_mask", "dimff": "dimff_mask", "hidden": "hidden_mask"}
+"""The masks that a stage learns and writes; a joint stage those of experts and of hidden dimensions only if they have a
+target."""
+KEYS = {"layer": "coarse_mask", "heads": "heads_mask", "experts": "experts_mask", "dimff": "dimff_mask"}
+KEYS |= {"hidden": "hidden_mask"}
 """The scheme's keys for the mask files."""
-INNER = {"heads": "att", "dimff": "ffn", "hidden": "hidden"}
+INNER = {"heads": "att", "dimff": "ffn", "experts": "experts", "hidden": "hidden"}
 """The first words of the stages that prune inside the kept blocks."""
 
 
@@ -36,6 +39,7 @@ class MaskPaths:
     layer: str | None = None
     heads: str | None = None
     dimff: str | None = None
+    experts: str | None = None
     hidden: str | None = None
 
     def of_size(self, size: float) -> MaskPaths:
@@ -115,7 +119,7 @@ class Stage:
     def uneven(self) -> set[str]:
         """The kinds of units for which the blocks of this run share one budget."""
         units, fine = self._parts, self.config.fine
-        kinds = {"heads": "att", "dimff": "ffn"}
+        kinds = {"heads": "att", "dimff": "ffn", "experts": "experts"}
         if self.one_budget:
             return set(kinds)
         return {kind for kind, unit in kinds.items() if fine and fine.scope == "global" and unit in units}
@@ -161,15 +165,18 @@ class Stage:
             blocks = [blocks, coarse.unit]
         if fine and fine.round_to != 1:
             dims = [dims, fine.round_to]
-        targets: list[Any] = [blocks, heads, dims]
+        targets: dict[str, Any] = {"layer": blocks, "heads": heads, "dimff": dims}
         if fine and fine.target_hidden is not None:
-            targets.append([fine.target_hidden, fine.round_to])
-            at_once += [targets[3]] if joint else []
+            targets["hidden"] = [fine.target_hidden, fine.round_to]
+        if fine and fine.target_experts is not None:
+            targets["experts"] = ["experts", fine.target_experts, fine.scope]
+        at_once += [targets[kind] for kind in ("hidden", "experts") if kind in targets] if joint else []
         if self.is_random_baseline:
-            return targets + (at_once if any(entry.name == "joint_mask" for entry in self.config.stages) else [])
+            joined = any(entry.name == "joint_mask" for entry in self.config.stages)
+            return [*targets.values(), *(at_once if joined else [])]
         if self.name == "joint_mask":
             return at_once
-        return [targets[("layer", "heads", "dimff", "hidden").index(kind)] for kind in self.learns]
+        return [targets[kind] for kind in self.learns]
 
     def pattern_settings(self) -> dict[str, Any]:
         """The settings that determine the mask of single weights; empty in other stages."""
@@ -265,7 +272,7 @@ def _check_sections(config: RunConfig, name: str) -> None:
 
 
 def _learns(config: RunConfig, name: str) -> tuple[Kind, ...]:
-    """In a joint stage blocks and hidden dimensions have gates only if they have a target."""
+    """In a joint stage blocks, experts and hidden dimensions have gates only if they have a target."""
     kinds = _masked(config, name)
     if name == "joint_mask" and (config.joint is None or config.joint.target_sparsity is None):
         return tuple(kind for kind in kinds if kind != "layer")
@@ -274,9 +281,13 @@ def _learns(config: RunConfig, name: str) -> tuple[Kind, ...]:
 
 def _masked(config: RunConfig, name: str) -> tuple[Kind, ...]:
     kinds = LEARNS.get(name, ())
-    if name == "joint_mask" and (config.fine is None or config.fine.target_hidden is None):
-        return tuple(kind for kind in kinds if kind != "hidden")
-    return kinds
+    if name != "joint_mask":
+        return kinds
+    targets = {
+        "hidden": config.fine and config.fine.target_hidden,
+        "experts": config.fine and config.fine.target_experts,
+    }
+    return tuple(kind for kind in kinds if targets.get(kind, 1) is not None)
 
 
 def _writes(config: RunConfig, name: str) -> MaskPaths:

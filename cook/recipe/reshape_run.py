@@ -34,7 +34,7 @@ from cook.export.vocabulary import least_count, read_vocabulary, tokenizer_in, w
 from cook.families.consumers import misread_by
 from cook.families.registry import stock_type
 from cook.families.source import load_model, open_model
-from cook.pruning.counts import forward_flops, parameters
+from cook.pruning.counts import active_parameters, forward_flops, parameters
 from cook.pruning.family import ModelSource
 from cook.pruning.mask_set import Masks, kept_counts
 from cook.pruning.pad import padded
@@ -158,13 +158,15 @@ def _reshape(job: Job, options: ReshapeOptions) -> None:
         source = with_vocabulary(whole, tokens)
         print(f"vocabulary  {whole.config['vocab_size']:,} → {len(tokens):,} tokens")
     given = job.masks
-    space, masks = open_masks(source, coarse=given.layer, heads=given.heads, dimff=given.dimff, hidden=given.hidden)
+    kinds = {kind: path for kind, path in vars(given).items() if kind != "layer"}
+    space, masks = open_masks(source, coarse=given.layer, **kinds)
     if not masks and not tokens:
         if job.stages and job.stages[-1].pattern_mask:
             print(f"{job.model}: pruned with a sparsity pattern, at its full size; there is nothing to reshape")
             return
         raise UserError(
-            "there are no masks to apply", remedy="give --coarse-mask, --heads-mask, --dimff-mask or --hidden-mask"
+            "there are no masks to apply",
+            remedy="give --coarse-mask, --heads-mask, --dimff-mask, --experts-mask or --hidden-mask",
         )
     files = [path for path in vars(given).values() if path]
     print(f"model  {source.path}\nmasks  {', '.join(files)}")
@@ -308,11 +310,19 @@ def comparison(
     """Parameters and FLOPs per token before and after, as a table; measured tokens/s where there are any."""
     length = batches[0]["targets"].shape[1]
     rows = []
+    mixed = bool(space.of("experts"))
     for name, of, kept in (("before", whole, {}), ("after", space, kept_counts(masks))):
         flops = forward_flops(of, kept, context=length)
-        rows.append([name, human_count(parameters(of, kept)), human_count(flops)])
+        active = [human_count(active_parameters(of, kept))] if mixed else []
+        rows.append([name, human_count(parameters(of, kept)), *active, human_count(flops)])
         rows[-1] += [human_count(speeds[name])] if speeds else []
-    columns = ["", "parameters", "FLOPs per token", *(["tokens/s forward"] if speeds else [])]
+    columns = [
+        "",
+        "parameters",
+        *(["active"] if mixed else []),
+        "FLOPs per token",
+        *(["tokens/s forward"] if speeds else []),
+    ]
     return "\n" + markdown_table(columns, rows) + "\n"
 
 

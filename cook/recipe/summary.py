@@ -32,6 +32,8 @@ TITLES = {
     "att_finetune": "heads, finetuned",
     "ffn_mask": "dims masked",
     "ffn_finetune": "dims, finetuned",
+    "experts_mask": "experts masked",
+    "experts_finetune": "experts, finetuned",
     "hidden_mask": "hidden dims masked",
     "hidden_finetune": "hidden dims, finetuned",
     "joint_mask": "all masked at once",

@@ -24,6 +24,7 @@ LEARNS = {
     "layer": ("layer_mask", "joint_mask"),
     "heads": ("att_mask", "joint_mask"),
     "dimff": ("ffn_mask", "joint_mask"),
+    "experts": ("experts_mask", "joint_mask"),
     "hidden": ("hidden_mask", "joint_mask"),
 }
 """The stages that write the mask of each kind of unit."""
@@ -32,6 +33,7 @@ MASK_KEYS = (
     ("fine-grained", "coarse_mask", "layer"),
     ("fine-grained", "heads_mask", "heads"),
     ("fine-grained", "dimff_mask", "dimff"),
+    ("fine-grained", "experts_mask", "experts"),
     ("fine-grained", "hidden_mask", "hidden"),
 )
 
