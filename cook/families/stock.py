@@ -33,6 +33,7 @@ def stock_adapter(
     variant: Callable[[Family, ModelConfig], Family] = lambda family, _config: family,
     inputs: Callable[[Batch], dict[str, Any]] | None = None,
     is_causal: bool = True,
+    inputs_by_config: Callable[[ModelConfig, Batch], Batch] | None = None,
 ) -> Adapter:
     """Makes the adapter of a family.
 
@@ -41,6 +42,7 @@ def stock_adapter(
         variant: Adapts the table to a config, if config fields change names or norms.
         inputs: The model's arguments for a batch, if `packed_inputs` would mix samples.
         is_causal: Whether the model predicts the next token.
+        inputs_by_config: As `inputs`, if they depend on the config.
     """
 
     def of_config(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,6 +60,7 @@ def stock_adapter(
         stock_holds=of_config(holds_heads),
         modeling=stock_models.modeling,
         inputs=inputs or packed_inputs,
+        inputs_by_config=inputs_by_config,
         abilities=Abilities(
             shares_keys=family.names.kv_heads is not None,
             stock_heads=family.names.head_dim is not None,
@@ -83,6 +86,17 @@ def masked_inputs(batch: Batch, *, causal: bool) -> dict[str, Any]:
     mask_BQK = mask_BQK.tril() if causal else mask_BQK
     inputs = {"input_ids": batch["input"], "position_ids": batch["position"], "attention_mask": mask_BQK[:, None]}
     return inputs | ({"use_cache": False} if causal else {})
+
+
+def windowed_inputs(config: ModelConfig, batch: Batch) -> dict[str, Any]:
+    """The arguments of a class that ignores positions in its masks, and has layers with a sliding window."""
+    position, places = batch["position"], torch.arange(batch["position"].shape[1], device=batch["position"].device)
+    sample_BL = (position == 0).cumsum(1)
+    full_BQK = (sample_BL[:, :, None] == sample_BL[:, None, :]).tril()
+    near_QK = places[:, None] - places < (config.get("sliding_window") or len(places))
+    masks = {"full_attention": full_BQK, "sliding_attention": full_BQK & near_QK}
+    added = {name: torch.where(mask[:, None], 0.0, -1e9) for name, mask in masks.items()}
+    return packed_inputs(batch) | {"attention_mask": added}
 
 
 def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptUnits, renumber: bool = True) -> Shrunk:

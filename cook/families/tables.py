@@ -9,7 +9,7 @@ from typing import Any
 from cook.base.batches import Batch
 from cook.base.errors import UserError
 from cook.families.layout import Attention, ConfigNames, Experts, Family, FeedForward
-from cook.families.stock import masked_inputs, stock_adapter
+from cook.families.stock import masked_inputs, stock_adapter, windowed_inputs
 from cook.families.stock_models import architecture
 from cook.pruning.family import ModelConfig
 
@@ -258,7 +258,8 @@ def _roberta_inputs(batch: Batch) -> dict[str, Any]:
 
 ADAPTERS = (
     *(stock_adapter(family) for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3)),
-    *(stock_adapter(family) for family in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GRANITE_MOE, GPT_OSS)),
+    *(stock_adapter(family) for family in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GRANITE_MOE)),
+    stock_adapter(GPT_OSS, inputs_by_config=windowed_inputs),
     stock_adapter(DEEPSEEK_V3, _deepseek_variant),
     stock_adapter(GPT2, _gpt2_variant),
     stock_adapter(GPT_NEOX),

@@ -153,7 +153,7 @@ class LanguageModelRun(StageRun):
 
     def _opened(self) -> Opened:
         stage, inputs = self.stage, self.trained
-        training, form = stage.config.training, inputs.adapter.inputs
+        training, form = stage.config.training, inputs.adapter.call_form(inputs.model_config)
         engine = Engine(self._build, inputs.weights, training, stage.config.deepspeed, call_form=form)
         if self.zeros:
             engine.hold_zeros(self.zeros, gradients_only=pattern_spec(stage).quirks.drifting_weights)

@@ -168,7 +168,9 @@ def _made(
             train_weights=True,
         )
         settings = {key: value for key, value in stage.config.deepspeed.items() if key != "scheduler"}
-        engine = Engine(build, inputs.weights, training, settings, call_form=inputs.adapter.inputs)
+        engine = Engine(
+            build, inputs.weights, training, settings, call_form=inputs.adapter.call_form(inputs.model_config)
+        )
         with closing(open_batches()) as batches:
             run = Run(
                 name=f"{stage.name}, scores",

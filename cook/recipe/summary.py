@@ -131,4 +131,5 @@ def random_length(source: ModelSource) -> int:
 
 def called(source: ModelSource, batch: Batch) -> Batch:
     """Converts a batch to the model's arguments, with its labels."""
-    return source.adapter.inputs(model_inputs(batch)) | {key: batch[key] for key in LABELS if key in batch}
+    form = source.adapter.call_form(source.config)
+    return form(model_inputs(batch)) | {key: batch[key] for key in LABELS if key in batch}
