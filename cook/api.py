@@ -32,7 +32,7 @@ from cook.pruning.budgets import (
     whole_budget,
 )
 from cook.pruning.count_pricing import CountPricing
-from cook.pruning.counts import forward_flops, parameters, unit_flops
+from cook.pruning.counts import active_parameters, forward_flops, parameters, unit_flops
 from cook.pruning.family import Adapter, ModelSource
 from cook.pruning.gates import Gates
 from cook.pruning.live import LiveGates
@@ -45,6 +45,7 @@ from cook.recipe.head_units import (
     nearest_head_dim,
     nearest_heads,
     nearest_hidden,
+    no_experts,
     offered_units,
 )
 from cook.report.tables import human_count, markdown_table
@@ -53,6 +54,7 @@ Batch = Mapping[str, torch.Tensor]
 LABELS: dict[Kind, str] = {
     "layer": "blocks",
     "heads": "heads",
+    "experts": "experts",
     "dimff": "FFN dimensions",
     "head_dims": "dimensions of each head",
     "hidden": "hidden dimensions",
@@ -73,12 +75,19 @@ class Plan:
     budget with other kinds)."""
     parameters: tuple[int, int]
     """Of the whole model, before and after."""
+    active_parameters: tuple[int, int]
+    """The same of those that compute one token: of experts, only the ones that a token passes through."""
     flops: tuple[float, float]
     """Of one token's forward pass, before and after."""
+
+    @property
+    def _has_experts(self) -> bool:
+        return self.active_parameters[0] < self.parameters[0]
 
     def __str__(self) -> str:
         rows = [
             ["parameters", *map(human_count, self.parameters)],
+            *([["active parameters", *map(human_count, self.active_parameters)]] if self._has_experts else []),
             ["FLOPs per token", *map(human_count, self.flops)],
             *([name, str(total), str(kept)] for name, (total, kept) in self.units.items()),
         ]
@@ -113,12 +122,12 @@ def plan(
         model: A transformers model of a known family.
         keep: What to keep, one of
             `{"params": 0.7}`: the share of the whole model's parameters, taken out of heads and FFN dimensions by one
-            budget for all blocks;
+            budget for all blocks; in a model with experts, out of heads and whole experts;
             `{"flops": 0.7}`: the same for the FLOPs of a forward pass;
             `{"memory_mib": 200}`: MiB of all weights in the model's dtype, and of the cache of `context` tokens;
-            or any of `"blocks"` (share of the parameters in attention and FFN blocks), `"heads"` and `"dims"` (share,
-            or number as an int, that each block keeps), `"head_dims"` and `"hidden"` (the same of the dimensions of a
-            head and of the hidden size).
+            or any of `"blocks"` (share of the parameters in attention and FFN blocks), `"heads"`, `"experts"` and
+            `"dims"` (share, or number as an int, that each block keeps; dims of an expert, where there are experts),
+            `"head_dims"` and `"hidden"` (the same of the dimensions of a head and of the hidden size).
         head_unit: What is removed as one unit of attention where query heads share keys and values: `"query_head"`,
             `"kv_group"` (a key-value head with all its query heads), or `"auto"`. With budgets for the whole model,
             `auto` means query heads, each key-value head going with the last of them; with `heads` it means whole
@@ -148,6 +157,7 @@ def plan(
             shown[label] = total, round(sum(even.get(g.name, 1.0) * g.size * g.members for g in groups_of_kind))
     before, flops = parameters(job.space), forward_flops(job.space, context=context)
     after, flops_after = parameters(job.space, kept), forward_flops(job.space, kept, context=context)
+    active = active_parameters(job.space), active_parameters(job.space, kept)
     if job.targets.blocks is not None:
         in_blocks = sum(_all(job.space, g, "parameters") for g in job.learned if g.kind == "layer")
         after -= round((1 - job.targets.blocks) * in_blocks)
@@ -158,6 +168,7 @@ def plan(
         head_unit=job.head_unit,
         units=shown,
         parameters=(before, after),
+        active_parameters=active,
         flops=(flops, flops_after),
     )
 
@@ -355,14 +366,17 @@ def _job(
         kinds = tuple(kind for name, kind in BUDGET_UNITS.items() if name in keep)
         if "heads" in keep:
             head_unit, kept["heads"] = nearest_heads(adapter, config, keep["heads"], choice)
-        if "dims" in keep:
-            kept["dimff"] = keep["dims"]
+        kept |= {BUDGET_UNITS[name]: keep[name] for name in ("experts", "dims") if name in keep}
         space = adapter.space(config, head_unit)
     if "head_dims" in kinds:
         kept["head_dims"] = nearest_head_dim(adapter, space, keep.get("head_dims", 1.0))
     if "hidden" in kinds:
         kept["hidden"] = nearest_hidden(adapter, config, space, keep.get("hidden", 1.0), round_to)
     learned = tuple(group for kind in KINDS if kind in kinds for group in space.of(kind))
+    if "experts" in keep and not space.of("experts"):
+        raise no_experts(adapter)
+    if total:
+        learned = tuple(group for group in learned if not group.is_even)
     targets = Targets(blocks=keep.get("blocks"), kept=kept)
     if total == ["latency_ms"]:
         raise UserError("keep: latency_ms needs the model's files", remedy="use `cook prune`, which measures the model")

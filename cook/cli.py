@@ -196,6 +196,7 @@ def reshape(
     heads_mask: Annotated[str | None, typer.Option(help="Head mask (`.pt`).")] = None,
     dimff_mask: Annotated[str | None, typer.Option(help="FFN mask (`.pt`).")] = None,
     head_dims_mask: Annotated[str | None, typer.Option(help="Mask of the head dims (`.pt`).")] = None,
+    experts_mask: Annotated[str | None, typer.Option(help="Mask of the experts (`.pt`).")] = None,
     hidden_mask: Annotated[str | None, typer.Option(help="Mask of the hidden dims (`.pt`).")] = None,
     vocabulary: Annotated[
         str | None,
@@ -234,7 +235,12 @@ def reshape(
             model=model,
             model_config=model_config,
             masks=MaskPaths(
-                layer=coarse_mask, heads=heads_mask, dimff=dimff_mask, head_dims=head_dims_mask, hidden=hidden_mask
+                layer=coarse_mask,
+                heads=heads_mask,
+                dimff=dimff_mask,
+                experts=experts_mask,
+                head_dims=head_dims_mask,
+                hidden=hidden_mask,
             ),
             vocabulary=vocabulary,
             size=size,

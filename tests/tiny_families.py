@@ -54,13 +54,68 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "roberta": {"model_type": "roberta", "architectures": ["RobertaForMaskedLM"], **ALIKE, "pad_token_id": 1},
 }
 """config.json by a name; a test runs over all of them."""
+MIXED = {"num_hidden_layers": 3, "head_dim": 6, "num_experts_per_tok": 2, "intermediate_size": 16}
+MOE: dict[str, dict[str, Any]] = {
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 5, **MIXED},
+    "qwen2_moe": {
+        "model_type": "qwen2_moe",
+        "num_experts": 5,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 12,
+        "mlp_only_layers": [0],
+        **MIXED,
+    },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "num_experts": 5,
+        "moe_intermediate_size": 16,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 2,
+        **MIXED,
+    },
+    "olmoe": {"model_type": "olmoe", "num_experts": 5, **MIXED, "head_dim": None},
+    "granitemoe": {
+        "model_type": "granitemoe",
+        "num_local_experts": 5,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 2.0,
+        **MIXED,
+    },
+    "gpt_oss": {"model_type": "gpt_oss", "num_local_experts": 5, "sliding_window": 5, **MIXED},
+    "deepseek_v3": {
+        "model_type": "deepseek_v3",
+        "n_routed_experts": 8,
+        "n_group": 2,
+        "topk_group": 1,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 10,
+        "kv_lora_rank": 12,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 6,
+        "v_head_dim": 5,
+        **MIXED,
+        "num_key_value_heads": 8,
+        "head_dim": None,
+    },
+}
+"""The same of every family with experts."""
+MOE["deepseek_v3, one group"] = MOE["deepseek_v3"] | {"n_group": 1, "q_lora_rank": None}
 CAUSAL = [name for name in FAMILIES if name not in ("bert", "roberta")]
+
+
+def given_config(name: str, **changes: Any) -> dict[str, Any]:
+    """The fields of the family's config.json that are given."""
+    merged = {**SIZES, **GROUPED, **IDS, **(FAMILIES | MOE)[name], **changes}
+    # None is a choice in a single one of these fields.
+    return {field: value for field, value in merged.items() if value is not None or field == "q_lora_rank"}
 
 
 def tiny_config(name: str, **changes: Any) -> dict[str, Any]:
     """The family's config, all fields given, as an adapter's `read` leaves it."""
-    merged = {**SIZES, **GROUPED, **IDS, **FAMILIES[name], **changes}
-    given = {field: value for field, value in merged.items() if value is not None}
+    given = given_config(name, **changes)
     native, _ = by_config(given).read(given, {})
     return native
 
@@ -74,4 +129,9 @@ def tiny_source(name: str, seed: int = 0, **changes: Any) -> ModelSource:
     for path, weight in model.named_parameters():
         flat = 0.3 * torch.randn(weight.shape, generator=generator)
         weight.data = flat + (1.0 if weight.ndim == 1 and path.endswith(".weight") else 0.0)
-    return ModelSource(adapter=adapter, config=config, tensors=dict(model.named_parameters()), path=Path(name))
+    stored = model.state_dict()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in stored}
+    for buffer in buffers.values():  # the biases by which groups of experts are chosen from
+        buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
+    tensors = dict(model.named_parameters()) | buffers
+    return ModelSource(adapter=adapter, config=config, tensors=tensors, path=Path(name))

@@ -25,11 +25,17 @@ LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # of torch.save befo
 class LazyTensors(Mapping[str, torch.Tensor]):
     """A mapping from names to tensors that reads a tensor on each access by its function in `readers`.
 
-    `shapes` are those that are known without reading the tensors.
+    `shapes` are those that are known without reading the tensors, and `parts` the names in the files of what a tensor
+    is made of, if there are several.
     """
 
-    def __init__(self, readers: Mapping[str, Callable[[], torch.Tensor]], shapes: Mapping[str, Shape] | None = None):
-        self._readers, self.shapes = dict(readers), dict(shapes or {})
+    def __init__(
+        self,
+        readers: Mapping[str, Callable[[], torch.Tensor]],
+        shapes: Mapping[str, Shape] | None = None,
+        parts: Mapping[str, Sequence[str]] | None = None,
+    ):
+        self._readers, self.shapes, self.parts = dict(readers), dict(shapes or {}), dict(parts or {})
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._readers[name]()

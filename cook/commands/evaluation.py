@@ -23,6 +23,7 @@ def evaluate(
     heads_mask: Annotated[str | None, typer.Option(help="Head mask (`.pt`).")] = None,
     dimff_mask: Annotated[str | None, typer.Option(help="FFN mask (`.pt`).")] = None,
     head_dims_mask: Annotated[str | None, typer.Option(help="Mask of the head dims (`.pt`).")] = None,
+    experts_mask: Annotated[str | None, typer.Option(help="Mask of the experts (`.pt`).")] = None,
     hidden_mask: Annotated[str | None, typer.Option(help="Mask of the hidden dims (`.pt`).")] = None,
 ) -> None:
     """Print loss, perplexity, speed, memory and size of a model as one JSON object."""
@@ -31,7 +32,7 @@ def evaluate(
     from cook.evaluation.measure import measure_loss, measure_speed, read_texts
 
     text = read_texts(data)
-    masks = {"coarse": coarse_mask, "heads": heads_mask, "dimff": dimff_mask}
+    masks = {"coarse": coarse_mask, "heads": heads_mask, "dimff": dimff_mask, "experts": experts_mask}
     entry = Entry(name=model, folder=model, **masks, head_dims=head_dims_mask, hidden=hidden_mask)
     loaded, record = measure_loss(entry, text, settings)
     if settings.speed and not loaded.streamed:
@@ -44,7 +45,7 @@ def compare(
     models: Annotated[
         list[str],
         typer.Argument(
-            metavar="[NAME=]DIR[,coarse=FILE][,heads=FILE][,dimff=FILE][,head_dims=FILE][,hidden=FILE]...",
+            metavar="[NAME=]DIR[,coarse=FILE][,heads=FILE][,experts=FILE][,dimff=FILE][,head_dims=FILE][,hidden=FILE]...",
             help="Model folders; one with mask files is measured under these masks.",
         ),
     ],

@@ -108,7 +108,7 @@ def mask_paths(coarse: CoarseConfig | None, fine: FineConfig | None) -> dict[str
     """Returns the mask files that the scheme names, by their keys."""
     named = {"coarse-grained.coarse_mask": coarse.coarse_mask} if coarse is not None else {}
     if fine is not None:
-        keys = ("coarse_mask", "heads_mask", "dimff_mask", "head_dims_mask", "hidden_mask")
+        keys = ("coarse_mask", "heads_mask", "dimff_mask", "experts_mask", "head_dims_mask", "hidden_mask")
         named |= {f"fine-grained.{key}": path for key in keys if (path := getattr(fine, key)) is not None}
     return named
 

@@ -22,7 +22,7 @@ from cook.config.types import (
     two_of_four,
 )
 
-INNER = ("att", "ffn", "headdim", "hidden")
+INNER = ("att", "ffn", "experts", "headdim", "hidden")
 """The units of fine-grained stages."""
 UNITS = ("layer", *INNER, "joint")
 METHODS = {"layer": "coarse-grained", "joint": "joint"} | dict.fromkeys(INNER, "fine-grained")
@@ -54,10 +54,11 @@ def recipe_in_order(stages: tuple[StageEntry, ...]) -> Iterator[UserError]:
     at = {unit: [i for i, name in enumerate(names) if name.partition("_")[0] == unit] for unit in UNITS}
     inner = [place for unit in INNER for place in at[unit]]
     if at["layer"] and inner and max(at["layer"]) > min(inner):
-        yield UserError("stages: the layer stages must come before the att, ffn, headdim and hidden stages", got=order)
+        units = "att, ffn, experts, headdim and hidden stages"
+        yield UserError(f"stages: the layer stages must come before the {units}", got=order)
     if at["joint"] and (at["layer"] or inner):
         remedy = "keep one kind: the joint stages learn all masks of the others"
-        what = "stages: joint stages cannot be combined with layer, att, ffn, headdim and hidden stages"
+        what = "stages: joint stages cannot be combined with layer, att, ffn, experts, headdim and hidden stages"
         yield UserError(what, got=order, remedy=remedy)
     for unit in UNITS:
         mask, finetune = f"{unit}_mask", f"{unit}_finetune"
@@ -97,13 +98,14 @@ def masks_given(
     if fine is not None:
         described = str(stage_of(pruning, coarse, fine, None) or method_of(pruning))
         inner = (used | {described.partition("_")[0]}) & {*INNER, "joint"}
-        if fine.heads_mask is None and inner - {"hidden", "headdim"}:
+        if fine.heads_mask is None and inner - {"hidden", "headdim", "experts"}:
             wanted = "the path of the head mask: att mask training writes it, ffn mask training reads it"
             yield UserError("fine-grained.heads_mask: missing", wanted=wanted)
         if fine.dimff_mask is None and inner & {"ffn", "joint"}:
             wanted = "the path of the FFN mask: ffn mask training writes it"
             yield UserError("fine-grained.dimff_mask: missing", wanted=wanted)
         for unit, what, keys in (
+            ("experts", "experts", {"target_experts": "the experts per block", "experts_mask": "the path of the mask"}),
             ("headdim", "head dims", {"target_head_dim": "dims per head", "head_dims_mask": "the path of the mask"}),
             ("hidden", "hidden dims", {"target_hidden": "the hidden size", "hidden_mask": "the path of the mask"}),
         ):

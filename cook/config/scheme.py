@@ -17,6 +17,8 @@ StageName = Literal[
     "ffn_finetune",
     "headdim_mask",
     "headdim_finetune",
+    "experts_mask",
+    "experts_finetune",
     "hidden_mask",
     "hidden_finetune",
     "joint_mask",
@@ -38,8 +40,8 @@ NUMBERED = tuple(
 """The patterns of types 0 to 8."""
 NAMES = (*NUMBERED, "unstructured", "m4n2_1d", "m4n2_2d")
 """The names of all patterns."""
-PruneMode = Literal["att", "ffn", "headdim", "hidden"]
-"""Which units a fine-grained stage prunes: attention heads, FFN dims, head dims, or hidden dims."""
+PruneMode = Literal["att", "ffn", "experts", "headdim", "hidden"]
+"""Which units a fine-grained stage prunes: attention heads, FFN dims, experts, head dims, or hidden dims."""
 PinnedUnits = Literal["heads", "dims"]
 """Units that may be left out of a global budget; others are in it only if they are asked for."""
 RelaxationName = Literal["auto", "deterministic", "hard_concrete"]
@@ -88,7 +90,7 @@ class CoarseConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FineConfig:
-    """The scheme's `fine-grained` section: heads and FFN dims inside the kept blocks, head dims and hidden dims."""
+    """The scheme's `fine-grained` section: heads, experts and FFN dims inside the kept blocks, head and hidden dims."""
 
     train_mask: bool
     """True: the mask is learned together with the weights. False: it is read, made binary and fixed (finetuning)."""
@@ -98,11 +100,16 @@ class FineConfig:
     num_heads: Size
     """Attention heads per block before pruning."""
     dim_ff: Size
-    """FFN dims per block before pruning."""
+    """FFN dims per block before pruning; in a model with experts, dims of an expert."""
     target_num_heads: Size
     """Heads per kept attention block after pruning."""
     target_dimff: Size
-    """FFN dims per kept FFN block after pruning."""
+    """FFN dims per kept FFN block after pruning; in a model with experts, dims that each expert keeps: a multiple of 8,
+    since grouped kernels need it. The dims of dense FFN blocks of such a model stay."""
+    target_experts: Size | None = None
+    """Experts per kept FFN block after pruning, at least those that compute each token. None: all experts stay. If
+    `joint` has scope `global`, experts are units of its budget, the dims inside them stay, and a `target_*` of `joint`
+    determines how many experts stay."""
     target_hidden: Size | None = None
     """Hidden size after pruning. None: the hidden size stays. If `joint` has scope `global`, hidden dims are units of
     its budget, and a `target_*` of `joint` determines how many stay."""
@@ -127,19 +134,21 @@ class FineConfig:
     """FFN mask file: written by ffn mask training, read by all later stages."""
     head_dims_mask: MaskPath | None = None
     """Mask file of the head dims: written by headdim mask training, read by all later stages."""
+    experts_mask: MaskPath | None = None
+    """Mask file of the experts: written by experts mask training, read by all later stages."""
     hidden_mask: MaskPath | None = None
     """Mask file of the hidden dims: written by hidden mask training, read by all later stages."""
     scope: Scope = "block"
     """`block`: every kept block ends with the targets. `global`: the blocks share the total number of heads (or dims)
     that the targets give, and may end with different sizes."""
     prune_mode: PruneMode
-    """The units that the described stage prunes. `att`: heads; `ffn`: FFN dims; `headdim`: head dims;
-    `hidden`: hidden dims."""
+    """The units that the described stage prunes. `att`: heads; `ffn`: FFN dims; `experts`: experts; `headdim`: head
+    dims; `hidden`: hidden dims."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JointConfig:
-    """The scheme's `joint` section: heads, dims and optionally blocks, head dims and hidden dims in one stage.
+    """The scheme's `joint` section: heads, dims and optionally blocks, experts, head and hidden dims in one stage.
 
     Sizes, targets and mask files are those of `fine-grained`.
     """

@@ -337,6 +337,8 @@ def stage_of(
         return "headdim_mask" if fine.train_mask else "headdim_finetune"
     if fine.prune_mode == "hidden":
         return "hidden_mask" if fine.train_mask else "hidden_finetune"
+    if fine.prune_mode == "experts":
+        return "experts_mask" if fine.train_mask else "experts_finetune"
     return "ffn_mask" if fine.train_mask else "ffn_finetune"
 
 

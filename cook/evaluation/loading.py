@@ -18,8 +18,8 @@ from cook.families.streamed import fits_into_memory, streamed_model
 from cook.pruning.family import ModelSource
 from cook.text.hf import check_tokenizer_file, open_backend
 
-MASKS = ("coarse", "heads", "dimff", "head_dims", "hidden")
-FORM = "".join(["[NAME=]DIR", *(f"[,{kind}=FILE]" for kind in MASKS)])
+MASKS = ("coarse", "heads", "experts", "dimff", "head_dims", "hidden")
+FORM = "[NAME=]DIR" + "".join(f"[,{kind}=FILE]" for kind in MASKS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,7 @@ class Entry:
     heads: str | None = None
     dimff: str | None = None
     head_dims: str | None = None
+    experts: str | None = None
     hidden: str | None = None
 
     @property

@@ -41,6 +41,8 @@ def measure_block_times(
         UserError: the model has blocks of different sizes, or none of a kind, or is too small to be measured.
     """
     space = source.adapter.space(source.config)
+    if space.of("experts"):
+        raise UserError(f"{source.path}: the times of experts cannot be measured", remedy="set another budget")
     kinds: tuple[Kind, ...] = ("heads", "dimff")
     groups = {kind: space.of(kind) for kind in kinds}
     for kind, found in groups.items():

@@ -117,6 +117,7 @@ def open_masks(
     *,
     coarse: str | None = None,
     heads: str | None = None,
+    experts: str | None = None,
     dimff: str | None = None,
     head_dims: str | None = None,
     hidden: str | None = None,
@@ -130,7 +131,10 @@ def open_masks(
     problem: UserError | None = None
     for space in spaces:
         try:
-            return space, read_masks(space, coarse=coarse, heads=heads, dimff=dimff, head_dims=head_dims, hidden=hidden)
+            masks = read_masks(
+                space, coarse=coarse, heads=heads, experts=experts, dimff=dimff, head_dims=head_dims, hidden=hidden
+            )
+            return space, masks
         except UserError as error:
             problem = problem or error
     assert problem is not None

@@ -14,6 +14,8 @@ from typing import Literal
 AbsentKind = Literal["pair", "value"]
 # Numbers of an attention block: query heads, key-value heads, query heads per key-value head, heads × head_dim.
 Size = Literal["heads", "kv_heads", "heads_per_kv", "width"]
+# How a router makes weights of its scores: a softmax, or a sigmoid of each with a bias for the choice and groups.
+Scores = Literal["softmax", "sigmoid"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,11 @@ class Attention:
     """The module attribute with the size of a head."""
     scaling: str = "self_attn.scaling"
     """The one with the factor of scores; empty if it does not follow from the size of a head."""
+    latent: bool = False
+    """Each head's keys and values are a product (`k` and `v`) of one latent, which is cached in their place."""
+    reads: tuple[str, ...] = ()  # what reads the hidden states, if not q, k and v
+    per_head: tuple[str, ...] = ()  # weights with one number per query head
+    norms_across: tuple[str, ...] = ()  # norms over all queries, and over all keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +60,22 @@ class FeedForward:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Experts:
+    """The mixture of experts in the FFN blocks that have one; its weights are fused, `[experts, ...]`."""
+
+    block: str = "mlp"  # the module whose output is the block's
+    router: str = "mlp.gate"
+    module: str = "mlp.experts"  # with gate_up_proj and down_proj, and their biases if there are any
+    scores: Scores = "softmax"
+    transposed: bool = False  # the inputs of a product come first, and gate and up alternate
+    shared: tuple[str, ...] = ()  # products of shared experts that read the hidden states, and what weights them
+    shared_out: str = ""  # the shared experts' last product
+    count: str = "num_experts"  # names in the config: experts per layer
+    dims: str = "moe_intermediate_size"  # dimensions of an expert
+    shared_count: str = ""  # number of shared experts, if their dimensions are that many times those of an expert
+
+
+@dataclass(frozen=True, kw_only=True)
 class ConfigNames:
     """The names of the sizes in the family's config."""
 
@@ -66,6 +89,8 @@ class ConfigNames:
     ffn: str = "intermediate_size"
     per_layer: tuple[str, ...] = ("layer_types",)  # lists with one entry per layer, if the config has them
     first_layers: tuple[str, ...] = ()  # numbers of first layers that differ from the others
+    dense_layers: str = ""  # the list of layers without experts
+    sparse_step: str = ""  # every how many layers there are experts, beside that list
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +102,7 @@ class Family:
     layers: str = "model.layers"  # path of the list of layers
     attention: Attention = field(default_factory=Attention)
     ffn: FeedForward = field(default_factory=FeedForward)
+    experts: Experts | None = None  # how FFN blocks with experts are built, if the family has any
     names: ConfigNames = field(default_factory=ConfigNames)
     auto_class: str = "AutoModelForCausalLM"  # the transformers class that builds the model from its config
     stock_heads_except: str = ""  # a config property with which the class cannot have fewer heads, in a few words

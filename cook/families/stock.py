@@ -7,6 +7,7 @@ the meta device.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from cook.base.batches import Batch
 from cook.base.errors import UserError
 from cook.families import stock_models, stock_space
+from cook.families.experts import expert_sizes
 from cook.families.layout import Attention, Family, FeedForward
 from cook.families.rotary import turned_dims, with_pairs, without_factors
 from cook.families.stock_models import config_object, is_ragged, plain, remembered, skeleton, weight_shapes
@@ -32,6 +34,7 @@ def stock_adapter(
     variant: Callable[[Family, ModelConfig], Family] = lambda family, _config: family,
     inputs: Callable[[Batch], dict[str, Any]] | None = None,
     is_causal: bool = True,
+    inputs_by_config: Callable[[ModelConfig, Batch], Batch] | None = None,
 ) -> Adapter:
     """Makes the adapter of a family.
 
@@ -40,6 +43,7 @@ def stock_adapter(
         variant: Adapts the table to a config, if config fields change names or norms.
         inputs: The model's arguments for a batch, if `packed_inputs` would mix samples.
         is_causal: Whether the model predicts the next token.
+        inputs_by_config: As `inputs`, if they depend on the config.
     """
 
     def of_config(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,6 +61,7 @@ def stock_adapter(
         stock_holds=of_config(holds_heads),
         modeling=stock_models.modeling,
         inputs=inputs or packed_inputs,
+        inputs_by_config=inputs_by_config,
         abilities=Abilities(
             shares_keys=family.names.kv_heads is not None,
             stock_heads=family.names.head_dim is not None,
@@ -84,6 +89,17 @@ def masked_inputs(batch: Batch, *, causal: bool) -> dict[str, Any]:
     return inputs | ({"use_cache": False} if causal else {})
 
 
+def windowed_inputs(config: ModelConfig, batch: Batch) -> dict[str, Any]:
+    """The arguments of a class that ignores positions in its masks, and has layers with a sliding window."""
+    position, places = batch["position"], torch.arange(batch["position"].shape[1], device=batch["position"].device)
+    sample_BL = (position == 0).cumsum(1)
+    full_BQK = (sample_BL[:, :, None] == sample_BL[:, None, :]).tril()
+    near_QK = places[:, None] - places < (config.get("sliding_window") or len(places))
+    masks = {"full_attention": full_BQK, "sliding_attention": full_BQK & near_QK}
+    added = {name: torch.where(mask[:, None], 0.0, -1e9) for name, mask in masks.items()}
+    return packed_inputs(batch) | {"attention_mask": added}
+
+
 def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptUnits, renumber: bool = True) -> Shrunk:
     """The config of the reshaped model; layers without blocks are removed, and the others renumbered.
 
@@ -99,21 +115,22 @@ def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptU
     renamed = _renamed(family, left, layers)
     shapes = {renamed.get(path, path): shape for path, shape in left.items()}
     base = _with_layers(family, config, layers) | remembered(config, space.num_layers, layers)
-    sizes = [_sizes(family, config, space, kept, layer) for layer in layers]
     made, dim = config_object(config), head_dim_of(family, config_object(config))
     pairs, new_dim = _kept_pairs(space, kept, dim)
     turned = with_pairs(made, skeleton(family, config), pairs, new_dim) if new_dim != dim else {}
-    heads, ffn = sizes[0]
-    if len(set(sizes)) == 1 and heads is not None and ffn is not None and not heads.per_key:
-        uniform = _sized(family, base, heads, ffn, hidden) | turned
-        if holds(family, uniform, shapes):
-            stock = {"architectures": [type(skeleton(family, uniform)).__name__]}
-            return Shrunk(config=plain(config_object(uniform)) | stock, layers=tuple(layers), renamed=renamed)
+    all_heads = [_heads(family, config, space, kept, layer) for layer in layers]
+    uniform = _uniform(family, base, shapes, all_heads, hidden)
+    if uniform is not None and holds(family, uniform | turned, shapes):
+        uniform |= turned
+        stock = {"architectures": [type(skeleton(family, uniform)).__name__]}
+        return Shrunk(config=plain(config_object(uniform)) | stock, layers=tuple(layers), renamed=renamed)
     base = _with_hidden(family, base, hidden)
     if turned and family.names.head_dim:
         base |= {family.names.head_dim: new_dim}
     even = base | ({"rope_parameters": without_factors(base["rope_parameters"])} if turned else {})
-    structure = _structure(family, even, shapes, [heads for heads, _ in sizes])
+    structure = _structure(family, even, shapes, all_heads, hidden or base[family.names.hidden])
+    if structure["rebuilt"]:  # the loss that balances experts needs the same number in all layers
+        base = base | {"output_router_logits": False}
     own = {
         "architectures": [ragged.RaggedModel.__name__],
         "model_type": ragged.MODEL_TYPE,
@@ -136,10 +153,40 @@ def _kept_pairs(space: PruningSpace, kept: KeptUnits, head_dim: int) -> tuple[li
     return [unit for unit in kept["head_dims"] if unit in turned], len(kept["head_dims"]) * group.members
 
 
-def _sized(family: Family, base: ModelConfig, heads: Heads, ffn: int, hidden: int | None = None) -> dict[str, Any]:
-    """A stock config with these sizes in every layer; the hidden size stays if it is None."""
+def _uniform(
+    family: Family, base: ModelConfig, shapes: Shapes, heads: list[Heads | None], hidden: int | None
+) -> dict[str, Any] | None:
+    """The stock config with the sizes that all layers have; None if they differ, or if a block is missing."""
+    table, dense, mixed = family.experts, set[int](), set[tuple[int, int]]()
+    for number in range(len(heads)):
+        layer = f"{family.layers}.{number}"
+        out = shapes.get(f"{layer}.{family.ffn.out}.weight")
+        found = None if table is None else expert_sizes(table, shapes, layer)
+        if found is not None:
+            mixed.add(found)
+        elif out is not None:
+            dense.add(prod(out) // (hidden or base[family.names.hidden]))
+        else:
+            return None
+    first = heads[0]
+    if len({*heads}) > 1 or first is None or first.per_key or max(len(dense), len(mixed)) > 1:
+        return None
+    made = _sized(family, base, first, next(iter(dense), None), hidden)
+    for count, dims in mixed if table is not None else ():
+        assert table is not None
+        made |= {table.count: count, table.dims: dims}
+        if table.shared_count and not base[table.shared_count] * base[table.dims] % dims:
+            made[table.shared_count] = base[table.shared_count] * base[table.dims] // dims
+    return made
+
+
+def _sized(
+    family: Family, base: ModelConfig, heads: Heads, ffn: int | None, hidden: int | None = None
+) -> dict[str, Any]:
+    """A stock config with these sizes in every layer; the hidden size, or that of FFN blocks, stays if it is None."""
     names = family.names
-    fields = {names.heads: heads.heads, names.ffn: ffn}
+    fields = {names.heads: heads.heads}
+    fields |= {names.ffn: ffn} if ffn is not None else {}
     fields |= {names.kv_heads: heads.kv_heads} if names.kv_heads else {}
     fields |= {names.head_dim: heads.head_dim} if names.head_dim else {}
     if hidden is not None:
@@ -213,27 +260,29 @@ def _with_layers(family: Family, config: ModelConfig, layers: list[int]) -> dict
     for name in family.names.per_layer:
         if isinstance(base.get(name), list | tuple):
             base[name] = [base[name][layer] for layer in layers]
+    dense, step = family.names.dense_layers, family.names.sparse_step
+    if dense:
+        # Numbers of layers change, so the layers without experts are listed.
+        listed = base.get(dense) or ()
+        base[dense] = [n for n, layer in enumerate(layers) if layer in listed or (layer + 1) % base.get(step, 1)]
+        base[step] = 1
     for name in family.names.first_layers:
         if isinstance(base.get(name), int):
             base[name] = sum(layer < base[name] for layer in layers)
     return base
 
 
-def _sizes(
-    family: Family, config: ModelConfig, space: PruningSpace, kept: KeptUnits, layer: int
-) -> tuple[Heads | None, int | None]:
-    """Heads and FFN dimensions that the layer keeps; None for a block without units."""
+def _heads(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptUnits, layer: int) -> Heads | None:
+    """The heads that the layer keeps; None for a block without units."""
     counts = {name: len(units) for name, units in kept.items()}
-    groups = {g.kind: g for g in space.groups if g.layer == layer and _left(space, counts, g)}
-    att, ffn = groups.get("heads"), groups.get("dimff")
-    heads = None
-    if att is not None:
-        _, dim = _kept_pairs(space, kept, head_dim_of(family, config_object(config)))
-        queries, keys = att.heads(counts.get(att.name, att.size))
-        heads = Heads(heads=queries, kv_heads=keys, head_dim=dim)
-        if att.head_unit == "query_head":
-            heads = _by_key(att, space.keys_of(att), kept, dim)
-    return heads, counts.get(ffn.name, ffn.size) if ffn else None
+    att = next((g for g in space.of("heads") if g.layer == layer and _left(space, counts, g)), None)
+    if att is None:
+        return None
+    _, dim = _kept_pairs(space, kept, head_dim_of(family, config_object(config)))
+    if att.head_unit == "query_head":
+        return _by_key(att, space.keys_of(att), kept, dim)
+    queries, keys = att.heads(counts.get(att.name, att.size))
+    return Heads(heads=queries, kv_heads=keys, head_dim=dim)
 
 
 def _by_key(att: UnitGroup, keys: UnitGroup | None, kept: KeptUnits, head_dim: int) -> Heads:
@@ -251,13 +300,18 @@ def _left(space: PruningSpace, counts: Mapping[str, int], group: UnitGroup) -> i
     return group.kind != "layer" and min(counts.get(group.name, group.size), counts.get(space.block(group).name, 1))
 
 
-def _structure(family: Family, base: ModelConfig, shapes: Shapes, heads: list[Heads | None]) -> dict[str, Any]:
+def _structure(
+    family: Family, base: ModelConfig, shapes: Shapes, heads: list[Heads | None], hidden: int
+) -> dict[str, Any]:
     """The changes by `cook.models.ragged` to the stock model of `base` that give weights of these shapes."""
     model = skeleton(family, base)
     stock = weight_shapes(model)
     structure: dict[str, Any] = {"attributes": {}, "absent": {}, "constant": {}, "identity": [], "uneven_keys": False}
-    structure |= {"spread": {}, "gathered": {}}
-    structure["shapes"] = {path: list(shape) for path, shape in shapes.items() if shape != stock[path]}
+    structure |= {"spread": {}, "gathered": {}, "rebuilt": _rebuilt(family, shapes, stock, heads, hidden)}
+    made_anew = tuple(f"{path}." for path in structure["rebuilt"])
+    structure["shapes"] = {
+        path: list(shape) for path, shape in shapes.items() if shape != stock[path] and not path.startswith(made_anew)
+    }
     dim = head_dim_of(family, config_object(base))
     for number, own in enumerate(heads):
         layer = f"{family.layers}.{number}"
@@ -274,9 +328,11 @@ def _structure(family: Family, base: ModelConfig, shapes: Shapes, heads: list[He
                 module, dot, field = f"{layer}.{attribute}".partition(".config.")
                 path, _, name = (module, dot, f"config.{field}") if dot else module.rpartition(".")
                 structure["attributes"].setdefault(path, {})[name] = value
-        for table in (family.attention, family.ffn):
-            if f"{layer}.{table.out}.weight" not in shapes:
-                _take_out(table, layer, shapes, structure)
+        if f"{layer}.{family.attention.out}.weight" not in shapes:
+            _take_out(family.attention, layer, shapes, structure)
+        is_mixed = family.experts is not None and expert_sizes(family.experts, shapes, layer) is not None
+        if f"{layer}.{family.ffn.out}.weight" not in shapes and not is_mixed:
+            _take_out(family.ffn, layer, shapes, structure)
     return structure
 
 
@@ -287,6 +343,31 @@ def _of_head_dim(table: Attention, layer: torch.nn.Module, before: int, after: i
         path, _, name = table.scaling.rpartition(".")
         values[table.scaling] = getattr(layer.get_submodule(path), name) * (before / after) ** 0.5
     return values
+
+
+def _rebuilt(
+    family: Family, shapes: Shapes, stock: Shapes, heads: list[Heads | None], hidden: int
+) -> dict[str, dict[str, int]]:
+    """The modules that are built anew, since their weights have no module that could be exchanged; those that have
+    other sizes than in the stock model, with their sizes by config fields.
+    """
+    table, names = family.experts, family.names
+    candidates: dict[str, dict[str, int]] = {}
+    for number, own in enumerate(heads):
+        layer = f"{family.layers}.{number}"
+        sizes = None if table is None else expert_sizes(table, shapes, layer)
+        if table is not None and sizes is not None:
+            fields = {table.count: sizes[0], table.dims: sizes[1]}
+            candidates |= {f"{layer}.{name}": fields for name in (table.router, table.module)}
+        if family.attention.per_head and own is not None and names.kv_heads is not None:
+            fields = {names.heads: own.heads, names.kv_heads: own.kv_heads}
+            candidates[f"{layer}.{next(iter(family.attention.modules))}"] = fields
+    found = {}
+    for path, fields in candidates.items():
+        inside = [name for name in shapes if name.startswith(f"{path}.")]
+        if any(shapes[name] != stock[name] for name in inside):
+            found[path] = fields | {names.hidden: hidden}
+    return found
 
 
 def _lay_out(table: Attention, layer: str, heads: Heads, structure: dict[str, Any]) -> None:

@@ -29,6 +29,7 @@ from transformers.core_model_loading import (
 from cook.base.errors import UserError, library_errors
 from cook.base.tensor_files import LazyTensors, known_shape
 from cook.config.facts import PASSING, stock_config
+from cook.families.fused import with_fused_experts
 from cook.families.layout import Family
 from cook.models import ragged
 from cook.pruning.family import ModelConfig, Modeling
@@ -65,6 +66,8 @@ def check_sizes(family: Family, made: PreTrainedConfig) -> None:
     for name in (names.kv_heads, names.head_dim, names.ffn, "sliding_window"):
         if name and getattr(made, name, None) is not None:
             sizes[name] = getattr(made, name)
+    if sizes.get("sliding_window") == 0 and getattr(made, "use_sliding_window", None) is False:
+        del sizes["sliding_window"]  # Qwen2-MoE's config writes 0 for none
     for name, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             what = f"the model's config: {name} is not a valid size"
@@ -133,6 +136,7 @@ def read(
         return native, tensors
     model: Any = skeleton(family, native)
     check_remembered(native, native[family.names.layers])
+    tensors = with_fused_experts(model, tensors)
     keys = _keys(family, config, model, tensors)
     groups = [names for names, _ in _stored(model)]
     given = {names[0]: [keys[name] for name in names if name in keys] for names in groups}
@@ -153,7 +157,8 @@ def read(
                 got=f"shape {found}",
                 remedy="use config.json and weights of the same model",
             )
-    return native, LazyTensors({own: partial(tensors.__getitem__, chosen[own]) for own in shapes}, shapes)
+    readers = {own: partial(tensors.__getitem__, chosen[own]) for own in shapes}
+    return native, LazyTensors(readers, shapes, getattr(tensors, "parts", None))
 
 
 def refuse_quantized(config: ModelConfig, tensors: Mapping[str, torch.Tensor]) -> None:

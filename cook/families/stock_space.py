@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from cook.families.experts import expert_groups
 from cook.families.head_dims import head_dims
 from cook.families.layout import Attention, Family, FeedForward
 from cook.families.stock_models import config_object, skeleton, weight_shapes
@@ -71,6 +72,8 @@ def heads_of(family: Family, head_dim: int, model: torch.nn.Module, layer: str) 
         inner = out.get_parameter("weight").shape[_in_dim(out)]
     except AttributeError:
         return None
+    if table.latent:
+        return Heads(heads=inner // head_dim, kv_heads=inner // head_dim, head_dim=head_dim)
     width = keys.get_parameter("weight").shape[1 - _in_dim(keys)]
     if table.q == table.k == table.v:
         width = (width - inner) // 2
@@ -83,6 +86,8 @@ def head_units(family: Family, config: ModelConfig) -> tuple[HeadUnit, ...]:
     """Both kinds if key-value heads are shared; else every query head is its own group."""
     made = config_object(config)
     shared = family.names.kv_heads and getattr(made, family.names.kv_heads) < getattr(made, family.names.heads)
+    # Where places are left for heads that are gone, other weights of heads would have to leave places too.
+    shared = shared and not (family.attention.per_head or family.attention.norms_across)
     return ("kv_group", "query_head") if shared else ("kv_group",)
 
 
@@ -98,7 +103,15 @@ def space(family: Family, config: ModelConfig, head_unit: HeadUnit = "kv_group")
         groups += _attention(family, head_dim_of(family, made), head_unit, model, shapes, number, layer)
         if own := heads_of(family, head_dim_of(family, made), model, layer):
             heads[layer] = own
-        groups += _feed_forward(family, model, shapes, number, layer)
+        experts = family.experts
+        if experts is not None and f"{layer}.{experts.router}.weight" in shapes:
+            groups.append(block_of(family.ffn, "ffn", shapes, number, layer, experts.block))
+            groups += expert_groups(experts, model, shapes, number, layer)
+        else:
+            groups += _feed_forward(family, model, shapes, number, layer)
+    if any(group.kind == "experts" for group in groups):
+        # Mask files and configs have one number of dims per block: those of the experts.
+        groups = [group for group in groups if group.kind != "dimff" or group.active]
     head = model.get_output_embeddings()  # type: ignore[operator]
     logits = next((path for path, weight in model.named_parameters() if head and weight is head.weight), "")
     return PruningSpace(
@@ -129,7 +142,12 @@ def _attention(
     width = queries * head_dim if whole else head_dim
     blocks = {"q": width, "k": head_dim, "v": head_dim} if whole else {"q": width}
     parts, keys = [], []
-    if table.interleaved:
+    if table.latent:
+        parts = [
+            Part(path=path, offset=0, block=shapes[f"{layer}.{path}.weight"][0] // found.heads)
+            for path in dict.fromkeys((table.q, table.k, table.v))
+        ]
+    elif table.interleaved:
         parts = [Part(path=table.q, offset=0, block=3 * head_dim)]
         assert whole, "query heads with shared keys cannot be separated in an interleaved weight"
     else:
@@ -150,7 +168,20 @@ def _attention(
     if not whole:
         units = {"size": found.heads, "sections": found.kv_heads, "head_unit": "query_head"}
         units["section_sizes"] = found.per_key
-    slices = (*_in_slices(model, shapes, layer, parts), _out_slice(model, f"{layer}.{table.out}", width))
+    across = dict(zip(table.norms_across, (width, head_dim), strict=False))
+    slices = (
+        *_in_slices(model, shapes, layer, parts),
+        *(WeightSlice(path=f"{layer}.{name}.weight", dim=0, block=block) for name, block in across.items()),
+        *(WeightSlice(path=f"{layer}.{name}", dim=0, block=width // head_dim) for name in table.per_head),
+        _out_slice(model, f"{layer}.{table.out}", width),
+    )
+    # Their statistics are those of the heads that stay.
+    units["more_gates"] = tuple(
+        GatePoint(module=f"{layer}.{name}", at="statistics", repeat=block) for name, block in across.items()
+    )
+    if table.latent:
+        read = model.get_submodule(f"{layer}.{table.reads[-1]}").get_parameter("weight")
+        units["cache"] = read.shape[0]
     made = block_and_units(table, "att", shapes, number, layer, slices, width, units)
     if not whole:
         repeat = tuple(n * head_dim for n in found.per_key) or queries * head_dim
@@ -215,22 +246,33 @@ def block_and_units(
     units: Mapping[str, Any],
 ) -> list[UnitGroup]:
     """A block as one unit, and its heads or dims with `slices`; `width`: inputs of `table.out` per unit."""
+    gate = GatePoint(module=f"{layer}.{table.out}", at="input", repeat=width)
+    kind = "heads" if site == "att" else "dimff"
+    inner = UnitGroup(kind=kind, site=site, layer=number, slices=slices, gate=gate, **units)  # type: ignore[arg-type]
+    return [block_of(table, site, shapes, number, layer, table.out), inner]
+
+
+def block_of(
+    table: Attention | FeedForward,
+    site: Site,
+    shapes: Mapping[str, tuple[int, ...]],
+    number: int,
+    layer: str,
+    last: str,
+) -> UnitGroup:
+    """A block as one unit; `last`: the module whose output is the block's, but for the norms after it."""
     inside = tuple(f"{layer}.{name}." for name in (*table.modules, *table.norms_before, *table.norms_after))
     after = [path for path in shapes if path.startswith(tuple(f"{layer}.{name}." for name in table.norms_after))]
-    out, last = f"{layer}.{table.out}", f"{layer}.{(table.out, *table.norms_after)[-1]}"
+    out, end = f"{layer}.{last}", f"{layer}.{(last, *table.norms_after)[-1]}"
     # A norm after the block maps zero to its bias, which then still acts.
-    acts_on = f"{out}.bias" in shapes or f"{last}.bias" in shapes
-    block = UnitGroup(
+    acts_on = f"{out}.bias" in shapes or f"{end}.bias" in shapes
+    return UnitGroup(
         kind="layer",
         site=site,
         layer=number,
         size=1,
         slices=tuple(WeightSlice(path=p, dim=0, block=(shapes[p] or (1,))[0]) for p in shapes if p.startswith(inside)),
         # After the norm: before it, a gate between 0 and 1 would be normalised away.
-        gate=GatePoint(module=last, at="output", repeat=0),
+        gate=GatePoint(module=end, at="output", repeat=0),
         residue=tuple(path for path in (f"{out}.bias", *after) if path in shapes) if acts_on else (),
     )
-    gate = GatePoint(module=out, at="input", repeat=width)
-    kind = "heads" if site == "att" else "dimff"
-    inner = UnitGroup(kind=kind, site=site, layer=number, slices=slices, gate=gate, **units)  # type: ignore[arg-type]
-    return [block, inner]

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from cook.families.experts import MULTIPLE, stream_dims
 from cook.families.layout import Family
 from cook.models import ragged
 from cook.pruning.units import GatePoint, UnitGroup, WeightSlice
@@ -48,6 +49,9 @@ def hidden_dims(
         own = {name: shapes[f"{path}.{name}"] for name in names if f"{path}.{name}" in shapes}
         layer, name = _layer_of(family, path)
         role = _role(family, name) if layer else ""
+        if role == "experts":
+            _experts(found, family, path, name, own, size)
+            continue
         if role == "inside":
             continue
         if not own and not isinstance(module, torch.nn.Embedding):
@@ -56,6 +60,8 @@ def hidden_dims(
             continue
         if role == "out":
             _writes(found, path, module, own, _gated(model, path))
+        elif role == "shared":
+            _slice(found, f"{path}.weight", 0)
         elif "weight" in own and (role == "in" or (not layer and isinstance(module, torch.nn.Linear | Conv1D))):
             ins = _in_dim(module)
             if own["weight"][ins] == size:
@@ -89,6 +95,7 @@ def hidden_dims(
         gate=first,
         more_gates=tuple(more),
         norms=tuple(found.norms),
+        multiple=MULTIPLE if family.experts is not None and size % MULTIPLE == 0 else 1,
     )
 
 
@@ -97,7 +104,7 @@ def stream_size(family: Family, config: PreTrainedConfig, model: torch.nn.Module
     for path, module in model.named_modules():
         layer, name = _layer_of(family, path)
         weight = getattr(module, "weight", None)
-        if layer and weight is not None and name in (family.attention.out, family.ffn.out):
+        if layer and isinstance(weight, torch.Tensor) and name in (family.attention.out, family.ffn.out):
             return int(weight.shape[1 - _in_dim(module)])
     return int(getattr(config, family.names.hidden))
 
@@ -111,13 +118,36 @@ def _layer_of(family: Family, path: str) -> tuple[str, str]:
 
 def _role(family: Family, name: str) -> str:
     """What a module of a layer does with the stream; `inside`: nothing, it is inside a block."""
-    attention, ffn = family.attention, family.ffn
+    attention, ffn, experts = family.attention, family.ffn, family.experts
+    if experts is not None:
+        if name in (experts.router, experts.module):
+            return "experts"
+        if name == experts.shared_out:
+            return "shared"
+        if name in experts.shared:
+            return "in"
     if name in (attention.out, ffn.out):
         return "out"
-    if name in (attention.q, attention.k, attention.v, *ffn.ins):
+    if name in (attention.reads or (attention.q, attention.k, attention.v)) or name in ffn.ins:
         return "in"
     is_inside = any(name == part or name.startswith(f"{part}.") for part in (*attention.modules, *ffn.modules))
     return "inside" if is_inside else ""
+
+
+def _experts(
+    found: _Found, family: Family, path: str, name: str, own: Mapping[str, tuple[int, ...]], size: int
+) -> None:
+    """The slices of a router or of experts, and the gate at the end of their block."""
+    table = family.experts
+    assert table is not None
+    for end, shape in own.items():
+        for dim in stream_dims(table, f"{name}.{end}"):
+            if dim is not None:
+                assert shape[dim] == size
+                _slice(found, f"{path}.{end}", dim)
+    if name == table.module:
+        block = f"{path.removesuffix(name)}{table.block}"
+        found.gates.append(GatePoint(module=block, at="output", repeat=1))
 
 
 def _gated(model: torch.nn.Module, path: str) -> str:

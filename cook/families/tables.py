@@ -8,8 +8,8 @@ from typing import Any
 
 from cook.base.batches import Batch
 from cook.base.errors import UserError
-from cook.families.layout import Attention, ConfigNames, Family, FeedForward
-from cook.families.stock import masked_inputs, stock_adapter
+from cook.families.layout import Attention, ConfigNames, Experts, Family, FeedForward
+from cook.families.stock import masked_inputs, stock_adapter, windowed_inputs
 from cook.families.stock_models import architecture
 from cook.pruning.family import ModelConfig
 
@@ -51,6 +51,83 @@ PHI3 = Family(
     ffn=FeedForward(ins=("mlp.gate_up_proj", "mlp.gate_up_proj")),
     # Phi3Config requires a number of longrope factors that follows from hidden size / heads.
     stock_heads_except="longrope",
+)
+
+# Mixtures of experts. Their routers differ in the scores, and Qwen2's has a shared expert.
+MIXTRAL = replace(
+    MISTRAL,
+    family="Mixtral",
+    model_types=frozenset({"mixtral"}),
+    experts=Experts(count="num_local_experts", dims="intermediate_size"),
+)
+QWEN2_MOE = replace(
+    QWEN2,
+    family="Qwen2-MoE",
+    model_types=frozenset({"qwen2_moe"}),
+    experts=Experts(
+        shared=("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert_gate"),
+        shared_out="mlp.shared_expert.down_proj",
+    ),
+    names=replace(QWEN2.names, dense_layers="mlp_only_layers", sparse_step="decoder_sparse_step"),
+)
+QWEN3_MOE = replace(
+    LLAMA,
+    family="Qwen3-MoE",
+    model_types=frozenset({"qwen3_moe"}),
+    experts=Experts(count="num_local_experts"),
+    names=ConfigNames(dense_layers="mlp_only_layers", sparse_step="decoder_sparse_step"),
+)
+# Norms over all queries and all keys, whose sizes follow from the hidden size.
+OLMOE = replace(
+    LLAMA,
+    family="OLMoE",
+    model_types=frozenset({"olmoe"}),
+    attention=Attention(norms_across=("self_attn.q_norm", "self_attn.k_norm")),
+    experts=Experts(dims="intermediate_size"),
+    names=ConfigNames(head_dim=None),
+)
+GRANITE_MOE = replace(
+    LLAMA,
+    family="GraniteMoE",
+    model_types=frozenset({"granitemoe"}),
+    ffn=FeedForward(modules={"block_sparse_moe": "value"}),
+    experts=Experts(
+        block="block_sparse_moe",
+        router="block_sparse_moe.router",
+        module="block_sparse_moe.experts",
+        count="num_local_experts",
+        dims="intermediate_size",
+    ),
+)
+# Biases everywhere, and a number per head that takes a part of the attention.
+GPT_OSS = replace(
+    LLAMA,
+    family="GPT-OSS",
+    model_types=frozenset({"gpt_oss"}),
+    attention=Attention(per_head=("self_attn.sinks",)),
+    ffn=FeedForward(modules={"mlp": "pair"}),
+    experts=Experts(router="mlp.router", transposed=True, count="num_local_experts", dims="intermediate_size"),
+)
+# Keys and values of all heads from one latent, dense first layers, groups of experts, shared experts.
+DEEPSEEK_V3 = Family(
+    family="DeepSeek-V3",
+    model_types=frozenset({"deepseek_v3"}),
+    attention=Attention(
+        q="self_attn.q_b_proj",
+        k="self_attn.kv_b_proj",
+        v="self_attn.kv_b_proj",
+        latent=True,
+        reads=("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
+        remembers={"self_attn.num_heads": "heads"},
+    ),
+    experts=Experts(
+        scores="sigmoid",
+        shared=("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+        shared_out="mlp.shared_experts.down_proj",
+        count="n_routed_experts",
+        shared_count="n_shared_experts",
+    ),
+    names=ConfigNames(head_dim="v_head_dim", first_layers=("first_k_dense_replace",)),
 )
 
 # One Conv1D for queries, keys and values, biases everywhere, learned positions.
@@ -156,6 +233,14 @@ def _gpt2_variant(family: Family, config: ModelConfig) -> Family:
     return replace(family, attention=attention, empty_layer_is_identity=is_identity)
 
 
+def _deepseek_variant(family: Family, config: ModelConfig) -> Family:
+    if config.get("q_lora_rank", 1536) is not None:
+        return family
+    q = "self_attn.q_proj"
+    attention = replace(family.attention, q=q, reads=(q, family.attention.reads[1]))
+    return replace(family, attention=attention)
+
+
 def _opt_variant(family: Family, config: ModelConfig) -> Family:
     if config.get("do_layer_norm_before", True):
         return family
@@ -184,6 +269,9 @@ def _roberta_inputs(batch: Batch) -> dict[str, Any]:
 
 ADAPTERS = (
     *(stock_adapter(family) for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3)),
+    *(stock_adapter(family) for family in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GRANITE_MOE)),
+    stock_adapter(GPT_OSS, inputs_by_config=windowed_inputs),
+    stock_adapter(DEEPSEEK_V3, _deepseek_variant),
     stock_adapter(GPT2, _gpt2_variant),
     stock_adapter(GPT_NEOX),
     stock_adapter(OPT, _opt_variant, partial(masked_inputs, causal=True)),

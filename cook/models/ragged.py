@@ -13,6 +13,8 @@ model `stock_type` and then changes it as described by `structure`:
     spread      {module: [[own, wide]]}   products whose output parts are filled up with zeros, from `own` features to
                                           `wide`: the query heads of key-value heads that have fewer than others
     gathered    {module: [[own, wide]]}   products that take such parts as inputs, and skip what was filled up
+    rebuilt     {module: {field: number}} routers, experts and attention with weights of single heads, which are built
+                                          from a config with these sizes
     uneven_keys true|false                whether some attention block has other key-value heads than the config
     head_dim    number                    dimensions of a head, if the stock class computes another number
 """
@@ -85,6 +87,14 @@ class Absent(nn.Module):
 def reshape_modules(model: PreTrainedModel, structure: dict[str, Any]) -> None:
     """Changes a newly built stock model as described by `structure`."""
     shapes = structure["shapes"]
+    for path, sizes in structure.get("rebuilt", {}).items():
+        config: Any = copy.copy(model.config)
+        for name, value in sizes.items():
+            setattr(config, name, value)
+        old: Any = model.get_submodule(path)
+        number = [old.layer_idx] if hasattr(old, "layer_idx") else []
+        model.set_submodule(path, type(old)(config, *number))
+        model._init_weights(model.get_submodule(path))
     for path, shape in shapes.items():
         name, _, kind = path.rpartition(".")
         # The size of a bias follows from its weight, unless that was removed with its block.

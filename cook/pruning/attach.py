@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.hooks import RemovableHandle
 
+from cook.pruning.routing import routed
 from cook.pruning.units import GatePoint, UnitGroup
 
 Layout = tuple[int | tuple[int, ...], tuple[int, ...]]
@@ -37,7 +38,7 @@ class AttachedGates:
         self._fixed = {name: self._expanded(self._groups[name], mask) for name, mask in fixed.items()}
         self._values: dict[str, Expanded] = self._fixed
         self._handles: list[RemovableHandle] = []
-        self._corrected: list[tuple[torch.nn.Module, Any]] = []
+        self._replaced: list[tuple[torch.nn.Module, Any]] = []
         for group in groups:
             for gate in (group.gate, *group.more_gates):
                 self._hook(model.get_submodule(gate.module), gate, group.name)
@@ -84,11 +85,57 @@ class AttachedGates:
         layouts |= {(1, group.norm_features)} if group.norms else set()
         return {layout: _spread(value, layout) for layout in layouts}
 
+    def _at(self, name: str, layout: Layout) -> torch.Tensor | None:
+        """The values of a group's gates, one per feature of this layout; None if they are open."""
+        return self._values[name][layout] if name in self._values else None
+
     def _hook(self, module: torch.nn.Module, gate: GatePoint, name: str) -> None:
         if gate.at == "input":
-            self._handles.append(module.register_forward_pre_hook(self._input_hook(name, gate)))
+            self._handles.append(module.register_forward_pre_hook(self._input_hook(gate, name)))
+        elif gate.at == "output":
+            self._handles.append(module.register_forward_hook(self._output_hook(gate, name)))
+        elif gate.at in ("softmax", "sigmoid"):
+            # Before the hooks by which transformers collects the logits for the loss that balances experts.
+            self._handles.append(module.register_forward_hook(self._router_hook(gate, name), prepend=True))
         else:
-            self._handles.append(module.register_forward_hook(self._output_hook(name, gate)))
+            self._replace(module, (self._scaled if gate.at == "weight" else self._counted)(module, gate, name))
+
+    def _replace(self, module: torch.nn.Module, forward: Callable[..., Any]) -> None:
+        self._replaced.append((module, module.__dict__.get("forward")))
+        module.forward = forward
+
+    def _scaled(self, module: torch.nn.Module, gate: GatePoint, name: str) -> Callable[..., Any]:
+        """A forward pass in which the module's weight is multiplied: what is inside of it has no module of its own."""
+        forward: Callable[..., Any] = module.forward
+
+        def scaled(*inputs: Any, **named: Any) -> Any:
+            z = self._at(name, _layout(gate))
+            if z is None:
+                return forward(*inputs, **named)
+            weight = module.get_parameter(gate.weight)
+            by_expert = z.view(len(weight), -1).unsqueeze(3 - gate.dim)
+            module.__dict__[gate.weight] = weight * by_expert.to(weight.dtype)  # found before the parameter
+            try:
+                return forward(*inputs, **named)
+            finally:
+                del module.__dict__[gate.weight]
+
+        return scaled
+
+    def _counted(self, norm: torch.nn.Module, gate: GatePoint, name: str) -> Callable[..., Any]:
+        """The forward pass of an RMSNorm whose mean square is that of the kept features."""
+        forward: Callable[..., Any] = norm.forward
+        eps: Any = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", 0.0)
+
+        def counted(x: torch.Tensor) -> Any:
+            z = self._at(name, _layout(gate))
+            if z is None:
+                return forward(x)
+            squares = x.to(torch.promote_types(z.dtype, x.dtype)).square()
+            kept = (squares * z).sum(-1, keepdim=True) / z.sum().clamp(min=1e-6)
+            return forward(x) * ((squares.mean(-1, keepdim=True) + eps) / (kept + eps)).sqrt().to(x.dtype)
+
+        return counted
 
     def _correct(self, norm: torch.nn.Module, group: UnitGroup) -> None:
         """Makes a norm compute over the kept features alone; its input is gated already.
@@ -101,7 +148,7 @@ class AttachedGates:
         forward: Callable[[torch.Tensor], torch.Tensor] = norm.forward
 
         def corrected(x: torch.Tensor) -> torch.Tensor:
-            z = self._value(group.name, (1, group.norm_features))
+            z = self._at(group.name, (1, group.norm_features))
             if z is None:
                 return forward(x)
             kept = z.to(torch.promote_types(z.dtype, x.dtype)).sum()
@@ -114,39 +161,42 @@ class AttachedGates:
             y = y if norm.weight is None else y * norm.weight
             return y if norm.bias is None else y + z * norm.bias
 
-        self._corrected.append((norm, norm.__dict__.get("forward")))
-        norm.forward = corrected
+        self._replace(norm, corrected)
 
-    def _value(self, name: str, layout: Layout) -> torch.Tensor | None:
-        return self._values[name][layout] if name in self._values else None
-
-    def _input_hook(self, name: str, gate: GatePoint) -> Callable[..., tuple[Any, ...] | None]:
+    def _input_hook(self, gate: GatePoint, name: str) -> Callable[..., tuple[Any, ...] | None]:
         def gate_input(_module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            z = self._value(name, _layout(gate))
+            z = self._at(name, _layout(gate))
             return None if z is None else (inputs[0] * z.to(inputs[0].dtype), *inputs[1:])
 
         return gate_input
 
-    def _output_hook(self, name: str, gate: GatePoint) -> Callable[..., torch.Tensor | None]:
+    def _output_hook(self, gate: GatePoint, name: str) -> Callable[..., torch.Tensor | None]:
         def gate_output(_module: torch.nn.Module, _inputs: tuple[Any, ...], output: Any) -> Any:
-            z = self._value(name, _layout(gate))
+            z = self._at(name, _layout(gate))
             if z is None:
                 return None
-            if isinstance(output, tuple):  # an attention block of which only a bias remains
+            if isinstance(output, tuple):  # an attention block of which only a bias remains, or a block of experts
                 return output[0] * z.to(output[0].dtype), *output[1:]
             return output * z.to(output.dtype)
 
         return gate_output
 
+    def _router_hook(self, gate: GatePoint, name: str) -> Callable[..., Any]:
+        def gate_router(router: torch.nn.Module, _inputs: tuple[Any, ...], output: Any) -> Any:
+            z = self._at(name, _layout(gate))
+            return None if z is None else routed(router, output, z, gate.at)  # type: ignore[arg-type]
+
+        return gate_router
+
     def remove(self) -> None:
         """Removes the hooks; the model is as before."""
         for handle in self._handles:
             handle.remove()
-        for norm, forward in reversed(self._corrected):
-            del norm.forward
+        for module, forward in reversed(self._replaced):
+            del module.forward
             if forward is not None:
-                norm.forward = forward
-        self._handles, self._corrected, self._values, self._fixed = [], [], {}, {}
+                module.forward = forward
+        self._handles, self._replaced, self._values, self._fixed = [], [], {}, {}
 
 
 def _layout(gate: GatePoint) -> Layout:

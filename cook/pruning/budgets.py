@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
+from math import lcm
 from typing import Literal, get_args
 
 import torch
@@ -35,8 +36,8 @@ Keep = Mapping[str, float]
 """What to keep, by a name of `KEEP_KEYS`: a share, a number of heads or FFN dimensions, or MiB or milliseconds."""
 WHOLE_KEYS = ("params", "flops", "memory_mib", "latency_ms")
 """The names of budgets for all units together."""
-KEEP_KEYS = (*WHOLE_KEYS, "blocks", "heads", "dims", "head_dims", "hidden")
-NUMBERS = ("heads", "dims", "head_dims", "hidden")
+KEEP_KEYS = (*WHOLE_KEYS, "blocks", "heads", "experts", "dims", "head_dims", "hidden")
+NUMBERS = ("heads", "experts", "dims", "head_dims", "hidden")
 """The names whose values may be numbers of units."""
 
 
@@ -55,6 +56,8 @@ class Budget:
     """How the costs change, if they do."""
     multiples: tuple[tuple[int, int], ...] = ()
     """As in `Constraint.multiples`."""
+    least: tuple[tuple[int, int], ...] = ()
+    """As in `Constraint.least`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +67,8 @@ class Targets:
     blocks: float | None = None
     """Share of the blocks' parameters; required where blocks have gates."""
     kept: dict[Kind, int | float] = field(default_factory=dict)
-    """Heads and FFN dimensions that each block keeps, if all keep equally many, dimensions per head, and hidden
+    """Heads, experts and FFN dimensions (of an expert) that each block keeps, if all keep equally many, dimensions per
+    head, and hidden
     dimensions: number (int) or share (float)."""
     scope: Scope = "block"
     """`block`: each block has its own budget; `global`: one budget for all units with gates, but for blocks with a
@@ -88,9 +92,27 @@ class Targets:
     """The numbers of FFN dimensions and of hidden dimensions that stay are multiples of it."""
 
     def kept_share(self, group: UnitGroup) -> float:
-        """The share of its units that `group` keeps if all blocks keep equally many."""
-        kept = 1.0 if group.kind == "keys" else self.kept[group.kind]
-        return kept / (group.size * group.members) if isinstance(kept, int) else kept
+        """The share of its units that `group` keeps if all blocks keep equally many.
+
+        Raises:
+            UserError: more or fewer than are possible.
+        """
+        kept = 1.0 if group.kind == "keys" else self.kept.get(group.kind, 1.0)
+        if not (group.is_even or group.least):
+            return kept / group.counted if isinstance(kept, int) else kept
+        # Experts, and the dimensions inside them: the same whole number in every section.
+        sections = group.sections if group.kind == "experts" else 1
+        size, step = group.counted // sections, lcm(group.multiple, self.round_to if group.kind == "dimff" else 1)
+        wanted = kept / sections if isinstance(kept, int) else kept * size
+        number = min(size, step * max(1, round(wanted / step)))
+        if number < group.least or (isinstance(kept, int) and number != wanted):
+            raise UserError(
+                f"{'experts' if group.kind == 'experts' else 'dims of an expert'}: {kept} cannot be kept",
+                wanted=f"{max(group.least, step) * sections} to {size * sections}"
+                + (f", a multiple of {step * sections}" if step * sections > 1 else ""),
+                remedy="each token needs that many experts" if group.kind == "experts" else None,
+            )
+        return number / size
 
 
 def constraints(space: PruningSpace, learned: Sequence[UnitGroup], targets: Targets) -> list[Constraint]:
@@ -128,6 +150,7 @@ def constraints(space: PruningSpace, learned: Sequence[UnitGroup], targets: Targ
                 owners=budget.owners,
                 pricing=budget.pricing,
                 multiples=budget.multiples,
+                least=budget.least,
             )
         )
         start += len(budget.costs)
@@ -135,18 +158,31 @@ def constraints(space: PruningSpace, learned: Sequence[UnitGroup], targets: Targ
 
 
 def _multiple(group: UnitGroup, targets: Targets) -> int:
-    return targets.round_to if group.kind in ("dimff", "hidden") else 1
+    return lcm(group.multiple, targets.round_to) if group.kind in ("dimff", "hidden") else 1
 
 
 def _multiples(groups: Sequence[UnitGroup], targets: Targets) -> tuple[tuple[int, int], ...]:
-    return tuple((group.size, _multiple(group, targets)) for group in groups) if targets.round_to > 1 else ()
+    found = tuple((group.size, _multiple(group, targets)) for group in groups)
+    return found if any(multiple > 1 for _, multiple in found) else ()
+
+
+def _least(groups: Sequence[UnitGroup]) -> tuple[tuple[int, int], ...]:
+    return tuple((group.size, group.least) for group in groups) if any(group.least for group in groups) else ()
 
 
 def _of_block(group: UnitGroup, targets: Targets) -> list[Budget]:
     kept = targets.kept_share(group)
     if group.sections == 1 or group.section_sizes:
         multiples = _multiples([group], targets)
-        return [Budget(name=group.name, costs=[1.0] * group.size, removed=1.0 - kept, multiples=multiples)]
+        return [
+            Budget(
+                name=group.name,
+                costs=[1.0] * group.size,
+                removed=1.0 - kept,
+                multiples=multiples,
+                least=_least([group]),
+            )
+        ]
     return [
         Budget(name=f"{group.name}.{n}", costs=[1.0] * size, removed=1.0 - kept) for n, size in enumerate(group.spans)
     ]
@@ -178,16 +214,28 @@ def _shared(space: PruningSpace, groups: Sequence[UnitGroup], targets: Targets) 
         share = even / sum(costs)
     pricing = None
     if targets.times is not None:
-        _check_whole_groups(groups)
+        _check_measured(groups)
         curves = tuple(targets.times.curve(group) for group in groups)
         pricing = TimePricing(sizes=tuple(group.size for group in groups), curves=curves)
     kinds = {group.kind for group in groups} - {"keys"}
     name = "heads and dims" if len(kinds) > 1 else groups[0].kind
-    owners, multiples = _owners(space, groups), _multiples(groups, targets)
-    return Budget(name=name, costs=costs, removed=1.0 - share, owners=owners, pricing=pricing, multiples=multiples)
+    return Budget(
+        name=name,
+        costs=costs,
+        removed=1.0 - share,
+        owners=_owners(space, groups),
+        pricing=pricing,
+        multiples=_multiples(groups, targets),
+        least=_least(groups),
+    )
 
 
-def _check_whole_groups(groups: Sequence[UnitGroup]) -> None:
+def _check_measured(groups: Sequence[UnitGroup]) -> None:
+    if any(group.kind == "experts" for group in groups):
+        raise UserError(
+            "target_latency: the times of experts are not measured",
+            remedy="set another budget, such as target_memory",
+        )
     if any(group.kind == "keys" for group in groups):
         raise UserError(
             "target_latency: the units of attention must be whole key-value groups, which are what was measured",
@@ -210,7 +258,7 @@ def _shared_by_all(space: PruningSpace, groups: Sequence[UnitGroup], targets: Ta
                 f"target_latency: the table has no times for several numbers of {lacking[0]}",
                 remedy="measure it again with `cook profile`, or leave these units out of the budget",
             )
-        _check_whole_groups(groups)
+        _check_measured(groups)
         before = targets.before
         pricing = WholeTimePricing(space=space, groups=tuple(groups), owners=owners, times=targets.times, before=before)
     else:
@@ -227,7 +275,13 @@ def _shared_by_all(space: PruningSpace, groups: Sequence[UnitGroup], targets: Ta
     costs = pricing.linearised(torch.ones(sum(pricing.sizes), dtype=torch.float64))[0].tolist()
     multiples = _multiples(groups, targets)
     return Budget(
-        name="all units", costs=costs, removed=1.0 - share, owners=owners, pricing=pricing, multiples=multiples
+        name="all units",
+        costs=costs,
+        removed=1.0 - share,
+        owners=owners,
+        pricing=pricing,
+        multiples=multiples,
+        least=_least(groups),
     )
 
 
@@ -255,11 +309,12 @@ def _share_of_limit(space: PruningSpace, groups: Sequence[UnitGroup], targets: T
     assert targets.limit is not None
     whole = whole_cost(space, targets, targets.before)
     share = 1 - (whole - targets.limit) / prunable
-    if not 0 < share <= 1:
+    least = sum(unit_cost(space, group, targets) * group.least for group in groups) / prunable
+    if not least < share <= 1:
         unit, scale = ("MiB", MIB) if targets.cost == "bytes" else ("ms", 1)
         raise UserError(
             f"the budget of {targets.limit / scale:.4g} {unit} cannot be reached with heads and FFN dimensions",
-            wanted=f"above {(whole - prunable) / scale:.4g} and up to {whole / scale:.4g} {unit}",
+            wanted=f"above {(whole - prunable * (1 - least)) / scale:.4g} and up to {whole / scale:.4g} {unit}",
         )
     return share
 
@@ -289,11 +344,12 @@ def whole_budget(space: PruningSpace, learned: Sequence[UnitGroup], cost: Cost, 
     whole = parameters(space) if cost == "parameters" else forward_flops(space, context=context)
     prunable = sum(unit_cost(space, group, targets) * group.size for group in learned)
     removed = (1 - share) * whole
-    if removed >= prunable:
+    removable = sum(unit_cost(space, group, targets) * (group.size - group.least) for group in learned)
+    if removed >= removable:
         key = "params" if cost == "parameters" else "flops"
         raise UserError(
             f"keep: {key}={share:g} cannot be reached with heads and FFN dimensions alone",
-            wanted=f"more than {1 - prunable / whole:.2f}",
+            wanted=f"more than {1 - removable / whole:.2f}",
         )
     return replace(targets, share=1.0 - removed / prunable)
 
@@ -317,6 +373,6 @@ def check_keep(keep: Keep) -> None:
             wanted = (
                 "above 0"
                 if is_absolute
-                else "a share above 0 and up to 1.0, or a number of heads, dims, head dims or hidden dims"
+                else "a share above 0 and up to 1.0, or a number of heads, experts, dims, head dims or hidden dims"
             )
             raise UserError(f"keep: {key}={value}", wanted=wanted)

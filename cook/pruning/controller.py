@@ -65,6 +65,16 @@ class Constraint:
     """Replaces `costs`, which then hold only when all gates are open."""
     multiples: tuple[tuple[int, int], ...] = ()
     """For consecutive groups of gates: their number, and the number of which the kept ones are a multiple."""
+    least: tuple[tuple[int, int], ...] = ()
+    """For consecutive groups of gates: their number, and how many of them always stay; empty: none."""
+
+    def protected(self, values: torch.Tensor) -> torch.Tensor:
+        """The gates that always stay, bool `[gates]`: the largest `values` of each group that keeps some."""
+        found, start = torch.zeros(len(self.costs), dtype=torch.bool), 0
+        for size, least in self.least:
+            found[start + values[start : start + size].topk(least).indices] = True
+            start += size
+        return found
 
 
 class GateController:
@@ -155,17 +165,29 @@ class GateController:
         task = moment / scale + relaxation.binarization_gradient(start, hold)
         press = self._costs * relaxation.slope(start) / scale
         low, high = relaxation.low, relaxation.high
+        floor = self._floor(start, task)
         bound = None if highest is None else self._rows(highest.double())
 
         def moved(multipliers: torch.Tensor) -> torch.Tensor:
             pull = torch.addcmul(task, multipliers[:, None], press).clamp_(-1, 1)
             reached = torch.sub(start, pull, alpha=self.learning_rate).clamp_(low, high)
+            reached = reached if floor is None else reached.maximum(floor)
             return reached if bound is None else reached.minimum(bound)
 
         # At this bound every gate of the constraint moves by the full learning rate.
         reach = torch.where(self._real, (1 + task.abs()) / press, 0.0).amax(1)
         self.multipliers = self._solve(moved, targets.double(), reach)
         values.copy_(moved(self.multipliers)[self._real])
+
+    def _floor(self, start: torch.Tensor, task: torch.Tensor) -> torch.Tensor | None:
+        """The lowest values of this step: gates that the task wants most do not close, as many as must stay."""
+        if not any(constraint.least for constraint in self.constraints):
+            return None
+        floor, wanted = torch.full_like(start, self.relaxation.low), start - self.learning_rate * task.clamp(-1, 1)
+        for row, constraint in enumerate(self.constraints):
+            stays = constraint.protected(wanted[row])
+            floor[row, : len(stays)][stays] = start[row, : len(stays)][stays]
+        return floor
 
     def _solve(
         self, moved: Callable[[torch.Tensor], torch.Tensor], targets: torch.Tensor, reach: torch.Tensor

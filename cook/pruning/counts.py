@@ -13,23 +13,37 @@ Kept = Mapping[str, int]
 
 def unit_parameters(space: PruningSpace, group: UnitGroup) -> int:
     """Parameters removed with one unit of `group`, everything else kept."""
-    # A buffer may be a single number, without any dimension.
-    owned = [(s, space.shapes[s.path]) for s in group.slices]
-    return sum(prod(shape) // (shape[s.dim] if shape else 1) * s.block * s.repeats for s, shape in owned)
+    return sum(_owned(space, piece) for piece in group.slices)
+
+
+def _owned(space: PruningSpace, piece: WeightSlice) -> int:
+    """Entries of a weight that one unit owns."""
+    shape, own = space.shapes[piece.path], piece.block * piece.repeats
+    if not shape:
+        return own  # a buffer may be a single number, without any dimension
+    return prod(shape) // shape[piece.dim] // (shape[0] if piece.row_units else 1) * own
+
+
+def _is_product(path: str, shape: tuple[int, ...]) -> bool:
+    """Whether a weight is a matrix by which every token is multiplied; fused experts have biases in two dimensions."""
+    return len(shape) == 2 and not path.endswith("proj_bias")
 
 
 def unit_flops(space: PruningSpace, group: UnitGroup, *, context: int) -> int:
     """FLOPs per token of the forward pass that one head or FFN dimension costs, everything else kept.
 
-    2 per weight of its matrix products; for heads also 4 per feature and key, for the score and the weighted sum.
+    2 per weight of its matrix products; for heads also 4 per feature and key, for the score and the weighted sum. Each
+    token is computed by the same number of experts, however many there are.
 
     Args:
         space: The pruning space.
         group: The unit's group.
         context: Mean number of keys that a query attends to.
     """
-    products = [s for s in group.slices if len(space.shapes[s.path]) == 2]
-    flops = sum(2 * prod(space.shapes[s.path]) // space.shapes[s.path][s.dim] * s.block for s in products)
+    flops = sum(2 * _owned(space, s) for s in group.slices if _is_product(s.path, space.shapes[s.path]))
+    if group.active and group.kind == "dimff":
+        inside = sum(2 * _owned(space, s) for s in group.slices if len(space.shapes[s.path]) == 3)
+        flops = inside * group.active // group.sections
     return flops + (4 * context * group.slices[-1].block if group.kind == "heads" else 0)
 
 
@@ -37,7 +51,7 @@ def unit_cache_features(group: UnitGroup) -> int:
     """Numbers per token of the keys and values that go from a decoder's cache with one unit."""
     if group.kind == "keys":
         return 2 * group.slices[0].block
-    if group.kind != "heads" or group.head_unit == "query_head":
+    if group.kind != "heads" or group.head_unit == "query_head" or group.cache is not None:
         return 0
     return 2 * group.slices[-1].block // group.members
 
@@ -49,6 +63,9 @@ def cache_features(space: PruningSpace, kept: Kept | None = None) -> int:
         if group.kind != "heads" or not kept.get(space.block(group).name, 1):
             continue
         units, keys = kept.get(group.name, group.size), space.keys_of(group)
+        if group.cache is not None:
+            total += group.cache if units else 0
+            continue
         count = group.heads(units)[1] if keys is None else kept.get(keys.name, keys.size)
         total += 2 * (group.slices[-1].block // group.members) * count if units else 0
     size = space.head_dims.size if space.head_dims else 1
@@ -69,7 +86,8 @@ def kept_shapes(space: PruningSpace, kept: Kept) -> dict[str, tuple[int, ...]]:
         if group.kind != "layer" and left < group.size:
             for piece in group.slices:
                 heads = round(piece.repeats * _share_of_heads(space, piece, kept))
-                shapes[piece.path][piece.dim] -= (group.size - left) * piece.block * heads
+                gone_units = (group.size - left) * (piece.row_units or group.size) // group.size
+                shapes[piece.path][piece.dim] -= gone_units * piece.block * heads
     return {path: tuple(shape) for path, shape in shapes.items() if path not in gone}
 
 
@@ -94,6 +112,17 @@ def parameters(space: PruningSpace, kept: Kept | None = None) -> int:
     return sum(prod(shape) for shape in kept_shapes(space, kept or {}).values())
 
 
+def active_parameters(space: PruningSpace, kept: Kept | None = None) -> int:
+    """Parameters that compute one token: of the experts, only those that the token passes through."""
+    shapes, idle = kept_shapes(space, kept or {}), 0
+    for group in (*space.groups, *space.unprunable):
+        inside = {s.path for s in group.slices if not s.path.startswith(f"{group.gate.module}.")}
+        for path in inside if group.kind == "experts" else ():
+            if path in shapes:
+                idle += prod(shapes[path]) * (shapes[path][0] - group.active) // shapes[path][0]
+    return sum(map(prod, shapes.values())) - idle
+
+
 def block_parameters(space: PruningSpace, kept: Kept | None = None) -> int:
     """Parameters inside the prunable blocks; `target_sparsity` is a share of them."""
     inside = {piece.path for group in space.of("layer") for piece in group.slices}
@@ -111,7 +140,11 @@ def forward_flops(space: PruningSpace, kept: Kept | None = None, *, context: int
     shapes = kept_shapes(space, kept or {})
     groups = (*space.groups, *space.unprunable)
     inside = {piece.path for group in groups for piece in group.slices}
-    products = sum(2 * prod(shape) for path, shape in shapes.items() if path in inside and len(shape) == 2)
+    products = sum(2 * prod(shape) for path, shape in shapes.items() if path in inside and _is_product(path, shape))
+    for group in groups:
+        if group.active and group.kind == "dimff":
+            experts = [shapes[path] for path in {s.path for s in group.slices} if path in shapes]
+            products += sum(2 * prod(shape) // shape[0] * group.active for shape in experts if len(shape) == 3)
     # Scores and the weighted sum of values: each 2·context FLOPs per feature of the attention's inner width.
     outs = [group.slices[-1] for group in groups if group.kind == "heads"]
     attention = sum(4 * context * shapes[out.path][out.dim] for out in outs if out.path in shapes)

@@ -86,13 +86,16 @@ class Adapter:
     modeling: Callable[[ModelConfig], Modeling | None]
     """The code that a model with this config needs; None if stock transformers loads it."""
     inputs: Callable[[Batch], Batch]
-    """The model's arguments for a batch of `cook.data.packing`, without `targets`; samples of a row must not mix."""
+    """The model's arguments for a batch of `cook.data.packing`, without `targets`; samples of a row must not mix.
+    `call_form` gives the function for a config."""
     abilities: Abilities
     """Which of its reshaped models stock classes can load."""
     on_host: CallForm = as_it_is
     """Adds to a batch, before it is moved to the device, what the model would have to ask the device for."""
     file_names: Callable[[ModelConfig], Mapping[str, str]] = lambda _config: {}
     """The keys of the weights in the family's files, if they differ from the model's keys."""
+    inputs_by_config: Callable[[ModelConfig, Batch], Batch] | None = None
+    """The same, for a family whose arguments depend on the config."""
     is_causal: bool = True
     """Whether the model predicts the next token."""
     score_bias: bool = False
@@ -102,6 +105,10 @@ class Adapter:
     live_config: Callable[[ModelConfig], dict[str, Any] | str] | None = None
     """The config in the family's own distribution format, or a sentence why that format cannot store the model; None
     for a family that has only Hugging Face's format."""
+
+    def call_form(self, config: ModelConfig) -> Callable[[Batch], Batch]:
+        """The function from a batch of `cook.data.packing` to the arguments of a model with this config."""
+        return self.inputs if self.inputs_by_config is None else partial(self.inputs_by_config, config)
 
 
 class Stored(LazyTensors):
@@ -142,9 +149,12 @@ class ModelSource:
         """The names in the files of the tensors that the native tensors `names` are made of."""
         self.stored.read.clear()
         self.stored.only_shapes = True
+        parts: Mapping[str, Iterable[str]] = getattr(self.tensors, "parts", {})
         try:
             for name in names:
-                if name in self.tensors:
+                if name in parts:
+                    self.stored.read.update(parts[name])
+                elif name in self.tensors:
                     self.tensors[name]
         finally:
             self.stored.only_shapes = False

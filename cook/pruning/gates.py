@@ -193,6 +193,8 @@ class Gates:
             order = torch.argsort(values.masked_fill(gone, -math.inf), stable=True)
             if c.owners:
                 order, costs = self._with_owners(c, self.relaxation.openness(values.double()), costs, gone)
+            if c.least:
+                order = order[~c.protected(values.masked_fill(gone, -math.inf))[order]]
             allowed = torch.arange(len(order) + 1)
             if c.multiples:
                 order, allowed = in_multiples(order, *zip(*c.multiples, strict=True))

@@ -82,6 +82,7 @@ def read_masks(
     *,
     coarse: str | None = None,
     heads: str | None = None,
+    experts: str | None = None,
     dimff: str | None = None,
     head_dims: str | None = None,
     hidden: str | None = None,
@@ -98,7 +99,7 @@ def read_masks(
         required = ("self_att_layer_z", "ffn_layer_z")
         masks |= coarse_from_tensors(space, read_mask_file(coarse, required=required, allowed=COARSE_KEYS), coarse)
     blocks = dict(masks)
-    files = {"heads": heads, "dimff": dimff, "head_dims": head_dims, "hidden": hidden}
+    files = {"heads": heads, "experts": experts, "dimff": dimff, "head_dims": head_dims, "hidden": hidden}
     contents = {
         kind: read_mask_file(path, required=(FINE_KEYS[kind],), allowed=tuple(FINE_KEYS.values()))
         for kind, path in files.items()

@@ -14,7 +14,13 @@ from cook.pruning.units import WIDE, PruningSpace, UnitGroup
 
 Masks = Mapping[str, torch.Tensor]
 COARSE_KEYS = ("self_att_layer_z", "cross_att_layer_z", "ffn_layer_z")
-FINE_KEYS = {"heads": "heads_z", "dimff": "dimff_z", "head_dims": "head_dims_z", "hidden": "hidden_z"}
+FINE_KEYS = {
+    "heads": "heads_z",
+    "experts": "experts_z",
+    "dimff": "dimff_z",
+    "head_dims": "head_dims_z",
+    "hidden": "hidden_z",
+}
 WIDE_NAMES = {"head_dims": "the size of heads", "hidden": "the hidden size"}
 
 
@@ -61,6 +67,12 @@ def consistent(space: PruningSpace, masks: Masks) -> dict[str, torch.Tensor]:
             made[keys.name] = kept
             made[heads.name] = torch.cat([part * z for part, z in zip(own, kept, strict=True)])
     return made
+
+
+def fits(group: UnitGroup, mask: torch.Tensor) -> bool:
+    """Whether a mask leaves as many units of each section as must stay, and of experts the same number in each."""
+    kept = {int(part.sum()) for part in mask.split(group.spans)}
+    return min(kept) >= group.least and not (group.is_even and len(kept) > 1)
 
 
 def coarse_to_tensors(space: PruningSpace, masks: Masks) -> dict[str, torch.Tensor]:
@@ -115,8 +127,8 @@ def coarse_from_tensors(
 
 
 def fine_to_tensors(space: PruningSpace, masks: Masks) -> dict[str, torch.Tensor]:
-    """The fine file's content, for the kinds in `masks`: `heads_z`, `dimff_z`, `head_dims_z` (one number per pair of
-    dimensions that rotary positions turn, or per dimension), `hidden_z` (one number per hidden dimension).
+    """The fine file's content, for the kinds in `masks`: `heads_z`, `experts_z`, `dimff_z`, `head_dims_z` (one number
+    per pair of dimensions that rotary positions turn, or per dimension), `hidden_z` (one number per hidden dimension).
 
     Raises:
         UserError: blocks have different numbers of units, which the layout cannot store.
@@ -146,7 +158,7 @@ def fine_from_tensors(
         space: The model's space.
         block_masks: The coarse masks, which define the block of each row.
         tensors: The file's content.
-        kind: `heads`, `dimff`, `head_dims` or `hidden`.
+        kind: `heads`, `experts`, `dimff`, `head_dims` or `hidden`.
         source: The file's name, for errors.
 
     Raises:
@@ -166,6 +178,12 @@ def fine_from_tensors(
         )
     masks = {group.name: _units(group, row, source) for group, row in zip(groups, rows, strict=True)}
     for group in groups:
+        if not fits(group, masks[group.name]):
+            raise UserError(
+                f"{source}: {FINE_KEYS[kind]} keeps too few units of {group.name}, or experts of different sizes",
+                wanted=f"at least {group.least} of every {group.section_size}"
+                + (", and the same number of each" if group.is_even else ""),
+            )
         if group in space.unprunable and not masks.pop(group.name).all():
             raise UserError(f"{source}: {FINE_KEYS[kind]} prunes {group.name}, which pruned_module does not allow")
     return masks

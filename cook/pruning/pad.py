@@ -30,12 +30,19 @@ def padded(source: ModelSource, space: PruningSpace, masks: Masks) -> tuple[Mode
     Raises:
         UserError: the model already lacks blocks, which cannot be padded, or no stock class can load the sizes.
     """
+    if any(group.name in masks and not masks[group.name].all() for group in space.groups if group.active):
+        raise UserError(
+            "--uniform: experts and the dims inside them cannot be padded",
+            remedy="leave --uniform out; experts that keep the same number in every block need no padding",
+        )
     layers = set(source.adapter.shrink(source.config, space, kept_units(space, masks)).layers)
     even = {g.name: torch.tensor([float(g.layer in layers)]) for g in space.of("layer")}
     zeroed: dict[str, Zeroed] = {}
     emptied: set[str] = set()
     for kind in ("heads", "dimff"):
-        groups = [g for g in space.groups if g.kind == kind and g.layer in layers]
+        groups = [g for g in space.groups if g.kind == kind and g.layer in layers and not g.active]
+        if kind == "dimff" and space.of("experts"):
+            continue
         if len(groups) < len(layers):
             raise UserError(
                 "--uniform: the model already lacks blocks, and a missing block cannot be padded",

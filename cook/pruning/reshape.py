@@ -10,7 +10,7 @@ import torch
 from cook.base.errors import UserError
 from cook.base.tensor_files import LazyTensors, in_parts
 from cook.pruning.counts import weights_gone
-from cook.pruning.mask_set import Masks, consistent
+from cook.pruning.mask_set import Masks, consistent, fits
 from cook.pruning.units import WIDE, PruningSpace, WeightSlice
 
 Cuts = Sequence[tuple[WeightSlice, tuple[int, ...], int]]
@@ -26,6 +26,8 @@ def kept_units(space: PruningSpace, masks: Masks) -> dict[str, tuple[int, ...]]:
     assert not soft, f"masks that are not binary: {soft}"
     alone = [name for name, mask in consistent(space, masks).items() if not torch.equal(mask, masks.get(name, mask))]
     assert not alone, f"query heads without their keys, or keys that no query head reads: {alone}"
+    uneven = [group.name for group in space.every if group.name in masks and not fits(group, masks[group.name])]
+    assert not uneven, f"fewer units than must stay, or experts that keep different numbers: {uneven}"
     return {name: tuple(mask.nonzero().flatten().tolist()) for name, mask in masks.items()}
 
 
@@ -142,8 +144,23 @@ def _kept_indices(size: int, dim: int, cuts: Cuts) -> torch.Tensor:
     return stays.nonzero().flatten()
 
 
+def _stays(shape: torch.Size, cuts: Cuts) -> torch.Tensor:
+    """Which entries of fused experts stay, of the same shape: each expert loses other dimensions."""
+    stays = torch.ones(shape, dtype=torch.bool)
+    for piece, removed, _ in cuts:
+        units, by_dim = torch.tensor(removed), stays.movedim(piece.dim, 1 if piece.row_units else 0)
+        for step in range(piece.block):
+            if piece.row_units:
+                by_dim[units // piece.row_units, piece.offset + units % piece.row_units * piece.block + step] = False
+            else:
+                by_dim[piece.offset + units * piece.block + step] = False
+    return stays
+
+
 def _put_back(tensor: torch.Tensor, whole: torch.Tensor, cuts: Cuts) -> torch.Tensor:
     whole = whole.to(tensor.dtype, copy=True)
+    if any(piece.row_units for piece, _, _ in cuts):
+        return whole.masked_scatter_(_stays(whole.shape, cuts), tensor)
     indices = [torch.arange(size) for size in whole.shape]
     for dim in {piece.dim for piece, _, _ in cuts}:
         indices[dim] = _kept_indices(whole.shape[dim], dim, cuts)
@@ -154,6 +171,15 @@ def _put_back(tensor: torch.Tensor, whole: torch.Tensor, cuts: Cuts) -> torch.Te
 
 def _cut(tensor: torch.Tensor, cuts: Cuts, rescale: bool) -> torch.Tensor:
     """Removes units, all of one dimension at once; indices refer to the whole tensor."""
+    if any(piece.row_units for piece, _, _ in cuts):
+        stays = _stays(tensor.shape, cuts)
+        experts = stays.flatten(1).any(1)
+        one = stays[experts][0]
+        rest = [
+            int(one.movedim(dim, 0).flatten(1).any(1).sum()) if one.ndim > 1 else int(one.sum())
+            for dim in range(one.ndim)
+        ]
+        return tensor[stays].view(int(experts.sum()), *rest)
     for dim in sorted({piece.dim for piece, _, _ in cuts}):
         size = tensor.shape[dim]
         stays = _kept_indices(size, dim, cuts)

@@ -33,7 +33,7 @@ def restrict(space: PruningSpace, allowed: Sequence[str], aliases: Mapping[str, 
             raise UserError(f"pruned_module: {suffix!r} matches no weight of the model", got=_some_paths(space))
 
     def is_allowed(group: UnitGroup) -> bool:
-        matrices = [s.path for s in group.slices if len(space.shapes[s.path]) == 2]
+        matrices = [s.path for s in group.slices if is_matrix(space, s.path)]
         chosen = [path for path in matrices if named(path)]
         if chosen and len(chosen) < len(matrices):
             left_out = next(path for path in matrices if path not in chosen)
@@ -44,7 +44,7 @@ def restrict(space: PruningSpace, allowed: Sequence[str], aliases: Mapping[str, 
         return bool(chosen)
 
     def if_all_named(group: UnitGroup | None) -> UnitGroup | None:
-        paths = [s.path for s in group.slices if len(space.shapes[s.path]) == 2] if group else []
+        paths = [s.path for s in group.slices if is_matrix(space, s.path)] if group else []
         return group if all(map(named, paths)) else None
 
     hidden, head_dims = if_all_named(space.hidden), if_all_named(space.head_dims)
@@ -57,10 +57,15 @@ def restrict(space: PruningSpace, allowed: Sequence[str], aliases: Mapping[str, 
     )
 
 
+def is_matrix(space: PruningSpace, path: str) -> bool:
+    """Whether a weight is a matrix, or the fused matrices of experts."""
+    return len(space.shapes[path]) >= 2 and not path.endswith("bias")
+
+
 def _ends(path: str, suffix: str) -> bool:
     return path == suffix or path.endswith("." + suffix)
 
 
 def _some_paths(space: PruningSpace) -> str:
-    prunable = {s.path.split(".", 3)[-1] for g in space.groups for s in g.slices if len(space.shapes[s.path]) == 2}
+    prunable = {s.path.split(".", 3)[-1] for g in space.groups for s in g.slices if is_matrix(space, s.path)}
     return "suffixes of weights such as " + ", ".join(sorted(prunable))

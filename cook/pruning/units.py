@@ -13,8 +13,9 @@ from typing import Literal
 
 import torch
 
-Kind = Literal["layer", "heads", "keys", "dimff", "head_dims", "hidden"]
+Kind = Literal["layer", "heads", "keys", "experts", "dimff", "head_dims", "hidden"]
 """`keys` are key-value heads whose query heads are units of their own: each goes with the last of its query heads.
+`experts` are those of an FFN block that is a mixture of experts; its `dimff` are the dimensions inside them.
 `head_dims` are the dimensions of every head, and `hidden` those of the residual stream: each is one group for the whole
 model."""
 WIDE: tuple[Kind, ...] = ("head_dims", "hidden")
@@ -66,18 +67,29 @@ class WeightSlice:
         """Whether an index along `dim` is in the part that `size` units have, which has no `within`."""
         return not self.within and self.offset <= index < self.offset + size * self.block
 
+    row_units: int = 0
+    """Units per index of dimension 0, if each index has units of its own: the dimensions inside experts, whose weights
+    are fused. Unit u is then unit u % row_units of index u // row_units."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GatePoint:
-    """Where a group's gate multiplies: the last feature dimension of a module's input or output."""
+    """Where a group's gate acts: on the last feature dimension of a module's input or output, unless `at` names another
+    way."""
 
     module: str
     """Path of the module as `Module.get_submodule` takes it."""
-    at: Literal["input", "output"]
+    at: Literal["input", "output", "softmax", "sigmoid", "weight", "statistics"]
+    """`softmax`, `sigmoid`: on the scores of a router (`cook.pruning.routing`). `weight`: on `weight`, inside the
+    module's forward pass. `statistics`: on those of a norm, which then are those of the kept features alone."""
     repeat: int | tuple[int, ...] = 1
     """Consecutive features that share one gate, one number per gate where they differ; 0 if one gate scales all."""
     features: tuple[int, ...] = ()
     """The gate of each feature, or -1 for none, where `repeat` cannot describe it: in every head of q, k and v."""
+    weight: str = ""
+    """The name of a fused weight of experts, `[experts, ...]`, whose gates are `[experts, dimensions]`."""
+    dim: int = 0
+    """The dimension of `weight` along which the dimensions lie."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +123,14 @@ class UnitGroup:
     head_unit: HeadUnit = "kv_group"
     """For a group of heads: the kind of unit. It does not follow from the other numbers: with one key-value head the
     query heads form a single section, and so do whole groups."""
+    least: int = 0
+    """Units of each section that always stay: experts, of which each token needs some."""
+    multiple: int = 1
+    """What stays of a section must be a multiple of it: rows of fused weights must fill 16 bytes."""
+    active: int = 0
+    """In a mixture of experts: the experts that compute each token."""
+    cache: int | None = None
+    """For a group of heads: numbers per token in the cache of a decoder, if they do not depend on the heads."""
     residue: tuple[str, ...] = ()
     """For a `layer` group: the weights that still act if the block has no units left: its output projection's bias and
     the norm after it."""
@@ -125,6 +145,17 @@ class UnitGroup:
     def spans(self) -> tuple[int, ...]:
         """Units in each section."""
         return self.section_sizes or (self.section_size,) * self.sections
+
+    @property
+    def is_even(self) -> bool:
+        """Whether every section must keep the same number of units, whatever the budget: groups of experts, and the
+        dimensions inside experts, whose weights are fused."""
+        return self.sections > 1 and self.kind in ("experts", "dimff")
+
+    @property
+    def counted(self) -> int:
+        """The units by which configs count: query heads, experts, or FFN dimensions (of one expert)."""
+        return self.section_size if self.is_even and self.kind == "dimff" else self.size * self.members
 
     def heads(self, units: int) -> tuple[int, int]:
         """The query heads and key-value heads of an attention block that keeps `units` of these units."""
@@ -191,6 +222,12 @@ class PruningSpace:
             for offset in places.get((own.path, own.dim), ())
             if own.spans(offset, group.size)
         }
+
+    def experts_of(self, group: UnitGroup) -> UnitGroup | None:
+        """The experts in which the dimensions of a group are."""
+        return next(
+            (g for g in (*self.of("experts"), *self.unprunable) if g.name == f"layers.{group.layer}.experts"), None
+        )
 
     def block(self, group: UnitGroup) -> UnitGroup:
         """The `layer` group of the block that contains `group`."""

@@ -195,7 +195,7 @@ def _teacher(
         stream_weights(placed(model, "cpu", engine.dtype), engine.device)
     else:
         placed(model, engine.device, engine.dtype)
-    return model_teacher(model, plan.source.adapter.inputs)
+    return model_teacher(model, plan.source.adapter.call_form(plan.source.config))
 
 
 def _check_teacher(name: str, teacher: ModelSource, inputs: Inputs) -> None:

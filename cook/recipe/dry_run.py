@@ -31,6 +31,7 @@ ALONE = PlanOptions()
 MASKS_OF = {
     "layer": "layers",
     "heads": "heads",
+    "experts": "experts",
     "dimff": "dims",
     "head_dims": "head dims",
     "hidden": "hidden dims",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from math import lcm
 from typing import Any
 
 from cook.base.errors import UserError
@@ -16,6 +17,7 @@ from cook.pruning.units import HeadUnit, Kind, PruningSpace, UnitGroup
 BUDGET_UNITS: dict[str, Kind] = {
     "blocks": "layer",
     "heads": "heads",
+    "experts": "experts",
     "dims": "dimff",
     "head_dims": "head_dims",
     "hidden": "hidden",
@@ -101,7 +103,7 @@ def check_sizes(
     if fine is None:
         return
     for kind, key, wanted in (("heads", "num_heads", fine.num_heads), ("dimff", "dim_ff", fine.dim_ff)):
-        sizes = sorted({group.size * group.members for group in space.groups if group.kind == kind})
+        sizes = sorted({group.counted for group in space.groups if group.kind == kind})
         if sizes and sizes != [wanted]:
             raise UserError(
                 f"fine-grained.{key} differs from the model's",
@@ -114,6 +116,13 @@ def check_sizes(
     if hidden is not None and space.hidden is not None and hidden > space.hidden.size:
         most = f"at most {space.hidden.size}"
         raise UserError("fine-grained.target_hidden: above the hidden size", wanted=most, got=hidden)
+    if fine.target_experts is not None and not any(group.kind == "experts" for group in space.groups):
+        raise no_experts(adapter)
+    if "dimff" in uneven and fine.scope == "global" and any(group.is_even for group in space.of("dimff")):
+        raise UserError(
+            'fine-grained.scope "global": the dims of experts have one number per block',
+            remedy='set the scope to "block", or prune whole experts',
+        )
     heads = next((group for group in space.groups if group.kind == "heads"), None)
     if uneven and adapter.abilities.is_stock and not fine.allow_remote_code:
         raise UserError(
@@ -158,19 +167,20 @@ def budget_kinds(space: PruningSpace, units: Collection[str], pin: Collection[st
 
     Args:
         space: The model's space.
-        units: Names of `BUDGET_UNITS`, or `all` of those that the model has; empty: heads and dims.
+        units: Names of `BUDGET_UNITS`, or `all` of those that the model has; empty: heads, experts and dims.
         pin: Names of those that stay.
         hidden: Whether hidden dimensions are among them too.
 
     Raises:
         UserError: an unknown name, or no units are left.
     """
-    names = BUDGET_UNITS if "all" in units else {*units} or {"heads", "dims"}
+    names = BUDGET_UNITS if "all" in units else {*units} or {"heads", "experts", "dims"}
     if strange := sorted({*names, *pin} - {*BUDGET_UNITS}):
         raise UserError(f"unknown units {strange[0]!r}", wanted=f"{', '.join(BUDGET_UNITS)}, or all")
     chosen = {BUDGET_UNITS[name] for name in ({*names, *(["hidden"] if hidden else [])} - {*pin})}
-    if "all" in units:
-        chosen = {kind for kind in chosen if space.of(kind)}
+    if "all" in units or not units:
+        is_even = {group.kind for group in space.every if group.is_even}  # sections must keep the same number
+        chosen = {kind for kind in chosen if kind not in is_even and (space.of(kind) or kind == "hidden")}
     if not chosen:
         raise UserError("all units are pinned, and nothing is left to prune", remedy="pin fewer units")
     return tuple(kind for kind in KINDS if kind in chosen or (kind == "keys" and "heads" in chosen))
@@ -202,6 +212,13 @@ def nearest_head_dim(adapter: Adapter, space: PruningSpace, wanted: float) -> in
     return group.members * max(1, round(wanted * group.size))
 
 
+def no_experts(adapter: Adapter) -> UserError:
+    """The error for a model without experts."""
+    return UserError(
+        f"this {adapter.family} model has no experts", remedy="prune its heads, FFN dimensions, hidden size or layers"
+    )
+
+
 def nearest_hidden(
     adapter: Adapter, config: Mapping[str, Any], space: PruningSpace, wanted: float, round_to: int
 ) -> int:
@@ -214,7 +231,7 @@ def nearest_hidden(
     """
     if space.hidden is None:
         raise size_stays(adapter, "hidden")
-    size = space.hidden.size
+    size, round_to = space.hidden.size, lcm(round_to, space.hidden.multiple)
     if isinstance(wanted, int):
         if wanted > size or wanted % round_to:
             multiple = f", a multiple of {round_to}" if round_to > 1 else ""

@@ -24,8 +24,8 @@ from cook.pruning.random_masks import random_masks_like
 from cook.pruning.relaxation import Deterministic, HardConcrete, Relaxation
 from cook.pruning.restrict import restrict
 from cook.pruning.units import WIDE, HeadUnit, Kind, PruningSpace, UnitGroup
-from cook.recipe.head_units import check_sizes, choose_head_unit, size_stays
-from cook.recipe.plan import INNER, LEARNS, MaskPaths, Stage, mask_paths
+from cook.recipe.head_units import check_sizes, choose_head_unit, no_experts, size_stays
+from cook.recipe.plan import INNER, LEARNS, OPTIONAL, MaskPaths, Stage, mask_paths
 from cook.sparsity.matrices import matrices_of, restricted
 
 
@@ -96,8 +96,17 @@ def open_inputs(stage: Stage, *, must_exist: bool = True) -> Inputs:
     for kind in stage.learns:
         whole = kind == "layer" or kind in WIDE
         groups = allowed.of(kind) if whole else tuple(kept_groups(allowed, fixed, kind))
+        if stage.name == "joint_mask" and stage.one_budget and any(group.is_even for group in groups):
+            if kind == "experts":
+                raise UserError(
+                    f"{stage.name}: the experts of this model are in groups, which must keep the same number",
+                    remedy='set joint.scope to "block", or leave fine-grained.target_experts out',
+                )
+            continue  # the dims of experts stay: whole experts are the units of this budget
         if not groups and kind in WIDE and not space.of(kind):
             raise size_stays(adapter, kind)
+        if not groups and kind == "experts" and not space.of("experts"):
+            raise no_experts(adapter)
         if not groups:
             names = "the names of their weights"
             if kind == "head_dims":
@@ -253,12 +262,14 @@ def stage_targets(stage: Stage, number: int = 0) -> Targets:
 
 def _kept(fine: FineConfig) -> dict[Kind, int | float]:
     kept: dict[Kind, int | float] = {"heads": fine.target_num_heads, "dimff": fine.target_dimff}
-    wide: dict[Kind, int | None] = {"head_dims": fine.target_head_dim, "hidden": fine.target_hidden}
-    return kept | {kind: target for kind, target in wide.items() if target is not None}
+    more: dict[Kind, int | None] = {kind: getattr(fine, key) for kind, key in OPTIONAL.items()}
+    return kept | {kind: target for kind, target in more.items() if target is not None}
 
 
 def final_masks(stage: Stage, inputs: Inputs, gates: Gates | None, number: int = 0) -> dict[str, torch.Tensor]:
     """The masks at the end of a stage, of the size of that number: the fixed masks and the learned ones as 0/1."""
     fixed = inputs.nested[number] if inputs.nested else inputs.fixed
     masks = consistent(inputs.space, fixed | (gates.binary(number) if gates else {}))
+    if stage.name == "joint_mask" and stage.one_budget:  # which leaves the dims of experts alone
+        masks = {g.name: torch.ones(g.size) for g in inputs.space.of("dimff") if g.is_even} | masks
     return without_empty_blocks(inputs.space, masks) if stage.writes.layer else masks

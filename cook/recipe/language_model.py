@@ -158,9 +158,9 @@ class LanguageModelRun(StageRun):
 
     def _opened(self) -> Opened:
         stage, inputs = self.stage, self.trained
-        training, adapter = stage.config.training, inputs.adapter
+        training, adapter, form = stage.config.training, inputs.adapter, inputs.adapter.call_form(inputs.model_config)
         weights, settings = inputs.weights, stage.config.deepspeed
-        engine = Engine(self._build, weights, training, settings, call_form=adapter.inputs, on_host=adapter.on_host)
+        engine = Engine(self._build, weights, training, settings, call_form=form, on_host=adapter.on_host)
         if self.zeros:
             engine.hold_zeros(self.zeros, gradients_only=pattern_spec(stage).quirks.drifting_weights)
         if inputs is not self.inputs:

@@ -110,6 +110,19 @@ def _block(
 ) -> Block:
     block, out = space.block(group), group.slices[-1]
     inside = {piece.path: shapes[piece.path] for piece in block.slices if piece.path in shapes}
+    if group.active:
+        # As many weights and features as one token passes through.
+        experts, dims = shapes[out.path][0], shapes[out.path][out.dim]
+        hidden = prod(shapes[out.path]) // (experts * dims)
+        weights = [prod(x) if len(x) == 2 else prod(x) // experts * group.active for x in inside.values() if len(x) > 1]
+        return Block(
+            layer=group.layer,
+            weights=sum(weights),
+            norms=hidden * len([path for path in _norms(inside) if inside[path] == (hidden,)]),
+            inner=dims * group.active,
+            inputs=2,
+            gates=hidden if "layer" in gated else 0,
+        )
     matrices = {path: prod(shape) for path, shape in inside.items() if len(shape) == 2}
     inner = shapes[out.path][out.dim]
     hidden = matrices[out.path] // inner if inner else 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from cook.evaluation.profile import measure_block_times
 from cook.evaluation.settings import ProfileSettings
 from cook.export.vocabulary import least_count, read_vocabulary
 from cook.families.source import open_model
-from cook.pruning.budgets import KEEP_KEYS, NUMBERS, WHOLE_KEYS, Cost, Keep, check_keep, whole_budget
+from cook.pruning.budgets import KEEP_KEYS, NUMBERS, WHOLE_KEYS, Cost, Keep, Targets, check_keep, whole_budget
 from cook.pruning.family import ModelSource
+from cook.pruning.restrict import is_matrix
 from cook.pruning.units import WIDE
 from cook.recipe.head_units import (
     BUDGET_UNITS,
@@ -24,6 +26,7 @@ from cook.recipe.head_units import (
     nearest_head_dim,
     nearest_heads,
     nearest_hidden,
+    no_experts,
     reachable_heads,
 )
 from cook.recipe.start import make_plan
@@ -234,9 +237,10 @@ def _scheme(job: OneLineJob, sizes: Sequence[Keep], source: ModelSource) -> tupl
     masks = Path(job.output) / "run" / "masks"
     space = adapter.space(config)
     heads = next((g.size * g.members for g in space.groups if g.kind == "heads"), 1)
-    dims = next((g.size * g.members for g in space.groups if g.kind == "dimff"), 1)
+    inner = next((g for g in space.groups if g.kind == "dimff"), None)
+    dims, step = (inner.counted, lcm(job.round_to, inner.multiple)) if inner else (1, 1)
     unit, kept_heads = nearest_heads(adapter, config, keep.get("heads", heads), job.head_unit)
-    kept_dims = _number(keep["dims"], dims, job.round_to) if "dims" in keep else dims
+    kept_dims = _number(keep["dims"], dims, step) if "dims" in keep else dims
     is_global = bool(set(keep) & set(WHOLE_KEYS))
     kinds = budget_kinds(space, job.units, job.pin, job.hidden) if is_global else ()
     for option, value in {"hidden": job.hidden and "hidden" not in keep, "units": job.units, "pin": job.pin}.items():
@@ -266,12 +270,18 @@ def _scheme(job: OneLineJob, sizes: Sequence[Keep], source: ModelSource) -> tupl
         or kept_heads not in reachable_heads(adapter, config, unit, False),
         "heads_mask": str(masks / "heads_mask.pt"),
         "dimff_mask": str(masks / "dimff_mask.pt"),
-        "prune_mode": STAGE_OF.get(next(iter(keep)), "ffn"),
+        "prune_mode": next((stage for key, stage in STAGE_OF.items() if key in keep), "ffn"),
     }
     if kept_head_dim is not None:
         fine |= {"target_head_dim": kept_head_dim, "head_dims_mask": str(masks / "head_dims_mask.pt")}
     if kept_hidden is not None:
         fine |= {"target_hidden": kept_hidden, "hidden_mask": str(masks / "hidden_mask.pt")}
+    experts = space.of("experts")
+    if "experts" in keep and not experts:
+        raise no_experts(adapter)
+    if "experts" in keep or "experts" in kinds:
+        share = Targets(kept={"experts": keep.get("experts", 1.0)}).kept_share(experts[0])
+        fine |= {"target_experts": round(share * experts[0].size), "experts_mask": str(masks / "experts_mask.pt")}
     if job.round_to > 1:
         fine["round_to"] = job.round_to
     scheme: dict[str, Any] = {"coarse-grained": coarse, "fine-grained": fine}
@@ -314,7 +324,7 @@ def _number(wanted: float, size: int, round_to: int) -> int:
 
 
 _JOINT = ("joint_mask", "joint_finetune")
-STAGE_OF = {"heads": "att", "head_dims": "headdim", "hidden": "hidden"}
+STAGE_OF = {"heads": "att", "experts": "experts", "head_dims": "headdim", "hidden": "hidden"}
 """The first words of the stages that prune one kind of unit."""
 
 
@@ -328,9 +338,9 @@ def _matrices(source: ModelSource, *, with_hidden: bool) -> list[str]:
     """The names of all prunable matrices inside a layer; with those on the residual stream if it is pruned too."""
     space = source.adapter.space(source.config)
     pieces = [(group.layer, piece.path) for group in space.groups for piece in group.slices]
-    inside = {path.split(f".{layer}.", 1)[1] for layer, path in pieces if len(space.shapes[path]) == 2}
+    inside = {path.split(f".{layer}.", 1)[1] for layer, path in pieces if is_matrix(space, path)}
     stream = [piece.path for piece in space.hidden.slices] if with_hidden and space.hidden else []
-    outside = {p for p in stream if len(space.shapes[p]) == 2 and not p.endswith(tuple(f".{name}" for name in inside))}
+    outside = {p for p in stream if is_matrix(space, p) and not p.endswith(tuple(f".{name}" for name in inside))}
     return sorted(inside | outside)
 
 

@@ -168,8 +168,8 @@ def _made(
             train_weights=True,
         )
         settings = {key: value for key, value in stage.config.deepspeed.items() if key != "scheduler"}
-        adapter = inputs.adapter
-        engine = Engine(build, inputs.weights, training, settings, call_form=adapter.inputs, on_host=adapter.on_host)
+        form, on_host = inputs.adapter.call_form(inputs.model_config), inputs.adapter.on_host
+        engine = Engine(build, inputs.weights, training, settings, call_form=form, on_host=on_host)
         with closing(open_batches()) as batches:
             run = Run(
                 name=f"{stage.name}, scores",

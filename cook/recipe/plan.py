@@ -19,24 +19,25 @@ LEARNS: dict[str, tuple[Kind, ...]] = {
     "layer_mask": ("layer",),
     "att_mask": ("heads",),
     "ffn_mask": ("dimff",),
+    "experts_mask": ("experts",),
     "headdim_mask": ("head_dims",),
     "hidden_mask": ("hidden",),
-    "joint_mask": ("layer", "heads", "dimff", "head_dims", "hidden"),
+    "joint_mask": ("layer", "heads", "experts", "dimff", "head_dims", "hidden"),
 }
-"""The masks that a stage learns and writes; a joint stage those of head and hidden dimensions only if they have a
-target."""
+"""The masks that a stage learns and writes; a joint stage those of `OPTIONAL` kinds only if they have a target."""
 KEYS = {
     "layer": "coarse_mask",
     "heads": "heads_mask",
+    "experts": "experts_mask",
     "dimff": "dimff_mask",
     "head_dims": "head_dims_mask",
     "hidden": "hidden_mask",
 }
 """The scheme's keys for the mask files."""
-INNER = {"heads": "att", "dimff": "ffn", "head_dims": "headdim", "hidden": "hidden"}
-WIDE_TARGETS = {"head_dims": "target_head_dim", "hidden": "target_hidden"}
-"""The keys of `fine-grained` with the targets of kinds that are optional in joint stages."""
+INNER = {"heads": "att", "dimff": "ffn", "experts": "experts", "head_dims": "headdim", "hidden": "hidden"}
 """The first words of the stages that prune inside the kept blocks."""
+OPTIONAL: dict[Kind, str] = {"experts": "target_experts", "head_dims": "target_head_dim", "hidden": "target_hidden"}
+"""The keys of `fine-grained` with the targets of kinds that are optional in joint stages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,7 @@ class MaskPaths:
     layer: str | None = None
     heads: str | None = None
     dimff: str | None = None
+    experts: str | None = None
     head_dims: str | None = None
     hidden: str | None = None
 
@@ -131,7 +133,7 @@ class Stage:
     def uneven(self) -> set[str]:
         """The kinds of units for which the blocks of this run share one budget."""
         units, fine = self._parts, self.config.fine
-        kinds = {"heads": "att", "dimff": "ffn"}
+        kinds = {"heads": "att", "dimff": "ffn", "experts": "experts"}
         if self.one_budget:
             return set(kinds)
         return {kind for kind, unit in kinds.items() if fine and fine.scope == "global" and unit in units}
@@ -180,20 +182,20 @@ class Stage:
             blocks = [blocks, coarse.unit]
         if fine and fine.round_to != 1:
             dims = [dims, fine.round_to]
-        targets: list[Any] = [blocks, heads, dims]
-        wide: dict[str, list[Any]] = {}
+        targets: dict[str, Any] = {"layer": blocks, "heads": heads, "dimff": dims}
         if fine and fine.target_head_dim is not None:
-            wide["head_dims"] = ["head_dims", fine.target_head_dim]
+            targets["head_dims"] = ["head_dims", fine.target_head_dim]
         if fine and fine.target_hidden is not None:
-            wide["hidden"] = [fine.target_hidden, fine.round_to]
-        targets += wide.values()
-        at_once += wide.values() if joint else []
+            targets["hidden"] = [fine.target_hidden, fine.round_to]
+        if fine and fine.target_experts is not None:
+            targets["experts"] = ["experts", fine.target_experts, fine.scope]
+        at_once += [targets[kind] for kind in OPTIONAL if kind in targets] if joint else []
         if self.is_random_baseline:
-            return targets + (at_once if any(entry.name == "joint_mask" for entry in self.config.stages) else [])
+            joined = any(entry.name == "joint_mask" for entry in self.config.stages)
+            return [*targets.values(), *(at_once if joined else [])]
         if self.name == "joint_mask":
             return at_once
-        of_kind = dict(zip(("layer", "heads", "dimff"), targets, strict=False)) | wide
-        return [of_kind[kind] for kind in self.learns]
+        return [targets[kind] for kind in self.learns]
 
     def pattern_settings(self) -> dict[str, Any]:
         """The settings that determine the mask of single weights; empty in other stages."""
@@ -291,7 +293,7 @@ def _check_sections(config: RunConfig, name: str) -> None:
 
 
 def _learns(config: RunConfig, name: str) -> tuple[Kind, ...]:
-    """In a joint stage blocks, head and hidden dimensions have gates only if they have a target."""
+    """In a joint stage blocks and `OPTIONAL` kinds have gates only if they have a target."""
     kinds, joint = _masked(config, name), config.joint
     if name == "joint_mask" and (joint is None or not (joint.blocks or joint.target_sparsity is not None)):
         return tuple(kind for kind in kinds if kind != "layer")
@@ -301,7 +303,7 @@ def _learns(config: RunConfig, name: str) -> tuple[Kind, ...]:
 def _masked(config: RunConfig, name: str) -> tuple[Kind, ...]:
     kinds = LEARNS.get(name, ())
     if name == "joint_mask":
-        gone = {kind for kind, key in WIDE_TARGETS.items() if config.fine is None or getattr(config.fine, key) is None}
+        gone = {kind for kind, key in OPTIONAL.items() if config.fine is None or getattr(config.fine, key) is None}
         gone |= {*config.joint.pinned} if config.joint else set()
         return tuple(kind for kind in kinds if kind not in gone)
     return kinds

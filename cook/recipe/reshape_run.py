@@ -35,7 +35,7 @@ from cook.families.consumers import misread_by
 from cook.families.registry import stock_type
 from cook.families.source import load_model, open_model
 from cook.families.streamed import fits_into_memory
-from cook.pruning.counts import forward_flops, parameters
+from cook.pruning.counts import active_parameters, forward_flops, parameters
 from cook.pruning.family import ModelSource
 from cook.pruning.mask_set import Masks, kept_counts
 from cook.pruning.pad import padded
@@ -166,7 +166,7 @@ def _reshape(job: Job, options: ReshapeOptions) -> None:
             return
         raise UserError(
             "there are no masks to apply",
-            remedy="give --coarse-mask, --heads-mask, --dimff-mask, --head-dims-mask or --hidden-mask",
+            remedy="give a mask, such as --coarse-mask, --heads-mask, --dimff-mask or --hidden-mask",
         )
     files = [path for path in vars(given).values() if path]
     print(f"model  {source.path}\nmasks  {', '.join(files)}")
@@ -314,11 +314,19 @@ def comparison(
     """Parameters and FLOPs per token before and after, as a table; measured tokens/s where there are any."""
     length = batches[0]["targets"].shape[1]
     rows = []
+    mixed = bool(space.of("experts"))
     for name, of, kept in (("before", whole, {}), ("after", space, kept_counts(masks))):
         flops = forward_flops(of, kept, context=length)
-        rows.append([name, human_count(parameters(of, kept)), human_count(flops)])
+        active = [human_count(active_parameters(of, kept))] if mixed else []
+        rows.append([name, human_count(parameters(of, kept)), *active, human_count(flops)])
         rows[-1] += [human_count(speeds[name])] if speeds else []
-    columns = ["", "parameters", "FLOPs per token", *(["tokens/s forward"] if speeds else [])]
+    columns = [
+        "",
+        "parameters",
+        *(["active"] if mixed else []),
+        "FLOPs per token",
+        *(["tokens/s forward"] if speeds else []),
+    ]
     return "\n" + markdown_table(columns, rows) + "\n"
 
 

@@ -37,6 +37,8 @@ TITLES = {
     "ffn_finetune": "dims, finetuned",
     "headdim_mask": "head dims masked",
     "headdim_finetune": "head dims, finetuned",
+    "experts_mask": "experts masked",
+    "experts_finetune": "experts, finetuned",
     "hidden_mask": "hidden dims masked",
     "hidden_finetune": "hidden dims, finetuned",
     "joint_mask": "all masked at once",
@@ -149,4 +151,5 @@ def random_length(source: ModelSource) -> int:
 
 def called(source: ModelSource, batch: Batch) -> Batch:
     """Converts a batch to the model's arguments, with its labels."""
-    return source.adapter.inputs(model_inputs(batch)) | {key: batch[key] for key in LABELS if key in batch}
+    form = source.adapter.call_form(source.config)
+    return form(model_inputs(batch)) | {key: batch[key] for key in LABELS if key in batch}

@@ -25,6 +25,7 @@ LEARNS = {
     "heads": ("att_mask", "joint_mask"),
     "dimff": ("ffn_mask", "joint_mask"),
     "head_dims": ("headdim_mask", "joint_mask"),
+    "experts": ("experts_mask", "joint_mask"),
     "hidden": ("hidden_mask", "joint_mask"),
 }
 """The stages that write the mask of each kind of unit."""
@@ -34,6 +35,7 @@ MASK_KEYS = (
     ("fine-grained", "heads_mask", "heads"),
     ("fine-grained", "dimff_mask", "dimff"),
     ("fine-grained", "head_dims_mask", "head_dims"),
+    ("fine-grained", "experts_mask", "experts"),
     ("fine-grained", "hidden_mask", "hidden"),
 )
 

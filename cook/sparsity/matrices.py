@@ -89,7 +89,7 @@ def matrices_of(space: PruningSpace) -> tuple[PrunedMatrix, ...]:
     """
     found = []
     for group in space.groups:
-        if group.kind == "layer":
+        if group.kind == "layer" or group.active:  # patterns leave experts alone
             continue
         pieces = list({s.path: s for s in group.slices if len(space.shapes[s.path]) == 2}.values())
         closing = _closing(group)
