@@ -193,6 +193,36 @@ def test_blocks_are_searched_for_unless_gates_are_wanted(tiny, tmp_path, search,
         assert type(small) is LlamaForCausalLM and small.config.num_hidden_layers == 2
 
 
+def test_one_budget_takes_from_every_dimension_that_is_not_pinned(tiny, tmp_path, capfd):
+    prune(tiny, tmp_path / "out", "params=0.6", "--units", "all", "--pin", "heads")
+    out = capfd.readouterr().out
+    assert "equal to rounding" in out and "| taken from" in out
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model", trust_remote_code=True)
+    whole = sum(p.numel() for p in LlamaForCausalLM.from_pretrained(tiny / "model").parameters())
+    # A pair of head dims is the largest unit of this tiny model.
+    assert sum(p.numel() for p in small.parameters()) == pytest.approx(0.6 * whole, rel=0.04)
+    masks = {path.stem for path in (tmp_path / "out" / "run" / "masks").glob("*.pt")}
+    assert masks == {"layer_mask", "dimff_mask", "head_dims_mask", "hidden_mask"}
+    assert (tmp_path / "out" / "report" / "spending.png").stat().st_size > 5000
+    scheme = json.loads((tmp_path / "out" / "recipe" / "l0_pruning.json").read_text())
+    assert scheme["joint"]["pin"] == ["heads"] and scheme["joint"]["blocks"] is True
+    assert (scheme["fine-grained"]["target_head_dim"], scheme["fine-grained"]["target_hidden"]) == (4, 32)
+
+
+@pytest.mark.parametrize(
+    ("keep", "more", "words"),
+    [
+        ("dims=0.5", ["--units", "all"], "--units: for one budget of the whole model"),
+        ("params=0.5", ["--units", "experts"], "unknown units 'experts'"),
+        ("params=0.5", ["--pin", "heads", "--pin", "dims"], "nothing is left to prune"),
+        ("head_dims=3", [], "head_dims=3 cannot be reached"),
+    ],
+)
+def test_units_that_a_budget_cannot_have(tiny, tmp_path, keep, more, words):
+    with pytest.raises(UserError, match=words):
+        prune(tiny, tmp_path / "out", keep, *more)
+
+
 @pytest.mark.parametrize("unit", [None, "kv_group"])
 def test_query_heads_of_one_budget_by_one_command(tiny, tmp_path, unit):
     prune(tiny, tmp_path / "out", "params=0.8", *(["--head-unit", unit] if unit else []))

@@ -23,6 +23,13 @@ def _has_own_layer_types(config: ModelConfig) -> bool:
     return bool(config["layer_types"] != config_object(rest).layer_types)
 
 
+def _has_own_frequencies(config: ModelConfig) -> bool:
+    """Whether the frequencies of rotary positions are given by factors, as after removing head dimensions."""
+    parameters = config.get("rope_parameters") or {}
+    each = [own for own in (parameters, *parameters.values()) if isinstance(own, dict)]
+    return any(own.get("rope_type") == "longrope" and own["short_factor"] == own["long_factor"] for own in each)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Misreading:
     """An assumption of a program that a pruned model of these families can violate."""
@@ -66,6 +73,13 @@ MISREADINGS = (
         applies=_has_own_layer_types,
         assumes="windowed and full attention alternate as in the published models",
         effect="it returns wrong results without an error (of Gemma 2 on texts longer than the window)",
+    ),
+    Misreading(
+        consumer="A program that ignores the factors of `longrope` in models of this family",
+        model_types=frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"}),
+        applies=_has_own_frequencies,
+        assumes="that head_dim determines the frequencies of rotary positions",
+        effect="it returns wrong results without an error. Only transformers was tried",
     ),
 )
 """CTranslate2 reads `head_dim` of Mistral, Qwen3, Gemma 2 and Gemma 3, and does not read Phi-3 and GPT-NeoX as

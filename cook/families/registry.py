@@ -19,6 +19,7 @@ HEADERS = (
     "attention units",
     "fewer heads",
     "fewer dims",
+    "fewer head dims",
     "fewer hidden dims",
     "fewer layers",
     "missing blocks",
@@ -93,6 +94,8 @@ def _facts(adapter: Adapter) -> dict[str, Any]:
         "fewer_heads": result(can.stock_heads),
         "fewer_heads_except": can.stock_heads_except,
         "fewer_dims": result(True),
+        # Phi-3's config refuses the factors that keep the frequencies of rotary positions.
+        "fewer_head_dims": result(can.stock_heads and not can.stock_heads_except),
         "fewer_hidden_dims": result(can.stock_heads),  # both need a head size that the config names
         "fewer_layers": result(can.stock_layers),
         "block_missing": result(False),
@@ -108,6 +111,7 @@ def _row(facts: dict[str, Any]) -> list[str]:
         ", ".join(facts["head_units"]),
         facts["fewer_heads"] + (f", not with {exception}" if exception else ""),
         facts["fewer_dims"],
+        facts["fewer_head_dims"],
         facts["fewer_hidden_dims"] + (f", not with {exception}" if exception else ""),
         facts["fewer_layers"],
         facts["block_missing"],

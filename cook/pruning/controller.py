@@ -24,6 +24,7 @@ from typing import Protocol
 
 import torch
 
+from cook.pruning.count_pricing import Priced
 from cook.pruning.relaxation import Relaxation
 
 HALVINGS = 8
@@ -33,14 +34,11 @@ NEAR_ENOUGH = 1e-13
 """Allowed difference between the sparsity and its target."""
 
 
-class Pricing(Protocol):
+class Pricing(Priced, Protocol):
     """Costs that change with the sizes of the blocks, as measured times do."""
 
     def linearised(self, openness: torch.Tensor) -> tuple[torch.Tensor, float]:
         """Costs and offset of the kept share's tangent at `openness`: share ≈ Σ cost·openness + offset."""
-
-    def removed_after(self, order: torch.Tensor) -> torch.Tensor:
-        """The removed share after 0, 1, 2, … gates are closed in this order, float64 `[gates + 1]`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,11 +13,14 @@ second count to maintain, and no kind of unit is known here by name.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, chain, combinations
 from math import prod
+from typing import Protocol
 
 import torch
 
@@ -25,8 +28,23 @@ from cook.pruning.units import WIDE, PruningSpace, UnitGroup
 
 Count = Callable[[Mapping[str, int]], float]
 """The exact count of the whole model with some units kept per group; a group that is not named keeps all."""
+NEAR = 5e-4
+"""The difference from a budget, as a share of it, for which no smaller units are looked for."""
+MOST_MOVED = 16
+"""Groups of large units whose rest may stay for smaller ones."""
 Product = tuple[int, ...]
 """The places of groups; one may occur twice."""
+
+
+class Priced(Protocol):
+    """Prices of gates in consecutive groups."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Gates per group."""
+
+    def removed_after(self, order: torch.Tensor) -> torch.Tensor:
+        """The removed share after 0, 1, 2, … of the gates in `order` are closed, float64 `[gates + 1]`."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -103,7 +121,7 @@ def kept_after(sizes: Sequence[int], owners: Sequence[int], order: torch.Tensor)
     """
     steps, ends = order, torch.arange(len(order) + 1)
     if owners:
-        left = {number: list(owners).count(number) for number in {*owners} - {-1}}
+        left = Counter(owners)
         gone, marks = [], [0]
         for gate in order.tolist():
             gone.append(gate)
@@ -237,3 +255,41 @@ def in_multiples(
     return order[torch.argsort(place[chunk_of], stable=True)], torch.cat(
         [torch.zeros(1).long(), counts[by_mean].cumsum(0)]
     )
+
+
+def nearest_cut(
+    pricing: Priced, order: torch.Tensor, allowed: torch.Tensor, *, target: float, least: int
+) -> torch.Tensor:
+    """The gates to close so that the removed share is nearest `target`.
+
+    They are the first ones in `order`. If the last of them is of a group whose units are so large that the budget would
+    be missed, the rest of its group stays, and smaller units behind it go instead.
+
+    Args:
+        pricing: Counts the removed share, and knows the groups of the gates.
+        order: Gates, first to go first.
+        allowed: After how many of them there is a permitted result, ascending from 0.
+        target: The share to remove.
+        least: The first ones that are closed in any case.
+    """
+    lengths, count = allowed.diff(), len(allowed) - 1
+    group_of = torch.arange(len(pricing.sizes)).repeat_interleave(torch.tensor(pricing.sizes))[order[allowed[:-1]]]
+    chunk_of, chunks = torch.arange(count).repeat_interleave(lengths), torch.arange(count)
+    best, closed = math.inf, order[:least]
+    for _ in range(MOST_MOVED):
+        moved = order[torch.argsort(torch.argsort(chunks)[chunk_of], stable=True)]
+        ends = torch.cat([torch.zeros(1, dtype=torch.long), lengths[chunks].cumsum(0)])
+        removed = pricing.removed_after(moved)[ends]
+        distances = (removed - target).abs().masked_fill(ends < least, math.inf)
+        if float(distances.amin()) < best:
+            best = float(distances.amin())
+            closed = moved[: int(ends[distances.argmin()])]
+        under = int(((removed <= target) | (ends < least)).sum()) - 1
+        rest = chunks[under:]
+        if best <= NEAR * (1 - target) or under < 0 or not len(rest):
+            break
+        is_large = group_of[rest] == group_of[rest[0]]
+        if bool(is_large.all()):
+            break
+        chunks = torch.cat([chunks[:under], rest[~is_large], rest[is_large]])
+    return closed

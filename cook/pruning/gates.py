@@ -17,7 +17,7 @@ from cook.base import distributed
 from cook.base.seeds import generator
 from cook.config.scheme import GatesStart
 from cook.pruning.controller import Constraint, GateController, ramp
-from cook.pruning.count_pricing import in_multiples
+from cook.pruning.count_pricing import in_multiples, nearest_cut
 from cook.pruning.relaxation import Deterministic, Relaxation
 
 
@@ -199,12 +199,12 @@ class Gates:
             if c.multiples:
                 order, allowed = in_multiples(order, *zip(*c.multiples, strict=True))
             if c.pricing is not None:
-                removed_share = c.pricing.removed_after(order)
+                closed = nearest_cut(c.pricing, order, allowed, target=c.target, least=int(gone[order].sum()))
             else:
                 removed_share = torch.cat([torch.zeros(1, dtype=torch.float64), costs[order].cumsum(0)])
-            allowed = allowed[allowed >= gone[order].sum()]
-            removed = int(allowed[(removed_share[allowed] - c.target).abs().argmin()])
-            kept[c.start + order[:removed]] = 0.0
+                allowed = allowed[allowed >= gone[order].sum()]
+                closed = order[: int(allowed[(removed_share[allowed] - c.target).abs().argmin()])]
+            kept[c.start + closed] = 0.0
             # A key-value head goes before the block that owns it.
             for owner in sorted({*c.owners} - {-1}, key=lambda gate: c.owners[gate] < 0):
                 kept[c.start + owner] = kept[part][torch.tensor(c.owners) == owner].amax()

@@ -303,7 +303,9 @@ def _learns(config: RunConfig, name: str) -> tuple[Kind, ...]:
 def _masked(config: RunConfig, name: str) -> tuple[Kind, ...]:
     kinds = LEARNS.get(name, ())
     if name == "joint_mask":
-        gone = {kind for kind, key in OPTIONAL.items() if config.fine is None or getattr(config.fine, key) is None}
+        gone: set[str] = {
+            kind for kind, key in OPTIONAL.items() if config.fine is None or getattr(config.fine, key) is None
+        }
         gone |= {*config.joint.pinned} if config.joint else set()
         return tuple(kind for kind in kinds if kind not in gone)
     return kinds

@@ -106,6 +106,21 @@ def test_the_final_masks_meet_the_budget_to_within_a_unit(name, round_to, kinds)
             assert kept[group.name] % round_to == 0 or kept[group.name] == group.size
 
 
+def test_a_budget_of_a_model_of_real_size_is_met_to_a_thousandth():
+    config = {"num_hidden_layers": 8, "hidden_size": 256, "intermediate_size": 700, "head_dim": 32, "vocab_size": 4000}
+    source = tiny_source("llama, tied", **config)
+    space = source.adapter.space(source.config, "query_head")
+    learned = learned_of(space, LEARNED["all"])
+    whole = parameters(space)
+    for share in (0.7, 0.4):
+        [made] = constraints(space, learned, Targets(scope="global", cost="parameters", share=share))
+        gates = Gates({g.name: g.size for g in learned}, [made], steps=1, seed=0)
+        for seed in range(2):
+            gates.values = torch.rand(len(gates.values), generator=torch.Generator().manual_seed(seed))
+            found = parameters(space, kept_counts(consistent(space, gates.binary())))
+            assert found == pytest.approx(share * whole, rel=1e-3)
+
+
 def test_gates_go_in_multiples_at_the_mean_of_their_places():
     order = torch.tensor([0, 3, 5, 1, 2, 6, 4])
     new, allowed = in_multiples(order, (4, 3), (2, 1))
