@@ -104,7 +104,7 @@ def test_the_gradient_of_soft_gates_is_that_of_finite_differences(scores):
         return (spread(weights, chosen) * value).sum()
 
     loss(z).backward()
-    assert z.grad.ne(0).all()
+    assert z.grad.ne(0).sum() >= EXPERTS - 1  # one of them may be in no chosen group
     for expert in range(EXPERTS):
         step = torch.zeros(EXPERTS, dtype=torch.float64)
         step[expert] = 1e-6
