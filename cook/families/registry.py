@@ -18,6 +18,7 @@ HEADERS = (
     "`model_type`",
     "attention units",
     "fewer heads",
+    "fewer experts",
     "fewer dims",
     "fewer head dims",
     "fewer hidden dims",
@@ -93,6 +94,7 @@ def _facts(adapter: Adapter) -> dict[str, Any]:
         "head_units": ["key-value groups", "query heads"] if can.shares_keys else ["heads"],
         "fewer_heads": result(can.stock_heads),
         "fewer_heads_except": can.stock_heads_except,
+        "fewer_experts": result(True) if can.experts else "none",
         "fewer_dims": result(True),
         # Phi-3's config refuses the factors that keep the frequencies of rotary positions.
         "fewer_head_dims": result(can.stock_heads and not can.stock_heads_except),
@@ -110,6 +112,7 @@ def _row(facts: dict[str, Any]) -> list[str]:
         ", ".join(f"`{model_type}`" for model_type in facts["model_types"]),
         ", ".join(facts["head_units"]),
         facts["fewer_heads"] + (f", not with {exception}" if exception else ""),
+        facts["fewer_experts"],
         facts["fewer_dims"],
         facts["fewer_head_dims"],
         facts["fewer_hidden_dims"] + (f", not with {exception}" if exception else ""),

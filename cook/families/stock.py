@@ -63,7 +63,8 @@ def stock_adapter(
         inputs=inputs or packed_inputs,
         inputs_by_config=inputs_by_config,
         abilities=Abilities(
-            shares_keys=family.names.kv_heads is not None,
+            shares_keys=stock_space.can_share_keys(family),
+            experts=family.experts is not None,
             stock_heads=family.names.head_dim is not None,
             stock_heads_except=family.stock_heads_except,
             stock_layers=family.empty_layer_is_identity,

@@ -85,10 +85,17 @@ def heads_of(family: Family, head_dim: int, model: torch.nn.Module, layer: str) 
 def head_units(family: Family, config: ModelConfig) -> tuple[HeadUnit, ...]:
     """Both kinds if key-value heads are shared; else every query head is its own group."""
     made = config_object(config)
-    shared = family.names.kv_heads and getattr(made, family.names.kv_heads) < getattr(made, family.names.heads)
-    # Where places are left for heads that are gone, other weights of heads would have to leave places too.
-    shared = shared and not (family.attention.per_head or family.attention.norms_across)
+    heads, keys = family.names.heads, family.names.kv_heads
+    shared = keys and can_share_keys(family) and getattr(made, keys) < getattr(made, heads)
     return ("kv_group", "query_head") if shared else ("kv_group",)
+
+
+def can_share_keys(family: Family) -> bool:
+    """Whether query heads of a shared key-value head can be units: if heads of one group go, places are left for them,
+    and weights of single heads and norms over all heads have none.
+    """
+    table = family.attention
+    return family.names.kv_heads is not None and not (table.latent or table.per_head or table.norms_across)
 
 
 def space(family: Family, config: ModelConfig, head_unit: HeadUnit = "kv_group") -> PruningSpace:

@@ -178,13 +178,14 @@ class GateController:
         values.copy_(moved(self.multipliers)[self._real])
 
     def _floor(self, start: torch.Tensor, task: torch.Tensor) -> torch.Tensor | None:
-        """The lowest values of this step: gates that the task wants most do not close, as many as must stay."""
+        """The lowest values of this step: the gates that the task wants most stay half open, as many as must stay."""
         if not any(constraint.least for constraint in self.constraints):
             return None
-        floor, wanted = torch.full_like(start, self.relaxation.low), start - self.learning_rate * task.clamp(-1, 1)
+        low, half = self.relaxation.low, (self.relaxation.low + self.relaxation.high) / 2
+        floor, wanted = torch.full_like(start, low), start - self.learning_rate * task.clamp(-1, 1)
         for row, constraint in enumerate(self.constraints):
             stays = constraint.protected(wanted[row])
-            floor[row, : len(stays)][stays] = start[row, : len(stays)][stays]
+            floor[row, : len(stays)][stays] = start[row, : len(stays)][stays].clamp(max=half)
         return floor
 
     def _solve(

@@ -57,6 +57,8 @@ class Abilities:
     """Models for which it cannot, in a few words."""
     stock_layers: bool
     """Whether a stock class can load the model without some of its layers."""
+    experts: bool = False
+    """Whether its FFN blocks can be mixtures of experts."""
     is_stock: bool = True
     """Whether the family's models are loaded by a stock class at all."""
 

@@ -28,10 +28,12 @@ def routed(router: torch.nn.Module, output: Routed, z: torch.Tensor, scores: Lit
         scores: How it makes weights of scores.
     """
     logits, weights, _ = output
+    precise = torch.promote_types(torch.float32, logits.dtype)
+    z = z.to(precise)
     if scores == "sigmoid":
-        weights_now, chosen = _by_sigmoid(router, logits, z.float(), weights.shape[-1])
-        return logits, weights_now.to(weights.dtype), chosen
-    gated = logits.float() + torch.where(z > 0, z.float().clamp(min=1e-30).log(), CLOSED)
+        now, chosen = _by_sigmoid(router, logits.to(precise), z, weights.shape[-1])
+        return logits, now.to(weights.dtype), chosen
+    gated = logits.to(precise) + torch.where(z > 0, z.clamp(min=1e-30).log(), CLOSED)
     # The softmax of the chosen scores is that of all scores, divided by the sum of the chosen ones.
     share, chosen = gated.softmax(-1).topk(weights.shape[-1], dim=-1)
     if getattr(router, "norm_topk_prob", True):
@@ -41,7 +43,7 @@ def routed(router: torch.nn.Module, output: Routed, z: torch.Tensor, scores: Lit
 
 def _by_sigmoid(router: Any, logits: torch.Tensor, z: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights and numbers of the experts that biased scores choose in the best groups (arXiv:2412.19437, 2.1.2)."""
-    score = logits.float().sigmoid() * z
+    score = logits.sigmoid() * z
     choice = (score + router.e_score_correction_bias).masked_fill(z == 0, -torch.inf)
     by_group = choice.view(len(choice), router.num_group, -1)
     best = by_group.topk(2, dim=-1).values.sum(-1).topk(router.topk_group, dim=-1).indices

@@ -89,6 +89,9 @@ def _loses_units(inputs: Inputs, group: UnitGroup) -> bool:
 def _needs_whole_model(
     stage: Stage, inputs: Inputs, distillation: DistillationPlan | None, cut: list[UnitGroup]
 ) -> str | None:
+    gated = {group.name for group in inputs.learned}.union(*inputs.nested)
+    if any(g.kind == "experts" for g in cut) and any(g.is_even and g.name in gated for g in inputs.space.of("dimff")):
+        return "the dims of removed experts have gates"
     if distillation is None:
         return None
     if distillation.options.teacher == OWN_TEACHER and not stage.adapted and not stage.sizes:

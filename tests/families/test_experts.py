@@ -82,7 +82,7 @@ def any_masks(draw, space):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(data=st.data())
 def test_masked_and_reshaped_are_equal(case, data):
     source, space = SOURCES[case[0]], SPACES[case]
