@@ -150,7 +150,7 @@ def test_what_the_checks_do_not_know_is_still_a_mistake_of_the_user():
 def test_without_a_compiler_an_optimizer_in_cpp_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "ext"))
-    with pytest.raises(UserError, match=r"AdamW is C\+\+ code that must be built first, and c\+\+ is missing"):
+    with pytest.raises(UserError, match=r"AdamW needs C\+\+ code that must be built first, and c\+\+ is missing"):
         check_settings(TRAINING, optimizer("AdamW"), world_size=1)
     assert not (tmp_path / "ext").exists()
     check_settings(TRAINING, optimizer("AdamW", torch_adam=True), world_size=1)
