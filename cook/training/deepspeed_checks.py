@@ -136,7 +136,13 @@ def _zero(config: Mapping[str, Any]) -> Iterator[UserError]:
     zero = config["zero_optimization"]
     for key in ("offload_optimizer", "offload_param"):
         offload = zero.get(key) or {}
-        if offload.get("device") == "nvme" and not offload.get("nvme_path"):
+        least = 3 if key == "offload_param" or offload.get("device") == "nvme" else 1
+        if offload.get("device", "none") != "none" and zero["stage"] < least:
+            what = f"deepspeed.zero_optimization.{key}: {offload['device']} has no effect at ZeRO stage {zero['stage']}"
+            yield UserError(
+                what, wanted="stage 3" if least == 3 else "stage 1, 2 or 3", remedy="raise the stage, or remove it"
+            )
+        elif offload.get("device") == "nvme" and not offload.get("nvme_path"):
             yield UserError(f"deepspeed.zero_optimization.{key}.nvme_path: missing", wanted="a folder on the device")
         elif offload.get("device") == "nvme":
             yield from _unbuildable("AsyncIOBuilder", f"deepspeed.zero_optimization.{key}.device: nvme", NO_NVME)

@@ -7,16 +7,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cook.families.source import load_model, open_model
 from cook.pruning.attach import AttachedGates
+from cook.training.engine import checkpoint_activations
 
 LENGTH = 8192
-# SmolLM2-135M's traits: tied embeddings, nine query heads that share three keys, SiLU.
+# SmolLM2-135M's traits: tied embeddings, three query heads per key-value head, SiLU.
 SHAPE = LlamaConfig(
     vocab_size=64,
-    hidden_size=36,
-    intermediate_size=48,
+    hidden_size=24,
+    intermediate_size=32,
     num_hidden_layers=2,
-    num_attention_heads=9,
-    num_key_value_heads=3,
+    num_attention_heads=3,
+    num_key_value_heads=1,
     max_position_embeddings=LENGTH,
     tie_word_embeddings=True,
 )
@@ -27,7 +28,7 @@ def passes(folder, *, checkpointing: bool) -> tuple[dict[str, torch.Tensor], int
     source = open_model(folder)
     model = load_model(source).train()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     space = source.adapter.space(source.config)
     z = {group.name: torch.full((group.size,), 0.9, requires_grad=True) for group in space.groups}
     AttachedGates(model, space.groups, {}).set(z)
