@@ -23,6 +23,7 @@ from tests.two_hosts import (
     REPOSITORY,
     Host,
     TwoHosts,
+    cut_in_save,
     deepspeed,
     missing,
     missing_ssh,
@@ -45,14 +46,6 @@ def kill_first(hosts: list[Host]) -> None:
 
 
 def cut(hosts: list[Host]) -> None:
-    hosts[1].cut()
-
-
-def cut_in_save(hosts: list[Host]) -> None:
-    saves = hosts[0].folder.parent / "run" / "out" / "pretrain" / "checkpoints"
-    deadline = time.monotonic() + 30
-    while not any(saves.glob("tmp-*")):  # the folder of a save that is not complete; it is there for a moment
-        assert time.monotonic() < deadline, "no save has begun"
     hosts[1].cut()
 
 

@@ -169,6 +169,15 @@ class TwoHosts:
             _ip("netns", "del", host.namespace)
 
 
+def cut_in_save(hosts: Sequence[Host]) -> None:
+    """Pulls the second host's cable out while a save of the run `run/`, beside the hosts' folder, is going on."""
+    saves = hosts[0].folder.parent / "run" / "out" / "pretrain" / "checkpoints"
+    deadline = time.monotonic() + 60
+    while not any(saves.glob("tmp-*")):  # there for a moment
+        assert time.monotonic() < deadline, "no save has begun"
+    hosts[1].cut()
+
+
 def torchrun(
     number: int, *options: str, per_node: int = 1, port: int = 29500, launcher: Sequence[str] = ("torchrun",)
 ) -> list[str]:
