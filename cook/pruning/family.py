@@ -141,11 +141,13 @@ class ModelSource:
     def stored_for(self, names: Iterable[str]) -> set[str]:
         """The names in the files of the tensors that the native tensors `names` are made of."""
         self.stored.read.clear()
-        self.stored.only_shapes = True
-        try:
-            for name in names:
-                if name in self.tensors:
-                    self.tensors[name]
-        finally:
-            self.stored.only_shapes = False
+        for name in (name for name in names if name in self.tensors):
+            self.stored.only_shapes = True
+            try:
+                self.tensors[name]
+            except RuntimeError:  # a conversion that needs values
+                self.stored.only_shapes = False
+                self.tensors[name]
+            finally:
+                self.stored.only_shapes = False
         return set(self.stored.read)
