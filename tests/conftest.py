@@ -84,6 +84,7 @@ SLOW = {
     "sparsity/test_sparse_export.py",
     "training/test_checkpoint.py",
     "training/test_engine_and_step.py",
+    "training/test_long_rows.py",
     "training/test_zero.py",
     "training/test_resume_exactly.py",
 }

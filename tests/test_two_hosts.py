@@ -8,17 +8,33 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from cook.base.errors import EXIT_RANK_LOST
+from cook.base.rendezvous import LATE
 from tests.recipe.tiny_run import read_log, write_run
-from tests.two_hosts import Host, TwoHosts, deepspeed, missing, missing_ssh, start_ssh, torchrun, until
+from tests.two_hosts import (
+    ADDRESSES,
+    REPOSITORY,
+    Host,
+    TwoHosts,
+    cut_in_save,
+    deepspeed,
+    missing,
+    missing_ssh,
+    start_ssh,
+    torchrun,
+    until,
+)
 from tests.warm import interpreter
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
-STEPS, BOUND = 120, 45.0
+STEPS, BOUND = 150, 45.0
 
 
 def kill_rank(hosts: list[Host]) -> None:
@@ -33,7 +49,12 @@ def cut(hosts: list[Host]) -> None:
     hosts[1].cut()
 
 
-FAULTS: dict[Callable[[list[Host]], None], tuple[int, ...]] = {kill_rank: (0,), kill_first: (1,), cut: (0, 1)}
+FAULTS: dict[Callable[[list[Host]], None], tuple[int, ...]] = {
+    kill_rank: (0,),
+    kill_first: (1,),
+    cut: (0, 1),
+    cut_in_save: (0, 1),
+}
 """What happens, and the hosts whose ranks must tell of it."""
 
 
@@ -73,6 +94,50 @@ def test_whatever_is_lost_is_named_and_the_same_command_goes_on(tmp_path):
     assert (run / "out" / "pretrain" / "done.json").exists() and not (run / "out" / "run.lock").exists()
 
 
+MEET = """
+import sys
+from cook.base.errors import run_entry
+from cook.base.rendezvous import meet
+print("here", flush=True)
+run_entry(lambda: meet(6.0) and None)
+"""
+
+
+def test_a_cable_that_is_cut_during_the_rendezvous_ends_the_ranks_in_bounded_time(tmp_path):
+    """A third rank never comes, so that the other two wait for it when the cable is cut."""
+    with TwoHosts(tmp_path / "hosts") as hosts:
+        world = {"WORLD_SIZE": "3", "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": "29511", "PYTHONPATH": str(REPOSITORY)}
+        ranks = [
+            host.start([sys.executable, "-c", MEET], tmp_path, RANK=str(n), **world) for n, host in enumerate(hosts)
+        ]
+        assert until(lambda: all("here" in rank.printed() for rank in ranks), 60)
+        time.sleep(1.5)  # to connect
+        hosts[1].cut()
+        codes = [rank.ended(6 + LATE + 10) for rank in ranks]
+        printed = [rank.printed() for rank in ranks]
+        assert codes == [EXIT_RANK_LOST, EXIT_RANK_LOST], printed
+        assert re.search(r"only [12] of 3 ranks have connected within 6 s; missing: rank", printed[0])
+        assert "10.77.0.1:29511 has not answered for 6 s" in printed[1] and "run the same command again" in printed[1]
+
+
+def test_a_slow_link_that_fails_for_two_seconds_and_clocks_that_differ_lose_nothing(tmp_path):
+    """The clocks since boot are a day apart. The wall clock cannot be set for one namespace alone."""
+    run, log = tmp_path / "run", tmp_path / "run" / "out" / "pretrain" / "log.jsonl"
+    settings = {"training__steps": 20, "training__save_every": 10, "training__rank_timeout": 6.0}
+    write_run(run, ("pretrain",), **settings, training__eval_rows=0)
+    with TwoHosts(tmp_path / "hosts") as hosts:
+        for host in hosts:
+            host.slow_down()
+        programs = start(hosts, run, ahead=86_400)
+        assert until(lambda: last_step(log) >= 4, 120), [p.printed()[-3000:] for p in programs]
+        hosts[1].cut()
+        time.sleep(2)
+        hosts[1].mend()
+        codes = [program.ended(120) for program in programs]
+        assert codes == [0, 0], [p.printed()[-3000:] for p in programs]
+    assert [r["step"] for r in read_log(run, "pretrain") if "loss" in r] == list(range(1, 21))
+
+
 @pytest.mark.skipif(missing_ssh() is not None, reason=str(missing_ssh()))
 def test_deepspeed_over_ssh_trains_on_two_hosts_and_resumes_after_a_lost_rank(tmp_path):
     run, log = tmp_path / "run", tmp_path / "run" / "out" / "pretrain" / "log.jsonl"
@@ -100,10 +165,12 @@ def test_deepspeed_over_ssh_trains_on_two_hosts_and_resumes_after_a_lost_rank(tm
     assert (run / "out" / "pretrain" / "done.json").exists() and not (run / "out" / "run.lock").exists()
 
 
-def start(hosts: list[Host], run: Path) -> list:
+def start(hosts: list[Host], run: Path, ahead: int = 0) -> list:
+    """`ahead`: by how many seconds the clock of the second host is ahead."""
     launcher = (interpreter(inherited=True), "-m", "torch.distributed.run")
     return [
-        host.start(torchrun(number, "--stage", "pretrain", launcher=launcher), run) for number, host in enumerate(hosts)
+        host.start(torchrun(number, "--stage", "pretrain", launcher=launcher), run, ahead=number * ahead)
+        for number, host in enumerate(hosts)
     ]
 
 

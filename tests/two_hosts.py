@@ -53,9 +53,10 @@ class Host:
         others = [f"{a} {n}\n" for a, n in zip(ADDRESSES, NAMES, strict=True) if n != self.name]
         self.hosts.write_text(f"127.0.0.1 localhost\n127.0.1.1 {self.name}\n{''.join(others)}")
 
-    def start(self, command: Sequence[str], folder: Path, **variables: str) -> Program:
-        """Starts a program on this machine."""
-        enter = ["ip", "netns", "exec", self.namespace, "unshare", "--uts", "--mount", "sh", "-c", ENTER, "sh"]
+    def start(self, command: Sequence[str], folder: Path, *, ahead: int = 0, **variables: str) -> Program:
+        """Starts a program on this machine; its clocks since boot are some seconds ahead of the other's."""
+        clocks = ["--time", "--monotonic", str(ahead), "--boottime", str(ahead)] if ahead else []
+        enter = ["ip", "netns", "exec", self.namespace, "unshare", "--uts", "--mount", *clocks, "sh", "-c", ENTER, "sh"]
         out = self.folder / f"out-{self.name}-{len(self.started)}"
         with open(out, "wb") as file:
             process = subprocess.Popen(
@@ -100,6 +101,15 @@ class Host:
     def mend(self) -> None:
         """Puts the cable back."""
         _ip("-n", self.namespace, "link", "set", self.cable, "up")
+
+    def slow_down(self) -> str:
+        """Makes what this machine sends slow: 4 Mbit/s, and 20 ms late with 2% lost if the kernel can; says how."""
+        change = ["netns", "exec", self.namespace, "tc", "qdisc", "replace", "dev", self.cable, "root"]
+        for way in ("netem delay 20ms 5ms loss 2% rate 4mbit", "tbf rate 4mbit burst 32kbit latency 400ms"):
+            with contextlib.suppress(subprocess.CalledProcessError):
+                _ip(*change, *way.split())
+                return way
+        raise RuntimeError("this kernel has no queue that slows a link down")
 
 
 class Program:
@@ -157,6 +167,15 @@ class TwoHosts:
             for process in host.started:
                 process.wait()
             _ip("netns", "del", host.namespace)
+
+
+def cut_in_save(hosts: Sequence[Host]) -> None:
+    """Pulls the second host's cable out while a save of the run `run/`, beside the hosts' folder, is going on."""
+    saves = hosts[0].folder.parent / "run" / "out" / "pretrain" / "checkpoints"
+    deadline = time.monotonic() + 60
+    while not any(saves.glob("tmp-*")):  # there for a moment
+        assert time.monotonic() < deadline, "no save has begun"
+    hosts[1].cut()
 
 
 def torchrun(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
+import mmap
 import pickletools
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +19,7 @@ from safetensors import safe_open
 from cook.base.errors import UserError
 from cook.base.files import fsync_folder, naming, read_json, regular_file, write_json
 
+PAGEOUT = 21  # Linux's MADV_PAGEOUT, which never loses what is not in a file
 Shape = tuple[int, ...]
 INDEX = "model.safetensors.index.json"
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # of torch.save before it used zip archives
@@ -59,6 +62,18 @@ def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Shape]:
     """The shapes of all tensors; only those of unknown shape are read."""
     known = {name: known_shape(tensors, name) for name in tensors}
     return {name: tuple(tensors[name].shape) if shape is None else shape for name, shape in known.items()}
+
+
+def put_away(tensor: torch.Tensor) -> None:
+    """Gives the memory of a tensor that is mapped from a file back to the system, which reads it again when it is used.
+
+    The system would do so when it needs the memory; until then it counts as used by the process. This does nothing to
+    tensors in memory, and where the system cannot do it.
+    """
+    begin = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    size = ctypes.c_size_t(tensor.data_ptr() + tensor.nbytes - begin)
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), size, PAGEOUT)
 
 
 def in_parts(

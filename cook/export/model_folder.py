@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from safetensors import SafetensorError
 
 from cook.base.errors import RunFailed, UserError
 from cook.base.files import fsync_folder, write_json
-from cook.base.tensor_files import ShardWriter, open_safetensors_folder
+from cook.base.tensor_files import ShardWriter, open_safetensors_folder, put_away
 from cook.pruning.family import Adapter
 
 
@@ -140,6 +141,23 @@ def copy_generation_config(source: Path, folder: Path) -> None:
         shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
 
 
+class _PutsAway(io.RawIOBase):
+    """A file whose writer does not keep in memory what it writes: the mapped tensors of `torch.save`."""
+
+    def __init__(self, file: BinaryIO, tensors: Collection[torch.Tensor]):
+        self._file, self._tensors = file, tensors
+        self._since = 0
+
+    def write(self, data: Any) -> int:
+        written = self._file.write(data)
+        self._since += written
+        if self._since > 64 << 20:
+            self._since = 0
+            for tensor in self._tensors:
+                put_away(tensor)
+        return written
+
+
 def write_live_format(folder: Path, adapter: Adapter, config: Mapping[str, Any], stem: str) -> str | None:
     """Adds the family's own `.pt` and JSON files to a model folder, if that format can store the model.
 
@@ -148,9 +166,9 @@ def write_live_format(folder: Path, adapter: Adapter, config: Mapping[str, Any],
     live = adapter.live_config(config) if adapter.live_config else ""
     if isinstance(live, str):
         return live
-    tensors = open_safetensors_folder(folder)
+    tensors = dict(open_safetensors_folder(folder).items())  # mapped, not read
     # Through a file object, so that a full disk is an OSError and not an assertion of PyTorch's archive writer.
     with open(folder / f"{stem}.pt", "wb") as file:
-        torch.save(dict(tensors.items()), file)  # mapped from the safetensors files, not read whole
+        torch.save(tensors, _PutsAway(file, tensors.values()))  # type: ignore[arg-type]
     write_json(folder / f"{stem}.json", live)
     return None

@@ -150,14 +150,17 @@ class ModelSource:
     def stored_for(self, names: Iterable[str]) -> set[str]:
         """The names in the files of the tensors that the native tensors `names` are made of."""
         self.stored.read.clear()
-        self.stored.only_shapes = True
         parts: Mapping[str, Iterable[str]] = getattr(self.tensors, "parts", {})
-        try:
-            for name in names:
-                if name in parts:
-                    self.stored.read.update(parts[name])
-                elif name in self.tensors:
-                    self.tensors[name]
-        finally:
-            self.stored.only_shapes = False
+        for name in (name for name in names if name in self.tensors):
+            if name in parts:
+                self.stored.read.update(parts[name])
+                continue
+            self.stored.only_shapes = True
+            try:
+                self.tensors[name]
+            except RuntimeError:  # a conversion that needs values
+                self.stored.only_shapes = False
+                self.tensors[name]
+            finally:
+                self.stored.only_shapes = False
         return set(self.stored.read)

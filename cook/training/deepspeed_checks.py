@@ -136,8 +136,16 @@ def _zero(config: Mapping[str, Any]) -> Iterator[UserError]:
     zero = config["zero_optimization"]
     for key in ("offload_optimizer", "offload_param"):
         offload = zero.get(key) or {}
-        if offload.get("device") == "nvme" and not offload.get("nvme_path"):
+        least = 3 if key == "offload_param" or offload.get("device") == "nvme" else 1
+        if offload.get("device", "none") != "none" and zero["stage"] < least:
+            what = f"deepspeed.zero_optimization.{key}: {offload['device']} has no effect at ZeRO stage {zero['stage']}"
+            yield UserError(
+                what, wanted="stage 3" if least == 3 else "stage 1, 2 or 3", remedy="raise the stage, or remove it"
+            )
+        elif offload.get("device") == "nvme" and not offload.get("nvme_path"):
             yield UserError(f"deepspeed.zero_optimization.{key}.nvme_path: missing", wanted="a folder on the device")
+        elif offload.get("device") == "nvme":
+            yield from _unbuildable("AsyncIOBuilder", f"deepspeed.zero_optimization.{key}.device: nvme", NO_NVME)
     if zero.get("legacy_stage1"):
         yield UserError("deepspeed.zero_optimization.legacy_stage1: no longer supported", remedy="remove it")
     if zero.get("zenflow") is not None and not offloads(zero):
@@ -227,7 +235,7 @@ def _optimizer(config: Mapping[str, Any]) -> Iterator[UserError]:
             values = {key: value for key, value in values.items() if key not in own}
             made = torch.optim.AdamW
     for op in ops:
-        yield from _unbuildable(op, name)
+        yield from _unbuildable(op, f"{place}: {name}", NO_OPTIMIZER)
     if made is not None and (tried := _tried(made, values)) is not None:
         yield UserError(f"deepspeed.optimizer: {name} cannot be created: {tried}", got=shown(values))
     elif made is not None and zero["stage"] and not ops and made not in ZERO_SUPPORTED_OPTIMIZERS:
@@ -299,19 +307,29 @@ def optimizer_ops(config: Mapping[str, Any]) -> list[str]:
     return {"lion": ["CPULionBuilder" if offloaded else "FusedLionBuilder"], "lamb": ["FusedLambBuilder"]}.get(name, [])
 
 
-def _unbuildable(op: str, name: str) -> Iterator[UserError]:
+NO_OPTIMIZER = 'remove "optimizer" and "offload_optimizer": cook then uses torch\'s AdamW'
+NO_NVME = 'install what is missing, or offload to "cpu"'
+
+
+def _unbuildable(op: str, what: str, remedy: str) -> Iterator[UserError]:
+    """Why DeepSpeed cannot build an op that `what` needs."""
     from deepspeed.accelerator import get_accelerator
     from deepspeed.git_version_info import installed_ops
     from torch.utils import cpp_extension
 
-    remedy = 'remove "optimizer" and "offload_optimizer": cook then uses torch\'s AdamW'
     builder = get_accelerator().create_op_builder(op)
     if builder is None or type(builder).__name__ == "NotImplementedBuilder":
-        yield UserError(f"deepspeed.optimizer.type: DeepSpeed has no {name} for this device", got=name, remedy=remedy)
+        yield UserError(f"{what}: DeepSpeed has none for this device", remedy=remedy)
     elif not installed_ops.get(builder.name) and not is_built(builder.name):
         missing = [tool for tool in (os.environ.get("CXX", "c++"), "ninja") if shutil.which(tool) is None]
         if default_device().type == "cuda" and cpp_extension.CUDA_HOME is None:
             missing.append("CUDA's toolkit (nvcc)")
+        if not missing and op == "AsyncIOBuilder" and not builder.is_compatible(verbose=False):
+            missing.append("the library libaio with its headers (libaio-dev)")
         if missing:
-            what = f"deepspeed.optimizer.type: {name} is C++ code that must be built first, and {missing[0]} is missing"
-            yield UserError(what, wanted="a C++ compiler and ninja, for GPUs also nvcc", remedy=remedy)
+            wanted = "a C++ compiler and ninja, for GPUs also nvcc, for NVMe also libaio"
+            yield UserError(
+                f"{what} needs C++ code that must be built first, and {missing[0]} is missing",
+                wanted=wanted,
+                remedy=remedy,
+            )

@@ -57,6 +57,13 @@ def initialise_processes(threads: int | None, meeting: Meeting | None = None) ->
     deepspeed.init_distributed(dist_backend=backend, timeout=patience, verbose=False)
 
 
+def checkpoint_activations(model: Any) -> None:
+    """Makes a model of transformers recompute its layers' activations in the backward pass."""
+    # Newer versions of transformers have the first name, and warn of the second.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def leave_processes() -> None:
     """Destroys the process group; without this a rank that ends is aborted while its connections still work."""
     if distributed.is_on():
@@ -112,7 +119,7 @@ class Engine:
         if weights is not None:
             self._partitions.load(model, weights)
         if training.activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            checkpoint_activations(model)
         if not training.train_weights:
             freeze_all_but_smallest(model)
         trained = [p for p in model.parameters() if p.requires_grad]

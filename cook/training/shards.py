@@ -19,7 +19,7 @@ from torch.serialization import safe_globals
 
 from cook.base.errors import UserError
 from cook.base.faults import point
-from cook.base.tensor_files import LazyTensors, load_pt, save_pt
+from cook.base.tensor_files import LazyTensors, load_pt, put_away, save_pt
 
 TAG = "engine"  # the folder with DeepSpeed's files in a checkpoint
 CLASSES = (
@@ -161,7 +161,7 @@ class Shards:
     def _whole(self, name: str, shape: Sequence[int], key: str | None) -> torch.Tensor:
         pieces = self._pieces[name]
         parts = [self._flat(rank, group, key).narrow(0, start, numel) for rank, group, start, numel in pieces]
-        return torch.cat(parts)[: math.prod(shape)].reshape(tuple(shape)).detach()
+        return _joined(parts, shape)
 
     def weights(self) -> LazyTensors:
         """Every weight in fp32 (frozen ones in the engine's type), and the persistent buffers."""
@@ -187,7 +187,7 @@ class Shards:
         if not self._partitioned:
             return self.model["frozen_param_fragments"][name].reshape(tuple(shape))
         parts = [read_shard(path, mmap=True)["frozen_param_fragments"][name].flatten() for path in self._models]
-        return torch.cat(parts)[: math.prod(shape)].reshape(tuple(shape))
+        return _joined(parts, shape)
 
     def moments(self, trained: Sequence[str] | None = None) -> dict[str, LazyTensors]:
         """The optimizer's tensors per weight (Adam's `exp_avg`, `exp_avg_sq`), by key and parameter name.
@@ -219,6 +219,21 @@ class Shards:
     def loss_scale_state(self) -> Mapping[str, Any]:
         """The attributes of fp16's loss scaler; empty if there is none."""
         return vars(self._ranks[0]["loss_scaler"]) if self._ranks else {}
+
+
+def _joined(parts: Sequence[torch.Tensor], shape: Sequence[int]) -> torch.Tensor:
+    """The tensor of mapped pieces without its padding; one piece at a time is in memory beside it."""
+    whole = torch.empty(math.prod(shape), dtype=parts[0].dtype)
+    begin = 0
+    for part in parts:
+        target = whole[begin : begin + len(part)]
+        target.copy_(part.detach()[: len(target)])
+        put_away(part)
+        begin += len(part)
+    if begin < len(whole):
+        what = "a weight of the checkpoint is cut off: its pieces do not have the numbers of its shape"
+        raise UserError(what, wanted=len(whole), got=begin)
+    return whole.reshape(tuple(shape))
 
 
 def _rank(path: Path) -> int:

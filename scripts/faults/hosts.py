@@ -13,13 +13,14 @@ from random import Random
 from proof import Scene, Trial
 
 from tests.recipe.tiny_run import read_log, write_run
-from tests.two_hosts import Host, TwoHosts, missing, torchrun, until
+from tests.two_hosts import Host, TwoHosts, cut_in_save, missing, torchrun, until
 
 STEPS, BOUND = 100, 45.0
 LOSSES: tuple[tuple[str, Callable[[list[Host]], None], tuple[int, ...]], ...] = (
     ("SIGKILL of rank 1", lambda hosts: os.kill(hosts[1].ranks()[0], signal.SIGKILL), (0,)),
     ("the second host goes off", lambda hosts: hosts[1].power_off(), (0,)),
     ("the cable is cut", lambda hosts: hosts[1].cut(), (0, 1)),
+    ("the cable is cut in mid-save", cut_in_save, (0, 1)),
     ("SIGKILL of rank 0", lambda hosts: os.kill(hosts[0].ranks()[0], signal.SIGKILL), (1,)),
     ("the first host goes off", lambda hosts: hosts[0].power_off(), (1,)),
     ("SIGSTOP of rank 1", lambda hosts: os.kill(hosts[1].ranks()[0], signal.SIGSTOP), (0,)),

@@ -6,6 +6,7 @@ import os
 import pickle
 import weakref
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from cook.base.tensor_files import (
     load_pt,
     open_pt,
     open_safetensors_folder,
+    put_away,
     read_model_config,
 )
 
@@ -112,6 +114,21 @@ def test_elements_are_changed_in_parts_without_another_result():
     assert torch.equal(in_parts(change, tensor, numel=10), wanted) and max(sizes) == 10
     assert torch.equal(in_parts(change, tensor.t(), numel=1), wanted.t())
     assert torch.equal(in_parts(change, tensor[0, 0]), wanted[0, 0]) and in_parts(change, tensor[:0]).shape == (0, 5)
+
+
+def test_a_mapped_tensor_that_is_put_away_leaves_memory_and_keeps_its_numbers(tmp_path):
+    def in_memory():
+        return int(next(x for x in Path("/proc/self/status").read_text().splitlines() if "RssFile" in x).split()[1])
+
+    torch.save({"w": torch.arange(float(4 << 20))}, tmp_path / "w.pt")
+    mapped = load_pt(tmp_path / "w.pt", mmap=True)["w"]
+    total, before = mapped.sum(), in_memory()
+    put_away(mapped)
+    assert before - in_memory() > 12 << 10  # KiB, of 16 MiB
+    assert mapped.sum() == total
+    plain = torch.ones(1 << 20)
+    put_away(plain)
+    assert plain.sum() == 1 << 20
 
 
 def test_a_folder_is_written_over_without_remains(tmp_path):

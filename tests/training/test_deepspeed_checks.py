@@ -46,6 +46,8 @@ def scheduler(name: Any, **params: Any) -> dict[str, Any]:
         (zero(stage=2, offload_optimizer="cpu"), "zero_optimization.offload_optimizer"),
         (zero(stage=2, offload_optimizer={"device": "gpu"}), "zero_optimization.offload_optimizer.device"),
         (zero(stage=3, offload_optimizer={"device": "nvme"}), "zero_optimization.offload_optimizer.nvme_path"),
+        (zero(stage=2, offload_param={"device": "cpu"}), "zero_optimization.offload_param: cpu has no effect"),
+        (zero(stage=0, offload_optimizer={"device": "cpu"}), "zero_optimization.offload_optimizer: cpu has no effect"),
         (zero(stage=2, reduce_bucket_size="big"), "zero_optimization.reduce_bucket_size"),
         (zero(stage=3, mics_shard_size=1), "zero_optimization"),
         (zero(stage=1, legacy_stage1=True), "zero_optimization.legacy_stage1"),
@@ -150,13 +152,27 @@ def test_what_the_checks_do_not_know_is_still_a_mistake_of_the_user():
 def test_without_a_compiler_an_optimizer_in_cpp_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "ext"))
-    with pytest.raises(UserError, match=r"AdamW is C\+\+ code that must be built first, and c\+\+ is missing"):
+    with pytest.raises(UserError, match=r"AdamW needs C\+\+ code that must be built first, and c\+\+ is missing"):
         check_settings(TRAINING, optimizer("AdamW"), world_size=1)
     assert not (tmp_path / "ext").exists()
     check_settings(TRAINING, optimizer("AdamW", torch_adam=True), world_size=1)
     (tmp_path / "ext" / "fused_adam").mkdir(parents=True)
     (tmp_path / "ext" / "fused_adam" / "fused_adam.so").touch()
     check_settings(TRAINING, optimizer("AdamW"), world_size=1)
+
+
+@pytest.mark.parametrize("key", ["offload_param", "offload_optimizer"])
+def test_nvme_without_its_library_is_refused_before_anything_is_built(monkeypatch, tmp_path, key):
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().get_op_builder("AsyncIOBuilder")
+    monkeypatch.setattr(builder, "is_compatible", lambda self, verbose=False: False)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "ext"))
+    config = zero(stage=3, **{key: {"device": "nvme", "nvme_path": str(tmp_path)}})
+    wanted = rf"{key}.device: nvme needs C\+\+ code that must be built first, and the library libaio .* is missing"
+    with pytest.raises(UserError, match=wanted):
+        check_settings(TRAINING, config, world_size=1)
+    assert not (tmp_path / "ext").exists()
 
 
 def old(lock: Path) -> Path:

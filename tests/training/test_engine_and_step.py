@@ -68,6 +68,10 @@ def cases(ranks: int) -> dict[str, Any]:
                 loose = {"training": {**bad["training"], "clip": 0.0}}
                 loose |= {"deepspeed": {"bf16": {"check_grad_overflow": False}}} if zero else {}
                 made[f"inf_gradient unclipped {precision} {zero}"] = bad | {"inf_gradient": last} | loose
+            if (precision, zero) == ("fp32", 3):
+                offloaded = {"zero": 3, "deepspeed": {"zero_optimization": {"offload_param": {"device": "cpu"}}}}
+                made["frozen fp32 3 offloaded"] = {**offloaded, "training": frozen}
+                made["fp32 3 offloaded"] = {**offloaded, "training": own, "save": "saved fp32 3 offloaded"}
         whole = {"zero": zero, "training": own}
         made[f"spike skipped {zero}"] = whole | {"huge_gradient": ranks - 1, "limits": {"3": {"norm": 100.0}}}
         if (ranks, zero) in ((1, 0), (2, 2)):
