@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -47,7 +47,8 @@ def rounded(weight: torch.Tensor, sizes: TileSizes) -> tuple[torch.Tensor, torch
 class Int8TileWiseLinear(nn.Module):
     """As `TileWiseLinear`, with weights in int8: `scale` times them are the weights of an output.
 
-    Called on its own it multiplies in floating point. `encode` multiplies in int8.
+    Activations are rounded to 8 bits per row, from the lowest to the highest, and multiplied in int8 on a CPU that has
+    the instructions. Else, and with gradients, it multiplies in floating point.
 
     Args:
         in_features: K.
@@ -101,10 +102,12 @@ class Int8TileWiseLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., K]` to `[..., N]`."""
-        return self.wide()(x)
+        if torch.is_grad_enabled() and (x.requires_grad or self.bias.requires_grad) or not _is_native(x):
+            return self.wide()(x)
+        return multiply(self, x.reshape(-1, self.in_features)).reshape(*x.shape[:-1], -1)
 
     def columns(self, x_KM: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """`[K, M]` to `[N, M]`, into `out` if given; no gradients."""
+        """`[K, M]` to `[N, M]` in floating point, into `out` if given; no gradients."""
         return self.wide().columns(x_KM, out=out)
 
     def dense_weight(self) -> torch.Tensor:
@@ -209,10 +212,10 @@ def packed(layer: Int8TileWiseLinear) -> tuple[_Matrix, dict[str, torch.Tensor]]
 
 
 class _Packed:
-    """An encoder's layers as the source wants them; made again when a tensor has changed."""
+    """An encoder's layers as the source wants them."""
 
-    def __init__(self, layers: Sequence[Any], state: tuple):
-        self.state, self.kept = state, []
+    def __init__(self, layers: Sequence[Any]):
+        self.kept: list[dict[str, torch.Tensor]] = []
         self.layers = (_Layer * len(layers))()
         self.widest_input = self.widest_output = self.head = 0
         for own, layer in zip(self.layers, layers, strict=True):
@@ -237,19 +240,59 @@ class _Packed:
             self.head = max(self.head, layer.attention_output.in_features // max(1, layer.heads))
 
 
-_PACKED: weakref.WeakKeyDictionary[nn.Module, _Packed] = weakref.WeakKeyDictionary()
+_KEPT: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Any]] = weakref.WeakKeyDictionary()
+
+
+def _kept(owner: nn.Module, make: Callable[[], Any]) -> Any:
+    """What was made of a module's tensors; made again when one has changed. It is not copied or saved with it."""
+    state = tuple(
+        (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+        for tensor in (*owner.parameters(), *owner.buffers())
+    )
+    found = _KEPT.get(owner)
+    if found is None or found[0] != state:
+        found = _KEPT[owner] = (state, make())
+    return found[1]
+
+
+def _is_native(x: torch.Tensor) -> bool:
+    return x.device.type == "cpu" and type(x) in (torch.Tensor, nn.Parameter) and x.numel() > 0 and int8_levels() > 0
+
+
+def _scratch(size: int) -> tuple[torch.Tensor, int]:
+    """Memory, and where in it a line of a cache begins."""
+    memory = WORKSPACE.get("int8 scratch", (size + 64,), torch.empty(0, dtype=torch.uint8))
+    return memory, memory.data_ptr() + -memory.data_ptr() % 64
+
+
+def multiply(layer: Int8TileWiseLinear, x_MK: torch.Tensor, *, is_gelu: bool = False) -> torch.Tensor:
+    """A layer's product in int8, `[M, N]`, and GELU of it; `x_MK` on a CPU for which `int8_levels` is not 0."""
+    found, (rows, inputs) = library(SOURCE), x_MK.shape
+    assert found is not None
+    if inputs != layer.in_features:
+        raise ValueError(f"{layer.in_features} features, got {inputs}")
+    matrix, _ = _kept(layer, lambda: packed(layer))
+    x, y = x_MK.float().contiguous(), torch.empty(rows, layer.out_features)
+    found.product_room.restype = ctypes.c_int64
+    room = found.product_room(ctypes.c_int64(inputs), ctypes.c_int64(layer.out_features))
+    memory, start = _scratch(torch.get_num_threads() * room)
+    found.multiply(
+        ctypes.byref(matrix),
+        ctypes.c_void_p(x.data_ptr()),
+        ctypes.c_int64(rows),
+        ctypes.c_void_p(y.data_ptr()),
+        ctypes.c_int(is_gelu),
+        ctypes.c_void_p(start),
+        ctypes.c_int64(torch.get_num_threads()),
+    )
+    del memory
+    return y.to(x_MK.dtype)
 
 
 def can_encode(layers: Sequence[Any], x: torch.Tensor) -> bool:
     """Whether `encode` takes these layers and activations: int8 weights, GELU, on a CPU that has the instructions."""
-    return (
-        len(layers) > 0
-        and x.device.type == "cpu"
-        and type(x) is torch.Tensor
-        and x.numel() > 0
-        and all(isinstance(layer.qkv, Int8TileWiseLinear) and layer.is_gelu for layer in layers)
-        and int8_levels() > 0
-    )
+    is_int8 = all(isinstance(layer.qkv, Int8TileWiseLinear) and layer.is_gelu for layer in layers)
+    return len(layers) > 0 and is_int8 and _is_native(x)
 
 
 def encode(owner: nn.Module, layers: Sequence[Any], x_BTD: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -266,14 +309,7 @@ def encode(owner: nn.Module, layers: Sequence[Any], x_BTD: torch.Tensor, mask: t
     """
     found, (batch, tokens, hidden) = library(SOURCE), x_BTD.shape
     assert found is not None
-    state = tuple(
-        (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
-        for layer in layers
-        for tensor in (*layer.parameters(), *layer.buffers())
-    )
-    own = _PACKED.get(owner)
-    if own is None or own.state != state:
-        own = _PACKED[owner] = _Packed(layers, state)
+    own = _kept(owner, lambda: _Packed(layers))
     if any(layer.qkv.in_features != hidden or layer.output.out_features != hidden for layer in layers):
         raise ValueError(f"layers of another width than the activations' {hidden}")
     out = x_BTD.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
@@ -294,9 +330,9 @@ def encode(owner: nn.Module, layers: Sequence[Any], x_BTD: torch.Tensor, mask: t
         threads=threads,
     )
     found.room.restype = ctypes.c_int64
-    scratch = WORKSPACE.get("int8 scratch", (found.room(ctypes.byref(job)) + 64,), torch.empty(0, dtype=torch.uint8))
-    job.scratch = scratch.data_ptr() + -scratch.data_ptr() % 64
+    memory, job.scratch = _scratch(found.room(ctypes.byref(job)))
     found.encode(ctypes.byref(job))
+    del memory
     return out.to(x_BTD.dtype)
 
 
