@@ -15,6 +15,7 @@ import argparse
 import os
 import sys
 import tempfile
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
                 files = onnx_files(models["stock"], ids, folder) if options.onnx else {}
                 for threads in options.threads:
                     torch.set_num_threads(threads)
-                    actions = {name: lambda m=m: m(ids) for name, m in models.items()} | sessions(files, ids, threads)
+                    actions = {name: partial(m, ids) for name, m in models.items()} | sessions(files, ids, threads)
                     wanted, wide = models["stock"](ids)[0], models["int8"](ids)[0]
                     taken = seconds(actions, options.repeats)
                     others = [time for name, time in taken.items() if name.startswith("ONNX")]
