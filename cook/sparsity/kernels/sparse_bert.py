@@ -75,8 +75,9 @@ class SparseLayer(nn.Module):
     def __init__(self, config: SparseBertConfig, sizes: dict[str, Any]):
         super().__init__()
         self.heads, self.scale = sizes["heads"], sizes["scale"]
-        for name in ("qkv", "attention_output", "intermediate", "output"):
-            setattr(self, name, _linear(sizes[name], config.sparse_int8))
+        names = ("qkv", "attention_output", "intermediate", "output")
+        matrices = [_linear(sizes[name], config.sparse_int8) for name in names]
+        self.qkv, self.attention_output, self.intermediate, self.output = matrices
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.output_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -164,8 +165,8 @@ class SparseEncoder(nn.Module):
                 hidden_states = layer(hidden_states, mask)
         else:
             with torch.autocast(hidden_states.device.type, enabled=False):  # it is written in place, in one type
-                if can_encode(self.layers, hidden_states):
-                    hidden_states = encode(self, self.layers, hidden_states, mask)
+                if can_encode(list(self.layers), hidden_states):
+                    hidden_states = encode(self, list(self.layers), hidden_states, mask)
                 else:
                     hidden_states = self._in_parts(hidden_states, mask)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states)

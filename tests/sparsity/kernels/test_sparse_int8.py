@@ -42,8 +42,11 @@ def levels(request, monkeypatch, built):
     sparse_build.library.cache_clear()
 
 
-def random_layer(inputs, outputs, tiles, seed=0):
-    """Tiles that read a share of the inputs each; one output is in no tile. Also its weights, [K, N] int64."""
+def random_layer(inputs, outputs, tiles, *, seed=0, alone=False):
+    """Tiles that read a share of the inputs each; one output is in no tile. Also its weights, [K, N] int64.
+
+    `alone`: an output has one weight that is not 0.
+    """
     random = torch.Generator().manual_seed(seed)
     order, weight = torch.randperm(outputs, generator=random), np.zeros((inputs, outputs), dtype=np.int64)
     members = [
@@ -55,6 +58,10 @@ def random_layer(inputs, outputs, tiles, seed=0):
     layer.inputs.copy_(torch.cat([i for i, _ in members]))
     layer.outputs.copy_(torch.cat([o for _, o in members]))
     values = torch.randint(-127, 128, layer.weight.shape, generator=random)
+    at = 0
+    for rows, columns in layer.sizes if alone else ():
+        values[at : at + rows * columns].view(columns, rows)[:, 1:] = 0
+        at += rows * columns
     layer.weight.copy_(values)
     at = 0
     for i, o in members:
@@ -92,8 +99,9 @@ def test_the_largest_sums_do_not_saturate(levels, sign):
     assert np.array_equal(multiply(layer, x)[:, layer.outputs.long()].numpy(), np.tile(wanted[:, None], (1, 8)))
 
 
-def test_activations_are_rounded_by_half_a_step_at_most(levels):
-    layer, weight = random_layer(50, 30, 3)
+@pytest.mark.parametrize("alone", [True, False])
+def test_activations_are_rounded_by_half_a_step_at_most(levels, alone):
+    layer, weight = random_layer(50, 30, 3, alone=alone)
     layer.scale.uniform_(0.5, 2.0)
     layer.bias.normal_()
     wide = weight.astype(np.float64)
@@ -105,7 +113,7 @@ def test_activations_are_rounded_by_half_a_step_at_most(levels):
     away = np.abs(multiply(layer, x).double().numpy() - wanted)
     # The last term: fp32 of sums of 50 products.
     bound = 0.5 * step[:, None] * np.abs(wide).sum(0) + 1e-5 * (np.abs(x.numpy()) @ np.abs(wide) + 1)
-    assert (away <= bound).all() and (away > bound / 50).any()
+    assert (away <= bound).all() and (away > bound / 50).any()  # it rounds
     assert np.allclose(away[[3, 4]], 0, atol=1e-5 * np.abs(wanted[3]).max())
 
 
@@ -190,11 +198,11 @@ def test_a_layer_computes_what_the_stock_one_does_with_the_same_rounding(levels,
         torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2, 3])  # two take sequences of their own, three share them
 def test_the_encoder_computes_about_what_the_stock_model_does_with_the_same_rounding(levels, exported, threads):
     model, folder = exported
-    small, ids = SparseBertModel.from_pretrained(folder / "int8").eval(), torch.arange(60).view(3, 20) % 50
-    mask = (torch.arange(20) < torch.tensor([[20], [13], [7]])).long()
+    small, ids = SparseBertModel.from_pretrained(folder / "int8").eval(), torch.arange(80).view(4, 20) % 50
+    mask = (torch.arange(20) < torch.tensor([[20], [13], [7], [1]])).long()
     torch.set_num_threads(threads)
     try:
         with torch.no_grad():
