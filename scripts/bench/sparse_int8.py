@@ -81,8 +81,8 @@ def onnx_files(model: torch.nn.Module, ids: torch.Tensor, folder: str) -> dict[s
     files = {}
     for name, module in {"ONNX Runtime int8": Hidden(model), "ONNX Runtime int8, fused": Joined(model)}.items():
         source, target = f"{folder}/{len(files)}.onnx", f"{folder}/{len(files)}_int8.onnx"
-        with torch.inference_mode(False), torch.no_grad():
-            torch.onnx.export(module, (ids.clone(),), source, input_names=["x"], dynamo=True, verbose=False)
+        with torch.no_grad():
+            torch.onnx.export(module, (ids,), source, input_names=["x"], dynamo=True, verbose=False)
         if isinstance(module, Joined):
             optimized = optimize_model(source, model_type="bert", num_heads=12, hidden_size=768, opt_level=1)
             optimized.save_model_to_file(source := f"{folder}/fused.onnx")
@@ -105,7 +105,7 @@ def sessions(files: dict[str, str], ids: torch.Tensor, threads: int) -> dict[str
     return found
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     """A line per pattern, shape and number of threads."""
     found = []
