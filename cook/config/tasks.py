@@ -168,6 +168,9 @@ class TaskConfig:
     """SQuAD: length of the n-best lists."""
     max_answer_length: Size = 30
     """SQuAD: maximal number of tokens in an answer."""
+    int8: bool = False
+    """True or false: whether `export` rounds the layers' weights to int8, for products in int8 on a CPU. It then writes
+    to `export_int8/`."""
     null_threshold: float = 0.0
     """SQuAD2.0: the answer is empty if "no answer" scores higher than the best answer by more than this."""
     distillation: Scale = 0.0

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from cook.sparsity.kernels.sparse_int8 import rounded
 from cook.sparsity.matrices import INPUTS
 from cook.sparsity.tiles import Tiles, sparse_linear, tiles_of
 
@@ -59,12 +60,15 @@ class CompactLayer:
             entry[name] = {"inputs": inputs, "outputs": outputs, "tiles": sizes, "block": self.tiles[name].block}
         return entry
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Its weights, by the names inside the sparse layer."""
+    def tensors(self, *, int8: bool = False) -> dict[str, torch.Tensor]:
+        """Its weights, by the names inside the sparse layer; `int8`: rounded, with their scales."""
         found: dict[str, torch.Tensor] = {}
         for name, matrix in self.matrices.items():
             layer = sparse_linear(matrix.weight.T, matrix.bias, self.tiles[name])
-            found |= {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
+            own = layer.state_dict()
+            if int8:
+                own["weight"], own["scale"] = rounded(layer.weight.detach(), layer.sizes)
+            found |= {f"{name}.{key}": tensor for key, tensor in own.items()}
         return found
 
 

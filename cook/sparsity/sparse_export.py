@@ -18,6 +18,8 @@ from cook.sparsity.compact import CompactLayer, MaskedMatrix, compact_layer
 from cook.sparsity.kernels import (
     sparse_bert,
     sparse_build,
+    sparse_int8,
+    sparse_int8_source,
     sparse_layers,
     sparse_memory,
     sparse_native,
@@ -33,6 +35,8 @@ NORMS = {"attention.output.LayerNorm": "attention_norm", "output.LayerNorm": "ou
 MODULE = "modeling_cook_sparse"
 CARRIED = (
     sparse_build,
+    sparse_int8,
+    sparse_int8_source,
     sparse_layers,
     sparse_memory,
     sparse_native,
@@ -65,6 +69,7 @@ def export_sparse(
     *,
     block: int | None = None,
     stock: bool | None = None,
+    int8: bool = False,
 ) -> SparseExport:
     """Writes a masked encoder without its pruned weights.
 
@@ -74,10 +79,12 @@ def export_sparse(
         masks: By path; true where a weight is kept.
         block: B, if the pattern consists of B × B blocks.
         stock: True: always a stock model, even with zeros in it. None: a stock model if no zeros would remain in it.
+        int8: The layers' weights are rounded to int8, with a scale per output; never a stock model.
 
     Raises:
         UserError: the model or the masks cannot be exported this way.
     """
+    assert not (stock and int8)
     source, output = Path(source), Path(output)
     config, tensors = read_model_config(source), open_safetensors_folder(source)
     name = (config.get("architectures") or ["BertModel"])[0]
@@ -87,6 +94,8 @@ def export_sparse(
             wanted=f"BERT as {', '.join(sparse_bert.CLASSES)}",
             got=f"{config.get('model_type')}, {name}",
         )
+    if int8 and config.get("hidden_act", "gelu") != "gelu":
+        raise UserError(f"{source}: this model cannot be exported in int8", wanted="gelu", got=config["hidden_act"])
     if output.resolve() in (source.resolve(), *source.resolve().parents):
         raise UserError(f"{output}: would overwrite the original model", remedy="choose another folder")
     if output.exists() and any(output.iterdir()) and not (output / "config.json").exists():
@@ -96,13 +105,15 @@ def export_sparse(
     head_size = config["hidden_size"] // config["num_attention_heads"]
     all_heads = all(len(layer.matrices["attention_output"].mask) == config["hidden_size"] for layer in layers)
     if stock is None:
-        stock = all_heads and all(layer.is_dense for layer in layers)
+        stock = not int8 and all_heads and all(layer.is_dense for layer in layers)
     aside = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    write = _write_stock if stock else _write_sparse
     try:
-        count = write(aside, tensors, masks, config, layers, prefix)
+        if stock:
+            count = _write_stock(aside, tensors, masks, config, layers, prefix)
+        else:
+            count = _write_sparse(aside, tensors, config, layers, prefix, int8)
         _copy_tokenizer(source, aside)
         shutil.rmtree(output, ignore_errors=True)
         aside.rename(output)
@@ -142,19 +153,20 @@ def _compact(
 def _write_sparse(
     folder: Path,
     tensors: Mapping[str, torch.Tensor],
-    masks: Mapping[str, torch.Tensor],
     config: dict[str, Any],
     layers: list[CompactLayer],
     prefix: str,
+    int8: bool,
 ) -> int:
     count = 0
     with ShardWriter(folder) as writer:
-        for name, tensor in _sparse_tensors(tensors, layers, prefix):
-            count += tensor.numel() * tensor.is_floating_point()
+        for name, tensor in _sparse_tensors(tensors, layers, prefix, int8):
+            is_parameter = tensor.dtype == torch.int8 or tensor.is_floating_point() and not name.endswith(".scale")
+            count += tensor.numel() * is_parameter
             writer.add(name, tensor)
     auto, own, _ = sparse_bert.CLASSES[(config.get("architectures") or ["BertModel"])[0]]
     written = {**config, "model_type": sparse_bert.SparseBertConfig.model_type, "architectures": [own]}
-    written["sparse_layers"] = [layer.described() for layer in layers]
+    written["sparse_layers"], written["sparse_int8"] = [layer.described() for layer in layers], int8
     written["auto_map"] = {"AutoConfig": f"{MODULE}.SparseBertConfig", auto: f"{MODULE}.{own}"}
     if auto != "AutoModel":
         written["auto_map"]["AutoModel"] = f"{MODULE}.SparseBertModel"
@@ -166,13 +178,13 @@ def _write_sparse(
 
 
 def _sparse_tensors(
-    tensors: Mapping[str, torch.Tensor], layers: list[CompactLayer], prefix: str
+    tensors: Mapping[str, torch.Tensor], layers: list[CompactLayer], prefix: str, int8: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
     stem = f"{prefix}encoder.layer."
     yield from ((name, tensor) for name, tensor in tensors.items() if not name.startswith(stem))
     for number, layer in enumerate(layers):
         target = f"{prefix}encoder.layers.{number}."
-        yield from ((target + name, tensor) for name, tensor in layer.tensors().items())
+        yield from ((target + name, tensor) for name, tensor in layer.tensors(int8=int8).items())
         for old, new in NORMS.items():
             for key in ("weight", "bias"):
                 yield f"{target}{new}.{key}", tensors[f"{stem}{number}.{old}.{key}"]

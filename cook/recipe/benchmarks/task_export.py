@@ -40,7 +40,7 @@ def run_export(config: TaskConfig, at: At) -> None:
         raise UserError(
             f"{plan.prune_folder(config)}: no stage has finished", remedy="run the mode prune first, with these options"
         )
-    stage, output = done[-1], plan.prune_folder(config) / "export"
+    stage, output = done[-1], plan.prune_folder(config) / ("export_int8" if config.int8 else "export")
     masked = stage.folder / "model"
     at(0, "preparing")
     session = open_session(config, str(masked))
@@ -50,7 +50,7 @@ def run_export(config: TaskConfig, at: At) -> None:
     matrices: tuple[PrunedMatrix, ...] = pruned_matrices(session.encoder)
     masks, _ = read_pattern_masks(stage.masks, matrices)
     block = spec.block if spec.name == "block_wise" else None
-    result = export_sparse(masked, output, masks, block=block)
+    result = export_sparse(masked, output, masks, block=block, int8=config.int8)
     for name in ("masks.safetensors", "eval_results.txt"):
         shutil.copyfile(stage.folder / name, output / name)
     models = {"masked": load_encoder(masked, session.info.head), "compact": load_encoder(output, session.info.head)}
@@ -66,6 +66,7 @@ def run_export(config: TaskConfig, at: At) -> None:
         "pattern": spec.name,
         "asked_sparsity": stage.sparsity,
         "kind": result.kind,
+        "int8": config.int8,
         "parameters": {"before": before, "after": after},
         "metrics": scores,
         "largest_relative_difference": difference,
@@ -91,8 +92,9 @@ def _matrix_speed_ups(compact: torch.nn.Module) -> dict[str, float]:
     for name, layer in compact.named_modules():
         if hasattr(layer, "dense_weight") and layer.in_features and layer.out_features:
             dense, x = layer.dense_weight(), torch.randn(128, layer.in_features)
-            columns = x.T.contiguous()
-            actions = {"dense": partial(F.linear, x, dense), "tiled": partial(layer.columns, columns)}
+            is_int8 = layer.weight.dtype == torch.int8
+            tiled = partial(layer, x) if is_int8 else partial(layer.columns, x.T.contiguous())
+            actions = {"dense": partial(F.linear, x, dense), "tiled": tiled}
             seconds = median_seconds(actions, torch.device("cpu"), repeats=9)
             found[name] = round(seconds["dense"] / seconds["tiled"], 3)
     return found

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from .sparse_int8 import Int8TileWiseLinear, can_encode, encode
 from .sparse_layers import BlockWiseLinear, TileWiseLinear
 from .sparse_memory import WORKSPACE
 from .sparse_native import add_and_norm, has_native
@@ -48,18 +49,18 @@ class SparseBertConfig(BertConfig):
 
     `sparse_layers` holds for each layer `heads`, `scale` (of the attention scores) and the four matrices `qkv`,
     `attention_output`, `intermediate`, `output`, each with `inputs`, `outputs`, `tiles` (pairs of inputs and outputs)
-    and `block`.
+    and `block`. `sparse_int8`: their weights are int8.
     """
 
     model_type = "cook_sparse_bert"
 
-    def __init__(self, sparse_layers: list[dict[str, Any]] | None = None, **kwargs: Any):
-        self.sparse_layers = sparse_layers or []
+    def __init__(self, sparse_layers: list[dict[str, Any]] | None = None, sparse_int8: bool = False, **kwargs: Any):
+        self.sparse_layers, self.sparse_int8 = sparse_layers or [], sparse_int8
         super().__init__(**kwargs)
 
 
-def _linear(described: dict[str, Any]) -> TileWiseLinear:
-    kind = BlockWiseLinear if described["block"] > 1 else TileWiseLinear
+def _linear(described: dict[str, Any], is_int8: bool) -> Any:
+    kind = Int8TileWiseLinear if is_int8 else BlockWiseLinear if described["block"] > 1 else TileWiseLinear
     return kind(described["inputs"], described["outputs"], described["tiles"], block=described["block"])
 
 
@@ -74,9 +75,9 @@ class SparseLayer(nn.Module):
     def __init__(self, config: SparseBertConfig, sizes: dict[str, Any]):
         super().__init__()
         self.heads, self.scale = sizes["heads"], sizes["scale"]
-        self.qkv = _linear(sizes["qkv"])
-        self.attention_output = _linear(sizes["attention_output"])
-        self.intermediate, self.output = _linear(sizes["intermediate"]), _linear(sizes["output"])
+        names = ("qkv", "attention_output", "intermediate", "output")
+        matrices = [_linear(sizes[name], config.sparse_int8) for name in names]
+        self.qkv, self.attention_output, self.intermediate, self.output = matrices
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.output_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -164,7 +165,10 @@ class SparseEncoder(nn.Module):
                 hidden_states = layer(hidden_states, mask)
         else:
             with torch.autocast(hidden_states.device.type, enabled=False):  # it is written in place, in one type
-                hidden_states = self._in_parts(hidden_states, mask)
+                if can_encode(list(self.layers), hidden_states):
+                    hidden_states = encode(self, list(self.layers), hidden_states, mask)
+                else:
+                    hidden_states = self._in_parts(hidden_states, mask)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states)
 
     def _in_parts(self, x_BTD: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The C of `sparse_source.py`, built by the machine's own compiler at the first call.
+"""The C of `sparse_source.py` and `sparse_int8_source.py`, built by the machine's own compiler at the first call.
 
 An export carries this file along. What is built is kept in the user's cache folder, by source, compiler and processor.
 """
@@ -29,8 +29,8 @@ FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-Wl,-z,defs", 
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The products; None where they cannot be had, or `COOK_NATIVE` is 0."""
+def library(source: str = SOURCE) -> ctypes.CDLL | None:
+    """The functions of a source; None where they cannot be had, or `COOK_NATIVE` is 0."""
     if os.environ.get("COOK_NATIVE") == "0" or not sys.platform.startswith("linux"):
         return None
     reasons = []
@@ -39,7 +39,7 @@ def library() -> ctypes.CDLL | None:
         named = shlex.split(os.environ.get("CC", ""))
         for compiler in [named] if named else COMPILERS:
             try:
-                return _opened(compiler, openmp)
+                return _opened(source, compiler, openmp)
             except subprocess.CalledProcessError as error:
                 reasons.append(f"{compiler[0]}: {error.stderr.strip()[-300:]}")
             except (OSError, subprocess.SubprocessError) as error:
@@ -64,25 +64,25 @@ def _openmp() -> str:
     return loaded[0]
 
 
-def _opened(compiler: tuple[str, ...] | list[str], openmp: str) -> ctypes.CDLL:
+def _opened(source: str, compiler: tuple[str, ...] | list[str], openmp: str) -> ctypes.CDLL:
     facts = Path("/proc/cpuinfo").read_text(errors="replace")
     processor = sorted(set(re.findall(r"^(?:flags|Features|model name)\s*:.*$", facts, re.MULTILINE)))
-    made_of = "\n".join([SOURCE, *compiler, *FLAGS, openmp, *platform.libc_ver(), *processor])
+    made_of = "\n".join([source, *compiler, *FLAGS, openmp, *platform.libc_ver(), *processor])
     name = f"sparse_{hashlib.sha256(made_of.encode()).hexdigest()[:24]}.so"
     folder = _folder()
     if folder is not None:
         try:
-            return ctypes.CDLL(str(_kept(folder / name, compiler, openmp)))
+            return ctypes.CDLL(str(_kept(folder / name, source, compiler, openmp)))
         except OSError:
             pass  # a damaged file, or a folder from which nothing may be run
     with tempfile.TemporaryDirectory(prefix="cook-") as scratch:
-        return ctypes.CDLL(str(_built(Path(scratch) / name, compiler, openmp)))
+        return ctypes.CDLL(str(_built(Path(scratch) / name, source, compiler, openmp)))
 
 
-def _kept(target: Path, compiler: tuple[str, ...] | list[str], openmp: str) -> Path:
+def _kept(target: Path, source: str, compiler: tuple[str, ...] | list[str], openmp: str) -> Path:
     if not _is_own(target):
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            made = _built(Path(scratch) / target.name, compiler, openmp)
+            made = _built(Path(scratch) / target.name, source, compiler, openmp)
             try:
                 os.link(made, target)  # the first one stays: another process may have it open already
             except OSError:  # there is one, or this file system knows no links
@@ -91,9 +91,9 @@ def _kept(target: Path, compiler: tuple[str, ...] | list[str], openmp: str) -> P
     return target
 
 
-def _built(made: Path, compiler: tuple[str, ...] | list[str], openmp: str) -> Path:
+def _built(made: Path, source: str, compiler: tuple[str, ...] | list[str], openmp: str) -> Path:
     command = [*compiler, *FLAGS, "-x", "c", "-", "-x", "none", openmp, "-lm", "-lc", "-o", str(made)]
-    subprocess.run(command, input=SOURCE, text=True, errors="replace", check=True, capture_output=True, timeout=120)
+    subprocess.run(command, input=source, text=True, errors="replace", check=True, capture_output=True, timeout=120)
     made.chmod(0o700)
     return made
 

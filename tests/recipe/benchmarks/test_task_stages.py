@@ -50,6 +50,7 @@ CASES: dict[str, tuple[str, dict[str, str]]] = {
     "too long": ("prune", TILES | {"max_length": "64"}),
     "prune": ("prune", TILES),
     "export": ("export", TILES),
+    "export in int8": ("export", TILES | {"int8": "true"}),
     "historical": ("prune", TILES | {"quirks": "historical", "finetuned": "out/pretrain/model", "output_dir": "all"}),
     "quirks": (
         "prune",
@@ -194,6 +195,16 @@ def test_the_export_is_smaller_and_computes_the_same(told, folder):
     assert found["metrics"]["compact"] == found["metrics"]["masked"]
     stage = record(folder, "out", STAGES[1], "done.json")
     assert found["metrics"]["masked"] == stage["metrics"][PHASES[2]]
+
+
+def test_the_export_in_int8_computes_about_the_same(told, folder):
+    assert told["export in int8"]["error"] == ""
+    found = record(folder, "out/prune_tile_wise_kn/export_int8/export.json")
+    wide = record(folder, "out/prune_tile_wise_kn/export/export.json")
+    assert found["int8"] and not wide["int8"] and found["parameters"] == wide["parameters"]
+    assert 1e-5 < found["largest_relative_difference"] < 0.1  # weights and activations of 8 bits
+    assert len(found["speed_up_by_matrix"]) == len(wide["speed_up_by_matrix"])
+    assert found["metrics"]["compact"]["acc"] == pytest.approx(found["metrics"]["masked"]["acc"], abs=10)
 
 
 def test_a_schedule_that_goes_on_is_a_quirk(told, folder):
