@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from cook.base.environment import quiet_torchao
+
 ROOT = Path(__file__).parent
 SLOW = {
     "test_api.py",
@@ -86,6 +88,7 @@ SLOW = {
 }
 
 
+quiet_torchao()
 LONGEST = ("test_faults_script.py", "test_two_hosts.py", "test_train.py", "test_scripts.py", "recipe/test_resume.py")
 
 

@@ -208,8 +208,9 @@ class ShardWriter:
     It holds at most one shard in memory. If all tensors fit in one shard, it writes `model.safetensors` alone.
     """
 
-    def __init__(self, folder: Path, shard_bytes: int = 2 << 30):
+    def __init__(self, folder: Path, shard_bytes: int = 2 << 30, metadata: Mapping[str, str] | None = None):
         self.folder, self.shard_bytes = folder, shard_bytes
+        self.metadata = {"format": "pt", **(metadata or {})}
         self.files: list[Path] = []
         self.names: list[list[str]] = []
         self.total_bytes = 0
@@ -232,7 +233,7 @@ class ShardWriter:
         file = self.folder / f"shard-{len(self.files):05d}.safetensors"
         self.files.append(file)
         try:
-            save_file(self._pending, file, metadata={"format": "pt"})
+            save_file(self._pending, file, metadata=self.metadata)
         except SafetensorError as error:
             found = re.search(r"\(os error (\d+)\)", str(error))
             if found is None:
