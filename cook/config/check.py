@@ -46,6 +46,7 @@ CHECKS: tuple[Callable[..., Iterable[UserError]], ...] = (
     check_scheme.pattern_stands_alone,
     quantization.quantize_stage_fits,
     quantization.quantize_stage_trains,
+    quantization.group_divides_targets,
 )
 """A check's parameters name the sections that it reads. A check is skipped if one of its sections is invalid."""
 

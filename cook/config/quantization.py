@@ -10,7 +10,7 @@ from cook.base.errors import UserError
 from cook.config.declare import Limits, Size
 
 if TYPE_CHECKING:
-    from cook.config.types import JointConfig, StageEntry, TrainingConfig
+    from cook.config.types import FineConfig, JointConfig, StageEntry, TrainingConfig
 
 SchemeName = Literal["int8", "int8_weight", "int4", "fp8"]
 """See `QuantizationConfig.scheme`."""
@@ -84,3 +84,29 @@ def quantize_stage_trains(
             where = f"stages.quantize.training.{key}" if own and key in own else f"training.{key}"
             remedy = f'set it to true in the entry of the stage quantize: "training": {{"{key}": true}}'
             yield UserError(f"{where}: quantize needs true, since {reason}", got=False, remedy=remedy)
+
+
+def group_divides_targets(
+    stages: tuple[StageEntry, ...],
+    quantization: QuantizationConfig | None,
+    fine: FineConfig | None,
+    joint: JointConfig | None,
+) -> Iterator[UserError]:
+    """Checks that the group size of 4-bit weights divides the sizes that the recipe prunes to."""
+    names = [entry.name for entry in stages]
+    if quantization is None or quantization.scheme != "int4" or quantization.quantized_module or fine is None:
+        return
+    if "quantize" not in names:
+        return
+    is_global = fine.scope == "global" or (joint is not None and joint.scope == "global")
+    for words, key in ((("ffn", "joint"), "target_dimff"), (("hidden", "joint"), "target_hidden")):
+        key = "round_to" if is_global else key
+        size = getattr(fine, key)
+        if any(name.startswith(words) for name in names) and size is not None and size % quantization.group_size:
+            yield UserError(
+                f"quantization.group_size: does not divide fine-grained.{key}",
+                wanted=f"a multiple of {quantization.group_size}",
+                got=size,
+                remedy=f"change fine-grained.{key} or the group size, or list the modules to quantize",
+            )
+            return

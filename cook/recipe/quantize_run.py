@@ -19,6 +19,7 @@ from cook.config.quantization import QuantizationConfig, SchemeName
 from cook.evaluation.loading import Entry, Loaded, load_tokenizer
 from cook.evaluation.measure import read_texts, text_ids
 from cook.evaluation.scoring import Windowing, score
+from cook.export.check import account
 from cook.export.companions import copy_companions
 from cook.export.model_folder import published
 from cook.export.pruned_folder import open_masks
@@ -91,6 +92,8 @@ def quantize_run(options: QuantizeOptions) -> None:
         losses = _losses(model, text, options) if text is not None else None
     parameters = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
     print("\n" + _table(model, before, written, parameters, losses) + "\n")
+    if source.stored and (carried := account(source, source.adapter.space(source.config)).carried):
+        notes.append(f"{len(carried)} tensors that the model does not use were left out, such as {carried[0]}")
     if source.adapter.live_config is not None:
         notes.append("no CPM-Live .pt was written: it holds floating point alone, and `cook reshape` writes one")
     for note in notes:

@@ -74,3 +74,14 @@ def test_several_sizes_cannot_be_quantized_at_once(errors_of, bmcook, scheme):
     scheme["joint"] = {"train_mask": True, "scope": "global", "target_params": [0.8, 0.5]}
     (error,) = errors_of(QUANT)
     assert "quantize makes one model" in error
+
+
+def test_the_groups_of_four_bits_divide_the_targets(errors_of, load, bmcook, scheme):
+    bmcook["stages"] = [{"name": "ffn_mask"}, {"name": "quantize"}]
+    section = 'quantization={"is_quant": true, "scheme": "int4"}'
+    (error,) = errors_of(section)
+    assert "does not divide fine-grained.target_dimff" in error and "24" in error
+    load(section, "quantization.group_size=8")
+    load(section, 'quantization.quantized_module=["project_q"]')
+    (error,) = errors_of(section, "fine-grained.scope=global")
+    assert "does not divide fine-grained.round_to" in error
