@@ -13,13 +13,13 @@ import torch
 
 from cook.base.errors import UserError
 from cook.base.files import write_json
-from cook.base.tensor_files import LazyTensors
+from cook.base.tensor_files import LazyTensors, read_model_config
 from cook.config.load import load_config
 from cook.config.quantization import QuantizationConfig, SchemeName
 from cook.evaluation.loading import Entry, Loaded, load_tokenizer
 from cook.evaluation.measure import read_texts, text_ids
 from cook.evaluation.scoring import Windowing, score
-from cook.export.check import account
+from cook.export.check import account, auto_class
 from cook.export.companions import copy_companions
 from cook.export.model_folder import published
 from cook.export.pruned_folder import open_masks
@@ -80,6 +80,8 @@ def quantize_run(options: QuantizeOptions) -> None:
         raise UserError(f"--format {options.format}: there is no such format", wanted=", ".join(get_args(Format)))
     model, output = _of_run(options) if options.config else _of_folder(options)
     text = read_texts(options.data) if options.data else None
+    if text is not None and not model.source.adapter.is_causal:
+        raise UserError("--data: only a causal language model has a loss on text", got=model.source.adapter.family)
     if text is not None and model.scheme.inputs:
         check_requirements(model.scheme)
     source = model.source
@@ -191,11 +193,13 @@ def _write(model: QuantizedModel, folder: Path, format: Format) -> list[str]:
 
 def _losses(model: QuantizedModel, text: str, options: QuantizeOptions) -> list[float]:
     """The loss of the model before and after, of which one is in memory at a time."""
-    tokenizer, found = load_tokenizer(model.source.folder, trust_remote_code=False), []
+    config, found = model.source.config, []
+    tokenizer = load_tokenizer(model.source.folder, trust_remote_code=False)
+    window = Windowing(size=min(options.window, config.get("max_position_embeddings") or options.window))
     entry = Entry(name=str(model.source.path), folder=str(model.source.path))
     for build in (partial(load_model, model.source, None), partial(loaded, model)):
         each = Loaded(entry=entry, model=build(), tokenizer=tokenizer)
-        found.append(score(each.model, text_ids(each, text), Windowing(size=options.window), batch_size=8).loss)
+        found.append(score(each.model, text_ids(each, text), window, batch_size=8).loss)
     return found
 
 
@@ -211,4 +215,4 @@ def _usage(model: QuantizedModel, output: Path, format: Format) -> str:
     if format == "gguf":
         return f"for {PROGRAM}: {output / GGUF_FILE}"
     option = ", trust_remote_code=True" if model.source.adapter.modeling(model.source.config) else ""
-    return f"AutoModelForCausalLM.from_pretrained(…{option})"
+    return f"{auto_class(read_model_config(output))}.from_pretrained(…{option})"
