@@ -111,4 +111,5 @@ def frequency_factors(config: ModelConfig) -> np.ndarray | None:
     frequencies, _ = ROPE_INIT_FUNCTIONS[_rope(config)["rope_type"]](whole, torch.device("cpu"))
     size = _head_size(config)
     plain = _rope(config)["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
-    return (plain / frequencies.double()).float().numpy()
+    factors: np.ndarray = (plain / frequencies.double()).float().numpy()
+    return factors

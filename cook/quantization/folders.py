@@ -87,10 +87,9 @@ def _torchao_config(scheme: Scheme) -> Any:
     from torchao.quantization.granularity import PerAxis, PerGroup
 
     granularity = PerGroup(scheme.group_size) if scheme.group_size else PerAxis(0)
-    dtype = torch.int4 if scheme.bits == 4 else torch.int8
     if scheme.inputs:
-        return Int8DynamicActivationIntxWeightConfig(weight_dtype=dtype, weight_granularity=granularity)
-    return IntxWeightOnlyConfig(weight_dtype=dtype, granularity=granularity)
+        return Int8DynamicActivationIntxWeightConfig(weight_dtype=scheme.dtype, weight_granularity=granularity)
+    return IntxWeightOnlyConfig(weight_dtype=scheme.dtype, granularity=granularity)
 
 
 def _torchao_tensor(
@@ -107,7 +106,7 @@ def _torchao_tensor(
         qdata=values,
         scale=scale,
         zero_point=torch.zeros_like(scale, dtype=torch.int8),
-        target_dtype=torch.int4 if scheme.bits == 4 else torch.int8,
+        target_dtype=scheme.dtype,
         block_size=(1, group),
         dtype=dtype,
         activation_quantization="int8_asym_per_token" if scheme.inputs else None,

@@ -124,8 +124,7 @@ def _entries(model: QuantizedModel, gguf: Any, architecture: str) -> Iterator[_E
             return (whole if order is None else whole[order]).numpy()
 
         if matrix.inputs % BLOCK:
-            shape = (matrix.outputs, matrix.inputs)
-            yield _Entry(name=own_name(name), shape=shape, type=kinds.F32, read=numbers)
+            yield _Entry(name=own_name(name), shape=(matrix.outputs, matrix.inputs), type=kinds.F32, read=numbers)
             continue
         kind = kinds.Q4_0 if model.scheme.bits == 4 else kinds.Q8_0
         row = matrix.inputs // BLOCK * (2 + BLOCK * model.scheme.bits // 8)

@@ -66,8 +66,9 @@ class FakeQuantization:
         def quantized(x: torch.Tensor) -> torch.Tensor:
             # Inside the forward pass, since with ZeRO-3 the weight is there only then. An attribute of the instance
             # takes precedence over the parameter of the same name.
-            if round_weight:
-                module.__dict__["weight"] = round_weight(module._parameters["weight"])
+            weight = module._parameters["weight"]
+            if round_weight and weight is not None:
+                module.__dict__["weight"] = round_weight(weight)
             try:
                 return forward(round_input(x) if round_input else x)
             finally:
@@ -92,9 +93,8 @@ def _weight_rounding(scheme: Scheme, matrix: Matrix) -> Rounding:
         round_float = _float8_rounding()
         return lambda weight: matrix.rows(round_float(matrix.rows(weight).contiguous()))
     granularity = PerGroup(scheme.group_size) if scheme.group_size else PerAxis(0)
-    dtype = torch.int4 if scheme.bits == 4 else torch.int8
     # "Static", since the scales are not those that it would choose.
-    fake = IntxFakeQuantizer(IntxFakeQuantizeConfig(dtype, granularity, is_dynamic=False))
+    fake = IntxFakeQuantizer(IntxFakeQuantizeConfig(scheme.dtype, granularity, is_dynamic=False))
 
     def rounded(weight: torch.Tensor) -> torch.Tensor:
         rows = matrix.rows(weight).contiguous()

@@ -39,6 +39,11 @@ class Scheme:
         return self.name == "fp8"
 
     @property
+    def dtype(self) -> torch.dtype:
+        """torch's type of the weights."""
+        return FLOAT8 if self.is_float else getattr(torch, f"int{self.bits}")
+
+    @property
     def bounds(self) -> tuple[int, int]:
         """The smallest and the largest integer of a weight."""
         return -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
