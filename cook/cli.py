@@ -12,12 +12,13 @@ from typing import Annotated, Any
 import typer
 
 import cook
-from cook.base.environment import choose_waiting
+from cook.base.environment import choose_waiting, quiet_torchao
 from cook.base.errors import EXIT_FAILED, UserError, run_entry
 from cook.base.signals import heed_launcher
 from cook.commands.data import app as data_commands
 from cook.commands.evaluation import compare, evaluate, profile
 from cook.commands.options import AsJson, options_of
+from cook.commands.quantize import quantize
 from cook.commands.service import COMMANDS as SERVICE_COMMANDS
 from cook.config.tasks import OneLineJob, PlanOptions
 from cook.config.types import STAGE_NAMES
@@ -37,6 +38,7 @@ app.add_typer(checkpoint, name="checkpoint")
 app.command("eval")(evaluate)
 app.command()(compare)
 app.command()(profile)
+app.command()(quantize)
 for service_command in SERVICE_COMMANDS:
     app.command()(service_command)
 
@@ -54,6 +56,8 @@ def main(command: str | None = None) -> None:
     Args:
         command: The command that `sys.argv` has the options of; None: the first argument names it.
     """
+
+    quiet_torchao()
 
     def run() -> int:
         # Only here: `run_entry` resolves `~` in the arguments.

@@ -84,7 +84,7 @@ def load_config(
     if reader.errors:
         raise UserErrors(f"{path}: the configuration cannot be used", reader.errors)
     values = sections.values
-    stage = stage_of(values["pruning"], *(values.get(name) for name in ("coarse", "fine", "joint")))
+    stage = stage_of(values["pruning"], *(values.get(name) for name in ("coarse", "fine", "joint", "quantization")))
     assert stage is not None, "the checks let no stage pass without its section"
     return RunConfig(**values, stage=stage, source=ConfigSource(bmcook=path, l0_pruning=scheme_path))
 
@@ -179,7 +179,9 @@ def _scheme_path(path: str, bmcook: Any) -> str | None:
     scheme = str(Path(path).parent / (named if isinstance(named, str) else DEFAULT_SCHEME))
     has_scheme = pruning.get("is_pruning") is True and decoded(pruning.get("mask_method")) != "pattern"
     needed = isinstance(named, str) or has_scheme
-    needed |= any(isinstance(stage, dict) and stage.get("name") not in ("pretrain", "pattern") for stage in stages)
+    needed |= any(
+        isinstance(stage, dict) and stage.get("name") not in ("pretrain", "pattern", "quantize") for stage in stages
+    )
     return scheme if needed or os.path.exists(scheme) else None
 
 

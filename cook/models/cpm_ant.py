@@ -135,6 +135,8 @@ class CpmAntConfig(PreTrainedConfig):
 
 def scaled_product(x: Tensor, weight: Tensor, fan_in: int) -> Tensor:
     """`x @ weight.T / sqrt(fan_in)`, divided in the product's own accumulator: no extra pass, no extra rounding."""
+    if hasattr(weight, "qdata"):  # a quantized weight of torchao, which has its own F.linear
+        return F.linear(x, weight) / math.sqrt(fan_in)
     flat = x.reshape(-1, x.shape[-1])
     out = torch.addmm(weight.new_empty(1), flat, weight.t(), beta=0, alpha=1 / math.sqrt(fan_in))
     return out.view(*x.shape[:-1], weight.shape[0])

@@ -20,6 +20,7 @@ from cook.recipe.estimate import Card, Estimate, Planned, Setup, estimate, large
 from cook.recipe.inputs import Inputs, final_masks, make_gates, open_inputs
 from cook.recipe.model_shape import Shape, shape_of
 from cook.recipe.plan import Stage
+from cook.recipe.quantize import check_quantization
 from cook.report.console import print_plan as print_table_of_stages
 from cook.report.console import print_table
 from cook.report.tables import human_count, human_duration
@@ -70,6 +71,7 @@ def plan_facts(
         training = stage.config.training
         trained = kept[0] if training.remove_masked else {}
         shape, setup = _arithmetic(stage, inputs, trained, world_size, options)
+        check_quantization(stage, inputs)
         kept = [each | _expected_kept(stage, inputs, number) for number, each in enumerate(kept)]
         after = [parameters(inputs.space, each) for each in kept]
         card = card or (measured_cpu(shape, setup) if options.card == "cpu" else None)

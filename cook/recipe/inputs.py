@@ -71,7 +71,7 @@ def open_inputs(stage: Stage, *, must_exist: bool = True) -> Inputs:
             remedy="prune it on a benchmark task with cook tasks",
         )
     head_unit: HeadUnit = "kv_group"  # patterns need units in all attention matrices
-    if stage.name != "pattern":
+    if stage.pattern_mask is None:
         joint = stage.config.joint
         # `cook profile` measures whole groups.
         one_budget = stage.one_budget and joint is not None and joint.target_latency is None
@@ -80,7 +80,7 @@ def open_inputs(stage: Stage, *, must_exist: bool = True) -> Inputs:
         )
     space = adapter.space(config, head_unit)
     allowed = space
-    if stage.name == "pattern":
+    if stage.pattern_mask is not None:
         restricted(matrices_of(space), stage.config.pruning.pruned_module, adapter.aliases)  # reports mistakes early
     elif stage.config.pruning.pruned_module and stage.name != "pretrain":
         allowed = restrict(space, stage.config.pruning.pruned_module, adapter.aliases)

@@ -28,12 +28,14 @@ from cook.pruning.mask_file import write_mask_file
 from cook.pruning.mask_set import FINE_KEYS, coarse_to_tensors, fine_to_tensors, kept_counts
 from cook.pruning.search import search_blocks
 from cook.recipe.carried import carry_optimizer
+from cook.quantization.prepare import FakeQuantization
 from cook.recipe.compact import keep_fan_in, whole_weights, without_masked_units
 from cook.recipe.distillation import check_teacher_tokenizer, make_distiller, open_distillation
 from cook.recipe.inputs import Inputs, final_masks, make_gates, open_inputs
 from cook.recipe.kept_structure import describe_structure
 from cook.recipe.pattern import masked_weights, pattern_identity, pattern_masks, pattern_spec
 from cook.recipe.plan import MaskPaths, Stage
+from cook.recipe.quantize import quantization_record, quantized_modules, stage_scheme
 from cook.recipe.runner import StageRun, follows
 from cook.recipe.stage_data import SourceMixer, check_corpus, open_loader, rows_before
 from cook.report.gate_log import GateGroup, GateLog
@@ -57,6 +59,7 @@ class LanguageModelRun(StageRun):
         check_settings(stage.config.training, stage.config.deepspeed, world_size=distributed.world_size())
         self.inputs = self.trained = on_all_ranks(lambda: open_inputs(stage))
         self.distillation = on_all_ranks(lambda: open_distillation(stage, self.inputs))
+        self.quantized = on_all_ranks(lambda: quantized_modules(stage, self.inputs, self.distillation))
 
     def load(self) -> None:
         config, model = self.stage.config, self.inputs.model_config
@@ -102,6 +105,7 @@ class LanguageModelRun(StageRun):
         search, opened = self._fitted()
         engine, gates, attached, sizes, distiller = opened
         stage, data = self.stage, self.data
+        self.precision = engine.precision
         say(self._opening(engine))
         loader = open_loader(stage, data)
         mixer = SourceMixer(stage, loader, data, engine, self.log, self.at)
@@ -166,6 +170,8 @@ class LanguageModelRun(StageRun):
         if inputs is not self.inputs:
             whole = self.inputs
             engine.stored_config = without_units(whole.model_config, whole.head_unit, whole.fixed)
+        if scheme := stage_scheme(stage):
+            FakeQuantization(engine.module, scheme, self.quantized)
         gates, attached = make_gates(stage, self.inputs), self._attach(engine)
         sizes = TrainedSizes(stage, inputs, attached, gates, engine.device)
         largest = sizes.largest if stage.sizes and training.train_weights else None
@@ -292,6 +298,7 @@ class LanguageModelRun(StageRun):
             [f"applies {' and '.join(held)} masks"] if held else ["random masks"] if stage.is_random_baseline else []
         )
         does += [f"{len(stage.sizes)} nested sizes"] if stage.sizes else []
+        does += [f"{len(self.quantized)} modules as {stage.quantization.scheme}"] if stage.quantization else []
         return (
             f"\n{stage.name}: {training.steps} steps × {training.train_batch_size} rows, "
             f"{', '.join(does) or 'no masks'}, from {self.inputs.origin}; {engine.described()}"
@@ -377,6 +384,7 @@ class LanguageModelRun(StageRun):
             **({"sizes": sizes} if sizes else {}),
             "head_unit": inputs.head_unit,
             "masks": {path: sha256(path) for path in files},
+            **quantization_record(stage, self.quantized, self.precision),
         }
 
 

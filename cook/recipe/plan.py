@@ -11,6 +11,7 @@ from typing import Any
 from cook.base.errors import UserError
 from cook.base.files import read_json
 from cook.config.distillation import OWN_TEACHER
+from cook.config.quantization import QuantizationConfig
 from cook.config.types import RunConfig, StageName, for_stage, training_for, two_of_four
 from cook.pruning.units import Kind
 from cook.recipe.sources import DONE, model_files
@@ -97,11 +98,17 @@ class Stage:
     @property
     def pattern_mask(self) -> str | None:
         """The mask file of single weights that the stage reads or writes; None in other stages."""
-        return self.config.pruning.pruning_mask_path if self.name == "pattern" else None
+        has_pattern = "pattern" in (self.name, self.after if self.name == "quantize" else None)
+        return self.config.pruning.pruning_mask_path if has_pattern else None
 
     @property
     def is_random_baseline(self) -> bool:
         return self.name == "random_baseline"
+
+    @property
+    def quantization(self) -> QuantizationConfig | None:
+        """How the stage quantizes weights; None in other stages."""
+        return self.config.quantization if self.name == "quantize" else None
 
     @property
     def sizes(self) -> tuple[float, ...]:
@@ -149,18 +156,19 @@ class Stage:
         if config.distillation and config.distillation.teacher != OWN_TEACHER:
             models.append(config.distillation.teacher)
         masks = self.inherited_masks()
-        if self.pattern_mask and config.pattern and config.pattern.previous_mask:
+        if self.name == "pattern" and config.pattern and config.pattern.previous_mask:
             masks.append(config.pattern.previous_mask)
         return [file for path in models for file in model_files(Path(path))] + [Path(path) for path in masks]
 
     def inherited_masks(self) -> list[str]:
         """The mask files that stay fixed during the stage."""
-        return [path for paths in self.by_size(self.fixed) for path in vars(paths).values() if path]
+        units = [path for paths in self.by_size(self.fixed) for path in vars(paths).values() if path]
+        return units + [path for path in [self.pattern_mask] if path and self.name != "pattern"]
 
     def traces(self) -> list[Path]:
         """The pattern mask, if this run makes it."""
         mask, output = self.pattern_mask, Path(self.config.output_dir).resolve()
-        return [Path(mask)] if mask and Path(mask).resolve().is_relative_to(output) else []
+        return [Path(mask)] if mask and self.name == "pattern" and Path(mask).resolve().is_relative_to(output) else []
 
     def _targets(self) -> list[Any]:
         """The targets that determine the stage's outcome; a random baseline depends on the targets of all stages."""
@@ -198,8 +206,8 @@ class Stage:
         return [targets[kind] for kind in self.learns]
 
     def pattern_settings(self) -> dict[str, Any]:
-        """The settings that determine the mask of single weights; empty in other stages."""
-        if self.name != "pattern":
+        """The settings that determine the mask of single weights; empty in stages without one."""
+        if self.pattern_mask is None:
             return {}
         pattern = asdict(self.config.pattern) if self.config.pattern else {}
         pattern.pop("previous_mask", None)  # its content counts, not its path
@@ -249,6 +257,7 @@ class Stage:
             "targets": self._targets(),
             **self.pattern_settings(),
             "gates": asdict(config.gates) if self.learns or self.is_random_baseline else None,
+            **({"quantization": asdict(self.quantization)} if self.quantization else {}),
         }
         return hashlib.sha256(json.dumps(described, sort_keys=True, default=list).encode()).hexdigest()
 
@@ -284,6 +293,9 @@ def plan_stage(config: RunConfig, name: StageName) -> Stage:
 
 def _check_sections(config: RunConfig, name: str) -> None:
     """The loader has checked the stages that the files name; a stage can also be named on the command line."""
+    if name == "quantize" and not (config.quantization and config.quantization.is_quant):
+        remedy = 'add "quantization": {"is_quant": true} to bmcook.json'
+        raise UserError("quantize needs the section 'quantization'", remedy=remedy)
     sections = {"coarse-grained": config.coarse, "fine-grained": config.fine, "joint": config.joint}
     needed = {"layer": ("coarse-grained",), "joint": ("joint", "fine-grained")}
     needed |= dict.fromkeys(INNER.values(), ("fine-grained",))
@@ -331,11 +343,17 @@ def _fixed(config: RunConfig, name: str, order: list[StageName], before: list[St
     paths = mask_paths(config)
     if name in ("pretrain", "layer_mask", "joint_mask", "pattern", "random_baseline"):
         return MaskPaths()
-    if name == "joint_finetune":
+    if name == "quantize" and "pattern" in before:
+        return MaskPaths()
+    if name == "joint_finetune" or (name == "quantize" and {"joint_mask", "joint_finetune"} & set(before)):
         return MaskPaths(**{kind: getattr(paths, kind) for kind in _masked(config, "joint_mask")})
     if name == "layer_finetune":
         return MaskPaths(layer=config.coarse.coarse_mask if config.coarse else None)
     layer = config.fine.coarse_mask if config.fine else None
+    if name == "quantize" and not {"layer_mask", "layer_finetune"} & set(before):
+        layer = paths.layer if paths.layer and Path(paths.layer).exists() else None
+    elif name == "quantize":
+        layer = paths.layer
     fixed = {"layer": layer}
     for kind, unit in INNER.items():
         path = getattr(paths, kind)

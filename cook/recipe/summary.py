@@ -44,6 +44,7 @@ TITLES = {
     "joint_mask": "all masked at once",
     "joint_finetune": "all, finetuned",
     "pattern": "pattern, finetuned",
+    "quantize": "quantized",
     "random_baseline": "random masks",
 }
 
