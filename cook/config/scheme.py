@@ -20,6 +20,7 @@ StageName = Literal[
     "joint_mask",
     "joint_finetune",
     "pattern",
+    "moefy",
     "random_baseline",
 ]
 """The possible stages of a recipe. Each is a separate training run."""

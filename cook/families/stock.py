@@ -15,7 +15,15 @@ from cook.base.batches import Batch
 from cook.base.errors import UserError
 from cook.families import stock_models, stock_space
 from cook.families.layout import Attention, Family, FeedForward
-from cook.families.stock_models import config_object, is_ragged, plain, remembered, skeleton, weight_shapes
+from cook.families.stock_models import (
+    config_object,
+    is_ragged,
+    plain,
+    ragged_config,
+    remembered,
+    skeleton,
+    weight_shapes,
+)
 from cook.families.stock_space import Heads, head_dim_of, heads_of
 from cook.families.stream import stream_size
 from cook.models import ragged
@@ -55,6 +63,8 @@ def stock_adapter(
         shrink=of_config(shrink),
         stock_holds=of_config(holds_heads),
         modeling=stock_models.modeling,
+        experts=stock_models.experts,
+        with_experts=of_config(stock_models.with_experts),
         inputs=inputs or packed_inputs,
         abilities=Abilities(
             shares_keys=family.names.kv_heads is not None,
@@ -107,14 +117,7 @@ def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptU
             return Shrunk(config=plain(config_object(uniform)) | stock, layers=tuple(layers), renamed=renamed)
     base = _with_hidden(family, base, hidden)
     structure = _structure(family, base, shapes, [heads for heads, _ in sizes])
-    own = {
-        "architectures": [ragged.RaggedModel.__name__],
-        "model_type": ragged.MODEL_TYPE,
-        "stock_type": base["model_type"],
-        "stock_class": family.auto_class,
-        "structure": structure,
-    }
-    return Shrunk(config=base | own, layers=tuple(layers), renamed=renamed)
+    return Shrunk(config=ragged_config(family, base, structure), layers=tuple(layers), renamed=renamed)
 
 
 def _sized(family: Family, base: ModelConfig, heads: Heads, ffn: int, hidden: int | None = None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Stock transformers models whose layers differ: missing blocks, and different numbers of heads or FFN dims per layer.
 
-The file needs only torch and transformers (>= 5), and works for any model family. An exported model contains a copy of
-it, so that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works anywhere. It builds the stock
+The file needs only torch, transformers (>= 5) and cook_experts.py, and works for any model family. An exported model
+contains a copy of both, so that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works anywhere. It builds the stock
 model `stock_type` and then changes it as described by `structure`:
 
     shapes      {weight: shape}           weights whose shape differs from the stock model
@@ -14,6 +14,7 @@ model `stock_type` and then changes it as described by `structure`:
                                           `wide`: the query heads of key-value heads that have fewer than others
     gathered    {module: [[own, wide]]}   products that take such parts as inputs, and skip what was filled up
     uneven_keys true|false                whether some attention block has other key-value heads than the config
+    experts     {router: {...}}           FFN blocks that are mixtures of experts, as `add_experts` takes them
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, Cache, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from .cook_experts import add_experts
 
 MODEL_TYPE = "cook_ragged"
 OWN_FIELDS = ("stock_type", "stock_class", "structure")
@@ -120,6 +123,7 @@ def reshape_modules(model: PreTrainedModel, structure: dict[str, Any]) -> None:
         model.set_submodule(path, absent)
     for path in structure["identity"]:
         model.set_submodule(path, nn.Identity())
+    add_experts(model, structure.get("experts", {}))
 
 
 def _step(product: nn.Module) -> int:

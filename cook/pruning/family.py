@@ -21,6 +21,9 @@ ModelConfig = Mapping[str, Any]
 KeptUnits = Mapping[str, tuple[int, ...]]
 """The indices of the units that stay, ascending, by the name of the masked group."""
 
+Experts = Mapping[str, Mapping[str, Any]]
+"""FFN blocks that are mixtures of experts, as `cook.models.cook_experts.add_experts` takes them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shrunk:
@@ -41,6 +44,8 @@ class Modeling:
     file: Path
     auto_map: Mapping[str, str]
     """The `auto_map` of the export's config.json; its values name the file's copy, `module.Class`."""
+    imported: tuple[Path, ...] = ()
+    """Files that it imports, which are copied under their own names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +98,10 @@ class Adapter:
     """Whether the model predicts the next token."""
     score_bias: bool = False
     """Whether a learned bias per head is added to the attention scores; its gradient needs memory."""
+    experts: Callable[[ModelConfig], Experts] = lambda _config: {}
+    """The FFN blocks of a model that are mixtures of experts."""
+    with_experts: Callable[[ModelConfig, Experts], dict[str, Any]] | None = None
+    """(config, experts) → the config of the model with these experts; None if the family cannot have any."""
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Aliases in `pruned_module`: a suffix and the suffixes that it stands for."""
     live_config: Callable[[ModelConfig], dict[str, Any] | str] | None = None
