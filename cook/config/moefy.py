@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from cook.config.declare import Count, Limits, Size
+from cook.config.declare import Count, Limits
 
 ModuleSuffix = Annotated[
     str, Limits(title="the end of a module's name, such as mlp.gate_proj", pattern="^[A-Za-z0-9_.]+$")

@@ -264,7 +264,9 @@ def with_experts(family: Family, config: ModelConfig, experts: Experts) -> dict[
     """The config of a ragged model with these experts, and otherwise of the same weights."""
     if is_ragged(config):
         return dict(config) | {"structure": config["structure"] | {"experts": dict(experts)}}
-    structure: dict[str, Any] = {key: {} for key in ("shapes", "attributes", "absent", "constant", "spread", "gathered")}
+    structure: dict[str, Any] = {
+        key: {} for key in ("shapes", "attributes", "absent", "constant", "spread", "gathered")
+    }
     structure |= {"identity": [], "uneven_keys": False, "experts": dict(experts)}
     return ragged_config(family, config, structure)
 

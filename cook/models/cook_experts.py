@@ -96,9 +96,9 @@ def add_experts(model: nn.Module, experts: dict[str, dict[str, Any]]) -> None:
 
     Args:
         model: A model whose blocks have the shapes of the dense ones.
-        experts: By the path of the router that a block gets: the arguments of `Router`; `ins`, the paths of the products
-            into the block, the one that is called first at first, each with the offsets at which its parts begin (two
-            for a fused gate and up); and `out`, the path of the product out of it.
+        experts: By the path of the router that a block gets: the arguments of `Router`; `ins`, the paths of the
+            products into the block in the order of their calls, each with the offsets at which its parts begin (two for
+            a fused gate and up); and `out`, the path of the product out of it.
     """
     for path, entry in experts.items():
         numbers = {name: entry[name] for name in ("hidden", "shared", "size", "routed", "active")}

@@ -1,7 +1,8 @@
 """CPM-Ant in PyTorch: a Hugging Face causal language model whose blocks may be missing, or keep fewer heads and dims.
 
 The parameters carry CPM-Live's names. The file needs torch, transformers (>= 5) and cook_experts.py alone: an exported
-model carries a copy of both, so that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works anywhere.
+model carries a copy of both, so that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works
+anywhere.
 
 Shape suffixes: B batch, P prompt length, T text length, L = P + T, Q queries, K keys, H heads, D dim_head, M dim_model,
 F dim_ff, V vocabulary, S segment types, R rows of a table that the batch shares: 1 (shared by all) or B.

@@ -1,8 +1,8 @@
 """Stock transformers models whose layers differ: missing blocks, and different numbers of heads or FFN dims per layer.
 
 The file needs only torch, transformers (>= 5) and cook_experts.py, and works for any model family. An exported model
-contains a copy of both, so that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works anywhere. It builds the stock
-model `stock_type` and then changes it as described by `structure`:
+contains a copy of both, so that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works anywhere.
+It builds the stock model `stock_type` and then changes it as described by `structure`:
 
     shapes      {weight: shape}           weights whose shape differs from the stock model
     attributes  {module: {name: number}}  attributes of modules that depend on those shapes; `config.name` sets the

@@ -6,8 +6,8 @@ the square of what the dimension adds to the residual stream. The carving keeps 
 1. The dims with the most energy form the shared expert, the others are clustered by the tokens at which they are active
    (Zhang et al. 2022, MoEfication; Pei et al. 2025, CMoE, for the shared expert and the balanced assignment).
 2. A router is fitted to the experts' energies by ridge regression from the block's input.
-3. Each dim moves to the expert with which the router would keep most of its energy, all experts keeping their sizes; the
-   router is fitted again; and so on. The best of these rounds is the result.
+3. Each dim moves to the expert with which the router would keep most of its energy, all experts keeping their sizes,
+   and the router is fitted again. The best of some such rounds is the result.
 
 T tokens, H hidden size, F FFN dims, E routed experts, K routed experts per token.
 """
@@ -24,7 +24,8 @@ from scipy.optimize import linear_sum_assignment
 
 from cook.base.errors import UserError
 from cook.base.tensor_files import LazyTensors
-from cook.pruning.counts import unit_parameters
+from cook.pruning.counts import parameters, unit_parameters
+from cook.pruning.family import Experts
 from cook.pruning.restrict import ends_with
 from cook.pruning.units import PruningSpace, UnitGroup
 
@@ -250,9 +251,7 @@ def described(group: UnitGroup, carving: Carving) -> tuple[str, dict[str, Any]]:
     return f"{out.rpartition('.')[0]}.{ROUTER}", entry
 
 
-def carved_weights(
-    tensors: Mapping[str, torch.Tensor], carvings: Iterable[tuple[UnitGroup, Carving]]
-) -> LazyTensors:
+def carved_weights(tensors: Mapping[str, torch.Tensor], carvings: Iterable[tuple[UnitGroup, Carving]]) -> LazyTensors:
     """The weights of a model with experts, each computed on access: the dims in their new order, and the routers."""
     orders: dict[str, list[tuple[int, int, torch.Tensor]]] = {}
     routers: dict[str, torch.Tensor] = {}
@@ -274,9 +273,8 @@ def carved_weights(
     return LazyTensors(readers | {path: partial(routers.__getitem__, path) for path in routers})
 
 
-def active_parameters(total: int, carvings: Iterable[tuple[UnitGroup, Carving]], space: PruningSpace) -> int:
-    """Parameters that one token uses, of `total`."""
-    for group, carving in carvings:
-        unused = carving.sizes.dims - carving.sizes.active_dims
-        total -= unused * unit_parameters(space, group)
-    return total
+def active_parameters(space: PruningSpace, experts: Experts) -> int:
+    """Parameters that one token uses, embeddings included, of a model with these experts."""
+    groups = {group.gate.module: group for group in space.of("dimff")}
+    unused = [((entry["routed"] - entry["active"]) * entry["size"], groups[entry["out"]]) for entry in experts.values()]
+    return parameters(space) - sum(dims * unit_parameters(space, group) for dims, group in unused)

@@ -70,6 +70,11 @@ def open_inputs(stage: Stage, *, must_exist: bool = True) -> Inputs:
             f"{origin}: {adapter.family} is not a causal language model, which this command needs",
             remedy="prune it on a benchmark task with cook tasks",
         )
+    if adapter.experts(config) and (stage.is_moefy or stage.learns or stage.is_random_baseline or stage.pattern_mask):
+        raise UserError(
+            f"{origin}: its FFN blocks are mixtures of experts already, which {stage.name} cannot change",
+            remedy="prune the dense model first, and put moefy behind the stages that prune",
+        )
     head_unit: HeadUnit = "kv_group"  # patterns need units in all attention matrices
     if stage.name != "pattern":
         joint = stage.config.joint

@@ -31,6 +31,7 @@ from cook.recipe.compact import keep_fan_in, whole_weights, without_masked_units
 from cook.recipe.distillation import check_teacher_tokenizer, make_distiller, open_distillation
 from cook.recipe.inputs import Inputs, final_masks, make_gates, open_inputs
 from cook.recipe.kept_structure import describe_structure
+from cook.recipe.moefy import experts_identity, experts_record, open_dense, with_experts
 from cook.recipe.pattern import masked_weights, pattern_identity, pattern_masks, pattern_spec
 from cook.recipe.plan import MaskPaths, Stage
 from cook.recipe.runner import StageRun, follows
@@ -54,7 +55,7 @@ class LanguageModelRun(StageRun):
     def open(self) -> None:
         stage = self.stage
         check_settings(stage.config.training, stage.config.deepspeed, world_size=distributed.world_size())
-        self.inputs = self.trained = on_all_ranks(lambda: open_inputs(stage))
+        self.inputs = self.trained = on_all_ranks(lambda: open_dense(stage) if stage.is_moefy else open_inputs(stage))
         self.distillation = on_all_ranks(lambda: open_distillation(stage, self.inputs))
 
     def load(self) -> None:
@@ -90,12 +91,18 @@ class LanguageModelRun(StageRun):
             self._seed()  # Scoring draws random numbers; a run that reads existing masks does not.
             assert inputs.weights is not None
             self.inputs = replace(inputs, weights=masked_weights(inputs.weights, self.zeros))
+        if stage.is_moefy:
+            self.inputs = with_experts(
+                stage, inputs, lambda: open_loader(stage, self.data, ledger=False), self._build, self.at, self.resume
+            )
+            self._seed()
         self.trained = without_masked_units(stage, self.inputs, self.distillation)  # the same unless units are removed
         applied = inputs.nested or (inputs.fixed,)
         fixed = [[name, mask.tolist()] for masks in applied for name, mask in sorted(masks.items())]
         start = follows(stage) or inputs.origin
         form = ["without masked units"] if self.trained is not self.inputs else []
-        return [self.data.train.fingerprint, start, fixed, *pattern_identity(stage), *form]
+        made = [*pattern_identity(stage), *experts_identity(stage)]
+        return [self.data.train.fingerprint, start, fixed, *made, *form]
 
     def train(self) -> Callable[[], dict[str, Any]]:
         search, opened = self._fitted()
@@ -279,6 +286,7 @@ class LanguageModelRun(StageRun):
         held = [kind for kind, path in vars(stage.fixed).items() if path]
         does = [f"learns {' and '.join(stage.learns)} masks"] if stage.learns else []
         does += ["applies a pattern"] if stage.pattern_mask else []
+        does += ["trains a mixture of experts"] if stage.is_moefy else []
         does += (
             [f"applies {' and '.join(held)} masks"] if held else ["random masks"] if stage.is_random_baseline else []
         )
@@ -366,6 +374,7 @@ class LanguageModelRun(StageRun):
             "data": state,
             **models[0],
             **({"sizes": sizes} if sizes else {}),
+            **experts_record(inputs),
             "head_unit": inputs.head_unit,
             "masks": {path: sha256(path) for path in files},
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,10 @@ class Stage:
     @property
     def is_random_baseline(self) -> bool:
         return self.name == "random_baseline"
+
+    @property
+    def is_moefy(self) -> bool:
+        return self.name == "moefy"
 
     @property
     def sizes(self) -> tuple[float, ...]:
@@ -179,6 +183,15 @@ class Stage:
         pattern.pop("previous_mask", None)  # its content counts, not its path
         return {"method": two_of_four(self.config.pruning) or "pattern", "pattern": pattern}
 
+    def moefy_settings(self) -> dict[str, Any]:
+        """The settings that determine the experts; empty in other stages."""
+        if self.name != "moefy":
+            return {}
+        assert self.config.moefy is not None
+        moefy = asdict(self.config.moefy)
+        moefy.pop("steps")  # those of `training`
+        return {"moefy": moefy}
+
     def fingerprint(self) -> str:
         """Hash of the settings that determine the stage's outcome; output paths and logging do not.
 
@@ -220,6 +233,7 @@ class Stage:
             "pruned_module": config.pruning.pruned_module if self.name != "pretrain" else None,
             "targets": self._targets(),
             **self.pattern_settings(),
+            **self.moefy_settings(),
             "gates": asdict(config.gates) if self.learns or self.is_random_baseline else None,
         }
         return hashlib.sha256(json.dumps(described, sort_keys=True, default=list).encode()).hexdigest()
@@ -256,6 +270,8 @@ def plan_stage(config: RunConfig, name: StageName) -> Stage:
 
 def _check_sections(config: RunConfig, name: str) -> None:
     """The loader has checked the stages that the files name; a stage can also be named on the command line."""
+    if name == "moefy" and not (config.moefy and config.moefy.is_moefy):
+        raise UserError('moefy needs the section "MoEfication"', remedy="add it to bmcook.json, with is_moefy true")
     sections = {"coarse-grained": config.coarse, "fine-grained": config.fine, "joint": config.joint}
     needed = {"layer": ("coarse-grained",), "joint": ("joint", "fine-grained")}
     needed |= dict.fromkeys(INNER.values(), ("fine-grained",))
@@ -299,6 +315,12 @@ def _fixed(config: RunConfig, name: str, order: list[StageName], before: list[St
     paths = mask_paths(config)
     if name in ("pretrain", "layer_mask", "joint_mask", "pattern", "random_baseline"):
         return MaskPaths()
+    if name == "moefy":  # the masks of the model that the stage before it has made
+        last = _predecessor(name, before)
+        if last is None:
+            return MaskPaths()
+        written = {kind: path for kind, path in vars(_writes(config, last)).items() if path}
+        return replace(_fixed(config, last, order, before[: before.index(last)]), **written)
     if name == "joint_finetune":
         return MaskPaths(**{kind: getattr(paths, kind) for kind in _masked(config, "joint_mask")})
     if name == "layer_finetune":
