@@ -28,12 +28,14 @@ from cook.evaluation.equality import answers, answers_for, difference, masked_mo
 from cook.evaluation.speed import LARGEST_TIMED, pass_seconds
 from cook.export.check import AUTO_CLASSES
 from cook.export.companions import Companions, copy_companions, name_tokenizer_class
+from cook.export.experts_folder import write_experts
 from cook.export.model_folder import published
 from cook.export.pruned_folder import Pruned, open_masks, write_pruned
 from cook.export.vocabulary import least_count, read_vocabulary, tokenizer_in, with_vocabulary
 from cook.families.consumers import misread_by
 from cook.families.registry import stock_type
 from cook.families.source import load_model, open_model
+from cook.pruning.carving import active_parameters
 from cook.pruning.counts import forward_flops, parameters
 from cook.pruning.family import ModelSource
 from cook.pruning.mask_set import Masks, kept_counts
@@ -159,7 +161,13 @@ def _reshape(job: Job, options: ReshapeOptions) -> None:
         print(f"vocabulary  {whole.config['vocab_size']:,} → {len(tokens):,} tokens")
     given = job.masks
     space, masks = open_masks(source, coarse=given.layer, heads=given.heads, dimff=given.dimff, hidden=given.hidden)
-    if not masks and not tokens:
+    experts = source.adapter.experts(source.config)
+    if experts and (masks or options.uniform):
+        raise UserError(
+            f"{source.path}: its FFN blocks are mixtures of experts, which cannot be cut",
+            remedy="apply the masks before the stage moefy; without masks, the model is exported as it is",
+        )
+    if not masks and not tokens and not experts:
         if job.stages and job.stages[-1].pattern_mask:
             print(f"{job.model}: pruned with a sparsity pattern, at its full size; there is nothing to reshape")
             return
@@ -167,13 +175,16 @@ def _reshape(job: Job, options: ReshapeOptions) -> None:
             "there are no masks to apply", remedy="give --coarse-mask, --heads-mask, --dimff-mask or --hidden-mask"
         )
     files = [path for path in vars(given).values() if path]
-    print(f"model  {source.path}\nmasks  {', '.join(files)}")
+    print(f"model  {source.path}\nmasks  {', '.join(files) or 'none'}")
     even = padded(source, space, masks) if options.uniform else (source, masks)
     # The run's rows have the ids of the whole vocabulary.
     batches, what = sample_batches(None if tokens else job.config, source, rows=compared_rows(source))
     output = Path(job.output)
     with published(output, source=source.path) as folder:
-        pruned = write_pruned(even[0], space, even[1], folder, record=masks)
+        if experts:
+            pruned = write_experts(source, space, folder)
+        else:
+            pruned = write_pruned(even[0], space, even[1], folder, record=masks)
         companions = copy_companions(source.folder, folder)
         if tokens:
             shrink_tokenizer(folder, tokens)
@@ -184,6 +195,8 @@ def _reshape(job: Job, options: ReshapeOptions) -> None:
             checked = verify(checked, whole, space, masks, batches, what, tokens)
         speeds = measured_speeds(whole, folder, space, batches[0]) if options.time else {}
         print(comparison(whole.adapter.space(whole.config), space, even[1], batches, speeds))
+        if experts:
+            print(f"{human_count(active_parameters(space, experts))} parameters are active per token\n")
         card = ModelCard(
             name=output.resolve().name,
             rows=_rows(job),
