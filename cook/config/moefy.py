@@ -31,3 +31,36 @@ class MoefyConfig:
     """Steps whose batches are read, without training, to choose the experts and the first weights of the routers."""
     steps: Count | None = None
     """Training steps of the stage, in which routers and weights are trained. 0: no training. None: `training.steps`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoefyJob:
+    """A model whose FFN blocks become mixtures of experts, by one command."""
+
+    model: str
+    """A model folder, or a name on the Hugging Face Hub."""
+    output: str
+    """Folder for everything: `recipe/`, `run/`, `model/` (the model with experts)."""
+    data: tuple[str, ...]
+    """A file or folder of text, JSON lines or parquet; may be repeated. Some of it is held out for evaluation."""
+    experts: int = 8
+    """Experts per FFN block, shared and routed ones."""
+    shared: int = 1
+    """Experts that every token uses. If a token then uses one routed expert, as with `--shared 3`, the result may be a
+    stock model, which needs no modeling file."""
+    active: float = 0.5
+    """Share of the experts that a token uses, shared ones included."""
+    steps: int = 0
+    """Steps in which routers and weights are trained, with the dense model as the teacher. 0: no training."""
+    calibration_steps: int = 8
+    """Batches from whose activations the experts are chosen."""
+    max_length: int = 512
+    """Tokens per row."""
+    batch_size: int = 2
+    """Rows per batch."""
+    learning_rate: float = 1e-4
+    """Learning rate of routers and weights."""
+    text_field: str = "text"
+    """Key or column that holds the text of JSON lines and tables."""
+    seed: int = 0
+    """Random seed."""

@@ -246,7 +246,7 @@ def entry_points(group: UnitGroup) -> tuple[str, str]:
 def described(group: UnitGroup, carving: Carving) -> tuple[str, dict[str, Any]]:
     """The router's path, and the block's entry for `cook.models.cook_experts.add_experts`."""
     sizes, out = carving.sizes, group.gate.module
-    entry = {"hidden": carving.weight.shape[1], "shared": sizes.shared, "size": sizes.size}
+    entry: dict[str, Any] = {"hidden": carving.weight.shape[1], "shared": sizes.shared, "size": sizes.size}
     entry |= {"routed": sizes.routed, "active": sizes.active, "ins": _ins(group), "out": out}
     return f"{out.rpartition('.')[0]}.{ROUTER}", entry
 
@@ -276,5 +276,8 @@ def carved_weights(tensors: Mapping[str, torch.Tensor], carvings: Iterable[tuple
 def active_parameters(space: PruningSpace, experts: Experts) -> int:
     """Parameters that one token uses, embeddings included, of a model with these experts."""
     groups = {group.gate.module: group for group in space.of("dimff")}
-    unused = [((entry["routed"] - entry["active"]) * entry["size"], groups[entry["out"]]) for entry in experts.values()]
-    return parameters(space) - sum(dims * unit_parameters(space, group) for dims, group in unused)
+    unused = 0
+    for entry in experts.values():
+        dims: int = (entry["routed"] - entry["active"]) * entry["size"]
+        unused += dims * unit_parameters(space, groups[entry["out"]])
+    return parameters(space) - unused

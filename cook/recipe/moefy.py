@@ -46,6 +46,8 @@ from cook.training.engine import Engine
 
 EXPERTS = "experts.safetensors"
 """The file in the stage's folder with the order of the dims and the first routers."""
+DENSE_LOSS = "dense_held_out_loss"
+"""The loss of the dense model, in that file and in `done.json`."""
 TOKENS = 4096
 """Tokens whose activations are kept, to carve the blocks."""
 Carvings = list[tuple[UnitGroup, Carving]]
@@ -70,6 +72,12 @@ def open_dense(stage: Stage) -> Inputs:
             space=inputs.adapter.space(shrunk.config, inputs.head_unit),
             fixed={},
         )
+    check_blocks(stage, inputs)
+    return inputs
+
+
+def check_blocks(stage: Stage, inputs: Inputs) -> None:
+    """Checks that the blocks of the model can have the experts of the section; raises a UserError."""
     if inputs.adapter.with_experts is None:
         raise UserError(
             f"models of the family {inputs.adapter.family} cannot have experts",
@@ -77,7 +85,6 @@ def open_dense(stage: Stage) -> Inputs:
         )
     for group in groups_of(stage, inputs):
         sizes_of(stage, group)
-    return inputs
 
 
 def groups_of(stage: Stage, inputs: Inputs) -> tuple[UnitGroup, ...]:
@@ -106,11 +113,20 @@ def experts_record(inputs: Inputs) -> dict[str, Any]:
     return {"active_parameters": active_parameters(inputs.space, experts)}
 
 
+def dense_loss(stage: Stage) -> dict[str, Any]:
+    """The held-out loss of the dense model, for `done.json`; nothing in other stages, or if it was not measured."""
+    if not stage.is_moefy:
+        return {}
+    found = load_file(stage.folder / EXPERTS).get(DENSE_LOSS)
+    return {} if found is None else {DENSE_LOSS: float(found)}
+
+
 def with_experts(
     stage: Stage,
     inputs: Inputs,
     open_batches: Callable[[], Loader],
     build: Callable[[], torch.nn.Module],
+    measure: Callable[[Engine], float | None],
     at: At,
     resume: str,
 ) -> Inputs:
@@ -121,13 +137,14 @@ def with_experts(
         inputs: The dense model.
         open_batches: Opens the calibration data: the first training rows of the stage.
         build: Builds the dense model.
+        measure: Measures the held-out loss of a model.
         at: Called at every batch, for a watchdog.
         resume: `never`: experts that an earlier run has chosen are chosen again.
     """
     path, groups = stage.folder / EXPERTS, groups_of(stage, inputs)
     if resume == "never" or not distributed.broadcast(path.exists()):
-        made = _carved(stage, inputs, groups, open_batches, build, at)
-        on_first_rank(lambda: write_atomically(path, save(_as_tensors(made))))
+        made = _carved(stage, inputs, groups, open_batches, build, measure, at)
+        on_first_rank(lambda: write_atomically(path, save(made)))
     carvings = on_all_ranks(lambda: _read(path, stage, groups))
     kept = sum(carving.kept for _, carving in carvings) / len(carvings)
     say(f"{stage.name}: {len(carvings)} FFN blocks; the chosen experts have {100 * kept:.1f}% of the energy on average")
@@ -153,9 +170,13 @@ def _carved(
     groups: tuple[UnitGroup, ...],
     open_batches: Callable[[], Loader],
     build: Callable[[], torch.nn.Module],
+    measure: Callable[[Engine], float | None],
     at: At,
-) -> Carvings:
-    """Reads the calibration batches, the same on every rank, and carves the blocks, each on one of the ranks."""
+) -> dict[str, torch.Tensor]:
+    """Reads the calibration batches, the same on every rank, and carves the blocks, each on one of the ranks.
+
+    Returns the content of the file.
+    """
     moefy = stage.config.moefy
     assert moefy is not None and inputs.weights is not None
     rank, world = distributed.rank(), distributed.world_size()
@@ -176,6 +197,7 @@ def _carved(
                 samples.at(_sampled(batch, share, random))
                 engine(**model_inputs(on_device(batch, engine.device)))
     samples.remove()
+    loss = measure(engine)
     engine.close()
     made: dict[str, Carving] = {}
     for group in own:
@@ -184,7 +206,8 @@ def _carved(
         columns = inputs.weights[out.path].float().norm(dim=1 - out.dim)
         made[group.name] = carve(*samples.of(group, columns), sizes_of(stage, group))
     by_name = {name: carving for part in distributed.gather(made) for name, carving in part.items()}
-    return [(group, by_name[group.name]) for group in groups]
+    tensors = _as_tensors([(group, by_name[group.name]) for group in groups])
+    return tensors if loss is None else tensors | {DENSE_LOSS: torch.tensor(loss, dtype=torch.float64)}
 
 
 def _sampled(batch: Batch, count: int, random: torch.Generator) -> torch.Tensor:
@@ -194,7 +217,7 @@ def _sampled(batch: Batch, count: int, random: torch.Generator) -> torch.Tensor:
 
 
 def _as_tensors(carvings: Carvings) -> dict[str, torch.Tensor]:
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for group, carving in carvings:
         parts = {"order": carving.order, "weight": carving.weight, "bias": carving.bias}
         parts["kept"] = torch.tensor(carving.kept, dtype=torch.float64)
