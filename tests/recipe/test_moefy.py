@@ -118,7 +118,7 @@ def test_the_pruned_model_gets_experts_and_a_resumed_run_ends_the_same(tmp_path)
         write_stock_run(folder, ("ffn_mask", "moefy"), **changes)
         if stop:
             assert train(folder, "--stage", "ffn_mask").code == 0
-            failed = train(folder, "--stage", "moefy", COOK_FAULT="step.end:3")
+            failed = train(folder, "--stage", "moefy", COOK_FAULT_POINT="step.end:0:3")
             assert failed.code != 0, failed
         done = train(folder, "--stage", "all")
         assert done.code == 0 and "trains a mixture of experts" in done.out, done
