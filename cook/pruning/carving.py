@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 
 from cook.base.errors import UserError
 from cook.base.tensor_files import LazyTensors
@@ -103,7 +103,12 @@ def carve(inputs_TH: torch.Tensor, energy_TF: torch.Tensor, sizes: ExpertSizes) 
         inputs_TH: The block's input at the sampled tokens.
         energy_TF: The energy of its dims at these tokens; only the ratios within a token matter.
         sizes: The experts.
+
+    Raises:
+        UserError: a number is not finite.
     """
+    if not (inputs_TH.isfinite().all() and energy_TF.isfinite().all()):
+        raise UserError("an FFN block has activations that are not finite", remedy="check the model and the data")
     energy_TF = energy_TF.float()
     energy_TF = energy_TF / energy_TF.sum(1, keepdim=True).clamp(min=1e-30)
     fit = _Ridge(inputs_TH.float())
@@ -186,15 +191,49 @@ def _clusters(energy_TF: torch.Tensor, sizes: ExpertSizes) -> torch.Tensor:
 def _assigned(gain_FP: torch.Tensor, sizes: ExpertSizes) -> torch.Tensor:
     """The place of each dim such that the sum of gains is largest and every place is full.
 
-    The places are the shared expert, if it has dims or there is a column for it, and the routed ones.
+    The places are the shared expert, if there is a column for it, and the routed ones. Every dim begins at its best
+    place. Then one dim after the other leaves the full places along the cheapest path of moves to one that is not full,
+    which keeps the assignment the best one for the number of dims moved (successive shortest paths). It takes seconds
+    for 10,000 dims, where a general assignment of dims to seats needs minutes and the square of the memory.
     """
-    capacities = [sizes.size] * sizes.routed
-    if gain_FP.shape[1] > sizes.routed:
-        capacities = [sizes.shared, *capacities]
-    seats = torch.arange(len(capacities)).repeat_interleave(torch.tensor(capacities))
-    rows, columns = linear_sum_assignment(gain_FP[:, seats].numpy(), maximize=True)
-    assert (rows == range(len(seats))).all()
-    return seats[torch.from_numpy(columns)]
+    gain, places = gain_FP.double().numpy(), gain_FP.shape[1]
+    capacity = np.array(([sizes.shared] if places > sizes.routed else []) + [sizes.size] * sizes.routed)
+    assert np.isfinite(gain).all() and len(gain) == capacity.sum()
+    place, least = gain.argmax(1), 1e-9 * float(np.abs(gain).max())
+    loss, dim = np.full((places, places), np.inf), np.zeros((places, places), dtype=np.int64)
+
+    def update(start: int) -> None:
+        """The cheapest move from a place to each of the others: what it loses, and its dim."""
+        members = np.flatnonzero(place == start)
+        if len(members):
+            losses = gain[members, start, None] - gain[members]
+            best = losses.argmin(0)
+            loss[start], dim[start] = losses[best, np.arange(places)], members[best]
+        else:
+            loss[start] = np.inf
+        loss[start, start] = np.inf
+
+    for start in range(places):
+        update(start)
+    while (surplus := np.bincount(place, minlength=places) - capacity).any():
+        total = np.where(surplus > 0, 0.0, np.inf)
+        before = np.full(places, -1)
+        for _ in range(places):  # Bellman-Ford, from all places with too many dims
+            through = total[:, None] + loss
+            via = through.argmin(0)
+            better = through[via, np.arange(places)] < total - least  # more than rounding, so paths have no cycles
+            if not better.any():
+                break
+            total[better], before[better] = through[via[better], better.nonzero()[0]], via[better]
+        end = int(np.where(surplus < 0, total, np.inf).argmin())
+        moved = [end]
+        while before[end] >= 0:
+            start = int(before[end])
+            place[dim[start, end]] = end
+            moved.append(end := start)
+        for start in moved:
+            update(start)
+    return torch.from_numpy(place)
 
 
 def ffn_groups(
