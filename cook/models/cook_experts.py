@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -46,8 +45,9 @@ class Router(nn.Module):
         nn.init.normal_(self.weight, std=hidden**-0.5)
         self.mask: Tensor | None = None
         """`[..., E]`: 1 for the experts that a token uses; set during a forward pass with gradients."""
-        self.tokens: tuple[Tensor, ...] | None = None
-        """The numbers of each expert's tokens; set during a forward pass without gradients."""
+        self.parts: list[tuple[slice, Tensor | None]] | None = None
+        """The dims of each expert that has tokens, with their numbers, None for all of them; set during a forward pass
+        without gradients."""
 
     def forward(self, x: Tensor) -> Tensor:
         """The score of each expert, fp32: `[..., H]` to `[..., E]`."""
@@ -65,23 +65,27 @@ class Router(nn.Module):
             hard = torch.zeros_like(scores).scatter_(-1, chosen, 1.0)
             self.mask = hard + (scores - scores.detach())
         else:
-            flat = chosen.flatten()
-            tokens = flat.argsort(stable=True) // self.active
-            self.tokens = tokens.split(flat.bincount(minlength=self.routed).tolist())
+            self.parts = self._parts_of(chosen.view(-1, self.active))
+
+    def _parts_of(self, chosen_NK: Tensor) -> list[tuple[slice, Tensor | None]]:
+        parts: list[tuple[slice, Tensor | None]] = [(slice(0, self.shared), None)] if self.shared else []
+        if len(chosen_NK) == 1:  # in decoding, every call counts: neighbours are one piece
+            for dims in map(self._dims_of, sorted(chosen_NK[0].tolist())):
+                if parts and parts[-1][0].stop == dims.start:
+                    dims = slice(parts.pop()[0].start, dims.stop)
+                parts.append((dims, None))
+            return parts
+        flat = chosen_NK.flatten()
+        tokens = (flat.argsort(stable=True) // self.active).split(flat.bincount(minlength=self.routed).tolist())
+        return parts + [(self._dims_of(expert), own) for expert, own in enumerate(tokens) if len(own)]
+
+    def _dims_of(self, expert: int) -> slice:
+        start = self.shared + expert * self.size
+        return slice(start, start + self.size)
 
     def done(self) -> None:
         """Forgets the choice."""
-        self.mask = self.tokens = None
-
-    def pieces(self) -> Iterator[tuple[slice, Tensor | None]]:
-        """The dims of the shared expert and of each routed one that has tokens, with their numbers; None: all."""
-        assert self.tokens is not None
-        if self.shared:
-            yield slice(0, self.shared), None
-        for number, tokens in enumerate(self.tokens):
-            if len(tokens):
-                start = self.shared + number * self.size
-                yield slice(start, start + self.size), tokens
+        self.mask = self.parts = None
 
     def masked(self, inner: Tensor) -> Tensor:
         """The inner features `[..., F]` with those of experts that a token does not use multiplied by 0."""
@@ -129,16 +133,16 @@ def _choose(product: Any, inputs: tuple[Tensor, ...]) -> None:
 def _into(product: Any, x: Tensor) -> Tensor:
     """A product into the block; the dims of experts that a token does not use are 0."""
     [router] = product.routed_by
-    if router.tokens is None:
+    if router.parts is None:
         dense: Tensor = type(product).forward(product, x)
         return dense
     x_NH, weight_FH, bias_F = x.reshape(-1, x.shape[-1]), _weight(product), product._parameters.get("bias")
     inner_NF = x_NH.new_zeros(len(x_NH), len(weight_FH))
-    for dims, tokens in router.pieces():
+    for dims, tokens in router.parts:
         own = x_NH if tokens is None else x_NH[tokens]
         for offset in product.offsets:
             part = slice(offset + dims.start, offset + dims.stop)
-            value = F.linear(own, weight_FH[part], None if bias_F is None else bias_F[part]) * _scale(product)
+            value = _scaled(product, F.linear(own, weight_FH[part], None if bias_F is None else bias_F[part]))
             if tokens is None:
                 inner_NF[:, part] = value
             else:
@@ -149,18 +153,19 @@ def _into(product: Any, x: Tensor) -> Tensor:
 def _out_of(product: Any, inner: Tensor) -> Tensor:
     """The product out of the block, which reads only the dims of the experts that a token uses."""
     [router] = product.routed_by
-    if router.tokens is None:
+    if router.parts is None:
         dense: Tensor = type(product).forward(product, inner if router.mask is None else router.masked(inner))
         router.done()
         return dense
     inner_NF, weight_HF, bias_H = inner.reshape(-1, inner.shape[-1]), _weight(product), product._parameters.get("bias")
     out_NH = inner_NF.new_zeros(len(inner_NF), len(weight_HF)) if bias_H is None else bias_H.repeat(len(inner_NF), 1)
-    for dims, tokens in router.pieces():
+    for dims, tokens in router.parts:
+        own = inner_NF[:, dims] if tokens is None else inner_NF[:, dims][tokens]
+        value = _scaled(product, F.linear(own, weight_HF[:, dims]))
         if tokens is None:
-            out_NH += F.linear(inner_NF[:, dims], weight_HF[:, dims]) * _scale(product)
+            out_NH += value
         else:
-            own = F.linear(inner_NF[:, dims][tokens], weight_HF[:, dims]) * _scale(product)
-            out_NH.index_add_(0, tokens, own)
+            out_NH.index_add_(0, tokens, value)
     router.done()
     return out_NH.view(*inner.shape[:-1], -1)
 
@@ -170,6 +175,6 @@ def _weight(product: Any) -> Tensor:
     return product.weight.t() if isinstance(product, Conv1D) else product.weight
 
 
-def _scale(product: Any) -> float:
+def _scaled(product: Any, value: Tensor) -> Tensor:
     """CPM-Ant's products divide by the root of their number of inputs."""
-    return 1 / math.sqrt(product.fan_in) if hasattr(product, "fan_in") else 1.0
+    return value / math.sqrt(product.fan_in) if hasattr(product, "fan_in") else value

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from cook.base import distributed
@@ -141,10 +142,10 @@ def with_experts(
         at: Called at every batch, for a watchdog.
         resume: `never`: experts that an earlier run has chosen are chosen again.
     """
-    path, groups = stage.folder / EXPERTS, groups_of(stage, inputs)
-    if resume == "never" or not distributed.broadcast(path.exists()):
+    path, groups, settings = stage.folder / EXPERTS, groups_of(stage, inputs), {"fingerprint": stage.fingerprint()}
+    if resume == "never" or not on_first_rank(lambda: _described(path) == settings):
         made = _carved(stage, inputs, groups, open_batches, build, measure, at)
-        on_first_rank(lambda: write_atomically(path, save(made)))
+        on_first_rank(lambda: write_atomically(path, save(made, metadata=settings)))
     carvings = on_all_ranks(lambda: _read(path, stage, groups))
     kept = sum(carving.kept for _, carving in carvings) / len(carvings)
     say(f"{stage.name}: {len(carvings)} FFN blocks; the chosen experts have {100 * kept:.1f}% of the energy on average")
@@ -187,14 +188,14 @@ def _carved(
     engine.module.eval()
     samples = FfnSamples(engine.module, own)
     random = generator(stage.config.seed, stage.name, "tokens")
+    per_row = -(-TOKENS // (moefy.calibration_steps * stage.config.training.train_batch_size))
     with closing(open_batches()) as loader, torch.no_grad():
         for step in range(moefy.calibration_steps):
             at(0, "starting")
             batches = loader.micro_batches(step, rank, world, stage.config.training.rows_at_once(world))
             every = [batch for part in distributed.gather(batches) for batch in part]
-            share = -(-TOKENS // (moefy.calibration_steps * len(every)))
             for batch in every:
-                samples.at(_sampled(batch, share, random))
+                samples.at(_sampled(batch, per_row, random))
                 engine(**model_inputs(on_device(batch, engine.device)))
     samples.remove()
     loss = measure(engine)
@@ -210,10 +211,22 @@ def _carved(
     return tensors if loss is None else tensors | {DENSE_LOSS: torch.tensor(loss, dtype=torch.float64)}
 
 
-def _sampled(batch: Batch, count: int, random: torch.Generator) -> torch.Tensor:
-    """Positions with a target, `count` of them at most."""
-    positions = (batch["targets"].flatten() != NO_TARGET).nonzero().flatten()
-    return positions[torch.randperm(len(positions), generator=random)[:count].sort().values]
+def _sampled(batch: Batch, per_row: int, random: torch.Generator) -> torch.Tensor:
+    """Positions with a target, so many per row at most; the same ones however the rows are divided into batches."""
+    found = []
+    for number, targets in enumerate(batch["targets"]):
+        positions = (targets != NO_TARGET).nonzero().flatten()
+        chosen = torch.randperm(len(positions), generator=random)[:per_row].sort().values
+        found.append(number * len(targets) + positions[chosen])
+    return torch.cat(found)
+
+
+def _described(path: Path) -> dict[str, str] | None:
+    """The settings with which a file of experts was made; None if there is no file."""
+    if not path.exists():
+        return None
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
 
 
 def _as_tensors(carvings: Carvings) -> dict[str, torch.Tensor]:

@@ -144,7 +144,9 @@ class Stage:
         return [path for paths in self.by_size(self.fixed) for path in vars(paths).values() if path]
 
     def traces(self) -> list[Path]:
-        """The pattern mask, if this run makes it."""
+        """The pattern mask, if this run makes it; the experts of a stage."""
+        if self.is_moefy:
+            return [self.folder / "experts.safetensors"]
         mask, output = self.pattern_mask, Path(self.config.output_dir).resolve()
         return [Path(mask)] if mask and Path(mask).resolve().is_relative_to(output) else []
 
