@@ -32,6 +32,14 @@ def section_fits_stages(
     if behind:
         remedy = "put moefy behind the stages that pretrain and prune"
         yield UserError("stages: moefy must come last", got=", ".join(names), remedy=remedy)
+    before = set(names[: names.index("moefy")])
+    if (
+        moefy
+        and moefy.masked_dims == "route"
+        and not before & {"ffn_mask", "ffn_finetune", "joint_mask", "joint_finetune"}
+    ):
+        what = 'MoEfication.masked_dims: "route" needs a mask of FFN dims'
+        yield UserError(what, wanted="ffn_mask or joint_mask before moefy", got=", ".join(names))
     if joint and joint.sizes:
         got, remedy = f"{len(joint.sizes)} sizes in joint", "remove moefy, or give one share"
         yield UserError("stages: moefy makes one model, and the scheme has several sizes", got=got, remedy=remedy)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cook.config.declare import Count, Limits
 
@@ -27,6 +27,9 @@ class MoefyConfig:
     """Experts that every token uses, made of the dims that are most active. They form one larger expert."""
     active: Annotated[float, Limits(exclusiveMinimum=0, maximum=1)] = 0.5
     """Share of the experts that a token uses, shared ones included. 1: all of them, which equals the dense model."""
+    masked_dims: Literal["remove", "route"] = "remove"
+    """What becomes of the FFN dims that masks of earlier stages remove. `remove`: the smaller model gets the experts.
+    `route`: they stay, and the experts are chosen such that tokens use mostly the dims that the masks keep."""
     calibration_steps: Annotated[int, Limits(minimum=1, maximum=10**5)] = 8
     """Steps whose batches are read, without training, to choose the experts and the first weights of the routers."""
     steps: Count | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,30 +51,51 @@ DENSE_LOSS = "dense_held_out_loss"
 """The loss of the dense model, in that file and in `done.json`."""
 TOKENS = 4096
 """Tokens whose activations are kept, to carve the blocks."""
+ROUTED_WEIGHT = 0.25
+"""What the energy of a dim counts that a mask removes, if it is routed."""
 Carvings = list[tuple[UnitGroup, Carving]]
 
 
-def open_dense(stage: Stage) -> Inputs:
+@dataclass(frozen=True, kw_only=True)
+class DenseInputs(Inputs):
+    """The dense model whose blocks become mixtures of experts."""
+
+    preferred: dict[str, torch.Tensor]
+    """1 for the FFN dims that the masks keep and 0 for others, by group; empty if the masks are applied."""
+
+
+def open_dense(stage: Stage) -> DenseInputs:
     """The inputs of the stage, without the units that the masks of earlier stages remove.
 
     Raises:
         UserError: as `open_inputs`; or the model's family, its blocks and the section do not fit together.
     """
-    inputs = open_inputs(stage)
-    if inputs.fixed:
+    opened, moefy = open_inputs(stage), stage.config.moefy
+    groups, masks = opened.space.of("dimff"), opened.fixed
+    preferred: list[torch.Tensor] = []
+    if moefy and moefy.masked_dims == "route":
+        names = {group.name for group in groups}
+        removed = {name for name, mask in masks.items() if name not in names and not mask.any()}
+        stay = [group for group in groups if opened.space.block(group).name not in removed]
+        preferred = [masks.get(group.name, torch.ones(group.size)) for group in stay]
+        masks = {name: mask for name, mask in masks.items() if name not in names}
+    inputs = DenseInputs(**{field.name: getattr(opened, field.name) for field in fields(opened)}, preferred={})
+    if masks:
         assert inputs.weights is not None
-        shrunk = inputs.adapter.shrink(inputs.model_config, inputs.space, kept_units(inputs.space, inputs.fixed))
-        small = reshaped(inputs.weights, inputs.space, inputs.fixed)
+        shrunk = inputs.adapter.shrink(inputs.model_config, inputs.space, kept_units(inputs.space, masks))
+        small = reshaped(inputs.weights, inputs.space, masks)
         readers = {shrunk.renamed.get(path, path): partial(small.__getitem__, path) for path in small}
         inputs = replace(
             inputs,
             model_config=shrunk.config,
             weights=LazyTensors(readers),
             space=inputs.adapter.space(shrunk.config, inputs.head_unit),
-            fixed={},
         )
     check_blocks(stage, inputs)
-    return inputs
+    # Layers may have been renumbered, but their order is the same.
+    left = inputs.space.of("dimff")
+    by_name = {group.name: mask for group, mask in zip(left, preferred, strict=True)} if preferred else {}
+    return replace(inputs, fixed={}, preferred=by_name)
 
 
 def check_blocks(stage: Stage, inputs: Inputs) -> None:
@@ -142,6 +163,7 @@ def with_experts(
         at: Called at every batch, for a watchdog.
         resume: `never`: experts that an earlier run has chosen are chosen again.
     """
+    assert isinstance(inputs, DenseInputs)
     path, groups, settings = stage.folder / EXPERTS, groups_of(stage, inputs), {"fingerprint": stage.fingerprint()}
     if resume == "never" or not on_first_rank(lambda: _described(path) == settings):
         made = _carved(stage, inputs, groups, open_batches, build, measure, at)
@@ -167,7 +189,7 @@ def moefied(inputs: Inputs, carvings: Carvings) -> Inputs:
 
 def _carved(
     stage: Stage,
-    inputs: Inputs,
+    inputs: DenseInputs,
     groups: tuple[UnitGroup, ...],
     open_batches: Callable[[], Loader],
     build: Callable[[], torch.nn.Module],
@@ -205,7 +227,10 @@ def _carved(
         at(0, "preparing")
         out = group.slices[-1]
         columns = inputs.weights[out.path].float().norm(dim=1 - out.dim)
-        made[group.name] = carve(*samples.of(group, columns), sizes_of(stage, group))
+        seen, energy = samples.of(group, columns)
+        if group.name in inputs.preferred:
+            energy = energy * (ROUTED_WEIGHT + (1 - ROUTED_WEIGHT) * inputs.preferred[group.name])
+        made[group.name] = carve(seen, energy, sizes_of(stage, group))
     by_name = {name: carving for part in distributed.gather(made) for name, carving in part.items()}
     tensors = _as_tensors([(group, by_name[group.name]) for group in groups])
     return tensors if loss is None else tensors | {DENSE_LOSS: torch.tensor(loss, dtype=torch.float64)}

@@ -55,6 +55,7 @@ def test_all_mistakes_are_reported_at_once_with_the_right_key(errors_of):
         (["stages=[]", ALONE[2]], "MoEfication: no stage uses it"),
         ([recipe("pretrain", "moefy", "layer_mask"), ALONE[2]], "stages: moefy must come last"),
         ([recipe("moefy", steps=4), ALONE[2], "MoEfication.steps=5"], "MoEfication.steps: differs"),
+        ([recipe("pretrain", "moefy"), ALONE[2], "MoEfication.masked_dims=route"], '"route" needs a mask of FFN dims'),
         ([*ALONE, "MoEfication.shared=8"], "MoEfication.shared: no experts are left"),
         ([*ALONE, "MoEfication.shared=4"], "MoEfication.active: the 4 shared of 8 experts leave"),
         ([*ALONE, "MoEfication.experts=49"], "more experts than an FFN block has dims"),

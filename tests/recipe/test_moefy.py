@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from cook.config.load import load_config
 from cook.config.moefy import MoefyJob
 from cook.families.source import load_model, open_model
 from cook.models.cook_experts import routers
+from cook.pruning.mask_file import write_mask_file
 from cook.recipe.dry_run import plan_facts
+from cook.recipe.moefy import open_dense
 from cook.recipe.moefy_job import write_moefy_recipe
 from cook.recipe.plan import MaskPaths, plan_stage, recipe
 from cook.recipe.summary import masks_after
@@ -58,6 +61,35 @@ def test_the_plan_checks_the_names_of_the_blocks(tmp_path, monkeypatch):
     assert row["learns"] == ["routers"]
     with pytest.raises(UserError, match="moefy needs the section"):
         plan_stage(load_config("bmcook.json", ["stages=[]", "MoEfication.is_moefy=false"]), "moefy")
+
+
+@pytest.mark.parametrize("masked_dims", ["remove", "route"])
+def test_masked_dims_are_removed_or_routed(tmp_path, monkeypatch, masked_dims):
+    monkeypatch.chdir(tmp_path)
+    changes = {"MoEfication": EXPERTS | {"masked_dims": masked_dims}, "fine__target_num_heads": 8}
+    write_stock_run(
+        tmp_path, ("layer_finetune", "ffn_mask", "moefy"), fine__coarse_mask="out/masks/layer.pt", **changes
+    )
+    # As if the stages before had finished: layer 1 is gone, and half of the dims of the others.
+    shutil.copytree("model", "out/ffn_mask/model")
+    (tmp_path / "out/ffn_mask/done.json").write_text("{}")
+    stays = torch.tensor([1.0, 0.0, 1.0])
+    layers = {"self_att_layer_z": stays, "cross_att_layer_z": torch.empty(0), "ffn_layer_z": stays.clone()}
+    write_mask_file("out/masks/layer.pt", layers)
+    rows = torch.stack([torch.arange(20) % 2, torch.arange(20) < 10]).float()
+    write_mask_file("out/masks/dimff.pt", {"dimff_z": rows})
+    *_, stage = recipe(load_config("bmcook.json"))
+    inputs = open_dense(stage)
+    assert inputs.fixed == {} and inputs.space.num_layers == 2
+    sizes = {group.name: group.size for group in inputs.space.of("dimff")}
+    if masked_dims == "remove":
+        assert sizes == {"layers.0.dimff": 10, "layers.1.dimff": 10} and inputs.preferred == {}
+    else:
+        assert sizes == {"layers.0.dimff": 20, "layers.1.dimff": 20}
+        assert all(torch.equal(inputs.preferred[name], row) for name, row in zip(sizes, rows, strict=True))
+    [_, last] = load_file("model/model.safetensors")["model.layers.2.mlp.down_proj.weight"].split([31, 1])
+    kept = last[:, :10] if masked_dims == "remove" else last
+    assert torch.equal(inputs.weights["model.layers.1.mlp.down_proj.weight"][31:], kept)
 
 
 def tiny_folder(folder):
