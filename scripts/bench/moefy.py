@@ -2,11 +2,11 @@
 
     python scripts/bench/moefy.py --model models/smollm2 --calibration valid.txt --test test.txt
 
-Measures the dense model; the model with experts, without training and trained with the dense model as the teacher; and
-the model with as many FFN dims as a token of the former uses, whose dims are chosen by learned gates (weights frozen,
-the dense model as the teacher) and finetuned with the same teacher. Experts are trained for as many steps as gates and
-finetuning take together. Perplexity and speed of all models are measured in one run, in turns. Started again, it skips
-finished stages.
+Measures the dense model; the model with a share of its FFN dims, chosen by learned gates (weights frozen, the dense
+model as the teacher) and finetuned with the same teacher; and models with experts of which a token uses as many dims:
+without training; trained for as many steps as gates and finetuning take together; and with learned gates first, whose
+dims the experts prefer (`masked_dims` "route"), then trained for as many steps as the finetuning. Perplexity and speed
+of all models are measured in one run, in turns. Started again, it skips finished stages.
 """
 
 from __future__ import annotations
@@ -50,26 +50,34 @@ def main() -> None:
     dims = space.of("dimff")[0].size
     steps = options.mask_steps + options.finetune_steps
     models = {"dense": (options.model, parameters(space), parameters(space))}
-    for shared in options.shared:
-        for trained in (0, steps):
-            experts = {"is_moefy": True, "experts": options.experts, "shared": shared, "active": options.active}
-            stages = [{"name": "moefy", "training": {"steps": max(1, trained), "train_weights": trained > 0}}]
-            name = f"{options.experts} experts, {shared} shared, {trained} steps"
-            folder, done = run(options, name, stages, {"MoEfication": experts})
-            models[name] = (folder, done["parameters"], done["active_parameters"])
     kept = round(options.active * dims)
-    stages = [{"name": "ffn_mask", "training": {"steps": options.mask_steps, "train_weights": False}}]
-    stages += [{"name": "ffn_finetune", "training": {"steps": options.finetune_steps}}]
+    masks = [{"name": "ffn_mask", "training": {"steps": options.mask_steps, "train_weights": False}}]
     name = f"{kept} of {dims} dims, {steps} steps"
-    folder, done = run(options, name, stages, {"pruning": {"is_pruning": True}}, scheme(options, name, space, kept))
+    finetune = {"name": "ffn_finetune", "training": {"steps": options.finetune_steps}}
+    folder, done = run(options, name, [*masks, finetune], {"pruning": {"is_pruning": True}}, kept)
     models[name] = (folder, done["parameters"], done["parameters"])
+    for shared in options.shared:
+        experts = {"is_moefy": True, "experts": options.experts, "shared": shared, "active": options.active}
+        label = f"{options.experts} experts, {shared} shared"
+        for trained in (0, steps):
+            name, section = f"{label}, {trained} steps", {"MoEfication": experts | {"steps": trained}}
+            folder, done = run(options, name, [{"name": "moefy"}], section)
+            models[name] = (folder, done["parameters"], done["active_parameters"])
+        section = {
+            "pruning": {"is_pruning": True},
+            "MoEfication": experts | {"masked_dims": "route", "steps": options.finetune_steps},
+        }
+        name = f"{label}, learned dims, {steps} steps"
+        folder, done = run(options, name, [*masks, {"name": "moefy"}], section, kept)
+        models[name] = (folder, done["parameters"], done["active_parameters"])
     publish("moefy", settings_of(options), measured(options, models), options.output)
 
 
-def scheme(options: argparse.Namespace, name: str, space: Any, kept: int) -> dict[str, Any]:
+def scheme(options: argparse.Namespace, folder: Path, kept: int) -> dict[str, Any]:
     """The pruning scheme that keeps `kept` dims in every block."""
+    source, masks = open_model(options.model), folder / "masks"
+    space = source.adapter.space(source.config)
     heads, dims = (space.of(kind)[0] for kind in ("heads", "dimff"))
-    masks = place(options, name) / "masks"
     return {
         "fine-grained": {
             "train_mask": True,
@@ -93,7 +101,7 @@ def run(
     name: str,
     stages: list[dict[str, Any]],
     changes: dict[str, Any],
-    pruning_scheme: dict[str, Any] | None = None,
+    kept: int | None = None,
 ) -> tuple[str, dict[str, Any]]:
     """Runs the stages and exports the model; returns its folder and the record of the last stage."""
     folder, source = place(options, name), open_model(options.model)
@@ -130,7 +138,7 @@ def run(
     for section, values in changes.items():
         config[section] = config.get(section, {}) | values
     write_json(folder / "bmcook.json", config)
-    write_json(folder / "l0_pruning.json", pruning_scheme or {})
+    write_json(folder / "l0_pruning.json", {} if kept is None else scheme(options, folder, kept))
     run_apart(["cook/train.py", "--config", str(folder / "bmcook.json"), "--stage", "all"])
     small = folder / "small"
     run_apart(["do_prune.py", "--config", str(folder / "bmcook.json"), "--output", str(small), "--verify"])

@@ -142,19 +142,19 @@ def test_the_command_makes_a_stock_model_without_training(tmp_path, monkeypatch,
 
 @pytest.mark.slow
 def test_the_pruned_model_gets_experts_and_a_resumed_run_ends_the_same(tmp_path):
-    ends = []
-    for name, stop in (("whole", False), ("stopped", True)):
-        folder = tmp_path / name
-        changes = {"MoEfication": EXPERTS, "fine__target_num_heads": 8, "training__steps": 4, "training__save_every": 2}
-        changes["distillation"] = {"teacher": "model", "ce_scale": 1.0, "stages": ["moefy"]}
-        write_stock_run(folder, ("ffn_mask", "moefy"), **changes)
-        if stop:
-            assert train(folder, "--stage", "ffn_mask").code == 0
-            failed = train(folder, "--stage", "moefy", COOK_FAULT_POINT="step.end:0:3")
-            assert failed.code != 0, failed
-        done = train(folder, "--stage", "all")
+    folder, copy = tmp_path / "stopped", tmp_path / "whole"
+    changes = {"MoEfication": EXPERTS, "fine__target_num_heads": 8, "training__steps": 4, "training__save_every": 2}
+    changes["distillation"] = {"teacher": "model", "ce_scale": 1.0, "stages": ["moefy"]}
+    write_stock_run(folder, ("ffn_mask", "moefy"), **changes)
+    assert train(folder, "--stage", "ffn_mask").code == 0
+    shutil.copytree(folder, copy)
+    failed = train(folder, "--stage", "moefy", COOK_FAULT_POINT="step.end:0:3")
+    assert failed.code != 0, failed
+    for each in (folder, copy):
+        done = train(each, "--stage", "moefy")
         assert done.code == 0 and "trains a mixture of experts" in done.out, done
-        ends.append(load_file(folder / "out/moefy/model/model.safetensors"))
+        assert ("resuming from step 2" in done.out) == (each is folder)
+    ends = [load_file(each / "out/moefy/model/model.safetensors") for each in (folder, copy)]
     assert ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
     assert ends[0]["model.layers.1.mlp.gate_proj.weight"].shape == (10, 32)  # 10 of 20 dims, in 4 experts
     record = json.loads((folder / "out/moefy/done.json").read_text())
@@ -170,10 +170,9 @@ def test_the_pruned_model_gets_experts_and_a_resumed_run_ends_the_same(tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_zero_on_two_ranks_trains_the_same_experts(tmp_path, zero):
+def test_every_zero_stage_trains_the_same_experts(tmp_path):
     losses = []
-    for stage, ranks in ((zero, 2), (0, 0)):
+    for stage, ranks in ((0, 0), (1, 2), (2, 2), (3, 2)):
         folder = tmp_path / f"{stage}-{ranks}"
         engine = {"zero_optimization": {"stage": stage}}
         write_stock_run(folder, ("moefy",), MoEfication=EXPERTS, training__steps=3, deepspeed=engine)
@@ -182,4 +181,4 @@ def test_zero_on_two_ranks_trains_the_same_experts(tmp_path, zero):
         losses.append([record["loss"] for record in read_log(folder, "moefy") if "loss" in record])
         losses[-1].append(json.loads((folder / "out/moefy/done.json").read_text())["held_out_loss"])
     # Sums in another order, in fp32: the same model on the same rows.
-    assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert len(losses[0]) == 4 and all(own == pytest.approx(losses[0], rel=1e-4) for own in losses)
