@@ -13,7 +13,7 @@ from cook.families import cpm_ant_formats
 from cook.families.layout import Attention, FeedForward
 from cook.families.stock_space import block_and_units
 from cook.models import cook_experts, cpm_ant
-from cook.pruning.family import Abilities, Adapter, KeptUnits, ModelConfig, Modeling, Shrunk
+from cook.pruning.family import Abilities, Adapter, KeptUnits, ModelConfig, Modeling, Shrunk, refuse_experts
 from cook.pruning.units import GatePoint, PruningSpace, Site, UnitGroup, WeightSlice
 
 MODEL_TYPE = cpm_ant.CpmAntConfig.model_type
@@ -89,6 +89,7 @@ def _space(config: ModelConfig, head_unit: str = "kv_group") -> PruningSpace:
 
 def _shrink(config: ModelConfig, _space: PruningSpace, kept: KeptUnits, renumber: bool = True) -> Shrunk:
     native = _config(config)
+    refuse_experts(native.experts or {})
     removed = native.mask_modules or [[False, False]] * native.num_layers
     heads = native.layer_heads or [list(range(native.num_heads))] * native.num_layers
     dims = native.layer_dim_ff or [native.dim_ff] * native.num_layers

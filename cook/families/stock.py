@@ -28,7 +28,7 @@ from cook.families.stock_space import Heads, head_dim_of, heads_of
 from cook.families.stream import stream_size
 from cook.models import ragged
 from cook.pruning.counts import kept_shapes
-from cook.pruning.family import Abilities, Adapter, KeptUnits, ModelConfig, Shrunk
+from cook.pruning.family import Abilities, Adapter, KeptUnits, ModelConfig, Shrunk, refuse_experts
 from cook.pruning.units import PruningSpace, UnitGroup
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -98,6 +98,7 @@ def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptU
 
     Without `renumber` all layers stay, also those without blocks.
     """
+    refuse_experts(stock_models.experts(config))
     counts = {name: len(units) for name, units in kept.items()}
     left = kept_shapes(space, counts)
     layers = [n for n in range(space.num_layers) if any(path.startswith(f"{family.layers}.{n}.") for path in left)]

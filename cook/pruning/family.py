@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from cook.base.batches import Batch
+from cook.base.errors import UserError
 from cook.pruning.units import HeadUnit, PruningSpace
 
 ModelConfig = Mapping[str, Any]
@@ -107,6 +108,15 @@ class Adapter:
     live_config: Callable[[ModelConfig], dict[str, Any] | str] | None = None
     """The config in the family's own distribution format, or a sentence why that format cannot store the model; None
     for a family that has only Hugging Face's format."""
+
+
+def refuse_experts(experts: Experts) -> None:
+    """Raises a UserError if a model to be cut has experts, whose dims and routers belong together."""
+    if experts:
+        raise UserError(
+            "the model's FFN blocks are mixtures of experts, which cannot be cut",
+            remedy="prune the dense model first, and put the stage moefy behind the stages that prune",
+        )
 
 
 class Stored(Mapping[str, torch.Tensor]):

@@ -37,7 +37,7 @@ from cook.families.registry import stock_type
 from cook.families.source import load_model, open_model
 from cook.pruning.carving import active_parameters
 from cook.pruning.counts import forward_flops, parameters
-from cook.pruning.family import ModelSource
+from cook.pruning.family import ModelSource, refuse_experts
 from cook.pruning.mask_set import Masks, kept_counts
 from cook.pruning.pad import padded
 from cook.pruning.units import PruningSpace
@@ -162,11 +162,8 @@ def _reshape(job: Job, options: ReshapeOptions) -> None:
     given = job.masks
     space, masks = open_masks(source, coarse=given.layer, heads=given.heads, dimff=given.dimff, hidden=given.hidden)
     experts = source.adapter.experts(source.config)
-    if experts and (masks or options.uniform):
-        raise UserError(
-            f"{source.path}: its FFN blocks are mixtures of experts, which cannot be cut",
-            remedy="apply the masks before the stage moefy; without masks, the model is exported as it is",
-        )
+    if masks or options.uniform:
+        refuse_experts(experts)
     if not masks and not tokens and not experts:
         if job.stages and job.stages[-1].pattern_mask:
             print(f"{job.model}: pruned with a sparsity pattern, at its full size; there is nothing to reshape")

@@ -17,9 +17,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+import cook
 from cook.base.errors import UserError
 from cook.export.experts_folder import write_experts
 from cook.export.model_folder import write_model_folder
+from cook.export.pruned_folder import prune_to_folder
 from cook.families.source import load_model, open_model
 from tests.tiny_experts import random_carvings, with_experts
 
@@ -98,3 +100,12 @@ def test_a_weight_that_would_be_lost_is_refused(tmp_path):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match="router.bias' is missing"):
         open_model(tmp_path / "stage")
+
+
+def test_a_model_with_experts_cannot_be_cut(tmp_path):
+    source = saved(tmp_path, "llama")
+    space = source.adapter.space(source.config)
+    with pytest.raises(UserError, match="mixtures of experts, which cannot be cut"):
+        prune_to_folder(source, space, {"layers.0.heads": torch.tensor([1.0, 0.0])}, tmp_path / "small")
+    with pytest.raises(UserError, match="mixtures of experts, which cannot be cut"):
+        cook.plan(load_model(source), keep={"dims": 0.5})
