@@ -25,6 +25,7 @@ StageName = Literal[
     "joint_finetune",
     "pattern",
     "quantize",
+    "moefy",
     "random_baseline",
 ]
 """The possible stages of a recipe. Each is a separate training run."""

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from cook.config.corpus import DataConfig
 from cook.config.declare import Count, Fraction, KeysOf, Limits, Scale, Size, UserPath
 from cook.config.distillation import DistillationConfig
+from cook.config.moefy import MoefyConfig
 from cook.config.quantization import QuantizationConfig
 from cook.config.scheme import (
     PATTERN_METHODS,
@@ -250,6 +251,8 @@ DERIVED = ("stage", "source")
 
 SCHEME_SECTIONS = {"coarse-grained": "coarse", "fine-grained": "fine", "joint": "joint", "gates": "gates"}
 """Sections of the scheme, and the fields of RunConfig that hold them; the other fields are those of `bmcook.json`."""
+FIELD_OF = SCHEME_SECTIONS | {"MoEfication": "moefy"}
+"""Sections of both files whose fields of RunConfig have other names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,6 +283,8 @@ class RunConfig:
     """The pattern in which single weights are pruned. None: no pattern."""
     quantization: QuantizationConfig | None = None
     """Weights in few bits: the stage `quantize`. None: no quantization."""
+    moefy: MoefyConfig | None = None
+    """FFN blocks as mixtures of experts, for the stage `moefy`. None: no such stage."""
     coarse: CoarseConfig | None = None
     """Whole attention and FFN blocks."""
     fine: FineConfig | None = None
@@ -305,7 +310,11 @@ def training_for(config: RunConfig, stage_name: str) -> TrainingConfig:
         training = dataclasses.replace(training, steps=config.quantization.steps)
     for entry in config.stages:
         if entry.name == stage_name:
-            return dataclasses.replace(training, **entry.training)
+            training = dataclasses.replace(training, **entry.training)
+    if stage_name == "moefy" and config.moefy and config.moefy.steps is not None:
+        if not config.moefy.steps:  # a stage has at least one step
+            return dataclasses.replace(training, steps=1, train_weights=False)
+        return dataclasses.replace(training, steps=config.moefy.steps)
     return training
 
 
@@ -330,9 +339,12 @@ def stage_of(
     fine: FineConfig | None,
     joint: JointConfig | None,
     quantization: QuantizationConfig | None = None,
+    moefy: MoefyConfig | None = None,
 ) -> StageName | None:
     """Returns the stage that these sections describe, or None if the section of that stage is missing."""
     method = method_of(pruning)
+    if method is None and moefy is not None and moefy.is_moefy:
+        return "moefy"
     if method is None and quantization is not None and quantization.is_quant:
         return "quantize"
     if method is None or method == "pattern":

@@ -136,6 +136,8 @@ def write_model_folder(
         plain |= {"auto_map": dict(modeling.auto_map)}
         module = next(iter(modeling.auto_map.values())).split(".")[0]
         shutil.copyfile(modeling.file, folder / f"{module}.py")
+        for file in modeling.imported:
+            shutil.copyfile(file, folder / file.name)
     write_json(folder / "config.json", plain)
 
 

@@ -16,7 +16,7 @@ from cook.families.registry import by_config
 from cook.families.source import open_model
 from cook.pruning.block_times import read_block_times
 from cook.pruning.budgets import MIB, Targets, constraints
-from cook.pruning.family import Adapter
+from cook.pruning.family import Adapter, refuse_experts
 from cook.pruning.gates import Gates
 from cook.pruning.mask_file import read_masks
 from cook.pruning.mask_set import consistent, kept_counts, kept_groups, without_empty_blocks
@@ -70,6 +70,8 @@ def open_inputs(stage: Stage, *, must_exist: bool = True) -> Inputs:
             f"{origin}: {adapter.family} is not a causal language model, which this command needs",
             remedy="prune it on a benchmark task with cook tasks",
         )
+    if stage.is_moefy or stage.learns or stage.is_random_baseline or stage.pattern_mask:
+        refuse_experts(adapter.experts(config))
     head_unit: HeadUnit = "kv_group"  # patterns need units in all attention matrices
     if stage.pattern_mask is None:
         joint = stage.config.joint

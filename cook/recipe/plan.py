@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,10 @@ class Stage:
         return self.config.quantization if self.name == "quantize" else None
 
     @property
+    def is_moefy(self) -> bool:
+        return self.name == "moefy"
+
+    @property
     def sizes(self) -> tuple[float, ...]:
         """The targets of the stage's nested models, from the largest; empty if the stage makes one model."""
         joint = self.config.joint
@@ -166,7 +170,9 @@ class Stage:
         return units + [path for path in [self.pattern_mask] if path and self.name != "pattern"]
 
     def traces(self) -> list[Path]:
-        """The pattern mask, if this run makes it."""
+        """The pattern mask, if this run makes it; the experts of a stage."""
+        if self.is_moefy:
+            return [self.folder / "experts.safetensors"]
         mask, output = self.pattern_mask, Path(self.config.output_dir).resolve()
         return [Path(mask)] if mask and self.name == "pattern" and Path(mask).resolve().is_relative_to(output) else []
 
@@ -213,6 +219,15 @@ class Stage:
         pattern.pop("previous_mask", None)  # its content counts, not its path
         return {"method": two_of_four(self.config.pruning) or "pattern", "pattern": pattern}
 
+    def moefy_settings(self) -> dict[str, Any]:
+        """The settings that determine the experts; empty in other stages."""
+        if self.name != "moefy":
+            return {}
+        assert self.config.moefy is not None
+        moefy = asdict(self.config.moefy)
+        moefy.pop("steps")  # those of `training`
+        return {"moefy": moefy}
+
     def fingerprint(self) -> str:
         """Hash of the settings that determine the stage's outcome; output paths and logging do not.
 
@@ -256,6 +271,7 @@ class Stage:
             "pruned_module": config.pruning.pruned_module if self.name != "pretrain" else None,
             "targets": self._targets(),
             **self.pattern_settings(),
+            **self.moefy_settings(),
             "gates": asdict(config.gates) if self.learns or self.is_random_baseline else None,
             **({"quantization": asdict(self.quantization)} if self.quantization else {}),
         }
@@ -296,6 +312,8 @@ def _check_sections(config: RunConfig, name: str) -> None:
     if name == "quantize" and not (config.quantization and config.quantization.is_quant):
         remedy = 'add "quantization": {"is_quant": true} to bmcook.json'
         raise UserError("quantize needs the section 'quantization'", remedy=remedy)
+    if name == "moefy" and not (config.moefy and config.moefy.is_moefy):
+        raise UserError('moefy needs the section "MoEfication"', remedy="add it to bmcook.json, with is_moefy true")
     sections = {"coarse-grained": config.coarse, "fine-grained": config.fine, "joint": config.joint}
     needed = {"layer": ("coarse-grained",), "joint": ("joint", "fine-grained")}
     needed |= dict.fromkeys(INNER.values(), ("fine-grained",))
@@ -343,6 +361,12 @@ def _fixed(config: RunConfig, name: str, order: list[StageName], before: list[St
     paths = mask_paths(config)
     if name in ("pretrain", "layer_mask", "joint_mask", "pattern", "random_baseline"):
         return MaskPaths()
+    if name == "moefy":  # the masks of the model that the stage before it has made
+        last = _predecessor(name, before)
+        if last is None:
+            return MaskPaths()
+        written = {kind: path for kind, path in vars(_writes(config, last)).items() if path}
+        return replace(_fixed(config, last, order, before[: before.index(last)]), **written)
     if name == "quantize" and "pattern" in before:
         return MaskPaths()
     if name == "joint_finetune" or (name == "quantize" and {"joint_mask", "joint_finetune"} & set(before)):

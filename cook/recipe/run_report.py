@@ -26,11 +26,12 @@ from cook.report.documents import Figure, write_report
 from cook.report.events import LOG_NAME, read_log
 from cook.report.figures import plot_losses, plot_sparsity
 from cook.report.pruning_figures import plot_spending, plot_structure
-from cook.report.tables import ladder_table, markdown_table
+from cook.report.tables import human_count, ladder_table, markdown_table
 
 SHOWN: dict[Kind, str] = {
     "layer": "blocks",
     "heads": "heads",
+    "experts": "experts",
     "dimff": "FFN dims",
     "head_dims": "head dims",
     "hidden": "hidden dims",
@@ -84,6 +85,8 @@ def _speeds(config: RunConfig, shown: list[tuple[Stage, int]]) -> dict[str, floa
 
 
 def _small_model(stage: Stage, number: int, source: ModelSource) -> torch.nn.Module:
+    if stage.is_moefy:
+        return load_model(source)
     space = source.adapter.space(source.config, done_record(stage)["head_unit"])
     masks = masks_of_structure(space, models_of(stage)[number]["structure"])
     model = load_model(reshaped_source(source, space, masks))
@@ -142,4 +145,6 @@ def _notes(config: RunConfig, stages: list[Stage]) -> list[str]:
             f"Random masks: as many blocks, heads and dims, chosen at random; {baseline['steps']} steps of finetuning "
             f"from the dense model. The learned masks took {steps} steps in all, mask training included."
         )
+    if active := records.get("moefy", {}).get("active_parameters"):
+        notes.append(f"Of the mixture of experts, {human_count(active)} parameters are active per token.")
     return notes
