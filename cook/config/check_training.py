@@ -227,7 +227,7 @@ def teacher_can_teach(
     if distillation.teacher_device != "auto":
         what = 'distillation.teacher_device: "self" has no weights of its own'
         yield UserError(what, wanted="auto", got=distillation.teacher_device)
-    if not stages and (described := stage_of(pruning, coarse, fine, joint, moefy)):
+    if not stages and (described := stage_of(pruning, coarse, fine, joint, moefy=moefy)):
         trainings = {described: training}
     unfit = [
         f"{name} ({why})"
