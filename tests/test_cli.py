@@ -25,6 +25,7 @@ COMMANDS = {
     "train": ("--config", "--set", "--stage", "--resume", "--dry-run"),
     "plan": ("--config", "--set", "--json", "--gpus", "--hosts", "--card", "--link", "--suggest"),
     "prune": ("--data", "--keep", "--output", "--steps", "--teacher"),
+    "moefy": ("OUT", "--data", "--experts", "--shared", "--active", "--steps", "--dry-run"),
     "reshape": ("--model", "--coarse-mask", "--vocabulary", "--verify", "--uniform"),
     "report": ("--config", "--output"),
     "eval": ("--model", "--data", "--window", "--no-speed", "--trust-remote-code"),
