@@ -84,6 +84,7 @@ def in_parts(
     So the intermediate results in a wider type need little memory. `others` broadcast to the tensor's shape; `change`
     receives a part of each.
     """
+    tensor = tensor.detach()
     out = torch.empty_like(tensor, memory_format=torch.contiguous_format)
     if not tensor.numel():
         return out
