@@ -97,7 +97,13 @@ def _small_model(stage: Stage, number: int, source: ModelSource) -> torch.nn.Mod
 def _spending_table(spent: list[Spent]) -> str:
     total = sum(row.parameters for row in spent)
     rows = [
-        [SHOWN[row.kind], f"{row.before:,}", f"{row.after:,}", f"{row.parameters:,}", f"{row.parameters / total:.0%}"]
+        [
+            SHOWN.get(row.kind, row.kind),
+            f"{row.before:,}",
+            f"{row.after:,}",
+            f"{row.parameters:,}",
+            f"{row.parameters / total:.0%}",
+        ]
         for row in spent
         if row.parameters
     ]
@@ -125,7 +131,7 @@ def _figures(stages: list[Stage], folder: Path, spent: list[Spent]) -> list[Figu
         figures.append(Figure(caption=caption, path=plot_structure(structure, folder / "structure.png")))
         if any(row.parameters for row in spent):
             caption = "The parameters that went with each kind of units, all of them removed together and evenly."
-            bars = [(SHOWN[row.kind], row.before, row.after, row.parameters) for row in spent]
+            bars = [(SHOWN.get(row.kind, row.kind), row.before, row.after, row.parameters) for row in spent]
             figures.append(Figure(caption=caption, path=plot_spending(bars, folder / "spending.png")))
     return figures
 
