@@ -71,7 +71,7 @@ def test_every_shipped_file_is_known_here():
 def test_the_default_loads_as_it_is(in_root, world_size):
     config = load_config("config/bmcook.json", world_size=world_size)
     assert [entry.name for entry in config.stages] == [
-        name for name in STAGE_NAMES if name != "pattern" and not name.startswith(("joint", "hidden"))
+        name for name in STAGE_NAMES if name != "pattern" and not name.startswith(("joint", "hidden", "experts"))
     ]
     assert config.stage == "layer_mask"
     assert config.data.type == "python_stdlib" and config.tokenizer.path is None
