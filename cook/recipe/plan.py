@@ -146,7 +146,7 @@ class Stage:
         units, fine = self._parts, self.config.fine
         kinds = {"heads": "att", "dimff": "ffn", "experts": "experts"}
         if self.one_budget:
-            return set(kinds)
+            return {"heads", "dimff", *(["experts"] if fine and fine.target_experts is not None else [])}
         return {kind for kind, unit in kinds.items() if fine and fine.scope == "global" and unit in units}
 
     @property

@@ -13,10 +13,10 @@ from cook.export.pruned_folder import mask_model, reshaped_source
 from cook.families import registry
 from cook.families.registry import adapters, by_config, families_table, knows, register, unregister
 from cook.families.source import load_model
-from tests.tiny_families import FAMILIES, tiny_source
+from tests.tiny_families import FAMILIES, MOE, tiny_source
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "how_to" / "families.md"
-PLAIN = [name for name in FAMILIES if "," not in name]
+PLAIN = [name for name in FAMILIES | MOE if "," not in name]
 
 
 def test_configs_find_their_adapter():
@@ -54,7 +54,7 @@ def test_the_page_has_the_table():
 
 
 def test_every_family_is_tested():
-    tested = {by_config(FAMILIES[name]).family for name in PLAIN}
+    tested = {by_config((FAMILIES | MOE)[name]).family for name in PLAIN}
     assert tested == {adapter.family for adapter in adapters() if adapter.abilities.is_stock}
 
 
@@ -62,15 +62,21 @@ def test_every_family_is_tested():
 def test_the_table_is_true(name):
     source = tiny_source(name)
     adapter, space = source.adapter, source.adapter.space(source.config)
-    half = {g.name: (torch.arange(g.size) < g.size // 2).float() for g in space.groups if g.kind != "layer"}
+    half = {
+        g.name: (torch.arange(g.size) % g.section_size < g.section_size // 2).float()
+        for g in space.groups
+        if g.kind != "layer"
+    }
     masks = {
         "heads": {g: mask for g, mask in half.items() if g.endswith("heads")},
         "dims": {g: mask for g, mask in half.items() if g.endswith("dimff")},
+        "experts": {g: mask for g, mask in half.items() if g.endswith("experts")},
         "layers": {"layers.1.att": torch.zeros(1), "layers.1.ffn": torch.zeros(1)},
         "a block": {"layers.1.att": torch.zeros(1)},
     }
     stock = {k: adapter.modeling(reshaped_source(source, space, m).config) is None for k, m in masks.items()}
     claimed = adapter.abilities
+    assert stock.pop("experts") and bool(masks["experts"]) == claimed.experts
     assert stock == {"heads": claimed.stock_heads, "dims": True, "layers": claimed.stock_layers, "a block": False}
     assert (len(adapter.head_units(source.config)) == 2) == claimed.shares_keys
 
