@@ -31,6 +31,7 @@ COMMANDS = {
     "eval": ("--model", "--data", "--window", "--no-speed", "--trust-remote-code"),
     "profile": ("--length", "--phase", "--output"),
     "compare": ("--data", "--output", "--window", "--no-speed"),
+    "quantize": ("MODEL", "OUT", "--config", "--scheme", "--group-size", "--module", "--format", "--data"),
     "families": ("--json",),
     "serve": ("--home", "--host", "--port", "--root", "--allow-hub", "--tls-cert", "--behind-proxy", "--json"),
     "submit": ("--set", "--gpus", "--executor", "--slurm", "--watch", "--dry-run", "--server", "--json"),

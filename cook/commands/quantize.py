@@ -11,7 +11,8 @@ from cook.config.quantization import SchemeName
 
 def quantize(
     model: Annotated[
-        str | None, typer.Argument(help="A model folder or a CPM-Live `.pt` file. Leave it out with --config.")
+        str | None,
+        typer.Argument(metavar="MODEL", help="A model folder or a CPM-Live `.pt` file. Leave it out with --config."),
     ] = None,
     output: Annotated[
         str | None,

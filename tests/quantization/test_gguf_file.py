@@ -51,15 +51,17 @@ def test_transformers_reads_the_same_model(tmp_path, name, scheme):
     assert apart(found, loaded(model)) < 1e-6
 
 
-@pytest.mark.parametrize("scheme", ["int8_weight", "int4"])
-def test_llama_cpp_computes_the_same_to_its_rounding_of_inputs(tmp_path, scheme):
+@pytest.mark.parametrize(("name", "scheme"), [("llama", "int8_weight"), ("llama", "int4"), ("qwen3", "int8_weight")])
+def test_llama_cpp_computes_the_same_to_its_rounding_of_inputs(tmp_path, name, scheme):
     llama_cpp = pytest.importorskip("llama_cpp")
     rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     rope["original_max_position_embeddings"] = 32
-    model, file, _ = written(tmp_path, scheme, rope_parameters=rope)
+    changes = {"rope_parameters": rope} if name == "llama" else {"tie_word_embeddings": True}
+    model, file, _ = written(tmp_path, scheme, name, **changes)
     runs = llama_cpp.Llama(str(file), n_ctx=32, n_threads=1, logits_all=True, verbose=False)
     runs.eval(IDS[0].tolist())
     theirs = np.array(runs.scores[: len(IDS[0])])
+    runs.close()
     with torch.no_grad():
         ours = loaded(model)(IDS[:1]).logits[0].numpy()
     # llama.cpp rounds the inputs of every product to 8 bits: 1/254 of the largest of 32, in each of 15 products.
