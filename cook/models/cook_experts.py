@@ -18,12 +18,22 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+
+class Part(NamedTuple):
+    """An expert that has tokens, or several consecutive ones with the same tokens."""
+
+    dims: slice
+    tokens: Tensor | None
+    """The numbers of its tokens; None: all."""
+    rows_NH: Tensor
+    """The block's input at these tokens."""
 
 
 class Router(nn.Module):
@@ -45,9 +55,8 @@ class Router(nn.Module):
         nn.init.normal_(self.weight, std=hidden**-0.5)
         self.mask: Tensor | None = None
         """`[..., E]`: 1 for the experts that a token uses; set during a forward pass with gradients."""
-        self.parts: list[tuple[slice, Tensor | None]] | None = None
-        """The dims of each expert that has tokens, with their numbers, None for all of them; set during a forward pass
-        without gradients."""
+        self.parts: list[Part] | None = None
+        """The experts that have tokens; set during a forward pass without gradients."""
 
     def forward(self, x: Tensor) -> Tensor:
         """The score of each expert, fp32: `[..., H]` to `[..., E]`."""
@@ -65,19 +74,19 @@ class Router(nn.Module):
             hard = torch.zeros_like(scores).scatter_(-1, chosen, 1.0)
             self.mask = hard + (scores - scores.detach())
         else:
-            self.parts = self._parts_of(chosen.view(-1, self.active))
+            self.parts = self._parts_of(x.reshape(-1, x.shape[-1]), chosen.view(-1, self.active))
 
-    def _parts_of(self, chosen_NK: Tensor) -> list[tuple[slice, Tensor | None]]:
-        parts: list[tuple[slice, Tensor | None]] = [(slice(0, self.shared), None)] if self.shared else []
-        if len(chosen_NK) == 1:  # in decoding, every call counts: neighbours are one piece
+    def _parts_of(self, x_NH: Tensor, chosen_NK: Tensor) -> list[Part]:
+        parts = [Part(slice(0, self.shared), None, x_NH)] if self.shared else []
+        if len(chosen_NK) == 1:  # in decoding, every call counts: neighbours are one part
             for dims in map(self._dims_of, sorted(chosen_NK[0].tolist())):
-                if parts and parts[-1][0].stop == dims.start:
-                    dims = slice(parts.pop()[0].start, dims.stop)
-                parts.append((dims, None))
+                if parts and parts[-1].dims.stop == dims.start:
+                    dims = slice(parts.pop().dims.start, dims.stop)
+                parts.append(Part(dims, None, x_NH))
             return parts
         flat = chosen_NK.flatten()
         tokens = (flat.argsort(stable=True) // self.active).split(flat.bincount(minlength=self.routed).tolist())
-        return parts + [(self._dims_of(expert), own) for expert, own in enumerate(tokens) if len(own)]
+        return parts + [Part(self._dims_of(expert), own, x_NH[own]) for expert, own in enumerate(tokens) if len(own)]
 
     def _dims_of(self, expert: int) -> slice:
         start = self.shared + expert * self.size
@@ -136,10 +145,9 @@ def _into(product: Any, x: Tensor) -> Tensor:
     if router.parts is None:
         dense: Tensor = type(product).forward(product, x)
         return dense
-    x_NH, weight_FH, bias_F = x.reshape(-1, x.shape[-1]), _weight(product), product._parameters.get("bias")
-    inner_NF = x_NH.new_zeros(len(x_NH), len(weight_FH))
-    for dims, tokens in router.parts:
-        own = x_NH if tokens is None else x_NH[tokens]
+    weight_FH, bias_F = _weight(product), product._parameters.get("bias")
+    inner_NF = x.new_zeros(x.shape[:-1].numel(), len(weight_FH))
+    for dims, tokens, own in router.parts:
         for offset in product.offsets:
             part = slice(offset + dims.start, offset + dims.stop)
             value = _scaled(product, F.linear(own, weight_FH[part], None if bias_F is None else bias_F[part]))
@@ -159,7 +167,7 @@ def _out_of(product: Any, inner: Tensor) -> Tensor:
         return dense
     inner_NF, weight_HF, bias_H = inner.reshape(-1, inner.shape[-1]), _weight(product), product._parameters.get("bias")
     out_NH = inner_NF.new_zeros(len(inner_NF), len(weight_HF)) if bias_H is None else bias_H.repeat(len(inner_NF), 1)
-    for dims, tokens in router.parts:
+    for dims, tokens, _ in router.parts:
         own = inner_NF[:, dims] if tokens is None else inner_NF[:, dims][tokens]
         value = _scaled(product, F.linear(own, weight_HF[:, dims]))
         if tokens is None:

@@ -69,7 +69,9 @@ def main() -> None:
         }
         name = f"{label}, learned dims, {steps} steps"
         folder, done = run(options, name, [*masks, {"name": "moefy"}], section, kept)
-        models[name] = (folder, done["parameters"], done["active_parameters"])
+        models[name] = (str(place(options, name) / "moefy/model"), done["parameters"], done["active_parameters"])
+        if "auto_map" not in read_json(Path(folder) / "config.json"):  # the same weights in a class of transformers
+            models[f"{name}, stock class"] = (folder, done["parameters"], done["active_parameters"])
     publish("moefy", settings_of(options), measured(options, models), options.output)
 
 

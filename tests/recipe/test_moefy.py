@@ -126,6 +126,8 @@ def test_the_command_makes_a_stock_model_without_training(tmp_path, monkeypatch,
     assert re.search(r"\| small/model +\| +40.4k \| +34.3k \| +5.\d+ \|", printed), printed
     config = json.loads((tmp_path / "small/model/config.json").read_text())
     assert config["model_type"] == "glm4_moe" and config["num_experts_per_tok"] == 1
+    card = (tmp_path / "small/model/README.md").read_text()
+    assert "mixtures of experts" in card and "which uses 34.3k parameters" in card
     dense, made = load_file("llama/model.safetensors"), load_file("small/run/moefy/model/model.safetensors")
     order = load_file("small/run/moefy/experts.safetensors")["layers.0.dimff.order"]
     up = "model.layers.0.mlp.up_proj.weight"
