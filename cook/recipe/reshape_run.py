@@ -206,7 +206,7 @@ def _reshape(job: Job, options: ReshapeOptions) -> None:
             masks=[MaskFile(name=Path(path).name, sha256=sha256(path)) for path in files],
             auto_class=pruned.auto_class,
             pipeline=AUTO_CLASSES.get(pruned.auto_class, "text-generation"),
-            active_parameters=active_parameters(space, experts) if experts else None,
+            active_parameters=active_when_carved(space, experts) if experts else None,
             trust_remote_code=pruned.needs_remote_code,
             misread_by=misread_by(pruned.config),
             max_difference=checked.difference,

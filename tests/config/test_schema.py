@@ -231,4 +231,7 @@ def test_long_values_are_shortened():
 
 
 def test_wanted_names_choices():
-    assert wanted(subschema("l0_pruning", ("fine-grained", "prune_mode"))) == 'one of "att", "ffn", "experts", "headdim", "hidden"'
+    assert (
+        wanted(subschema("l0_pruning", ("fine-grained", "prune_mode")))
+        == 'one of "att", "ffn", "experts", "headdim", "hidden"'
+    )
