@@ -90,6 +90,7 @@ GRANITE_MOE = replace(
     LLAMA,
     family="GraniteMoE",
     model_types=frozenset({"granitemoe"}),
+    attention=Attention(scaling=""),  # the config's `attention_multiplier`
     ffn=FeedForward(modules={"block_sparse_moe": "value"}),
     experts=Experts(
         block="block_sparse_moe",
