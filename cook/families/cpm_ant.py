@@ -14,7 +14,7 @@ from cook.families.layout import Attention, FeedForward
 from cook.families.stock_space import block_and_units
 from cook.models import cpm_ant
 from cook.pruning.family import Abilities, Adapter, KeptUnits, ModelConfig, Modeling, Shrunk
-from cook.pruning.units import GatePoint, PruningSpace, Site, UnitGroup, WeightSlice
+from cook.pruning.units import GatePoint, NormPoint, PruningSpace, Site, UnitGroup, WeightSlice
 
 MODEL_TYPE = cpm_ant.CpmAntConfig.model_type
 LOGITS = "input_embedding.weight"
@@ -52,7 +52,7 @@ def _hidden(shapes: Mapping[str, tuple[int, ...]]) -> UnitGroup:
     for path, shape in shapes.items():
         module = path.removesuffix(".weight")
         if len(shape) == 1:
-            norms.append(module)
+            norms.append(NormPoint(module=module))
         if path.endswith(outs):
             gates.append(GatePoint(module=module, at="output", repeat=1))
         if path != "position_bias.relative_attention_bias":

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-# What a module returns: attention modules return a pair (output, weights), all others their output.
-AbsentKind = Literal["pair", "value"]
+# What a module returns: attention modules return a pair (output, weights), all others their output. "added": it adds
+# the residual, its second argument, itself. "full": the layer changes the returned tensor.
+AbsentKind = Literal["pair", "value", "added pair", "added value", "full value"]
 # Numbers of an attention block: query heads, key-value heads, query heads per key-value head, heads × head_dim.
 Size = Literal["heads", "kv_heads", "heads_per_kv", "width"]
 
@@ -27,7 +28,12 @@ class Attention:
     v: str = "self_attn.v_proj"
     """The projections to queries, keys and values; the same path three times if they are fused."""
     interleaved: bool = False
-    """In a fused weight: q, k and v are interleaved per head; else all queries, then all keys, then all values."""
+    """In a fused weight: q, k and v are interleaved per key-value head; else all queries, all keys, all values."""
+    q_norm: str = ""
+    k_norm: str = ""
+    """Norms of queries and keys that have weights of their own for every head, over each head or over all of them."""
+    slopes: bool = False
+    """Whether every head has a bias of its own, an ALiBi slope, which follows from its number and that of all heads."""
     out: str = "self_attn.o_proj"  # the block's output projection, whose input is the heads
     norms_before: tuple[str, ...] = ("input_layernorm",)  # norms whose output is used by this block only
     norms_after: tuple[str, ...] = ()  # norms that are applied to this block's output only
@@ -54,14 +60,20 @@ class ConfigNames:
 
     layers: str = "num_hidden_layers"
     heads: str = "num_attention_heads"
-    kv_heads: str | None = "num_key_value_heads"  # None if every query head has its own keys and values
+    kv_heads: str | int | None = "num_key_value_heads"
+    """None if every query head has its own keys and values; a number if the class has that many in every model."""
     head_dim: str | None = "head_dim"
     """None if the class always divides the hidden size by the heads, and so cannot have fewer heads."""
     hidden: str = "hidden_size"
     like_hidden: tuple[str, ...] = ()  # other sizes that are equal to the hidden size unless given
-    ffn: str = "intermediate_size"
+    ffn: str | None = "intermediate_size"  # None if the class always has the same multiple of the hidden size
     per_layer: tuple[str, ...] = ("layer_types",)  # lists with one entry per layer, if the config has them
     first_layers: tuple[str, ...] = ()  # numbers of first layers that differ from the others
+
+    def key_value_heads(self, config: Any) -> int:
+        """The key-value heads of a model with this config object."""
+        own = self.kv_heads if isinstance(self.kv_heads, int) else getattr(config, self.kv_heads or self.heads)
+        return int(own)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +85,7 @@ class Family:
     layers: str = "model.layers"  # path of the list of layers
     attention: Attention = field(default_factory=Attention)
     ffn: FeedForward = field(default_factory=FeedForward)
+    norms_shared: tuple[str, ...] = ()  # norms whose output both blocks use, which are in parallel
     names: ConfigNames = field(default_factory=ConfigNames)
     auto_class: str = "AutoModelForCausalLM"  # the transformers class that builds the model from its config
     stock_heads_except: str = ""  # a config property with which the class cannot have fewer heads, in a few words
@@ -85,3 +98,7 @@ class Family:
     empty_layer_is_identity: bool = True
     """Whether a layer without its two blocks returns its input unchanged, and so can be removed. False if norms
     are on the residual stream itself."""
+    heads_stay: bool = False
+    """Whether no single head can be removed, since every head has modules of its own."""
+    hidden_stays: bool = False
+    """Whether the hidden size cannot be pruned, whatever the rules of `cook.families.stream` find."""

@@ -7,6 +7,7 @@ the meta device.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ def stock_adapter(
     variant: Callable[[Family, ModelConfig], Family] = lambda family, _config: family,
     inputs: Callable[[Batch], dict[str, Any]] | None = None,
     is_causal: bool = True,
+    mixes_samples: Callable[[ModelConfig], bool] = lambda _config: False,
 ) -> Adapter:
     """Makes the adapter of a family.
 
@@ -39,6 +41,7 @@ def stock_adapter(
         variant: Adapts the table to a config, if config fields change names or norms.
         inputs: The model's arguments for a batch, if `packed_inputs` would mix samples.
         is_causal: Whether the model predicts the next token.
+        mixes_samples: Whether a model of this config cannot separate samples in one row.
     """
 
     def of_config(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,12 +60,14 @@ def stock_adapter(
         modeling=stock_models.modeling,
         inputs=inputs or packed_inputs,
         abilities=Abilities(
-            shares_keys=family.names.kv_heads is not None,
+            shares_keys=family.names.kv_heads is not None and not family.attention.interleaved,
+            stock_dims=family.names.ffn is not None,
             stock_heads=family.names.head_dim is not None,
             stock_heads_except=family.stock_heads_except,
             stock_layers=family.empty_layer_is_identity,
         ),
         is_causal=is_causal,
+        mixes_samples=mixes_samples,
     )
 
 
@@ -99,14 +104,22 @@ def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptU
     shapes = {renamed.get(path, path): shape for path, shape in left.items()}
     base = _with_layers(family, config, layers) | remembered(config, space.num_layers, layers)
     sizes = [_sizes(family, config, space, kept, layer) for layer in layers]
+    if family.heads_stay or family.attention.slopes:
+        sizes = _with_slopes(family, config, space, kept, layers, sizes)
     heads, ffn = sizes[0]
-    if len(set(sizes)) == 1 and heads is not None and ffn is not None and not heads.per_key:
+    is_uniform = len(set(sizes)) == 1 and heads is not None and ffn is not None
+    if is_uniform and heads is not None and ffn is not None and not heads.per_key and not heads.slopes:
         uniform = _sized(family, base, heads, ffn, hidden)
         if holds(family, uniform, shapes):
             stock = {"architectures": [type(skeleton(family, uniform)).__name__]}
             return Shrunk(config=plain(config_object(uniform)) | stock, layers=tuple(layers), renamed=renamed)
     base = _with_hidden(family, base, hidden)
     structure = _structure(family, base, shapes, [heads for heads, _ in sizes])
+    if hidden is not None and space.hidden is not None:
+        norms = _renamed(family, dict.fromkeys((f"{n.module}." for n in space.hidden.norms), ()), layers)
+        _resize_norms(
+            family, base, structure, [norms.get(f"{n.module}.", n.module) for n in space.hidden.norms], hidden
+        )
     own = {
         "architectures": [ragged.RaggedModel.__name__],
         "model_type": ragged.MODEL_TYPE,
@@ -117,11 +130,14 @@ def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptU
     return Shrunk(config=base | own, layers=tuple(layers), renamed=renamed)
 
 
-def _sized(family: Family, base: ModelConfig, heads: Heads, ffn: int, hidden: int | None = None) -> dict[str, Any]:
+def _sized(
+    family: Family, base: ModelConfig, heads: Heads, ffn: int | None, hidden: int | None = None
+) -> dict[str, Any]:
     """A stock config with these sizes in every layer; the hidden size stays if it is None."""
     names = family.names
-    fields = {names.heads: heads.heads, names.ffn: ffn}
-    fields |= {names.kv_heads: heads.kv_heads} if names.kv_heads else {}
+    fields = {names.heads: heads.heads}
+    fields |= {names.ffn: ffn} if names.ffn else {}
+    fields |= {names.kv_heads: heads.kv_heads} if isinstance(names.kv_heads, str) else {}
     fields |= {names.head_dim: heads.head_dim} if names.head_dim else {}
     if hidden is not None:
         fields |= {
@@ -158,7 +174,7 @@ def holds_heads(family: Family, config: ModelConfig, heads: int, kv_heads: int, 
     dim = head_dim_of(family, config_object(config))
     wanted = Heads(heads=heads, kv_heads=kv_heads, head_dim=dim)
     try:
-        model = skeleton(family, _sized(family, base, wanted, base[family.names.ffn], hidden))
+        model = skeleton(family, _sized(family, base, wanted, base.get(family.names.ffn or ""), hidden))
     except (UserError, ValueError):
         return False
     is_wide = hidden in (None, stream_size(family, config_object(base), model))
@@ -203,6 +219,33 @@ def _sizes(
     return heads, counts.get(ffn.name, ffn.size) if ffn else None
 
 
+def _with_slopes(
+    family: Family,
+    config: ModelConfig,
+    space: PruningSpace,
+    kept: KeptUnits,
+    layers: list[int],
+    sizes: list[tuple[Heads | None, int | None]],
+) -> list[tuple[Heads | None, int | None]]:
+    """The sizes where a head is more than its weights: with the numbers of the heads, or with all heads there are."""
+    model, dim = skeleton(family, config), head_dim_of(family, config_object(config))
+    groups = {group.layer: group for group in space.of("heads")}
+    found: list[tuple[Heads | None, int | None]] = []
+    for layer, (heads, ffn) in zip(layers, sizes, strict=True):
+        before = heads_of(family, dim, model, f"{family.layers}.{layer}")
+        blocks = [g for g in space.of("layer", "att") if g.layer == layer]
+        if family.heads_stay and before is not None and all(kept.get(g.name, (0,)) for g in blocks):
+            heads = before
+        elif heads is not None and before is not None:
+            group = groups[layer]
+            numbers = before.slopes or tuple(range(before.heads))
+            units = kept.get(group.name, range(group.size))
+            own = tuple(numbers[unit * group.members + member] for unit in units for member in range(group.members))
+            heads = replace(heads, slopes=() if own == numbers == tuple(range(before.heads)) else own)
+        found.append((heads, ffn))
+    return found
+
+
 def _by_key(att: UnitGroup, keys: UnitGroup | None, kept: KeptUnits, head_dim: int) -> Heads:
     """The query heads that each of the key-value heads keeps that stay."""
     mask = torch.zeros(att.size, dtype=torch.long)
@@ -223,7 +266,7 @@ def _structure(family: Family, base: ModelConfig, shapes: Shapes, heads: list[He
     model = skeleton(family, base)
     stock = weight_shapes(model)
     structure: dict[str, Any] = {"attributes": {}, "absent": {}, "constant": {}, "identity": [], "uneven_keys": False}
-    structure |= {"spread": {}, "gathered": {}}
+    structure |= {"spread": {}, "gathered": {}, "slopes": {}}
     structure["shapes"] = {path: list(shape) for path, shape in shapes.items() if shape != stock[path]}
     dim = head_dim_of(family, config_object(base))
     for number, own in enumerate(heads):
@@ -232,7 +275,10 @@ def _structure(family: Family, base: ModelConfig, shapes: Shapes, heads: list[He
         if own is not None and before is not None and own != before:
             structure["uneven_keys"] |= own.kv_heads != before.kv_heads
             if own.per_key:
-                _lay_out(family.attention, layer, own, structure)
+                _lay_out(family.attention, layer, own, structure, shapes)
+            if own.slopes:
+                block = f"{layer}.{next(iter(family.attention.modules))}"
+                structure["slopes"][block] = {"of": before.heads, "heads": list(own.slopes)}
             for attribute, size in family.attention.remembers.items():
                 # A config's field is an attribute `config.name` of the module.
                 module, dot, field = f"{layer}.{attribute}".partition(".config.")
@@ -241,14 +287,26 @@ def _structure(family: Family, base: ModelConfig, shapes: Shapes, heads: list[He
         for table in (family.attention, family.ffn):
             if f"{layer}.{table.out}.weight" not in shapes:
                 _take_out(table, layer, shapes, structure)
+        norms = [f"{layer}.{name}" for name in family.norms_shared]
+        structure["identity"] += [n for n in norms if f"{n}.weight" in stock and f"{n}.weight" not in shapes]
     return structure
 
 
-def _lay_out(table: Attention, layer: str, heads: Heads, structure: dict[str, Any]) -> None:
+def _resize_norms(family: Family, base: ModelConfig, structure: dict[str, Any], paths: list[str], hidden: int) -> None:
+    """Norms without weights, whose size no weight states."""
+    model = skeleton(family, base)
+    for path in set(paths).difference(structure["identity"]):
+        norm: Any = dict(model.named_modules()).get(path)
+        if norm is not None and not dict(norm.named_parameters()) and tuple(norm.normalized_shape) != (hidden,):
+            structure["attributes"].setdefault(path, {})["normalized_shape"] = [hidden]
+
+
+def _lay_out(table: Attention, layer: str, heads: Heads, structure: dict[str, Any], shapes: Shapes) -> None:
     """Places for query heads between the projections: as many for every key-value head."""
     parts = [[number * heads.head_dim, heads.queries * heads.head_dim] for number in heads.per_key]
     rest = 2 * heads.kv_heads * heads.head_dim
-    structure["spread"][f"{layer}.{table.q}"] = parts + ([[rest, rest]] if table.q == table.k else [])
+    last = table.q_norm if f"{layer}.{table.q_norm}.weight" in shapes else table.q
+    structure["spread"][f"{layer}.{last}"] = parts + ([[rest, rest]] if table.q == table.k else [])
     structure["gathered"][f"{layer}.{table.out}"] = parts
 
 

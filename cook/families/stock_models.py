@@ -62,7 +62,8 @@ def check_sizes(family: Family, made: PreTrainedConfig) -> None:
     always = (names.layers, names.heads, names.hidden, "vocab_size")
     sizes: dict[str, Any] = {name: getattr(made, name, None) for name in always}
     # None: derived from the others, or not present.
-    for name in (names.kv_heads, names.head_dim, names.ffn, "sliding_window"):
+    kv_name = names.kv_heads if isinstance(names.kv_heads, str) else ""
+    for name in (kv_name, names.head_dim, names.ffn, "sliding_window"):
         if name and getattr(made, name, None) is not None:
             sizes[name] = getattr(made, name)
     for name, value in sizes.items():
@@ -75,8 +76,8 @@ def check_sizes(family: Family, made: PreTrainedConfig) -> None:
     padding = getattr(made, "pad_token_id", None)
     if padding is not None and (not isinstance(padding, int) or padding < 0):
         raise UserError("the model's config: pad_token_id is not a valid id", wanted="an id or null", got=repr(padding))
-    heads, kv_heads = sizes[names.heads], sizes.get(names.kv_heads or "", 1)
-    multiples = [(names.heads, heads, names.kv_heads, kv_heads)]
+    heads, kv_heads = sizes[names.heads], sizes.get(kv_name, 1)
+    multiples = [(names.heads, heads, kv_name, kv_heads)]
     multiples += [(names.hidden, sizes[names.hidden], names.heads, heads)] if names.head_dim is None else []
     for name, number, divisor_name, divisor in multiples:
         if number % divisor:

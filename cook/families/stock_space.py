@@ -15,7 +15,7 @@ from cook.families.stock_models import config_object, skeleton, weight_shapes
 from cook.families.stream import hidden_dims
 from cook.models import ragged
 from cook.pruning.family import ModelConfig
-from cook.pruning.units import GatePoint, HeadUnit, PruningSpace, Site, UnitGroup, WeightSlice
+from cook.pruning.units import GatePoint, HeadUnit, NormPoint, PruningSpace, Site, UnitGroup, WeightSlice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,8 @@ class Heads:
     head_dim: int
     per_key: tuple[int, ...] = ()
     """The query heads of each key-value head, if they differ; empty: equally many."""
+    slopes: tuple[int, ...] = ()
+    """The original numbers of the heads, if every head has a slope of its own and some are gone."""
 
     @property
     def queries(self) -> int:
@@ -73,14 +75,24 @@ def heads_of(family: Family, head_dim: int, model: torch.nn.Module, layer: str) 
         width = (width - inner) // 2
     laid_out = getattr(out, ragged.PARTS, None) or ()
     per_key = tuple(own // head_dim for own, _ in laid_out)
-    return Heads(heads=inner // head_dim, kv_heads=width // head_dim, head_dim=head_dim, per_key=per_key)
+    slopes = getattr(model.get_submodule(f"{layer}.{next(iter(table.modules))}"), ragged.SLOPES, {"heads": ()})
+    return Heads(
+        heads=inner // head_dim,
+        kv_heads=width // head_dim,
+        head_dim=head_dim,
+        per_key=per_key,
+        slopes=tuple(slopes["heads"]),
+    )
 
 
 def head_units(family: Family, config: ModelConfig) -> tuple[HeadUnit, ...]:
-    """Both kinds if key-value heads are shared; else every query head is its own group."""
+    """Both kinds if key-value heads are shared; else every query head is its own group.
+
+    Where q, k and v are interleaved, only whole groups are consecutive.
+    """
     made = config_object(config)
-    shared = family.names.kv_heads and getattr(made, family.names.kv_heads) < getattr(made, family.names.heads)
-    return ("kv_group", "query_head") if shared else ("kv_group",)
+    is_shared = family.names.key_value_heads(made) < getattr(made, family.names.heads)
+    return ("kv_group", "query_head") if is_shared and not family.attention.interleaved else ("kv_group",)
 
 
 def space(family: Family, config: ModelConfig, head_unit: HeadUnit = "kv_group") -> PruningSpace:
@@ -89,10 +101,15 @@ def space(family: Family, config: ModelConfig, head_unit: HeadUnit = "kv_group")
     shapes, made = weight_shapes(model), config_object(config)
     num_layers = getattr(made, family.names.layers)
     groups: list[UnitGroup] = []
+    shared: dict[str, tuple[str, ...]] = {}
     for number in range(num_layers):
         layer = f"{family.layers}.{number}"
-        groups += _attention(family, head_dim_of(family, made), head_unit, model, shapes, number, layer)
-        groups += _feed_forward(family, model, shapes, number, layer)
+        own = _attention(family, head_dim_of(family, made), head_unit, model, shapes, number, layer)
+        own += _feed_forward(family, model, shapes, number, layer)
+        blocks = tuple(group.name for group in own if group.kind == "layer")
+        norms = tuple(f"{layer}.{name}." for name in family.norms_shared)
+        shared |= {path: blocks for path in shapes if norms and blocks and path.startswith(norms)}
+        groups += own
     head = model.get_output_embeddings()  # type: ignore[operator]
     logits = next((path for path, weight in model.named_parameters() if head and weight is head.weight), "")
     return PruningSpace(
@@ -101,6 +118,7 @@ def space(family: Family, config: ModelConfig, head_unit: HeadUnit = "kv_group")
         groups=tuple(groups),
         logits_weight=logits,
         hidden=hidden_dims(family, made, model, shapes),
+        shared=shared,
     )
 
 
@@ -123,7 +141,7 @@ def _attention(
     blocks = {"q": width, "k": head_dim, "v": head_dim} if whole else {"q": width}
     parts, keys = [], []
     if table.interleaved:
-        parts = [Part(path=table.q, offset=0, block=3 * head_dim)]
+        parts = [Part(path=table.q, offset=0, block=(queries + 2) * head_dim)]
         assert whole, "query heads with shared keys cannot be separated in an interleaved weight"
     else:
         spans = {"q": found.heads * head_dim, "k": found.kv_heads * head_dim, "v": found.kv_heads * head_dim}
@@ -143,14 +161,57 @@ def _attention(
     if not whole:
         units = {"size": found.heads, "sections": found.kv_heads, "head_unit": "query_head"}
         units["section_sizes"] = found.per_key
-    slices = (*_in_slices(model, shapes, layer, parts), _out_slice(model, f"{layer}.{table.out}", width))
+    of_queries = _norm_of_heads(shapes, layer, table.q_norm, table.q, width, head_dim)
+    of_keys = _norm_of_heads(shapes, layer, table.k_norm, table.k, head_dim, head_dim)
+    own = (of_queries, of_keys) if whole else (of_queries,)
+    units["more_gates"] = tuple(gate for each in own for gate in each.gates)
+    units["norms"] = tuple(norm for each in own for norm in each.norms)
+    in_slices = (*_in_slices(model, shapes, layer, parts), *(piece for each in own for piece in each.slices))
+    slices = (*in_slices, _out_slice(model, f"{layer}.{table.out}", width))
     made = block_and_units(table, "att", shapes, number, layer, slices, width, units)
+    if family.heads_stay:
+        return made[:1]
     if not whole:
         repeat = tuple(n * head_dim for n in found.per_key) or queries * head_dim
-        gate = GatePoint(module=f"{layer}.{table.out}", at="input", repeat=repeat)
-        owned = tuple(_in_slices(model, shapes, layer, keys))
-        made.append(UnitGroup(kind="keys", site="att", layer=number, size=found.kv_heads, slices=owned, gate=gate))
+        made.append(
+            UnitGroup(
+                kind="keys",
+                site="att",
+                layer=number,
+                size=found.kv_heads,
+                slices=(*_in_slices(model, shapes, layer, keys), *of_keys.slices),
+                gate=GatePoint(module=f"{layer}.{table.out}", at="input", repeat=repeat),
+                more_gates=of_keys.gates,
+                norms=of_keys.norms,
+            )
+        )
     return made
+
+
+@dataclass(frozen=True, kw_only=True)
+class _NormOfHeads:
+    """What belongs to the units of a norm with weights of its own for every head."""
+
+    slices: tuple[WeightSlice, ...] = ()
+    gates: tuple[GatePoint, ...] = ()
+    norms: tuple[NormPoint, ...] = ()
+
+
+def _norm_of_heads(
+    shapes: Mapping[str, tuple[int, ...]], layer: str, norm: str, product: str, width: int, head_dim: int
+) -> _NormOfHeads:
+    """`width`: features of `product`, the norm's input, per unit."""
+    path = f"{layer}.{norm}.weight"
+    if not norm or path not in shapes:
+        return _NormOfHeads()
+    if len(shapes[path]) == 2:  # over every head alone
+        return _NormOfHeads(slices=(WeightSlice(path=path, dim=0, block=width // head_dim),))
+    # Over all heads: those that are gone must not count, so they are zero before the norm.
+    return _NormOfHeads(
+        slices=(WeightSlice(path=path, dim=0, block=width),),
+        gates=(GatePoint(module=f"{layer}.{product}", at="output", repeat=width),),
+        norms=(NormPoint(module=f"{layer}.{norm}", repeat=width),),
+    )
 
 
 def _feed_forward(

@@ -16,14 +16,14 @@ from transformers.pytorch_utils import Conv1D
 
 from cook.families.layout import Family
 from cook.models import ragged
-from cook.pruning.units import GatePoint, UnitGroup, WeightSlice
+from cook.pruning.units import GatePoint, NormPoint, UnitGroup, WeightSlice
 
 
 @dataclass(kw_only=True)
 class _Found:
     slices: dict[tuple[str, int], WeightSlice] = field(default_factory=dict)
     gates: list[GatePoint] = field(default_factory=list)
-    norms: list[str] = field(default_factory=list)
+    norms: list[NormPoint] = field(default_factory=list)
 
 
 def hidden_dims(
@@ -38,7 +38,7 @@ def hidden_dims(
         model: The model, without weights.
         shapes: The shapes of its weights; tied weights appear once.
     """
-    if family.auto_class == "AutoModel":
+    if family.auto_class == "AutoModel" or family.hidden_stays:
         return None
     size = stream_size(family, config, model)
     head = model.get_output_embeddings()  # type: ignore[operator]
@@ -51,7 +51,9 @@ def hidden_dims(
         if role == "inside":
             continue
         if not own and not isinstance(module, torch.nn.Embedding):
-            if type(module).__name__.endswith("Norm"):
+            if tuple(getattr(module, "normalized_shape", ())) == (size,):
+                found.norms.append(NormPoint(module=path))
+            elif type(module).__name__.endswith("Norm"):
                 return None  # without weights, it cannot be told whether it is on the stream
             continue
         if role == "out":
@@ -70,7 +72,7 @@ def hidden_dims(
                     _slice(found, f"{path}.weight", 1, power=-0.5 if family.embedding_times_root else 0.0)
                 found.gates.append(GatePoint(module=path, at="output", repeat=1))
         elif _is_norm(module) and own.get("weight") == (size,):
-            found.norms.append(path)
+            found.norms.append(NormPoint(module=path))
             for end in own:
                 _slice(found, f"{path}.{end}", 0)
         elif any(size in shape for shape in own.values()):
@@ -139,7 +141,7 @@ def _slice(found: _Found, path: str, dim: int, power: float = 0.0) -> None:
 
 
 def _is_norm(module: torch.nn.Module) -> bool:
-    return isinstance(module, torch.nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
+    return isinstance(module, torch.nn.LayerNorm) or type(module).__name__.endswith("Norm")
 
 
 def _in_dim(module: torch.nn.Module) -> int:

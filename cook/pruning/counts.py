@@ -68,7 +68,17 @@ def kept_shapes(space: PruningSpace, kept: Kept) -> dict[str, tuple[int, ...]]:
         if group.kind != "layer":
             for piece in group.slices:
                 shapes[piece.path][piece.dim] -= (group.size - left) * piece.block
+    gone |= shared_gone(space, kept)
     return {path: tuple(shape) for path, shape in shapes.items() if path not in gone}
+
+
+def shared_gone(space: PruningSpace, kept: Kept) -> set[str]:
+    """The weights of several blocks none of which reads its input any more."""
+    if not space.shared:
+        return set()
+    groups = (*space.groups, *space.unprunable)
+    idle = {space.block(g).name for g in groups if not kept.get(g.name, g.size) and g.kind != "keys"}
+    return {path for path, blocks in space.shared.items() if idle.issuperset(blocks)}
 
 
 def weights_gone(space: PruningSpace, group: UnitGroup, left: int) -> set[str]:

@@ -53,6 +53,8 @@ class Abilities:
     """Whether a stock class can load blocks with fewer heads."""
     stock_heads_except: str = ""
     """Models for which it cannot, in a few words."""
+    stock_dims: bool = True
+    """Whether a stock class can load blocks with fewer FFN dimensions."""
     stock_layers: bool
     """Whether a stock class can load the model without some of its layers."""
     is_stock: bool = True
@@ -91,6 +93,8 @@ class Adapter:
     """The keys of the weights in the family's files, if they differ from the model's keys."""
     is_causal: bool = True
     """Whether the model predicts the next token."""
+    mixes_samples: Callable[[ModelConfig], bool] = lambda _config: False
+    """Whether the model's class cannot separate samples in one row, so that the main command cannot train it."""
     score_bias: bool = False
     """Whether a learned bias per head is added to the attention scores; its gradient needs memory."""
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -9,7 +9,7 @@ import torch
 
 from cook.base.errors import UserError
 from cook.base.tensor_files import LazyTensors
-from cook.pruning.counts import weights_gone
+from cook.pruning.counts import shared_gone, weights_gone
 from cook.pruning.mask_set import Masks, consistent
 from cook.pruning.units import PruningSpace, WeightSlice
 
@@ -120,7 +120,7 @@ def _dropped_and_cut(space: PruningSpace, masks: Masks) -> tuple[set[str], dict[
     """The weights that are removed as a whole, and those that lose some units."""
     kept = kept_units(space, masks)
     cuts: dict[str, list[tuple[WeightSlice, tuple[int, ...]]]] = {}
-    dropped: set[str] = set()
+    dropped = shared_gone(space, {name: len(units) for name, units in kept.items()})
     assert kept.get("hidden", (0,)), "a model without hidden dimensions"
     for group in space.every:
         if group.name not in kept:

@@ -7,7 +7,7 @@ read it and use nothing else about the model.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Kind = Literal["layer", "heads", "keys", "dimff", "hidden"]
@@ -54,6 +54,16 @@ class GatePoint:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NormPoint:
+    """A norm over the units of a group, whose statistics must be those of the kept units alone."""
+
+    module: str
+    """Path of the module; what feeds it is gated already."""
+    repeat: int = 1
+    """Consecutive features of one unit."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class UnitGroup:
     """Units of one kind in one place: the block itself as a single unit, its heads, its keys, or its FFN dimensions; or
     the dimensions of the residual stream, whose site is `stream` and whose layer is -1."""
@@ -69,8 +79,8 @@ class UnitGroup:
     gate: GatePoint
     more_gates: tuple[GatePoint, ...] = ()
     """Where else the same gates multiply: hidden dimensions have one wherever something is added to the stream."""
-    norms: tuple[str, ...] = ()
-    """Paths of the norms over the units, whose statistics must be those of the kept units alone."""
+    norms: tuple[NormPoint, ...] = ()
+    """Norms over all units: on the residual stream, or over the queries or keys of all heads."""
     members: int = 1
     """Heads (or FFN dimensions) per unit: a key-value group is one unit of several query heads. Configs, mask files and
     reports count members."""
@@ -128,6 +138,9 @@ class PruningSpace:
     hidden: UnitGroup | None = None
     """The dimensions of the residual stream; None if the hidden size cannot be pruned. It is not among `groups`, which
     all belong to a block."""
+    shared: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Weights that several blocks use, such as a norm before attention and FFN in parallel, each with the names of
+    these blocks' `layer` groups: it goes with the last of them."""
 
     @property
     def every(self) -> tuple[UnitGroup, ...]:

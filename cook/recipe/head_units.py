@@ -124,6 +124,14 @@ def check_sizes(
             )
 
 
+def heads_stay(adapter: Adapter) -> UserError:
+    """The error for a model whose heads cannot be pruned."""
+    return UserError(
+        f"the heads of this {adapter.family} model cannot be pruned: every head has modules of its own",
+        remedy="prune its FFN dimensions, hidden size or layers",
+    )
+
+
 def hidden_stays(adapter: Adapter) -> UserError:
     """The error for a model whose hidden size cannot be pruned."""
     return UserError(
@@ -214,6 +222,8 @@ def nearest_heads(
         stock = reachable_heads(adapter, config, unit, False)
         choices += [(number not in stock, number, unit) for number in reachable_heads(adapter, config, unit, True)]
     numbers = sorted({number for _, number, _ in choices})
+    if not numbers:
+        raise heads_stay(adapter)
     goal = wanted if isinstance(wanted, int) else wanted * numbers[-1]
     _, nearest, unit = min(choices, key=lambda choice: (abs(choice[1] - goal), choice[0]))
     if isinstance(wanted, int) and nearest != wanted:
