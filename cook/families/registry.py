@@ -92,11 +92,12 @@ def _facts(adapter: Adapter) -> dict[str, Any]:
         "head_units": ["key-value groups", "query heads"] if can.shares_keys else ["heads"],
         "fewer_heads": result(can.stock_heads),
         "fewer_heads_except": can.stock_heads_except,
-        "fewer_dims": result(True),
+        "fewer_dims": result(can.stock_dims),
         "fewer_hidden_dims": result(can.stock_heads),  # both need a head size that the config names
         "fewer_layers": result(can.stock_layers),
         "block_missing": result(False),
         "is_causal": adapter.is_causal,
+        "main_job": adapter.is_causal and not adapter.mixes_samples({}),
     }
 
 
@@ -111,5 +112,5 @@ def _row(facts: dict[str, Any]) -> list[str]:
         facts["fewer_hidden_dims"] + (f", not with {exception}" if exception else ""),
         facts["fewer_layers"],
         facts["block_missing"],
-        "yes" if facts["is_causal"] else "no: encoder",
+        "yes" if facts["main_job"] else "no: ALiBi" if facts["is_causal"] else "no: encoder",
     ]
