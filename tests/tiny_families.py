@@ -128,12 +128,51 @@ MORE: dict[str, dict[str, Any]] = {
     },
 }
 """Families of which fewer tests make sure."""
+ENCODER = {**ALIKE, "head_dim": None}
+MORE_ENCODERS: dict[str, dict[str, Any]] = {
+    "xlm-roberta": {"model_type": "xlm-roberta", **ENCODER, "pad_token_id": 1},
+    "electra": {"model_type": "electra", "embedding_size": 24, **ENCODER},
+    "deberta-v2": {
+        "model_type": "deberta-v2",
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "share_att_key": True,
+        "position_buckets": 8,
+        "norm_rel_ebd": "layer_norm",
+        **ENCODER,
+    },
+    "deberta-v2, own positions": {
+        "model_type": "deberta-v2",
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+        **ENCODER,
+    },
+    "deberta-v2, no positions": {"model_type": "deberta-v2", **ENCODER},
+    "distilbert": {
+        "model_type": "distilbert",
+        "n_layers": 3,
+        "n_heads": 4,
+        "dim": 32,
+        "hidden_dim": 20,
+        **dict.fromkeys((*SIZES, *GROUPED)),
+        "max_position_embeddings": 64,
+        "vocab_size": 61,
+    },
+    "modernbert": {
+        "model_type": "modernbert",
+        "local_attention": 6,
+        "cls_token_id": 1,
+        "sep_token_id": 2,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        **ENCODER,
+    },
+}
 CAUSAL = [name for name in FAMILIES if name not in ("bert", "roberta")]
 
 
 def tiny_config(name: str, **changes: Any) -> dict[str, Any]:
     """The family's config, all fields given, as an adapter's `read` leaves it."""
-    merged = {**SIZES, **GROUPED, **IDS, **(FAMILIES | MORE)[name], **changes}
+    merged = {**SIZES, **GROUPED, **IDS, **(FAMILIES | MORE | MORE_ENCODERS)[name], **changes}
     given = {field: value for field, value in merged.items() if value is not None}
     native, _ = by_config(given).read(given, {})
     return native

@@ -32,6 +32,8 @@ class Attention:
     q_norm: str = ""
     k_norm: str = ""
     """Norms of queries and keys that have weights of their own for every head, over each head or over all of them."""
+    positions: tuple[str, ...] = ()
+    """Further products to the heads' features, as of relative positions, if a model has them."""
     slopes: bool = False
     """Whether every head has a bias of its own, an ALiBi slope, which follows from its number and that of all heads."""
     out: str = "self_attn.o_proj"  # the block's output projection, whose input is the heads
@@ -98,6 +100,8 @@ class Family:
     empty_layer_is_identity: bool = True
     """Whether a layer without its two blocks returns its input unchanged, and so can be removed. False if norms
     are on the residual stream itself."""
+    first_layer_stays: bool = False
+    """Whether the first layer has other modules than the others, so that no other can take its place."""
     heads_stay: bool = False
     """Whether no single head can be removed, since every head has modules of its own."""
     hidden_stays: bool = False

@@ -145,8 +145,11 @@ def load_model(source: ModelSource, dtype: torch.dtype | None = torch.float32) -
     """Loads the whole model into memory, in eval mode, with weights of type `dtype`; None keeps the stored types."""
     model = unfilled_model(source.adapter, source.config)
     weights = {name: t.to(dtype) if dtype and t.is_floating_point() else t for name, t in source.tensors.items()}
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    tied -= {name for name, _ in model.named_parameters()}
+    every = dict(model.named_parameters(remove_duplicate=False))
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    tied = {name: first[id(parameter)] for name, parameter in every.items() if first[id(parameter)] != name}
+    # All names of a tied weight: which of them is kept, the model decides.
+    weights |= {name: weights[own] for name, own in tied.items() if own in weights}
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     except RuntimeError as error:  # other shapes

@@ -98,6 +98,8 @@ def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptU
     layers = [n for n in range(space.num_layers) if any(path.startswith(f"{family.layers}.{n}.") for path in left)]
     if not (renumber and family.empty_layer_is_identity):
         layers = list(range(space.num_layers))
+    if family.first_layer_stays:
+        layers = sorted({0, *layers})
     layers = layers or [space.num_layers - 1]  # transformers classes are not tested without any layer
     hidden = len(kept.get("hidden", ())) or (space.hidden.size if space.hidden else None)
     renamed = _renamed(family, left, layers)

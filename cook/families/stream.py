@@ -116,7 +116,7 @@ def _role(family: Family, name: str) -> str:
     attention, ffn = family.attention, family.ffn
     if name in (attention.out, ffn.out):
         return "out"
-    if name in (attention.q, attention.k, attention.v, *ffn.ins):
+    if name in (attention.q, attention.k, attention.v, *attention.positions, *ffn.ins):
         return "in"
     is_inside = any(name == part or name.startswith(f"{part}.") for part in (*attention.modules, *ffn.modules))
     return "inside" if is_inside else ""

@@ -287,7 +287,62 @@ BERT = Family(
     empty_layer_is_identity=False,
 )
 ROBERTA = replace(BERT, family="RoBERTa", model_types=frozenset({"roberta"}), layers="roberta.encoder.layer")
+XLM_ROBERTA = replace(ROBERTA, family="XLM-RoBERTa", model_types=frozenset({"xlm-roberta"}))
+ELECTRA = replace(
+    BERT,
+    family="ELECTRA",
+    model_types=frozenset({"electra"}),
+    layers="electra.encoder.layer",
+    carried=(*BERT.carried, r"^generator_", r"^discriminator_"),
+)
+DEBERTA = replace(
+    BERT,
+    family="DeBERTa-v2, v3",
+    model_types=frozenset({"deberta-v2"}),
+    layers="deberta.encoder.layer",
+    attention=replace(
+        BERT.attention,
+        q="attention.self.query_proj",
+        k="attention.self.key_proj",
+        v="attention.self.value_proj",
+        positions=("attention.self.pos_key_proj", "attention.self.pos_query_proj"),
+        remembers={"attention.self.num_attention_heads": "heads"},
+    ),
+    carried=(*BERT.carried, r"^lm_predictions\.", r"^mask_predictions\."),
+)
+DISTILBERT = Family(
+    family="DistilBERT",
+    model_types=frozenset({"distilbert"}),
+    layers="distilbert.transformer.layer",
+    attention=Attention(
+        modules={"attention": "pair"},
+        q="attention.q_lin",
+        k="attention.k_lin",
+        v="attention.v_lin",
+        out="attention.out_lin",
+        norms_before=(),
+        remembers={"attention.n_heads": "heads"},
+    ),
+    ffn=FeedForward(modules={"ffn": "value"}, ins=("ffn.lin1",), out="ffn.lin2", norms_before=()),
+    names=ConfigNames(layers="n_layers", heads="n_heads", kv_heads=None, head_dim=None, hidden="dim", ffn="hidden_dim"),
+    auto_class="AutoModelForMaskedLM",
+    carried=(r"^vocab_",),
+    empty_layer_is_identity=False,
+)
+MODERNBERT = Family(
+    family="ModernBERT",
+    model_types=frozenset({"modernbert"}),
+    attention=Attention(
+        modules={"attn": "pair"}, **_fused("attn.Wqkv"), out="attn.Wo", norms_before=("attn_norm",), remembers={}
+    ),
+    ffn=FeedForward(ins=("mlp.Wi", "mlp.Wi"), out="mlp.Wo", norms_before=("mlp_norm",)),
+    names=ConfigNames(kv_heads=None, head_dim=None),
+    auto_class="AutoModelForMaskedLM",
+    carried=(r"^head\.", r"^decoder\."),
+    first_layer_stays=True,  # it has no norm before attention
+)
 HEADS = {
+    "ElectraForPreTraining": "AutoModelForPreTraining",
     "ForMaskedLM": "AutoModelForMaskedLM",
     "ForPreTraining": "AutoModelForMaskedLM",
     "ForSequenceClassification": "AutoModelForSequenceClassification",
@@ -296,6 +351,8 @@ HEADS = {
     "ForMultipleChoice": "AutoModelForMultipleChoice",
     "BertModel": "AutoModel",
     "RobertaModel": "AutoModel",
+    "ElectraModel": "AutoModel",
+    "DebertaV2Model": "AutoModel",
 }
 """Suffixes of a config's `architectures`, and the transformers class that builds the model."""
 
@@ -385,6 +442,16 @@ def _bert_variant(family: Family, config: ModelConfig) -> Family:
     return replace(family, layers=layers, auto_class=auto_class or family.auto_class)
 
 
+def _deberta_variant(family: Family, config: ModelConfig) -> Family:
+    # The table of relative positions is no module that is called, so that no gate can act on it.
+    return replace(_bert_variant(family, config), hidden_stays=bool(config.get("relative_attention")))
+
+
+def _encoder_row_inputs(batch: Batch) -> dict[str, Any]:
+    # The class uses its mask of padding in other places than attention, or combines it with windows.
+    return {"input_ids": batch["input"]}
+
+
 def _roberta_inputs(batch: Batch) -> dict[str, Any]:
     # Its positions begin after the padding id, which is 1 in every RoBERTa.
     return masked_inputs(batch, causal=False) | {"position_ids": batch["position"] + 2}
@@ -402,5 +469,13 @@ ADAPTERS = (
     stock_adapter(GPT_NEOX),
     stock_adapter(OPT, _opt_variant, partial(masked_inputs, causal=True)),
     stock_adapter(BERT, _bert_variant, partial(masked_inputs, causal=False), is_causal=False),
-    stock_adapter(ROBERTA, _bert_variant, _roberta_inputs, is_causal=False),
+    *(stock_adapter(family, _bert_variant, _roberta_inputs, is_causal=False) for family in (ROBERTA, XLM_ROBERTA)),
+    *(
+        stock_adapter(family, _bert_variant, partial(masked_inputs, causal=False), is_causal=False)
+        for family in (ELECTRA, DISTILBERT)
+    ),
+    *(
+        stock_adapter(family, variant, _encoder_row_inputs, is_causal=False, mixes_samples=lambda _config: True)
+        for family, variant in ((DEBERTA, _deberta_variant), (MODERNBERT, _bert_variant))
+    ),
 )

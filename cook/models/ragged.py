@@ -108,7 +108,7 @@ class Absent(nn.Module):
 
 def reshape_modules(model: PreTrainedModel, structure: dict[str, Any]) -> None:
     """Changes a newly built stock model as described by `structure`."""
-    shapes = structure["shapes"]
+    shapes = structure["shapes"] | _tied_embeddings(model, structure["shapes"])
     for path, shape in shapes.items():
         name, _, kind = path.rpartition(".")
         # The size of a bias follows from its weight, unless that was removed with its block.
@@ -148,6 +148,16 @@ def reshape_modules(model: PreTrainedModel, structure: dict[str, Any]) -> None:
         model.set_submodule(path, absent)
     for path in structure["identity"]:
         model.set_submodule(path, nn.Identity())
+
+
+def _tied_embeddings(model: PreTrainedModel, shapes: dict[str, Any]) -> dict[str, Any]:
+    """The shapes of embeddings that are tied to a weight in `shapes`, which has the name of the output projection."""
+    model.tie_weights()  # transformers leaves it out where it does not initialise weights
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    changed = {id(weights[path]): shape for path, shape in shapes.items() if path in weights}
+    tables = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    found = {f"{name}.weight": changed.get(id(weights[f"{name}.weight"])) for name in tables}
+    return {path: shape for path, shape in found.items() if shape is not None}
 
 
 def _step(product: nn.Module) -> int:

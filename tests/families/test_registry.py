@@ -13,10 +13,11 @@ from cook.export.pruned_folder import mask_model, reshaped_source
 from cook.families import registry
 from cook.families.registry import adapters, by_config, families_table, knows, register, unregister
 from cook.families.source import load_model
-from tests.tiny_families import FAMILIES, MORE, tiny_source
+from tests.tiny_families import FAMILIES, MORE, MORE_ENCODERS, tiny_source
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "how_to" / "families.md"
-PLAIN = [name for name in FAMILIES | MORE if "," not in name]
+EVERY = FAMILIES | MORE | MORE_ENCODERS
+PLAIN = [name for name in EVERY if "," not in name]
 
 
 def test_configs_find_their_adapter():
@@ -54,7 +55,7 @@ def test_the_page_has_the_table():
 
 
 def test_every_family_is_tested():
-    tested = {by_config((FAMILIES | MORE)[name]).family for name in PLAIN}
+    tested = {by_config(EVERY[name]).family for name in PLAIN}
     assert tested == {adapter.family for adapter in adapters() if adapter.abilities.is_stock}
 
 
