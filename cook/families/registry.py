@@ -58,7 +58,7 @@ def by_config(config: Mapping[str, Any]) -> Adapter:
             f"no adapter for models of type {stock_type(config)!r}",
             wanted=known,
             remedy="for another family of transformers, cook families guess MODEL prints a cook.families.layout.Family "
-            "(the names of its layers, products, norms and sizes); correct it if need be, and pass stock_adapter(family) "
+            "(names of layers, products, norms and sizes); correct it if need be, and pass stock_adapter(family) "
             "to cook.families.registry.register before cook starts; documentation: Add a family",
         )
     return found
