@@ -85,6 +85,8 @@ class Family:
     family: str  # the family's name in tables and messages
     model_types: frozenset[str]  # values of `model_type` in config.json; the weights of all of them have these names
     layers: str = "model.layers"  # path of the list of layers
+    part: str = ""
+    """The config of the part that is pruned, in the config of a model of several parts; the other parts stay."""
     attention: Attention = field(default_factory=Attention)
     ffn: FeedForward = field(default_factory=FeedForward)
     norms_shared: tuple[str, ...] = ()  # norms whose output both blocks use, which are in parallel
@@ -106,3 +108,15 @@ class Family:
     """Whether no single head can be removed, since every head has modules of its own."""
     hidden_stays: bool = False
     """Whether the hidden size cannot be pruned, whatever the rules of `cook.families.stream` find."""
+
+    def own_config(self, config: Any) -> Any:
+        """The config of the part that is pruned, as an object or as a dictionary, as the model's is."""
+        if not self.part:
+            return config
+        return config.get(self.part, {}) if isinstance(config, Mapping) else getattr(config, self.part)
+
+    def with_fields(self, config: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The model's config with these fields of the part that is pruned."""
+        if not self.part:
+            return {**config, **fields}
+        return {**config, self.part: {**self.own_config(config), **fields}}

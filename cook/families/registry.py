@@ -93,7 +93,8 @@ def _facts(adapter: Adapter) -> dict[str, Any]:
         "fewer_heads": result(can.stock_heads),
         "fewer_heads_except": can.stock_heads_except,
         "fewer_dims": result(can.stock_dims),
-        "fewer_hidden_dims": result(can.stock_heads),  # both need a head size that the config names
+        # As fewer heads, it needs a head size that the config names.
+        "fewer_hidden_dims": result(can.stock_heads) if can.hidden else "no",
         "fewer_layers": result(can.stock_layers),
         "block_missing": result(False),
         "is_causal": adapter.is_causal,

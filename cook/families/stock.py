@@ -62,6 +62,7 @@ def stock_adapter(
         abilities=Abilities(
             shares_keys=family.names.kv_heads is not None and not family.attention.interleaved,
             stock_dims=family.names.ffn is not None,
+            hidden=not family.hidden_stays,
             stock_heads=family.names.head_dim is not None,
             stock_heads_except=family.stock_heads_except,
             stock_layers=family.empty_layer_is_identity,
@@ -142,19 +143,19 @@ def _sized(
     fields |= {names.kv_heads: heads.kv_heads} if isinstance(names.kv_heads, str) else {}
     fields |= {names.head_dim: heads.head_dim} if names.head_dim else {}
     if hidden is not None:
-        fields |= {
-            name: hidden for name in names.like_hidden if base.get(name, base[names.hidden]) == base[names.hidden]
-        }
+        own = family.own_config(base)
+        fields |= {name: hidden for name in names.like_hidden if own.get(name, own[names.hidden]) == own[names.hidden]}
         fields |= {names.hidden: hidden}
-    return dict(base) | fields
+    return family.with_fields(base, fields)
 
 
 def _with_hidden(family: Family, base: dict[str, Any], hidden: int | None) -> dict[str, Any]:
     """The stock config with this hidden size, if its heads stay as they are; else unchanged, and the weights differ."""
     names = family.names
-    if hidden in (None, base[names.hidden]) or names.head_dim is None:
+    if hidden in (None, family.own_config(base)[names.hidden]) or names.head_dim is None:
         return base
-    changed = base | {names.hidden: hidden, names.head_dim: head_dim_of(family, config_object(base))}
+    head_dim = head_dim_of(family, config_object(base))
+    changed = family.with_fields(base, {names.hidden: hidden, names.head_dim: head_dim})
     try:
         skeleton(family, changed)
     except (UserError, ValueError):
@@ -176,7 +177,8 @@ def holds_heads(family: Family, config: ModelConfig, heads: int, kv_heads: int, 
     dim = head_dim_of(family, config_object(config))
     wanted = Heads(heads=heads, kv_heads=kv_heads, head_dim=dim)
     try:
-        model = skeleton(family, _sized(family, base, wanted, base.get(family.names.ffn or ""), hidden))
+        ffn = family.own_config(base).get(family.names.ffn or "")
+        model = skeleton(family, _sized(family, base, wanted, ffn, hidden))
     except (UserError, ValueError):
         return False
     is_wide = hidden in (None, stream_size(family, config_object(base), model))
@@ -194,14 +196,15 @@ def _with_layers(family: Family, config: ModelConfig, layers: list[int]) -> dict
     """The stock config with only these layers, all other sizes unchanged."""
     base = {name: value for name, value in config.items() if name not in ragged.OWN_FIELDS}
     base["model_type"] = config["stock_type"] if is_ragged(config) else config["model_type"]
-    base[family.names.layers] = len(layers)
+    own = family.own_config(base)
+    fields: dict[str, Any] = {family.names.layers: len(layers)}
     for name in family.names.per_layer:
-        if isinstance(base.get(name), list | tuple):
-            base[name] = [base[name][layer] for layer in layers]
+        if isinstance(own.get(name), list | tuple):
+            fields[name] = [own[name][layer] for layer in layers]
     for name in family.names.first_layers:
-        if isinstance(base.get(name), int):
-            base[name] = sum(layer < base[name] for layer in layers)
-    return base
+        if isinstance(own.get(name), int):
+            fields[name] = sum(layer < own[name] for layer in layers)
+    return family.with_fields(base, fields)
 
 
 def _sizes(

@@ -58,7 +58,7 @@ def config_object(config: ModelConfig) -> PreTrainedConfig:
 
 def check_sizes(family: Family, made: PreTrainedConfig) -> None:
     """Raises a UserError if a size is not an integer above 0, or the heads do not share keys evenly."""
-    names = family.names
+    names, made = family.names, family.own_config(made)
     always = (names.layers, names.heads, names.hidden, "vocab_size")
     sizes: dict[str, Any] = {name: getattr(made, name, None) for name in always}
     # None: derived from the others, or not present.
@@ -125,7 +125,8 @@ def read(
         UserError: the tensors do not match the config's model, or are quantized.
     """
     refuse_quantized(config, tensors)
-    layers = config.get(family.names.layers)
+    part = family.own_config(config)
+    layers = part.get(family.names.layers) if isinstance(part, Mapping) else None
     if tensors and isinstance(layers, int) and layers > len(tensors):
         what = f"the weights do not fit the model's config: {layers} layers, and {len(tensors)} tensors"
         raise UserError(what, remedy=f"correct {family.names.layers} in config.json")
@@ -133,7 +134,7 @@ def read(
     if not tensors:
         return native, tensors
     model: Any = skeleton(family, native)
-    check_remembered(native, native[family.names.layers])
+    check_remembered(native, family.own_config(native)[family.names.layers])
     keys = _keys(family, config, model, tensors)
     groups = [names for names, _ in _stored(model)]
     given = {names[0]: [keys[name] for name in names if name in keys] for names in groups}
@@ -240,6 +241,10 @@ def _all_equal(tensors: list[torch.Tensor]) -> bool:
 def plain(config: PreTrainedConfig) -> dict[str, Any]:
     """A config as the dictionary of its config.json, without temporary fields."""
     fields = {name: value for name, value in config.to_diff_dict().items() if name not in PASSING}
+    for name in type(config).sub_configs:
+        part = getattr(config, name, None)
+        if isinstance(part, PreTrainedConfig):
+            fields[name] = {key: value for key, value in part.to_dict().items() if key not in PASSING}
     return fields | {"model_type": type(config).model_type}
 
 

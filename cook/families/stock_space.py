@@ -58,6 +58,7 @@ class Part:
 
 def head_dim_of(family: Family, config: PreTrainedConfig) -> int:
     """Features per head."""
+    config = family.own_config(config)
     explicit = getattr(config, family.names.head_dim, None) if family.names.head_dim else None
     return int(explicit or getattr(config, family.names.hidden) // getattr(config, family.names.heads))
 
@@ -90,7 +91,7 @@ def head_units(family: Family, config: ModelConfig) -> tuple[HeadUnit, ...]:
 
     Where q, k and v are interleaved, only whole groups are consecutive.
     """
-    made = config_object(config)
+    made = family.own_config(config_object(config))
     is_shared = family.names.key_value_heads(made) < getattr(made, family.names.heads)
     return ("kv_group", "query_head") if is_shared and not family.attention.interleaved else ("kv_group",)
 
@@ -99,7 +100,7 @@ def space(family: Family, config: ModelConfig, head_unit: HeadUnit = "kv_group")
     """Everything that can be pruned in a model of this config."""
     model = skeleton(family, config)
     shapes, made = weight_shapes(model), config_object(config)
-    num_layers = getattr(made, family.names.layers)
+    num_layers = getattr(family.own_config(made), family.names.layers)
     groups: list[UnitGroup] = []
     shared: dict[str, tuple[str, ...]] = {}
     for number in range(num_layers):

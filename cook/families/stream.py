@@ -101,7 +101,7 @@ def stream_size(family: Family, config: PreTrainedConfig, model: torch.nn.Module
         weight = getattr(module, "weight", None)
         if layer and weight is not None and name in (family.attention.out, family.ffn.out):
             return int(weight.shape[1 - _in_dim(module)])
-    return int(getattr(config, family.names.hidden))
+    return int(getattr(family.own_config(config), family.names.hidden))
 
 
 def _layer_of(family: Family, path: str) -> tuple[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 from cook.base.batches import Batch
 from cook.base.errors import UserError
 from cook.families.layout import Attention, ConfigNames, Family, FeedForward
-from cook.families.stock import masked_inputs, stock_adapter
+from cook.families.stock import masked_inputs, packed_inputs, stock_adapter
 from cook.families.stock_models import architecture
 from cook.pruning.family import ModelConfig
 
@@ -260,6 +260,26 @@ MPT = Family(
     names=ConfigNames(layers="n_layers", heads="n_heads", kv_heads=None, head_dim=None, hidden="d_model", ffn=None),
 )
 
+# Models of images and text: the text part is pruned, the rest is copied. Images enter the residual stream, which stays.
+GEMMA3_IMAGES = replace(
+    GEMMA3,
+    family="Gemma 3 with images",
+    model_types=frozenset({"gemma3"}),
+    layers="model.language_model.layers",
+    part="text_config",
+    auto_class="AutoModelForImageTextToText",
+    embedding_times_root="",
+    hidden_stays=True,
+)
+QWEN2_VL = replace(
+    GEMMA3_IMAGES,
+    family="Qwen2-VL, Qwen2.5-VL",
+    model_types=frozenset({"qwen2_vl", "qwen2_5_vl"}),
+    attention=Attention(),
+    ffn=FeedForward(),
+    names=ConfigNames(head_dim=None, first_layers=("max_window_layers",)),
+)
+
 # Encoders with norms on the residual stream, with any head of transformers.
 BERT = Family(
     family="BERT",
@@ -432,6 +452,11 @@ def _mpt_inputs(batch: Batch) -> dict[str, Any]:
     return inputs | {"attention_mask": ~inputs["attention_mask"]}
 
 
+def _qwen2_vl_inputs(batch: Batch) -> dict[str, Any]:
+    # Text positions, by which samples are separated, and those along time, height and width of an image.
+    return packed_inputs(batch) | {"position_ids": batch["position"].expand(4, -1, -1)}
+
+
 def _bert_variant(family: Family, config: ModelConfig) -> Family:
     named = architecture(config)
     auto_class = config.get("stock_class") or next((c for end, c in HEADS.items() if named.endswith(end)), None)
@@ -461,6 +486,8 @@ ADAPTERS = (
     *(stock_adapter(family) for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3)),
     *(stock_adapter(family) for family in (*LLAMA_LIKE, GEMMA, NEMOTRON, ARCEE, STARCODER2, GLM, GLM4, EXAONE4)),
     *(stock_adapter(family) for family in (OLMO2, OLMO3, COHERE, COHERE2, PHI, GPTJ)),
+    stock_adapter(GEMMA3_IMAGES),
+    stock_adapter(QWEN2_VL, inputs=_qwen2_vl_inputs),
     stock_adapter(STABLELM, _stablelm_variant),
     stock_adapter(FALCON, _falcon_variant, _falcon_inputs, mixes_samples=lambda config: bool(config.get("alibi"))),
     stock_adapter(BLOOM, _bloom_variant, _whole_row_inputs, mixes_samples=lambda _config: True),

@@ -55,6 +55,8 @@ class Abilities:
     """Models for which it cannot, in a few words."""
     stock_dims: bool = True
     """Whether a stock class can load blocks with fewer FFN dimensions."""
+    hidden: bool = True
+    """Whether the hidden size can be pruned at all."""
     stock_layers: bool
     """Whether a stock class can load the model without some of its layers."""
     is_stock: bool = True

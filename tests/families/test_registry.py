@@ -13,6 +13,7 @@ from cook.export.pruned_folder import mask_model, reshaped_source
 from cook.families import registry
 from cook.families.registry import adapters, by_config, families_table, knows, register, unregister
 from cook.families.source import load_model
+from tests.families.test_images import CONFIGS as WITH_IMAGES
 from tests.tiny_families import FAMILIES, MORE, MORE_ENCODERS, tiny_source
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "how_to" / "families.md"
@@ -56,6 +57,7 @@ def test_the_page_has_the_table():
 
 def test_every_family_is_tested():
     tested = {by_config(EVERY[name]).family for name in PLAIN}
+    tested |= {by_config({"model_type": name}).family for name in WITH_IMAGES}
     assert tested == {adapter.family for adapter in adapters() if adapter.abilities.is_stock}
 
 
