@@ -64,7 +64,11 @@ def guess(config: Mapping[str, Any]) -> Guess:
         (name for name in CLASSES if CONFIG_MAPPING[model_type] in getattr(transformers, name)._model_mapping), None
     )
     if auto_class is None:
-        raise UserError(f"transformers has no language model of type {model_type!r}", wanted=" or ".join(CLASSES))
+        raise UserError(
+            f"transformers has no language model of type {model_type!r}",
+            wanted=" or ".join(CLASSES),
+            remedy="for a model of several parts, guess that of its text part",
+        )
     names = _names(config_object(config))
     family = Family(
         family=re.sub(r"(Config|Text)+$", "", CONFIG_MAPPING[model_type].__name__),

@@ -208,10 +208,10 @@ def _norm_of_heads(
     if not norm or path not in shapes:
         return _NormOfHeads()
     if len(shapes[path]) == 2:  # over every head alone
-        return _NormOfHeads(slices=(WeightSlice(path=path, dim=0, block=width // head_dim),))
+        return _NormOfHeads(slices=(WeightSlice(path=path, dim=0, block=width // head_dim, is_norm=True),))
     # Over all heads: those that are gone must not count, so they are zero before the norm.
     return _NormOfHeads(
-        slices=(WeightSlice(path=path, dim=0, block=width),),
+        slices=(WeightSlice(path=path, dim=0, block=width, is_norm=True),),
         gates=(GatePoint(module=f"{layer}.{product}", at="output", repeat=width),),
         norms=(NormPoint(module=f"{layer}.{norm}", repeat=width),),
     )

@@ -28,7 +28,7 @@ def unit_flops(space: PruningSpace, group: UnitGroup, *, context: int) -> int:
         group: The unit's group.
         context: Mean number of keys that a query attends to.
     """
-    products = [s for s in group.slices if len(space.shapes[s.path]) == 2]
+    products = [s for s in group.slices if len(space.shapes[s.path]) == 2 and not s.is_norm]
     flops = sum(2 * prod(space.shapes[s.path]) // space.shapes[s.path][s.dim] * s.block for s in products)
     return flops + (4 * context * group.slices[-1].block if group.kind == "heads" else 0)
 

@@ -22,6 +22,12 @@ KeptUnits = Mapping[str, tuple[int, ...]]
 """The indices of the units that stay, ascending, by the name of the masked group."""
 
 
+def vocabulary_size(config: ModelConfig) -> int:
+    """The number of ids in a model's vocabulary; that of the text part, for a model of several parts."""
+    parts = [part for part in config.values() if isinstance(part, Mapping) and "vocab_size" in part]
+    return int((config if "vocab_size" in config else parts[0])["vocab_size"])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shrunk:
     """The config and the layers of a reshaped model."""

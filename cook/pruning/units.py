@@ -38,6 +38,8 @@ class WeightSlice:
     """True if the model divides by √(size of `dim`) at run time, so that slicing must multiply by √(new/old)."""
     power: float = 0.0
     """Slicing multiplies the weight by (new/old)^power, where another use of the hidden size must be balanced."""
+    is_norm: bool = False
+    """Whether the weight is that of a norm, even if it has a row per head."""
     added: float = 0.0
     """What the model adds to the weight at run time, which `power` then scales too: 1 in Gemma's norms."""
 

@@ -16,7 +16,7 @@ from cook.evaluation.settings import ProfileSettings
 from cook.export.vocabulary import least_count, read_vocabulary
 from cook.families.source import open_model
 from cook.pruning.budgets import KEEP_KEYS, NUMBERS, WHOLE_KEYS, Cost, Keep, check_keep, whole_budget
-from cook.pruning.family import ModelSource
+from cook.pruning.family import ModelSource, vocabulary_size
 from cook.recipe.head_units import nearest_heads, nearest_hidden, reachable_heads
 from cook.recipe.start import make_plan
 
@@ -175,7 +175,7 @@ def _recipe_files(job: OneLineJob, source: ModelSource, sizes: Sequence[Keep]) -
         "output_dir": str(Path(job.output) / "run"),
         "seed": job.seed,
         "model": {"type": "hf", "path": str(source.path)},
-        "tokenizer": {"type": "hf", "path": str(source.path), "vocab_size": source.config["vocab_size"]},
+        "tokenizer": {"type": "hf", "path": str(source.path), "vocab_size": vocabulary_size(source.config)},
         "data": {
             "type": _data_type(job.data),
             "paths": list(job.data),

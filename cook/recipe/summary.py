@@ -14,7 +14,7 @@ from cook.config.types import RunConfig
 from cook.data.loader import held_out_batches
 from cook.data.token_loss import LABELS, model_inputs
 from cook.data.training_data import load_rows
-from cook.pruning.family import ModelSource
+from cook.pruning.family import ModelSource, vocabulary_size
 from cook.recipe.kept_structure import sizes
 from cook.recipe.plan import MaskPaths, Stage, plan_stage, recipe
 from cook.report.tables import LadderRow, range_text
@@ -105,7 +105,7 @@ def sample_batches(
     # One row per batch: some classifiers cannot detect where a shorter row ends.
     batches = []
     for _ in range(RANDOM_ROWS):
-        ids = torch.randint(0, source.config["vocab_size"], (1, length), generator=random)
+        ids = torch.randint(0, vocabulary_size(source.config), (1, length), generator=random)
         ids[:, :prompt] = torch.arange(prompt) + 2 * prompt
         text = torch.arange(length) >= prompt
         batch: Batch = {

@@ -91,7 +91,8 @@ def matrices_of(space: PruningSpace) -> tuple[PrunedMatrix, ...]:
     for group in space.groups:
         if group.kind == "layer":
             continue
-        pieces = list({s.path: s for s in group.slices if len(space.shapes[s.path]) == 2}.values())
+        products = [s for s in group.slices if len(space.shapes[s.path]) == 2 and not s.is_norm]
+        pieces = list({s.path: s for s in products}.values())
         closing = _closing(group)
         opening = iter(INPUTS[1:] if group.kind == "keys" else INPUTS)
         for piece in pieces:
