@@ -106,10 +106,10 @@ def masked_model(
 ) -> tuple[torch.nn.Module, str]:
     """Returns the whole model with its masked units set to zero, and a description of how it was loaded.
 
-    transformers loads the folder with its own class where it has one; else cook reads and masks the model. Hidden
-    dimensions cannot be masked by zeros in the weights, since norms average over them.
+    transformers loads the folder with its own class where it has one; else cook reads and masks the model. Units over
+    which a norm averages, as hidden dimensions, cannot be masked by zeros in the weights.
     """
-    stays = "hidden" not in masks or bool(masks["hidden"].all())
+    stays = all(masks[group.name].all() for group in space.every if group.norms and group.name in masks)
     found = transformers_class(source.config) if (source.path / "config.json").is_file() else None
     if found is None or not stays:
         model = load_model(source, dtype)

@@ -138,7 +138,7 @@ def _sized(
 ) -> dict[str, Any]:
     """A stock config with these sizes in every layer; the hidden size stays if it is None."""
     names = family.names
-    fields = {names.heads: heads.heads}
+    fields: dict[str, Any] = {names.heads: heads.heads}
     fields |= {names.ffn: ffn} if names.ffn else {}
     fields |= {names.kv_heads: heads.kv_heads} if isinstance(names.kv_heads, str) else {}
     fields |= {names.head_dim: heads.head_dim} if names.head_dim else {}

@@ -20,7 +20,7 @@ from cook.recipe.plan import MaskPaths, Stage, plan_stage, recipe
 from cook.report.tables import LadderRow, range_text
 
 RANDOM_ROWS = 8
-POSITIONS = ("max_position_embeddings", "n_positions")
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 """Config fields that limit the tokens per row."""
 RESERVED = 2
 """Positions that some families reserve for padding."""
