@@ -404,5 +404,5 @@ def _all(space: PruningSpace, group: UnitGroup, cost: Literal["parameters", "flo
 def _random_batches(model: torch.nn.Module) -> list[Batch]:
     config: Any = model.config
     length = min(64, getattr(config, "max_position_embeddings", None) or 64)
-    ids = torch.randint(config.vocab_size, (2, length), generator=generator(0, "verify"))
+    ids = torch.randint(config.get_text_config().vocab_size, (2, length), generator=generator(0, "verify"))
     return [{"input_ids": ids.to(next(model.parameters()).device)}]

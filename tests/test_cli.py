@@ -31,6 +31,7 @@ COMMANDS = {
     "profile": ("--length", "--phase", "--output"),
     "compare": ("--data", "--output", "--window", "--no-speed"),
     "families": ("--json",),
+    "families guess": ("--json", "MODEL"),
     "serve": ("--home", "--host", "--port", "--root", "--allow-hub", "--tls-cert", "--behind-proxy", "--json"),
     "submit": ("--set", "--gpus", "--executor", "--slurm", "--watch", "--dry-run", "--server", "--json"),
     "jobs": ("--state", "--limit", "--server", "--json"),
@@ -58,7 +59,8 @@ TEXT = "the model reads a row of text and learns which heads and dims it can do 
 def names(command: click.Command, prefix: str = "") -> list[str]:
     if not hasattr(command, "commands"):
         return [prefix.strip()]
-    return [name for key, each in command.commands.items() for name in names(each, f"{prefix} {key}")]
+    own = [prefix.strip()] if command.invoke_without_command else []
+    return own + [name for key, each in command.commands.items() for name in names(each, f"{prefix} {key}")]
 
 
 def test_every_command_is_tested():

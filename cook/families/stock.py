@@ -7,6 +7,7 @@ the meta device.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -35,6 +36,7 @@ def stock_adapter(
     inputs: Callable[[Batch], dict[str, Any]] | None = None,
     is_causal: bool = True,
     inputs_by_config: Callable[[ModelConfig, Batch], Batch] | None = None,
+    mixes_samples: Callable[[ModelConfig], bool] = lambda _config: False,
 ) -> Adapter:
     """Makes the adapter of a family.
 
@@ -44,6 +46,7 @@ def stock_adapter(
         inputs: The model's arguments for a batch, if `packed_inputs` would mix samples.
         is_causal: Whether the model predicts the next token.
         inputs_by_config: As `inputs`, if they depend on the config.
+        mixes_samples: Whether a model of this config cannot separate samples in one row.
     """
 
     def of_config(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -65,11 +68,15 @@ def stock_adapter(
         abilities=Abilities(
             shares_keys=stock_space.can_share_keys(family),
             experts=family.experts is not None,
+            stock_dims=family.names.ffn is not None,
+            head_dims=bool(family.attention.head_dim) and not family.part,
+            hidden=not family.hidden_stays,
             stock_heads=family.names.head_dim is not None,
             stock_heads_except=family.stock_heads_except,
             stock_layers=family.empty_layer_is_identity,
         ),
         is_causal=is_causal,
+        mixes_samples=mixes_samples,
     )
 
 
@@ -111,6 +118,8 @@ def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptU
     layers = [n for n in range(space.num_layers) if any(path.startswith(f"{family.layers}.{n}.") for path in left)]
     if not (renumber and family.empty_layer_is_identity):
         layers = list(range(space.num_layers))
+    if family.first_layer_stays:
+        layers = sorted({0, *layers})
     layers = layers or [space.num_layers - 1]  # transformers classes are not tested without any layer
     hidden = len(kept.get("hidden", ())) or (space.hidden.size if space.hidden else None)
     renamed = _renamed(family, left, layers)
@@ -120,6 +129,8 @@ def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptU
     pairs, new_dim = _kept_pairs(space, kept, dim)
     turned = with_pairs(made, skeleton(family, config), pairs, new_dim) if new_dim != dim else {}
     all_heads = [_heads(family, config, space, kept, layer) for layer in layers]
+    if family.heads_stay or family.attention.slopes:
+        all_heads = _with_slopes(family, config, space, kept, layers, all_heads)
     uniform = _uniform(family, base, shapes, all_heads, hidden)
     if uniform is not None and holds(family, uniform | turned, shapes):
         uniform |= turned
@@ -129,9 +140,14 @@ def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptU
     if turned and family.names.head_dim:
         base |= {family.names.head_dim: new_dim}
     even = base | ({"rope_parameters": without_factors(base["rope_parameters"])} if turned else {})
-    structure = _structure(family, even, shapes, all_heads, hidden or base[family.names.hidden])
+    structure = _structure(family, even, shapes, all_heads, hidden or family.own_config(base)[family.names.hidden])
     if structure["rebuilt"]:  # the loss that balances experts needs the same number in all layers
         base = base | {"output_router_logits": False}
+    if hidden is not None and space.hidden is not None:
+        norms = _renamed(family, dict.fromkeys((f"{n.module}." for n in space.hidden.norms), ()), layers)
+        _resize_norms(
+            family, base, structure, [norms.get(f"{n.module}.", n.module) for n in space.hidden.norms], hidden
+        )
     own = {
         "architectures": [ragged.RaggedModel.__name__],
         "model_type": ragged.MODEL_TYPE,
@@ -159,6 +175,7 @@ def _uniform(
 ) -> dict[str, Any] | None:
     """The stock config with the sizes that all layers have; None if they differ, or if a block is missing."""
     table, dense, mixed = family.experts, set[int](), set[tuple[int, int]]()
+    width = hidden or family.own_config(base)[family.names.hidden]
     for number in range(len(heads)):
         layer = f"{family.layers}.{number}"
         out = shapes.get(f"{layer}.{family.ffn.out}.weight")
@@ -166,11 +183,11 @@ def _uniform(
         if found is not None:
             mixed.add(found)
         elif out is not None:
-            dense.add(prod(out) // (hidden or base[family.names.hidden]))
+            dense.add(prod(out) // width)
         else:
             return None
     first = heads[0]
-    if len({*heads}) > 1 or first is None or first.per_key or max(len(dense), len(mixed)) > 1:
+    if len({*heads}) > 1 or first is None or first.per_key or first.slopes or max(len(dense), len(mixed)) > 1:
         return None
     made = _sized(family, base, first, next(iter(dense), None), hidden)
     for count, dims in mixed if table is not None else ():
@@ -186,24 +203,24 @@ def _sized(
 ) -> dict[str, Any]:
     """A stock config with these sizes in every layer; the hidden size, or that of FFN blocks, stays if it is None."""
     names = family.names
-    fields = {names.heads: heads.heads}
-    fields |= {names.ffn: ffn} if ffn is not None else {}
-    fields |= {names.kv_heads: heads.kv_heads} if names.kv_heads else {}
+    fields: dict[str, Any] = {names.heads: heads.heads}
+    fields |= {names.ffn: ffn} if names.ffn and ffn is not None else {}
+    fields |= {names.kv_heads: heads.kv_heads} if isinstance(names.kv_heads, str) else {}
     fields |= {names.head_dim: heads.head_dim} if names.head_dim else {}
     if hidden is not None:
-        fields |= {
-            name: hidden for name in names.like_hidden if base.get(name, base[names.hidden]) == base[names.hidden]
-        }
+        own = family.own_config(base)
+        fields |= {name: hidden for name in names.like_hidden if own.get(name, own[names.hidden]) == own[names.hidden]}
         fields |= {names.hidden: hidden}
-    return dict(base) | fields
+    return family.with_fields(base, fields)
 
 
 def _with_hidden(family: Family, base: dict[str, Any], hidden: int | None) -> dict[str, Any]:
     """The stock config with this hidden size, if its heads stay as they are; else unchanged, and the weights differ."""
     names = family.names
-    if hidden in (None, base[names.hidden]) or names.head_dim is None:
+    if hidden in (None, family.own_config(base)[names.hidden]) or names.head_dim is None:
         return base
-    changed = base | {names.hidden: hidden, names.head_dim: head_dim_of(family, config_object(base))}
+    head_dim = head_dim_of(family, config_object(base))
+    changed = family.with_fields(base, {names.hidden: hidden, names.head_dim: head_dim})
     try:
         skeleton(family, changed)
     except (UserError, ValueError):
@@ -239,7 +256,8 @@ def holds_heads(
         whole = skeleton(family, config)
         turned = with_pairs(made, whole, range((turned_dims(made, whole) or 0) * dim // before // 2), dim)
     try:
-        model = skeleton(family, _sized(family, base, wanted, base[family.names.ffn], hidden) | turned)
+        ffn = family.own_config(base).get(family.names.ffn or "")
+        model = skeleton(family, _sized(family, base, wanted, ffn, hidden) | turned)
     except (UserError, ValueError):
         return False
     is_wide = hidden in (None, stream_size(family, config_object(base), model))
@@ -257,20 +275,21 @@ def _with_layers(family: Family, config: ModelConfig, layers: list[int]) -> dict
     """The stock config with only these layers, all other sizes unchanged."""
     base = {name: value for name, value in config.items() if name not in ragged.OWN_FIELDS}
     base["model_type"] = config["stock_type"] if is_ragged(config) else config["model_type"]
-    base[family.names.layers] = len(layers)
+    own = family.own_config(base)
+    fields: dict[str, Any] = {family.names.layers: len(layers)}
     for name in family.names.per_layer:
-        if isinstance(base.get(name), list | tuple):
-            base[name] = [base[name][layer] for layer in layers]
+        if isinstance(own.get(name), list | tuple):
+            fields[name] = [own[name][layer] for layer in layers]
     dense, step = family.names.dense_layers, family.names.sparse_step
     if dense:
         # Numbers of layers change, so the layers without experts are listed.
-        listed = base.get(dense) or ()
-        base[dense] = [n for n, layer in enumerate(layers) if layer in listed or (layer + 1) % base.get(step, 1)]
-        base[step] = 1
+        listed = own.get(dense) or ()
+        fields[dense] = [n for n, layer in enumerate(layers) if layer in listed or (layer + 1) % own.get(step, 1)]
+        fields[step] = 1
     for name in family.names.first_layers:
-        if isinstance(base.get(name), int):
-            base[name] = sum(layer < base[name] for layer in layers)
-    return base
+        if isinstance(own.get(name), int):
+            fields[name] = sum(layer < own[name] for layer in layers)
+    return family.with_fields(base, fields)
 
 
 def _heads(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptUnits, layer: int) -> Heads | None:
@@ -284,6 +303,33 @@ def _heads(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptU
         return _by_key(att, space.keys_of(att), kept, dim)
     queries, keys = att.heads(counts.get(att.name, att.size))
     return Heads(heads=queries, kv_heads=keys, head_dim=dim)
+
+
+def _with_slopes(
+    family: Family,
+    config: ModelConfig,
+    space: PruningSpace,
+    kept: KeptUnits,
+    layers: list[int],
+    all_heads: list[Heads | None],
+) -> list[Heads | None]:
+    """The heads where a head is more than its weights: with their original numbers, or all heads that there are."""
+    model, dim = skeleton(family, config), head_dim_of(family, config_object(config))
+    groups = {group.layer: group for group in space.of("heads")}
+    found: list[Heads | None] = []
+    for layer, heads in zip(layers, all_heads, strict=True):
+        before = heads_of(family, dim, model, f"{family.layers}.{layer}")
+        blocks = [g for g in space.of("layer", "att") if g.layer == layer]
+        if family.heads_stay and before is not None and all(kept.get(g.name, (0,)) for g in blocks):
+            heads = before
+        elif heads is not None and before is not None:
+            group = groups[layer]
+            numbers = before.slopes or tuple(range(before.heads))
+            units = kept.get(group.name, range(group.size))
+            own = tuple(numbers[unit * group.members + member] for unit in units for member in range(group.members))
+            heads = replace(heads, slopes=() if own == numbers == tuple(range(before.heads)) else own)
+        found.append(heads)
+    return found
 
 
 def _by_key(att: UnitGroup, keys: UnitGroup | None, kept: KeptUnits, head_dim: int) -> Heads:
@@ -308,7 +354,8 @@ def _structure(
     model = skeleton(family, base)
     stock = weight_shapes(model)
     structure: dict[str, Any] = {"attributes": {}, "absent": {}, "constant": {}, "identity": [], "uneven_keys": False}
-    structure |= {"spread": {}, "gathered": {}, "rebuilt": _rebuilt(family, shapes, stock, heads, hidden)}
+    structure |= {"spread": {}, "gathered": {}, "slopes": {}}
+    structure["rebuilt"] = _rebuilt(family, shapes, stock, heads, hidden)
     made_anew = tuple(f"{path}." for path in structure["rebuilt"])
     structure["shapes"] = {
         path: list(shape) for path, shape in shapes.items() if shape != stock[path] and not path.startswith(made_anew)
@@ -320,7 +367,10 @@ def _structure(
         if own is not None and before is not None and own != before:
             structure["uneven_keys"] |= own.kv_heads != before.kv_heads
             if own.per_key:
-                _lay_out(family.attention, layer, own, structure)
+                _lay_out(family.attention, layer, own, structure, shapes)
+            if own.slopes:
+                block = f"{layer}.{next(iter(family.attention.modules))}"
+                structure["slopes"][block] = {"of": before.heads, "heads": list(own.slopes)}
             values: dict[str, float] = {name: own.sizes[size] for name, size in family.attention.remembers.items()}
             if own.head_dim != before.head_dim:
                 values |= _of_head_dim(family.attention, model.get_submodule(layer), before.head_dim, own.head_dim)
@@ -334,6 +384,8 @@ def _structure(
         is_mixed = family.experts is not None and expert_sizes(family.experts, shapes, layer) is not None
         if f"{layer}.{family.ffn.out}.weight" not in shapes and not is_mixed:
             _take_out(family.ffn, layer, shapes, structure)
+        norms = [f"{layer}.{name}" for name in family.norms_shared]
+        structure["identity"] += [n for n in norms if f"{n}.weight" in stock and f"{n}.weight" not in shapes]
     return structure
 
 
@@ -360,7 +412,7 @@ def _rebuilt(
         if table is not None and sizes is not None:
             fields = {table.count: sizes[0], table.dims: sizes[1]}
             candidates |= {f"{layer}.{name}": fields for name in (table.router, table.module)}
-        if family.attention.per_head and own is not None and names.kv_heads is not None:
+        if family.attention.per_head and own is not None and isinstance(names.kv_heads, str):
             fields = {names.heads: own.heads, names.kv_heads: own.kv_heads}
             candidates[f"{layer}.{next(iter(family.attention.modules))}"] = fields
     found = {}
@@ -371,11 +423,21 @@ def _rebuilt(
     return found
 
 
-def _lay_out(table: Attention, layer: str, heads: Heads, structure: dict[str, Any]) -> None:
+def _resize_norms(family: Family, base: ModelConfig, structure: dict[str, Any], paths: list[str], hidden: int) -> None:
+    """Norms without weights, whose size no weight states."""
+    model = skeleton(family, base)
+    for path in set(paths).difference(structure["identity"]):
+        norm: Any = dict(model.named_modules()).get(path)
+        if norm is not None and not dict(norm.named_parameters()) and tuple(norm.normalized_shape) != (hidden,):
+            structure["attributes"].setdefault(path, {})["normalized_shape"] = [hidden]
+
+
+def _lay_out(table: Attention, layer: str, heads: Heads, structure: dict[str, Any], shapes: Shapes) -> None:
     """Places for query heads between the projections: as many for every key-value head."""
     parts = [[number * heads.head_dim, heads.queries * heads.head_dim] for number in heads.per_key]
     rest = 2 * heads.kv_heads * heads.head_dim
-    structure["spread"][f"{layer}.{table.q}"] = parts + ([[rest, rest]] if table.q == table.k else [])
+    last = table.q_norm if f"{layer}.{table.q_norm}.weight" in shapes else table.q
+    structure["spread"][f"{layer}.{last}"] = parts + ([[rest, rest]] if table.q == table.k else [])
     structure["gathered"][f"{layer}.{table.out}"] = parts
 
 

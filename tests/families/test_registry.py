@@ -13,10 +13,12 @@ from cook.export.pruned_folder import mask_model, reshaped_source
 from cook.families import registry
 from cook.families.registry import adapters, by_config, families_table, knows, register, unregister
 from cook.families.source import load_model
-from tests.tiny_families import FAMILIES, tiny_source
+from tests.families.test_images import CONFIGS as WITH_IMAGES
+from tests.tiny_families import FAMILIES, MORE, MORE_ENCODERS, tiny_source
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "how_to" / "families.md"
-PLAIN = [name for name in FAMILIES if "," not in name]
+EVERY = FAMILIES | MORE | MORE_ENCODERS
+PLAIN = [name for name in EVERY if "," not in name]
 
 
 def test_configs_find_their_adapter():
@@ -54,7 +56,8 @@ def test_the_page_has_the_table():
 
 
 def test_every_family_is_tested():
-    tested = {by_config(FAMILIES[name]).family for name in PLAIN}
+    tested = {by_config(EVERY[name]).family for name in PLAIN}
+    tested |= {by_config({"model_type": name}).family for name in WITH_IMAGES}
     assert tested == {adapter.family for adapter in adapters() if adapter.abilities.is_stock}
 
 
@@ -71,13 +74,18 @@ def test_the_table_is_true(name):
     }
     stock = {k: adapter.modeling(reshaped_source(source, space, m).config) is None for k, m in masks.items()}
     claimed = adapter.abilities
-    assert stock == {"heads": claimed.stock_heads, "dims": True, "layers": claimed.stock_layers, "a block": False}
+    assert stock == {
+        "heads": claimed.stock_heads,
+        "dims": claimed.stock_dims,
+        "layers": claimed.stock_layers,
+        "a block": False,
+    }
     assert (len(adapter.head_units(source.config)) == 2) == claimed.shares_keys
 
 
 def test_the_exceptions_are_true():
     named = {adapter.family: adapter.abilities.stock_heads_except for adapter in adapters()}
-    assert {family: text for family, text in named.items() if text} == {"Phi-3": "longrope"}
+    assert {family: text for family, text in named.items() if text} == {"Phi-3": "longrope", "Phi": "qk_layernorm"}
     factors = {"short_factor": [1.0, 1.1], "long_factor": [1.5, 2.0], "factor": 2.0}
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 1.0, **factors}
     sizes = {"head_dim": 4, "original_max_position_embeddings": 32}

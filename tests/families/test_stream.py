@@ -214,7 +214,7 @@ def test_a_stock_class_holds_a_hidden_size_that_its_heads_fill():
 @pytest.mark.parametrize(
     "change",
     [
-        lambda model: setattr(model.model, "norm", torch.nn.LayerNorm(32, elementwise_affine=False)),
+        lambda model: setattr(model.model, "norm", torch.nn.GroupNorm(1, 32, affine=False)),
         lambda model: setattr(model.model.layers[1], "extra", torch.nn.Linear(32, 5)),
         lambda model: setattr(model.model.layers[1], "scale", torch.nn.Parameter(torch.ones(32))),
     ],
