@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,8 +21,10 @@ from transformers.pytorch_utils import Conv1D
 
 from cook.base.errors import UserError, library_errors
 from cook.families import stock_models
+from cook.families.head_dims import head_dims
 from cook.families.layout import AbsentKind, Attention, ConfigNames, Family, FeedForward
 from cook.families.stock_models import config_object, plain
+from cook.families.stock_space import head_dim_of, heads_of
 from cook.models import ragged
 
 CLASSES = ("AutoModelForMaskedLM", "AutoModelForCausalLM")
@@ -86,7 +89,8 @@ def guess(config: Mapping[str, Any]) -> Guess:
         except UserError as error:
             problem = error
         else:
-            return Guess(config=tiny, tables=_tables(named, model, trace))
+            tables = _tables(named, model, trace)
+            return Guess(config=tiny, tables=tuple(_with_head_dims(table, tiny, model) for table in tables))
     assert problem is not None
     raise problem
 
@@ -263,6 +267,16 @@ def _tables(family: Family, model: torch.nn.Module, trace: _Trace) -> tuple[Fami
     return family, replace(family, attention=replace(family.attention, interleaved=True))
 
 
+def _with_head_dims(family: Family, config: Mapping[str, Any], model: torch.nn.Module) -> Family:
+    """The table, without the size of heads where it must stay."""
+    made, layers = config_object(config), [f"{family.layers}.{number}" for number in range(TINY["layers"])]
+    heads = {layer: heads_of(family, head_dim_of(family, made), model, layer) for layer in layers}
+    found = {layer: own for layer, own in heads.items() if own is not None}
+    if head_dims(family, made, model, stock_models.weight_shapes(model), found) is not None:
+        return family
+    return replace(family, attention=replace(family.attention, head_dim="", scaling=Attention().scaling))
+
+
 def _names_in(model: torch.nn.Module, layer: str) -> list[str]:
     return [name for name, _ in model.get_submodule(layer).named_parameters()]
 
@@ -323,7 +337,15 @@ def _attention(model: torch.nn.Module, layer: str, trace: _Trace, called: list[s
         k_norm=next((path for path in own if re.search("k", path.rpartition(".")[2])), ""),
         slopes=any(name in ragged.BIASES[:2] for name in trace.named.get(f"{layer}.{block}", ())),
         remembers=_remembers(model.get_submodule(f"{layer}.{block}"), block, head_dim),
+        head_dim=_attribute(model.get_submodule(f"{layer}.{block}"), block, r"head_(dim|size)$", head_dim),
+        scaling=_attribute(model.get_submodule(f"{layer}.{block}"), block, "scal|norm_factor", head_dim**-0.5),
     )
+
+
+def _attribute(module: torch.nn.Module, path: str, rule: str, value: float) -> str:
+    """The path of a number of the module with such a name and this value; empty if there is none."""
+    numbers = {name: own for name, own in vars(module).items() if type(own) in (int, float) and re.search(rule, name)}
+    return next((f"{path}.{name}" for name, own in numbers.items() if math.isclose(own, value)), "")
 
 
 def _modules(trace: _Trace, layer: str, block: str, out: str) -> dict[str, AbsentKind]:
@@ -357,7 +379,7 @@ def _feed_forward(model: torch.nn.Module, layer: str, trace: _Trace, called: lis
             "the FFN block of this model cannot be put into a table",
             wanted="one or two products to the inner features, and one back",
             got=", ".join(called) or "no products",
-            remedy="a mixture of experts needs an adapter of its own",
+            remedy="write the table of a mixture of experts by hand: documentation, Add a family",
         )
     *ins, out = called
     ins.sort(key=lambda path: not re.search(GATED, path))

@@ -11,13 +11,13 @@ import torch
 from cook.base.errors import UserError
 from cook.export.pruned_folder import mask_model, reshaped_source
 from cook.families import registry
-from cook.families.registry import adapters, by_config, families_table, knows, register, unregister
+from cook.families.registry import adapters, by_config, families_table, family_facts, knows, register, unregister
 from cook.families.source import load_model
 from tests.families.test_images import CONFIGS as WITH_IMAGES
-from tests.tiny_families import FAMILIES, MORE, MORE_ENCODERS, tiny_source
+from tests.tiny_families import FAMILIES, MOE, MORE, MORE_ENCODERS, tiny_source
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "how_to" / "families.md"
-EVERY = FAMILIES | MORE | MORE_ENCODERS
+EVERY = FAMILIES | MOE | MORE | MORE_ENCODERS
 PLAIN = [name for name in EVERY if "," not in name]
 
 
@@ -65,20 +65,28 @@ def test_every_family_is_tested():
 def test_the_table_is_true(name):
     source = tiny_source(name)
     adapter, space = source.adapter, source.adapter.space(source.config)
-    half = {g.name: (torch.arange(g.size) < g.size // 2).float() for g in space.groups if g.kind != "layer"}
+    claimed = adapter.abilities
+    inner = [group for group in space.groups if group.kind != "layer"]
+    half = {g.name: torch.cat([(torch.arange(n) < n // 2).float() for n in g.spans]) for g in inner}
     masks = {
         "heads": {g: mask for g, mask in half.items() if g.endswith("heads")},
         "dims": {g: mask for g, mask in half.items() if g.endswith("dimff")},
         "layers": {"layers.1.att": torch.zeros(1), "layers.1.ffn": torch.zeros(1)},
         "a block": {"layers.1.att": torch.zeros(1)},
     }
+    if claimed.experts:
+        masks["experts"] = {g: mask for g, mask in half.items() if g.endswith("experts")}
+    facts = next(facts for facts in family_facts() if facts["family"] == adapter.family)
+    assert (space.head_dims is not None) == (facts["fewer_head_dims"] != "no")
+    if facts["fewer_head_dims"] == "stock":
+        masks["head dims"] = {"head_dims": (torch.arange(space.head_dims.size) < 2).float()}
     stock = {k: adapter.modeling(reshaped_source(source, space, m).config) is None for k, m in masks.items()}
-    claimed = adapter.abilities
     assert stock == {
         "heads": claimed.stock_heads,
         "dims": claimed.stock_dims,
         "layers": claimed.stock_layers,
         "a block": False,
+        **dict.fromkeys({"experts", "head dims"} & {*masks}, True),
     }
     assert (len(adapter.head_units(source.config)) == 2) == claimed.shares_keys
 
