@@ -9,8 +9,9 @@ import pytest
 from transformers import CONFIG_MAPPING, PersimmonConfig, PersimmonForCausalLM
 
 from cook.commands.families import check
+from cook.families.decoder_tables import OLMO2
 from cook.families.guess import guess
-from cook.families.tables import OLMO2, PHI3
+from cook.families.tables import PHI3
 from tests.command import told
 
 
