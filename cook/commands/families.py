@@ -76,11 +76,15 @@ def guess(
 def _config(model: str) -> dict[str, Any]:
     from transformers import CONFIG_MAPPING
 
+    from cook.base.files import read_json
     from cook.base.tensor_files import read_model_config
 
     path = Path(model)
     if path.exists():
-        return dict(read_model_config(path if path.is_dir() else path.parent))
+        found = read_model_config(path) if path.is_dir() else read_json(path)
+        if not isinstance(found, dict):
+            raise UserError(f"{model}: not a model's config", wanted="a JSON object")
+        return found
     if model not in CONFIG_MAPPING:
         raise UserError(
             f"{model}: there is no such model",

@@ -6,12 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from cook.base.errors import UserError
-from cook.families import cpm_ant, tables
+from cook.families import cpm_ant, decoder_tables, encoder_tables, tables
 from cook.models import ragged
 from cook.pruning.family import Adapter
 from cook.report.tables import markdown_table
 
-OWN: tuple[Adapter, ...] = (cpm_ant.ADAPTER, *tables.ADAPTERS)
+OWN: tuple[Adapter, ...] = (
+    cpm_ant.ADAPTER,
+    *tables.ADAPTERS,
+    *decoder_tables.ADAPTERS,
+    *encoder_tables.ADAPTERS,
+)
 _added: list[Adapter] = []
 HEADERS = (
     "family",

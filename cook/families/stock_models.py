@@ -182,12 +182,16 @@ def refuse_quantized(config: ModelConfig, tensors: Mapping[str, torch.Tensor]) -
 def file_names(family: Family, config: ModelConfig) -> dict[str, str]:
     """The keys of weights in the family's files, as `save_pretrained` writes them, if they differ."""
     model: Any = skeleton(family, config)
+    # A tied weight is stored as the embedding, which is not the first of its names where a class builds its head first.
+    tables = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, torch.nn.Embedding)}
+    embeddings = {own[0]: name for own, _ in _stored(model) for name in own[1:] if name in tables}
     conversions = get_model_conversion_mapping(model, add_legacy=False)
     if any(isinstance(entry, WeightConverter) for entry in conversions):
-        return {}  # transformers also reads the model's own keys
+        return embeddings  # transformers also reads the model's own keys
     renamings: list[Any] = [e.reverse_transform() for e in reversed(conversions) if not isinstance(e, PrefixChange)]
     names = {**weight_shapes(model), **dict(model.named_parameters(remove_duplicate=False))}  # tied ones too
-    return {name: renamed for name in names if (renamed := apply_renamings(name, renamings)) != name}
+    renamed = {name: apply_renamings(embeddings.get(name, name), renamings) for name in names}
+    return {name: own for name, own in renamed.items() if own != name}
 
 
 def _keys(family: Family, config: ModelConfig, model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:

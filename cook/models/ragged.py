@@ -163,12 +163,8 @@ def reshape_modules(model: PreTrainedModel, structure: dict[str, Any]) -> None:
 
 def _tied_embeddings(model: PreTrainedModel, shapes: dict[str, Any]) -> dict[str, Any]:
     """The shapes of embeddings that are tied to a weight in `shapes`, which has the name of the output projection."""
-    model.tie_weights()  # transformers leaves it out where it does not initialise weights
-    weights = dict(model.named_parameters(remove_duplicate=False))
-    changed = {id(weights[path]): shape for path, shape in shapes.items() if path in weights}
-    tables = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
-    found = {f"{name}.weight": changed.get(id(weights[f"{name}.weight"])) for name in tables}
-    return {path: shape for path, shape in found.items() if shape is not None}
+    tied = model.all_tied_weights_keys
+    return {tied[path]: shape for path, shape in shapes.items() if path in tied and tied[path] not in shapes}
 
 
 def _step(product: nn.Module) -> int:

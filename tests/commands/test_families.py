@@ -9,8 +9,9 @@ import pytest
 from transformers import CONFIG_MAPPING, PersimmonConfig, PersimmonForCausalLM
 
 from cook.commands.families import check
+from cook.families.decoder_tables import OLMO2
 from cook.families.guess import guess
-from cook.families.tables import OLMO2, PHI3
+from cook.families.tables import PHI3
 from tests.command import told
 
 
@@ -39,9 +40,16 @@ def test_a_known_family_is_named(capsys):
     assert code == 0 and out.strip() == "olmo2: known as OLMo 2"
 
 
-def test_a_model_that_is_not_there(capsys):
-    code, out, err = told(capsys, "families", "guess", "/no/such/model")
-    assert code == 2 and "there is no such model" in err and "Traceback" not in out + err
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [(None, "there is no such model"), ("[]", "not a model's config"), ('{"model_type": "vit"}', "no language model")],
+)
+def test_what_is_no_model_is_refused_in_plain_words(content, problem, tmp_path, capsys):
+    file = tmp_path / "config.json"
+    if content is not None:
+        file.write_text(content)
+    code, out, err = told(capsys, "families", "guess", file)
+    assert code == 2 and problem in err and "Traceback" not in out + err
 
 
 @pytest.mark.parametrize(

@@ -9,22 +9,22 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from cook.base.errors import UserError
-from cook.families import layout, tables
+from cook.families import decoder_tables, encoder_tables, layout, tables
 from cook.families.guess import draft, drawn, guess
 
 WRITTEN = {
     "llama": tables.LLAMA,
-    "starcoder2": tables.STARCODER2,
+    "starcoder2": decoder_tables.STARCODER2,
     "phi3": tables.PHI3,
     "gemma3_text": tables.GEMMA3,
-    "glm4": tables.GLM4,
-    "olmo2": tables.OLMO2,
-    "phi": tables.PHI,
-    "gptj": tables.GPTJ,
+    "glm4": decoder_tables.GLM4,
+    "olmo2": decoder_tables.OLMO2,
+    "phi": decoder_tables.PHI,
+    "gptj": decoder_tables.GPTJ,
     "gpt2": tables.GPT2,
     "gpt_neox": tables.GPT_NEOX,
-    "mpt": tables.MPT,
-    "distilbert": tables.DISTILBERT,
+    "mpt": decoder_tables.MPT,
+    "distilbert": encoder_tables.DISTILBERT,
 }
 BY_HAND = {"family", "stock_heads_except", "carried"}
 """What no model shows."""
