@@ -144,10 +144,9 @@ def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptU
     if structure["rebuilt"]:  # the loss that balances experts needs the same number in all layers
         base = base | {"output_router_logits": False}
     if hidden is not None and space.hidden is not None:
-        norms = _renamed(family, dict.fromkeys((f"{n.module}." for n in space.hidden.norms), ()), layers)
-        _resize_norms(
-            family, base, structure, [norms.get(f"{n.module}.", n.module) for n in space.hidden.norms], hidden
-        )
+        before = [f"{norm.module}." for norm in space.hidden.norms]
+        after = _renamed(family, dict.fromkeys(before, ()), layers)
+        _resize_norms(family, even, structure, [after.get(path, path)[:-1] for path in before], hidden)
     own = {
         "architectures": [ragged.RaggedModel.__name__],
         "model_type": ragged.MODEL_TYPE,

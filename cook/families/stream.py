@@ -86,6 +86,8 @@ def hidden_dims(
         # The tied table grows by √(old/new); the last norm takes that back from the logits.
         path = f"{family.embedding_times_root}.weight"
         found.slices[path, 0] = WeightSlice(path=path, dim=0, block=1, power=0.5, added=1.0)
+    if not found.gates:  # no block is left, by which the size of the stream would be known
+        return None
     first, *more = sorted(found.gates, key=lambda gate: gate.at == "statistics")
     return UnitGroup(
         kind="hidden",
