@@ -23,7 +23,7 @@ from cook.pruning.counts import unit_parameters
 from cook.pruning.mask_set import Masks
 from cook.pruning.units import PruningSpace
 from tests.families.test_images import CONFIGS as WITH_IMAGES
-from tests.tiny_families import CAUSAL, FAMILIES, MORE, MORE_ENCODERS, tiny_config
+from tests.tiny_families import CAUSAL, FAMILIES, MOE, MORE, MORE_ENCODERS, tiny_config
 
 IDS = torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(0))
 SHARD = "20KB"
@@ -84,7 +84,8 @@ def edit_config(folder: Path, **fields) -> None:
 
 
 def test_every_family_of_the_table_is_tried():
-    tried = {fields["model_type"] for fields in (FAMILIES | MORE | MORE_ENCODERS).values()} | set(WITH_IMAGES)
+    here, elsewhere = FAMILIES | MORE | MORE_ENCODERS, MOE  # tests/families/test_experts.py
+    tried = {fields["model_type"] for fields in (here | elsewhere).values()} | set(WITH_IMAGES)
     assert {t for adapter in OWN if adapter.abilities.is_stock for t in adapter.model_types} == tried
 
 
