@@ -28,7 +28,7 @@ def turned_dims(config: PreTrainedConfig, model: torch.nn.Module) -> int | None:
     turns = [turn for each in modules for name, turn in vars(each).items() if name.startswith("rotate_")]
     if module is None:
         return None if turns else 0
-    if not turns or any(turn(torch.arange(4.0)).tolist() != [-2.0, -3.0, 0.0, 1.0] for turn in turns):
+    if not turns or any(turn(torch.arange(4.0, device="cpu")).tolist() != [-2.0, -3.0, 0.0, 1.0] for turn in turns):
         return None
     types = [getattr(module, "rope_type", "")]
     types = [*types[0].values()] if isinstance(types[0], dict) else types

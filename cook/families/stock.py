@@ -6,7 +6,7 @@ the meta device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -17,17 +17,16 @@ from cook.base.batches import Batch
 from cook.base.errors import UserError
 from cook.families import stock_models, stock_space
 from cook.families.experts import expert_sizes
-from cook.families.layout import Attention, Family, FeedForward
+from cook.families.layout import Family
 from cook.families.rotary import turned_dims, with_pairs, without_factors
 from cook.families.stock_models import config_object, is_ragged, plain, remembered, skeleton, weight_shapes
 from cook.families.stock_space import Heads, head_dim_of, heads_of
+from cook.families.stock_structure import Shapes, structure_of
 from cook.families.stream import stream_size
 from cook.models import ragged
 from cook.pruning.counts import kept_shapes
 from cook.pruning.family import Abilities, Adapter, KeptUnits, ModelConfig, Shrunk
 from cook.pruning.units import PruningSpace, UnitGroup
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 def stock_adapter(
@@ -140,13 +139,18 @@ def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptU
     if turned and family.names.head_dim:
         base |= {family.names.head_dim: new_dim}
     even = base | ({"rope_parameters": without_factors(base["rope_parameters"])} if turned else {})
-    structure = _structure(family, even, shapes, all_heads, hidden or family.own_config(base)[family.names.hidden])
+    on_stream = [f"{norm.module}." for norm in space.hidden.norms] if space.hidden else []
+    moved = _renamed(family, on_stream, layers)
+    structure = structure_of(
+        family,
+        even,
+        shapes,
+        heads=all_heads,
+        hidden=hidden or family.own_config(base)[family.names.hidden],
+        norms=[moved.get(path, path)[:-1] for path in on_stream],
+    )
     if structure["rebuilt"]:  # the loss that balances experts needs the same number in all layers
         base = base | {"output_router_logits": False}
-    if hidden is not None and space.hidden is not None:
-        before = [f"{norm.module}." for norm in space.hidden.norms]
-        after = _renamed(family, dict.fromkeys(before, ()), layers)
-        _resize_norms(family, even, structure, [after.get(path, path)[:-1] for path in before], hidden)
     own = {
         "architectures": [ragged.RaggedModel.__name__],
         "model_type": ragged.MODEL_TYPE,
@@ -263,7 +267,7 @@ def holds_heads(
     return is_wide and heads_of(family, dim, model, f"{family.layers}.0") == wanted
 
 
-def _renamed(family: Family, paths: Shapes, layers: list[int]) -> dict[str, str]:
+def _renamed(family: Family, paths: Iterable[str], layers: list[int]) -> dict[str, str]:
     prefixes = {f"{family.layers}.{old}.": f"{family.layers}.{new}." for new, old in enumerate(layers) if new != old}
     return {
         path: new + path.removeprefix(old) for path in paths for old, new in prefixes.items() if path.startswith(old)
@@ -344,109 +348,3 @@ def _by_key(att: UnitGroup, keys: UnitGroup | None, kept: KeptUnits, head_dim: i
 
 def _left(space: PruningSpace, counts: Mapping[str, int], group: UnitGroup) -> int:
     return group.kind != "layer" and min(counts.get(group.name, group.size), counts.get(space.block(group).name, 1))
-
-
-def _structure(
-    family: Family, base: ModelConfig, shapes: Shapes, heads: list[Heads | None], hidden: int
-) -> dict[str, Any]:
-    """The changes by `cook.models.ragged` to the stock model of `base` that give weights of these shapes."""
-    model = skeleton(family, base)
-    stock = weight_shapes(model)
-    structure: dict[str, Any] = {"attributes": {}, "absent": {}, "constant": {}, "identity": [], "uneven_keys": False}
-    structure |= {"spread": {}, "gathered": {}, "slopes": {}}
-    structure["rebuilt"] = _rebuilt(family, shapes, stock, heads, hidden)
-    made_anew = tuple(f"{path}." for path in structure["rebuilt"])
-    structure["shapes"] = {
-        path: list(shape) for path, shape in shapes.items() if shape != stock[path] and not path.startswith(made_anew)
-    }
-    dim = head_dim_of(family, config_object(base))
-    for number, own in enumerate(heads):
-        layer = f"{family.layers}.{number}"
-        before = heads_of(family, dim, model, layer)
-        if own is not None and before is not None and own != before:
-            structure["uneven_keys"] |= own.kv_heads != before.kv_heads
-            if own.per_key:
-                _lay_out(family.attention, layer, own, structure, shapes)
-            if own.slopes:
-                block = f"{layer}.{next(iter(family.attention.modules))}"
-                structure["slopes"][block] = {"of": before.heads, "heads": list(own.slopes)}
-            values: dict[str, float] = {name: own.sizes[size] for name, size in family.attention.remembers.items()}
-            if own.head_dim != before.head_dim:
-                values |= _of_head_dim(family.attention, model.get_submodule(layer), before.head_dim, own.head_dim)
-            for attribute, value in values.items():
-                # A config's field is an attribute `config.name` of the module.
-                module, dot, field = f"{layer}.{attribute}".partition(".config.")
-                path, _, name = (module, dot, f"config.{field}") if dot else module.rpartition(".")
-                structure["attributes"].setdefault(path, {})[name] = value
-        if f"{layer}.{family.attention.out}.weight" not in shapes:
-            _take_out(family.attention, layer, shapes, structure)
-        is_mixed = family.experts is not None and expert_sizes(family.experts, shapes, layer) is not None
-        if f"{layer}.{family.ffn.out}.weight" not in shapes and not is_mixed:
-            _take_out(family.ffn, layer, shapes, structure)
-        norms = [f"{layer}.{name}" for name in family.norms_shared]
-        structure["identity"] += [n for n in norms if f"{n}.weight" in stock and f"{n}.weight" not in shapes]
-    return structure
-
-
-def _of_head_dim(table: Attention, layer: torch.nn.Module, before: int, after: int) -> dict[str, float]:
-    """The attributes of a layer's attention that follow from the size of a head."""
-    values: dict[str, float] = {table.head_dim: after}
-    if table.scaling:
-        path, _, name = table.scaling.rpartition(".")
-        values[table.scaling] = getattr(layer.get_submodule(path), name) * (before / after) ** 0.5
-    return values
-
-
-def _rebuilt(
-    family: Family, shapes: Shapes, stock: Shapes, heads: list[Heads | None], hidden: int
-) -> dict[str, dict[str, int]]:
-    """The modules that are built anew, since their weights have no module that could be exchanged; those that have
-    other sizes than in the stock model, with their sizes by config fields.
-    """
-    table, names = family.experts, family.names
-    candidates: dict[str, dict[str, int]] = {}
-    for number, own in enumerate(heads):
-        layer = f"{family.layers}.{number}"
-        sizes = None if table is None else expert_sizes(table, shapes, layer)
-        if table is not None and sizes is not None:
-            fields = {table.count: sizes[0], table.dims: sizes[1]}
-            candidates |= {f"{layer}.{name}": fields for name in (table.router, table.module)}
-        if family.attention.per_head and own is not None and isinstance(names.kv_heads, str):
-            fields = {names.heads: own.heads, names.kv_heads: own.kv_heads}
-            candidates[f"{layer}.{next(iter(family.attention.modules))}"] = fields
-    found = {}
-    for path, fields in candidates.items():
-        inside = [name for name in shapes if name.startswith(f"{path}.")]
-        if any(shapes[name] != stock[name] for name in inside):
-            found[path] = fields | {names.hidden: hidden}
-    return found
-
-
-def _resize_norms(family: Family, base: ModelConfig, structure: dict[str, Any], paths: list[str], hidden: int) -> None:
-    """Norms without weights, whose size no weight states."""
-    model = skeleton(family, base)
-    for path in set(paths).difference(structure["identity"]):
-        norm: Any = dict(model.named_modules()).get(path)
-        if norm is not None and not dict(norm.named_parameters()) and tuple(norm.normalized_shape) != (hidden,):
-            structure["attributes"].setdefault(path, {})["normalized_shape"] = [hidden]
-
-
-def _lay_out(table: Attention, layer: str, heads: Heads, structure: dict[str, Any], shapes: Shapes) -> None:
-    """Places for query heads between the projections: as many for every key-value head."""
-    parts = [[number * heads.head_dim, heads.queries * heads.head_dim] for number in heads.per_key]
-    rest = 2 * heads.kv_heads * heads.head_dim
-    last = table.q_norm if f"{layer}.{table.q_norm}.weight" in shapes else table.q
-    structure["spread"][f"{layer}.{last}"] = parts + ([[rest, rest]] if table.q == table.k else [])
-    structure["gathered"][f"{layer}.{table.out}"] = parts
-
-
-def _take_out(table: Attention | FeedForward, layer: str, shapes: Shapes, structure: dict[str, Any]) -> None:
-    bias = f"{layer}.{table.out}.bias"
-    for name, kind in table.modules.items():
-        path = f"{layer}.{name}"
-        structure["absent"][path] = kind
-        if bias in shapes and bias.startswith(f"{path}."):
-            structure["constant"][path] = bias
-    acts_on = [f"{layer}.{name}" for name in table.norms_after if f"{layer}.{name}.weight" in shapes]
-    norms = [f"{layer}.{name}" for name in (*table.norms_before, *table.norms_after)]
-    structure["identity"] += [path for path in norms if path not in acts_on]
