@@ -330,7 +330,7 @@ def _with_slopes(
             numbers = before.slopes or tuple(range(before.heads))
             units = kept.get(group.name, range(group.size))
             own = tuple(numbers[unit * group.members + member] for unit in units for member in range(group.members))
-            heads = replace(heads, slopes=() if own == numbers == tuple(range(before.heads)) else own)
+            heads = replace(heads, slopes=own if before.slopes or own != numbers else ())
         found.append(heads)
     return found
 

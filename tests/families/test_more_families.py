@@ -225,6 +225,13 @@ def test_the_slopes_of_kept_heads_are_those_of_the_whole_model():
     assert difference(expected, logits_of(small)) > 1e-3
 
 
+def test_the_first_heads_alone_keep_their_slopes_when_they_are_pruned_again():
+    _, source, space = opened("bloom")
+    small = reshaped_source(source, space, {g.name: torch.tensor([1.0, 0, 0, 0, 0, 0]) for g in space.of("heads")})
+    again = small.adapter.space(small.config)
+    assert reshaped_source(small, again, {}).config["structure"]["slopes"] == small.config["structure"]["slopes"] != {}
+
+
 def test_products_split_at_numbers_of_the_whole_model_are_refused():
     config = opened("bloom")[1].config | {"slow_but_exact": True, "pretraining_tp": 2}
     with pytest.raises(UserError, match="slow_but_exact"):
