@@ -373,7 +373,7 @@ def _job(
     if "hidden" in kinds:
         kept["hidden"] = nearest_hidden(adapter, config, space, keep.get("hidden", 1.0), round_to)
     learned = tuple(group for kind in KINDS if kind in kinds for group in space.of(kind))
-    if "experts" in keep and not space.of("experts"):
+    if "experts" in kinds and not space.of("experts"):
         raise no_experts(adapter)
     if total:
         learned = tuple(group for group in learned if not group.is_even)

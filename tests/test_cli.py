@@ -215,7 +215,8 @@ def test_one_budget_takes_from_every_dimension_that_is_not_pinned(tiny, tmp_path
     ("keep", "more", "words"),
     [
         ("dims=0.5", ["--units", "all"], "--units: for one budget of the whole model"),
-        ("params=0.5", ["--units", "experts"], "unknown units 'experts'"),
+        ("params=0.5", ["--units", "neurons"], "unknown units 'neurons'"),
+        ("params=0.5", ["--units", "experts"], "has no experts"),
         ("params=0.5", ["--pin", "heads", "--pin", "dims"], "nothing is left to prune"),
         ("head_dims=3", [], "head_dims=3 cannot be reached"),
     ],

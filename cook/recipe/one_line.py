@@ -277,7 +277,7 @@ def _scheme(job: OneLineJob, sizes: Sequence[Keep], source: ModelSource) -> tupl
     if kept_hidden is not None:
         fine |= {"target_hidden": kept_hidden, "hidden_mask": str(masks / "hidden_mask.pt")}
     experts = space.of("experts")
-    if "experts" in keep and not experts:
+    if not experts and ("experts" in keep or "experts" in kinds):
         raise no_experts(adapter)
     if "experts" in keep or "experts" in kinds:
         share = Targets(kept={"experts": keep.get("experts", 1.0)}).kept_share(experts[0])
