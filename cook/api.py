@@ -33,7 +33,7 @@ from cook.pruning.budgets import (
 )
 from cook.pruning.count_pricing import CountPricing
 from cook.pruning.counts import active_parameters, forward_flops, parameters, unit_flops
-from cook.pruning.family import Adapter, ModelSource
+from cook.pruning.family import Adapter, ModelSource, refuse_experts
 from cook.pruning.gates import Gates
 from cook.pruning.live import LiveGates
 from cook.pruning.mask_set import Masks, consistent
@@ -321,6 +321,7 @@ def family_of(model: torch.nn.Module) -> tuple[Adapter, dict[str, Any]]:
     config = _config(model)
     adapter = by_config(config)
     native, _ = adapter.read(config, {})
+    refuse_experts(adapter.experts(native))
     return adapter, native
 
 

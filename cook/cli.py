@@ -12,14 +12,16 @@ from typing import Annotated, Any
 import typer
 
 import cook
-from cook.base.environment import choose_waiting
+from cook.base.environment import choose_waiting, quiet_torchao
 from cook.base.errors import EXIT_FAILED, UserError, run_entry
 from cook.base.signals import heed_launcher
 from cook.commands.data import app as data_commands
 from cook.commands.evaluation import compare, evaluate, profile
 from cook.commands.families import app as family_commands
 from cook.commands.options import AsJson, options_of
+from cook.commands.quantize import quantize
 from cook.commands.service import COMMANDS as SERVICE_COMMANDS
+from cook.config.moefy import MoefyJob
 from cook.config.tasks import OneLineJob, PlanOptions
 from cook.config.types import STAGE_NAMES
 
@@ -39,6 +41,7 @@ app.add_typer(family_commands, name="families")
 app.command("eval")(evaluate)
 app.command()(compare)
 app.command()(profile)
+app.command()(quantize)
 for service_command in SERVICE_COMMANDS:
     app.command()(service_command)
 
@@ -56,6 +59,8 @@ def main(command: str | None = None) -> None:
     Args:
         command: The command that `sys.argv` has the options of; None: the first argument names it.
     """
+
+    quiet_torchao()
 
     def run() -> int:
         # Only here: `run_entry` resolves `~` in the arguments.
@@ -252,6 +257,33 @@ def reshape(
             time=time,
         )
     )
+
+
+@app.command()
+@options_of(MoefyJob)
+def moefy(
+    model: Annotated[str, typer.Argument()],
+    output: Annotated[str, typer.Argument(metavar="OUT")],
+    settings: MoefyJob,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+) -> None:
+    """Turn a model's FFN blocks into mixtures of experts: a token then uses a part of their dims.
+
+    Needs no training; with --steps, routers and weights are trained. Writes the configuration that it stands for, to be
+    edited and run again with `cook train`. Stopped at any time, the same command resumes.
+    """
+    _choose_waiting()
+    from cook.recipe.dry_run import show_plan
+    from cook.recipe.moefy_job import moefy_table, write_moefy_recipe
+    from cook.recipe.start import start
+
+    path, facts = write_moefy_recipe(settings)
+    show_plan(facts)
+    if dry_run:
+        return
+    start(str(path), [], stage="all")
+    reshape(config=str(path), output=str(Path(output) / "model"), verify=True)
+    print(moefy_table(settings))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

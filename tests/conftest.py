@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from cook.base.environment import quiet_torchao
+
 ROOT = Path(__file__).parent
 SLOW = {
     "test_api.py",
@@ -52,6 +54,7 @@ SLOW = {
     "export/test_check.py",
     "test_do_prune.py",
     "pruning/test_reshape.py",
+    "quantization/test_prepare_engines.py",
     "recipe/benchmarks/test_task_stages.py",
     "recipe/test_compact.py",
     "recipe/test_distillation.py",
@@ -59,6 +62,7 @@ SLOW = {
     "recipe/test_expert_runs.py",
     "recipe/test_joint.py",
     "recipe/test_pattern.py",
+    "recipe/test_quantize.py",
     "recipe/test_recipe.py",
     "recipe/test_resume.py",
     "recipe/test_sizes.py",
@@ -90,6 +94,7 @@ SLOW = {
 }
 
 
+quiet_torchao()
 LONGEST = ("test_faults_script.py", "test_two_hosts.py", "test_train.py", "test_scripts.py", "recipe/test_resume.py")
 
 

@@ -15,7 +15,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pruning", "data", "report"),
     ("families",),
     ("export",),
-    ("sparsity", "distill"),
+    ("sparsity", "distill", "quantization"),
     ("training", "evaluation"),
     ("recipe",),
     ("service",),

@@ -25,7 +25,12 @@ RESTRICTED_READERS = ("cook/data/cpm_live/symbols.py", "cook/base/tensor_files.p
 """The files that may list a pickle's opcodes, which runs nothing: of CPM-Live's index, and of a `.pt` file."""
 PUBLIC_FACE = "cook/__init__.py"
 """Imports lazily what the package's own table of names says."""
-OWN_EXPORTS = ("cook/families/encoder.py", "scripts/bench/patterns.py")
+OWN_EXPORTS = (
+    "cook/families/encoder.py",
+    "scripts/bench/moefy.py",
+    "scripts/bench/patterns.py",
+    "scripts/bench/sparse_int8.py",
+)
 """Open folders that this project has just written, with its own modeling file, and no others."""
 FUZZERS = "scripts/fuzz/"
 

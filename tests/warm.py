@@ -287,6 +287,9 @@ def _leave(code: int) -> None:
 
 def _serve(path: str) -> None:
     sys.path[0] = str(REPOSITORY)
+    from cook.base.environment import quiet_torchao
+
+    quiet_torchao()
     for name in IMPORTED:
         importlib.import_module(name)
     from cook.training.deepspeed_checks import import_deepspeed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import re
 import time
@@ -31,6 +32,14 @@ def check_versions() -> None:
         if tuple(map(int, re.findall(r"\d+", re.split(r"[+a-z]", found)[0]))) < oldest:
             wanted, remedy = ".".join(map(str, oldest)) + " or newer", "pip install -r requirements.txt"
             raise UserError(f"{name} is too old: {reason}", wanted=wanted, got=found, remedy=remedy)
+
+
+def quiet_torchao() -> None:
+    """Drops what torchao prints when it is imported, as transformers does where it is installed: that its extensions
+    for other GPUs cannot be loaded, and a note to its own authors. Call it before transformers is imported."""
+    noise = ("Failed to load", "Skipping import", "%s is an Enum subclass")
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).addFilter(lambda record: not str(record.msg).startswith(noise))
 
 
 def choose_waiting() -> str | None:

@@ -85,6 +85,7 @@ def in_parts(
     So the intermediate results in a wider type need little memory. `others` broadcast to the tensor's shape; `change`
     receives a part of each.
     """
+    tensor = tensor.detach()
     out = torch.empty_like(tensor, memory_format=torch.contiguous_format)
     if not tensor.numel():
         return out
@@ -271,8 +272,9 @@ class ShardWriter:
     `model.safetensors` alone.
     """
 
-    def __init__(self, folder: Path, shard_bytes: int = 2 << 30):
+    def __init__(self, folder: Path, shard_bytes: int = 2 << 30, metadata: Mapping[str, str] | None = None):
         self.folder, self.shard_bytes = folder, shard_bytes
+        self.metadata = {"format": "pt", **(metadata or {})}
         self.files: list[Path] = []
         self.names: list[list[str]] = []
         self.total_bytes = 0
@@ -313,7 +315,7 @@ class ShardWriter:
             self._entries[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, self._written]}
         if self._file is None:
             self.files.append(self.folder / f"shard-{len(self.files):05d}.safetensors")
-            self._reserved = 0 if is_all else HEADER
+            self._reserved = 0 if is_all else HEADER + len(json.dumps(self.metadata))
             self._file = open(self.files[-1], "wb")  # noqa: SIM115  # open from one tensor to the next
             with naming(self.files[-1]):
                 self._file.write(self._header())
@@ -324,7 +326,7 @@ class ShardWriter:
                 self._file.write(flat.view(torch.uint8).numpy().data)
 
     def _header(self) -> bytes:
-        text = json.dumps({"__metadata__": {"format": "pt"}, **self._entries}, separators=(",", ":")).encode()
+        text = json.dumps({"__metadata__": self.metadata, **self._entries}, separators=(",", ":")).encode()
         text = text.ljust(max(self._reserved, -(-len(text) // 8) * 8))  # the format allows spaces at the end
         return len(text).to_bytes(8, "little") + text
 

@@ -9,7 +9,7 @@ from typing import Any
 from cook.config.declare import Schema, object_schema
 from cook.config.schema import wanted
 from cook.config.tasks import TaskConfig
-from cook.config.types import DERIVED, SCHEME_SECTIONS, RunConfig
+from cook.config.types import DERIVED, FIELD_OF, SCHEME_SECTIONS, RunConfig
 
 PACKAGE = Path(__file__).parent
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
@@ -25,15 +25,15 @@ DESCRIPTIONS = {
 def schemas() -> dict[str, Schema]:
     """Builds the JSON schema of each file and of the task command's options, by name."""
     whole = object_schema(RunConfig)
-    by_field = {field: key for key, field in SCHEME_SECTIONS.items()}
+    by_field = {field: key for key, field in FIELD_OF.items()}
     parts: dict[str, Schema] = {"bmcook": {}, "l0_pruning": {}, "tasks": object_schema(TaskConfig)["properties"]}
     for name, node in whole["properties"].items():
-        if name in by_field:
+        if by_field.get(name) in SCHEME_SECTIONS:
             optional = isinstance(node["type"], list)
             node = {key: value for key, value in node.items() if not (optional and key == "default")}
             parts["l0_pruning"][by_field[name]] = node | {"type": "object"}
         elif name not in DERIVED:
-            parts["bmcook"][name] = node
+            parts["bmcook"][by_field.get(name, name)] = node
     required = {"bmcook": [key for key in whole["required"] if key not in DERIVED], "tasks": ["mode", "task_name"]}
     return {
         name: {"$schema": DRAFT, "title": TITLES[name], "description": DESCRIPTIONS[name], "type": "object"}

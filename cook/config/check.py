@@ -9,7 +9,7 @@ from dataclasses import MISSING, dataclass
 from typing import Any
 
 from cook.base.errors import UserError
-from cook.config import check_inputs, check_scheme, check_training
+from cook.config import check_inputs, check_moefy, check_scheme, check_training, quantization
 from cook.config.declare import default_of
 from cook.config.facts import model_facts
 from cook.config.types import RunConfig
@@ -44,6 +44,11 @@ CHECKS: tuple[Callable[..., Iterable[UserError]], ...] = (
     check_scheme.sizes_are_nested,
     check_scheme.pattern_given,
     check_scheme.pattern_stands_alone,
+    quantization.quantize_stage_fits,
+    quantization.quantize_stage_trains,
+    quantization.group_divides_targets,
+    check_moefy.section_fits_stages,
+    check_moefy.experts_fit,
 )
 """A check's parameters name the sections that it reads. A check is skipped if one of its sections is invalid."""
 

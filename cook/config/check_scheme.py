@@ -256,8 +256,8 @@ def pattern_given(
 def pattern_stands_alone(stages: tuple[StageEntry, ...]) -> Iterator[UserError]:
     """Checks that a recipe does not combine gates and patterns, which would need masks of both kinds at once."""
     names = [entry.name for entry in stages]
-    others = [name for name in names if name not in ("pretrain", "pattern")]
+    others = [name for name in names if name not in ("pretrain", "pattern", "quantize")]
     if "pattern" in names and others:
         what = "stages: pattern cannot be combined with stages that learn gates"
         remedy = "make the smaller model first, and prune its weights in a second run"
-        yield UserError(what, wanted="pretrain and pattern only", got=", ".join(names), remedy=remedy)
+        yield UserError(what, wanted="pretrain, pattern and quantize only", got=", ".join(names), remedy=remedy)

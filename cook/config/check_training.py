@@ -10,6 +10,7 @@ from cook.base.errors import UserError
 from cook.config.corpus import DataConfig
 from cook.config.distillation import OWN_TEACHER, DistillationConfig
 from cook.config.facts import ModelFacts
+from cook.config.moefy import MoefyConfig
 from cook.config.schema import shown
 from cook.config.types import (
     CoarseConfig,
@@ -212,6 +213,7 @@ def teacher_can_teach(
     coarse: CoarseConfig | None,
     fine: FineConfig | None,
     joint: JointConfig | None,
+    moefy: MoefyConfig | None,
 ) -> Iterator[UserError]:
     """Checks that the recipe has the distillation's stages, and that weights stay fixed if the teacher is `self`."""
     if distillation is None:
@@ -225,7 +227,7 @@ def teacher_can_teach(
     if distillation.teacher_device != "auto":
         what = 'distillation.teacher_device: "self" has no weights of its own'
         yield UserError(what, wanted="auto", got=distillation.teacher_device)
-    if not stages and (described := stage_of(pruning, coarse, fine, joint)):
+    if not stages and (described := stage_of(pruning, coarse, fine, joint, moefy=moefy)):
         trainings = {described: training}
     unfit = [
         f"{name} ({why})"

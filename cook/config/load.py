@@ -22,6 +22,7 @@ from cook.config.corpus import DataConfig, MixingConfig, SourceConfig
 from cook.config.schema import Keys, dotted, load_schema, schema_findings, shown, with_home
 from cook.config.types import (
     DERIVED,
+    FIELD_OF,
     SCHEME_SECTIONS,
     ConfigSource,
     GatesConfig,
@@ -84,7 +85,8 @@ def load_config(
     if reader.errors:
         raise UserErrors(f"{path}: the configuration cannot be used", reader.errors)
     values = sections.values
-    stage = stage_of(values["pruning"], *(values.get(name) for name in ("coarse", "fine", "joint")))
+    added = (values.get(name) for name in ("coarse", "fine", "joint", "quantization", "moefy"))
+    stage = stage_of(values["pruning"], *added)
     assert stage is not None, "the checks let no stage pass without its section"
     return RunConfig(**values, stage=stage, source=ConfigSource(bmcook=path, l0_pruning=scheme_path))
 
@@ -179,7 +181,8 @@ def _scheme_path(path: str, bmcook: Any) -> str | None:
     scheme = str(Path(path).parent / (named if isinstance(named, str) else DEFAULT_SCHEME))
     has_scheme = pruning.get("is_pruning") is True and decoded(pruning.get("mask_method")) != "pattern"
     needed = isinstance(named, str) or has_scheme
-    needed |= any(isinstance(stage, dict) and stage.get("name") not in ("pretrain", "pattern") for stage in stages)
+    alone = ("pretrain", "pattern", "quantize", "moefy")
+    needed |= any(isinstance(stage, dict) and stage.get("name") not in alone for stage in stages)
     return scheme if needed or os.path.exists(scheme) else None
 
 
@@ -191,8 +194,9 @@ def _section(field: dataclasses.Field[Any]) -> Any:
 
 _HINTS = get_type_hints(RunConfig)
 _ALL = {field.name: _section(field) for field in dataclasses.fields(RunConfig) if field.name not in DERIVED}
+_KEY_OF = {name: key for key, name in FIELD_OF.items()}
 _SCHEME = {key: _ALL[name] for key, name in SCHEME_SECTIONS.items()}
-_BMCOOK = {name: section for name, section in _ALL.items() if name not in SCHEME_SECTIONS.values()}
+_BMCOOK = {_KEY_OF.get(name, name): section for name, section in _ALL.items() if _KEY_OF.get(name) not in _SCHEME}
 
 
 def _sections(bmcook: Any, scheme: Any, invalid: set[str]) -> Sections:
@@ -201,8 +205,8 @@ def _sections(bmcook: Any, scheme: Any, invalid: set[str]) -> Sections:
     for content, known in ((bmcook, _BMCOOK), (scheme, _SCHEME)):
         for key in known.keys() - invalid:
             if key in content:
-                values[SCHEME_SECTIONS.get(key, key)] = _build(key, known[key], content[key])
-    return Sections(values=values, invalid=frozenset(SCHEME_SECTIONS.get(key, key) for key in invalid))
+                values[FIELD_OF.get(key, key)] = _build(key, known[key], content[key])
+    return Sections(values=values, invalid=frozenset(FIELD_OF.get(key, key) for key in invalid))
 
 
 def _build(key: str, section: Any, value: Any) -> Any:

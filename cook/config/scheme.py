@@ -24,6 +24,8 @@ StageName = Literal[
     "joint_mask",
     "joint_finetune",
     "pattern",
+    "quantize",
+    "moefy",
     "random_baseline",
 ]
 """The possible stages of a recipe. Each is a separate training run."""

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 from cook.config.corpus import DataConfig
 from cook.config.declare import Count, Fraction, KeysOf, Limits, Scale, Size, UserPath
 from cook.config.distillation import DistillationConfig
+from cook.config.moefy import MoefyConfig
+from cook.config.quantization import QuantizationConfig
 from cook.config.scheme import (
     PATTERN_METHODS,
     STAGE_NAMES,
@@ -249,6 +251,8 @@ DERIVED = ("stage", "source")
 
 SCHEME_SECTIONS = {"coarse-grained": "coarse", "fine-grained": "fine", "joint": "joint", "gates": "gates"}
 """Sections of the scheme, and the fields of RunConfig that hold them; the other fields are those of `bmcook.json`."""
+FIELD_OF = SCHEME_SECTIONS | {"MoEfication": "moefy"}
+"""Sections of both files whose fields of RunConfig have other names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,6 +281,10 @@ class RunConfig:
     """Whether to prune, and what."""
     pattern: PatternConfig | None = None
     """The pattern in which single weights are pruned. None: no pattern."""
+    quantization: QuantizationConfig | None = None
+    """Weights in few bits: the stage `quantize`. None: no quantization."""
+    moefy: MoefyConfig | None = None
+    """FFN blocks as mixtures of experts, for the stage `moefy`. None: no such stage."""
     coarse: CoarseConfig | None = None
     """Whole attention and FFN blocks."""
     fine: FineConfig | None = None
@@ -297,10 +305,17 @@ class RunConfig:
 
 def training_for(config: RunConfig, stage_name: str) -> TrainingConfig:
     """Returns the training settings of a stage: `training` with the stage's overrides, if the recipe contains it."""
+    training = config.training
+    if stage_name == "quantize" and config.quantization and config.quantization.steps:
+        training = dataclasses.replace(training, steps=config.quantization.steps)
     for entry in config.stages:
         if entry.name == stage_name:
-            return dataclasses.replace(config.training, **entry.training)
-    return config.training
+            training = dataclasses.replace(training, **entry.training)
+    if stage_name == "moefy" and config.moefy and config.moefy.steps is not None:
+        if not config.moefy.steps:  # a stage has at least one step
+            return dataclasses.replace(training, steps=1, train_weights=False)
+        return dataclasses.replace(training, steps=config.moefy.steps)
+    return training
 
 
 def decoded(mask_method: Any) -> Any:
@@ -319,10 +334,19 @@ def two_of_four(pruning: PruningConfig) -> str | None:
 
 
 def stage_of(
-    pruning: PruningConfig, coarse: CoarseConfig | None, fine: FineConfig | None, joint: JointConfig | None
+    pruning: PruningConfig,
+    coarse: CoarseConfig | None,
+    fine: FineConfig | None,
+    joint: JointConfig | None,
+    quantization: QuantizationConfig | None = None,
+    moefy: MoefyConfig | None = None,
 ) -> StageName | None:
     """Returns the stage that these sections describe, or None if the section of that stage is missing."""
     method = method_of(pruning)
+    if method is None and moefy is not None and moefy.is_moefy:
+        return "moefy"
+    if method is None and quantization is not None and quantization.is_quant:
+        return "quantize"
     if method is None or method == "pattern":
         return "pattern" if method else "pretrain"
     if method == "coarse-grained":

@@ -128,6 +128,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
 
 
 def known_source(folder: Path) -> ModelSource | None:
-    """The model of a folder, if cook knows its family."""
+    """The model of a folder, if cook knows its family; a quantized one is loaded by transformers."""
     config = read_model_config(folder)
-    return open_model(folder) if stock_type(config) is not None and knows(config) else None
+    known = stock_type(config) is not None and knows(config) and not config.get("quantization_config")
+    return open_model(folder) if known else None

@@ -64,9 +64,8 @@ def measure_block_times(
     curves = {}
     for kind, found in groups.items():
         size, count = found[0].size, len(found)
-        kept = sorted({max(1, round(size * n / settings.points)) for n in range(1, settings.points)} - {size})
         points = [(0.0, 0.0)]
-        for units in kept:
+        for units in _sizes(size, settings.points):
             share = run.share({group.name: units for group in found})
             on_point(f"{units} of {size} units of {kind} per block: {share:.3f} of the time")
             points.append((units / size, (share - removed[kind]) / count))
@@ -74,12 +73,12 @@ def measure_block_times(
         curves[kind] = points
     widths: dict[str, list[tuple[float, float]]] = {}
     for group in (group for group in space.every if group.kind in wide and group.layer < 0):
-        widths[group.kind] = [(1.0, 1.0)]
-        for number in range(settings.points - 1, 0, -1):
-            units = max(1, round(group.size * number / settings.points))
+        widths[group.kind] = []
+        for units in _sizes(group.size, settings.points):
             share = run.share({group.name: units})
             on_point(f"{units} of {group.size} units of {group.kind}: {share:.3f} of the time")
-            widths[group.kind].insert(0, (units / group.size, share))
+            widths[group.kind].append((units / group.size, share))
+        widths[group.kind].append((1.0, 1.0))
     whole = 1000 * statistics.median(run.whole)
     return BlockTimes(
         rest=max(0.0, whole * (removed["heads"] + removed["dimff"] - 1.0)),
@@ -89,6 +88,11 @@ def measure_block_times(
         settings={"model": str(source.path), **asdict(settings), "device": device_of(settings)},
         wide={kind: _curve(points, whole) for kind, points in widths.items()},
     )
+
+
+def _sizes(size: int, points: int) -> list[int]:
+    """Numbers of units to measure besides all of them, evenly spaced, ascending."""
+    return sorted({max(1, round(size * n / points)) for n in range(1, points)} - {size})
 
 
 def _curve(points: Sequence[tuple[float, float]], whole: float) -> Curve:

@@ -199,7 +199,12 @@ def loading_report(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -
     weights = {name: zero.expand(shape) for name, shape in shapes.items()}
     with quiet():
         _, report = made.from_pretrained(
-            None, config=found[1], state_dict=weights, output_loading_info=True, ignore_mismatched_sizes=True
+            None,
+            config=found[1],
+            state_dict=weights,
+            dtype=zero.dtype,  # any other would be a copy of every weight
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     return dict(report)
 

@@ -20,7 +20,9 @@ from transformers.models.auto.tokenization_auto import (
 from cook.base.errors import UserError
 from cook.base.files import read_json, write_json
 
-REPLACED = "config.json README.md model*.safetensors *.index.json modeling_cook_*.py masks cpm_live.*".split()
+REPLACED = (
+    "config.json README.md model*.safetensors *.index.json modeling_cook_*.py cook_experts.py masks cpm_live.*".split()
+)
 """Files that the new model writes itself."""
 WEIGHTS = (
     "*.safetensors *.bin *.pt *.pth *.ckpt *.ckpt.* *.h5 *.msgpack *.gguf *.ggml *.onnx *.onnx_data *.npz *.npy "

@@ -108,14 +108,25 @@ def write_model_folder(
     tensors: Iterable[tuple[str, torch.Tensor]],
     *,
     shard_bytes: int = 2 << 30,
+    dtype: str | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes weights (as they arrive, shard by shard), `config.json`, and the modeling file if the family needs one.
 
     The result loads with transformers' Auto classes, without cook.
+
+    Args:
+        folder: The folder, made if missing.
+        adapter: The family.
+        config: The model's config.
+        tensors: Names and weights.
+        shard_bytes: The largest size of a file.
+        dtype: The type that the config names; None: that of the first weight.
+        metadata: Text to store in every file.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    dtype, file_names = None, adapter.file_names(config)
-    with ShardWriter(folder, shard_bytes) as writer:
+    file_names = adapter.file_names(config)
+    with ShardWriter(folder, shard_bytes, metadata) as writer:
         for name, tensor in tensors:
             dtype = dtype or str(tensor.dtype).removeprefix("torch.")
             writer.add(file_names.get(name, name), tensor)
@@ -125,6 +136,8 @@ def write_model_folder(
         plain |= {"auto_map": dict(modeling.auto_map)}
         module = next(iter(modeling.auto_map.values())).split(".")[0]
         shutil.copyfile(modeling.file, folder / f"{module}.py")
+        for file in modeling.imported:
+            shutil.copyfile(file, folder / file.name)
     write_json(folder / "config.json", plain)
 
 

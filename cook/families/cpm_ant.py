@@ -14,8 +14,8 @@ from cook.families import cpm_ant_formats
 from cook.families.head_dims import HeadDims, units_of_head
 from cook.families.layout import Attention, FeedForward
 from cook.families.stock_space import block_and_units
-from cook.models import cpm_ant
-from cook.pruning.family import Abilities, Adapter, KeptUnits, ModelConfig, Modeling, Shrunk
+from cook.models import cook_experts, cpm_ant
+from cook.pruning.family import Abilities, Adapter, KeptUnits, ModelConfig, Modeling, Shrunk, refuse_experts
 from cook.pruning.units import GatePoint, PruningSpace, Site, UnitGroup, WeightSlice
 
 MODEL_TYPE = cpm_ant.CpmAntConfig.model_type
@@ -112,6 +112,7 @@ def _space(config: ModelConfig, head_unit: str = "kv_group") -> PruningSpace:
 
 def _shrink(config: ModelConfig, _space: PruningSpace, kept: KeptUnits, renumber: bool = True) -> Shrunk:
     native = _config(config)
+    refuse_experts(native.experts or {})
     removed = native.mask_modules or [[False, False]] * native.num_layers
     heads = native.layer_heads or [list(range(native.num_heads))] * native.num_layers
     dims = native.layer_dim_ff or [native.dim_ff] * native.num_layers
@@ -139,6 +140,8 @@ def _shrink(config: ModelConfig, _space: PruningSpace, kept: KeptUnits, renumber
 def _live_config(config: ModelConfig) -> dict[str, Any] | str:
     native = _config(config)
     layers = range(native.num_layers)
+    if native.experts:
+        return "its FFN blocks are mixtures of experts"
     sizes = {native.dim_ff_of(i) for i in layers if native.has_ffn(i)}
     if len(sizes) > 1:
         return f"its FFN blocks differ in size ({', '.join(map(str, sorted(sizes)))})"
@@ -173,6 +176,7 @@ MODELING = Modeling(
         "AutoConfig": "modeling_cook_cpm_ant.CpmAntConfig",
         "AutoModelForCausalLM": "modeling_cook_cpm_ant.CpmAntForCausalLM",
     },
+    imported=(Path(cook_experts.__file__),),
 )
 ADAPTER = Adapter(
     family="CPM-Ant",
@@ -190,6 +194,8 @@ ADAPTER = Adapter(
     on_host=_with_facts,
     abilities=Abilities(shares_keys=False, stock_heads=False, stock_layers=False, is_stock=False),
     score_bias=True,
+    experts=lambda config: config.get("experts") or {},
+    with_experts=lambda config, experts: dict(config) | {"experts": dict(experts)},
     aliases={"ffn.ffn.w_in.w.weight": ("ffn.ffn.w_in.w_0.weight", "ffn.ffn.w_in.w_1.weight")},
     live_config=_live_config,
 )

@@ -62,6 +62,7 @@ def with_pairs(config: PreTrainedConfig, model: torch.nn.Module, kept: Sequence[
             "rope_type": "longrope",
             "rope_theta": before["rope_theta"],
             "original_max_position_embeddings": config.max_position_embeddings,
+            "factor": 1.0,  # unused, since the next one is given; transformers warns if it is missing
             "attention_factor": float(getattr(real, f"{prefix}attention_scaling")),
         }
         if 2 * len(kept) < head_dim or before.get("partial_rotary_factor") is not None:

@@ -19,13 +19,21 @@ from cook.families import stock_models, stock_space
 from cook.families.experts import expert_sizes
 from cook.families.layout import Family
 from cook.families.rotary import turned_dims, with_pairs, without_factors
-from cook.families.stock_models import config_object, is_ragged, plain, remembered, skeleton, weight_shapes
+from cook.families.stock_models import (
+    config_object,
+    is_ragged,
+    plain,
+    ragged_config,
+    remembered,
+    skeleton,
+    weight_shapes,
+)
 from cook.families.stock_space import Heads, head_dim_of, heads_of
 from cook.families.stock_structure import Shapes, structure_of
 from cook.families.stream import stream_size
 from cook.models import ragged
 from cook.pruning.counts import kept_shapes
-from cook.pruning.family import Abilities, Adapter, KeptUnits, ModelConfig, Shrunk
+from cook.pruning.family import Abilities, Adapter, KeptUnits, ModelConfig, Shrunk, refuse_experts
 from cook.pruning.units import PruningSpace, UnitGroup
 
 
@@ -62,6 +70,8 @@ def stock_adapter(
         shrink=of_config(shrink),
         stock_holds=of_config(holds_heads),
         modeling=stock_models.modeling,
+        experts=stock_models.experts,
+        with_experts=of_config(stock_models.with_experts),
         inputs=inputs or packed_inputs,
         inputs_by_config=inputs_by_config,
         abilities=Abilities(
@@ -112,6 +122,7 @@ def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptU
 
     Without `renumber` all layers stay, also those without blocks.
     """
+    refuse_experts(stock_models.experts(config))
     counts = {name: len(units) for name, units in kept.items()}
     left = kept_shapes(space, counts)
     layers = [n for n in range(space.num_layers) if any(path.startswith(f"{family.layers}.{n}.") for path in left)]
@@ -151,16 +162,9 @@ def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptU
     )
     if structure["rebuilt"]:  # the loss that balances experts needs the same number in all layers
         base = base | {"output_router_logits": False}
-    own = {
-        "architectures": [ragged.RaggedModel.__name__],
-        "model_type": ragged.MODEL_TYPE,
-        "stock_type": base["model_type"],
-        "stock_class": family.auto_class,
-        "structure": structure,
-    }
     if new_dim != head_dim_of(family, config_object(base)):
         structure["head_dim"] = new_dim
-    return Shrunk(config=base | turned | own, layers=tuple(layers), renamed=renamed)
+    return Shrunk(config=ragged_config(family, base | turned, structure), layers=tuple(layers), renamed=renamed)
 
 
 def _kept_pairs(space: PruningSpace, kept: KeptUnits, head_dim: int) -> tuple[list[int], int]:

@@ -31,8 +31,8 @@ from cook.base.tensor_files import LazyTensors, known_shape
 from cook.config.facts import PASSING, stock_config
 from cook.families.fused import with_fused_experts
 from cook.families.layout import Family
-from cook.models import ragged
-from cook.pruning.family import ModelConfig, Modeling
+from cook.models import cook_experts, ragged
+from cook.pruning.family import Experts, ModelConfig, Modeling
 
 MODULE = "modeling_cook_ragged"
 ORIGIN = "origin_layers"  # key in `config.json`: the original number of each layer; absent if no number changed
@@ -266,7 +266,35 @@ def modeling(config: ModelConfig) -> Modeling | None:
         name = factory.auto_class or config["stock_class"]
         if CONFIG_MAPPING[config["stock_type"]] in getattr(transformers, name)._model_mapping:
             auto_map.setdefault(name, f"{MODULE}.{factory.__name__}")
-    return Modeling(file=Path(ragged.__file__), auto_map=auto_map)
+    return Modeling(file=Path(ragged.__file__), auto_map=auto_map, imported=(Path(cook_experts.__file__),))
+
+
+def experts(config: ModelConfig) -> Experts:
+    """The FFN blocks of a model that are mixtures of experts."""
+    found: Experts = config["structure"].get("experts", {}) if is_ragged(config) else {}
+    return found
+
+
+def with_experts(family: Family, config: ModelConfig, experts: Experts) -> dict[str, Any]:
+    """The config of a ragged model with these experts, and otherwise of the same weights."""
+    if is_ragged(config):
+        return dict(config) | {"structure": config["structure"] | {"experts": dict(experts)}}
+    structure: dict[str, Any] = {
+        key: {} for key in ("shapes", "attributes", "absent", "constant", "spread", "gathered")
+    }
+    structure |= {"identity": [], "uneven_keys": False, "experts": dict(experts)}
+    return ragged_config(family, config, structure)
+
+
+def ragged_config(family: Family, stock: ModelConfig, structure: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the stock model of another config, changed as described by `structure`."""
+    return dict(stock) | {
+        "architectures": [ragged.RaggedModel.__name__],
+        "model_type": ragged.MODEL_TYPE,
+        "stock_type": stock["model_type"],
+        "stock_class": family.auto_class,
+        "structure": structure,
+    }
 
 
 def check_remembered(config: ModelConfig, num_layers: int) -> None:

@@ -1,7 +1,8 @@
 """CPM-Ant in PyTorch: a Hugging Face causal language model whose blocks may be missing, or keep fewer heads and dims.
 
-The parameters carry CPM-Live's names. The file needs torch and transformers (>= 5) alone: an exported model carries a
-copy of it, so that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works anywhere.
+The parameters carry CPM-Live's names. The file needs torch, transformers (>= 5) and cook_experts.py alone: an exported
+model carries a copy of both, so that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works
+anywhere.
 
 Shape suffixes: B batch, P prompt length, T text length, L = P + T, Q queries, K keys, H heads, D dim_head, M dim_model,
 F dim_ff, V vocabulary, S segment types, R rows of a table that the batch shares: 1 (shared by all) or B.
@@ -23,6 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .cook_experts import add_experts
+
 LM_TASK = 2  # CPM-Live's task number of plain language modelling: its prompt leads every text
 TEXT_SEGMENT = 2  # the segment type of the text in that task; prompts have segment 0
 IGNORED = -100  # a target that takes no part in the loss
@@ -41,6 +44,7 @@ class CpmAntConfig(PreTrainedConfig):
         layer_heads: For each layer the original numbers of the heads that it keeps, ascending: head j of the layer uses
             column `layer_heads[i][j]` of the position-bias table. None keeps all. Entries of removed blocks are unused.
         layer_dim_ff: For each layer its FFN's inner size; None means `dim_ff`. Entries of removed blocks are unused.
+        experts: FFN blocks that are mixtures of experts, as `add_experts` takes them.
 
     Raises:
         ValueError: The fields contradict each other.
@@ -68,6 +72,7 @@ class CpmAntConfig(PreTrainedConfig):
     gated_ffn: bool = True
     layer_heads: list[list[int]] | None = None
     layer_dim_ff: list[int] | None = None
+    experts: dict[str, Any] | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -135,6 +140,8 @@ class CpmAntConfig(PreTrainedConfig):
 
 def scaled_product(x: Tensor, weight: Tensor, fan_in: int) -> Tensor:
     """`x @ weight.T / sqrt(fan_in)`, divided in the product's own accumulator: no extra pass, no extra rounding."""
+    if hasattr(weight, "qdata"):  # a quantized weight of torchao, which has its own F.linear
+        return F.linear(x, weight) / math.sqrt(fan_in)
     flat = x.reshape(-1, x.shape[-1])
     out = torch.addmm(weight.new_empty(1), flat, weight.t(), beta=0, alpha=1 / math.sqrt(fan_in))
     return out.view(*x.shape[:-1], weight.shape[0])
@@ -575,6 +582,7 @@ class CpmAntForCausalLM(PreTrainedModel, GenerationMixin):
         self.segment_embedding = Embedding(config.segment_types, config.dim_model)
         self.input_embedding = Embedding(config.vocab_size, config.dim_model)
         self.position_bias = PositionBias(config)
+        add_experts(self, config.experts or {})
         self.post_init()
 
     @torch.no_grad()

@@ -1,8 +1,8 @@
 """Stock transformers models whose layers differ: missing blocks, and different numbers of heads or FFN dims per layer.
 
-The file needs only torch and transformers (>= 5), and works for any model family. An exported model contains a copy of
-it, so that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works anywhere. It builds the stock
-model `stock_type` and then changes it as described by `structure`:
+The file needs only torch, transformers (>= 5) and cook_experts.py, and works for any model family. An exported model
+contains a copy of both, so that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works anywhere.
+It builds the stock model `stock_type` and then changes it as described by `structure`:
 
     shapes      {weight: shape}           weights whose shape differs from the stock model
     attributes  {module: {name: number}}  attributes of modules that depend on those shapes; `config.name` sets the
@@ -20,6 +20,7 @@ model `stock_type` and then changes it as described by `structure`:
     slopes      {module: {of, heads}}     attention blocks whose biases by head are those of `heads` among `of` heads
     uneven_keys true|false                whether some attention block has other key-value heads than the config
     head_dim    number                    dimensions of a head, if the stock class computes another number
+    experts     {router: {...}}           FFN blocks that are mixtures of experts, as `add_experts` takes them
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, Cache, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from .cook_experts import add_experts
 
 MODEL_TYPE = "cook_ragged"
 OWN_FIELDS = ("stock_type", "stock_class", "structure")
@@ -159,6 +162,7 @@ def reshape_modules(model: PreTrainedModel, structure: dict[str, Any]) -> None:
         model.set_submodule(path, absent)
     for path in structure["identity"]:
         model.set_submodule(path, nn.Identity())
+    add_experts(model, structure.get("experts", {}))
 
 
 def _tied_embeddings(model: PreTrainedModel, shapes: dict[str, Any]) -> dict[str, Any]:

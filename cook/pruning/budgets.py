@@ -270,8 +270,11 @@ def _shared_by_all(space: PruningSpace, groups: Sequence[UnitGroup], targets: Ta
         kept = {group.name: round(targets.kept_share(group) * group.size) for group in groups}
         share = whole_cost(space, targets, kept) / pricing.whole
     if not 0 < share <= 1:
-        what = f"the budget of {share:.4g} of the whole model's {targets.cost} cannot be reached"
-        raise UserError(what, wanted="above 0 and up to 1")
+        amount, most = f"{share:.4g} of the whole model's {targets.cost}", "1"
+        if targets.limit is not None:
+            unit, scale = ("MiB", MIB) if targets.cost == "bytes" else ("ms", 1)
+            amount, most = f"{targets.limit / scale:.4g} {unit}", f"{pricing.whole / scale:.4g} {unit}"
+        raise UserError(f"the budget of {amount} cannot be reached", wanted=f"above 0 and up to {most}")
     costs = pricing.linearised(torch.ones(sum(pricing.sizes), dtype=torch.float64))[0].tolist()
     multiples = _multiples(groups, targets)
     return Budget(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from cook.base.batches import Batch, CallForm, as_it_is
+from cook.base.errors import UserError
 from cook.base.tensor_files import LazyTensors, shapes_of
 from cook.pruning.units import HeadUnit, PruningSpace
 
@@ -22,6 +23,9 @@ ModelConfig = Mapping[str, Any]
 """A model's `config.json` as a dictionary."""
 KeptUnits = Mapping[str, tuple[int, ...]]
 """The indices of the units that stay, ascending, by the name of the masked group."""
+
+Experts = Mapping[str, Mapping[str, Any]]
+"""FFN blocks that are mixtures of experts, as `cook.models.cook_experts.add_experts` takes them."""
 
 
 def vocabulary_size(config: ModelConfig) -> int:
@@ -49,6 +53,8 @@ class Modeling:
     file: Path
     auto_map: Mapping[str, str]
     """The `auto_map` of the export's config.json; its values name the file's copy, `module.Class`."""
+    imported: tuple[Path, ...] = ()
+    """Files that it imports, which are copied under their own names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +122,10 @@ class Adapter:
     """Whether the model's class cannot separate samples in one row, so that the main command cannot train it."""
     score_bias: bool = False
     """Whether a learned bias per head is added to the attention scores; its gradient needs memory."""
+    experts: Callable[[ModelConfig], Experts] = lambda _config: {}
+    """The FFN blocks of a model that are mixtures of experts."""
+    with_experts: Callable[[ModelConfig, Experts], dict[str, Any]] | None = None
+    """(config, experts) → the config of the model with these experts; None if the family cannot have any."""
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Aliases in `pruned_module`: a suffix and the suffixes that it stands for."""
     live_config: Callable[[ModelConfig], dict[str, Any] | str] | None = None
@@ -125,6 +135,15 @@ class Adapter:
     def call_form(self, config: ModelConfig) -> Callable[[Batch], Batch]:
         """The function from a batch of `cook.data.packing` to the arguments of a model with this config."""
         return self.inputs if self.inputs_by_config is None else partial(self.inputs_by_config, config)
+
+
+def refuse_experts(experts: Experts) -> None:
+    """Raises a UserError if a model to be cut was carved into experts, whose dims and routers belong together."""
+    if experts:
+        raise UserError(
+            "the model's FFN blocks were carved into experts, which cannot be cut",
+            remedy="prune the dense model first, and put the stage moefy behind the stages that prune",
+        )
 
 
 class Stored(LazyTensors):

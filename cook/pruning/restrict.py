@@ -26,10 +26,10 @@ def restrict(space: PruningSpace, allowed: Sequence[str], aliases: Mapping[str, 
     suffixes = {suffix: (suffix, *aliases.get(suffix, ())) for suffix in allowed}
 
     def named(path: str) -> bool:
-        return any(_ends(path, s) for spellings in suffixes.values() for s in spellings)
+        return any(ends_with(path, s) for spellings in suffixes.values() for s in spellings)
 
     for suffix, spellings in suffixes.items():
-        if not any(_ends(path, s) for path in space.shapes for s in spellings):
+        if not any(ends_with(path, s) for path in space.shapes for s in spellings):
             raise UserError(f"pruned_module: {suffix!r} matches no weight of the model", got=_some_paths(space))
 
     def is_allowed(group: UnitGroup) -> bool:
@@ -62,7 +62,7 @@ def is_matrix(space: PruningSpace, path: str) -> bool:
     return len(space.shapes[path]) >= 2 and not path.endswith("bias")
 
 
-def _ends(path: str, suffix: str) -> bool:
+def ends_with(path: str, suffix: str) -> bool:
     return path == suffix or path.endswith("." + suffix)
 
 

@@ -31,13 +31,19 @@ def without_masked_units(stage: Stage, inputs: Inputs, distillation: Distillatio
     Returns:
         `inputs` itself if nothing is removed, or if the stage needs the whole model; the reason is printed.
     """
+    compact, reason = compact_inputs(stage, inputs, distillation)
+    if reason:
+        say(f"{stage.name}: trains the whole model with masks applied, since {reason}")
+    return compact
+
+
+def compact_inputs(stage: Stage, inputs: Inputs, distillation: DistillationPlan | None) -> tuple[Inputs, str | None]:
+    """The same, and why the stage needs the whole model if it does."""
     cut = [group for group in inputs.space.every if _loses_units(inputs, group)]
     if not cut or not stage.config.training.remove_masked:
-        return inputs
-    if reason := _needs_whole_model(stage, inputs, distillation, cut):
-        say(f"{stage.name}: trains the whole model with masks applied, since {reason}")
-        return inputs
-    return cut_inputs(inputs)
+        return inputs, None
+    reason = _needs_whole_model(stage, inputs, distillation, cut)
+    return (inputs if reason else cut_inputs(inputs)), reason
 
 
 def cut_inputs(inputs: Inputs) -> Inputs:

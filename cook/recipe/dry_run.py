@@ -19,7 +19,9 @@ from cook.recipe.distillation import open_distillation
 from cook.recipe.estimate import Card, Estimate, Planned, Setup, estimate, largest_rows, state_bytes, suggest
 from cook.recipe.inputs import Inputs, final_masks, make_gates, open_inputs
 from cook.recipe.model_shape import Shape, shape_of
+from cook.recipe.moefy import check_blocks
 from cook.recipe.plan import Stage
+from cook.recipe.quantize import check_quantization
 from cook.report.console import print_plan as print_table_of_stages
 from cook.report.console import print_table
 from cook.report.tables import human_count, human_duration
@@ -60,6 +62,8 @@ def plan_facts(
     kept: list[dict[str, int]] = [{}]  # of every size
     for stage in stages:
         inputs = open_inputs(stage, must_exist=False)
+        if stage.is_moefy:
+            check_blocks(stage, inputs)
         begins_anew = stage.name == "pretrain" or stage.writes.layer
         fixed = [kept_counts(masks) for masks in inputs.nested or (inputs.fixed,)]
         kept = [
@@ -70,6 +74,7 @@ def plan_facts(
         training = stage.config.training
         trained = kept[0] if training.remove_masked else {}
         shape, setup = _arithmetic(stage, inputs, trained, world_size, options)
+        check_quantization(stage, inputs)
         kept = [each | _expected_kept(stage, inputs, number) for number, each in enumerate(kept)]
         after = [parameters(inputs.space, each) for each in kept]
         card = card or (measured_cpu(shape, setup) if options.card == "cpu" else None)
@@ -82,7 +87,7 @@ def plan_facts(
             {
                 "stage": stage.name,
                 "weights_from": inputs.origin,
-                "learns": [MASKS_OF[kind] for kind in stage.learns],
+                "learns": ["routers"] if stage.is_moefy else [MASKS_OF[kind] for kind in stage.learns],
                 "uneven": bool(stage.uneven & set(stage.learns)),
                 "steps": training.steps,
                 "tokens_at_most": training.steps * training.train_batch_size * config.data.max_length,

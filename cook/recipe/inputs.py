@@ -16,7 +16,7 @@ from cook.families.registry import by_config
 from cook.families.source import open_model
 from cook.pruning.block_times import read_block_times
 from cook.pruning.budgets import MIB, Targets, constraints
-from cook.pruning.family import Adapter
+from cook.pruning.family import Adapter, refuse_experts
 from cook.pruning.gates import Gates
 from cook.pruning.mask_file import read_masks
 from cook.pruning.mask_set import consistent, kept_counts, kept_groups, without_empty_blocks
@@ -75,8 +75,10 @@ def open_inputs(stage: Stage, *, must_exist: bool = True) -> Inputs:
             f"{origin}: the class of this {adapter.family} model cannot separate the samples that share a row",
             remedy="prune it with your own batches: cook.learn_masks, cook.reshape",
         )
+    if stage.is_moefy or stage.learns or stage.is_random_baseline or stage.pattern_mask:
+        refuse_experts(adapter.experts(config))
     head_unit: HeadUnit = "kv_group"  # patterns need units in all attention matrices
-    if stage.name != "pattern":
+    if stage.pattern_mask is None:
         joint = stage.config.joint
         # `cook profile` measures whole groups.
         one_budget = stage.one_budget and joint is not None and joint.target_latency is None
@@ -85,7 +87,7 @@ def open_inputs(stage: Stage, *, must_exist: bool = True) -> Inputs:
         )
     space = adapter.space(config, head_unit)
     allowed = space
-    if stage.name == "pattern":
+    if stage.pattern_mask is not None:
         restricted(matrices_of(space), stage.config.pruning.pruned_module, adapter.aliases)  # reports mistakes early
     elif stage.config.pruning.pruned_module and stage.name != "pretrain":
         allowed = restrict(space, stage.config.pruning.pruned_module, adapter.aliases)

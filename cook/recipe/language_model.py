@@ -28,13 +28,16 @@ from cook.pruning.gates import Gates, size_of_step
 from cook.pruning.mask_file import write_mask_file
 from cook.pruning.mask_set import FINE_KEYS, coarse_to_tensors, fine_to_tensors, kept_counts
 from cook.pruning.search import search_blocks
+from cook.quantization.prepare import FakeQuantization
 from cook.recipe.carried import carry_optimizer
 from cook.recipe.compact import keep_fan_in, whole_weights, without_masked_units
 from cook.recipe.distillation import check_teacher_tokenizer, make_distiller, open_distillation
 from cook.recipe.inputs import Inputs, final_masks, make_gates, open_inputs
 from cook.recipe.kept_structure import describe_structure
+from cook.recipe.moefy import dense_loss, experts_identity, experts_record, open_dense, with_experts
 from cook.recipe.pattern import masked_weights, pattern_identity, pattern_masks, pattern_spec
 from cook.recipe.plan import MaskPaths, Stage
+from cook.recipe.quantize import quantization_record, quantized_modules, stage_scheme
 from cook.recipe.runner import StageRun, follows
 from cook.recipe.stage_data import SourceMixer, check_corpus, open_loader, rows_before
 from cook.report.gate_log import GateGroup, GateLog
@@ -56,8 +59,9 @@ class LanguageModelRun(StageRun):
     def open(self) -> None:
         stage = self.stage
         check_settings(stage.config.training, stage.config.deepspeed, world_size=distributed.world_size())
-        self.inputs = self.trained = on_all_ranks(lambda: open_inputs(stage))
+        self.inputs = self.trained = on_all_ranks(lambda: open_dense(stage) if stage.is_moefy else open_inputs(stage))
         self.distillation = on_all_ranks(lambda: open_distillation(stage, self.inputs))
+        self.quantized = on_all_ranks(lambda: quantized_modules(stage, self.inputs, self.distillation))
 
     def load(self) -> None:
         config, model = self.stage.config, self.inputs.model_config
@@ -92,17 +96,30 @@ class LanguageModelRun(StageRun):
             self._seed()  # Scoring draws random numbers; a run that reads existing masks does not.
             assert inputs.weights is not None
             self.inputs = replace(inputs, weights=masked_weights(inputs.weights, self.zeros))
+        if stage.is_moefy:
+            self.inputs = with_experts(
+                stage,
+                inputs,
+                lambda: open_loader(stage, self.data, ledger=False),
+                self._build,
+                self._held_out_loss,
+                self.at,
+                self.resume,
+            )
+            self._seed()
         self.trained = without_masked_units(stage, self.inputs, self.distillation)  # the same unless units are removed
         applied = inputs.nested or (inputs.fixed,)
         fixed = [[name, mask.tolist()] for masks in applied for name, mask in sorted(masks.items())]
         start = follows(stage) or inputs.origin
         form = ["without masked units"] if self.trained is not self.inputs else []
-        return [self.data.train.fingerprint, start, fixed, *pattern_identity(stage), *form]
+        made = [*pattern_identity(stage), *experts_identity(stage)]
+        return [self.data.train.fingerprint, start, fixed, *made, *form]
 
     def train(self) -> Callable[[], dict[str, Any]]:
         search, opened = self._fitted()
         engine, gates, attached, sizes, distiller = opened
         stage, data = self.stage, self.data
+        self.precision = engine.precision
         say(self._opening(engine))
         loader = open_loader(stage, data)
         mixer = SourceMixer(stage, loader, data, engine, self.log, self.at)
@@ -167,6 +184,8 @@ class LanguageModelRun(StageRun):
         if inputs is not self.inputs:
             whole = self.inputs
             engine.stored_config = without_units(whole.model_config, whole.head_unit, whole.fixed)
+        if scheme := stage_scheme(stage):
+            FakeQuantization(engine.module, scheme, self.quantized)
         gates, attached = make_gates(stage, self.inputs), self._attach(engine)
         sizes = TrainedSizes(stage, inputs, attached, gates, engine.device)
         largest = sizes.largest if stage.sizes and training.train_weights else None
@@ -289,10 +308,12 @@ class LanguageModelRun(StageRun):
         held = [kind for kind, path in vars(stage.fixed).items() if path]
         does = [f"learns {' and '.join(stage.learns)} masks"] if stage.learns else []
         does += ["applies a pattern"] if stage.pattern_mask else []
+        does += ["trains a mixture of experts"] if stage.is_moefy else []
         does += (
             [f"applies {' and '.join(held)} masks"] if held else ["random masks"] if stage.is_random_baseline else []
         )
         does += [f"{len(stage.sizes)} nested sizes"] if stage.sizes else []
+        does += [f"{len(self.quantized)} modules as {stage.quantization.scheme}"] if stage.quantization else []
         return (
             f"\n{stage.name}: {training.steps} steps × {training.train_batch_size} rows, "
             f"{', '.join(does) or 'no masks'}, from {self.inputs.origin}; {engine.described()}"
@@ -320,21 +341,25 @@ class LanguageModelRun(StageRun):
         """The held-out loss of each size with binary masks; those of the smallest stay attached."""
         stage, training, losses = self.stage, self.stage.config.training, list[float | None]()
         engine.module.eval()
-        ranks = distributed.rank(), distributed.world_size()
         for number, name in enumerate([f", {size:g}" for size in stage.sizes] or [""]):
             attached.set(sizes.binary(number))
-            loss = None
-            if training.eval_rows:
-                rows = training.rows_at_once(ranks[1])
-                batches = held_out_batches(self.data.held_out, rows, training.eval_rows, *ranks)
-                loss = held_out_loss(engine, batches, engine.device)
-                say(f"{stage.name}{name}: held-out loss {loss:.4f}")
-            losses.append(loss)
+            losses.append(self._held_out_loss(engine))
+            if losses[-1] is not None:
+                say(f"{stage.name}{name}: held-out loss {losses[-1]:.4f}")
         if training.eval_rows:
             by_size = {f"{size:g}": loss for size, loss in zip(stage.sizes, losses, strict=False)}
             named = {"held_out_loss_of_size": by_size} if by_size else {}
             self.log.write({"step": position.step, "held_out_loss": losses[0], **named})
         return losses
+
+    def _held_out_loss(self, engine: Engine) -> float | None:
+        """The held-out loss of a model in eval mode; None if the stage is not to measure any."""
+        training, ranks = self.stage.config.training, (distributed.rank(), distributed.world_size())
+        if not training.eval_rows:
+            return None
+        rows = training.rows_at_once(ranks[1])
+        batches = held_out_batches(self.data.held_out, rows, training.eval_rows, *ranks)
+        return held_out_loss(engine, batches, engine.device)
 
     def _write_model(self, engine: Engine) -> None:
         folder, inputs = self.stage.folder / "model", self.inputs
@@ -376,8 +401,11 @@ class LanguageModelRun(StageRun):
             "data": state,
             **models[0],
             **({"sizes": sizes} if sizes else {}),
+            **experts_record(inputs),
+            **dense_loss(stage),
             "head_unit": inputs.head_unit,
             "masks": {path: sha256(path) for path in files},
+            **quantization_record(stage, self.quantized, self.precision),
         }
 
 

@@ -124,30 +124,30 @@ def write_recipe(job: OneLineJob) -> tuple[Path, dict[str, Any]]:
     if job.vocabulary and least_count(job.vocabulary) is None:
         read_vocabulary(job.vocabulary, source.folder)
     files = _recipe_files(job, source, sizes)
-    _check_same(folder, files)
+    check_same(folder, files)
     times = Path(job.output) / TIMES
     with tempfile.TemporaryDirectory(prefix="cook-plan-") as name:
         aside = Path(name)
         if "latency_ms" in sizes[0] and not times.is_file():
             # Measuring takes a while: every other mistake is found before it.
-            _planned(_recipe_files(job, source, [{"params": ALMOST_ALL}]), aside)
+            planned(_recipe_files(job, source, [{"params": ALMOST_ALL}]), aside)
             settings = ProfileSettings(length=job.max_length)
             space = source.adapter.space(source.config)
             wide = [kind for kind in budget_kinds(space, job.units, job.pin, job.hidden) if kind in WIDE]
             measured = measure_block_times(source, settings, wide=wide, on_point=print)
             write_json(aside / TIMES, measured.as_json())
             joint = files["l0_pruning.json"]["joint"] | {"block_times": str(aside / TIMES)}
-            plan = _planned(files | {"l0_pruning.json": files["l0_pruning.json"] | {"joint": joint}}, aside)
+            plan = planned(files | {"l0_pruning.json": files["l0_pruning.json"] | {"joint": joint}}, aside)
             write_json(times, read_json(aside / TIMES))
         else:
-            plan = _planned(files, aside)
+            plan = planned(files, aside)
     for name, content in files.items():
         if not (folder / name).exists():
             write_json(folder / name, content)
     return folder / "bmcook.json", plan | {"config": str(folder / "bmcook.json")}
 
 
-def _planned(files: Mapping[str, Mapping[str, Any]], aside: Path) -> dict[str, Any]:
+def planned(files: Mapping[str, Mapping[str, Any]], aside: Path) -> dict[str, Any]:
     """The plan of a recipe, whose files are written to the folder `aside`."""
     for name, content in files.items():
         write_json(aside / name, content)
@@ -157,7 +157,7 @@ def _planned(files: Mapping[str, Mapping[str, Any]], aside: Path) -> dict[str, A
         raise UserErrors("the recipe of these options cannot be used", errors.errors) from None
 
 
-def _check_same(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+def check_same(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuses a folder whose recipe differs from the one to write: its checkpoints are of another job."""
     differences = []
     for name, content in files.items():
@@ -191,7 +191,7 @@ def _recipe_files(job: OneLineJob, source: ModelSource, sizes: Sequence[Keep]) -
         "model": {"type": "hf", "path": str(source.path)},
         "tokenizer": {"type": "hf", "path": str(source.path), "vocab_size": vocabulary_size(source.config)},
         "data": {
-            "type": _data_type(job.data),
+            "type": data_type(job.data),
             "paths": list(job.data),
             "text_field": job.text_field,
             "held_out": 0.03,
@@ -217,7 +217,7 @@ def _recipe_files(job: OneLineJob, source: ModelSource, sizes: Sequence[Keep]) -
         "pruning": {
             "is_pruning": True,
             "pruning_mask_path": None,
-            "pruned_module": _matrices(
+            "pruned_module": matrices(
                 source, with_hidden=scheme.get("fine-grained", {}).get("target_hidden") is not None
             ),
             "mask_method": {"layer": "coarse-grained", "joint": "joint"}.get(stages[0].split("_")[0], "fine-grained"),
@@ -334,7 +334,7 @@ def _distillation(job: OneLineJob, stage: str) -> Mapping[str, Any] | None:
     return {"teacher": job.teacher, "stages": [stage], "ce_scale": 2.0, "ce_temp": 2.0}
 
 
-def _matrices(source: ModelSource, *, with_hidden: bool) -> list[str]:
+def matrices(source: ModelSource, *, with_hidden: bool) -> list[str]:
     """The names of all prunable matrices inside a layer; with those on the residual stream if it is pruned too."""
     space = source.adapter.space(source.config)
     pieces = [(group.layer, piece.path) for group in space.groups for piece in group.slices]
@@ -344,7 +344,7 @@ def _matrices(source: ModelSource, *, with_hidden: bool) -> list[str]:
     return sorted(inside | outside)
 
 
-def _data_type(paths: tuple[str, ...]) -> str:
+def data_type(paths: tuple[str, ...]) -> str:
     """The `data.type` of files and folders, by their endings.
 
     Raises:

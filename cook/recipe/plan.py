@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cook.base.errors import UserError
 from cook.base.files import read_json
 from cook.config.distillation import OWN_TEACHER
+from cook.config.quantization import QuantizationConfig
 from cook.config.types import RunConfig, StageName, for_stage, training_for, two_of_four
 from cook.pruning.units import Kind
 from cook.recipe.sources import DONE, model_files
@@ -97,11 +98,21 @@ class Stage:
     @property
     def pattern_mask(self) -> str | None:
         """The mask file of single weights that the stage reads or writes; None in other stages."""
-        return self.config.pruning.pruning_mask_path if self.name == "pattern" else None
+        has_pattern = "pattern" in (self.name, self.after if self.name == "quantize" else None)
+        return self.config.pruning.pruning_mask_path if has_pattern else None
 
     @property
     def is_random_baseline(self) -> bool:
         return self.name == "random_baseline"
+
+    @property
+    def quantization(self) -> QuantizationConfig | None:
+        """How the stage quantizes weights; None in other stages."""
+        return self.config.quantization if self.name == "quantize" else None
+
+    @property
+    def is_moefy(self) -> bool:
+        return self.name == "moefy"
 
     @property
     def sizes(self) -> tuple[float, ...]:
@@ -135,7 +146,7 @@ class Stage:
         units, fine = self._parts, self.config.fine
         kinds = {"heads": "att", "dimff": "ffn", "experts": "experts"}
         if self.one_budget:
-            return set(kinds)
+            return {"heads", "dimff", *(["experts"] if fine and fine.target_experts is not None else [])}
         return {kind for kind, unit in kinds.items() if fine and fine.scope == "global" and unit in units}
 
     @property
@@ -149,18 +160,21 @@ class Stage:
         if config.distillation and config.distillation.teacher != OWN_TEACHER:
             models.append(config.distillation.teacher)
         masks = self.inherited_masks()
-        if self.pattern_mask and config.pattern and config.pattern.previous_mask:
+        if self.name == "pattern" and config.pattern and config.pattern.previous_mask:
             masks.append(config.pattern.previous_mask)
         return [file for path in models for file in model_files(Path(path))] + [Path(path) for path in masks]
 
     def inherited_masks(self) -> list[str]:
         """The mask files that stay fixed during the stage."""
-        return [path for paths in self.by_size(self.fixed) for path in vars(paths).values() if path]
+        units = [path for paths in self.by_size(self.fixed) for path in vars(paths).values() if path]
+        return units + [path for path in [self.pattern_mask] if path and self.name != "pattern"]
 
     def traces(self) -> list[Path]:
-        """The pattern mask, if this run makes it."""
+        """The pattern mask, if this run makes it; the experts of a stage."""
+        if self.is_moefy:
+            return [self.folder / "experts.safetensors"]
         mask, output = self.pattern_mask, Path(self.config.output_dir).resolve()
-        return [Path(mask)] if mask and Path(mask).resolve().is_relative_to(output) else []
+        return [Path(mask)] if mask and self.name == "pattern" and Path(mask).resolve().is_relative_to(output) else []
 
     def _targets(self) -> list[Any]:
         """The targets that determine the stage's outcome; a random baseline depends on the targets of all stages."""
@@ -198,12 +212,21 @@ class Stage:
         return [targets[kind] for kind in self.learns]
 
     def pattern_settings(self) -> dict[str, Any]:
-        """The settings that determine the mask of single weights; empty in other stages."""
-        if self.name != "pattern":
+        """The settings that determine the mask of single weights; empty in stages without one."""
+        if self.pattern_mask is None:
             return {}
         pattern = asdict(self.config.pattern) if self.config.pattern else {}
         pattern.pop("previous_mask", None)  # its content counts, not its path
         return {"method": two_of_four(self.config.pruning) or "pattern", "pattern": pattern}
+
+    def moefy_settings(self) -> dict[str, Any]:
+        """The settings that determine the experts; empty in other stages."""
+        if self.name != "moefy":
+            return {}
+        assert self.config.moefy is not None
+        moefy = asdict(self.config.moefy)
+        moefy.pop("steps")  # those of `training`
+        return {"moefy": moefy}
 
     def fingerprint(self) -> str:
         """Hash of the settings that determine the stage's outcome; output paths and logging do not.
@@ -248,7 +271,9 @@ class Stage:
             "pruned_module": config.pruning.pruned_module if self.name != "pretrain" else None,
             "targets": self._targets(),
             **self.pattern_settings(),
+            **self.moefy_settings(),
             "gates": asdict(config.gates) if self.learns or self.is_random_baseline else None,
+            **({"quantization": asdict(self.quantization)} if self.quantization else {}),
         }
         return hashlib.sha256(json.dumps(described, sort_keys=True, default=list).encode()).hexdigest()
 
@@ -284,6 +309,11 @@ def plan_stage(config: RunConfig, name: StageName) -> Stage:
 
 def _check_sections(config: RunConfig, name: str) -> None:
     """The loader has checked the stages that the files name; a stage can also be named on the command line."""
+    if name == "quantize" and not (config.quantization and config.quantization.is_quant):
+        remedy = 'add "quantization": {"is_quant": true} to bmcook.json'
+        raise UserError("quantize needs the section 'quantization'", remedy=remedy)
+    if name == "moefy" and not (config.moefy and config.moefy.is_moefy):
+        raise UserError('moefy needs the section "MoEfication"', remedy="add it to bmcook.json, with is_moefy true")
     sections = {"coarse-grained": config.coarse, "fine-grained": config.fine, "joint": config.joint}
     needed = {"layer": ("coarse-grained",), "joint": ("joint", "fine-grained")}
     needed |= dict.fromkeys(INNER.values(), ("fine-grained",))
@@ -331,11 +361,23 @@ def _fixed(config: RunConfig, name: str, order: list[StageName], before: list[St
     paths = mask_paths(config)
     if name in ("pretrain", "layer_mask", "joint_mask", "pattern", "random_baseline"):
         return MaskPaths()
-    if name == "joint_finetune":
+    if name == "moefy":  # the masks of the model that the stage before it has made
+        last = _predecessor(name, before)
+        if last is None:
+            return MaskPaths()
+        written = {kind: path for kind, path in vars(_writes(config, last)).items() if path}
+        return replace(_fixed(config, last, order, before[: before.index(last)]), **written)
+    if name == "quantize" and "pattern" in before:
+        return MaskPaths()
+    if name == "joint_finetune" or (name == "quantize" and {"joint_mask", "joint_finetune"} & set(before)):
         return MaskPaths(**{kind: getattr(paths, kind) for kind in _masked(config, "joint_mask")})
     if name == "layer_finetune":
         return MaskPaths(layer=config.coarse.coarse_mask if config.coarse else None)
     layer = config.fine.coarse_mask if config.fine else None
+    if name == "quantize" and not {"layer_mask", "layer_finetune"} & set(before):
+        layer = paths.layer if paths.layer and Path(paths.layer).exists() else None
+    elif name == "quantize":
+        layer = paths.layer
     fixed = {"layer": layer}
     for kind, unit in INNER.items():
         path = getattr(paths, kind)

@@ -28,6 +28,7 @@ from cook.evaluation.equality import answers, answers_for, difference, masked_mo
 from cook.evaluation.speed import LARGEST_TIMED, pass_seconds
 from cook.export.check import AUTO_CLASSES
 from cook.export.companions import Companions, copy_companions, name_tokenizer_class
+from cook.export.experts_folder import write_experts
 from cook.export.model_folder import published
 from cook.export.pruned_folder import Pruned, open_masks, write_pruned
 from cook.export.vocabulary import least_count, read_vocabulary, tokenizer_in, with_vocabulary
@@ -35,8 +36,9 @@ from cook.families.consumers import misread_by
 from cook.families.registry import stock_type
 from cook.families.source import load_model, open_model
 from cook.families.streamed import fits_into_memory
+from cook.pruning.carving import active_when_carved
 from cook.pruning.counts import active_parameters, forward_flops, parameters
-from cook.pruning.family import ModelSource, vocabulary_size
+from cook.pruning.family import ModelSource, refuse_experts, vocabulary_size
 from cook.pruning.mask_set import Masks, kept_counts
 from cook.pruning.pad import padded
 from cook.pruning.units import PruningSpace
@@ -160,7 +162,10 @@ def _reshape(job: Job, options: ReshapeOptions) -> None:
         print(f"vocabulary  {whole.config['vocab_size']:,} → {len(tokens):,} tokens")
     given = job.masks
     space, masks = open_masks(source, **given.by_option)
-    if not masks and not tokens:
+    experts = source.adapter.experts(source.config)
+    if masks or options.uniform:
+        refuse_experts(experts)
+    if not masks and not tokens and not experts:
         if job.stages and job.stages[-1].pattern_mask:
             print(f"{job.model}: pruned with a sparsity pattern, at its full size; there is nothing to reshape")
             return
@@ -169,13 +174,16 @@ def _reshape(job: Job, options: ReshapeOptions) -> None:
             remedy="give a mask, such as --coarse-mask, --heads-mask, --dimff-mask or --hidden-mask",
         )
     files = [path for path in vars(given).values() if path]
-    print(f"model  {source.path}\nmasks  {', '.join(files)}")
+    print(f"model  {source.path}\nmasks  {', '.join(files) or 'none'}")
     even = padded(source, space, masks) if options.uniform else (source, masks)
     # The run's rows have the ids of the whole vocabulary.
     batches, what = sample_batches(None if tokens else job.config, source, rows=compared_rows(source))
     output = Path(job.output)
     with published(output, source=source.path) as folder:
-        pruned = write_pruned(even[0], space, even[1], folder, record=masks)
+        if experts:
+            pruned = write_experts(source, space, folder)
+        else:
+            pruned = write_pruned(even[0], space, even[1], folder, record=masks)
         companions = copy_companions(source.folder, folder)
         if tokens:
             shrink_tokenizer(folder, tokens)
@@ -186,6 +194,8 @@ def _reshape(job: Job, options: ReshapeOptions) -> None:
             checked = verify(checked, whole, space, masks, batches, what, tokens)
         speeds = measured_speeds(whole, folder, space, batches[0]) if options.time else {}
         print(comparison(whole.adapter.space(whole.config), space, even[1], batches, speeds))
+        if experts:
+            print(f"{human_count(active_when_carved(space, experts))} parameters are active per token\n")
         card = ModelCard(
             name=output.resolve().name,
             rows=_rows(job),
@@ -196,6 +206,7 @@ def _reshape(job: Job, options: ReshapeOptions) -> None:
             masks=[MaskFile(name=Path(path).name, sha256=sha256(path)) for path in files],
             auto_class=pruned.auto_class,
             pipeline=AUTO_CLASSES.get(pruned.auto_class, "text-generation"),
+            active_parameters=active_when_carved(space, experts) if experts else None,
             trust_remote_code=pruned.needs_remote_code,
             misread_by=misread_by(pruned.config),
             max_difference=checked.difference,

@@ -26,11 +26,12 @@ from cook.report.documents import Figure, write_report
 from cook.report.events import LOG_NAME, read_log
 from cook.report.figures import plot_losses, plot_sparsity
 from cook.report.pruning_figures import plot_spending, plot_structure
-from cook.report.tables import ladder_table, markdown_table
+from cook.report.tables import human_count, ladder_table, markdown_table
 
 SHOWN: dict[Kind, str] = {
     "layer": "blocks",
     "heads": "heads",
+    "experts": "experts",
     "dimff": "FFN dims",
     "head_dims": "head dims",
     "hidden": "hidden dims",
@@ -84,6 +85,8 @@ def _speeds(config: RunConfig, shown: list[tuple[Stage, int]]) -> dict[str, floa
 
 
 def _small_model(stage: Stage, number: int, source: ModelSource) -> torch.nn.Module:
+    if stage.is_moefy:
+        return load_model(source)
     space = source.adapter.space(source.config, done_record(stage)["head_unit"])
     masks = masks_of_structure(space, models_of(stage)[number]["structure"])
     model = load_model(reshaped_source(source, space, masks))
@@ -94,7 +97,13 @@ def _small_model(stage: Stage, number: int, source: ModelSource) -> torch.nn.Mod
 def _spending_table(spent: list[Spent]) -> str:
     total = sum(row.parameters for row in spent)
     rows = [
-        [SHOWN[row.kind], f"{row.before:,}", f"{row.after:,}", f"{row.parameters:,}", f"{row.parameters / total:.0%}"]
+        [
+            SHOWN.get(row.kind, row.kind),
+            f"{row.before:,}",
+            f"{row.after:,}",
+            f"{row.parameters:,}",
+            f"{row.parameters / total:.0%}",
+        ]
         for row in spent
         if row.parameters
     ]
@@ -122,7 +131,7 @@ def _figures(stages: list[Stage], folder: Path, spent: list[Spent]) -> list[Figu
         figures.append(Figure(caption=caption, path=plot_structure(structure, folder / "structure.png")))
         if any(row.parameters for row in spent):
             caption = "The parameters that went with each kind of units, all of them removed together and evenly."
-            bars = [(SHOWN[row.kind], row.before, row.after, row.parameters) for row in spent]
+            bars = [(SHOWN.get(row.kind, row.kind), row.before, row.after, row.parameters) for row in spent]
             figures.append(Figure(caption=caption, path=plot_spending(bars, folder / "spending.png")))
     return figures
 
@@ -142,4 +151,6 @@ def _notes(config: RunConfig, stages: list[Stage]) -> list[str]:
             f"Random masks: as many blocks, heads and dims, chosen at random; {baseline['steps']} steps of finetuning "
             f"from the dense model. The learned masks took {steps} steps in all, mask training included."
         )
+    if active := records.get("moefy", {}).get("active_parameters"):
+        notes.append(f"Of the mixture of experts, {human_count(active)} parameters are active per token.")
     return notes

@@ -88,6 +88,7 @@ def _read(
 
 def _run(config: RunConfig, stages: Sequence[Stage], *, resume: str) -> None:
     from cook.recipe.language_model import LanguageModelRun
+    from cook.recipe.quantize import check_early
     from cook.recipe.runner import is_finished, say_finished
 
     folder, training = config.output_dir, config.training
@@ -97,6 +98,9 @@ def _run(config: RunConfig, stages: Sequence[Stage], *, resume: str) -> None:
                 say_finished(stage)
             _note_finished(folder)
         return
+    for stage in stages:
+        if stage.quantization:  # days before its turn
+            check_early(stage)
     outcome = Outcome(folder, launched_rank())
     with outcome, ranks(folder, training.threads, training.rank_timeout, outcome) as at:
         for number, stage in enumerate(stages, start=1):

@@ -44,6 +44,8 @@ TITLES = {
     "joint_mask": "all masked at once",
     "joint_finetune": "all, finetuned",
     "pattern": "pattern, finetuned",
+    "quantize": "quantized",
+    "moefy": "mixture of experts",
     "random_baseline": "random masks",
 }
 
@@ -61,6 +63,8 @@ def finished_stages(config: RunConfig, *, baseline: bool = False) -> list[Stage]
 
 def masks_after(stage: Stage, number: int = 0) -> MaskPaths:
     """The mask files of a stage's model, or of its size of that number: fixed and learned ones."""
+    if stage.name == "moefy":  # its model is the smaller one
+        return MaskPaths()
     learned = {kind: path for kind, path in vars(stage.writes).items() if path}
     return stage.by_size(dataclasses.replace(stage.fixed, **learned))[number]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from cook.base.files import write_atomically
-from cook.report.tables import LadderRow, ladder_table
+from cook.report.tables import LadderRow, human_count, ladder_table
 
 REPORT_NAME = "report.md"
 
@@ -98,6 +98,8 @@ class ModelCard:
     """The transformers class that loads the model."""
     pipeline: str = "text-generation"
     """The pipeline tag for the Hub."""
+    active_parameters: int | None = None
+    """Parameters that a token uses, if the FFN blocks are mixtures of experts. None: all."""
     trust_remote_code: bool
     """Whether transformers needs the modeling file in the folder to load the model."""
     misread_by: Sequence[str] = ()
@@ -140,6 +142,11 @@ def _front_matter(card: ModelCard) -> str:
 
 def _introduction(card: ModelCard) -> str:
     origin = "a model trained from scratch" if card.base_model is None else card.base_model
+    if card.active_parameters is not None:
+        return (
+            f"A language model made from {origin}, whose FFN blocks are mixtures of experts: a router chooses the FFN "
+            f"dimensions of each token, which uses {human_count(card.active_parameters)} parameters."
+        )
     return (
         f"A dense language model cut out of {origin} by structured pruning: whole blocks, attention heads and "
         "FFN dimensions were removed by masks learned together with the weights."

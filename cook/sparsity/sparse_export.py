@@ -124,7 +124,7 @@ def export_sparse(
         folder=output,
         kind="stock" if stock else "sparse",
         parameters=(before, count),
-        notes=tuple(_notes(layers, config, head_size, stock)),
+        notes=tuple(_notes(layers, config, head_size, stock, int8)),
     )
 
 
@@ -235,7 +235,9 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def _notes(layers: list[CompactLayer], config: Mapping[str, Any], head_size: int, stock: bool) -> Iterator[str]:
+def _notes(
+    layers: list[CompactLayer], config: Mapping[str, Any], head_size: int, stock: bool, int8: bool
+) -> Iterator[str]:
     heads = sum(layer.heads for layer in layers)
     total = len(layers) * config["num_attention_heads"]
     if heads < total:
@@ -251,10 +253,12 @@ def _notes(layers: list[CompactLayer], config: Mapping[str, Any], head_size: int
         name for layer in layers for name, tiles in layer.tiles.items() if _lies_dense(tiles, layer.matrices[name])
     ]
     if dense and not stock:
-        yield (
-            f"{len(dense)} of {4 * len(layers)} matrices have no tiles: they run sparse on a CPU in fp32 if that "
-            "is faster (this needs a C compiler), else dense, with their zeros"
+        how = (
+            "dense, with their zeros"
+            if int8
+            else ("sparse on a CPU in fp32 if that is faster (this needs a C compiler), else dense, with their zeros")
         )
+        yield f"{len(dense)} of {4 * len(layers)} matrices have no tiles: they run {how}"
 
 
 def _lies_dense(tiles: Tiles, matrix: MaskedMatrix) -> bool:

@@ -84,7 +84,7 @@ def pruned(options: argparse.Namespace, variant: str, removed: float, steps: int
             *(word for unit in UNITS[variant] for word in ("--units", unit)),
         )
         if done.returncode == 2:
-            return None, done.stderr.strip().splitlines()[0]
+            return None, done.stderr.strip()[-300:]
         if done.returncode:
             sys.exit(f"{name} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
     return output, ""

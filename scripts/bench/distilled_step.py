@@ -86,7 +86,7 @@ def main() -> None:
         )
         settings = {"zero_optimization": {"stage": options.zero}}
         build = lambda: unfilled_model(adapter, config)  # noqa: E731
-        engines[trained] = Engine(build, weights, training, settings, call_form=adapter.inputs)
+        engines[trained] = Engine(build, weights, training, settings, call_form=adapter.inputs, on_host=adapter.on_host)
     batch = batch_of({"prompt_length": 1} | config, options.rows, options.length)
     num_targets = int((batch["targets"] != -100).sum())
     groups, bank = gates_of(space, options.kind)

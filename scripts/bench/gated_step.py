@@ -118,7 +118,8 @@ def main() -> None:
         precision=options.precision,
         activation_checkpointing=options.checkpointing,
     )
-    engine = Engine(lambda: adapter.build(config), None, training, {"zero_optimization": {"stage": options.zero}})
+    settings = {"zero_optimization": {"stage": options.zero}}
+    engine = Engine(lambda: adapter.build(config), None, training, settings, on_host=adapter.on_host)
     batch = batch_of(config, options.rows, options.length)
     num_targets = int((batch["targets"] != -100).sum())
     rate = matrix_rate(engine)

@@ -35,7 +35,7 @@ def test_every_section_is_built(load):
 def test_left_out_keys_have_the_dataclass_defaults(load):
     training = load().training
     defaults = {f.name: f.default for f in dataclasses.fields(training) if f.default is not dataclasses.MISSING}
-    assert len(defaults) == 21
+    assert len(defaults) == 22
     assert {name: getattr(training, name) for name in defaults} == defaults
 
 

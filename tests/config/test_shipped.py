@@ -64,15 +64,14 @@ def stand_ins(elsewhere, in_root):
 
 def test_every_shipped_file_is_known_here():
     shipped = {path.parent.name for path in (ROOT / "config").rglob("bmcook.json")}
-    assert shipped == {"config", "smollm2"} | {f"{big}_to_{small}" for big, small in RUNGS}
+    assert shipped == {"config", "smollm2", "smollm2_int8"} | {f"{big}_to_{small}" for big, small in RUNGS}
 
 
 @pytest.mark.parametrize("world_size", [None, 1, 2, 4, 8])
 def test_the_default_loads_as_it_is(in_root, world_size):
     config = load_config("config/bmcook.json", world_size=world_size)
-    assert [entry.name for entry in config.stages] == [
-        name for name in STAGE_NAMES if name != "pattern" and not name.startswith(("joint", "hidden"))
-    ]
+    others = ("joint", "hidden", "headdim", "experts", "pattern", "quantize", "moefy")
+    assert [entry.name for entry in config.stages] == [name for name in STAGE_NAMES if not name.startswith(others)]
     assert config.stage == "layer_mask"
     assert config.data.type == "python_stdlib" and config.tokenizer.path is None
     assert (config.fine.num_heads, config.fine.target_num_heads) == (16, 4)
@@ -87,9 +86,9 @@ def test_the_default_can_prune_in_the_other_order(in_root):
     assert [entry.name for entry in load_config("config/bmcook.json", [setting]).stages] == names
 
 
-@pytest.mark.parametrize("world_size", [None, 1, 2])
-def test_smollm2_lacks_nothing_but_its_folder(elsewhere, in_root, world_size):
-    path = ROOT / "config" / "smollm2" / "bmcook.json"
+@pytest.mark.parametrize(("name", "world_size"), [("smollm2", None), ("smollm2", 1), ("smollm2_int8", 2)])
+def test_smollm2_lacks_nothing_but_its_folder(elsewhere, in_root, name, world_size):
+    path = ROOT / "config" / name / "bmcook.json"
     (elsewhere / "model").mkdir()
     sizes = {"vocab_size": 49152, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536}
     (elsewhere / "model" / "config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
@@ -98,7 +97,8 @@ def test_smollm2_lacks_nothing_but_its_folder(elsewhere, in_root, world_size):
     assert config.stage == "ffn_mask" and config.model.type == "hf"
     assert not for_stage(config, "ffn_mask").training.train_weights
     assert for_stage(config, "ffn_finetune").training.train_weights
-    assert config.fine.target_dimff == round(0.7 * config.fine.dim_ff) and config.training.precision == "bf16"
+    assert (config.quantization is not None) == (name == "smollm2_int8")
+    assert abs(config.fine.target_dimff - 0.7 * config.fine.dim_ff) < 64 and config.training.precision == "bf16"
     with pytest.raises(UserErrors, match="path\\(s\\) do not exist"):
         load_config(path)
 

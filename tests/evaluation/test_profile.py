@@ -44,7 +44,8 @@ def test_times_that_add_up_are_found_again(monkeypatch):
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_both_phases_run_real_models_and_noise_gives_no_negative_times(monkeypatch, phase):
-    shares = iter([0.6, 0.5, 0.9, 0.8])  # half of the heads seem faster than none
+    # Half of the heads seem faster than none. Then two thirds of the head dims, and half of the hidden dims.
+    shares = iter([0.6, 0.5, 0.9, 0.8, 0.95, 0.7])
 
     def timed(actions, device, *, repeats):
         for action in actions.values():
@@ -57,9 +58,16 @@ def test_both_phases_run_real_models_and_noise_gives_no_negative_times(monkeypat
     said: list[str] = []
     settings = ProfileSettings(length=16, batch_size=2, phase=phase, points=2)
     times = profile.measure_block_times(source, settings, on_point=said.append)
-    assert len(said) == 4 and times.total(space, {}) == pytest.approx(100)
+    assert len(said) == 6 and times.total(space, {}) == pytest.approx(100)
     assert times.rest == pytest.approx(10) and times.heads.ms[-1] * 3 == pytest.approx(40)
     assert times.dimff.ms == pytest.approx((0, 10, 100 / 6)) and list(times.heads.ms) == sorted(times.heads.ms)
+    assert times.wide["head_dims"].ms == pytest.approx((95, 100)) and times.wide["hidden"].ms == pytest.approx(
+        (70, 100)
+    )
+    assert times.wide["head_dims"].shares == pytest.approx((2 / 3, 1)) and times.wide["hidden"].shares == (0.5, 1)
+    # Attention takes 40 of 100 ms, of which 5 go; then everything takes 70%.
+    both = times.total(space, {"head_dims": 2, "hidden": 16})
+    assert times.total(space, {"head_dims": 2}) == pytest.approx(95) and both == pytest.approx(0.7 * 95)
     assert times.settings["phase"] == phase and "whole model 100.00 ms" in profile.table(times)
     monkeypatch.setattr(profile, "median_seconds", lambda *_, **__: {"whole": 0.1, "small": 0.11})
     with pytest.raises(UserError, match="no time that can be measured"):
@@ -71,12 +79,12 @@ def test_the_command_writes_the_table(tmp_path, capsys, monkeypatch):
 
     from cook.cli import invoke
 
-    ratios = iter([0.6, 0.5, 0.9, 0.8])
+    ratios = iter([0.6, 0.5, 0.9, 0.8, 0.95, 0.7])
     monkeypatch.setattr(profile, "median_seconds", lambda *_, **__: {"whole": 0.1, "small": 0.1 * next(ratios)})
     sizes = dict(vocab_size=64, hidden_size=64, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4)
     LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path / "model")
     options = ["--length", "64", "--points", "2", "--repeats", "5", "--output", str(tmp_path / "times.json")]
     invoke("profile", [str(tmp_path / "model"), *options])
-    assert "ms per block" in capsys.readouterr().out
+    assert "| whole model, hidden" in capsys.readouterr().out
     assert read_block_times(tmp_path / "times.json").settings["length"] == 64
     assert json.loads((tmp_path / "times.json").read_text())["num_layers"] == 2

@@ -107,6 +107,7 @@ def test_all_goes_along_but_what_is_excluded(tmp_path):
         "model-00001-of-00002.safetensors",
         "model.safetensors.index.json",
         "modeling_cook_ragged.py",
+        "cook_experts.py",
         "masks/fine.pt",
         ".git/config",
         ".cache/x",

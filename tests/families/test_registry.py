@@ -71,6 +71,7 @@ def test_the_table_is_true(name):
     masks = {
         "heads": {g: mask for g, mask in half.items() if g.endswith("heads")},
         "dims": {g: mask for g, mask in half.items() if g.endswith("dimff")},
+        "experts": {g: mask for g, mask in half.items() if g.endswith("experts")},
         "layers": {"layers.1.att": torch.zeros(1), "layers.1.ffn": torch.zeros(1)},
         "a block": {"layers.1.att": torch.zeros(1)},
     }

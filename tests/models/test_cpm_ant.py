@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
+import cook.models.cook_experts as cook_experts
 import cook.models.cpm_ant as cpm_ant
 from cook.models.cpm_ant import Bias, BiasedAttention, CpmAntConfig, CpmAntForCausalLM, score_blocks
 from tests.models.cpm_ant_reference import bucket, row_logits
@@ -477,6 +478,7 @@ def test_loads_with_remote_code_where_cook_is_not(tmp_path):
     folder = tmp_path / "model"
     model.save_pretrained(folder)
     shutil.copy(cpm_ant.__file__, folder / "modeling_cook_cpm_ant.py")
+    shutil.copy(cook_experts.__file__, folder)
     text = torch.tensor([[4, 5, 6]])
     torch.save(model(input_ids=text).logits, tmp_path / "logits.pt")
     script = f"""

@@ -380,3 +380,16 @@ def test_a_step_draws_the_gates_of_its_size():
         number = size_of_step(step, 2, gates.seed)
         assert torch.equal(gates.draw(step), gates.of_size(number))
         assert torch.equal(gates.largest(), gates.of_size(0))
+
+
+def test_some_units_of_a_group_always_stay():
+    """Six of ten must go, and the task would be rid of all five of the first group."""
+    budget = Constraint(name="both", start=0, costs=(0.1,) * 10, target=0.6, least=((5, 2), (5, 0)))
+    gates = Gates({"a": 5, "b": 5}, [budget], steps=40, seed=0)
+    random = torch.Generator().manual_seed(0)
+    for step in range(1, 41):
+        gates.draw(step)
+        gates.update(torch.tensor([1.0] * 5 + [-1.0] * 5) + 0.1 * torch.randn(10, generator=random), step)
+        assert (gates.of_size(0)[:5] > 0.4).sum() >= 2
+    masks = gates.binary()
+    assert (masks["a"].sum(), masks["b"].sum()) == (2, 2)

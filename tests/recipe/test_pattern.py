@@ -141,3 +141,19 @@ def test_the_schema_knows_the_same_patterns_and_quirks():
     node = load_schema("bmcook")["properties"]["pattern"]["properties"]
     assert node["type"]["enum"] == [*range(len(NUMBERED)), *NAMES]
     assert node["quirks"]["items"]["enum"] == [field.name for field in fields(Quirks)]
+
+
+def test_a_quantize_stage_keeps_the_pruned_weights_at_zero(finished, tmp_path):
+    pytest.importorskip("torchao")
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    config = json.loads((folder / "bmcook.json").read_text())
+    config["stages"].append({"name": "quantize"})
+    config["quantization"] = {"is_quant": True, "scheme": "int8_weight", "steps": 2}
+    (folder / "bmcook.json").write_text(json.dumps(config))
+    result = train(folder, "--stage", "quantize")
+    assert result.code == 0, result
+    masks, _, before = masks_and_weights(folder)
+    after = load_file(folder / "out" / "quantize" / "model" / "model.safetensors")
+    for path, mask in masks.items():
+        assert (after[path][~mask] == 0).all() and not torch.equal(after[path], before[path]), path

@@ -294,3 +294,37 @@ def test_how_and_where_to_run_is_not_in_the_fingerprint(config, setting):
 
 def test_stages_have_different_fingerprints(config):
     assert len(set(prints(config(ATT_FIRST)).values())) == len(ATT_FIRST)
+
+
+QUANT = {"quantization": {"is_quant": True}}
+
+
+def test_quantize_keeps_the_masks_of_the_recipe_before_it(config, tmp_path):
+    for path in (L, H, D):  # of an earlier run
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("")
+    stages = (*ATT_FIRST[:-1], "quantize", "random_baseline")
+    assert row(plan_stage(config(stages, **QUANT), "quantize")) == ("quantize", None, (L, H, D), None, "ffn_finetune")
+    # A mask that no stage of the recipe makes is applied if it exists, as in other stages.
+    assert plan_stage(config(("layer_mask", "quantize"), **QUANT), "quantize").fixed == MaskPaths(
+        layer=L, heads=H, dimff=D
+    )
+    joint = {"joint": {"train_mask": True, "scope": "global", "target_params": 0.5}}
+    found = plan_stage(config(("joint_mask", "quantize"), **QUANT, **joint), "quantize")
+    assert found.fixed == MaskPaths(layer=L, heads=H, dimff=D) and found.after == "joint_mask"
+    with pytest.raises(UserError, match="quantize needs the section 'quantization'"):
+        plan_stage(config(("layer_mask",)), "quantize")
+
+
+def test_quantize_behind_a_pattern_holds_its_mask(config):
+    mask = {"pruning__mask_method": "m4n2_1d", "pruning__pruning_mask_path": "out/p.safetensors"}
+    stage = plan_stage(config(("pretrain", "pattern", "quantize"), **QUANT, **mask), "quantize")
+    assert stage.fixed == MaskPaths() and stage.inherited_masks() == ["out/p.safetensors"] and not stage.traces()
+    assert stage.pattern_settings()["method"] == "m4n2_1d"
+
+
+def test_the_section_is_part_of_the_fingerprint_of_its_stage_alone(config):
+    one = config(("pretrain", "quantize"), **QUANT)
+    other = config(("pretrain", "quantize"), quantization={"is_quant": True, "scheme": "int4", "group_size": 8})
+    for name, same in (("pretrain", True), ("quantize", False)):
+        assert (plan_stage(one, name).fingerprint() == plan_stage(other, name).fingerprint()) == same

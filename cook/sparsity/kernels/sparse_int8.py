@@ -81,10 +81,8 @@ class Int8TileWiseLinear(nn.Module):
         if self._wide is None or self._wide[0] != state:
             layer = TileWiseLinear(self.in_features, self.out_features, self.sizes, block=self.block)
             layer.to(self.weight.device, self.bias.dtype)
-            each = torch.repeat_interleave(  # of every output's weights
-                torch.tensor([rows for rows, _ in self.sizes]), torch.tensor([columns for _, columns in self.sizes])
-            )
-            scales = self.scale.float().repeat_interleave(each.to(self.scale.device))
+            counts = torch.tensor([rows for rows, columns in self.sizes for _ in range(columns)], dtype=torch.long)
+            scales = self.scale.float().repeat_interleave(counts.to(self.scale.device))
             with torch.no_grad():
                 layer.weight.copy_(self.weight * scales)
             layer.weight.requires_grad_(False)
@@ -117,7 +115,7 @@ class Int8TileWiseLinear(nn.Module):
     def tiles(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Of every tile its inputs `[R]`, outputs `[C]`, weights `[C, R]` and scales `[C]`.
 
-        Outputs of no tile make one without inputs.
+        Outputs of no tile make one without inputs; so do no outputs.
         """
         at = row = column = 0
         inputs, outputs = self.wide().input_indices().long(), self.outputs.long()
@@ -128,8 +126,8 @@ class Int8TileWiseLinear(nn.Module):
             at, row, column = at + rows * columns, row + rows, column + columns
         bare = torch.ones(self.out_features, dtype=torch.bool)
         bare[outputs] = False
-        if bare.any():
-            count = int(bare.sum())
+        count = int(bare.sum())
+        if count or not self.sizes:
             yield inputs[:0], bare.nonzero()[:, 0], self.weight.new_zeros(count, 0), self.scale.new_zeros(count)
 
 

@@ -205,7 +205,7 @@ def test_the_export_in_int8_computes_about_the_same(told, folder):
     found = record(folder, "out/prune_tile_wise_kn/export_int8/export.json")
     wide = record(folder, "out/prune_tile_wise_kn/export/export.json")
     assert found["int8"] and not wide["int8"] and found["parameters"] == wide["parameters"]
-    assert 1e-5 < found["largest_relative_difference"] < 0.1  # weights and activations of 8 bits
+    assert 0 < found["largest_relative_difference"] < 0.1  # weights and activations of 8 bits
     assert len(found["speed_up_by_matrix"]) == len(wide["speed_up_by_matrix"])
     assert found["metrics"]["compact"]["acc"] == pytest.approx(found["metrics"]["masked"]["acc"], abs=10)
 

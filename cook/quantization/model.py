@@ -1,0 +1,55 @@
+"""A model whose linear modules are rounded: what the writers of all formats read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from cook.pruning.family import ModelSource
+from cook.quantization.schemes import Matrix, QuantizedWeight, Scheme, quantized
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedModel:
+    """A model and its rounded weights, each computed on access."""
+
+    source: ModelSource
+    """The model in floating point."""
+    scheme: Scheme
+    matrices: Mapping[str, Matrix]
+    """The rounded modules, by path."""
+    others: tuple[str, ...]
+    """The paths of the linear modules that stay in floating point."""
+    trained: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """The weights that training rounded, by name, where they are not those of `source`."""
+    factors: Mapping[str, float] = field(default_factory=dict)
+    """By module, the factor from the weights in `trained` to those of `source`; 1 if absent."""
+    precision: torch.dtype | None = None
+    """The type that weights had before training rounded them; None: as stored."""
+
+    def weight(self, path: str) -> QuantizedWeight:
+        """The rounded weight of a module, with the integers that training has used."""
+        name = f"{path}.weight"
+        matrix = self.matrices[path]
+        weight = (self.trained if name in self.trained else self.source.tensors)[name]
+        assert matrix.rows(weight).shape == (matrix.outputs, matrix.inputs), name
+        if self.precision is not None:
+            weight = weight.to(self.precision)
+        rounded = quantized(matrix.rows(weight).contiguous(), self.scheme)
+        factor = self.factors.get(path, 1.0)
+        if factor == 1.0:
+            return rounded
+        return QuantizedWeight(values_NK=rounded.values_NK, scale_NG=(rounded.scale_NG.double() * factor).float())
+
+    def plain(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names and weights of everything that is not rounded."""
+        rounded = {f"{path}.weight" for path in self.matrices}
+        return ((name, tensor) for name, tensor in self.source.tensors.items() if name not in rounded)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights that are not rounded."""
+        found = next((tensor.dtype for _, tensor in self.plain() if tensor.is_floating_point()), torch.float32)
+        return found

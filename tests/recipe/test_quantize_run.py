@@ -1,0 +1,78 @@
+"""`cook quantize` on a model folder, without training: formats, the table, mistakes."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from cook.base.errors import UserError, UserErrors
+from cook.evaluation.loading import Entry
+from cook.evaluation.measure import measure_loss
+from cook.evaluation.settings import Settings
+from cook.recipe.quantize_run import QuantizeOptions, quantize_run
+from tests.quantization.tiny_stock import save_stock
+from tests.text.test_hf import gpt2_like
+
+pytest.importorskip("torchao")
+TEXT = "The quick brown fox jumps over the lazy dog.\n" * 6
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    save_stock(tmp_path / "model", vocab_size=304)
+    gpt2_like(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_the_table_has_sizes_and_losses(folder, capsys, scheme):
+    options = {"model": "model", "output": "small", "scheme": scheme, "data": ["text.txt"], "window": 32}
+    quantize_run(QuantizeOptions(**options))
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    before, after = ([cell.strip() for cell in row[1:-1]] for row in rows[-2:])
+    assert before[0] == "before" and after[0] == scheme and float(before[2]) == 32.0 and float(after[2]) < 20
+    assert float(before[3]) != float(after[3]) and float(after[3]) == pytest.approx(float(before[3]), rel=0.2)
+    assert (folder / "small" / "tokenizer.json").exists()
+    settings = Settings(window=32, device="cpu")
+    _, record = measure_loss(Entry(name="small", folder="small"), TEXT, settings)
+    assert record["loss"] == pytest.approx(float(after[3]), abs=1e-4), "cook eval measures the folder itself"
+    quantize_run(QuantizeOptions(**options))  # replaces its own folder
+
+
+def test_the_other_formats(folder, capsys):
+    pytest.importorskip("compressed_tensors"), pytest.importorskip("gguf")
+    quantize_run(QuantizeOptions(model="model", output="ct", scheme="int4", format="compressed-tensors"))
+    quantize_run(
+        QuantizeOptions(model="model", output="gguf", scheme="int8_weight", format="gguf", modules=["down_proj"])
+    )
+    assert "2 modules as int8_weight" in capsys.readouterr().out
+    assert AutoModelForCausalLM.from_pretrained("gguf", gguf_file="model.gguf").config.vocab_size == 304
+    assert AutoModelForCausalLM.from_pretrained("ct").config.quantization_config
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "model"}, "needs a model and a folder to write"),
+        ({"model": "model", "output": "model"}, "would overwrite the original"),
+        ({"model": "model", "output": "small", "group_size": 12, "scheme": "int4"}, "--group-size: not usable"),
+        ({"model": "model", "output": "small", "format": "onnx"}, "there is no such format"),
+        ({"config": "bmcook.json", "scheme": "int4"}, "--scheme: the run has been trained with its own"),
+        ({"model": "model", "output": "small", "modules": ["q_prj"]}, "did you mean"),
+    ],
+)
+def test_mistakes_are_named_and_nothing_is_written(folder, options, message):
+    with pytest.raises((UserError, UserErrors), match=message):
+        quantize_run(QuantizeOptions(**options))
+    assert sorted(path.name for path in folder.iterdir()) == ["model", "text.txt"]
+
+
+def test_a_quantized_model_is_not_quantized_again(folder):
+    quantize_run(QuantizeOptions(model="model", output="small"))
+    with pytest.raises(UserError, match="is quantized"):
+        quantize_run(QuantizeOptions(model="small", output="smaller"))
+    shutil.rmtree("small")
