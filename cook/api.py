@@ -374,7 +374,7 @@ def _job(
     if "hidden" in kinds:
         kept["hidden"] = nearest_hidden(adapter, config, space, keep.get("hidden", 1.0), round_to)
     learned = tuple(group for kind in KINDS if kind in kinds for group in space.of(kind))
-    if "experts" in keep and not space.of("experts"):
+    if "experts" in kinds and not space.of("experts"):
         raise no_experts(adapter)
     if total:
         learned = tuple(group for group in learned if not group.is_even)
@@ -405,5 +405,5 @@ def _all(space: PruningSpace, group: UnitGroup, cost: Literal["parameters", "flo
 def _random_batches(model: torch.nn.Module) -> list[Batch]:
     config: Any = model.config
     length = min(64, getattr(config, "max_position_embeddings", None) or 64)
-    ids = torch.randint(config.vocab_size, (2, length), generator=generator(0, "verify"))
+    ids = torch.randint(config.get_text_config().vocab_size, (2, length), generator=generator(0, "verify"))
     return [{"input_ids": ids.to(next(model.parameters()).device)}]

@@ -17,6 +17,7 @@ from cook.base.errors import EXIT_FAILED, UserError, run_entry
 from cook.base.signals import heed_launcher
 from cook.commands.data import app as data_commands
 from cook.commands.evaluation import compare, evaluate, profile
+from cook.commands.families import app as family_commands
 from cook.commands.options import AsJson, options_of
 from cook.commands.quantize import quantize
 from cook.commands.service import COMMANDS as SERVICE_COMMANDS
@@ -36,6 +37,7 @@ checkpoint = typer.Typer(no_args_is_help=True, help="List and verify checkpoints
 app.add_typer(recipes, name="recipes")
 app.add_typer(data_commands, name="data")
 app.add_typer(checkpoint, name="checkpoint")
+app.add_typer(family_commands, name="families")
 app.command("eval")(evaluate)
 app.command()(compare)
 app.command()(profile)
@@ -309,14 +311,6 @@ def report(
 
     settings = load_config(config, set or [])
     report_run(settings, Path(output or f"{settings.output_dir}/report"))
-
-
-@app.command()
-def families(as_json: AsJson = False) -> None:
-    """Print the table of model families and what works with them."""
-    from cook.families.registry import families_table, family_facts
-
-    print(json.dumps(family_facts()) if as_json else families_table())
 
 
 Checkpoints = Annotated[

@@ -53,7 +53,8 @@ def _commands(name: str, command: Any) -> list[tuple[str, Any]]:
     """All commands that do something, with their full names."""
     if not hasattr(command, "commands"):
         return [(name, command)]
-    return [
+    own = [(name, command)] if command.invoke_without_command else []
+    return own + [
         found
         for key, inner in command.commands.items()
         if not inner.hidden

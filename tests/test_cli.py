@@ -33,6 +33,7 @@ COMMANDS = {
     "compare": ("--data", "--output", "--window", "--no-speed"),
     "quantize": ("MODEL", "OUT", "--config", "--scheme", "--group-size", "--module", "--format", "--data"),
     "families": ("--json",),
+    "families guess": ("--json", "MODEL"),
     "serve": ("--home", "--host", "--port", "--root", "--allow-hub", "--tls-cert", "--behind-proxy", "--json"),
     "submit": ("--set", "--gpus", "--executor", "--slurm", "--watch", "--dry-run", "--server", "--json"),
     "jobs": ("--state", "--limit", "--server", "--json"),
@@ -60,7 +61,8 @@ TEXT = "the model reads a row of text and learns which heads and dims it can do 
 def names(command: click.Command, prefix: str = "") -> list[str]:
     if not hasattr(command, "commands"):
         return [prefix.strip()]
-    return [name for key, each in command.commands.items() for name in names(each, f"{prefix} {key}")]
+    own = [prefix.strip()] if command.invoke_without_command else []
+    return own + [name for key, each in command.commands.items() for name in names(each, f"{prefix} {key}")]
 
 
 def test_every_command_is_tested():
@@ -215,7 +217,8 @@ def test_one_budget_takes_from_every_dimension_that_is_not_pinned(tiny, tmp_path
     ("keep", "more", "words"),
     [
         ("dims=0.5", ["--units", "all"], "--units: for one budget of the whole model"),
-        ("params=0.5", ["--units", "experts"], "unknown units 'experts'"),
+        ("params=0.5", ["--units", "neurons"], "unknown units 'neurons'"),
+        ("params=0.5", ["--units", "experts"], "has no experts"),
         ("params=0.5", ["--pin", "heads", "--pin", "dims"], "nothing is left to prune"),
         ("head_dims=3", [], "head_dims=3 cannot be reached"),
     ],

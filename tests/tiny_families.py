@@ -103,12 +103,126 @@ MOE: dict[str, dict[str, Any]] = {
 }
 """The same of every family with experts."""
 MOE["deepseek_v3, one group"] = MOE["deepseek_v3"] | {"n_group": 1, "q_lora_rank": None}
+BY_HEAD = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": None}
+FALCON = {"model_type": "falcon", "ffn_hidden_size": 20, "intermediate_size": None}
+MORE: dict[str, dict[str, Any]] = {
+    "granite": {
+        "model_type": "granite",
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.3,
+        "logits_scaling": 2.0,
+        "mlp_bias": True,
+    },
+    "gemma": {"model_type": "gemma", "rms_norm_eps": 0.1},
+    "ernie4_5": {"model_type": "ernie4_5", "use_bias": True},
+    "hunyuan_v1_dense": {"model_type": "hunyuan_v1_dense"},
+    "seed_oss": {"model_type": "seed_oss", "attention_out_bias": True},
+    "ministral": {"model_type": "ministral", **SLIDING},
+    "ministral3": {"model_type": "ministral3"},
+    "smollm3": {
+        "model_type": "smollm3",
+        "no_rope_layers": [1, 0, 1],
+        "use_sliding_window": True,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "sliding_window": 5,
+    },
+    "olmo": {"model_type": "olmo"},
+    "olmo, clipped": {"model_type": "olmo", "clip_qkv": 2.0},
+    "nemotron": {"model_type": "nemotron", "hidden_act": "gelu", "partial_rotary_factor": 0.5, "head_dim": 8},
+    "arcee": {"model_type": "arcee", "hidden_act": "gelu", "mlp_bias": True},
+    "starcoder2": {"model_type": "starcoder2", "sliding_window": 5},
+    "glm": {"model_type": "glm", "head_dim": 8},
+    "glm4": {"model_type": "glm4", "head_dim": 8, "rms_norm_eps": 0.1},
+    "exaone4": {"model_type": "exaone4", "rms_norm_eps": 0.1, **SLIDING},
+    "olmo2": {"model_type": "olmo2", "rms_norm_eps": 0.1, "attention_bias": True},
+    "olmo3": {"model_type": "olmo3", "rms_norm_eps": 0.1, **SLIDING},
+    "cohere": {"model_type": "cohere", "use_qk_norm": True},
+    "cohere2": {"model_type": "cohere2", **SLIDING, **BY_HEAD},
+    "phi": {"model_type": "phi", "head_dim": 8},
+    "phi, norms of heads": {"model_type": "phi", "qk_layernorm": True, "partial_rotary_factor": 0.5, **BY_HEAD},
+    "gptj": {"model_type": "gptj", "rotary_dim": 4, **GPT2},
+    "stablelm": {"model_type": "stablelm", "partial_rotary_factor": 0.5, **BY_HEAD},
+    "stablelm, in parallel": {
+        "model_type": "stablelm",
+        "partial_rotary_factor": 0.5,
+        "use_parallel_residual": True,
+        "qk_layernorm": True,
+        **BY_HEAD,
+    },
+    "falcon": {**FALCON, **BY_HEAD, "new_decoder_architecture": True, "num_kv_heads": 4},
+    "falcon, one key": {**FALCON, **BY_HEAD, "bias": True},
+    "falcon, alibi": {
+        **FALCON,
+        **BY_HEAD,
+        "bias": True,
+        "multi_query": False,
+        "parallel_attn": False,
+        "alibi": True,
+    },
+    "bloom": {
+        "model_type": "bloom",
+        "n_layer": 3,
+        "n_head": 6,
+        "hidden_size": 36,
+        **dict.fromkeys(("num_hidden_layers", *GROUPED)),
+    },
+    "mpt": {
+        "model_type": "mpt",
+        "n_layers": 3,
+        "n_heads": 6,
+        "d_model": 36,
+        "max_seq_len": 64,
+        **dict.fromkeys((*SIZES, *GROUPED)),
+        "vocab_size": 61,
+    },
+}
+"""Families of which fewer tests make sure."""
+ENCODER = {**ALIKE, "head_dim": None}
+MORE_ENCODERS: dict[str, dict[str, Any]] = {
+    "xlm-roberta": {"model_type": "xlm-roberta", **ENCODER, "pad_token_id": 1},
+    "electra": {"model_type": "electra", "embedding_size": 24, **ENCODER},
+    "deberta-v2": {
+        "model_type": "deberta-v2",
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "share_att_key": True,
+        "position_buckets": 8,
+        "norm_rel_ebd": "layer_norm",
+        **ENCODER,
+    },
+    "deberta-v2, own positions": {
+        "model_type": "deberta-v2",
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+        **ENCODER,
+    },
+    "deberta-v2, no positions": {"model_type": "deberta-v2", **ENCODER},
+    "distilbert": {
+        "model_type": "distilbert",
+        "n_layers": 3,
+        "n_heads": 4,
+        "dim": 32,
+        "hidden_dim": 20,
+        **dict.fromkeys((*SIZES, *GROUPED)),
+        "max_position_embeddings": 64,
+        "vocab_size": 61,
+    },
+    "modernbert": {
+        "model_type": "modernbert",
+        "local_attention": 6,
+        "cls_token_id": 1,
+        "sep_token_id": 2,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        **ENCODER,
+    },
+}
 CAUSAL = [name for name in FAMILIES if name not in ("bert", "roberta")]
 
 
 def given_config(name: str, **changes: Any) -> dict[str, Any]:
     """The fields of the family's config.json that are given."""
-    merged = {**SIZES, **GROUPED, **IDS, **(FAMILIES | MOE)[name], **changes}
+    merged = {**SIZES, **GROUPED, **IDS, **(FAMILIES | MOE | MORE | MORE_ENCODERS)[name], **changes}
     # None is a choice in a single one of these fields.
     return {field: value for field, value in merged.items() if value is not None or field == "q_lora_rank"}
 
@@ -120,18 +234,24 @@ def tiny_config(name: str, **changes: Any) -> dict[str, Any]:
     return native
 
 
-def tiny_source(name: str, seed: int = 0, **changes: Any) -> ModelSource:
-    """A model in memory whose every weight matters: biases and norms are drawn as well."""
-    config = tiny_config(name, **changes)
-    adapter = by_config(config)
+def draw_weights(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Draws every weight, those of biases and norms too, and the buffers that are stored."""
     generator = torch.Generator().manual_seed(seed)
-    model = adapter.build(config)
     for path, weight in model.named_parameters():
         flat = 0.3 * torch.randn(weight.shape, generator=generator)
         weight.data = flat + (1.0 if weight.ndim == 1 and path.endswith(".weight") else 0.0)
     stored = model.state_dict()
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in stored}
-    for buffer in buffers.values():  # the biases by which groups of experts are chosen from
-        buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
-    tensors = dict(model.named_parameters()) | buffers
+    for name, buffer in model.named_buffers():  # the biases by which groups of experts are chosen
+        if name in stored:
+            buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
+    return model
+
+
+def tiny_source(name: str, seed: int = 0, **changes: Any) -> ModelSource:
+    """A model in memory whose every weight matters: biases and norms are drawn as well."""
+    config = tiny_config(name, **changes)
+    adapter = by_config(config)
+    model = draw_weights(adapter.build(config), seed)
+    names = model.state_dict().keys()
+    tensors = {n: w for n, w in (*model.named_parameters(), *model.named_buffers()) if n in names}
     return ModelSource(adapter=adapter, config=config, tensors=tensors, path=Path(name))

@@ -76,6 +76,7 @@ def put_away(tensor: torch.Tensor) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), size, PAGEOUT)
 
 
+@torch.no_grad()
 def in_parts(
     change: Callable[..., torch.Tensor], tensor: torch.Tensor, *others: torch.Tensor, numel: int = 1 << 22
 ) -> torch.Tensor:

@@ -125,16 +125,16 @@ def masked_model(
     """Returns the whole model with its masked units set to zero, and a description of how it was loaded.
 
     transformers loads the folder with its own class where it has one; else cook reads and masks the model. Head and
-    hidden dimensions and experts cannot be masked by zeros in the weights alone, since norms average over them and
-    routers choose them. `streamed`: one layer is in memory at a time.
+    hidden dimensions, experts, and heads over which a norm averages cannot be masked by zeros in the weights alone.
+    `streamed`: one layer is in memory at a time.
     """
     if streamed:
         model = streamed_model(source, dtype)
         mask_model(model, space, masks)
         return model, "the model as read and masked by cook, layer by layer"
-    of_experts = {g.name for g in space.groups if g.site == "ffn"} if space.of("experts") else set()
-    across = {g.name for g in space.groups if any(gate.at == "statistics" for gate in g.more_gates)}
-    stays = all(bool(mask.all()) for name, mask in masks.items() if name in {*WIDE, *of_experts, *across})
+    has_experts = bool(space.of("experts"))
+    others = {g.name for g in space.every if g.norms or g.kind in WIDE or (has_experts and g.site == "ffn")}
+    stays = all(bool(mask.all()) for name, mask in masks.items() if name in others)
     found = transformers_class(source.config) if (source.path / "config.json").is_file() else None
     if found is None or not stays:
         model = load_model(source, dtype)

@@ -14,7 +14,7 @@ from cook.evaluation.speed import median_seconds
 from cook.export.pruned_folder import reshaped_source
 from cook.families.source import load_model, placed
 from cook.pruning.block_times import BlockTimes, Curve
-from cook.pruning.family import ModelSource
+from cook.pruning.family import ModelSource, vocabulary_size
 from cook.pruning.units import WIDE, Kind, PruningSpace
 from cook.report.tables import markdown_table
 
@@ -129,7 +129,9 @@ class _Passes:
     def _pass(self, model: torch.nn.Module) -> Callable[[], object]:
         settings = self._settings
         shape = (settings.batch_size, settings.length)
-        ids = torch.arange(shape[0] * shape[1], device=self._device).reshape(shape) % self._source.config["vocab_size"]
+        ids = torch.arange(shape[0] * shape[1], device=self._device).reshape(shape) % vocabulary_size(
+            self._source.config
+        )
         if settings.phase == "prefill":
             return torch.no_grad()(lambda: model(input_ids=ids, use_cache=False))
         with torch.no_grad():

@@ -23,6 +23,7 @@ from cook.pruning.units import PruningSpace
 
 LAYER = re.compile(r"(.*?)\.?(?<![^.])\d+\.")
 AUTO_CLASSES = {
+    "AutoModelForImageTextToText": "image-text-to-text",
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForMaskedLM": "fill-mask",
     "AutoModelForSequenceClassification": "text-classification",

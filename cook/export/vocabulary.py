@@ -82,6 +82,11 @@ def with_vocabulary(source: ModelSource, kept: Sequence[int]) -> ModelSource:
     Raises:
         UserError: the model has fewer ids, or its files have the vocabulary of a head that it does not use.
     """
+    if "vocab_size" not in source.config:
+        raise UserError(
+            f"{source.path}: the vocabulary of a model of several parts cannot be pruned",
+            remedy="leave out --vocabulary",
+        )
     size = source.config["vocab_size"]
     if kept[-1] >= size:
         raise UserError(

@@ -50,11 +50,11 @@ def _units(layer: int, site: Site, dim_head: int, shapes: Mapping[str, tuple[int
 def _hidden(shapes: Mapping[str, tuple[int, ...]]) -> UnitGroup:
     """The hidden dimensions: everything but the position biases is on the stream."""
     outs = tuple(f".{table.out}.weight" for table in (ATTENTION, FFN))
-    slices, gates, norms = [], [GatePoint(module="encoder", at="input", repeat=1)], []
+    slices, gates = [], [GatePoint(module="encoder", at="input", repeat=1)]
     for path, shape in shapes.items():
         module = path.removesuffix(".weight")
         if len(shape) == 1:
-            norms.append(module)
+            gates.append(GatePoint(module=module, at="statistics"))
         if path.endswith(outs):
             gates.append(GatePoint(module=module, at="output", repeat=1))
         if path != "position_bias.relative_attention_bias":
@@ -68,7 +68,6 @@ def _hidden(shapes: Mapping[str, tuple[int, ...]]) -> UnitGroup:
         slices=tuple(slices),
         gate=gates[0],
         more_gates=tuple(gates[1:]),
-        norms=tuple(norms),
     )
 
 

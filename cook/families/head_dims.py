@@ -46,7 +46,6 @@ class HeadDims:
     units: Units
     slices: list[WeightSlice] = field(default_factory=list)
     gates: list[GatePoint] = field(default_factory=list)
-    norms: list[str] = field(default_factory=list)
 
     def add(self, path: str, dim: int, heads: int, *, offset: int = 0, period: int = 0, **more: Any) -> WeightSlice:
         """Adds the units of consecutive heads in a weight, each head after `period` indices (None: head_dim)."""
@@ -58,7 +57,9 @@ class HeadDims:
         self.slices.append(piece)
         return piece
 
-    def gate(self, module: str, at: Literal["input", "output"], piece: WeightSlice, features: int) -> None:
+    def gate(
+        self, module: str, at: Literal["input", "output", "statistics"], piece: WeightSlice, features: int
+    ) -> None:
         """Adds a gate where the units of `piece` are among this number of features."""
         gate_of = [-1] * features
         for unit in range(len(self.units)):
@@ -67,7 +68,6 @@ class HeadDims:
         self.gates.append(GatePoint(module=module, at=at, features=tuple(gate_of)))
 
     def group(self) -> UnitGroup:
-        unit_of = {index: unit for unit, indices in enumerate(self.units) for index in indices}
         return UnitGroup(
             kind="head_dims",
             site="att",
@@ -77,8 +77,6 @@ class HeadDims:
             slices=tuple(self.slices),
             gate=self.gates[0],
             more_gates=tuple(self.gates[1:]),
-            norms=tuple(self.norms),
-            norm_features=tuple(unit_of[index] for index in range(len(unit_of))) if self.norms else (),
         )
 
 
@@ -89,7 +87,7 @@ def head_dims(
     shapes: Mapping[str, tuple[int, ...]],
     heads: Mapping[str, Heads],
 ) -> UnitGroup | None:
-    """The group of a stock model's head dimensions; None if a weight of its attention has no place in these rules.
+    """The group of a stock model's head dimensions; None if its attention has no place in these rules.
 
     Args:
         family: The family's table.
@@ -98,6 +96,8 @@ def head_dims(
         shapes: The shapes of its weights.
         heads: The heads of each layer that has attention, by the layer's path.
     """
+    if family.part or not family.attention.head_dim:
+        return None
     turned, sizes = turned_dims(config, model), {own.head_dim for own in heads.values()}
     units = units_of_head(max(sizes), turned) if len(sizes) == 1 and turned is not None else None
     if units is None:
@@ -116,8 +116,13 @@ def _add_layer(
     layer: str,
     own: Heads,
 ) -> bool:
-    """Adds the attention block of a layer; False if it has a weight that is not known here."""
+    """Adds the attention block of a layer; False if it has a weight that is not known here, or lacks the attributes."""
     table, dim = family.attention, own.head_dim
+    module = model.get_submodule(layer)
+    if _number(module, table.head_dim) != dim or (table.interleaved and own.queries > 1):
+        return False
+    if table.scaling and not _number(module, table.scaling):
+        return False
     paths = {"q": f"{layer}.{table.q}", "k": f"{layer}.{table.k}", "v": f"{layer}.{table.v}"}
     counts = {"q": own.heads, "k": own.kv_heads, "v": own.kv_heads}
     norms = {n: f"{paths[n].rpartition('.')[0]}.{n}_norm" for n in ("q", "k")}
@@ -147,10 +152,17 @@ def _add_layer(
         if table.q == table.k:
             end += dim if table.interleaved else counts[name] * dim
     for name, path in norms.items():
-        made.add(f"{path}.weight", 0, 1, power=0.5 if table.scaling and name == "q" else 0.0)
-        made.norms.append(path)
+        piece = made.add(f"{path}.weight", 0, 1, power=0.5 if table.scaling and name == "q" else 0.0)
+        made.gate(path, "statistics", piece, dim)
     out = f"{layer}.{table.out}"
     in_dim = 0 if isinstance(model.get_submodule(out), Conv1D) else 1
     piece = made.add(f"{out}.weight", in_dim, own.heads)
     made.gate(out, "input", piece, shapes[piece.path][in_dim])
     return True
+
+
+def _number(layer: torch.nn.Module, path: str) -> float:
+    """An attribute of a module in the layer, 0 if there is none."""
+    block, _, name = path.rpartition(".")
+    modules = dict(layer.named_modules())
+    return float(getattr(modules.get(block), name, 0))

@@ -6,12 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from cook.base.errors import UserError
-from cook.families import cpm_ant, tables
+from cook.families import cpm_ant, decoder_tables, encoder_tables, tables
 from cook.models import ragged
 from cook.pruning.family import Adapter
 from cook.report.tables import markdown_table
 
-OWN: tuple[Adapter, ...] = (cpm_ant.ADAPTER, *tables.ADAPTERS)
+OWN: tuple[Adapter, ...] = (
+    cpm_ant.ADAPTER,
+    *tables.ADAPTERS,
+    *decoder_tables.ADAPTERS,
+    *encoder_tables.ADAPTERS,
+)
 _added: list[Adapter] = []
 HEADERS = (
     "family",
@@ -59,9 +64,9 @@ def by_config(config: Mapping[str, Any]) -> Adapter:
         raise UserError(
             f"no adapter for models of type {stock_type(config)!r}",
             wanted=known,
-            remedy="for another family of transformers, fill in a cook.families.layout.Family (the names of its layer "
-            "list, of the products of its attention and FFN blocks, of its norms, and of its config's sizes), and pass "
-            "stock_adapter(family) to cook.families.registry.register before cook starts; documentation: Add a family",
+            remedy="for another family of transformers, cook families guess MODEL prints a cook.families.layout.Family "
+            "(names of layers, products, norms and sizes); correct it if need be, and pass stock_adapter(family) "
+            "to cook.families.registry.register before cook starts; documentation: Add a family",
         )
     return found
 
@@ -95,13 +100,15 @@ def _facts(adapter: Adapter) -> dict[str, Any]:
         "fewer_heads": result(can.stock_heads),
         "fewer_heads_except": can.stock_heads_except,
         "fewer_experts": result(True) if can.experts else "none",
-        "fewer_dims": result(True),
+        "fewer_dims": result(can.stock_dims),
         # Phi-3's config refuses the factors that keep the frequencies of rotary positions.
-        "fewer_head_dims": result(can.stock_heads and not can.stock_heads_except),
-        "fewer_hidden_dims": result(can.stock_heads),  # both need a head size that the config names
+        "fewer_head_dims": result(can.stock_heads and can.stock_heads_except != "longrope") if can.head_dims else "no",
+        # As fewer heads, it needs a head size that the config names.
+        "fewer_hidden_dims": result(can.stock_heads) if can.hidden else "no",
         "fewer_layers": result(can.stock_layers),
         "block_missing": result(False),
         "is_causal": adapter.is_causal,
+        "main_job": adapter.is_causal and not adapter.mixes_samples({}),
     }
 
 
@@ -118,5 +125,5 @@ def _row(facts: dict[str, Any]) -> list[str]:
         facts["fewer_hidden_dims"] + (f", not with {exception}" if exception else ""),
         facts["fewer_layers"],
         facts["block_missing"],
-        "yes" if facts["is_causal"] else "no: encoder",
+        "yes" if facts["main_job"] else "no: ALiBi" if facts["is_causal"] else "no: encoder",
     ]

@@ -8,6 +8,7 @@ written here make every pair keep its frequency, in a stock class.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,15 +21,21 @@ NEIGHBOURS = 8
 
 def turned_dims(config: PreTrainedConfig, model: torch.nn.Module) -> int | None:
     """How many dimensions of a head rotary positions turn, 0 if there are none; None if frequencies change at run time,
-    or differ in number.
+    or differ in number, or if the class turns other pairs than dims i and i + n/2 of the first n.
     """
     module = _module(model)
+    modules = {sys.modules[type(each).__module__] for each in model.modules()}
+    turns = [turn for each in modules for name, turn in vars(each).items() if name.startswith("rotate_")]
     if module is None:
-        return 0
+        return None if turns else 0
+    if not turns or any(turn(torch.arange(4.0, device="cpu")).tolist() != [-2.0, -3.0, 0.0, 1.0] for turn in turns):
+        return None
     types = [getattr(module, "rope_type", "")]
     types = [*types[0].values()] if isinstance(types[0], dict) else types
     if any("dynamic" in each for each in types):
         return None
+    if any("llama_4_scaling_beta" in parameters for _, parameters in _parameters(config)):
+        return None  # it goes with an original length, for which longrope has another use
     if any(parameters.get("short_factor") != parameters.get("long_factor") for _, parameters in _parameters(config)):
         return None
     numbers = {2 * len(getattr(module, f"{prefix}inv_freq", ())) for prefix, _ in _parameters(config)}

@@ -155,8 +155,11 @@ def load_model(
     left = leave(model)
     read = ((name, source.tensors[name]) for name in source.tensors if name not in left)
     weights = {name: t.to(dtype) if dtype and t.is_floating_point() else t for name, t in read}
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    tied -= {name for name, _ in model.named_parameters()}
+    every = dict(model.named_parameters(remove_duplicate=False))
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    tied = {name: first[id(parameter)] for name, parameter in every.items() if first[id(parameter)] != name}
+    # All names of a tied weight: which of them is kept, the model decides.
+    weights |= {name: weights[own] for name, own in tied.items() if own in weights}
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     except RuntimeError as error:  # other shapes

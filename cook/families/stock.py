@@ -6,7 +6,8 @@ the meta device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -16,7 +17,7 @@ from cook.base.batches import Batch
 from cook.base.errors import UserError
 from cook.families import stock_models, stock_space
 from cook.families.experts import expert_sizes
-from cook.families.layout import Attention, Family, FeedForward
+from cook.families.layout import Family
 from cook.families.rotary import turned_dims, with_pairs, without_factors
 from cook.families.stock_models import (
     config_object,
@@ -28,13 +29,12 @@ from cook.families.stock_models import (
     weight_shapes,
 )
 from cook.families.stock_space import Heads, head_dim_of, heads_of
+from cook.families.stock_structure import Shapes, structure_of
 from cook.families.stream import stream_size
 from cook.models import ragged
 from cook.pruning.counts import kept_shapes
 from cook.pruning.family import Abilities, Adapter, KeptUnits, ModelConfig, Shrunk, refuse_experts
 from cook.pruning.units import PruningSpace, UnitGroup
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 def stock_adapter(
@@ -43,6 +43,7 @@ def stock_adapter(
     inputs: Callable[[Batch], dict[str, Any]] | None = None,
     is_causal: bool = True,
     inputs_by_config: Callable[[ModelConfig, Batch], Batch] | None = None,
+    mixes_samples: Callable[[ModelConfig], bool] = lambda _config: False,
 ) -> Adapter:
     """Makes the adapter of a family.
 
@@ -52,6 +53,7 @@ def stock_adapter(
         inputs: The model's arguments for a batch, if `packed_inputs` would mix samples.
         is_causal: Whether the model predicts the next token.
         inputs_by_config: As `inputs`, if they depend on the config.
+        mixes_samples: Whether a model of this config cannot separate samples in one row.
     """
 
     def of_config(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -75,11 +77,15 @@ def stock_adapter(
         abilities=Abilities(
             shares_keys=stock_space.can_share_keys(family),
             experts=family.experts is not None,
+            stock_dims=family.names.ffn is not None,
+            head_dims=bool(family.attention.head_dim) and not family.part,
+            hidden=not family.hidden_stays,
             stock_heads=family.names.head_dim is not None,
             stock_heads_except=family.stock_heads_except,
             stock_layers=family.empty_layer_is_identity,
         ),
         is_causal=is_causal,
+        mixes_samples=mixes_samples,
     )
 
 
@@ -122,6 +128,8 @@ def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptU
     layers = [n for n in range(space.num_layers) if any(path.startswith(f"{family.layers}.{n}.") for path in left)]
     if not (renumber and family.empty_layer_is_identity):
         layers = list(range(space.num_layers))
+    if family.first_layer_stays:
+        layers = sorted({0, *layers})
     layers = layers or [space.num_layers - 1]  # transformers classes are not tested without any layer
     hidden = len(kept.get("hidden", ())) or (space.hidden.size if space.hidden else None)
     renamed = _renamed(family, left, layers)
@@ -131,6 +139,8 @@ def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptU
     pairs, new_dim = _kept_pairs(space, kept, dim)
     turned = with_pairs(made, skeleton(family, config), pairs, new_dim) if new_dim != dim else {}
     all_heads = [_heads(family, config, space, kept, layer) for layer in layers]
+    if family.heads_stay or family.attention.slopes:
+        all_heads = _with_slopes(family, config, space, kept, layers, all_heads)
     uniform = _uniform(family, base, shapes, all_heads, hidden)
     if uniform is not None and holds(family, uniform | turned, shapes):
         uniform |= turned
@@ -140,7 +150,16 @@ def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptU
     if turned and family.names.head_dim:
         base |= {family.names.head_dim: new_dim}
     even = base | ({"rope_parameters": without_factors(base["rope_parameters"])} if turned else {})
-    structure = _structure(family, even, shapes, all_heads, hidden or base[family.names.hidden])
+    on_stream = [f"{norm.module}." for norm in space.hidden.norms] if space.hidden else []
+    moved = _renamed(family, on_stream, layers)
+    structure = structure_of(
+        family,
+        even,
+        shapes,
+        heads=all_heads,
+        hidden=hidden or family.own_config(base)[family.names.hidden],
+        norms=[moved.get(path, path)[:-1] for path in on_stream],
+    )
     if structure["rebuilt"]:  # the loss that balances experts needs the same number in all layers
         base = base | {"output_router_logits": False}
     if new_dim != head_dim_of(family, config_object(base)):
@@ -163,6 +182,7 @@ def _uniform(
 ) -> dict[str, Any] | None:
     """The stock config with the sizes that all layers have; None if they differ, or if a block is missing."""
     table, dense, mixed = family.experts, set[int](), set[tuple[int, int]]()
+    width = hidden or family.own_config(base)[family.names.hidden]
     for number in range(len(heads)):
         layer = f"{family.layers}.{number}"
         out = shapes.get(f"{layer}.{family.ffn.out}.weight")
@@ -170,11 +190,11 @@ def _uniform(
         if found is not None:
             mixed.add(found)
         elif out is not None:
-            dense.add(prod(out) // (hidden or base[family.names.hidden]))
+            dense.add(prod(out) // width)
         else:
             return None
     first = heads[0]
-    if len({*heads}) > 1 or first is None or first.per_key or max(len(dense), len(mixed)) > 1:
+    if len({*heads}) > 1 or first is None or first.per_key or first.slopes or max(len(dense), len(mixed)) > 1:
         return None
     made = _sized(family, base, first, next(iter(dense), None), hidden)
     for count, dims in mixed if table is not None else ():
@@ -190,24 +210,24 @@ def _sized(
 ) -> dict[str, Any]:
     """A stock config with these sizes in every layer; the hidden size, or that of FFN blocks, stays if it is None."""
     names = family.names
-    fields = {names.heads: heads.heads}
-    fields |= {names.ffn: ffn} if ffn is not None else {}
-    fields |= {names.kv_heads: heads.kv_heads} if names.kv_heads else {}
+    fields: dict[str, Any] = {names.heads: heads.heads}
+    fields |= {names.ffn: ffn} if names.ffn and ffn is not None else {}
+    fields |= {names.kv_heads: heads.kv_heads} if isinstance(names.kv_heads, str) else {}
     fields |= {names.head_dim: heads.head_dim} if names.head_dim else {}
     if hidden is not None:
-        fields |= {
-            name: hidden for name in names.like_hidden if base.get(name, base[names.hidden]) == base[names.hidden]
-        }
+        own = family.own_config(base)
+        fields |= {name: hidden for name in names.like_hidden if own.get(name, own[names.hidden]) == own[names.hidden]}
         fields |= {names.hidden: hidden}
-    return dict(base) | fields
+    return family.with_fields(base, fields)
 
 
 def _with_hidden(family: Family, base: dict[str, Any], hidden: int | None) -> dict[str, Any]:
     """The stock config with this hidden size, if its heads stay as they are; else unchanged, and the weights differ."""
     names = family.names
-    if hidden in (None, base[names.hidden]) or names.head_dim is None:
+    if hidden in (None, family.own_config(base)[names.hidden]) or names.head_dim is None:
         return base
-    changed = base | {names.hidden: hidden, names.head_dim: head_dim_of(family, config_object(base))}
+    head_dim = head_dim_of(family, config_object(base))
+    changed = family.with_fields(base, {names.hidden: hidden, names.head_dim: head_dim})
     try:
         skeleton(family, changed)
     except (UserError, ValueError):
@@ -243,14 +263,15 @@ def holds_heads(
         whole = skeleton(family, config)
         turned = with_pairs(made, whole, range((turned_dims(made, whole) or 0) * dim // before // 2), dim)
     try:
-        model = skeleton(family, _sized(family, base, wanted, base[family.names.ffn], hidden) | turned)
+        ffn = family.own_config(base).get(family.names.ffn or "")
+        model = skeleton(family, _sized(family, base, wanted, ffn, hidden) | turned)
     except (UserError, ValueError):
         return False
     is_wide = hidden in (None, stream_size(family, config_object(base), model))
     return is_wide and heads_of(family, dim, model, f"{family.layers}.0") == wanted
 
 
-def _renamed(family: Family, paths: Shapes, layers: list[int]) -> dict[str, str]:
+def _renamed(family: Family, paths: Iterable[str], layers: list[int]) -> dict[str, str]:
     prefixes = {f"{family.layers}.{old}.": f"{family.layers}.{new}." for new, old in enumerate(layers) if new != old}
     return {
         path: new + path.removeprefix(old) for path in paths for old, new in prefixes.items() if path.startswith(old)
@@ -261,20 +282,21 @@ def _with_layers(family: Family, config: ModelConfig, layers: list[int]) -> dict
     """The stock config with only these layers, all other sizes unchanged."""
     base = {name: value for name, value in config.items() if name not in ragged.OWN_FIELDS}
     base["model_type"] = config["stock_type"] if is_ragged(config) else config["model_type"]
-    base[family.names.layers] = len(layers)
+    own = family.own_config(base)
+    fields: dict[str, Any] = {family.names.layers: len(layers)}
     for name in family.names.per_layer:
-        if isinstance(base.get(name), list | tuple):
-            base[name] = [base[name][layer] for layer in layers]
+        if isinstance(own.get(name), list | tuple):
+            fields[name] = [own[name][layer] for layer in layers]
     dense, step = family.names.dense_layers, family.names.sparse_step
     if dense:
         # Numbers of layers change, so the layers without experts are listed.
-        listed = base.get(dense) or ()
-        base[dense] = [n for n, layer in enumerate(layers) if layer in listed or (layer + 1) % base.get(step, 1)]
-        base[step] = 1
+        listed = own.get(dense) or ()
+        fields[dense] = [n for n, layer in enumerate(layers) if layer in listed or (layer + 1) % own.get(step, 1)]
+        fields[step] = 1
     for name in family.names.first_layers:
-        if isinstance(base.get(name), int):
-            base[name] = sum(layer < base[name] for layer in layers)
-    return base
+        if isinstance(own.get(name), int):
+            fields[name] = sum(layer < own[name] for layer in layers)
+    return family.with_fields(base, fields)
 
 
 def _heads(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptUnits, layer: int) -> Heads | None:
@@ -290,6 +312,33 @@ def _heads(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptU
     return Heads(heads=queries, kv_heads=keys, head_dim=dim)
 
 
+def _with_slopes(
+    family: Family,
+    config: ModelConfig,
+    space: PruningSpace,
+    kept: KeptUnits,
+    layers: list[int],
+    all_heads: list[Heads | None],
+) -> list[Heads | None]:
+    """The heads where a head is more than its weights: with their original numbers, or all heads that there are."""
+    model, dim = skeleton(family, config), head_dim_of(family, config_object(config))
+    groups = {group.layer: group for group in space.of("heads")}
+    found: list[Heads | None] = []
+    for layer, heads in zip(layers, all_heads, strict=True):
+        before = heads_of(family, dim, model, f"{family.layers}.{layer}")
+        blocks = [g for g in space.of("layer", "att") if g.layer == layer]
+        if family.heads_stay and before is not None and all(kept.get(g.name, (0,)) for g in blocks):
+            heads = before
+        elif heads is not None and before is not None:
+            group = groups[layer]
+            numbers = before.slopes or tuple(range(before.heads))
+            units = kept.get(group.name, range(group.size))
+            own = tuple(numbers[unit * group.members + member] for unit in units for member in range(group.members))
+            heads = replace(heads, slopes=own if before.slopes or own != numbers else ())
+        found.append(heads)
+    return found
+
+
 def _by_key(att: UnitGroup, keys: UnitGroup | None, kept: KeptUnits, head_dim: int) -> Heads:
     """The query heads that each of the key-value heads keeps that stay."""
     mask = torch.zeros(att.size, dtype=torch.long)
@@ -303,93 +352,3 @@ def _by_key(att: UnitGroup, keys: UnitGroup | None, kept: KeptUnits, head_dim: i
 
 def _left(space: PruningSpace, counts: Mapping[str, int], group: UnitGroup) -> int:
     return group.kind != "layer" and min(counts.get(group.name, group.size), counts.get(space.block(group).name, 1))
-
-
-def _structure(
-    family: Family, base: ModelConfig, shapes: Shapes, heads: list[Heads | None], hidden: int
-) -> dict[str, Any]:
-    """The changes by `cook.models.ragged` to the stock model of `base` that give weights of these shapes."""
-    model = skeleton(family, base)
-    stock = weight_shapes(model)
-    structure: dict[str, Any] = {"attributes": {}, "absent": {}, "constant": {}, "identity": [], "uneven_keys": False}
-    structure |= {"spread": {}, "gathered": {}, "rebuilt": _rebuilt(family, shapes, stock, heads, hidden)}
-    made_anew = tuple(f"{path}." for path in structure["rebuilt"])
-    structure["shapes"] = {
-        path: list(shape) for path, shape in shapes.items() if shape != stock[path] and not path.startswith(made_anew)
-    }
-    dim = head_dim_of(family, config_object(base))
-    for number, own in enumerate(heads):
-        layer = f"{family.layers}.{number}"
-        before = heads_of(family, dim, model, layer)
-        if own is not None and before is not None and own != before:
-            structure["uneven_keys"] |= own.kv_heads != before.kv_heads
-            if own.per_key:
-                _lay_out(family.attention, layer, own, structure)
-            values: dict[str, float] = {name: own.sizes[size] for name, size in family.attention.remembers.items()}
-            if own.head_dim != before.head_dim:
-                values |= _of_head_dim(family.attention, model.get_submodule(layer), before.head_dim, own.head_dim)
-            for attribute, value in values.items():
-                # A config's field is an attribute `config.name` of the module.
-                module, dot, field = f"{layer}.{attribute}".partition(".config.")
-                path, _, name = (module, dot, f"config.{field}") if dot else module.rpartition(".")
-                structure["attributes"].setdefault(path, {})[name] = value
-        if f"{layer}.{family.attention.out}.weight" not in shapes:
-            _take_out(family.attention, layer, shapes, structure)
-        is_mixed = family.experts is not None and expert_sizes(family.experts, shapes, layer) is not None
-        if f"{layer}.{family.ffn.out}.weight" not in shapes and not is_mixed:
-            _take_out(family.ffn, layer, shapes, structure)
-    return structure
-
-
-def _of_head_dim(table: Attention, layer: torch.nn.Module, before: int, after: int) -> dict[str, float]:
-    """The attributes of a layer's attention that follow from the size of a head."""
-    values: dict[str, float] = {table.head_dim: after}
-    if table.scaling:
-        path, _, name = table.scaling.rpartition(".")
-        values[table.scaling] = getattr(layer.get_submodule(path), name) * (before / after) ** 0.5
-    return values
-
-
-def _rebuilt(
-    family: Family, shapes: Shapes, stock: Shapes, heads: list[Heads | None], hidden: int
-) -> dict[str, dict[str, int]]:
-    """The modules that are built anew, since their weights have no module that could be exchanged; those that have
-    other sizes than in the stock model, with their sizes by config fields.
-    """
-    table, names = family.experts, family.names
-    candidates: dict[str, dict[str, int]] = {}
-    for number, own in enumerate(heads):
-        layer = f"{family.layers}.{number}"
-        sizes = None if table is None else expert_sizes(table, shapes, layer)
-        if table is not None and sizes is not None:
-            fields = {table.count: sizes[0], table.dims: sizes[1]}
-            candidates |= {f"{layer}.{name}": fields for name in (table.router, table.module)}
-        if family.attention.per_head and own is not None and names.kv_heads is not None:
-            fields = {names.heads: own.heads, names.kv_heads: own.kv_heads}
-            candidates[f"{layer}.{next(iter(family.attention.modules))}"] = fields
-    found = {}
-    for path, fields in candidates.items():
-        inside = [name for name in shapes if name.startswith(f"{path}.")]
-        if any(shapes[name] != stock[name] for name in inside):
-            found[path] = fields | {names.hidden: hidden}
-    return found
-
-
-def _lay_out(table: Attention, layer: str, heads: Heads, structure: dict[str, Any]) -> None:
-    """Places for query heads between the projections: as many for every key-value head."""
-    parts = [[number * heads.head_dim, heads.queries * heads.head_dim] for number in heads.per_key]
-    rest = 2 * heads.kv_heads * heads.head_dim
-    structure["spread"][f"{layer}.{table.q}"] = parts + ([[rest, rest]] if table.q == table.k else [])
-    structure["gathered"][f"{layer}.{table.out}"] = parts
-
-
-def _take_out(table: Attention | FeedForward, layer: str, shapes: Shapes, structure: dict[str, Any]) -> None:
-    bias = f"{layer}.{table.out}.bias"
-    for name, kind in table.modules.items():
-        path = f"{layer}.{name}"
-        structure["absent"][path] = kind
-        if bias in shapes and bias.startswith(f"{path}."):
-            structure["constant"][path] = bias
-    acts_on = [f"{layer}.{name}" for name in table.norms_after if f"{layer}.{name}.weight" in shapes]
-    norms = [f"{layer}.{name}" for name in (*table.norms_before, *table.norms_after)]
-    structure["identity"] += [path for path in norms if path not in acts_on]

@@ -59,11 +59,12 @@ def config_object(config: ModelConfig) -> PreTrainedConfig:
 
 def check_sizes(family: Family, made: PreTrainedConfig) -> None:
     """Raises a UserError if a size is not an integer above 0, or the heads do not share keys evenly."""
-    names = family.names
+    names, made = family.names, family.own_config(made)
     always = (names.layers, names.heads, names.hidden, "vocab_size")
     sizes: dict[str, Any] = {name: getattr(made, name, None) for name in always}
     # None: derived from the others, or not present.
-    for name in (names.kv_heads, names.head_dim, names.ffn, "sliding_window"):
+    kv_name = names.kv_heads if isinstance(names.kv_heads, str) else ""
+    for name in (kv_name, names.head_dim, names.ffn, "sliding_window"):
         if name and getattr(made, name, None) is not None:
             sizes[name] = getattr(made, name)
     if sizes.get("sliding_window") == 0 and getattr(made, "use_sliding_window", None) is False:
@@ -78,8 +79,8 @@ def check_sizes(family: Family, made: PreTrainedConfig) -> None:
     padding = getattr(made, "pad_token_id", None)
     if padding is not None and (not isinstance(padding, int) or padding < 0):
         raise UserError("the model's config: pad_token_id is not a valid id", wanted="an id or null", got=repr(padding))
-    heads, kv_heads = sizes[names.heads], sizes.get(names.kv_heads or "", 1)
-    multiples = [(names.heads, heads, names.kv_heads, kv_heads)]
+    heads, kv_heads = sizes[names.heads], sizes.get(kv_name, 1)
+    multiples = [(names.heads, heads, kv_name, kv_heads)]
     multiples += [(names.hidden, sizes[names.hidden], names.heads, heads)] if names.head_dim is None else []
     for name, number, divisor_name, divisor in multiples:
         if number % divisor:
@@ -127,7 +128,8 @@ def read(
         UserError: the tensors do not match the config's model, or are quantized.
     """
     refuse_quantized(config, tensors)
-    layers = config.get(family.names.layers)
+    part = family.own_config(config)
+    layers = part.get(family.names.layers) if isinstance(part, Mapping) else None
     if tensors and isinstance(layers, int) and layers > len(tensors):
         what = f"the weights do not fit the model's config: {layers} layers, and {len(tensors)} tensors"
         raise UserError(what, remedy=f"correct {family.names.layers} in config.json")
@@ -135,7 +137,7 @@ def read(
     if not tensors:
         return native, tensors
     model: Any = skeleton(family, native)
-    check_remembered(native, native[family.names.layers])
+    check_remembered(native, family.own_config(native)[family.names.layers])
     tensors = with_fused_experts(model, tensors)
     keys = _keys(family, config, model, tensors)
     groups = [names for names, _ in _stored(model)]
@@ -180,12 +182,16 @@ def refuse_quantized(config: ModelConfig, tensors: Mapping[str, torch.Tensor]) -
 def file_names(family: Family, config: ModelConfig) -> dict[str, str]:
     """The keys of weights in the family's files, as `save_pretrained` writes them, if they differ."""
     model: Any = skeleton(family, config)
+    # A tied weight is stored as the embedding, which is not the first of its names where a class builds its head first.
+    tables = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, torch.nn.Embedding)}
+    embeddings = {own[0]: name for own, _ in _stored(model) for name in own[1:] if name in tables}
     conversions = get_model_conversion_mapping(model, add_legacy=False)
     if any(isinstance(entry, WeightConverter) for entry in conversions):
-        return {}  # transformers also reads the model's own keys
+        return embeddings  # transformers also reads the model's own keys
     renamings: list[Any] = [e.reverse_transform() for e in reversed(conversions) if not isinstance(e, PrefixChange)]
     names = {**weight_shapes(model), **dict(model.named_parameters(remove_duplicate=False))}  # tied ones too
-    return {name: renamed for name in names if (renamed := apply_renamings(name, renamings)) != name}
+    renamed = {name: apply_renamings(embeddings.get(name, name), renamings) for name in names}
+    return {name: own for name, own in renamed.items() if own != name}
 
 
 def _keys(family: Family, config: ModelConfig, model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -244,6 +250,10 @@ def _all_equal(tensors: list[torch.Tensor]) -> bool:
 def plain(config: PreTrainedConfig) -> dict[str, Any]:
     """A config as the dictionary of its config.json, without temporary fields."""
     fields = {name: value for name, value in config.to_diff_dict().items() if name not in PASSING}
+    for name in type(config).sub_configs:
+        part = getattr(config, name, None)
+        if isinstance(part, PreTrainedConfig):
+            fields[name] = {key: value for key, value in part.to_dict().items() if key not in PASSING}
     return fields | {"model_type": type(config).model_type}
 
 

@@ -29,6 +29,8 @@ class Heads:
     head_dim: int
     per_key: tuple[int, ...] = ()
     """The query heads of each key-value head, if they differ; empty: equally many."""
+    slopes: tuple[int, ...] = ()
+    """The original numbers of the heads, if every head has a slope of its own and some are gone."""
 
     @property
     def queries(self) -> int:
@@ -60,6 +62,7 @@ def head_dim_of(family: Family, config: PreTrainedConfig) -> int:
     """Features per head."""
     if getattr(config, "structure", None) and "head_dim" in config.structure:
         return int(config.structure["head_dim"])
+    config = family.own_config(config)
     explicit = getattr(config, family.names.head_dim, None) if family.names.head_dim else None
     return int(explicit or getattr(config, family.names.hidden) // getattr(config, family.names.heads))
 
@@ -79,43 +82,54 @@ def heads_of(family: Family, head_dim: int, model: torch.nn.Module, layer: str) 
         width = (width - inner) // 2
     laid_out = getattr(out, ragged.PARTS, None) or ()
     per_key = tuple(own // head_dim for own, _ in laid_out)
-    return Heads(heads=inner // head_dim, kv_heads=width // head_dim, head_dim=head_dim, per_key=per_key)
+    slopes = getattr(model.get_submodule(f"{layer}.{next(iter(table.modules))}"), ragged.SLOPES, {"heads": ()})
+    return Heads(
+        heads=inner // head_dim,
+        kv_heads=width // head_dim,
+        head_dim=head_dim,
+        per_key=per_key,
+        slopes=tuple(slopes["heads"]),
+    )
 
 
 def head_units(family: Family, config: ModelConfig) -> tuple[HeadUnit, ...]:
     """Both kinds if key-value heads are shared; else every query head is its own group."""
-    made = config_object(config)
-    heads, keys = family.names.heads, family.names.kv_heads
-    shared = keys and can_share_keys(family) and getattr(made, keys) < getattr(made, heads)
-    return ("kv_group", "query_head") if shared else ("kv_group",)
+    made = family.own_config(config_object(config))
+    is_shared = family.names.key_value_heads(made) < getattr(made, family.names.heads)
+    return ("kv_group", "query_head") if is_shared and can_share_keys(family) else ("kv_group",)
 
 
 def can_share_keys(family: Family) -> bool:
     """Whether query heads of a shared key-value head can be units: if heads of one group go, places are left for them,
-    and weights of single heads and norms over all heads have none.
+    which weights of single heads lack; and where q, k and v are interleaved, only whole groups are consecutive.
     """
     table = family.attention
-    return family.names.kv_heads is not None and not (table.latent or table.per_head or table.norms_across)
+    return family.names.kv_heads is not None and not (table.latent or table.per_head or table.interleaved)
 
 
 def space(family: Family, config: ModelConfig, head_unit: HeadUnit = "kv_group") -> PruningSpace:
     """Everything that can be pruned in a model of this config."""
     model = skeleton(family, config)
     shapes, made = weight_shapes(model), config_object(config)
-    num_layers = getattr(made, family.names.layers)
+    num_layers = getattr(family.own_config(made), family.names.layers)
     groups: list[UnitGroup] = []
     heads: dict[str, Heads] = {}
+    shared: dict[str, tuple[str, ...]] = {}
     for number in range(num_layers):
         layer = f"{family.layers}.{number}"
-        groups += _attention(family, head_dim_of(family, made), head_unit, model, shapes, number, layer)
-        if own := heads_of(family, head_dim_of(family, made), model, layer):
-            heads[layer] = own
+        own = _attention(family, head_dim_of(family, made), head_unit, model, shapes, number, layer)
+        if found := heads_of(family, head_dim_of(family, made), model, layer):
+            heads[layer] = found
         experts = family.experts
         if experts is not None and f"{layer}.{experts.router}.weight" in shapes:
-            groups.append(block_of(family.ffn, "ffn", shapes, number, layer, experts.block))
-            groups += expert_groups(experts, model, shapes, number, layer)
+            own.append(block_of(family.ffn, "ffn", shapes, number, layer, experts.block))
+            own += expert_groups(experts, model, shapes, number, layer)
         else:
-            groups += _feed_forward(family, model, shapes, number, layer)
+            own += _feed_forward(family, model, shapes, number, layer)
+        blocks = tuple(group.name for group in own if group.kind == "layer")
+        norms = tuple(f"{layer}.{name}." for name in family.norms_shared)
+        shared |= {path: blocks for path in shapes if norms and blocks and path.startswith(norms)}
+        groups += own
     if any(group.kind == "experts" for group in groups):
         # Mask files and configs have one number of dims per block: those of the experts.
         groups = [group for group in groups if group.kind != "dimff" or group.active]
@@ -128,6 +142,7 @@ def space(family: Family, config: ModelConfig, head_unit: HeadUnit = "kv_group")
         logits_weight=logits,
         hidden=hidden_dims(family, made, model, shapes),
         head_dims=head_dims(family, made, model, shapes, heads),
+        shared=shared,
     )
 
 
@@ -155,7 +170,7 @@ def _attention(
             for path in dict.fromkeys((table.q, table.k, table.v))
         ]
     elif table.interleaved:
-        parts = [Part(path=table.q, offset=0, block=3 * head_dim)]
+        parts = [Part(path=table.q, offset=0, block=(queries + 2) * head_dim)]
         assert whole, "query heads with shared keys cannot be separated in an interleaved weight"
     else:
         spans = {"q": found.heads * head_dim, "k": found.kv_heads * head_dim, "v": found.kv_heads * head_dim}
@@ -171,31 +186,61 @@ def _attention(
             for name, offset in zip(paths, offsets, strict=True)
             if name not in blocks
         ]
+    has = [name for name in table.positions if f"{layer}.{name}.weight" in shapes]
+    parts += [Part(path=name, offset=0, block=width) for name in has]
     units: dict[str, Any] = {"size": found.kv_heads, "members": queries, "head_unit": "kv_group"}
     if not whole:
         units = {"size": found.heads, "sections": found.kv_heads, "head_unit": "query_head"}
         units["section_sizes"] = found.per_key
-    across = dict(zip(table.norms_across, (width, head_dim), strict=False))
-    slices = (
-        *_in_slices(model, shapes, layer, parts),
-        *(WeightSlice(path=f"{layer}.{name}.weight", dim=0, block=block) for name, block in across.items()),
-        *(WeightSlice(path=f"{layer}.{name}", dim=0, block=width // head_dim) for name in table.per_head),
-        _out_slice(model, f"{layer}.{table.out}", width),
-    )
-    # Their statistics are those of the heads that stay.
-    units["more_gates"] = tuple(
-        GatePoint(module=f"{layer}.{name}", at="statistics", repeat=block) for name, block in across.items()
-    )
+    of_queries = _norm_of_heads(shapes, layer, table.q_norm, table.q, width, head_dim)
+    of_keys = _norm_of_heads(shapes, layer, table.k_norm, table.k, head_dim, head_dim)
+    own = (of_queries, of_keys) if whole else (of_queries,)
+    units["more_gates"] = tuple(gate for _, gates in own for gate in gates)
     if table.latent:
         read = model.get_submodule(f"{layer}.{table.reads[-1]}").get_parameter("weight")
         units["cache"] = read.shape[0]
+    slices = (
+        *_in_slices(model, shapes, layer, parts),
+        *(piece for pieces, _ in own for piece in pieces),
+        *(WeightSlice(path=f"{layer}.{name}", dim=0, block=width // head_dim) for name in table.per_head),
+        _out_slice(model, f"{layer}.{table.out}", width),
+    )
     made = block_and_units(table, "att", shapes, number, layer, slices, width, units)
+    if family.heads_stay:
+        return made[:1]
     if not whole:
         repeat = tuple(n * head_dim for n in found.per_key) or queries * head_dim
-        gate = GatePoint(module=f"{layer}.{table.out}", at="input", repeat=repeat)
-        owned = tuple(_in_slices(model, shapes, layer, keys))
-        made.append(UnitGroup(kind="keys", site="att", layer=number, size=found.kv_heads, slices=owned, gate=gate))
+        made.append(
+            UnitGroup(
+                kind="keys",
+                site="att",
+                layer=number,
+                size=found.kv_heads,
+                slices=(*_in_slices(model, shapes, layer, keys), *of_keys[0]),
+                gate=GatePoint(module=f"{layer}.{table.out}", at="input", repeat=repeat),
+                more_gates=of_keys[1],
+            )
+        )
     return made
+
+
+def _norm_of_heads(
+    shapes: Mapping[str, tuple[int, ...]], layer: str, norm: str, product: str, width: int, head_dim: int
+) -> tuple[tuple[WeightSlice, ...], tuple[GatePoint, ...]]:
+    """The slices and gates of a norm with weights of its own for every head; `width`: features of `product`, the norm's
+    input, per unit.
+    """
+    path = f"{layer}.{norm}.weight"
+    if not norm or path not in shapes:
+        return (), ()
+    if len(shapes[path]) == 2:  # over every head alone
+        return (WeightSlice(path=path, dim=0, block=width // head_dim),), ()
+    # Over all heads: those that are gone must not count, so they are zero before the norm.
+    gates = (
+        GatePoint(module=f"{layer}.{product}", at="output", repeat=width),
+        GatePoint(module=f"{layer}.{norm}", at="statistics", repeat=width),
+    )
+    return (WeightSlice(path=path, dim=0, block=width),), gates
 
 
 def _feed_forward(

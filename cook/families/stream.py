@@ -24,7 +24,6 @@ from cook.pruning.units import GatePoint, UnitGroup, WeightSlice
 class _Found:
     slices: dict[tuple[str, int], WeightSlice] = field(default_factory=dict)
     gates: list[GatePoint] = field(default_factory=list)
-    norms: list[str] = field(default_factory=list)
 
 
 def hidden_dims(
@@ -39,7 +38,7 @@ def hidden_dims(
         model: The model, without weights.
         shapes: The shapes of its weights; tied weights appear once.
     """
-    if family.auto_class == "AutoModel":
+    if family.auto_class == "AutoModel" or family.hidden_stays:
         return None
     size = stream_size(family, config, model)
     head = model.get_output_embeddings()  # type: ignore[operator]
@@ -55,7 +54,9 @@ def hidden_dims(
         if role == "inside":
             continue
         if not own and not isinstance(module, torch.nn.Embedding):
-            if type(module).__name__.endswith("Norm"):
+            if tuple(getattr(module, "normalized_shape", ())) == (size,):
+                found.gates.append(GatePoint(module=path, at="statistics"))
+            elif type(module).__name__.endswith("Norm"):
                 return None  # without weights, it cannot be told whether it is on the stream
             continue
         if role == "out":
@@ -76,7 +77,7 @@ def hidden_dims(
                     _slice(found, f"{path}.weight", 1, power=-0.5 if family.embedding_times_root else 0.0)
                 found.gates.append(GatePoint(module=path, at="output", repeat=1))
         elif _is_norm(module) and own.get("weight") == (size,):
-            found.norms.append(path)
+            found.gates.append(GatePoint(module=path, at="statistics"))
             for end in own:
                 _slice(found, f"{path}.{end}", 0)
         elif any(size in shape for shape in own.values()):
@@ -85,7 +86,9 @@ def hidden_dims(
         # The tied table grows by √(old/new); the last norm takes that back from the logits.
         path = f"{family.embedding_times_root}.weight"
         found.slices[path, 0] = WeightSlice(path=path, dim=0, block=1, power=0.5, added=1.0)
-    first, *more = found.gates
+    if not found.gates:  # no block is left, by which the size of the stream would be known
+        return None
+    first, *more = sorted(found.gates, key=lambda gate: gate.at == "statistics")
     return UnitGroup(
         kind="hidden",
         site="stream",
@@ -94,7 +97,6 @@ def hidden_dims(
         slices=tuple(found.slices.values()),
         gate=first,
         more_gates=tuple(more),
-        norms=tuple(found.norms),
         multiple=MULTIPLE if family.experts is not None and size % MULTIPLE == 0 else 1,
     )
 
@@ -106,7 +108,7 @@ def stream_size(family: Family, config: PreTrainedConfig, model: torch.nn.Module
         weight = getattr(module, "weight", None)
         if layer and isinstance(weight, torch.Tensor) and name in (family.attention.out, family.ffn.out):
             return int(weight.shape[1 - _in_dim(module)])
-    return int(getattr(config, family.names.hidden))
+    return int(getattr(family.own_config(config), family.names.hidden))
 
 
 def _layer_of(family: Family, path: str) -> tuple[str, str]:
@@ -128,7 +130,8 @@ def _role(family: Family, name: str) -> str:
             return "in"
     if name in (attention.out, ffn.out):
         return "out"
-    if name in (attention.reads or (attention.q, attention.k, attention.v)) or name in ffn.ins:
+    reads = attention.reads or (attention.q, attention.k, attention.v, *attention.positions)
+    if name in (*reads, *ffn.ins):
         return "in"
     is_inside = any(name == part or name.startswith(f"{part}.") for part in (*attention.modules, *ffn.modules))
     return "inside" if is_inside else ""
@@ -169,7 +172,7 @@ def _slice(found: _Found, path: str, dim: int, power: float = 0.0) -> None:
 
 
 def _is_norm(module: torch.nn.Module) -> bool:
-    return isinstance(module, torch.nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
+    return isinstance(module, torch.nn.LayerNorm) or type(module).__name__.endswith("Norm")
 
 
 def _in_dim(module: torch.nn.Module) -> int:

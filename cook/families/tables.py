@@ -1,4 +1,7 @@
-"""The families of stock transformers: one table per family, where its layers differ from Llama's."""
+"""Families of stock transformers: one table per family, where its layers differ from Llama's.
+
+Further ones are in `decoder_tables.py` and `encoder_tables.py`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from cook.families.stock_models import architecture
 from cook.pruning.family import ModelConfig
 
 
-def _fused(path: str) -> dict[str, Any]:
+def fused(path: str) -> dict[str, Any]:
     """Queries, keys and values in one weight."""
     return {"q": path, "k": path, "v": path}
 
@@ -41,7 +44,7 @@ PHI3 = Family(
     family="Phi-3",
     model_types=frozenset({"phi3"}),
     attention=Attention(
-        **_fused("self_attn.qkv_proj"),
+        **fused("self_attn.qkv_proj"),
         remembers={
             "self_attn.num_key_value_groups": "heads_per_kv",
             "self_attn.num_key_value_heads": "kv_heads",
@@ -82,7 +85,7 @@ OLMOE = replace(
     LLAMA,
     family="OLMoE",
     model_types=frozenset({"olmoe"}),
-    attention=Attention(norms_across=("self_attn.q_norm", "self_attn.k_norm")),
+    attention=Attention(q_norm="self_attn.q_norm", k_norm="self_attn.k_norm", head_dim=""),
     experts=Experts(dims="intermediate_size"),
     names=ConfigNames(head_dim=None),
 )
@@ -105,7 +108,7 @@ GPT_OSS = replace(
     LLAMA,
     family="GPT-OSS",
     model_types=frozenset({"gpt_oss"}),
-    attention=Attention(per_head=("self_attn.sinks",)),
+    attention=Attention(per_head=("self_attn.sinks",), head_dim=""),
     ffn=FeedForward(modules={"mlp": "pair"}),
     experts=Experts(router="mlp.router", transposed=True, count="num_local_experts", dims="intermediate_size"),
 )
@@ -120,6 +123,7 @@ DEEPSEEK_V3 = Family(
         latent=True,
         reads=("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
         remembers={"self_attn.num_heads": "heads"},
+        head_dim="",
     ),
     experts=Experts(
         scores="sigmoid",
@@ -138,7 +142,7 @@ GPT2 = Family(
     layers="transformer.h",
     attention=Attention(
         modules={"attn": "pair"},
-        **_fused("attn.c_attn"),
+        **fused("attn.c_attn"),
         out="attn.c_proj",
         norms_before=("ln_1",),
         remembers={"attn.num_heads": "heads", "attn.split_size": "width"},
@@ -156,7 +160,7 @@ GPT_NEOX = Family(
     layers="gpt_neox.layers",
     attention=Attention(
         modules={"attention": "pair"},
-        **_fused("attention.query_key_value"),
+        **fused("attention.query_key_value"),
         interleaved=True,
         out="attention.dense",
         remembers={},
@@ -213,6 +217,7 @@ BERT = Family(
 )
 ROBERTA = replace(BERT, family="RoBERTa", model_types=frozenset({"roberta"}), layers="roberta.encoder.layer")
 HEADS = {
+    "ElectraForPreTraining": "AutoModelForPreTraining",
     "ForMaskedLM": "AutoModelForMaskedLM",
     "ForPreTraining": "AutoModelForMaskedLM",
     "ForSequenceClassification": "AutoModelForSequenceClassification",
@@ -221,6 +226,8 @@ HEADS = {
     "ForMultipleChoice": "AutoModelForMultipleChoice",
     "BertModel": "AutoModel",
     "RobertaModel": "AutoModel",
+    "ElectraModel": "AutoModel",
+    "DebertaV2Model": "AutoModel",
 }
 """Suffixes of a config's `architectures`, and the transformers class that builds the model."""
 
@@ -253,7 +260,7 @@ def _opt_variant(family: Family, config: ModelConfig) -> Family:
     )
 
 
-def _bert_variant(family: Family, config: ModelConfig) -> Family:
+def bert_variant(family: Family, config: ModelConfig) -> Family:
     named = architecture(config)
     auto_class = config.get("stock_class") or next((c for end, c in HEADS.items() if named.endswith(end)), None)
     if named and auto_class is None:
@@ -263,7 +270,7 @@ def _bert_variant(family: Family, config: ModelConfig) -> Family:
     return replace(family, layers=layers, auto_class=auto_class or family.auto_class)
 
 
-def _roberta_inputs(batch: Batch) -> dict[str, Any]:
+def roberta_inputs(batch: Batch) -> dict[str, Any]:
     # Its positions begin after the padding id, which is 1 in every RoBERTa.
     return masked_inputs(batch, causal=False) | {"position_ids": batch["position"] + 2}
 
@@ -276,6 +283,6 @@ ADAPTERS = (
     stock_adapter(GPT2, _gpt2_variant),
     stock_adapter(GPT_NEOX),
     stock_adapter(OPT, _opt_variant, partial(masked_inputs, causal=True)),
-    stock_adapter(BERT, _bert_variant, partial(masked_inputs, causal=False), is_causal=False),
-    stock_adapter(ROBERTA, _bert_variant, _roberta_inputs, is_causal=False),
+    stock_adapter(BERT, bert_variant, partial(masked_inputs, causal=False), is_causal=False),
+    stock_adapter(ROBERTA, bert_variant, roberta_inputs, is_causal=False),
 )

@@ -7,7 +7,9 @@ It builds the stock model `stock_type` and then changes it as described by `stru
     shapes      {weight: shape}           weights whose shape differs from the stock model
     attributes  {module: {name: number}}  attributes of modules that depend on those shapes; `config.name` sets the
                                           module's own copy of the config
-    absent      {module: "pair"|"value"}  modules that add nothing; a pair is the output of an attention block
+    absent      {module: kind}            modules that add nothing: "pair" for the output of an attention block, or
+                                          "value"; with "added", they return the residual, their second argument; with
+                                          "full", a tensor of its own that the layer may change
     constant    {module: weight}          absent modules of which only the last bias remains, and that bias
     identity    [module, ...]             norms that are no longer needed
     spread      {module: [[own, wide]]}   products whose output parts are filled up with zeros, from `own` features to
@@ -15,6 +17,7 @@ It builds the stock model `stock_type` and then changes it as described by `stru
     gathered    {module: [[own, wide]]}   products that take such parts as inputs, and skip what was filled up
     rebuilt     {module: {field: number}} routers, experts and attention with weights of single heads, which are built
                                           from a config with these sizes
+    slopes      {module: {of, heads}}     attention blocks whose biases by head are those of `heads` among `of` heads
     uneven_keys true|false                whether some attention block has other key-value heads than the config
     head_dim    number                    dimensions of a head, if the stock class computes another number
     experts     {router: {...}}           FFN blocks that are mixtures of experts, as `add_experts` takes them
@@ -42,16 +45,34 @@ PARTS = "parts"
 """Attribute of a module in `spread` or `gathered`: the list of its parts."""
 
 
+SLOPES = "slopes"
+"""Attribute of a module in `slopes`."""
+BIASES = ("alibi", "position_bias", "attention_mask")
+"""Arguments of attention blocks that can have a part per head."""
+
+
 def _spread(module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
-    pieces = output.split([own for own, _ in module.parts], -1)
+    pieces = output.flatten(2).split([own for own, _ in module.parts], -1)
     filled = [nn.functional.pad(x, (0, wide - own)) for x, (own, wide) in zip(pieces, module.parts, strict=True)]
-    return torch.cat(filled, -1)
+    flat = torch.cat(filled, -1)
+    return flat if output.ndim == 3 else flat.unflatten(-1, (-1, output.shape[-1]))
 
 
 def _gathered(module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     pieces = inputs[0].split([wide for _, wide in module.parts], -1)
     own = torch.cat([x[..., :own] for x, (own, _) in zip(pieces, module.parts, strict=True)], -1)
     return (own, *inputs[1:])
+
+
+def _own_slopes(module: Any, inputs: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    of, heads = module.slopes["of"], module.slopes["heads"]
+
+    def own(bias: Any) -> Any:
+        if isinstance(bias, torch.Tensor) and bias.ndim == 3:  # (batch × heads, …) or (heads, …)
+            return bias.unflatten(0, (-1, of))[:, heads].flatten(0, 1)
+        return bias[:, heads] if isinstance(bias, torch.Tensor) and bias.shape[1] == of else bias
+
+    return inputs, {name: own(value) if name in BIASES else value for name, value in named.items()}
 
 
 class Absent(nn.Module):
@@ -78,7 +99,11 @@ class Absent(nn.Module):
         hidden = inputs[0] if inputs else named["hidden_states"]
         # A zero without axes is added to all positions at no cost.
         value = self.get_parameter(self.bias_path) if self.bias_path else hidden.new_zeros(())
-        if self.kind == "value":
+        if self.kind.startswith("added"):
+            value = value + inputs[1]
+        elif self.kind.startswith("full"):
+            value = value + torch.zeros_like(hidden)
+        if self.kind.endswith("value"):
             return value
         cache = next((x for x in (*inputs, *named.values()) if isinstance(x, Cache)), None)
         if cache is not None and self.layer is not None:
@@ -89,7 +114,7 @@ class Absent(nn.Module):
 
 def reshape_modules(model: PreTrainedModel, structure: dict[str, Any]) -> None:
     """Changes a newly built stock model as described by `structure`."""
-    shapes = structure["shapes"]
+    shapes = structure["shapes"] | _tied_embeddings(model, structure["shapes"])
     for path, sizes in structure.get("rebuilt", {}).items():
         config: Any = copy.copy(model.config)
         for name, value in sizes.items():
@@ -115,6 +140,9 @@ def reshape_modules(model: PreTrainedModel, structure: dict[str, Any]) -> None:
     for path, parts in structure.get("gathered", {}).items():
         setattr(model.get_submodule(path), PARTS, parts)
         model.get_submodule(path).register_forward_pre_hook(_gathered)
+    for path, slopes in structure.get("slopes", {}).items():
+        setattr(model.get_submodule(path), SLOPES, slopes)
+        model.get_submodule(path).register_forward_pre_hook(_own_slopes, with_kwargs=True)
     for path, values in structure["attributes"].items():
         module = model.get_submodule(path)
         own = {name.removeprefix("config."): value for name, value in values.items() if name.startswith("config.")}
@@ -137,6 +165,12 @@ def reshape_modules(model: PreTrainedModel, structure: dict[str, Any]) -> None:
     add_experts(model, structure.get("experts", {}))
 
 
+def _tied_embeddings(model: PreTrainedModel, shapes: dict[str, Any]) -> dict[str, Any]:
+    """The shapes of embeddings that are tied to a weight in `shapes`, which has the name of the output projection."""
+    tied = model.all_tied_weights_keys
+    return {tied[path]: shape for path, shape in shapes.items() if path in tied and tied[path] not in shapes}
+
+
 def _step(product: nn.Module) -> int:
     """1 if the outputs of a product are the first dimension of its weight, -1 if they are the last."""
     return -1 if isinstance(product, Conv1D) else 1
@@ -148,9 +182,11 @@ def _of_shape(old: nn.Module, shape: list[int]) -> nn.Module:
     if isinstance(old, nn.Linear):
         return nn.Linear(shape[1], shape[0], bias=old.bias is not None)
     if isinstance(old, nn.LayerNorm):
-        return nn.LayerNorm(shape[0], eps=old.eps, bias=old.bias is not None)
-    if made.__name__.endswith("RMSNorm"):
-        norm: nn.Module = made(shape[0], getattr(old, "variance_epsilon", None) or old.eps)
+        norm: nn.Module = made(shape[0], eps=old.eps, bias=old.bias is not None)
+        return norm
+    if made.__name__.endswith("Norm"):
+        size = shape[0] if len(shape) == 1 else tuple(shape)  # Cohere's norms per head
+        norm = made(size, eps=getattr(old, "variance_epsilon", None) or old.eps)
         return norm
     if isinstance(old, nn.Embedding):
         table: Any = old

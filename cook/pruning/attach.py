@@ -42,8 +42,6 @@ class AttachedGates:
         for group in groups:
             for gate in (group.gate, *group.more_gates):
                 self._hook(model.get_submodule(gate.module), gate, group.name)
-            for path in group.norms:
-                self._correct(model.get_submodule(path), group)
 
     def set(self, values: Mapping[str, torch.Tensor]) -> None:
         """Sets the gates to use beside the fixed ones: `[units]` per group, in [0, 1]; absent groups stay open.
@@ -82,7 +80,6 @@ class AttachedGates:
         """The value of each feature, for every way in which the group's gates lie along features."""
         assert value.shape == (group.size,), f"{group.name} has {group.size} units, its mask is {tuple(value.shape)}"
         layouts = {_layout(gate) for gate in (group.gate, *group.more_gates)}
-        layouts |= {(1, group.norm_features)} if group.norms else set()
         return {layout: _spread(value, layout) for layout in layouts}
 
     def _at(self, name: str, layout: Layout) -> torch.Tensor | None:
@@ -98,7 +95,7 @@ class AttachedGates:
             # Before the hooks by which transformers collects the logits for the loss that balances experts.
             self._handles.append(module.register_forward_hook(self._router_hook(gate, name), prepend=True))
         else:
-            self._replace(module, (self._scaled if gate.at == "weight" else self._counted)(module, gate, name))
+            self._replace(module, (self._scaled if gate.at == "weight" else self._corrected)(module, gate, name))
 
     def _replace(self, module: torch.nn.Module, forward: Callable[..., Any]) -> None:
         self._replaced.append((module, module.__dict__.get("forward")))
@@ -122,46 +119,35 @@ class AttachedGates:
 
         return scaled
 
-    def _counted(self, norm: torch.nn.Module, gate: GatePoint, name: str) -> Callable[..., Any]:
-        """The forward pass of an RMSNorm whose mean square is that of the kept features."""
-        forward: Callable[..., Any] = norm.forward
-        eps: Any = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", 0.0)
-
-        def counted(x: torch.Tensor) -> Any:
-            z = self._at(name, _layout(gate))
-            if z is None:
-                return forward(x)
-            squares = x.to(torch.promote_types(z.dtype, x.dtype)).square()
-            kept = (squares * z).sum(-1, keepdim=True) / z.sum().clamp(min=1e-6)
-            return forward(x) * ((squares.mean(-1, keepdim=True) + eps) / (kept + eps)).sqrt().to(x.dtype)
-
-        return counted
-
-    def _correct(self, norm: torch.nn.Module, group: UnitGroup) -> None:
-        """Makes a norm compute over the kept features alone; its input is gated already.
+    def _corrected(self, norm: torch.nn.Module, gate: GatePoint, name: str) -> Callable[..., Any]:
+        """A forward pass of a norm over the kept features alone; its input is gated already.
 
         A norm over all features divides by √(Σx²/D + ε), that of the reshaped model by √(Σx²/D' + ε), with D' = Σz. The
         input times √(D/D') and the output times √(D'/D) give the latter, ε included. A LayerNorm also subtracts the
         mean over D' from the kept features alone. The module's forward is replaced, since with ZeRO-3 its weights are
         there only inside of it.
         """
-        forward: Callable[[torch.Tensor], torch.Tensor] = norm.forward
+        forward: Callable[..., Any] = norm.forward
 
-        def corrected(x: torch.Tensor) -> torch.Tensor:
-            z = self._at(group.name, (1, group.norm_features))
+        def corrected(x: torch.Tensor) -> Any:
+            z = self._at(name, _layout(gate))
             if z is None:
                 return forward(x)
-            kept = z.to(torch.promote_types(z.dtype, x.dtype)).sum()
+            # Without any head, all of x is 0.
+            kept = z.to(torch.promote_types(z.dtype, x.dtype)).sum().clamp(min=1e-3)
             scale = (len(z) / kept).sqrt().to(x.dtype)
-            if not isinstance(norm, torch.nn.LayerNorm):  # an RMSNorm, whatever its class
+            if "RMSNorm" in type(norm).__name__:
                 return forward(x * scale) / scale
             z = z.to(x.dtype)
             centered = x - z * (x.sum(-1, keepdim=True) / kept).to(x.dtype)
+            if type(norm) is not torch.nn.LayerNorm:  # a LayerNorm that uses its weight in its own way
+                y, bias = forward(centered * scale), getattr(norm, "bias", None)
+                return y / scale if bias is None else (y - bias) / scale + z * bias
             y = F.layer_norm(centered * scale, norm.normalized_shape, eps=norm.eps) / scale
             y = y if norm.weight is None else y * norm.weight
             return y if norm.bias is None else y + z * norm.bias
 
-        self._replace(norm, corrected)
+        return corrected
 
     def _input_hook(self, gate: GatePoint, name: str) -> Callable[..., tuple[Any, ...] | None]:
         def gate_input(_module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -166,6 +166,10 @@ def count_pricing(
         if alike not in known:
             known[alike] = _polynomial(units, partial(_of_block, count, gone))
         add(known[alike], units, exists[name])
+    if space.shared:  # a norm that two blocks read belongs to neither: it counts as if it stayed
+        full = [group.size for group in groups] + [1] * len(ungated)
+        counted = sum(coefficient * prod(full[n] for n in product) for product, coefficient in products.items())
+        products[()] = products.get((), 0.0) + count({}) - counted
     most = max(map(len, products))
     one = len(groups) + len(ungated)
     return CountPricing(

@@ -24,9 +24,11 @@ def _owned(space: PruningSpace, piece: WeightSlice) -> int:
     return prod(shape) // shape[piece.dim] // (shape[0] if piece.row_units else 1) * own
 
 
-def _is_product(path: str, shape: tuple[int, ...]) -> bool:
-    """Whether a weight is a matrix by which every token is multiplied; fused experts have biases in two dimensions."""
-    return len(shape) == 2 and not path.endswith("proj_bias")
+def is_product(path: str, shape: tuple[int, ...]) -> bool:
+    """Whether a weight is a matrix by which every token is multiplied; the biases of fused experts and norms over every
+    head have two dimensions too.
+    """
+    return len(shape) == 2 and not path.endswith(("proj_bias", "norm.weight"))
 
 
 def unit_flops(space: PruningSpace, group: UnitGroup, *, context: int) -> int:
@@ -40,7 +42,7 @@ def unit_flops(space: PruningSpace, group: UnitGroup, *, context: int) -> int:
         group: The unit's group.
         context: Mean number of keys that a query attends to.
     """
-    flops = sum(2 * _owned(space, s) for s in group.slices if _is_product(s.path, space.shapes[s.path]))
+    flops = sum(2 * _owned(space, s) for s in group.slices if is_product(s.path, space.shapes[s.path]))
     if group.active and group.kind == "dimff":
         inside = sum(2 * _owned(space, s) for s in group.slices if len(space.shapes[s.path]) == 3)
         flops = inside * group.active // group.sections
@@ -88,6 +90,7 @@ def kept_shapes(space: PruningSpace, kept: Kept) -> dict[str, tuple[int, ...]]:
                 heads = round(piece.repeats * _share_of_heads(space, piece, kept))
                 gone_units = (group.size - left) * (piece.row_units or group.size) // group.size
                 shapes[piece.path][piece.dim] -= gone_units * piece.block * heads
+    gone |= shared_gone(space, kept)
     return {path: tuple(shape) for path, shape in shapes.items() if path not in gone}
 
 
@@ -95,6 +98,15 @@ def _share_of_heads(space: PruningSpace, piece: WeightSlice, kept: Kept) -> floa
     """The share of the heads that stays in which head dimensions lie; 1 for other units."""
     owner = space.owner(piece)
     return 1.0 if owner is None else kept.get(owner.name, owner.size) / owner.size
+
+
+def shared_gone(space: PruningSpace, kept: Kept) -> set[str]:
+    """The weights of several blocks none of which reads its input any more."""
+    if not space.shared:
+        return set()
+    groups = (*space.groups, *space.unprunable)
+    idle = {space.block(g).name for g in groups if not kept.get(g.name, g.size) and g.kind != "keys"}
+    return {path for path, blocks in space.shared.items() if idle.issuperset(blocks)}
 
 
 def weights_gone(space: PruningSpace, group: UnitGroup, left: int) -> set[str]:
@@ -140,7 +152,7 @@ def forward_flops(space: PruningSpace, kept: Kept | None = None, *, context: int
     shapes = kept_shapes(space, kept or {})
     groups = (*space.groups, *space.unprunable)
     inside = {piece.path for group in groups for piece in group.slices}
-    products = sum(2 * prod(shape) for path, shape in shapes.items() if path in inside and _is_product(path, shape))
+    products = sum(2 * prod(shape) for path, shape in shapes.items() if path in inside and is_product(path, shape))
     for group in groups:
         if group.active and group.kind == "dimff":
             experts = [shapes[path] for path in {s.path for s in group.slices} if path in shapes]

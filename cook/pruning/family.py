@@ -28,6 +28,12 @@ Experts = Mapping[str, Mapping[str, Any]]
 """FFN blocks that are mixtures of experts, as `cook.models.cook_experts.add_experts` takes them."""
 
 
+def vocabulary_size(config: ModelConfig) -> int:
+    """The number of ids in a model's vocabulary; that of the text part, for a model of several parts."""
+    parts = [part for part in config.values() if isinstance(part, Mapping) and "vocab_size" in part]
+    return int((config if "vocab_size" in config else parts[0])["vocab_size"])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shrunk:
     """The config and the layers of a reshaped model."""
@@ -61,6 +67,12 @@ class Abilities:
     """Whether a stock class can load blocks with fewer heads."""
     stock_heads_except: str = ""
     """Models for which it cannot, in a few words."""
+    stock_dims: bool = True
+    """Whether a stock class can load blocks with fewer FFN dimensions."""
+    head_dims: bool = True
+    """Whether heads can have fewer dimensions at all."""
+    hidden: bool = True
+    """Whether the hidden size can be pruned at all."""
     stock_layers: bool
     """Whether a stock class can load the model without some of its layers."""
     experts: bool = False
@@ -106,6 +118,8 @@ class Adapter:
     """The same, for a family whose arguments depend on the config."""
     is_causal: bool = True
     """Whether the model predicts the next token."""
+    mixes_samples: Callable[[ModelConfig], bool] = lambda _config: False
+    """Whether the model's class cannot separate samples in one row, so that the main command cannot train it."""
     score_bias: bool = False
     """Whether a learned bias per head is added to the attention scores; its gradient needs memory."""
     experts: Callable[[ModelConfig], Experts] = lambda _config: {}

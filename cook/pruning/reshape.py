@@ -9,7 +9,7 @@ import torch
 
 from cook.base.errors import UserError
 from cook.base.tensor_files import LazyTensors, in_parts
-from cook.pruning.counts import weights_gone
+from cook.pruning.counts import shared_gone, weights_gone
 from cook.pruning.mask_set import Masks, consistent, fits
 from cook.pruning.units import WIDE, PruningSpace, WeightSlice
 
@@ -123,7 +123,7 @@ def _dropped_and_cut(space: PruningSpace, masks: Masks) -> tuple[set[str], dict[
     """The weights that are removed as a whole, and those that lose some units."""
     kept = kept_units(space, masks)
     cuts: dict[str, list[tuple[WeightSlice, tuple[int, ...], int]]] = {}
-    dropped: set[str] = set()
+    dropped = shared_gone(space, {name: len(units) for name, units in kept.items()})
     assert all(kept.get(kind, (0,)) for kind in WIDE), "a model without any hidden or head dimensions"
     for group in space.every:
         if group.name not in kept:

@@ -7,7 +7,7 @@ read it and use nothing else about the model.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -81,7 +81,8 @@ class GatePoint:
     """Path of the module as `Module.get_submodule` takes it."""
     at: Literal["input", "output", "softmax", "sigmoid", "weight", "statistics"]
     """`softmax`, `sigmoid`: on the scores of a router (`cook.pruning.routing`). `weight`: on `weight`, inside the
-    module's forward pass. `statistics`: on those of a norm, which then are those of the kept features alone."""
+    module's forward pass. `statistics`: on those of a norm over the units, which then are those of the kept ones alone;
+    its input is gated elsewhere."""
     repeat: int | tuple[int, ...] = 1
     """Consecutive features that share one gate, one number per gate where they differ; 0 if one gate scales all."""
     features: tuple[int, ...] = ()
@@ -107,11 +108,8 @@ class UnitGroup:
     """In a group of heads or FFN dimensions, the block's output projection comes last."""
     gate: GatePoint
     more_gates: tuple[GatePoint, ...] = ()
-    """Where else the same gates multiply: hidden dimensions have one wherever something is added to the stream."""
-    norms: tuple[str, ...] = ()
-    """Paths of the norms over the units, whose statistics must be those of the kept units alone."""
-    norm_features: tuple[int, ...] = ()
-    """The unit of each feature of these norms, if they are not the units themselves."""
+    """Where else the same gates act: hidden dimensions have one wherever something is added to the stream, and one for
+    every norm on it."""
     members: int = 1
     """Heads (or FFN dimensions) per unit: a key-value group is one unit of several query heads. Configs, mask files and
     reports count members."""
@@ -134,6 +132,11 @@ class UnitGroup:
     residue: tuple[str, ...] = ()
     """For a `layer` group: the weights that still act if the block has no units left: its output projection's bias and
     the norm after it."""
+
+    @property
+    def norms(self) -> tuple[GatePoint, ...]:
+        """The norms over the units: on the residual stream, over the queries or keys of all heads, or over each."""
+        return tuple(gate for gate in self.more_gates if gate.at == "statistics")
 
     @property
     def section_size(self) -> int:
@@ -190,6 +193,9 @@ class PruningSpace:
     all belong to a block."""
     head_dims: UnitGroup | None = None
     """The dimensions of every head; None if they cannot be pruned. Not among `groups` either."""
+    shared: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Weights that several blocks use, such as a norm before attention and FFN in parallel, each with the names of
+    these blocks' `layer` groups: it goes with the last of them."""
 
     @property
     def every(self) -> tuple[UnitGroup, ...]:

@@ -116,8 +116,9 @@ def _needs_whole_model(
                 is_product = gate.at == "output" and group.kind == "head_dims"
                 if inside and (is_product or (place.path, place.when) != (gate.module, "post")):
                     return f"{place.path} is compared with the teacher unit by unit"
+    configs = inputs.model_config, cut_inputs(inputs).model_config
     with torch.device("meta"):
-        whole, small = (inputs.adapter.build(form.model_config) for form in (inputs, cut_inputs(inputs)))
+        whole, small = map(inputs.adapter.build, configs)
     for pair in (*distillation.hidden, *distillation.attention):
         path = pair.student.path
         if lacking(small, path) or type(small.get_submodule(path)) is not type(whole.get_submodule(path)):

@@ -186,6 +186,14 @@ def budget_kinds(space: PruningSpace, units: Collection[str], pin: Collection[st
     return tuple(kind for kind in KINDS if kind in chosen or (kind == "keys" and "heads" in chosen))
 
 
+def heads_stay(adapter: Adapter) -> UserError:
+    """The error for a model whose heads cannot be pruned."""
+    return UserError(
+        f"the heads of this {adapter.family} model cannot be pruned: every head has modules of its own",
+        remedy="prune its FFN dimensions, hidden size or layers",
+    )
+
+
 def size_stays(adapter: Adapter, kind: Kind) -> UserError:
     """The error for a model whose hidden size or size of heads cannot be pruned."""
     return UserError(
@@ -301,6 +309,8 @@ def nearest_heads(
         stock = reachable_heads(adapter, config, unit, False)
         choices += [(number not in stock, number, unit) for number in reachable_heads(adapter, config, unit, True)]
     numbers = sorted({number for _, number, _ in choices})
+    if not numbers:
+        raise heads_stay(adapter)
     goal = wanted if isinstance(wanted, int) else wanted * numbers[-1]
     _, nearest, unit = min(choices, key=lambda choice: (abs(choice[1] - goal), choice[0]))
     if isinstance(wanted, int) and nearest != wanted:

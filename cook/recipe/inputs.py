@@ -24,7 +24,7 @@ from cook.pruning.random_masks import random_masks_like
 from cook.pruning.relaxation import Deterministic, HardConcrete, Relaxation
 from cook.pruning.restrict import restrict
 from cook.pruning.units import WIDE, HeadUnit, Kind, PruningSpace, UnitGroup
-from cook.recipe.head_units import check_sizes, choose_head_unit, no_experts, size_stays
+from cook.recipe.head_units import check_sizes, choose_head_unit, heads_stay, no_experts, size_stays
 from cook.recipe.plan import INNER, LEARNS, OPTIONAL, MaskPaths, Stage, mask_paths
 from cook.sparsity.matrices import matrices_of, restricted
 
@@ -70,6 +70,11 @@ def open_inputs(stage: Stage, *, must_exist: bool = True) -> Inputs:
             f"{origin}: {adapter.family} is not a causal language model, which this command needs",
             remedy="prune it on a benchmark task with cook tasks",
         )
+    if adapter.mixes_samples(config):
+        raise UserError(
+            f"{origin}: the class of this {adapter.family} model cannot separate the samples that share a row",
+            remedy="prune it with your own batches: cook.learn_masks, cook.reshape",
+        )
     if stage.is_moefy or stage.learns or stage.is_random_baseline or stage.pattern_mask:
         refuse_experts(adapter.experts(config))
     head_unit: HeadUnit = "kv_group"  # patterns need units in all attention matrices
@@ -109,6 +114,8 @@ def open_inputs(stage: Stage, *, must_exist: bool = True) -> Inputs:
             raise size_stays(adapter, kind)
         if not groups and kind == "experts" and not space.of("experts"):
             raise no_experts(adapter)
+        if not groups and kind == "heads" and space.of("layer", "att") and not space.of("heads"):
+            raise heads_stay(adapter)
         if not groups:
             names = "the names of their weights"
             if kind == "head_dims":

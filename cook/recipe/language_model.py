@@ -23,6 +23,7 @@ from cook.export.model_folder import copy_generation_config, write_model_folder,
 from cook.families.source import unfilled_model, without_units
 from cook.pruning.attach import AttachedGates
 from cook.pruning.counts import parameters
+from cook.pruning.family import vocabulary_size
 from cook.pruning.gates import Gates, size_of_step
 from cook.pruning.mask_file import write_mask_file
 from cook.pruning.mask_set import FINE_KEYS, coarse_to_tensors, fine_to_tensors, kept_counts
@@ -73,10 +74,10 @@ class LanguageModelRun(StageRun):
         # The first rank prepares the data, the others read its result.
         on_first_rank(lambda: load_rows(config.data, config.tokenizer, **options) and None)
         self.data: TrainingData = on_all_ranks(lambda: load_rows(config.data, config.tokenizer, build=False, **options))
-        if self.data.tokenizer.vocab_size > model["vocab_size"]:
+        if self.data.tokenizer.vocab_size > vocabulary_size(model):
             raise UserError(
                 "the tokenizer has more ids than the model",
-                wanted=f"at most {model['vocab_size']}",
+                wanted=f"at most {vocabulary_size(model)}",
                 got=self.data.tokenizer.vocab_size,
             )
         for note in self.data.notes:

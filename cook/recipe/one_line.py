@@ -17,7 +17,7 @@ from cook.evaluation.settings import ProfileSettings
 from cook.export.vocabulary import least_count, read_vocabulary
 from cook.families.source import open_model
 from cook.pruning.budgets import KEEP_KEYS, NUMBERS, WHOLE_KEYS, Cost, Keep, Targets, check_keep, whole_budget
-from cook.pruning.family import ModelSource
+from cook.pruning.family import ModelSource, vocabulary_size
 from cook.pruning.restrict import is_matrix
 from cook.pruning.units import WIDE
 from cook.recipe.head_units import (
@@ -189,7 +189,7 @@ def _recipe_files(job: OneLineJob, source: ModelSource, sizes: Sequence[Keep]) -
         "output_dir": str(Path(job.output) / "run"),
         "seed": job.seed,
         "model": {"type": "hf", "path": str(source.path)},
-        "tokenizer": {"type": "hf", "path": str(source.path), "vocab_size": source.config["vocab_size"]},
+        "tokenizer": {"type": "hf", "path": str(source.path), "vocab_size": vocabulary_size(source.config)},
         "data": {
             "type": data_type(job.data),
             "paths": list(job.data),
@@ -277,7 +277,7 @@ def _scheme(job: OneLineJob, sizes: Sequence[Keep], source: ModelSource) -> tupl
     if kept_hidden is not None:
         fine |= {"target_hidden": kept_hidden, "hidden_mask": str(masks / "hidden_mask.pt")}
     experts = space.of("experts")
-    if "experts" in keep and not experts:
+    if not experts and ("experts" in keep or "experts" in kinds):
         raise no_experts(adapter)
     if "experts" in keep or "experts" in kinds:
         share = Targets(kept={"experts": keep.get("experts", 1.0)}).kept_share(experts[0])

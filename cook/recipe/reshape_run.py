@@ -38,7 +38,7 @@ from cook.families.source import load_model, open_model
 from cook.families.streamed import fits_into_memory
 from cook.pruning.carving import active_when_carved
 from cook.pruning.counts import active_parameters, forward_flops, parameters
-from cook.pruning.family import ModelSource, refuse_experts
+from cook.pruning.family import ModelSource, refuse_experts, vocabulary_size
 from cook.pruning.mask_set import Masks, kept_counts
 from cook.pruning.pad import padded
 from cook.pruning.units import PruningSpace
@@ -261,7 +261,7 @@ class Checked:
 
 def compared_rows(source: ModelSource) -> int:
     """Number of rows to compare on, such that their logits are small compared to a model."""
-    return max(1, min(16, COMPARED_LOGITS // (512 * source.config["vocab_size"])))
+    return max(1, min(16, COMPARED_LOGITS // (512 * vocabulary_size(source.config))))
 
 
 def verify(
@@ -289,7 +289,7 @@ def verify(
         streamed = not fits_into_memory(source, dtype)
         batches = together(batches) if streamed else batches
         model, witness = masked_model(source, space, masks, dtype, streamed=streamed)
-        size = source.config["vocab_size"]
+        size = vocabulary_size(source.config)
         wanted = answers_for(model, batches, tokens, size) if tokens else answers(model, batches)
         del model
         gc.collect()  # modules have circular references

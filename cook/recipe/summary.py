@@ -15,7 +15,7 @@ from cook.data.loader import held_out_batches
 from cook.data.token_loss import LABELS, model_inputs
 from cook.data.training_data import load_rows
 from cook.families.source import open_model
-from cook.pruning.family import ModelSource
+from cook.pruning.family import ModelSource, vocabulary_size
 from cook.pruning.mask_set import kept_counts
 from cook.pruning.spending import Spent, spending
 from cook.recipe.kept_structure import masks_of_structure, sizes
@@ -23,7 +23,7 @@ from cook.recipe.plan import MaskPaths, Stage, plan_stage, recipe
 from cook.report.tables import LadderRow, range_text
 
 RANDOM_ROWS = 8
-POSITIONS = ("max_position_embeddings", "n_positions")
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 """Config fields that limit the tokens per row."""
 RESERVED = 2
 """Positions that some families reserve for padding."""
@@ -131,7 +131,7 @@ def sample_batches(
     # One row per batch: some classifiers cannot detect where a shorter row ends.
     batches = []
     for _ in range(RANDOM_ROWS):
-        ids = torch.randint(0, source.config["vocab_size"], (1, length), generator=random)
+        ids = torch.randint(0, vocabulary_size(source.config), (1, length), generator=random)
         ids[:, :prompt] = torch.arange(prompt) + 2 * prompt
         text = torch.arange(length) >= prompt
         batch: Batch = {

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from cook.base.errors import UserError
+from cook.pruning.counts import is_product
 from cook.pruning.units import PruningSpace, UnitGroup
 
 Role = Literal["query", "key", "value", "attention_output", "intermediate", "output"]
@@ -91,7 +92,8 @@ def matrices_of(space: PruningSpace) -> tuple[PrunedMatrix, ...]:
     for group in space.groups:
         if group.kind == "layer" or group.active:  # patterns leave experts alone
             continue
-        pieces = list({s.path: s for s in group.slices if len(space.shapes[s.path]) == 2}.values())
+        products = [s for s in group.slices if is_product(s.path, space.shapes[s.path])]
+        pieces = list({s.path: s for s in products}.values())
         closing = _closing(group)
         opening = iter(INPUTS[1:] if group.kind == "keys" else INPUTS)
         for piece in pieces:

@@ -82,7 +82,7 @@ def test_folders_that_cannot_be_loaded(folder, change):
 
 def test_masks_of_a_family_that_cook_does_not_know(stock_folder, tmp_path):
     config = stock_folder / "config.json"
-    config.write_text(config.read_text().replace('"llama"', '"stablelm"'))
+    config.write_text(config.read_text().replace('"llama"', '"persimmon"'))
     with pytest.raises(UserError, match="a family that cook knows"):
         load(entry(stock_folder, coarse="x.pt"), trust_remote_code=False)
 

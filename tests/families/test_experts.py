@@ -72,6 +72,8 @@ def any_masks(draw, space):
             masks[group.name] = torch.tensor([float(draw(st.integers(0, 3)) > 0)])
         elif group.kind == "hidden":
             masks[group.name] = some(group, 4 * draw(st.integers(2, 8)), random)
+        elif group.kind == "head_dims":
+            masks[group.name] = some(group, draw(st.integers(1, group.size)), random)
         elif group.kind == "dimff":
             masks[group.name] = some(group, 4 * draw(st.integers(1, 4)), random)
         elif group.kind == "head_dims":

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from cook.base.errors import UserError
 from cook.export.pruned_folder import mask_model, prune_to_folder, reshaped_source
 from cook.families.cpm_ant import ADAPTER
 from cook.families.head_dims import units_of_head
@@ -18,9 +19,10 @@ from cook.families.stock_models import weight_shapes
 from cook.pruning.attach import AttachedGates
 from cook.pruning.counts import kept_shapes, parameters
 from cook.pruning.family import ModelSource
-from cook.pruning.mask_set import kept_counts
+from cook.pruning.mask_set import consistent, kept_counts
+from cook.recipe.head_units import nearest_head_dim
 from tests.models.cpm_ant_tiny import tiny_model
-from tests.tiny_families import CAUSAL, FAMILIES, tiny_source
+from tests.tiny_families import CAUSAL, FAMILIES, MOE, MORE, MORE_ENCODERS, tiny_source
 from tests.tiny_pruning import config_of, masks_of
 
 EXACT = 1e-5
@@ -163,6 +165,28 @@ def test_each_unit_has_a_gradient_and_matters(name):
         measured = (loss(z + step) - loss(z - step)) / 2e-4
         # RMSNorms compute in fp32 in every model.
         assert float(z.grad[1]) == pytest.approx(float(measured), rel=1e-2, abs=1e-5)
+
+
+STAY = ("phi, norms of heads", "olmo, clipped")
+"""Models of families whose heads can have fewer dimensions otherwise."""
+
+
+@pytest.mark.parametrize("name", [*MOE, *MORE, *MORE_ENCODERS])
+def test_in_every_other_family_they_are_exact_or_stay(name):
+    source = tiny_source(name)
+    space = source.adapter.space(source.config, source.adapter.head_units(source.config)[-1])
+    assert (space.head_dims is not None) == (source.adapter.abilities.head_dims and name not in STAY)
+    if space.head_dims is None:
+        with pytest.raises(UserError, match="the size of heads of this"):
+            nearest_head_dim(source.adapter, space, 0.5)
+        return
+    alone = {"head_dims": some(space.head_dims.size, 1)}
+    others = {g.name: some(g.size, 2, g.size - 1) for g in space.of("heads") if g.layer == 1}
+    for masks in (alone, consistent(space, alone | others | {"layers.0.ffn": torch.zeros(1)})):
+        model, small = load_model(source), load_model(reshaped_source(source, space, masks))
+        mask_model(model, space, masks)
+        with torch.no_grad():
+            assert difference(model(input_ids=IDS).logits, small(input_ids=IDS).logits) <= EXACT
 
 
 def test_units_are_what_is_turned_together():

@@ -22,14 +22,15 @@ from cook.families.stock_models import config_object
 from cook.pruning.counts import unit_parameters
 from cook.pruning.mask_set import Masks
 from cook.pruning.units import PruningSpace
-from tests.tiny_families import CAUSAL, FAMILIES, tiny_config
+from tests.families.test_images import CONFIGS as WITH_IMAGES
+from tests.tiny_families import CAUSAL, FAMILIES, MOE, MORE, MORE_ENCODERS, tiny_config
 
 IDS = torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(0))
 SHARD = "20KB"
 
 
 def auto_class(name: str):
-    return transformers.AutoModelForCausalLM if name in CAUSAL else transformers.AutoModelForMaskedLM
+    return transformers.AutoModelForCausalLM if name in (*CAUSAL, *MORE) else transformers.AutoModelForMaskedLM
 
 
 def stock(name: str, *, seed: int = 0, cls=None, **changes) -> torch.nn.Module:
@@ -83,8 +84,19 @@ def edit_config(folder: Path, **fields) -> None:
 
 
 def test_every_family_of_the_table_is_tried():
-    tried = {FAMILIES[name]["model_type"] for name in FAMILIES}
+    here, elsewhere = FAMILIES | MORE | MORE_ENCODERS, MOE  # tests/families/test_experts.py
+    tried = {fields["model_type"] for fields in (here | elsewhere).values()} | set(WITH_IMAGES)
     assert {t for adapter in OWN if adapter.abilities.is_stock for t in adapter.model_types} == tried
+
+
+@pytest.mark.parametrize("name", [*MORE, *MORE_ENCODERS])
+def test_a_folder_of_a_further_family(tmp_path, name):
+    for tied in (False, True):
+        folder, out = tmp_path / f"m{tied}", tmp_path / f"out{tied}"
+        stock(name, tie_word_embeddings=tied).save_pretrained(folder)
+        assert_opened_as_stock_does(folder, name, out)
+        before, after = stored(folder), stored(out)
+        assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -4,40 +4,48 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import Starcoder2Config, Starcoder2ForCausalLM
+from transformers import PersimmonConfig, PersimmonForCausalLM
 
 from cook.base.errors import UserError
 from cook.export.pruned_folder import mask_model, prune_to_folder
-from cook.families.layout import Family, FeedForward
+from cook.families.layout import Attention, ConfigNames, Family, FeedForward
 from cook.families.registry import register, unregister
 from cook.families.source import load_model, open_model
 from cook.families.stock import stock_adapter
 
 FAMILY = Family(
-    family="StarCoder2",
-    model_types=frozenset({"starcoder2"}),
-    ffn=FeedForward(ins=("mlp.c_fc",), out="mlp.c_proj"),
+    family="Persimmon",
+    model_types=frozenset({"persimmon"}),
+    attention=Attention(
+        q="self_attn.query_key_value",
+        k="self_attn.query_key_value",
+        v="self_attn.query_key_value",
+        interleaved=True,
+        out="self_attn.dense",
+        remembers={"self_attn.num_heads": "heads"},
+    ),
+    ffn=FeedForward(ins=("mlp.dense_h_to_4h",), out="mlp.dense_4h_to_h"),
+    names=ConfigNames(kv_heads=None, head_dim=None),
 )
 
 
 @pytest.fixture
 def folder(tmp_path):
     torch.manual_seed(0)
-    config = Starcoder2Config(
+    config = PersimmonConfig(
         vocab_size=61,
         hidden_size=32,
         num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=4,
+        num_attention_heads=4,
         intermediate_size=20,
-        sliding_window=None,
+        hidden_act="gelu",
     )
-    Starcoder2ForCausalLM(config).save_pretrained(tmp_path / "model")
+    PersimmonForCausalLM(config).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
 def test_a_registered_family_is_pruned_like_any_other(folder):
-    with pytest.raises(UserError, match="no adapter for models of type 'starcoder2'"):
+    with pytest.raises(UserError, match="no adapter for models of type 'persimmon'"):
         open_model(folder)
     adapter = stock_adapter(FAMILY)
     register(adapter)

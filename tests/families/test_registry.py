@@ -11,12 +11,14 @@ import torch
 from cook.base.errors import UserError
 from cook.export.pruned_folder import mask_model, reshaped_source
 from cook.families import registry
-from cook.families.registry import adapters, by_config, families_table, knows, register, unregister
+from cook.families.registry import adapters, by_config, families_table, family_facts, knows, register, unregister
 from cook.families.source import load_model
-from tests.tiny_families import FAMILIES, MOE, tiny_source
+from tests.families.test_images import CONFIGS as WITH_IMAGES
+from tests.tiny_families import FAMILIES, MOE, MORE, MORE_ENCODERS, tiny_source
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "how_to" / "families.md"
-PLAIN = [name for name in FAMILIES | MOE if "," not in name]
+EVERY = FAMILIES | MOE | MORE | MORE_ENCODERS
+PLAIN = [name for name in EVERY if "," not in name]
 
 
 def test_configs_find_their_adapter():
@@ -54,7 +56,8 @@ def test_the_page_has_the_table():
 
 
 def test_every_family_is_tested():
-    tested = {by_config((FAMILIES | MOE)[name]).family for name in PLAIN}
+    tested = {by_config(EVERY[name]).family for name in PLAIN}
+    tested |= {by_config({"model_type": name}).family for name in WITH_IMAGES}
     assert tested == {adapter.family for adapter in adapters() if adapter.abilities.is_stock}
 
 
@@ -62,11 +65,9 @@ def test_every_family_is_tested():
 def test_the_table_is_true(name):
     source = tiny_source(name)
     adapter, space = source.adapter, source.adapter.space(source.config)
-    half = {
-        g.name: (torch.arange(g.size) % g.section_size < g.section_size // 2).float()
-        for g in space.groups
-        if g.kind != "layer"
-    }
+    claimed = adapter.abilities
+    inner = [group for group in space.groups if group.kind != "layer"]
+    half = {g.name: torch.cat([(torch.arange(n) < n // 2).float() for n in g.spans]) for g in inner}
     masks = {
         "heads": {g: mask for g, mask in half.items() if g.endswith("heads")},
         "dims": {g: mask for g, mask in half.items() if g.endswith("dimff")},
@@ -74,16 +75,26 @@ def test_the_table_is_true(name):
         "layers": {"layers.1.att": torch.zeros(1), "layers.1.ffn": torch.zeros(1)},
         "a block": {"layers.1.att": torch.zeros(1)},
     }
+    if claimed.experts:
+        masks["experts"] = {g: mask for g, mask in half.items() if g.endswith("experts")}
+    facts = next(facts for facts in family_facts() if facts["family"] == adapter.family)
+    assert (space.head_dims is not None) == (facts["fewer_head_dims"] != "no")
+    if facts["fewer_head_dims"] == "stock":
+        masks["head dims"] = {"head_dims": (torch.arange(space.head_dims.size) < 2).float()}
     stock = {k: adapter.modeling(reshaped_source(source, space, m).config) is None for k, m in masks.items()}
-    claimed = adapter.abilities
-    assert stock.pop("experts") and bool(masks["experts"]) == claimed.experts
-    assert stock == {"heads": claimed.stock_heads, "dims": True, "layers": claimed.stock_layers, "a block": False}
+    assert stock == {
+        "heads": claimed.stock_heads,
+        "dims": claimed.stock_dims,
+        "layers": claimed.stock_layers,
+        "a block": False,
+        **dict.fromkeys({"experts", "head dims"} & {*masks}, True),
+    }
     assert (len(adapter.head_units(source.config)) == 2) == claimed.shares_keys
 
 
 def test_the_exceptions_are_true():
     named = {adapter.family: adapter.abilities.stock_heads_except for adapter in adapters()}
-    assert {family: text for family, text in named.items() if text} == {"Phi-3": "longrope"}
+    assert {family: text for family, text in named.items() if text} == {"Phi-3": "longrope", "Phi": "qk_layernorm"}
     factors = {"short_factor": [1.0, 1.1], "long_factor": [1.5, 2.0], "factor": 2.0}
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 1.0, **factors}
     sizes = {"head_dim": 4, "original_max_position_embeddings": 32}

@@ -214,7 +214,7 @@ def test_a_stock_class_holds_a_hidden_size_that_its_heads_fill():
 @pytest.mark.parametrize(
     "change",
     [
-        lambda model: setattr(model.model, "norm", torch.nn.LayerNorm(32, elementwise_affine=False)),
+        lambda model: setattr(model.model, "norm", torch.nn.GroupNorm(1, 32, affine=False)),
         lambda model: setattr(model.model.layers[1], "extra", torch.nn.Linear(32, 5)),
         lambda model: setattr(model.model.layers[1], "scale", torch.nn.Parameter(torch.ones(32))),
     ],
@@ -231,3 +231,12 @@ def test_the_hidden_size_of_an_encoder_without_a_head_stays():
     config = tiny_config("bert", architectures=["BertModel"])
     source = SOURCES["bert"]
     assert source.adapter.space(config).hidden is None
+
+
+def test_a_model_that_lost_all_its_blocks_is_read():
+    """The size of its stream is not in the config."""
+    source, space = SOURCES["gpt2"], SPACES["gpt2", "kv_group"]
+    masks = {"hidden": some_dims(0, kept=8)} | {group.name: torch.zeros(1) for group in space.of("layer")}
+    small = reshaped_source(source, space, masks)
+    again = small.adapter.space(small.config)
+    assert again.hidden is None and reshaped_source(small, again, {}).config == small.config

@@ -21,7 +21,7 @@ def space_of(name):
     return source.adapter.space(source.config, source.adapter.head_units(source.config)[-1])
 
 
-SPACES = {name: space_of(name) for name in FAMILIES}
+SPACES = {name: space_of(name) for name in (*FAMILIES, "cohere")}
 STREAM = ("heads", "keys", "dimff", "hidden")
 LEARNED = {"stream": STREAM, "heads": (*STREAM[:3], "head_dims"), "all": ("layer", *STREAM[:3], "head_dims", "hidden")}
 LEARNED |= {"pinned": ("layer", "dimff", "head_dims")}
@@ -87,7 +87,7 @@ def test_costs_are_the_tangent_of_the_share(name, kinds):
 
 @pytest.mark.parametrize("kinds", ["stream", "all"])
 @pytest.mark.parametrize("round_to", [1, 4])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SPACES)
 def test_the_final_masks_meet_the_budget_to_within_a_unit(name, round_to, kinds):
     space = SPACES[name]
     learned = learned_of(space, LEARNED[kinds])

@@ -10,7 +10,7 @@ from cook.pruning.units import GatePoint, PruningSpace, UnitGroup, WeightSlice
 from cook.sparsity.matrices import ROLES, encoder_matrices, matrices_of, restricted
 from cook.sparsity.pattern_masks import make_masks, sparsity_table
 from cook.sparsity.spec import NAMES, PatternSpec
-from tests.tiny_families import FAMILIES, tiny_config
+from tests.tiny_families import FAMILIES, MORE_ENCODERS, tiny_config
 from tests.tiny_pruning import tiny_space
 
 
@@ -85,7 +85,7 @@ def test_a_fused_weight_is_one_matrix():
     assert masks[fused.path].shape == (8, 24) and masks[fused.path].float().mean() == 0.5
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *MORE_ENCODERS, "cohere", "falcon", "mpt"])
 def test_every_pattern_finds_its_matrices_in_every_family(name):
     config = tiny_config(name)
     space = by_config(config).space(config)

@@ -20,13 +20,14 @@ from cook.base.tensor_files import open_safetensors_folder
 from cook.base.watchdog import At
 from cook.config.tasks import TaskConfig
 from cook.families.encoder import Encoder, open_encoder
+from cook.families.registry import by_config, knows
 from cook.recipe.benchmarks.session import Session, weights_identity, write_results
 from cook.recipe.benchmarks.task import load_task, task_info
 from cook.recipe.benchmarks.task_plan import TaskStage, pattern_spec, pretrain_stage, prune_stages
 from cook.recipe.benchmarks.task_report import write_prune_report
 from cook.recipe.pattern import check_divisible, gather_scores
 from cook.recipe.runner import StageRun, follows
-from cook.sparsity.matrices import PrunedMatrix, encoder_matrices
+from cook.sparsity.matrices import PrunedMatrix, encoder_matrices, matrices_of
 from cook.sparsity.pattern_file import read_pattern_masks, write_pattern_masks
 from cook.sparsity.pattern_masks import apply_masks, make_masks, sparsity_table
 from cook.sparsity.scores import ScoreAccumulator
@@ -307,6 +308,12 @@ def open_session(config: TaskConfig, source: str) -> Session:
 def pruned_matrices(encoder: Encoder) -> tuple[PrunedMatrix, ...]:
     """The matrices of an encoder that a pattern prunes."""
     shapes = {name: tuple(tensor.shape) for name, tensor in encoder.weights.items()}
+    config = encoder.config.to_dict()
+    names_differ = not any(path.endswith("attention.self.query.weight") for path in shapes)
+    if names_differ and knows(config):
+        adapter = by_config(config)
+        native, _ = adapter.read(config, {})
+        return matrices_of(adapter.space(native))
     return encoder_matrices(shapes, head_size=encoder.config.hidden_size // encoder.config.num_attention_heads)
 
 

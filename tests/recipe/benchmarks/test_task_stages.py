@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import transformers
 from safetensors.torch import load_file
 
 from cook.families.encoder import open_encoder
+from cook.recipe.benchmarks.task_stages import pruned_matrices
 from cook.sparsity.matrices import encoder_matrices
 from cook.sparsity.pattern_file import read_pattern_masks
 from tests.recipe.benchmarks.tiny_task import (
@@ -25,6 +27,7 @@ from tests.recipe.benchmarks.tiny_task import (
     write_squad,
     write_sst2,
 )
+from tests.tiny_families import IDS, MORE_ENCODERS, SIZES
 
 SST = {"task_name": "SST-2"}
 TILES = SST | {"pruning_type": "8", "sparsities": "50 75"}
@@ -289,3 +292,25 @@ def test_the_command_ends_with_the_documented_codes(folder):
     assert result.code == 2 and "Traceback" not in result.err and "--epochs" in result.err
     result = task(folder, "pretrain", task_name="SST-3", model="model")
     assert result.code == 2 and "unknown GLUE task 'SST-3'" in result.err and "Traceback" not in result.err
+
+
+ENDS = {
+    "distilbert": ("q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"),
+    "deberta-v2": ("query_proj", "key_proj", "value_proj", "attention.output.dense", "intermediate.dense", "dense"),
+    "electra": ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"),
+    "modernbert": ("attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo"),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_the_matrices_of_encoders_with_other_names(name: str) -> None:
+    fields = {key: value for key, value in {**SIZES, **IDS, **MORE_ENCODERS[name]}.items() if value is not None}
+    config = transformers.CONFIG_MAPPING[fields.pop("model_type")](**fields)
+    with torch.device("meta"):
+        model = transformers.AutoModelForSequenceClassification.from_config(config)
+    config.architectures = [type(model).__name__]
+    matrices = pruned_matrices(SimpleNamespace(weights=dict(model.named_parameters()), config=config))
+    assert [m.layer for m in matrices] == [layer for layer in range(3) for _ in ENDS[name]]
+    for layer in range(3):
+        own = [m.path for m in matrices if m.layer == layer]
+        assert [path for path, end in zip(own, ENDS[name], strict=True) if not path.endswith(f"{end}.weight")] == []
