@@ -92,6 +92,15 @@ def restore_random_state(state: dict[str, Any]) -> None:
         torch.get_device_module(kind).set_rng_state(state[kind.type])
 
 
+def cuda_capability() -> tuple[int, int] | None:
+    """The CUDA compute capability of the present accelerator; None for other kinds, or without one."""
+    device = accelerator()
+    if device is None or device.type != "cuda":
+        return None
+    major, minor = torch.get_device_module(device).get_device_capability()
+    return major, minor
+
+
 def card() -> str | None:
     """The name of the accelerator; None without one."""
     kind = accelerator()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from cook.base.device import cuda_capability
 from cook.base.errors import UserError
 from cook.families.source import load_model
 from cook.quantization.model import QuantizedModel
@@ -31,7 +32,7 @@ def check_requirements(scheme: Scheme) -> None:
         remedy = "pip install 'cook[quantization]', or pip install torchao"
         raise UserError("quantization needs the package torchao, which is not installed", remedy=remedy)
     if scheme.is_float:
-        found = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+        found = cuda_capability()
         if found is None or found < CAPABILITY:
             raise UserError(
                 "quantization.scheme: fp8 needs a GPU with FP8 units",

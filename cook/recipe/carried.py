@@ -36,8 +36,8 @@ def carry_optimizer(stage: Stage, whole: Inputs, trained: Inputs, engine: Engine
         A sentence that says whether there was a state to load; None if the stage wants none.
     """
     training, before = stage.config.training, stage.after
-    if before is None or not (training.carry_optimizer and training.train_weights):
-        return None
+    if before is None or stage.name == "pattern" or not (training.carry_optimizer and training.train_weights):
+        return None  # weights that a pattern removes would move by their moments
     earlier = plan_stage(stage.config, before)
     found = find_checkpoint(earlier.folder / "checkpoints", "auto")
     if found is None:
@@ -47,7 +47,7 @@ def carry_optimizer(stage: Stage, whole: Inputs, trained: Inputs, engine: Engine
         return f"{before} had another optimizer: this one starts from zero"
     shards = Shards(folder)
     moments = shards.moments()
-    if not any(moments.values()):
+    if all(len(tensors) < 2 for tensors in moments.values()):  # with fixed weights the optimizer still has one
         return f"{before} trained no weights: the optimizer starts from zero"
     masks = _fixed_masks(earlier, whole.space)
     space, removed = whole.space, whole.fixed if trained is not whole else {}

@@ -114,6 +114,7 @@ IN_A_STEP += ("cook/data/token_loss.py", "cook/training/step.py", "cook/training
 IN_A_STEP += ("cook/training/optim.py", "cook/evaluation/scoring.py", "cook/sparsity/kernels/sparse_triton.py")
 """Code whose tensors meet those of the model. The gates and their controller compute on the CPU."""
 ON_THE_DEFAULT_DEVICE = {
+    ("cook/models/cook_experts.py", "__init__"): "parameters are made where the model is built",
     ("cook/models/cpm_ant.py", "__init__"): "parameters are made where the model is built",
     ("cook/models/cpm_ant.py", "forward"): "the numbers of a layer's heads, moved in the same line",
     ("cook/distill/teacher_loss.py", "apply"): "drawn on the CPU, so that every device gets the same numbers",

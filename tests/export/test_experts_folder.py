@@ -89,7 +89,9 @@ def test_other_models_keep_their_modeling_file(tmp_path, name, experts):
     assert written.needs_remote_code and {"modeling_cook_ragged.py", "cook_experts.py"} <= {
         path.name for path in written.folder.iterdir()
     }
-    assert torch.equal(logits_of(load_model(open_model(written.folder))), logits_of(load_model(source)))
+    got, wanted = logits_of(load_model(open_model(written.folder))), logits_of(load_model(source))
+    # fp32: where weights lie in memory, products sum in another order.
+    assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_a_weight_that_would_be_lost_is_refused(tmp_path):
@@ -105,7 +107,7 @@ def test_a_weight_that_would_be_lost_is_refused(tmp_path):
 def test_a_model_with_experts_cannot_be_cut(tmp_path):
     source = saved(tmp_path, "llama")
     space = source.adapter.space(source.config)
-    with pytest.raises(UserError, match="mixtures of experts, which cannot be cut"):
+    with pytest.raises(UserError, match="carved into experts, which cannot be cut"):
         prune_to_folder(source, space, {"layers.0.heads": torch.tensor([1.0, 0.0])}, tmp_path / "small")
-    with pytest.raises(UserError, match="mixtures of experts, which cannot be cut"):
+    with pytest.raises(UserError, match="carved into experts, which cannot be cut"):
         cook.plan(load_model(source), keep={"dims": 0.5})

@@ -12,7 +12,7 @@ from cook.families.source import open_model
 from cook.pruning.carving import (
     _assigned,
     active_experts,
-    active_parameters,
+    active_when_carved,
     carve,
     carved_weights,
     described,
@@ -133,14 +133,14 @@ def test_samples_are_the_blocks_inputs_and_energies(tmp_path):
     torch.testing.assert_close(energy, (inner * columns).square().detach(), rtol=2e-2, atol=1e-8)
 
 
-def test_active_parameters_are_counted_from_the_weights_of_unused_dims():
+def test_active_when_carved_are_counted_from_the_weights_of_unused_dims():
     source = tiny_source("llama")
     carvings = random_carvings(source)
     made = with_experts(source, carvings)
     space = made.adapter.space(made.config)
     total = sum(tensor.numel() for tensor in made.tensors.values())
     # 3 of 5 routed experts of 3 dims are unused in each of 3 layers: 3 columns of 32, and 2 biases.
-    assert active_parameters(space, made.adapter.experts(made.config)) == total - 3 * 9 * (3 * 32 + 2)
+    assert active_when_carved(space, made.adapter.experts(made.config)) == total - 3 * 9 * (3 * 32 + 2)
 
 
 def test_weights_are_reordered_in_all_parts_of_a_fused_product():

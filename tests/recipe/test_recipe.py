@@ -144,7 +144,7 @@ def test_the_report_has_its_table_and_figures(whole_run):
     for title in ("dense", "layers, finetuned", "heads, finetuned", "dims, finetuned", "random masks"):
         assert title in report and title in whole_run.reported.out
     figures = re.findall(r"\]\(([^)]+\.png)\)", report)
-    assert len(figures) == 3
+    assert len(figures) == 4
     for figure in figures:
         content = (whole_run.folder / "out" / "report" / figure).read_bytes()
         assert content.startswith(b"\x89PNG") and len(content) > 5000
