@@ -20,6 +20,9 @@ from cook.training.checkpoint import find_checkpoint
 from cook.training.engine import Engine
 from cook.training.shards import Shards
 
+AFRESH = ("pattern", "moefy")
+"""Stages with a new optimizer: weights that a pattern removes would move by moments, and experts are new weights."""
+
 
 def carry_optimizer(stage: Stage, whole: Inputs, trained: Inputs, engine: Engine) -> str | None:
     """Loads the moments and the step count with which the stage before ended; all ranks call it.
@@ -36,8 +39,8 @@ def carry_optimizer(stage: Stage, whole: Inputs, trained: Inputs, engine: Engine
         A sentence that says whether there was a state to load; None if the stage wants none.
     """
     training, before = stage.config.training, stage.after
-    if before is None or stage.name == "pattern" or not (training.carry_optimizer and training.train_weights):
-        return None  # weights that a pattern removes would move by their moments
+    if before is None or stage.name in AFRESH or not (training.carry_optimizer and training.train_weights):
+        return None
     earlier = plan_stage(stage.config, before)
     found = find_checkpoint(earlier.folder / "checkpoints", "auto")
     if found is None:

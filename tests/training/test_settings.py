@@ -98,9 +98,8 @@ def test_an_optimizer_takes_from_training_what_it_does_not_say():
     assert config["optimizer"]["params"] == {"lr": 0.5, "weight_decay": 0.2, "torch_adam": True}
 
 
-@pytest.mark.parametrize(("device", "stage"), [("cpu", 2), ("nvme", 3)])
-def test_offloaded_states_get_deepspeeds_own_adam(device, stage):
-    config = filled({"zero_optimization": {"stage": stage, "offload_optimizer": {"device": device, "nvme_path": "."}}})
+def test_offloaded_states_get_deepspeeds_own_adam():
+    config = filled({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}})
     assert config["optimizer"] == {
         "type": "AdamW",
         "params": {"lr": 0.03, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.2},
