@@ -46,7 +46,7 @@ def test_without_pruning_and_recipe_the_files_describe_the_stage(load, bmcook):
             [QUANT, "stages.quantize.training.remove_masked=false"],
             "stages.quantize.training.remove_masked: quantize needs true",
         ),
-        ([QUANT, "quantization.sheme=int4"], "did you mean 'scheme'?"),
+        ([QUANT, "quantization.schemes=int4"], "did you mean 'scheme'?"),
         ([QUANT, "quantization.scheme=int3"], 'one of "int8", "int8_weight", "int4", "fp8"'),
         ([QUANT, "quantization.group_size=12"], "a multiple of 8"),
     ],
