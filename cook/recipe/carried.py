@@ -57,13 +57,12 @@ def carry_optimizer(stage: Stage, whole: Inputs, trained: Inputs, engine: Engine
     complete = {key: _complete(tensors, space, masks) for key, tensors in moments.items()}
     wanted = {key: reshaped(tensors, space, removed, rescale=False) for key, tensors in complete.items()}
     engine.load_moments(wanted, shards.counters())
-    return f"the optimizer goes on from {before}"
+    return f"the optimizer resumes from {before}"
 
 
 def _fixed_masks(stage: Stage, space: PruningSpace) -> Mapping[str, torch.Tensor]:
     """The masks under which a stage trained; of several sizes those of the largest, whose units it held."""
-    paths = stage.by_size(stage.fixed)[0]
-    return read_masks(space, coarse=paths.layer, heads=paths.heads, dimff=paths.dimff, hidden=paths.hidden)
+    return read_masks(space, **stage.by_size(stage.fixed)[0].by_option)
 
 
 def _complete(found: Mapping[str, torch.Tensor], space: PruningSpace, masks: Mapping[str, torch.Tensor]) -> LazyTensors:

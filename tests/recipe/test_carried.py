@@ -41,7 +41,7 @@ def weights(folder, stage):
 def test_two_stages_of_four_steps_are_one_of_eight(two_stages, tmp_path):
     """A mask that removes nothing changes nothing, so that one long stage is an oracle for the whole of it."""
     folder, result = two_stages
-    assert "layer_finetune: the optimizer goes on from pretrain" in result.out
+    assert "layer_finetune: the optimizer resumes from pretrain" in result.out
     write_run(tmp_path, ("pretrain",), **STEADY | {"training__steps": 8})
     assert train(tmp_path, "--stage", "all").code == 0
     got, wanted = weights(folder, "layer_finetune"), weights(tmp_path, "pretrain")
