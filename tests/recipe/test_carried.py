@@ -76,3 +76,11 @@ def test_without_it_adam_starts_from_zero(two_stages, tmp_path):
             [entry["loss"] for entry in read_log(at, "layer_finetune") if "loss" in entry] for at in (folder, tmp_path)
         ]
         assert losses[0][0] == losses[1][0] and losses[0][1] != losses[1][1]
+
+
+def test_masks_of_head_dims_are_among_those_that_the_stage_before_held(tmp_path):
+    sizes = {"fine__target_head_dim": 4, "fine__head_dims_mask": "out/masks/head_dims.pt"}
+    stages = ("pretrain", "layer_mask", "headdim_mask", "headdim_finetune", "ffn_mask")
+    write_run(tmp_path, stages, **STEADY, **sizes, fine__allow_remote_code=True)
+    result = train(tmp_path, "--stage", "all")
+    assert result.code == 0 and "ffn_mask: the optimizer resumes from headdim_finetune" in result.out, result
