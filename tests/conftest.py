@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import atexit
 import gc
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from cook.base.environment import quiet_torchao
+from cook.base.rendezvous import VARIABLES
 
 ROOT = Path(__file__).parent
 SLOW = {
@@ -96,6 +99,13 @@ SLOW = {
 
 quiet_torchao()
 LONGEST = ("test_faults_script.py", "test_two_hosts.py", "test_train.py", "test_scripts.py", "recipe/test_resume.py")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_launcher() -> Iterator[None]:
+    """A module leaves no variables of a launcher behind: the programs that later tests start would act on them."""
+    yield
+    assert [name for name in VARIABLES if name in os.environ] == []
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -28,7 +28,15 @@ PATIENCE = 600.0  # seconds within which all ranks must connect. Imports from a 
 
 LATE = 15.0  # additional seconds that a pending call to the store may take to return
 
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What launchers tell their programs."""
+
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
 REMEDY = "  remedy: run the same command again; it resumes from the last checkpoint"
+
+
+_before: list[dict[str, str | None]] = []  # the variables before the process group of a single rank, if one exists
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +51,15 @@ class Meeting:
 def join(backend: str, meeting: Meeting | None, patience: timedelta) -> None:
     """Creates the process group of all ranks; of a single rank without a `meeting`, that is without a launcher."""
     if meeting is None:
-        os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+        _before.append({name: os.environ.get(name) for name in VARIABLES + INTERFACES})
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+        os.environ["MASTER_PORT"] = str(free_port())  # DeepSpeed asks that it is set; nothing listens there
         if loopback():
             os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback())  # the default is the address of the host name
         # The default store would listen on all interfaces, which a single rank does not need.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=patience)
         return
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it; not every launcher sets it
     rank, world = launched_rank(), launched_world_size()
     try:
         dist.init_process_group(backend, store=meeting.store, rank=rank, world_size=world, timeout=patience)
@@ -58,6 +69,20 @@ def join(backend: str, meeting: Meeting | None, patience: timedelta) -> None:
             "  remedy: set GLOO_SOCKET_IFNAME (NCCL_SOCKET_IFNAME on GPUs) on every machine to the interface that "
             "reaches the others, and check that no firewall blocks the connection"
         ) from error
+
+
+def leave() -> None:
+    """Restores the variables that `join` has set for a single rank.
+
+    A program that this process starts later would take them for those of a launcher.
+    """
+    for before in _before:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+    _before.clear()
 
 
 def connect(seconds: float) -> dist.Store:

@@ -20,7 +20,7 @@ from cook.base.device import collectives, device_of_rank
 from cook.base.distributed import in_words, on_first_rank
 from cook.base.errors import RunFailed, UserError
 from cook.base.faults import point
-from cook.base.rendezvous import Meeting, join, meet
+from cook.base.rendezvous import Meeting, join, leave, meet
 from cook.base.tensor_files import LazyTensors
 from cook.config.types import TrainingConfig
 from cook.training.deepspeed_checks import import_deepspeed, refusals
@@ -42,7 +42,6 @@ def initialise_processes(threads: int | None, meeting: Meeting | None = None) ->
 
     `threads` None divides the cores among the ranks of this machine. `meeting` is a rendezvous that has taken place.
     """
-    os.environ.setdefault("LOCAL_RANK", "0")
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_ranks))
     deepspeed = import_deepspeed()
@@ -70,6 +69,7 @@ def leave_processes() -> None:
         # DeepSpeed also drops its own references to groups, so that a program can train twice.
         comm = import_deepspeed().comm
         (comm if comm.is_initialized() else torch.distributed).destroy_process_group()
+    leave()
 
 
 class Engine:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
 from typing import Any
 
@@ -14,6 +15,7 @@ from cook.base import rendezvous
 from cook.base.distributed import free_port, loopback
 from cook.base.errors import RankLost, UserError
 from cook.base.rendezvous import meet
+from tests.recipe.tiny_run import REPOSITORY, run
 
 
 @pytest.fixture
@@ -78,3 +80,20 @@ def test_where_no_interface_is_found_the_variable_is_named(launched):
     with pytest.raises(UserError, match="rank 1 on h1: no interface") as caught:
         rendezvous._choose_interface(came("203.0.113.71", "203.0.113.72"), rank=1)
     assert "set GLOO_SOCKET_IFNAME" in str(caught.value)
+
+
+def test_a_single_rank_leaves_the_environment_as_it_was(tmp_path):
+    """Programs that are started later would take the variables for those of a launcher, and wait for its store."""
+    code = """
+import os
+from cook.base.rendezvous import INTERFACES, VARIABLES
+from cook.training.engine import initialise_processes, leave_processes
+for _ in range(2):
+    before = [os.environ.get(name) for name in VARIABLES + INTERFACES]
+    initialise_processes(1)
+    assert os.environ["RANK"] == "0"
+    leave_processes()
+    assert [os.environ.get(name) for name in VARIABLES + INTERFACES] == before
+"""
+    done = run([sys.executable, "-c", code], tmp_path, PYTHONPATH=str(REPOSITORY), GLOO_SOCKET_IFNAME="lo")
+    assert done.code == 0, done
