@@ -28,10 +28,10 @@ def section_fits_stages(
         )
     if "moefy" not in names:
         return
-    behind = [name for name in names[names.index("moefy") + 1 :] if name != "random_baseline"]
+    behind = [name for name in names[names.index("moefy") + 1 :] if name not in ("random_baseline", "quantize")]
     if behind:
-        remedy = "put moefy behind the stages that pretrain and prune"
-        yield UserError("stages: moefy must come last", got=", ".join(names), remedy=remedy)
+        remedy = "put moefy behind the stages that pretrain and prune, and before quantize"
+        yield UserError("stages: nothing but quantize can follow moefy", got=", ".join(names), remedy=remedy)
     before = set(names[: names.index("moefy")])
     if (
         moefy

@@ -32,8 +32,10 @@ class Part(NamedTuple):
     dims: slice
     tokens: Tensor | None
     """The numbers of its tokens; None: all."""
-    rows_NH: Tensor
-    """The block's input at these tokens."""
+
+    def rows_of(self, x_NH: Tensor) -> Tensor:
+        """The rows of its tokens."""
+        return x_NH if self.tokens is None else x_NH[self.tokens]
 
 
 class Router(nn.Module):
@@ -74,19 +76,19 @@ class Router(nn.Module):
             hard = torch.zeros_like(scores).scatter_(-1, chosen, 1.0)
             self.mask = hard + (scores - scores.detach())
         else:
-            self.parts = self._parts_of(x.reshape(-1, x.shape[-1]), chosen.view(-1, self.active))
+            self.parts = self._parts_of(chosen.view(-1, self.active))
 
-    def _parts_of(self, x_NH: Tensor, chosen_NK: Tensor) -> list[Part]:
-        parts = [Part(slice(0, self.shared), None, x_NH)] if self.shared else []
+    def _parts_of(self, chosen_NK: Tensor) -> list[Part]:
+        parts = [Part(slice(0, self.shared), None)] if self.shared else []
         if len(chosen_NK) == 1:  # in decoding, every call counts: neighbours are one part
             for dims in map(self._dims_of, sorted(chosen_NK[0].tolist())):
                 if parts and parts[-1].dims.stop == dims.start:
                     dims = slice(parts.pop().dims.start, dims.stop)
-                parts.append(Part(dims, None, x_NH))
+                parts.append(Part(dims, None))
             return parts
         flat = chosen_NK.flatten()
         tokens = (flat.argsort(stable=True) // self.active).split(flat.bincount(minlength=self.routed).tolist())
-        return parts + [Part(self._dims_of(expert), own, x_NH[own]) for expert, own in enumerate(tokens) if len(own)]
+        return parts + [Part(self._dims_of(expert), own) for expert, own in enumerate(tokens) if len(own)]
 
     def _dims_of(self, expert: int) -> slice:
         start = self.shared + expert * self.size
@@ -122,6 +124,7 @@ def add_experts(model: nn.Module, experts: dict[str, dict[str, Any]]) -> None:
         _route(model.get_submodule(entry["out"]), router, _out_of, [0])
         first: Any = next(iter(entry["ins"]))
         model.get_submodule(first).register_forward_pre_hook(_choose)
+        model.get_submodule(entry["out"]).register_forward_pre_hook(_mask)
 
 
 def routers(model: nn.Module) -> list[Router]:
@@ -139,6 +142,12 @@ def _choose(product: Any, inputs: tuple[Tensor, ...]) -> None:
     product.routed_by[0].choose(inputs[0])
 
 
+def _mask(product: Any, inputs: tuple[Tensor, ...]) -> Tensor | None:
+    """In a hook, since a product that rounds its input must not see dims that the token does not use."""
+    [router] = product.routed_by
+    return None if router.mask is None else router.masked(inputs[0])
+
+
 def _into(product: Any, x: Tensor) -> Tensor:
     """A product into the block; the dims of experts that a token does not use are 0."""
     [router] = product.routed_by
@@ -146,8 +155,10 @@ def _into(product: Any, x: Tensor) -> Tensor:
         dense: Tensor = type(product).forward(product, x)
         return dense
     weight_FH, bias_F = _weight(product), product._parameters.get("bias")
-    inner_NF = x.new_zeros(x.shape[:-1].numel(), len(weight_FH))
-    for dims, tokens, own in router.parts:
+    x_NH = x.reshape(-1, x.shape[-1])
+    inner_NF = x.new_zeros(len(x_NH), len(weight_FH))
+    for expert in router.parts:
+        dims, tokens, own = expert.dims, expert.tokens, expert.rows_of(x_NH)
         for offset in product.offsets:
             part = slice(offset + dims.start, offset + dims.stop)
             value = _scaled(product, F.linear(own, weight_FH[part], None if bias_F is None else bias_F[part]))
@@ -159,21 +170,24 @@ def _into(product: Any, x: Tensor) -> Tensor:
 
 
 def _out_of(product: Any, inner: Tensor) -> Tensor:
-    """The product out of the block, which reads only the dims of the experts that a token uses."""
+    """The product out of the block, which reads only the dims of the experts that a token uses.
+
+    A quantized weight is used whole, since its rows have one scale each; the dims of other experts are 0.
+    """
     [router] = product.routed_by
-    if router.parts is None:
-        dense: Tensor = type(product).forward(product, inner if router.mask is None else router.masked(inner))
+    if router.parts is None or type(product.weight) is not nn.Parameter:
+        dense: Tensor = type(product).forward(product, inner)
         router.done()
         return dense
     inner_NF, weight_HF, bias_H = inner.reshape(-1, inner.shape[-1]), _weight(product), product._parameters.get("bias")
     out_NH = inner_NF.new_zeros(len(inner_NF), len(weight_HF)) if bias_H is None else bias_H.repeat(len(inner_NF), 1)
-    for dims, tokens, _ in router.parts:
-        own = inner_NF[:, dims] if tokens is None else inner_NF[:, dims][tokens]
-        value = _scaled(product, F.linear(own, weight_HF[:, dims]))
-        if tokens is None:
+    for expert in router.parts:
+        own = expert.rows_of(inner_NF[:, expert.dims])
+        value = _scaled(product, F.linear(own, weight_HF[:, expert.dims]))
+        if expert.tokens is None:
             out_NH += value
         else:
-            out_NH.index_add_(0, tokens, value)
+            out_NH.index_add_(0, expert.tokens, value)
     router.done()
     return out_NH.view(*inner.shape[:-1], -1)
 

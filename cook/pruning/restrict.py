@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from cook.base.errors import UserError
 from cook.pruning.units import PruningSpace, UnitGroup
 
+ROUTER = "router.weight"
+"""The weight that chooses experts. The stage `moefy` adds it to blocks whose matrices are named already."""
+
 
 def restrict(space: PruningSpace, allowed: Sequence[str], aliases: Mapping[str, tuple[str, ...]]) -> PruningSpace:
     """The space with only the groups that `allowed` names; the others become `unprunable`.
@@ -33,7 +36,7 @@ def restrict(space: PruningSpace, allowed: Sequence[str], aliases: Mapping[str, 
             raise UserError(f"pruned_module: {suffix!r} matches no weight of the model", got=_some_paths(space))
 
     def is_allowed(group: UnitGroup) -> bool:
-        matrices = [s.path for s in group.slices if is_matrix(space, s.path)]
+        matrices = [s.path for s in group.slices if is_matrix(space, s.path) and not ends_with(s.path, ROUTER)]
         chosen = [path for path in matrices if named(path)]
         if chosen and len(chosen) < len(matrices):
             left_out = next(path for path in matrices if path not in chosen)

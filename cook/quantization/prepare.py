@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -54,7 +55,7 @@ class FakeQuantization:
             matrices: The modules, by path.
             weights: False for a model whose weights are rounded already.
         """
-        self._modules: list[torch.nn.Module] = []
+        self._modules: list[tuple[torch.nn.Module, Any]] = []  # and a forward of its own, as products of experts have
         round_input = _input_rounding(scheme) if scheme.inputs else None
         for path, matrix in matrices.items():
             round_weight = _weight_rounding(scheme, matrix) if weights else None
@@ -75,14 +76,16 @@ class FakeQuantization:
             finally:
                 module.__dict__.pop("weight", None)
 
-        assert "forward" not in module.__dict__, "the module's forward has been replaced already"
+        self._modules.append((module, module.__dict__.get("forward")))
         module.forward = quantized
-        self._modules.append(module)
 
     def remove(self) -> None:
         """Removes it; the model is as before."""
-        for module in self._modules:
-            del module.forward
+        for module, own in self._modules:
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own
         self._modules = []
 
 

@@ -62,6 +62,8 @@ def carry_optimizer(stage: Stage, whole: Inputs, trained: Inputs, engine: Engine
 
 def _fixed_masks(stage: Stage, space: PruningSpace) -> Mapping[str, torch.Tensor]:
     """The masks under which a stage trained; of several sizes those of the largest, whose units it held."""
+    if stage.is_moefy:  # it has removed what they mask
+        return {}
     return read_masks(space, **stage.by_size(stage.fixed)[0].by_option)
 
 

@@ -19,6 +19,7 @@ from cook.data.token_loss import model_inputs
 from cook.distill.distiller import Distiller, Teacher, model_teacher, stream_weights
 from cook.distill.taps import Pair, Place, check_pairs, raise_pairs, read_pair
 from cook.distill.teacher_loss import Projections
+from cook.export.check import quiet
 from cook.families.source import load_model, open_model, placed
 from cook.families.stock_models import own_path
 from cook.pruning.attach import AttachedGates
@@ -107,7 +108,8 @@ def check_teacher_tokenizer(folder: Path, own: Tokenizer) -> None:
         if isinstance(own, JiebaTokenizer):  # a package that CPM-Ant's class needs may be missing
             theirs: Tokenizer = JiebaTokenizer.load(folder / "vocab.txt")
         else:
-            theirs = HuggingFaceTokenizer.load(folder)
+            with quiet():  # of a model that is not transformers' own, it would say that it does not know the type
+                theirs = HuggingFaceTokenizer.load(folder)
     except UserError as error:
         raise UserError(
             f"distillation.teacher: the tokenizer in {folder} cannot be compared with the run's",

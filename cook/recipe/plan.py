@@ -367,7 +367,7 @@ def _fixed(config: RunConfig, name: str, order: list[StageName], before: list[St
             return MaskPaths()
         written = {kind: path for kind, path in vars(_writes(config, last)).items() if path}
         return replace(_fixed(config, last, order, before[: before.index(last)]), **written)
-    if name == "quantize" and "pattern" in before:
+    if name == "quantize" and {"pattern", "moefy"} & set(before):  # moefy has removed the masked units
         return MaskPaths()
     if name == "joint_finetune" or (name == "quantize" and {"joint_mask", "joint_finetune"} & set(before)):
         return MaskPaths(**{kind: getattr(paths, kind) for kind in _masked(config, "joint_mask")})

@@ -149,21 +149,23 @@ def run_model(stage: Stage) -> QuantizedModel:
     record = done_record(stage)["quantization"]
     scheme = scheme_of(record["scheme"], record["group_size"])
     whole = open_model(stage.folder / "model")
-    given = masks_after(stage)
-    space, masks = open_masks(whole, coarse=given.layer, heads=given.heads, dimff=given.dimff, hidden=given.hidden)
-    shrunk = whole.adapter.shrink(whole.config, space, kept_units(space, masks))
+    space, masks = open_masks(whole, **masks_after(stage).by_option)
+    source, trained, renamed = whole, LazyTensors({}), dict[str, str]()
+    if masks:
+        shrunk = whole.adapter.shrink(whole.config, space, kept_units(space, masks))
+        renamed = dict(shrunk.renamed)
 
-    def cut(*, rescale: bool) -> LazyTensors:
-        tensors = reshaped(whole.tensors, space, masks, rescale=rescale)
-        renamed = {name: shrunk.renamed.get(name, name) for name in tensors}
-        return LazyTensors({new: partial(tensors.__getitem__, name) for name, new in renamed.items()})
+        def cut(*, rescale: bool) -> LazyTensors:
+            tensors = reshaped(whole.tensors, space, masks, rescale=rescale)
+            return LazyTensors({renamed.get(name, name): partial(tensors.__getitem__, name) for name in tensors})
 
-    source = ModelSource(
-        adapter=whole.adapter, config=shrunk.config, tensors=cut(rescale=True), path=whole.path, stored=Stored({})
-    )
+        source = ModelSource(
+            adapter=whole.adapter, config=shrunk.config, tensors=cut(rescale=True), path=whole.path, stored=Stored({})
+        )
+        trained = cut(rescale=False)
     with torch.device("meta"):
         small = source.adapter.build(source.config)
-    names = {path: shrunk.renamed.get(f"{path}.weight", f"{path}.weight") for path in record["modules"]}
+    names = {path: renamed.get(f"{path}.weight", f"{path}.weight") for path in record["modules"]}
     names = {path: name.removesuffix(".weight") for path, name in names.items()}
     linear, sizes = linear_modules(small), fan_in_sizes(space)
     matrices = {new: linear[new] for new in names.values()}
@@ -174,7 +176,7 @@ def run_model(stage: Stage) -> QuantizedModel:
         scheme=scheme,
         matrices=matrices,
         others=_others(small, matrices),
-        trained=cut(rescale=False),
+        trained=trained,
         factors=factors,
         precision=PRECISIONS[record["precision"]],
     )
