@@ -172,8 +172,8 @@ class GateController:
             reached = reached if floor is None else reached.maximum(floor)
             return reached if bound is None else reached.minimum(bound)
 
-        # At this bound every gate of the constraint moves by the full learning rate.
-        reach = torch.where(self._real, (1 + task.abs()) / press, 0.0).amax(1)
+        # At this bound every gate that has a price moves by the full learning rate. Units of a closed block have none.
+        reach = torch.where(press > 0, (1 + task.abs()) / press, 1e-30).amax(1)
         self.multipliers = self._solve(moved, targets.double(), reach)
         values.copy_(moved(self.multipliers)[self._real])
 

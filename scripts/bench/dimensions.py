@@ -90,24 +90,30 @@ def pruned(options: argparse.Namespace, variant: str, removed: float, steps: int
     return output, ""
 
 
-def measured(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Losses on every text; parameters, speed and memory beside the whole model, in turns."""
+def measured(options: argparse.Namespace, folder: Path, dense_bits: dict[str, float]) -> dict[str, Any]:
+    """Losses on every text; parameters, speed and memory beside the whole model, in turns.
+
+    The losses of the whole model on the other texts are measured once, and kept in `dense_bits`.
+    """
     found: dict[str, Any] = {}
     for number, (name, text) in enumerate(options.texts):
         aside = folder / f"compared_{name}"
         speed = [] if number == 0 else ["--no-speed"]
+        whole = [] if number and name in dense_bits else [f"dense={options.model}"]
         checked(
-            *("compare", f"dense={options.model}", f"small={folder / 'model'}", "--data", text, *speed),
+            *("compare", *whole, f"small={folder / 'model'}", "--data", text, *speed),
             *("--trust-remote-code", "--max-windows", str(options.windows), "--window", str(options.length)),
             *("--output", str(aside), "--repeats", str(options.repeats)),
         )
         comparison = read_json(aside / "comparison.json")
-        dense, small = comparison["models"]
-        per_token = comparison["same_tokens"]
+        *dense, small = comparison["models"]
+        if dense:
+            per_token = comparison["same_tokens"]
+            dense_bits[name] = dense[0]["bits_per_byte"]
         found |= {f"perplexity, {name}": small["perplexity"] if per_token else None}
-        found |= {f"bits per byte, {name}": small["bits_per_byte"], f"dense, {name}": dense["bits_per_byte"]}
+        found |= {f"bits per byte, {name}": small["bits_per_byte"], f"dense, {name}": dense_bits[name]}
         if number == 0:
-            found |= {"parameters": small["parameters"], "of the model": small["parameters"] / dense["parameters"]}
+            found |= {"parameters": small["parameters"], "of the model": small["parameters"] / dense[0]["parameters"]}
             for key in ("prefill_tokens_per_second", "decode_tokens_per_second", "peak_memory_bytes"):
                 found |= {key: small.get(key), f"ratio, {key}": small["ratio_to_first"].get(key)}
     return found
@@ -119,6 +125,12 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     path = work / "cells.json"
     done: dict[str, Any] = read_json(path) if path.exists() else {}
+    dense_bits = {
+        name: cell[f"dense, {name}"]
+        for cell in done.values()
+        for name, _ in options.texts
+        if cell.get(f"dense, {name}")
+    }
     for steps in options.steps:
         for removed in options.removed:
             for variant in options.variants:
@@ -127,7 +139,7 @@ def main() -> None:
                     continue
                 folder, why = pruned(options, variant, removed, steps)
                 cell = {"units": variant, "removed": removed, "steps": steps, "note": why}
-                done[key] = cell | (measured(options, folder) if folder else {})
+                done[key] = cell | (measured(options, folder, dense_bits) if folder else {})
                 write_json(path, done)
                 print(done[key], flush=True)
                 if folder:

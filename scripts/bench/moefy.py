@@ -104,6 +104,8 @@ def run(
     stages: list[dict[str, Any]],
     changes: dict[str, Any],
     kept: int | None = None,
+    *,
+    export: bool = True,
 ) -> tuple[str, dict[str, Any]]:
     """Runs the stages and exports the model; returns its folder and the record of the last stage."""
     folder, source = place(options, name), open_model(options.model)
@@ -143,7 +145,8 @@ def run(
     write_json(folder / "l0_pruning.json", {} if kept is None else scheme(options, folder, kept))
     run_apart(["cook/train.py", "--config", str(folder / "bmcook.json"), "--stage", "all"])
     small = folder / "small"
-    run_apart(["do_prune.py", "--config", str(folder / "bmcook.json"), "--output", str(small), "--verify"])
+    if export:
+        run_apart(["do_prune.py", "--config", str(folder / "bmcook.json"), "--output", str(small), "--verify"])
     return str(small), read_json(folder / str(stages[-1]["name"]) / "done.json")
 
 

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from cook.pruning.budgets import Targets, constraints, whole_cost
+from cook.pruning.controller import GateController
 from cook.pruning.count_pricing import in_multiples
 from cook.pruning.counts import parameters
 from cook.pruning.gates import Gates
 from cook.pruning.mask_set import consistent, kept_counts
+from cook.pruning.relaxation import Deterministic
 from tests.tiny_families import tiny_source
 
 COSTS = {"parameters": {}, "flops": {"context": 7}, "bytes": {"context": 9, "number_bytes": 2}}
@@ -83,6 +85,25 @@ def test_costs_are_the_tangent_of_the_share(name, kinds):
         ahead, behind = (torch.stack([s + (n == number) * step for n, s in enumerate(sums)]) for step in (1e-3, -1e-3))
         gate = sum(pricing.sizes[:number]) + size // 2
         assert float(costs[gate]) == pytest.approx((pricing.share(ahead) - pricing.share(behind)) / 2e-3)
+
+
+def test_units_of_a_closed_block_have_no_price_and_move_by_the_task_alone():
+    space = SPACES["llama"]
+    learned = learned_of(space, LEARNED["all"])
+    constraint, _ = constraint_of(space, kinds=LEARNED["all"])
+    controller = GateController([constraint], Deterministic(), learning_rate=0.02)
+    values = torch.ones(len(constraint.costs))
+    values[0] = 0.0  # the gate of the first block
+    inside = [g.name for g in learned if (g.layer, g.site) == (0, learned[0].site) and g.kind != "layer"]
+    assert inside
+    target = controller.expected_sparsity(values) + 1e-3
+    gradient = torch.full_like(values, -1e-3)  # the task wants every gate open
+    controller.step(values, gradient, target)
+    assert values.isfinite().all() and values.min() >= 0
+    # The price moves gates just as far as the target asks, and those that have none not at all.
+    assert float(controller.expected_sparsity(values)) == pytest.approx(float(target), abs=1e-6)
+    parts = dict(zip([g.name for g in learned], values.split([g.size for g in learned]), strict=True))
+    assert all(bool((parts[name] == 1).all()) for name in inside)
 
 
 @pytest.mark.parametrize("kinds", ["stream", "all"])
