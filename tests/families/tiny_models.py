@@ -94,3 +94,15 @@ def check_config(source: ModelSource, space: PruningSpace, masks: Masks, unit: H
     assert dict(again.shapes) == shapes
     assert reshaped_source(small, again, {}).config == small.config
     return small
+
+
+def compute_norms_in_fp64(model: torch.nn.Module) -> None:
+    """transformers' RMSNorms compute in fp32 in every model."""
+    for norm in model.modules():
+        if type(norm).__name__.endswith("RMSNorm"):
+            eps, added = getattr(norm, "variance_epsilon", None) or norm.eps, "Gemma" in type(norm).__name__
+
+            def forward(x, norm=norm, eps=eps, added=added):
+                return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * (norm.weight + added)
+
+            norm.forward = forward
