@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from random import Random
 
 from lost import WATCHED, at_step
-from proof import EVERY, OPTIONS, STAGE, STEPS, Scene, Trial, goes_on
+from proof import EVERY, OPTIONS, STAGE, STEPS, Scene, Trial, resumes
 from ranks import Ranks
 
 from cook.base import faults
 
 ON_RESUME = ("load.", "save.aside")
-"""Points that only a run comes to that goes on from a checkpoint."""
+"""Points that only a resumed run reaches."""
 
 
 def in_saves(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
@@ -34,7 +34,7 @@ def in_saves(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
         killed += 1
         published, left = scene.published(), scratch.exists()
         met = "half a checkpoint" if left else "a whole one" if step in published else "no files yet"
-        yield goes_on(scene, at_least=max(published, default=0), note=f"save of step {step}: {met}")
+        yield resumes(scene, at_least=max(published, default=0), note=f"save of step {step}: {met}")
 
 
 def at_points(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
@@ -61,7 +61,7 @@ def _at_point(scene: Scene, name: str, rank: int, random: Random) -> Iterator[Tr
         yield Trial(survived=False, note=f"{note}: not named: {ended}")
     else:
         valid = [step for step in scene.published() if not (name == "save.aside" and step == 8)]
-        yield goes_on(scene, at_least=max(valid, default=0), note=note)
+        yield resumes(scene, at_least=max(valid, default=0), note=note)
 
 
 def _damage_newest(scene: Scene) -> None:
@@ -84,4 +84,4 @@ def in_steps(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
             at_step(scene, ranks, step)
             time.sleep(random.uniform(0, 0.05))
             ranks.kill()
-        yield goes_on(scene, at_least=max(scene.published(), default=0), note=f"after step {step}")
+        yield resumes(scene, at_least=max(scene.published(), default=0), note=f"after step {step}")
