@@ -75,9 +75,13 @@ class Launched:
         return found
 
     def until_step(self, step: int) -> bool:
-        """Waits for a step of the log; says whether it has come."""
+        """Waits for a step of the log, at most until the launcher ends; says whether it has come."""
         log = self.scene.run / "out" / STAGE / "log.jsonl"
-        return _until(lambda: log.exists() and log.read_text().count("\n") >= step, 120)
+
+        def reached() -> bool:
+            return log.exists() and log.read_text().count("\n") >= step
+
+        return _until(lambda: reached() or self.launcher.poll() is not None, 120) and reached()
 
     def over(self, seconds: float = BOUND) -> bool:
         """Waits until nothing of the run is left; says whether that came in time."""

@@ -45,7 +45,7 @@ from cook.base.files import read_json  # noqa: E402
 Fault = Callable[[Scene, int, Random], Iterator[Trial]]
 FAULTS: dict[str, tuple[Fault, float]] = {
     "kill -9 in mid-save": (saves.in_saves, 1.0),
-    "kill -9 at each named point": (saves.at_points, 2.0),
+    "kill -9 at each named point": (saves.at_points, 1.0),
     "kill -9 in mid-step": (saves.in_steps, 0.2),
     "kill -9 while deleting": (saves.while_deleting, 0.04),
     "file truncated": (files.truncated, 0.1),

@@ -13,6 +13,7 @@ from ranks import Ranks
 
 from cook.base import faults
 
+REMOVING = "save.removing"
 ON_RESUME = ("load.", "save.aside")
 """Points that only a resumed run reaches."""
 
@@ -39,7 +40,8 @@ def in_saves(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
 
 def at_points(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
     """kill -9 of one rank at every named point, on each rank; the other one must end by itself and name it."""
-    points = [(name, rank) for name in faults.NAMES for rank in (0, 1)]
+    # `while_deleting` kills at that point.
+    points = [(name, rank) for name in faults.NAMES if name != REMOVING for rank in (0, 1)]
     for name, rank in points if trials >= len(points) else random.sample(points, trials):
         yield from _at_point(scene, name, rank, random)
 
@@ -49,7 +51,7 @@ def _at_point(scene: Scene, name: str, rank: int, random: Random) -> Iterator[Tr
     scene.fresh("stopped" if resumed else "base")
     if name == "save.aside":
         _damage_newest(scene)  # the step is saved once more, over the damaged one
-    nth = 1 if resumed or name == "save.removing" else random.choice((1, 2))
+    nth = 1 if resumed or name == REMOVING else random.choice((1, 2))
     with Ranks(scene.run, *WATCHED, environment={faults.VARIABLE: f"{name}:{rank}:{nth}"}) as ranks:
         ended = ranks.wait()
     note = f"{name} on rank {rank}, time {nth}"
@@ -71,8 +73,8 @@ def _damage_newest(scene: Scene) -> None:
 
 def while_deleting(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
     """kill -9 while an old checkpoint is being deleted."""
-    for _ in range(trials):
-        yield from _at_point(scene, "save.removing", 0, random)
+    for number in range(trials):
+        yield from _at_point(scene, REMOVING, number % 2, random)
 
 
 def in_steps(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:

@@ -88,7 +88,8 @@ def run_export(config: TaskConfig, at: At) -> None:
     say(
         f"{output}: a {result.kind} model, {human_count(before)} → {human_count(after)} parameters; "
         f"{metric} {scores['masked'][metric]:.2f} → {scores['compact'][metric]:.2f}; largest relative difference "
-        f"of its outputs {difference:.1e}, from {found['difference_is_from']}; {ratio:.2f}× as fast as the masked one on this CPU"
+        f"of its outputs {difference:.1e}, from {found['difference_is_from']}; {ratio:.2f}× "
+        "as fast as the masked one on this CPU"
     )
 
 
