@@ -177,7 +177,7 @@ MORE: dict[str, dict[str, Any]] = {
         "vocab_size": 61,
     },
 }
-"""Families of which fewer tests make sure."""
+"""Families with fewer tests."""
 ENCODER = {**ALIKE, "head_dim": None}
 MORE_ENCODERS: dict[str, dict[str, Any]] = {
     "xlm-roberta": {"model_type": "xlm-roberta", **ENCODER, "pad_token_id": 1},

@@ -1,4 +1,4 @@
-"""Two machines on this one: network namespaces joined by a cable, each with a name and an /etc/hosts of its own.
+"""Two machines on this one: network namespaces joined by a link, each with a name and an /etc/hosts of its own.
 
 Nothing leaves them: there is no route to anywhere else. They share the disk, as machines of a cluster do.
 """

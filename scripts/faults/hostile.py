@@ -82,7 +82,7 @@ def _mask_files(canary: Path) -> dict[str, bytes]:
         "NaN": _with(ffn_layer_z=nan),
         "another model's": _with(ffn_layer_z=torch.ones(5)),
         "integers": _with(ffn_layer_z=torch.ones(3, dtype=torch.int64)),
-        "a strange key": _with(x=torch.ones(1)),
+        "an unknown key": _with(x=torch.ones(1)),
     }
 
 

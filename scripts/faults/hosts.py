@@ -1,4 +1,4 @@
-"""One run on two hosts (network namespaces) by the real torchrun: a rank, a host or the cable is lost."""
+"""One run on two hosts (network namespaces) by the real torchrun: a rank, a host or the link is lost."""
 
 from __future__ import annotations
 

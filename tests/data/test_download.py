@@ -1,4 +1,4 @@
-"""Downloads from a server on the loopback address: whole, resumed, spoilt, and none at all."""
+"""Downloads from a server on the loopback address: whole, resumed, damaged, and none at all."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ def test_norms_over_all_heads_are_over_those_that_are_left(name):
             norm.forward = forward
         attention.o_proj.weight.data *= masks["layers.0.heads"].repeat_interleave(head_dim)
     assert difference(logits_of(oracle), logits_of(small)) <= EXACT
-    # Zeros in the weights are no witness of these masks.
+    # Zeros in the weights do not have the effect of these masks.
     witness, how = masked_model(source, space, masks, torch.float32)
     assert difference(logits_of(witness), logits_of(small)) <= EXACT and "masked by cook" in how
 
@@ -180,7 +180,7 @@ def test_heads_with_modules_of_their_own_stay():
 
 
 def test_the_slopes_of_kept_heads_are_those_of_the_whole_model():
-    """As if every head had the slope of its place, another model would come out."""
+    """With the slopes of their new places, heads compute something else."""
     model, source, space = opened("bloom")
     masks = {g.name: torch.tensor([0.0, 1, 1, 1, 1, 0]) for g in space.of("heads")}
     small = load_model(reshaped_source(source, space, masks))

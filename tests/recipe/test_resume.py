@@ -1,4 +1,4 @@
-"""A run that was stopped and started again is bit for bit the run that was not, with the real command."""
+"""A run that was stopped and started again is bit for bit the uninterrupted run, with the real command."""
 
 from __future__ import annotations
 
