@@ -26,6 +26,9 @@ FAMILIES = re.compile(r"(<!-- families: .*? -->\n).*?(\n<!-- end -->)", re.DOTAL
 
 def pages() -> dict[Path, str]:
     """The content of every generated page."""
+    from cook.base.environment import quiet_torchao
+
+    quiet_torchao()
     from cook.families.registry import families_table
 
     families = DOCS / "how_to" / "families.md"

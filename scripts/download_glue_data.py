@@ -4,8 +4,8 @@
     python scripts/download_glue_data.py --tasks SST-2,MRPC
     python scripts/download_glue_data.py --tasks SQuAD1.1,SQuAD2.0 --data_dir data/squad
 
-Started again it goes on where it broke off. Every file is compared with its published checksum. Without a network it
-says which address to fetch elsewhere and where to put the file.
+A second call fetches what is missing. Every file is compared with its published checksum. Without a network it
+prints which address to fetch elsewhere and where to put the file.
 """
 
 from __future__ import annotations

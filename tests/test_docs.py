@@ -1,4 +1,4 @@
-"""The documentation: the site builds, its links lead somewhere, and what it tells the reader to type works."""
+"""The documentation: the site builds, its links have targets, and the commands that it prints work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damaged and invented files, thousands a minute: whatever the bytes are, they are read, or refused plainly."""
+"""Damaged and generated files: any bytes are read, or refused with a message."""
 
 from __future__ import annotations
 

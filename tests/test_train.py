@@ -140,7 +140,7 @@ def refused_here(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, opt
     assert contents(folder) == before
 
 
-def test_a_program_of_ones_own_goes_on_after_a_command_and_ends_with_130_at_ctrl_c(monkeypatch, capsys):
+def test_a_program_of_ones_own_continues_after_a_command_and_ends_with_130_at_ctrl_c(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["own.py", "--help"])
     main()
     assert "--resume" in capsys.readouterr().out

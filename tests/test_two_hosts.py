@@ -1,4 +1,4 @@
-"""One run on two hosts by the real torchrun: a rank, a host or the cable is lost; the same command goes on.
+"""One run on two hosts by the real torchrun: a rank, a host or the link is lost; the same command resumes.
 
 Both have Debian's /etc/hosts, where a machine's own name is 127.0.1.1.
 """
@@ -58,7 +58,7 @@ FAULTS: dict[Callable[[list[Host]], None], tuple[int, ...]] = {
 """What happens, and the hosts whose ranks must tell of it."""
 
 
-def test_whatever_is_lost_is_named_and_the_same_command_goes_on(tmp_path):
+def test_whatever_is_lost_is_named_and_the_same_command_resumes(tmp_path):
     run, log = tmp_path / "run", tmp_path / "run" / "out" / "pretrain" / "log.jsonl"
     write_run(
         run,

@@ -14,7 +14,7 @@ SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "max_posit
 GROUPED = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 6, "intermediate_size": 20}
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SLIDING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 5}
-# The norm behind a block of a single dim divides rounding by almost nothing, unless it adds something to it: with
+# The norm after a block of a single dim divides rounding by almost nothing, unless it adds something to it: with
 # 0.01, random masks were found whose logits differ by 1.2e-5 from rounding alone.
 GEMMA = {"query_pre_attn_scalar": 16, "rms_norm_eps": 0.1, **SLIDING}
 # Every query head has keys and values of its own, and the hidden size divided by the heads for its size.
@@ -177,7 +177,7 @@ MORE: dict[str, dict[str, Any]] = {
         "vocab_size": 61,
     },
 }
-"""Families of which fewer tests make sure."""
+"""Families with fewer tests."""
 ENCODER = {**ALIKE, "head_dim": None}
 MORE_ENCODERS: dict[str, dict[str, Any]] = {
     "xlm-roberta": {"model_type": "xlm-roberta", **ENCODER, "pad_token_id": 1},

@@ -1,4 +1,4 @@
-"""Two machines on this one: network namespaces joined by a cable, each with a name and an /etc/hosts of its own.
+"""Two machines on this one: network namespaces joined by a link, each with a name and an /etc/hosts of its own.
 
 Nothing leaves them: there is no route to anywhere else. They share the disk, as machines of a cluster do.
 """
@@ -170,7 +170,7 @@ class TwoHosts:
 
 
 def cut_in_save(hosts: Sequence[Host]) -> None:
-    """Pulls the second host's cable out while a save of the run `run/`, beside the hosts' folder, is going on."""
+    """Cuts the second host's link during a save of the run `run/`, which is next to the hosts' folder."""
     saves = hosts[0].folder.parent / "run" / "out" / "pretrain" / "checkpoints"
     deadline = time.monotonic() + 60
     while not any(saves.glob("tmp-*")):  # there for a moment

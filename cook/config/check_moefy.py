@@ -13,7 +13,7 @@ from cook.config.types import JointConfig, PruningConfig, StageEntry
 def section_fits_stages(
     moefy: MoefyConfig | None, pruning: PruningConfig, stages: tuple[StageEntry, ...], joint: JointConfig | None
 ) -> Iterator[UserError]:
-    """Checks that the stage has its section, the section its stage, and that nothing is pruned behind it."""
+    """Checks that the stage has its section, the section its stage, and that nothing is pruned after it."""
     names = [entry.name for entry in stages]
     is_on = moefy is not None and moefy.is_moefy
     if "moefy" in names and not is_on:
@@ -30,7 +30,7 @@ def section_fits_stages(
         return
     behind = [name for name in names[names.index("moefy") + 1 :] if name not in ("random_baseline", "quantize")]
     if behind:
-        remedy = "put moefy behind the stages that pretrain and prune, and before quantize"
+        remedy = "put moefy after the stages that pretrain and prune, and before quantize"
         yield UserError("stages: nothing but quantize can follow moefy", got=", ".join(names), remedy=remedy)
     before = set(names[: names.index("moefy")])
     if (

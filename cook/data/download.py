@@ -119,9 +119,9 @@ def _transfer(download: Download, part: Path, say: Callable[[str], None]) -> Non
     headers = {"User-Agent": "cook"} | ({"Range": f"bytes={have}-"} if have else {})
     request = urllib.request.Request(download.url, headers=headers)
     with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-        goes_on = answer.status == 206  # a server without ranges sends the whole file
-        say(f"{download.url}: {'resuming from byte ' + str(have) if goes_on else f'{download.size} bytes'}")
-        with open(part, "ab" if goes_on else "wb") as file:
+        resumes = answer.status == 206  # a server without ranges sends the whole file
+        say(f"{download.url}: {'resuming from byte ' + str(have) if resumes else f'{download.size} bytes'}")
+        with open(part, "ab" if resumes else "wb") as file:
             while chunk := answer.read(CHUNK):
                 file.write(chunk)
     if _bytes(part) < download.size:

@@ -150,8 +150,8 @@ class PackedRows:
         num, prompt = len(tokens_BT), self.prompt_length
         is_text_BT = span_BT != PADDING_SPAN
 
-        goes_on_BT = np.zeros_like(is_text_BT)  # the next position belongs to the same sample
-        goes_on_BT[:, :-1] = is_text_BT[:, 1:] & (span_BT[:, 1:] == span_BT[:, :-1])
+        continues_BT = np.zeros_like(is_text_BT)  # the next position belongs to the same sample
+        continues_BT[:, :-1] = is_text_BT[:, 1:] & (span_BT[:, 1:] == span_BT[:, :-1])
         next_BT = np.roll(tokens_BT, -1, axis=1)
         column_T = np.arange(tokens_BT.shape[1])
         begins_BT = np.concatenate([np.ones((num, 1), bool), span_BT[:, 1:] != span_BT[:, :-1]], axis=1)
@@ -168,7 +168,7 @@ class PackedRows:
             "position": row(np.arange(prompt), np.where(is_text_BT, prompt + column_T - start_BT, 0)),
             "segment": row(0, np.where(is_text_BT, TEXT_SEGMENT, 0)),
             "span": row(0, span_BT),
-            "targets": row(NO_TARGET, np.where(goes_on_BT, next_BT, NO_TARGET)),
+            "targets": row(NO_TARGET, np.where(continues_BT, next_BT, NO_TARGET)),
         }
 
 

@@ -145,7 +145,7 @@ class StreamLoader(Loader):
         source_B, _ = self._draws.draw(self._number(step), batch)
         keys = [_key(s, i * parts[s] // batch) for i, s in enumerate(source_B.tolist())]
         own = range(self._rank * batch // self._world_size, (self._rank + 1) * batch // self._world_size)
-        # Ranks share a stream where their places meet: each goes on in it for the rows of all of them.
+        # Ranks share a stream where their places meet: each of them reads the rows of all of them.
         mine = {_key(s, i * parts[s] // batch) for i in own for s in range(len(parts))}
         taken = {key: iter(self._reader(key).take(keys.count(key))) for key in sorted(mine & set(keys))}
         rows = {i: next(taken[key]) for i, key in enumerate(keys) if key in taken}

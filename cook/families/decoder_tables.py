@@ -47,7 +47,7 @@ STARCODER2 = Family(
     ffn=FeedForward(ins=("mlp.c_fc",), out="mlp.c_proj"),
 )
 
-# Gate and up in one weight; GLM-4 has norms behind the blocks as well.
+# Gate and up in one weight; GLM-4 has norms after the blocks as well.
 GLM = Family(
     family="GLM",
     model_types=frozenset({"glm"}),
@@ -62,7 +62,7 @@ GLM4 = replace(
     ffn=replace(GLM.ffn, norms_after=("post_mlp_layernorm",)),
 )
 
-# Norms behind the blocks only; OLMo 2 and 3 have norms over the queries and the keys of all heads.
+# Norms after the blocks only; OLMo 2 and 3 have norms over the queries and the keys of all heads.
 EXAONE4 = Family(
     family="EXAONE 4",
     model_types=frozenset({"exaone4"}),

@@ -282,7 +282,7 @@ def _names_in(model: torch.nn.Module, layer: str) -> list[str]:
 
 
 def _last_norm(model: torch.nn.Module, layers: str) -> str:
-    """The norm behind the layers, if embeddings are multiplied by the root of the hidden size."""
+    """The norm after the layers, if embeddings are multiplied by the root of the hidden size."""
     has_root = hasattr(model.get_input_embeddings(), "scalar_embed_scale")  # type: ignore[operator]
     norms = [p for p, module in model.named_modules() if "Norm" in type(module).__name__ and f"{layers}." not in p]
     return norms[-1] if has_root and norms else ""

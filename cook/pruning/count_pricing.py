@@ -267,7 +267,7 @@ def nearest_cut(
     """The gates to close so that the removed share is nearest `target`.
 
     They are the first ones in `order`. If the last of them is of a group whose units are so large that the budget would
-    be missed, the rest of its group stays, and smaller units behind it go instead.
+    be missed, the rest of its group stays, and smaller units after it go instead.
 
     Args:
         pricing: Counts the removed share, and knows the groups of the gates.

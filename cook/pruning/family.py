@@ -142,7 +142,7 @@ def refuse_experts(experts: Experts) -> None:
     if experts:
         raise UserError(
             "the model's FFN blocks were carved into experts, which cannot be cut",
-            remedy="prune the dense model first, and put the stage moefy behind the stages that prune",
+            remedy="prune the dense model first, and put the stage moefy after the stages that prune",
         )
 
 

@@ -1,9 +1,8 @@
-"""A stage of a language model: its inputs, data, training, evaluation, and what it writes."""
+"""The run of a stage of a language model: it opens inputs, data and engine, trains, and ends the stage."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,37 +11,31 @@ import torch
 from cook.base import distributed
 from cook.base.distributed import on_all_ranks, on_first_rank, say
 from cook.base.errors import UserError, out_of_memory
-from cook.base.files import sha256
 from cook.base.seeds import derived_seed, restore_rng_state, rng_state, seed_everything
 from cook.base.watchdog import At
-from cook.data.loader import held_out_batches
 from cook.data.training_data import TrainingData, load_rows
 from cook.distill.distiller import Distiller
 from cook.evaluation.all_ranks import held_out_loss
-from cook.export.model_folder import copy_generation_config, write_model_folder, write_tokenizer
 from cook.families.source import unfilled_model, without_units
 from cook.pruning.attach import AttachedGates
-from cook.pruning.counts import parameters
 from cook.pruning.family import vocabulary_size
-from cook.pruning.gates import Gates, size_of_step
-from cook.pruning.mask_file import write_mask_file
-from cook.pruning.mask_set import FINE_KEYS, coarse_to_tensors, fine_to_tensors, kept_counts
+from cook.pruning.gates import Gates
 from cook.pruning.search import search_blocks
 from cook.quantization.prepare import FakeQuantization
 from cook.recipe.carried import carry_optimizer
-from cook.recipe.compact import keep_fan_in, whole_weights, without_masked_units
+from cook.recipe.compact import keep_fan_in, without_masked_units
 from cook.recipe.distillation import check_teacher_tokenizer, make_distiller, open_distillation
-from cook.recipe.inputs import Inputs, final_masks, make_gates, open_inputs
-from cook.recipe.kept_structure import describe_structure
-from cook.recipe.moefy import dense_loss, experts_identity, experts_record, open_dense, with_experts
+from cook.recipe.inputs import make_gates, open_inputs
+from cook.recipe.moefy import experts_identity, open_dense, with_experts
 from cook.recipe.pattern import masked_weights, pattern_identity, pattern_masks, pattern_spec
-from cook.recipe.plan import MaskPaths, Stage
+from cook.recipe.plan import Stage
 from cook.recipe.quantize import quantization_record, quantized_modules, stage_scheme
 from cook.recipe.runner import StageRun, follows
-from cook.recipe.stage_data import SourceMixer, check_corpus, open_loader, rows_before
+from cook.recipe.sizes import TrainedSizes, stage_loss
+from cook.recipe.stage_data import SourceMixer, check_corpus, open_loader
+from cook.recipe.stage_output import stage_record, write_masks, write_model
 from cook.report.gate_log import GateGroup, GateLog
-from cook.training.checkpoint import Position
-from cook.training.engine import Engine, write_gathered
+from cook.training.engine import Engine
 from cook.training.loop import Run
 from cook.training.micro_batch import MicroBatch
 from cook.training.settings import check_settings, resolve_precision
@@ -102,7 +95,7 @@ class LanguageModelRun(StageRun):
                 inputs,
                 lambda: open_loader(stage, self.data, ledger=False),
                 self._build,
-                self._held_out_loss,
+                lambda engine: stage_loss(stage, engine, self.data.held_out),
                 self.at,
                 self.resume,
             )
@@ -141,7 +134,7 @@ class LanguageModelRun(StageRun):
             projections=distiller.projections if distiller else None,
             checkpoints=stage.folder / "checkpoints",
             fingerprint=self.identity,
-            on_save=lambda: self._write_masks(gates),
+            on_save=lambda: write_masks(stage, self.inputs, gates),
             at=self.at,
             before_step=sizes.before_step,
             after_step=after_step,
@@ -162,15 +155,17 @@ class LanguageModelRun(StageRun):
         self.at(position.step, "finishing")
         if distiller:
             distiller.remove()
-        losses = self._evaluate(engine, attached, sizes, position)
-        self._write_model(engine)
+        losses = sizes.held_out_losses(engine, data.held_out)
+        self._log_losses(position.step, losses)
+        write_model(stage, self.inputs, data.tokenizer, engine, is_smaller=self.trained is not self.inputs)
         state = loader.state_dict()  # for some loaders a collective
         attached.remove()
         engine.close()
 
         def finish() -> dict[str, Any]:
-            self._write_masks(gates)
-            return self._record(gates, position, state, losses)
+            write_masks(stage, self.inputs, gates)
+            record = stage_record(stage, self.inputs, gates, position=position, data=state, losses=losses)
+            return record | quantization_record(stage, self.quantized, self.precision)
 
         return finish
 
@@ -319,94 +314,11 @@ class LanguageModelRun(StageRun):
             f"{', '.join(does) or 'no masks'}, from {self.inputs.origin}; {engine.described()}"
         )
 
-    def _write_masks(self, gates: Gates | None) -> None:
-        if gates is None or distributed.rank() != 0:
-            return
-        for number, writes in enumerate(self.stage.by_size(self.stage.writes)):
-            self._write_size(writes, final_masks(self.stage, self.inputs, gates, number))
-
-    def _write_size(self, writes: MaskPaths, masks: Mapping[str, torch.Tensor]) -> None:
-        space = self.inputs.space
-        if writes.layer:
-            write_mask_file(writes.layer, coarse_to_tensors(space, masks))
-        files = {kind: path for kind in FINE_KEYS if (path := getattr(writes, kind))}
-        tensors = fine_to_tensors(space, masks) if files else {}
-        for kind, path in files.items():
-            elsewhere = {FINE_KEYS[other] for other in files if other != kind}
-            write_mask_file(path, {key: tensor for key, tensor in tensors.items() if key not in elsewhere})
-
-    def _evaluate(
-        self, engine: Engine, attached: AttachedGates, sizes: TrainedSizes, position: Position
-    ) -> list[float | None]:
-        """The held-out loss of each size with binary masks; those of the smallest stay attached."""
-        stage, training, losses = self.stage, self.stage.config.training, list[float | None]()
-        engine.module.eval()
-        for number, name in enumerate([f", {size:g}" for size in stage.sizes] or [""]):
-            attached.set(sizes.binary(number))
-            losses.append(self._held_out_loss(engine))
-            if losses[-1] is not None:
-                say(f"{stage.name}{name}: held-out loss {losses[-1]:.4f}")
-        if training.eval_rows:
-            by_size = {f"{size:g}": loss for size, loss in zip(stage.sizes, losses, strict=False)}
+    def _log_losses(self, step: int, losses: list[float | None]) -> None:
+        if self.stage.config.training.eval_rows:
+            by_size = {f"{size:g}": loss for size, loss in zip(self.stage.sizes, losses, strict=False)}
             named = {"held_out_loss_of_size": by_size} if by_size else {}
-            self.log.write({"step": position.step, "held_out_loss": losses[0], **named})
-        return losses
-
-    def _held_out_loss(self, engine: Engine) -> float | None:
-        """The held-out loss of a model in eval mode; None if the stage is not to measure any."""
-        training, ranks = self.stage.config.training, (distributed.rank(), distributed.world_size())
-        if not training.eval_rows:
-            return None
-        rows = training.rows_at_once(ranks[1])
-        batches = held_out_batches(self.data.held_out, rows, training.eval_rows, *ranks)
-        return held_out_loss(engine, batches, engine.device)
-
-    def _write_model(self, engine: Engine) -> None:
-        folder, inputs = self.stage.folder / "model", self.inputs
-
-        def write(weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-            if self.trained is not inputs:
-                trained = self.stage.config.training.train_weights
-                weights = whole_weights(weights, inputs, torch.float32 if trained else None)
-            try:
-                write_model_folder(folder, inputs.adapter, inputs.model_config, weights)
-                write_tokenizer(folder, self.data.tokenizer)
-                if inputs.folder is not None:
-                    copy_generation_config(inputs.folder, folder)
-            except BaseException:
-                shutil.rmtree(folder, ignore_errors=True)  # an incomplete model could be taken for a complete one
-                raise
-
-        write_gathered(engine, write)
-
-    def _record(
-        self, gates: Gates | None, position: Position, state: dict[str, Any], losses: list[float | None]
-    ) -> dict[str, Any]:
-        stage, inputs = self.stage, self.inputs
-        files = [*stage.mask_files(), *([stage.pattern_mask] if stage.pattern_mask else [])]
-        models = [
-            {
-                "held_out_loss": loss,
-                "parameters": parameters(inputs.space, kept_counts(masks)),
-                "structure": describe_structure(inputs.space, masks),
-            }
-            for number, loss in enumerate(losses)
-            for masks in [final_masks(stage, inputs, gates, number)]
-        ]
-        sizes = [{"size": size, **model} for size, model in zip(stage.sizes, models, strict=False)]
-        return {
-            "steps": position.step,
-            "tokens": position.tokens,
-            "rows": rows_before(stage) + position.step * stage.config.training.train_batch_size,
-            "data": state,
-            **models[0],
-            **({"sizes": sizes} if sizes else {}),
-            **experts_record(inputs),
-            **dense_loss(stage),
-            "head_unit": inputs.head_unit,
-            "masks": {path: sha256(path) for path in files},
-            **quantization_record(stage, self.quantized, self.precision),
-        }
+            self.log.write({"step": step, "held_out_loss": losses[0], **named})
 
 
 class Opened(NamedTuple):
@@ -417,39 +329,3 @@ class Opened(NamedTuple):
     attached: AttachedGates
     sizes: TrainedSizes
     distiller: Distiller | None
-
-
-class TrainedSizes:
-    """The masks of each size of a stage; without several sizes, of its one model.
-
-    Args:
-        stage: The plan.
-        inputs: The stage's inputs.
-        attached: The hooks that apply the masks.
-        gates: The masks that are learned; None if none are.
-        device: The device of the model.
-    """
-
-    def __init__(
-        self, stage: Stage, inputs: Inputs, attached: AttachedGates, gates: Gates | None, device: torch.device
-    ):
-        self._attached, self._gates, self._device = attached, gates, device
-        self._seed = derived_seed(stage.config.seed, stage.name)
-        self._fixed = [{name: mask.to(device) for name, mask in masks.items()} for masks in inputs.nested]
-
-    def before_step(self, step: int) -> None:
-        """Applies the fixed masks of the size that this step trains; learned ones are drawn in the step itself."""
-        if self._fixed:
-            self._attached.set(self._fixed[size_of_step(step, len(self._fixed), self._seed)])
-
-    def largest(self) -> Mapping[str, torch.Tensor]:
-        """The present gates of the largest size."""
-        return self._gates.split(self._gates.largest().to(self._device)) if self._gates else self._fixed[0]
-
-    def binary(self, number: int) -> Mapping[str, torch.Tensor]:
-        """The binary masks of one size."""
-        if self._fixed:
-            return self._fixed[number]
-        return {
-            name: mask.to(self._device) for name, mask in (self._gates.binary(number) if self._gates else {}).items()
-        }

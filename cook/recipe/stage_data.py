@@ -1,7 +1,8 @@
-"""The data loader of a stage, its start position, and the reweighting of sources by their losses."""
+"""The data loader of a stage, its start position, the loss on its rows, and the reweighting of sources by losses."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from cook.base import distributed
@@ -11,7 +12,7 @@ from cook.base.watchdog import At
 from cook.config.check_inputs import source_names
 from cook.data.loader import RowLoader, held_out_batches
 from cook.data.order import updated_weights
-from cook.data.rows import JoinedRows
+from cook.data.rows import JoinedRows, Rows
 from cook.data.stream_loader import StreamLoader
 from cook.data.streams import StreamedData
 from cook.data.training_data import TrainingData, changed_files, read_files
@@ -70,6 +71,13 @@ def check_corpus(stage: Stage, *, resumed: bool) -> None:
         raise changed(f"{stage.name}: the corpus has changed since the stage began", changes)
 
 
+def loss_of_rows(stage: Stage, engine: Engine, rows: Rows, number: int) -> float:
+    """The loss of a model in eval mode on at most `number` of the rows, in nats per token; all ranks call it."""
+    rank, world = distributed.rank(), distributed.world_size()
+    batches = held_out_batches(rows, stage.config.training.rows_at_once(world), number, rank, world)
+    return held_out_loss(engine, batches, engine.device)
+
+
 class SourceMixer:
     """Updates the weights of data sources by their losses, and reports new epochs of sources.
 
@@ -110,7 +118,7 @@ class SourceMixer:
         assert self._mixing is not None and isinstance(self._held_out, JoinedRows)
         assert self._loader.weights is not None
         self._at(step, "finishing")
-        losses = [self._loss(part) for part in self._held_out.parts]
+        losses = self._losses(self._held_out.parts)
         references = [self._mixing.reference[name] for name in self._names]
         weights = updated_weights(self._loader.weights, losses, references)
         self._loader.reweigh(weights, step)
@@ -122,12 +130,10 @@ class SourceMixer:
             }
         )
 
-    def _loss(self, rows: Any) -> float:
+    def _losses(self, parts: Iterable[Rows]) -> list[float]:
         assert self._mixing is not None
-        ranks = distributed.rank(), distributed.world_size()
-        engine, size = self._engine, self._stage.config.training.rows_at_once(ranks[1])
-        engine.module.eval()
+        self._engine.module.eval()
         try:
-            return held_out_loss(engine, held_out_batches(rows, size, self._mixing.rows, *ranks), engine.device)
+            return [loss_of_rows(self._stage, self._engine, rows, self._mixing.rows) for rows in parts]
         finally:
-            engine.module.train()
+            self._engine.module.train()

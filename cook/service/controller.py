@@ -226,7 +226,7 @@ class Controller:
             if self._closing or not self._may_start(job, executor):
                 continue
             if not executor.has_room(job, active):
-                return  # those behind it wait too: otherwise a large job would wait forever
+                return  # those after it wait too: otherwise a large job would wait forever
             with self._lock, contextlib.suppress(KeyError):
                 if self._view(self.store.get(job.id)).state in WAITING:
                     self.store.begin(job.id)

@@ -231,8 +231,8 @@ def collated(rows: list[dict[str, torch.Tensor]], prompt: int) -> dict[str, torc
     tokens, span = (torch.stack([row[key] for row in rows]).long() for key in ("tokens", "span"))
     count, size = tokens.shape
     is_text, column = span != -1, torch.arange(size)
-    goes_on = torch.zeros_like(is_text)
-    goes_on[:, :-1] = is_text[:, 1:] & (span[:, 1:] == span[:, :-1])
+    continues = torch.zeros_like(is_text)
+    continues[:, :-1] = is_text[:, 1:] & (span[:, 1:] == span[:, :-1])
     begins = torch.cat([torch.ones(count, 1, dtype=torch.bool), span[:, 1:] != span[:, :-1]], dim=1)
     start = torch.where(begins, column, 0).cummax(dim=1).values
 
@@ -246,7 +246,7 @@ def collated(rows: list[dict[str, torch.Tensor]], prompt: int) -> dict[str, torc
         "position": row(torch.arange(prompt), torch.where(is_text, prompt + column - start, 0)),
         "segment": row(0, torch.where(is_text, TEXT_SEGMENT, 0)),
         "span": row(0, span),
-        "targets": row(NO_TARGET, torch.where(goes_on, tokens.roll(-1, dims=1), NO_TARGET)),
+        "targets": row(NO_TARGET, torch.where(continues, tokens.roll(-1, dims=1), NO_TARGET)),
     }
 
 

@@ -6,7 +6,7 @@
 Every cell removes the same share of all parameters, embeddings counted, with the weights frozen, by `cook prune` and
 `cook compare`; the text of the calibration is in the domain of the first text. With the vocabulary, tokens that the
 calibration text lacks go first (`cook data vocabulary`, `cook reshape`), and the budget of the other units is what is
-left; losses are per byte then. A budget that cannot be reached is noted. Started again it goes on where it stopped
+left; losses are per byte then. A budget that cannot be reached is noted. A run that was stopped resumes
 (`--work`).
 """
 

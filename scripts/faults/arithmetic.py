@@ -102,8 +102,8 @@ def controls(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
                 torch.save(content, path)
                 _sign(newest, path)
         ended = run(scene.run, OPTIONS)
-        went_on = set(ended.codes) == {0} and "resuming from step 8" in ended.out
-        noticed = went_on and outcome(scene.run) != scene.outcomes[2]
+        resumed = set(ended.codes) == {0} and "resuming from step 8" in ended.out
+        noticed = resumed and outcome(scene.run) != scene.outcomes[2]
         yield Trial(survived=noticed, note=f"{name} left out: {'noticed' if noticed else ended}")
 
 

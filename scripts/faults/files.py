@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged behind the run's back, and disks that do not take them."""
+"""Damaged checkpoints, and disks on which they cannot be written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 
-from proof import EVERY, OPTIONS, STEPS, Scene, Trial, goes_on
+from proof import EVERY, OPTIONS, STEPS, Scene, Trial, resumes
 from ranks import Ended, run
 
 from cook.training.checkpoint import find_checkpoint
@@ -69,7 +69,7 @@ def _harmed(scene: Scene, harms: list[tuple[str, Harm]], random: Random, runs: i
             yield Trial(survived=True, note=f"{note}: the same content", counts=False)
         elif index in whole or not _noticed(scene):
             # What is not noticed may still mean nothing, as a space in a manifest: the run will tell.
-            yield goes_on(scene, at_least=BEFORE, note=note)
+            yield resumes(scene, at_least=BEFORE, note=note)
             whole.add(index)
         else:
             yield Trial(survived=_noticed(scene), note=note)
@@ -103,7 +103,7 @@ def exchanged(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
         scene.fresh("stopped")
         (scene.checkpoints / f"step-{NEWEST}" / name).parent.mkdir(exist_ok=True)
         (scene.checkpoints / f"step-{NEWEST}" / name).write_bytes(b"cos\nsystem\n")
-        yield goes_on(scene, at_least=BEFORE, note=f"{name} added")
+        yield resumes(scene, at_least=BEFORE, note=f"{name} added")
 
 
 def wrong_latest(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
@@ -117,7 +117,7 @@ def wrong_latest(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
             latest.symlink_to(content)
         elif content is not None:
             latest.write_text(content, encoding="latin-1")
-        yield goes_on(scene, at_least=NEWEST, note=f"latest: {content!r}")
+        yield resumes(scene, at_least=NEWEST, note=f"latest: {content!r}")
 
 
 def all_damaged(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
@@ -173,7 +173,7 @@ def full_disk(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
         ended = run(scene.run, OPTIONS)
         failed = _refused_write(scene, ended, "a full disk")
         subprocess.run([*mount[:3], "-o", f"remount,size={room * 8}", *mount[5:]], check=True)
-        yield failed or goes_on(scene, at_least=NEWEST, note=f"{room} bytes")
+        yield failed or resumes(scene, at_least=NEWEST, note=f"{room} bytes")
     finally:
         subprocess.run(["umount", str(scene.run)], check=True)
 
@@ -189,7 +189,7 @@ def size_limit(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
         failed = _refused_write(scene, run(scene.run, OPTIONS, before=limit), f"ranks {limited}")
-        yield failed or goes_on(scene, at_least=NEWEST, note=f"limit on ranks {limited}")
+        yield failed or resumes(scene, at_least=NEWEST, note=f"limit on ranks {limited}")
 
 
 def read_only(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
@@ -211,7 +211,7 @@ def read_only(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
                 subprocess.run(["umount", folder], check=True)
             else:
                 scene.checkpoints.chmod(mode)
-        yield failed or goes_on(scene, at_least=NEWEST, note="read-only")
+        yield failed or resumes(scene, at_least=NEWEST, note="read-only")
 
 
 def failing_fsync(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
@@ -236,7 +236,7 @@ def failing_fsync(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
         if ended.codes == [0, 0]:
             yield Trial(survived=True, note=f"{note}: this rank does not call it", counts=False)
         else:
-            yield _refused_write(scene, ended, note) or goes_on(scene, at_least=NEWEST, note=note)
+            yield _refused_write(scene, ended, note) or resumes(scene, at_least=NEWEST, note=note)
 
 
 assert EVERY == BEFORE

@@ -1,4 +1,4 @@
-"""Files made by an enemy: masks and checkpoints that would run code, fill the memory or leave their folder."""
+"""Malicious files: masks and checkpoints that would run code, fill the memory or leave their folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from random import Random
 
 import torch
 from arithmetic import _sign
-from proof import OPTIONS, Scene, Trial, goes_on
+from proof import OPTIONS, Scene, Trial, resumes
 from ranks import run
 
 from tests.recipe.tiny_run import contents
@@ -24,7 +24,7 @@ FINETUNE = (
     "--set",
     'stages=[{"name": "layer_finetune"}]',
     "--set",
-    "coarse-grained.coarse_mask=enemy.pt",
+    "coarse-grained.coarse_mask=malicious.pt",
 )
 LIMIT = 2 << 30
 """Bytes that a rank may map beyond what it starts with."""
@@ -82,7 +82,7 @@ def _mask_files(canary: Path) -> dict[str, bytes]:
         "NaN": _with(ffn_layer_z=nan),
         "another model's": _with(ffn_layer_z=torch.ones(5)),
         "integers": _with(ffn_layer_z=torch.ones(3, dtype=torch.int64)),
-        "a strange key": _with(x=torch.ones(1)),
+        "an unknown key": _with(x=torch.ones(1)),
     }
 
 
@@ -96,19 +96,19 @@ def files(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
     canary = scene.root / "canary"
     for name, content in list(_mask_files(canary).items())[:trials]:
         scene.fresh()
-        (scene.run / "enemy.pt").write_bytes(content)
+        (scene.run / "malicious.pt").write_bytes(content)
         yield _refused(scene, canary, name, *FINETUNE)
     for name in ("gates.pt", "rng-0.pt"):
         scene.fresh("stopped")
         (scene.run / "out" / "run.lock").unlink()
         for folder in scene.checkpoints.glob("step-*"):
             torch.save({"cpu": Canary(canary)}, folder / name)
-            _sign(folder, folder / name)  # an enemy who can write the manifest too
+            _sign(folder, folder / name)  # by somebody who can write the manifest too
         yield _refused(scene, canary, f"{name}, signed", *OPTIONS, unchanged=False)
     scene.fresh("stopped")
     for path in (scene.checkpoints / "step-8").rglob("*.pt"):
         torch.save({"cpu": Canary(canary)}, path)
-    trial = goes_on(scene, at_least=4, note="every file of the newest checkpoint")
+    trial = resumes(scene, at_least=4, note="every file of the newest checkpoint")
     yield trial if not canary.exists() else Trial(survived=False, note="code was run")
 
 

@@ -1,4 +1,4 @@
-"""One run on two hosts (network namespaces) by the real torchrun: a rank, a host or the cable is lost."""
+"""One run on two hosts (network namespaces) by the real torchrun: a rank, a host or the link is lost."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ LOSSES: tuple[tuple[str, Callable[[list[Host]], None], tuple[int, ...]], ...] = 
     ("SIGSTOP of rank 1", lambda hosts: os.kill(hosts[1].ranks()[0], signal.SIGSTOP), (0,)),
     ("SIGSTOP of rank 0", lambda hosts: os.kill(hosts[0].ranks()[0], signal.SIGSTOP), (1,)),
 )
-"""What is lost, how, and the hosts whose ranks must tell of it."""
+"""What is lost, how, and the hosts whose ranks must report it."""
 
 
 def lost(_: Scene, trials: int, random: Random) -> Iterator[Trial]:
-    """Whatever is lost is named in bounded time, and the same command goes on to the end."""
+    """What is lost is named in bounded time, and the same command resumes and finishes the run."""
     if why := missing():
         yield Trial(survived=False, note=why, counts=False)
         return

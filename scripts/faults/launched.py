@@ -1,4 +1,4 @@
-"""The real `deepspeed` and `torchrun` on this machine: told to stop, killed while ranks start, robbed of a rank."""
+"""The real `deepspeed` and `torchrun`: stopped by a signal, killed while ranks start, with a rank that is killed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-from proof import EVERY, OPTIONS, STAGE, Scene, Trial, goes_on
+from proof import EVERY, OPTIONS, STAGE, Scene, Trial, resumes
 from ranks import ROOT, free_port
 
 from cook.training import checkpoint
@@ -75,9 +75,13 @@ class Launched:
         return found
 
     def until_step(self, step: int) -> bool:
-        """Waits for a step of the log; says whether it has come."""
+        """Waits for a step of the log, at most until the launcher ends; says whether it has come."""
         log = self.scene.run / "out" / STAGE / "log.jsonl"
-        return _until(lambda: log.exists() and log.read_text().count("\n") >= step, 120)
+
+        def reached() -> bool:
+            return log.exists() and log.read_text().count("\n") >= step
+
+        return _until(lambda: reached() or self.launcher.poll() is not None, 120) and reached()
 
     def over(self, seconds: float = BOUND) -> bool:
         """Waits until nothing of the run is left; says whether that came in time."""
@@ -88,7 +92,7 @@ class Launched:
 
 
 def told_to_stop(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
-    """SIGTERM to the launcher: the ranks save, nothing is left running, the run goes on."""
+    """SIGTERM to the launcher: the ranks save, nothing is left running, the run can be resumed."""
     for name in NAMES[:trials]:
         scene.fresh()
         steps = ("--set", "training.steps=4000", "--set", "training.save_every=0")
@@ -106,7 +110,7 @@ def told_to_stop(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
 
 
 def gone_while_starting(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
-    """A launcher that is told to stop, or killed, soon after its ranks were spawned: they end, too."""
+    """A launcher that is stopped or killed soon after it started its ranks: they end, too."""
     for number in range(trials):
         name = NAMES[(number + 1) % 2]
         kind = signal.SIGTERM if name == "deepspeed" else signal.SIGKILL
@@ -124,8 +128,8 @@ def gone_while_starting(scene: Scene, trials: int, random: Random) -> Iterator[T
         yield Trial(survived=clean, note=note if clean else f"{note}, left {left}\n{run.printed()[-3000:]}")
 
 
-def robbed(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
-    """SIGKILL of a rank: the other one says which and where, with 76, though its launcher tells it to stop."""
+def lost_rank(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
+    """SIGKILL of a rank: the other one names it and the step and ends with 76, although its launcher stops it."""
     for number in range(trials):
         name, rank = NAMES[number % 2], 1 - number // 2 % 2
         scene.fresh()
@@ -141,7 +145,7 @@ def robbed(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
         if not (began and over and named and code in CODES[name]) or "stopped: " in printed:
             yield Trial(survived=False, note=f"{note}\n{printed[-4000:]}")
         else:
-            yield goes_on(scene, at_least=newest, note=note)
+            yield resumes(scene, at_least=newest, note=note)
 
 
 def _until(happened, seconds: float) -> bool:

@@ -1,4 +1,4 @@
-"""Ranks that are told to stop, that die, freeze, or find the folder taken."""
+"""Ranks that receive signals, that are killed or suspended, or whose folder is in use."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from random import Random
 
-from proof import EVERY, OPTIONS, STAGE, STEPS, Scene, Trial, goes_on, outcome
+from proof import EVERY, OPTIONS, STAGE, STEPS, Scene, Trial, outcome, resumes
 from ranks import Ranks, run
 
 from cook.training import checkpoint
@@ -41,16 +41,16 @@ def signals(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
             # On a busy machine the run may be over before this process sees the step.
             if ended.codes != [0, 0] or f"{kind.name}: saving" in ended.out:
                 break
-        note = f"{kind.name} to {'both, thrice' if rank is None else f'rank {rank}'}"
+        note = f"{kind.name} to {'both, three times' if rank is None else f'rank {rank}'}"
         saved = re.search(rf"saved step (\d+) of {STEPS}", ended.out)
         if ended.codes != [75, 75] or not saved or "Traceback" in ended.out:
             yield Trial(survived=False, note=f"{note}: {ended}")
         else:
-            yield goes_on(scene, at_least=int(saved.group(1)), note=note)
+            yield resumes(scene, at_least=int(saved.group(1)), note=note)
 
 
-def save_and_go_on(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
-    """SIGUSR1 to one rank: a checkpoint more, and the run goes on to the same end."""
+def save_and_continue(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
+    """SIGUSR1 to one rank: one more checkpoint, and the run continues with the same result."""
     for number in range(trials):
         scene.fresh()
         with Ranks(scene.run, *OPTIONS) as ranks:
@@ -82,7 +82,7 @@ def lost_rank(scene: Scene, trials: int, random: Random, number: signal.Signals)
         if ended.codes[rank] != -signal.SIGKILL or ended.codes[1 - rank] != 76 or not named or seconds > BOUND:
             yield Trial(survived=False, note=f"{note}: {ended}")
         else:
-            yield goes_on(scene, at_least=newest, note=note)
+            yield resumes(scene, at_least=newest, note=note)
 
 
 def killed_ranks(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
@@ -110,7 +110,7 @@ def taken_folder(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
         yield Trial(survived=refused and same, note=f"second run {second}\nfirst {ended}")
         scene.fresh("stopped")
         assert (scene.run / "out" / "run.lock").exists(), "a killed run leaves its lock"
-        yield goes_on(scene, at_least=8, note="a killed run's lock")
+        yield resumes(scene, at_least=8, note="a killed run's lock")
 
 
 def other_view(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
@@ -123,4 +123,4 @@ def other_view(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
 
     for _ in range(trials):
         scene.fresh("stopped")
-        yield goes_on(scene, at_least=4, before=blind)
+        yield resumes(scene, at_least=4, before=blind)

@@ -1,4 +1,4 @@
-"""What proves that nothing was lost: a run that met a fault and went on is, to the last bit, the one that met none."""
+"""The proof that nothing was lost: a run that resumes after a fault is bit for bit the uninterrupted run."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def must(ended: Ended) -> None:
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """All that the stage leaves that does not speak of time: its log, summary, weights, masks, last checkpoint."""
+    """What the stage writes, without times: its log, summary, weights, masks, last checkpoint."""
     stage = folder / "out" / STAGE
     log = [{k: v for k, v in record.items() if k not in TIMES} for record in read_log(folder, STAGE)]
     done = json.loads((stage / "done.json").read_text())
@@ -133,16 +133,16 @@ def outcome(folder: Path) -> dict[str, Any]:
     }
 
 
-def goes_on(
+def resumes(
     scene: Scene, *, at_least: int, world: int = 2, note: str = "", before: Callable[[int], None] | None = None
 ) -> Trial:
-    """Starts the run again after a fault, and says whether all came out as if nothing had happened.
+    """Starts the run again after a fault, and compares the result with that of the uninterrupted run.
 
     Args:
-        scene: The folder as the fault left it.
-        at_least: The step that the run must go on from, or a later one; 0: there was no checkpoint yet.
+        scene: The folder after the fault.
+        at_least: The step that the run must resume from, or a later one; 0: there was no checkpoint yet.
         world: The number of ranks.
-        note: What the fault met, for the report.
+        note: A description of the fault, for the report.
         before: What each rank does first.
     """
     ended = run(scene.run, OPTIONS, world=world, before=before)
@@ -152,15 +152,15 @@ def goes_on(
 
 def _problem(scene: Scene, ended: Ended, at_least: int, world: int) -> str | None:
     if set(ended.codes) != {0}:
-        return "the run does not go on"
+        return "the run does not resume"
     found = re.search(r"resuming from step (\d+)", ended.out)
     if at_least and (not found or int(found.group(1)) < at_least):
-        return f"went on from {found.group(1) if found else 'nothing'}, not from {at_least}"
+        return f"resumed from {found.group(1) if found else 'nothing'}, not from {at_least}"
     left = sorted(path.name for path in scene.checkpoints.iterdir())
     # The newest two, and a signal's checkpoint may be one of them. An older one stays where the last save was killed
     # before it could be removed.
     if len(left) > 4 or not {"latest", f"step-{STEPS}"} < set(left) or not all(map(NAME.fullmatch, left)):
-        return f"rubbish is left: {left}"
+        return f"unexpected files are left: {left}"
     if _latest(scene) != f"step-{STEPS}\n":
         return f"latest says {_latest(scene)!r}"
     if (scene.run / "out" / "run.lock").exists():

@@ -1,4 +1,4 @@
-"""Real ranks at the price of a fork: processes that run `cook/train.py`, from a parent that has imported everything.
+"""Real ranks that are forked: processes that run `cook/train.py`, from a parent that has imported everything.
 
 Importing torch and DeepSpeed takes seconds, a fork milliseconds. It is sound because the parent has a single thread and
 has never computed anything: each child joins its own process group, opens its own files and ends with its own code.

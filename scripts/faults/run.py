@@ -1,7 +1,7 @@
 """Injects faults into real runs of two ranks and counts what survives: `python scripts/faults/run.py`.
 
-Every trial starts `cook/train.py` on two gloo processes with a tiny model (dropout, gates, λ, ZeRO 2), does something
-terrible to it, starts it again, and compares what it leaves with an uninterrupted run: every line of the log, the
+Every trial starts `cook/train.py` on two gloo processes with a tiny model (dropout, gates, λ, ZeRO 2), injects a
+fault, starts it again, and compares its files with those of an uninterrupted run: every line of the log, the
 optimizer's and the gates' tensors, the generators of all ranks, the final weights and masks must be the same bits.
 
 --kills N      how often the whole group is killed in mid-save (default 50); the other faults are tried in proportion
@@ -45,7 +45,7 @@ from cook.base.files import read_json  # noqa: E402
 Fault = Callable[[Scene, int, Random], Iterator[Trial]]
 FAULTS: dict[str, tuple[Fault, float]] = {
     "kill -9 in mid-save": (saves.in_saves, 1.0),
-    "kill -9 at each named point": (saves.at_points, 2.0),
+    "kill -9 at each named point": (saves.at_points, 1.0),
     "kill -9 in mid-step": (saves.in_steps, 0.2),
     "kill -9 while deleting": (saves.while_deleting, 0.04),
     "file truncated": (files.truncated, 0.1),
@@ -63,10 +63,10 @@ FAULTS: dict[str, tuple[Fault, float]] = {
     "small disk for the model": (writes.small_disk, 0.02),
     "few open files, little memory": (writes.limits, 0.12),
     "SIGTERM, SIGINT": (lost.signals, 0.12),
-    "SIGUSR1": (lost.save_and_go_on, 0.04),
+    "SIGUSR1": (lost.save_and_continue, 0.04),
     "SIGTERM to the launcher": (launched.told_to_stop, 0.04),
     "launcher gone while ranks start": (launched.gone_while_starting, 0.2),
-    "SIGKILL of a rank, its launcher stops the other": (launched.robbed, 0.08),
+    "SIGKILL of a rank, its launcher stops the other": (launched.lost_rank, 0.08),
     "SIGKILL of a rank": (lost.killed_ranks, 0.08),
     "SIGSTOP of a rank": (lost.frozen_ranks, 0.08),
     "two hosts, one lost": (hosts.lost, 0.14),
@@ -129,7 +129,7 @@ def merged(rows: list[dict[str, Any]], old: Path | None) -> list[dict[str, Any]]
 
 
 def watched(name: str, trials: Iterator[Trial]) -> Iterator[Trial]:
-    """Says how each trial ended as it does."""
+    """Prints the outcome of each trial."""
     for number, trial in enumerate(trials, start=1):
         word = ("survived" if trial.survived else "LOST") if trial.counts else "not tried"
         print(f"{name} {number}: {word}  {trial.note.partition(chr(10))[0]}", flush=True)

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from random import Random
 
 from lost import WATCHED, at_step
-from proof import EVERY, OPTIONS, STAGE, STEPS, Scene, Trial, goes_on
+from proof import EVERY, OPTIONS, STAGE, STEPS, Scene, Trial, resumes
 from ranks import Ranks
 
 from cook.base import faults
 
+REMOVING = "save.removing"
 ON_RESUME = ("load.", "save.aside")
-"""Points that only a run comes to that goes on from a checkpoint."""
+"""Points that only a resumed run reaches."""
 
 
 def in_saves(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
@@ -34,12 +35,13 @@ def in_saves(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
         killed += 1
         published, left = scene.published(), scratch.exists()
         met = "half a checkpoint" if left else "a whole one" if step in published else "no files yet"
-        yield goes_on(scene, at_least=max(published, default=0), note=f"save of step {step}: {met}")
+        yield resumes(scene, at_least=max(published, default=0), note=f"save of step {step}: {met}")
 
 
 def at_points(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
     """kill -9 of one rank at every named point, on each rank; the other one must end by itself and name it."""
-    points = [(name, rank) for name in faults.NAMES for rank in (0, 1)]
+    # `while_deleting` kills at that point.
+    points = [(name, rank) for name in faults.NAMES if name != REMOVING for rank in (0, 1)]
     for name, rank in points if trials >= len(points) else random.sample(points, trials):
         yield from _at_point(scene, name, rank, random)
 
@@ -49,7 +51,7 @@ def _at_point(scene: Scene, name: str, rank: int, random: Random) -> Iterator[Tr
     scene.fresh("stopped" if resumed else "base")
     if name == "save.aside":
         _damage_newest(scene)  # the step is saved once more, over the damaged one
-    nth = 1 if resumed or name == "save.removing" else random.choice((1, 2))
+    nth = 1 if resumed or name == REMOVING else random.choice((1, 2))
     with Ranks(scene.run, *WATCHED, environment={faults.VARIABLE: f"{name}:{rank}:{nth}"}) as ranks:
         ended = ranks.wait()
     note = f"{name} on rank {rank}, time {nth}"
@@ -61,7 +63,7 @@ def _at_point(scene: Scene, name: str, rank: int, random: Random) -> Iterator[Tr
         yield Trial(survived=False, note=f"{note}: not named: {ended}")
     else:
         valid = [step for step in scene.published() if not (name == "save.aside" and step == 8)]
-        yield goes_on(scene, at_least=max(valid, default=0), note=note)
+        yield resumes(scene, at_least=max(valid, default=0), note=note)
 
 
 def _damage_newest(scene: Scene) -> None:
@@ -71,8 +73,8 @@ def _damage_newest(scene: Scene) -> None:
 
 def while_deleting(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
     """kill -9 while an old checkpoint is being deleted."""
-    for _ in range(trials):
-        yield from _at_point(scene, "save.removing", 0, random)
+    for number in range(trials):
+        yield from _at_point(scene, REMOVING, number % 2, random)
 
 
 def in_steps(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
@@ -84,4 +86,4 @@ def in_steps(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
             at_step(scene, ranks, step)
             time.sleep(random.uniform(0, 0.05))
             ranks.kill()
-        yield goes_on(scene, at_least=max(scene.published(), default=0), note=f"after step {step}")
+        yield resumes(scene, at_least=max(scene.published(), default=0), note=f"after step {step}")

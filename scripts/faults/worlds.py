@@ -1,4 +1,4 @@
-"""A run that goes on with another number of ranks: the same global batches, the losses of the uninterrupted run."""
+"""A run that resumes with another number of ranks: the same global batches, the losses of the uninterrupted run."""
 
 from __future__ import annotations
 

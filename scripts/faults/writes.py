@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 
 import failing_calls
-from proof import OPTIONS, STAGE, Scene, Trial, goes_on
+from proof import OPTIONS, STAGE, Scene, Trial, resumes
 from ranks import Ended, run
 
 UNTRIED = Trial(survived=True, note="not tried: no compiler for the library that lets calls fail", counts=False)
@@ -54,7 +54,7 @@ def broken(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
             return
         ended = run(scene.run, OPTIONS, before=failing(part, random.choice((1, 2, 3)), code, for_good=True))
         note = f"{kind}, {errno.errorcode[code]}"
-        yield _refused(ended, note, os.strerror(code)) or goes_on(scene, at_least=0, note=note)
+        yield _refused(ended, note, os.strerror(code)) or resumes(scene, at_least=0, note=note)
 
 
 def _refused(ended: Ended, note: str, word: str) -> Trial | None:
@@ -63,7 +63,7 @@ def _refused(ended: Ended, note: str, word: str) -> Trial | None:
 
 
 def passing(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
-    """The log or TensorBoard cannot be written for a moment, or TensorBoard never: the run goes on, nothing is lost."""
+    """The log or TensorBoard cannot be written for a moment, or TensorBoard never: the run continues."""
     cases = [("the log", KINDS["the log"], False), ("TensorBoard", BOARD, False), ("TensorBoard", BOARD, True)]
     options = (*OPTIONS, "--set", "logging.tensorboard=true")
     for number in range(trials):
@@ -78,7 +78,7 @@ def passing(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
         if ended.codes != [0, 0] or "warning" not in ended.out or "Traceback" in ended.out:
             yield Trial(survived=False, note=f"{note}: {ended}")
         else:
-            yield goes_on(scene, at_least=0, note=note)
+            yield resumes(scene, at_least=0, note=note)
 
 
 def small_disk(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
@@ -98,7 +98,7 @@ def small_disk(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
         wrong = _refused(ended, "a small disk", "No space left on device")
         if left:
             wrong = Trial(survived=False, note=f"a small disk: left {left}")
-        yield wrong or goes_on(scene, at_least=12, note="a small disk")
+        yield wrong or resumes(scene, at_least=12, note="a small disk")
 
 
 ABORTED = -6
@@ -131,4 +131,4 @@ def limits(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
         elif "Traceback" in ended.out or not set(ended.codes) <= {1, 2, 76, ABORTED, UNLOADED}:
             yield Trial(survived=False, note=f"{note}: {ended}")
         else:
-            yield goes_on(scene, at_least=8, note=note)
+            yield resumes(scene, at_least=8, note=note)

@@ -1,4 +1,4 @@
-"""What is read off a model's description, and that a strange description yields ignorance rather than a crash."""
+"""What is read off a model's description, and that an unknown description is no error."""
 
 from __future__ import annotations
 

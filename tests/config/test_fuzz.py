@@ -1,4 +1,4 @@
-"""Whatever stands in the files and on the command line: a configuration, or a report. Never another exception."""
+"""Arbitrary files and command lines: a configuration, or an error report. No other exception."""
 
 from __future__ import annotations
 

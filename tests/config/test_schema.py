@@ -1,4 +1,4 @@
-"""The schemas themselves, and the words in which a breach is reported."""
+"""The schemas themselves, and the messages about values that violate them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Downloads from a server on the loopback address: whole, resumed, spoilt, and none at all."""
+"""Downloads from a server on the loopback address: whole, resumed, damaged, and none at all."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_file_is_fetched_once(server, tmp_path):
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_broken_transfer_is_gone_on_from(server, tmp_path, ranges):
+def test_a_broken_transfer_is_resumed(server, tmp_path, ranges):
     server.sends, server.ranges = 1000, ranges
     with pytest.raises(UserError, match="resume from 1000 bytes") as caught:
         fetch(download(server), tmp_path)

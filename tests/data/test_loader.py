@@ -210,7 +210,7 @@ def test_a_killed_process_is_followed_to_the_sample(tmp_path):
     resumed.load_state_dict(state)
     done = resumed.next_step
     assert 14 <= done <= len(lines) <= done + 1 < STEPS
-    # Ranks change from one to two, four and one again: the same rows go on.
+    # Ranks change from one to two, four and one again: the same rows follow.
     after = [step for n, step in enumerate(range(done, STEPS))]
     rest = [read(resumed, [step], world_size=(2, 4, 1)[step % 3])[0] for step in after]
     assert rest == whole[done:]

@@ -84,7 +84,7 @@ def test_ranks_share_out_the_same_global_batches(source, files):
     assert sum(text.startswith("t") for step in whole for text in step) == 40
 
 
-def test_a_run_goes_on_at_the_very_next_row_with_any_number_of_ranks(source):
+def test_a_run_resumes_at_the_very_next_row_with_any_number_of_ranks(source):
     data = data_of(source(), source("t", files=3), weights=(3.0, 1.0))
 
     def whole():

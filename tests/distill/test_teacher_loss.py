@@ -135,7 +135,7 @@ def test_maps_start_alike_for_a_seed_and_keep_the_size_of_states():
     assert 0.9 < float(first.std()) < 1.1
 
 
-def test_a_restored_state_goes_on_bit_for_bit(tmp_path):
+def test_a_restored_state_continues_bit_for_bit(tmp_path):
     whole = steps(steps(Projections(seed=1), 3, seed=0), 3, seed=5)
     torch.save(steps(Projections(seed=1), 3, seed=0).state_dict(), tmp_path / "p.pt")
     resumed = Projections(seed=2)

@@ -30,7 +30,7 @@ HARNESS = """
         got = lm_eval.simple_evaluate(
             model="hf",
             model_args={"pretrained": folder, "trust_remote_code": True, "dtype": "float32", "max_length": 64},
-            tasks=["choose", "go_on"],
+            tasks=["choose", "continue"],
             task_manager=TaskManager(include_path=folder + "_tasks", include_defaults=False),
             device="cpu", batch_size=2, bootstrap_iters=0, log_samples=True,
         )
@@ -48,7 +48,7 @@ TASK = """
     doc_to_target: gold
 """
 CHOOSE = "doc_to_choice: choices\nmetric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
-GO_ON = (
+CONTINUE = (
     "generation_kwargs: {until: [never], max_gen_toks: 4}\n"
     "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
 )
@@ -67,7 +67,7 @@ def log_likelihood(model, question, answer):
 
 
 @torch.no_grad()
-def goes_on(model, ids, count):
+def continuation(model, ids, count):
     for _ in range(count):
         ids = [*ids, int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())]
     return ids[-count:]
@@ -99,10 +99,10 @@ def write_tasks(model, path):
     choices = [spelled(answer) for answer in CHOICES]
     items = [{"question": spelled(q), "choices": choices, "gold": i % 3} for i, q in enumerate(questions)]
     write_task(path, "choose", "multiple_choice", CHOOSE, items)
-    golds = [spelled(goes_on(model, question, 4)) for question in questions]
+    golds = [spelled(continuation(model, question, 4)) for question in questions]
     items = [{"question": spelled(q), "gold": gold} for q, gold in zip(questions, golds, strict=True)]
     items[0]["gold"] = "w1 w1 w1 w1"
-    write_task(path, "go_on", "generate_until", GO_ON, items)
+    write_task(path, "continue", "generate_until", CONTINUE, items)
     return wanted, sum(scores.index(max(scores)) == i % 3 for i, scores in enumerate(wanted)) / 6, 5 / 6
 
 
@@ -129,4 +129,4 @@ def test_the_harness_sees_the_masked_models(tmp_path):
             # float32 log-softmax, two terms.
             assert [float(number) for number in answers] == pytest.approx(right, abs=1e-4)
         assert got["results"]["choose"]["acc,none"] == pytest.approx(accuracy)
-        assert got["results"]["go_on"]["exact_match,none"] == pytest.approx(matches)
+        assert got["results"]["continue"]["exact_match,none"] == pytest.approx(matches)

@@ -79,7 +79,7 @@ def test_prefill_and_decode_by_turns(monkeypatch):
     assert record["decode_tokens_per_second"] == pytest.approx(4) and record["token_ms"] == pytest.approx(500)
 
 
-def test_decoding_goes_on_as_generate_does():
+def test_decoding_continues_as_generate_does():
     model, ids = tiny_model(), torch.tensor([[7, 8, 9, 4]])
     fed = []
     handle = model.register_forward_pre_hook(lambda m, a, k: fed.append(k["input_ids"].tolist()), with_kwargs=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -18,27 +17,25 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from cook.export.pruned_folder import mask_model, prune_to_folder, reshaped_source
 from cook.families.registry import by_config
 from cook.families.source import load_model, open_model
-from cook.families.stock_models import config_object, weight_shapes
+from cook.families.stock_models import config_object
 from cook.pruning.attach import AttachedGates
-from cook.pruning.counts import kept_shapes, parameters
 from cook.pruning.mask_set import (
     coarse_from_tensors,
     coarse_to_tensors,
     consistent,
     fine_from_tensors,
     fine_to_tensors,
-    kept_counts,
 )
+from tests.families.tiny_models import EXACT, IDS, TinyModels, check_config, difference, logits_of
 from tests.tiny_families import CAUSAL, FAMILIES, tiny_source
 from tests.tiny_pruning import masks_of
 
-EXACT = 1e-5
-"""Relative, fp32: rounding of sums taken in another order."""
-SOURCES = {name: tiny_source(name) for name in FAMILIES}
-MODELS = {name: load_model(source) for name, source in SOURCES.items()}
-CASES = [(n, unit) for n, s in SOURCES.items() for unit in s.adapter.head_units(s.config)]
-SPACES = {(name, unit): SOURCES[name].adapter.space(SOURCES[name].config, unit) for name, unit in CASES}
-IDS = torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(0))
+TINY = TinyModels({name: tiny_source(name) for name in FAMILIES})
+SOURCES, MODELS, CASES, SPACES, both = TINY.sources, TINY.models, TINY.cases, TINY.spaces, TINY.both
+HOLD_HEADS = ("llama", "llama, tied", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
+BY_QUERY = [case for case in CASES if case[1] == "query_head"]
+BY_GROUP = [case for case in CASES if case[1] == "kv_group"]
+FINEST = [TINY.case(name) for name in FAMILIES]
 
 
 def uniform_masks(space, layers=(0, 2)):
@@ -70,60 +67,22 @@ def query_masks(space):
     return consistent(space, masks)
 
 
-def difference(a, b, real=None):
-    a, b = (a, b) if real is None else (a[real], b[real])
-    assert a.isfinite().all()
-    return float((a - b).abs().max() / a.abs().max())
-
-
-@torch.no_grad()
-def both(case, masks, **inputs):
-    """Logits of the masked and of the reshaped model."""
-    model, space = MODELS[case[0]], SPACES[case]
-    small = load_model(reshaped_source(SOURCES[case[0]], space, masks))
-    attached = mask_model(model, space, masks)
-    try:
-        return model(**inputs).logits, small(**inputs).logits
-    finally:
-        attached.remove()
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(data=st.data())
-def test_masked_and_reshaped_are_equal(case, data):
-    space = SPACES[case]
-    masks = data.draw(masks_of(space))
+def test_masked_and_reshaped_are_equal_and_the_config_describes_the_weights(case, data):
+    masks = data.draw(masks_of(SPACES[case]))
     padding = torch.ones_like(IDS)
     padding[1, : data.draw(st.integers(0, 4))] = 0
-    masked, small = both(case, masks, input_ids=IDS, attention_mask=padding)
+    masked, small = both(case, masks, attention_mask=padding)
     assert difference(masked, small, padding.bool()) <= EXACT
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-@settings(max_examples=5, deadline=None)
-@given(data=st.data())
-def test_the_config_describes_the_weights(case, data):
-    source, space = SOURCES[case[0]], SPACES[case]
-    masks = data.draw(masks_of(space))
-    small = reshaped_source(source, space, masks)
-    with torch.device("meta"):
-        fresh = source.adapter.build(small.config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in small.tensors.items()}
-    assert weight_shapes(fresh) == shapes
-    counts = kept_counts(masks)
-    assert sorted(shapes.values()) == sorted(kept_shapes(space, counts).values())
-    assert parameters(space, counts) == sum(p.numel() for p in fresh.parameters())
-    # What was pruned can be pruned again, and describes itself the same way.
-    again = small.adapter.space(small.config, case[1])
-    assert dict(again.shapes) == shapes
-    assert reshaped_source(small, again, {}).config == small.config
+    check_config(SOURCES[case[0]], SPACES[case], masks, case[1])
 
 
 @pytest.mark.parametrize(
     "make, case",
-    [(make, case) for make in (uniform_masks, ragged_masks) for case in CASES if case[0] in CAUSAL]
-    + [(query_masks, case) for case in CASES if case[1] == "query_head"],
+    [(make, case) for make in (uniform_masks, ragged_masks) for case in BY_GROUP if case[0] in CAUSAL]
+    + [(query_masks, case) for case in BY_QUERY],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_the_cache_and_generation(make, case):
@@ -140,7 +99,7 @@ def test_the_cache_and_generation(make, case):
     assert masked.shape == (2, 17)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case[1] == "query_head"], ids=str)
+@pytest.mark.parametrize("case", BY_QUERY, ids=str)
 def test_query_heads_are_taken_out_of_their_groups(case):
     """No weight is stored for what is gone, and the cache has the key-value heads that are read."""
     source, space = SOURCES[case[0]], SPACES[case]
@@ -165,18 +124,15 @@ def test_query_heads_are_taken_out_of_their_groups(case):
     one[-1] = 1
     z = torch.tensor([0.0] * (keys.size - 1) + [1])
     z[0] = 1
-    outputs = []
-    for gates in ({heads.name: one}, {heads.name: one, keys.name: z}, {keys.name: z}, {}):
-        attached = mask_model(small, again, gates)
-        outputs.append(small(input_ids=IDS).logits.detach())
-        attached.remove()
+    gates = ({heads.name: one}, {heads.name: one, keys.name: z}, {keys.name: z}, {})
+    outputs = [logits_of(small, again, masks) for masks in gates]
     assert torch.equal(outputs[0], outputs[1])
     assert difference(outputs[0], outputs[2]) > 1e-3 < difference(outputs[2], outputs[3])
 
 
 @pytest.mark.parametrize(
     "make, case",
-    [(ragged_masks, case) for case in CASES] + [(query_masks, case) for case in CASES if case[1] == "query_head"],
+    [(ragged_masks, case) for case in BY_GROUP] + [(query_masks, case) for case in BY_QUERY],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_pruning_in_two_steps_is_exact(make, case):
@@ -190,9 +146,7 @@ def test_pruning_in_two_steps_is_exact(make, case):
         masks[group.name] = (torch.arange(group.size) % 3 != 1).float()
     masks = consistent(then, masks)
     model, small = load_model(once), load_model(reshaped_source(once, then, masks))
-    mask_model(model, then, masks)
-    with torch.no_grad():
-        assert difference(model(input_ids=IDS).logits, small(input_ids=IDS).logits) <= EXACT
+    assert difference(logits_of(model, then, masks), logits_of(small)) <= EXACT
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -208,8 +162,8 @@ def test_gradients_reach_every_gate(case):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_masks_change_the_model(case):
-    masks = uniform_masks(SPACES[case])
-    assert difference(both(case, {}, input_ids=IDS)[0], both(case, masks, input_ids=IDS)[0]) > 0.01
+    model, space = MODELS[case[0]], SPACES[case]
+    assert difference(logits_of(model), logits_of(model, space, uniform_masks(space))) > 0.01
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -244,44 +198,35 @@ def test_packed_samples_do_not_see_each_other(name):
 
 
 def test_exports_load_where_cook_is_not(tmp_path):
-    """Stock transformers loads the uniform results without remote code, and the ragged ones with it."""
+    """With the remote code that they bring along; those of stock classes bring none."""
     expected = {}
     for name, source in SOURCES.items():
-        space = SPACES[name, "kv_group"]
-        for kind, masks in (("stock", uniform_masks(space)), ("ragged", ragged_masks(space))):
-            folder = tmp_path / f"{name.replace(', ', '_')}_{kind}"
-            prune_to_folder(source, space, masks, folder)
-            is_stock = "auto_map" not in json.loads((folder / "config.json").read_text())
-            attached = mask_model(MODELS[name], space, masks)
-            with torch.no_grad():
-                logits = MODELS[name](input_ids=IDS).logits
-            generated = MODELS[name].generate(IDS, max_new_tokens=4, do_sample=False) if name in CAUSAL else None
-            attached.remove()
-            expected[str(folder)] = (is_stock, logits, generated)
-            assert difference(logits, load_model(open_model(folder))(input_ids=IDS).logits.detach()) <= EXACT
-            if is_stock:
-                config = json.loads((folder / "config.json").read_text())
-                assert config["model_type"] == source.config["model_type"] and config["architectures"]
-    assert any(is_stock for is_stock, *_ in expected.values())
+        space, folder = SPACES[name, "kv_group"], tmp_path / name.replace(", ", "_")
+        masks = ragged_masks(space)
+        assert prune_to_folder(source, space, masks, folder).needs_remote_code
+        attached = mask_model(MODELS[name], space, masks)
+        generated = MODELS[name].generate(IDS, max_new_tokens=4, do_sample=False) if name in CAUSAL else None
+        attached.remove()
+        logits = logits_of(MODELS[name], space, masks)
+        expected[str(folder)] = (logits, generated)
+        assert difference(logits, logits_of(load_model(open_model(folder)))) <= EXACT
     torch.save((IDS, expected), tmp_path / "expected.pt")
     script = """
         import importlib.util, sys, torch
         assert importlib.util.find_spec("cook") is None
         from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
         ids, expected = torch.load(sys.argv[1])
-        for folder, (is_stock, logits, generated) in expected.items():
+        for folder, (logits, generated) in expected.items():
             auto_class = AutoModelForMaskedLM if generated is None else AutoModelForCausalLM
-            model, report = auto_class.from_pretrained(
-                folder, trust_remote_code=None if is_stock else True, output_loading_info=True)
+            model, report = auto_class.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
             assert not any(report.values()), report
             with torch.no_grad():
                 assert (model(input_ids=ids).logits - logits).abs().max() <= 1e-5 * logits.abs().max(), folder
             if generated is not None:
                 assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), generated), folder
-            if not is_stock:
-                model.save_pretrained(folder + "_again")
-                again = auto_class.from_pretrained(folder + "_again", trust_remote_code=True)
-                assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits), folder
+            model.save_pretrained(folder + "_again")
+            again = auto_class.from_pretrained(folder + "_again", trust_remote_code=True)
+            assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits), folder
         print("same")
     """
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
@@ -306,17 +251,18 @@ def test_whole_layers_are_renumbered_with_their_types():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_fewer_dims_in_all_layers_need_no_remote_code(tmp_path, name):
+def test_what_the_stock_class_holds_needs_no_remote_code(tmp_path, name):
+    """Fewer dims in all layers; fewer heads and layers too, where the class has these sizes in its config."""
     source, space = SOURCES[name], SPACES[name, "kv_group"]
-    masks = {g.name: (torch.arange(g.size) % 2 == g.layer % 2).float() for g in space.of("dimff")}
+    masks = uniform_masks(space)
+    if name not in HOLD_HEADS:
+        masks = {g.name: (torch.arange(g.size) % 2 == g.layer % 2).float() for g in space.of("dimff")}
     prune_to_folder(source, space, masks, tmp_path / "small")
     auto_class = AutoModelForCausalLM if name in CAUSAL else AutoModelForMaskedLM
     model, report = auto_class.from_pretrained(tmp_path / "small", output_loading_info=True)
     assert not any(report.values()) and not [p for p in (tmp_path / "small").iterdir() if p.suffix == ".py"]
-    attached = mask_model(MODELS[name], space, masks)
-    with torch.no_grad():
-        assert difference(MODELS[name](input_ids=IDS).logits, model(input_ids=IDS).logits) <= EXACT
-    attached.remove()
+    assert (model.config.model_type, *model.config.architectures) == (source.config["model_type"], type(model).__name__)
+    assert difference(logits_of(MODELS[name], space, masks), logits_of(model)) <= EXACT
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -330,11 +276,10 @@ def test_whole_layers_are_left_out_where_they_are_numbers_only(name):
     assert len(small.adapter.space(small.config).of("layer", "att")) == 2
     assert small.adapter.space(small.config).num_layers == (3 if kept else 2)
     assert (small.adapter.modeling(small.config) is None) == (not kept)
-    masked, reshaped = both((name, "kv_group"), masks, input_ids=IDS)
-    assert difference(masked, reshaped) <= EXACT
+    assert difference(*both((name, "kv_group"), masks)) <= EXACT
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", FINEST, ids=str)
 @pytest.mark.parametrize("kind", ["heads", "dimff"])
 def test_the_last_bias_stays_without_units_and_goes_with_the_block(case, kind):
     """Against a model in which the last product's bias is taken out by hand."""
@@ -343,12 +288,11 @@ def test_the_last_bias_stays_without_units_and_goes_with_the_block(case, kind):
     without_units = {g.name: torch.zeros(g.size) for g in space.of(kind)}
     without_blocks = {g.name: torch.zeros(1) for g in space.of("layer", site)}
     residues = [path for g in space.of("layer", site) for path in g.residue]
-    _, units_gone = both(case, without_units, input_ids=IDS)
-    _, blocks_gone = both(case, without_blocks, input_ids=IDS)
+    _, units_gone = both(case, without_units)
+    _, blocks_gone = both(case, without_blocks)
     unbiased = replace(source, tensors={n: t * (n not in residues) for n, t in source.tensors.items()})
     small = load_model(reshaped_source(unbiased, space, without_units))
-    with torch.no_grad():
-        assert difference(blocks_gone, small(input_ids=IDS).logits) <= EXACT
+    assert difference(blocks_gone, logits_of(small)) <= EXACT
     if residues:
         assert difference(units_gone, blocks_gone) > 1e-3
     else:

@@ -11,11 +11,10 @@ from transformers import AutoModelForImageTextToText, Gemma3Config, Qwen2_5_VLCo
 from cook.base.tensor_files import open_safetensors_folder
 from cook.export.pruned_folder import mask_model, prune_to_folder, reshaped_source
 from cook.families.source import load_model, open_model
+from tests.families.tiny_models import EXACT, difference
 from tests.tiny_families import draw_weights
 from tests.tiny_pruning import random_masks
 
-EXACT = 1e-5
-"""Relative, fp32: rounding of sums taken in another order."""
 TEXT = {
     "vocab_size": 61,
     "hidden_size": 32,
@@ -35,7 +34,7 @@ ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1]}
 QWEN_IDS = {"image_token_id": IMAGE, "video_token_id": 57, "vision_start_token_id": START, "vision_end_token_id": END}
 CONFIGS = {
     "gemma3": lambda: Gemma3Config(
-        # A norm behind a block of few dims divides rounding by almost nothing, unless it adds something to it.
+        # A norm after a block of few dims divides rounding by almost nothing, unless it adds something to it.
         text_config=TEXT | {"head_dim": 6, "query_pre_attn_scalar": 16, "sliding_window": 5, "rms_norm_eps": 0.1},
         vision_config=GEMMA_VISION | {"image_size": 16, "patch_size": 4},
         mm_tokens_per_image=4,
@@ -79,11 +78,6 @@ def opened(request, tmp_path):
     model = draw_weights(AutoModelForImageTextToText.from_config(CONFIGS[request.param](), dtype=torch.float32)).eval()
     model.save_pretrained(tmp_path / "model")
     return request.param, model, open_model(tmp_path / "model")
-
-
-def difference(a, b):
-    assert a.isfinite().all()
-    return float((a - b).abs().max() / a.abs().max())
 
 
 @torch.no_grad()

@@ -9,12 +9,11 @@ from transformers import CONFIG_MAPPING
 
 from cook.export.pruned_folder import mask_model, prune_to_folder, reshaped_source
 from cook.families.source import load_model, open_model
+from tests.families.tiny_models import EXACT, difference, some
 from tests.tiny_families import IDS as SPECIAL
 from tests.tiny_families import MORE_ENCODERS, SIZES, draw_weights
 from tests.tiny_pruning import random_masks
 
-EXACT = 1e-5
-"""Relative, fp32: rounding of sums taken in another order."""
 IDS = torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(0))
 PADDED = torch.ones_like(IDS).index_fill(1, torch.tensor([7, 8]), 0)
 HEADS = ("AutoModelForMaskedLM", "AutoModelForSequenceClassification", "AutoModel")
@@ -38,15 +37,8 @@ def outputs(model):
     return values[PADDED.bool()] if values.shape[:2] == IDS.shape else values
 
 
-def difference(a, b):
-    assert a.isfinite().all() and a.shape == b.shape
-    return float((a - b).abs().max() / a.abs().max())
-
-
 def some_dims(space):
-    mask = torch.ones(space.hidden.size)
-    mask[torch.randperm(space.hidden.size, generator=torch.Generator().manual_seed(0))[:12]] = 0
-    return {"hidden": mask}
+    return {"hidden": some(space.hidden.size, space.hidden.size - 12)}
 
 
 @pytest.mark.parametrize(("name", "head"), CASES)

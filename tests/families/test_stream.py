@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 from cook.export.pruned_folder import mask_model, prune_to_folder, reshaped_source
 from cook.families.source import load_model, open_model
@@ -13,44 +14,23 @@ from cook.families.stock_models import weight_shapes
 from cook.families.stream import hidden_dims
 from cook.families.tables import LLAMA
 from cook.pruning.attach import AttachedGates
-from cook.pruning.counts import kept_shapes, parameters
-from cook.pruning.mask_set import kept_counts
+from tests.families.tiny_models import (
+    EXACT,
+    IDS,
+    TinyModels,
+    check_config,
+    compute_norms_in_fp64,
+    difference,
+    logits_of,
+    some,
+)
 from tests.tiny_families import CAUSAL, FAMILIES, tiny_config, tiny_source
 from tests.tiny_pruning import masks_of
 
-EXACT = 1e-5
-"""Relative, fp32: rounding of sums taken in another order."""
-SOURCES = {name: tiny_source(name) for name in FAMILIES}
-SOURCES["bert, classes"] = tiny_source("bert", architectures=["BertForSequenceClassification"])
-MODELS = {name: load_model(source) for name, source in SOURCES.items()}
-CASES = [(n, s.adapter.head_units(s.config)[-1]) for n, s in SOURCES.items()]
-SPACES = {case: SOURCES[case[0]].adapter.space(SOURCES[case[0]].config, case[1]) for case in CASES}
+BERT = tiny_source("bert", architectures=["BertForSequenceClassification"])
+TINY = TinyModels({name: tiny_source(name) for name in FAMILIES} | {"bert, classes": BERT}, every_unit=False)
+SOURCES, MODELS, CASES, SPACES, both = TINY.sources, TINY.models, TINY.cases, TINY.spaces, TINY.both
 STOCK = ("llama", "llama, tied", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
-IDS = torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(0))
-
-
-def difference(a, b, real=None):
-    a, b = (a, b) if real is None else (a[real], b[real])
-    assert a.isfinite().all()
-    return float((a - b).abs().max() / a.abs().max())
-
-
-@torch.no_grad()
-def both(case, masks, **inputs):
-    """Logits of the masked and of the reshaped model."""
-    model, space = MODELS[case[0]], SPACES[case]
-    small = load_model(reshaped_source(SOURCES[case[0]], space, masks))
-    attached = mask_model(model, space, masks)
-    try:
-        return model(**inputs).logits, small(**inputs).logits
-    finally:
-        attached.remove()
-
-
-def some_dims(seed, size=32, kept=20):
-    mask = torch.zeros(size)
-    mask[torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:kept]] = 1
-    return mask
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -60,49 +40,43 @@ def test_masked_and_reshaped_are_equal(case, data):
     space = SPACES[case]
     masks = data.draw(masks_of(space))
     # A norm over very few dims divides rounding by almost nothing.
-    masks["hidden"] = some_dims(data.draw(st.integers(0, 99)), kept=data.draw(st.integers(8, 32)))
+    masks["hidden"] = some(32, data.draw(st.integers(8, 32)), data.draw(st.integers(0, 99)))
     padding = torch.ones_like(IDS)
     padding[1, : data.draw(st.integers(0, 4))] = 0
-    masked, small = both(case, masks, input_ids=IDS, attention_mask=padding)
+    masked, small = both(case, masks, attention_mask=padding)
     real = padding.bool() if masked.ndim == 3 else None
     assert difference(masked, small, real) <= EXACT
 
 
 @pytest.mark.parametrize("case", CASES[:1] + CASES[-1:], ids=str)
 def test_masks_of_hidden_dims_change_the_model(case):
-    masks = {"hidden": some_dims(1)}
-    assert difference(both(case, {}, input_ids=IDS)[0], both(case, masks, input_ids=IDS)[0]) > 0.01
+    model, masks = MODELS[case[0]], {"hidden": some(32, 20, 1)}
+    assert difference(logits_of(model), logits_of(model, SPACES[case], masks)) > 0.01
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_config_describes_the_weights(case):
     source, space = SOURCES[case[0]], SPACES[case]
-    masks = {"hidden": some_dims(2), "layers.1.dimff": (torch.arange(20) % 2).float(), "layers.0.att": torch.zeros(1)}
-    small = reshaped_source(source, space, masks)
-    with torch.device("meta"):
-        fresh = source.adapter.build(small.config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in small.tensors.items()}
-    assert weight_shapes(fresh) == shapes
-    assert sorted(shapes.values()) == sorted(kept_shapes(space, kept_counts(masks)).values())
-    assert parameters(space, kept_counts(masks)) == sum(p.numel() for p in fresh.parameters())
+    masks = {
+        "hidden": some(32, 20, 2),
+        "layers.1.dimff": (torch.arange(20) % 2).float(),
+        "layers.0.att": torch.zeros(1),
+    }
+    small = check_config(source, space, masks, case[1])
     # No weight on the stream was forgotten: none has the old size.
     again = small.adapter.space(small.config, case[1])
-    assert again.hidden.size == 20 and dict(again.shapes) == shapes
-    assert reshaped_source(small, again, {}).config == small.config
+    assert again.hidden.size == 20
     # What was pruned can be pruned again.
-    twice = {"hidden": some_dims(3, size=20, kept=12)}
+    twice = {"hidden": some(20, 12, 3)}
     model, smaller = load_model(small), load_model(reshaped_source(small, again, twice))
-    attached = mask_model(model, again, twice)
-    with torch.no_grad():
-        assert difference(model(input_ids=IDS).logits, smaller(input_ids=IDS).logits) <= EXACT
-    attached.remove()
+    assert difference(logits_of(model, again, twice), logits_of(smaller)) <= EXACT
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case[0] in CAUSAL], ids=str)
 def test_the_cache_and_generation(case):
     model, space = MODELS[case[0]], SPACES[case]
     masks = {
-        "hidden": some_dims(4),
+        "hidden": some(32, 20, 4),
         "layers.0.att": torch.zeros(1),
         "layers.2.dimff": (torch.arange(20) % 3 > 0).float(),
     }
@@ -120,7 +94,7 @@ def test_a_planted_stock_model_comes_out(name):
     """A model that transformers builds with 24 hidden dims, as a part of one with 32 whose other weights are drawn."""
     small = tiny_source(name, seed=7, hidden_size=24)
     big = tiny_source(name, seed=8)
-    mask = some_dims(5, kept=24)
+    mask = some(32, 24, 5)
     kept = mask.nonzero().flatten()
     tensors = {}
     for path, weight in big.tensors.items():
@@ -140,21 +114,7 @@ def test_a_planted_stock_model_comes_out(name):
     for path, weight in found.tensors.items():
         torch.testing.assert_close(weight, small.tensors[path].detach(), rtol=1e-6, atol=1e-6)
     model = load_model(whole)
-    mask_model(model, space, {"hidden": mask})
-    with torch.no_grad():
-        assert difference(load_model(small)(input_ids=IDS).logits, model(input_ids=IDS).logits) <= EXACT
-
-
-def compute_norms_in_fp64(model):
-    """transformers' RMSNorms compute in fp32 in every model."""
-    for norm in model.modules():
-        if type(norm).__name__.endswith("RMSNorm"):
-            eps, added = getattr(norm, "variance_epsilon", None) or norm.eps, "Gemma" in type(norm).__name__
-
-            def forward(x, norm=norm, eps=eps, added=added):
-                return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * (norm.weight + added)
-
-            norm.forward = forward
+    assert difference(logits_of(load_model(small)), logits_of(model, space, {"hidden": mask})) <= EXACT
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -188,27 +148,24 @@ def test_the_gradient_of_soft_gates_is_that_of_finite_differences(case):
 def test_exports_load_with_transformers(tmp_path, name, kept):
     # Llama's and Gemma's configs want a multiple of the number of heads.
     is_stock = name in STOCK and kept == 24
-    from transformers import AutoModelForCausalLM
-
-    case = next(case for case in CASES if case[0] == name)
+    case = TINY.case(name)
     source, space = SOURCES[name], SPACES[case]
-    masks = {"hidden": some_dims(6, kept=kept)}
+    masks = {"hidden": some(32, kept, 6)}
     pruned = prune_to_folder(source, space, masks, tmp_path / "small")
     assert pruned.needs_remote_code != is_stock
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "small", trust_remote_code=not is_stock)
-    masked, small = both(case, masks, input_ids=IDS)
-    with torch.no_grad():
-        assert difference(masked, model(input_ids=IDS).logits) <= EXACT
-    assert difference(small, load_model(open_model(tmp_path / "small"))(input_ids=IDS).logits.detach()) <= EXACT
+    masked, small = both(case, masks)
+    assert difference(masked, logits_of(model)) <= EXACT
+    assert difference(small, logits_of(load_model(open_model(tmp_path / "small")))) <= EXACT
 
 
 def test_a_stock_class_holds_a_hidden_size_that_its_heads_fill():
     source = SOURCES["gpt2"]
     space = SPACES["gpt2", "kv_group"]
-    masks = {"hidden": some_dims(0, kept=24)} | {f"layers.{n}.heads": torch.tensor([1.0, 0, 1, 1]) for n in range(3)}
+    masks = {"hidden": some(32, 24)} | {f"layers.{n}.heads": torch.tensor([1.0, 0, 1, 1]) for n in range(3)}
     small = reshaped_source(source, space, masks)
     assert (small.config["model_type"], small.config["n_embd"], small.config["n_head"]) == ("gpt2", 24, 3)
-    assert difference(*both(("gpt2", "kv_group"), masks, input_ids=IDS)) <= EXACT
+    assert difference(*both(("gpt2", "kv_group"), masks)) <= EXACT
 
 
 @pytest.mark.parametrize(
@@ -236,7 +193,7 @@ def test_the_hidden_size_of_an_encoder_without_a_head_stays():
 def test_a_model_that_lost_all_its_blocks_is_read():
     """The size of its stream is not in the config."""
     source, space = SOURCES["gpt2"], SPACES["gpt2", "kv_group"]
-    masks = {"hidden": some_dims(0, kept=8)} | {group.name: torch.zeros(1) for group in space.of("layer")}
+    masks = {"hidden": some(32, 8)} | {group.name: torch.zeros(1) for group in space.of("layer")}
     small = reshaped_source(source, space, masks)
     again = small.adapter.space(small.config)
     assert again.hidden is None and reshaped_source(small, again, {}).config == small.config

@@ -254,7 +254,7 @@ def test_greedy_generation_equals_a_loop_of_argmax(variant, use_cache):
     assert model.generate(ids, **options)[:, 6:].tolist() == torch.stack(expected).tolist()
 
 
-def test_generation_samples_searches_beams_and_goes_on_from_a_cache():
+def test_generation_samples_searches_beams_and_continues_from_a_cache():
     model = tiny_model(12, **RAGGED)
     text = torch.randint(0, 61, (2, 5))
     torch.manual_seed(0)

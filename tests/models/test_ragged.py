@@ -22,10 +22,10 @@ from transformers import (
 from cook.export.pruned_folder import prune_to_folder
 from cook.families.source import open_model
 from tests.families.test_stock_space import stock_model
+from tests.families.tiny_models import EXACT, difference
 
 IDS = torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(0))
 PADDED = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1], [1] * 9])
-EXACT = 1e-5
 NAMES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
 """Of 8 query heads over 4 key-value heads, and 20 dims, in 3 layers."""
 SMALL_CACHE = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=32)
@@ -60,10 +60,6 @@ def export(folder, name, unit, masks):
             layer.mlp.down_proj.bias.data.zero_()
     model.save_pretrained(folder / "zeroed")
     return model, folder / "small"
-
-
-def difference(a, b):
-    return float((a - b).abs().max() / a.abs().max())
 
 
 @torch.no_grad()

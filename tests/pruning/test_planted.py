@@ -1,4 +1,4 @@
-"""Planted uselessness: what adds nothing to the model's output is exactly what the learned masks remove."""
+"""Planted useless units: what adds nothing to the model's output is exactly what the learned masks remove."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Planted uselessness of experts: those that do harm and those that hardly any token needs are removed."""
+"""Planted useless experts: those that do harm and those that hardly any token needs are removed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The optimizer's state goes on from one stage to the next."""
+"""A stage takes over the optimizer's state of the stage before."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_two_stages_of_four_steps_are_one_of_eight(two_stages, tmp_path):
 
 
 @pytest.mark.parametrize("zero", [1, 3])
-def test_partitioned_state_goes_on_as_well(two_stages, tmp_path, zero):
+def test_partitioned_state_is_taken_over_as_well(two_stages, tmp_path, zero):
     folder, _ = two_stages
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "out" / "layer_finetune")

@@ -1,4 +1,4 @@
-"""Whole stages with a teacher: which model it is, which places are compared, and going on after a stop."""
+"""Whole stages with a teacher: which model it is, which places are compared, and how it resumes."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_model_teaches_itself_what_its_dense_copy_on_disk_would(tmp_path):
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_projection_goes_on_where_it_stopped(tmp_path):
+def test_a_projection_resumes(tmp_path):
     adapter_config = {**MODEL, "model_type": "cook_cpm_ant", "dim_model": 48}
     torch.manual_seed(0)
     model = ADAPTER.build(adapter_config)

@@ -106,7 +106,7 @@ def test_the_report_shows_uneven_blocks(uneven):
     assert (uneven / "out/report/structure.png").stat().st_size > 5000
 
 
-def test_going_on_ends_with_the_same_masks(uneven, tmp_path):
+def test_a_resumed_run_ends_with_the_same_masks(uneven, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(uneven, folder)
     pointer = folder / "out" / "data.json"  # holds whole paths

@@ -1,4 +1,4 @@
-"""The stage `quantize` behind a recipe: on CPM-Ant and on a Llama with a teacher; its mistakes; what it exports."""
+"""The stage `quantize` after a recipe: on CPM-Ant and on a Llama with a teacher; its mistakes; what it exports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that was stopped and started again is bit for bit the run that was not, with the real command."""
+"""A run that was stopped and started again is bit for bit the uninterrupted run, with the real command."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_a_signal_saves_and_ends_with_the_documented_code(stopped):
     assert not list(checkpoints.glob("tmp*"))
 
 
-def test_going_on_is_bit_identical_to_never_having_stopped(stopped, whole, tmp_path):
+def test_a_resumed_run_is_bit_identical_to_the_uninterrupted_one(stopped, whole, tmp_path):
     folder = copy(stopped[0], tmp_path / "run")
     stage = folder / "out" / "layer_mask"
     with open(stage / "gates.bin", "ab") as later:  # of steps that a killed run has not saved
@@ -180,7 +180,7 @@ def refused(folder: Path, message: str, *options: str, ranks: int = 0) -> None:
         assert result.code == 2 and "Traceback" not in result.err, result
 
 
-def test_what_cannot_be_gone_on_from_is_refused_and_nothing_is_written(stopped, tmp_path):
+def test_what_cannot_be_resumed_is_refused_and_nothing_is_written(stopped, tmp_path):
     folder = copy(stopped[0], tmp_path / "run")
     checkpoints = folder / "out" / "layer_mask" / "checkpoints"
     refused(folder, "no such file", "--resume", str(checkpoints / "step-1"), ranks=2)

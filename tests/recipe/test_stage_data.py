@@ -1,4 +1,4 @@
-"""Sources of a real run: weights that follow losses, streams, and a run that goes on with both where it stopped."""
+"""Sources of a real run: weights that follow losses, streams, and a run that resumes with both."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_weights_follow_the_losses_of_the_sources(finished):
     assert all(0 <= record["data_wait"] < 1 for record in read_log(finished, "pretrain") if "loss" in record)
 
 
-def test_a_run_that_goes_on_reads_the_same_samples_with_the_same_weights(finished, tmp_path):
+def test_a_resumed_run_reads_the_same_samples_with_the_same_weights(finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "run")
     pointer = folder / "out" / "data.json"  # holds whole paths
     pointer.write_text(pointer.read_text().replace(str(finished), str(folder)))

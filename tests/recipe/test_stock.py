@@ -1,4 +1,4 @@
-"""The whole path on a Hugging Face folder: masks learned, finetuned, carried out; a stock folder at the end."""
+"""The whole path on a Hugging Face folder: masks learned, finetuned, applied; a stock folder at the end."""
 
 from __future__ import annotations
 

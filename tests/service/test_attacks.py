@@ -1,4 +1,4 @@
-"""Attacks that others have suffered: what a page of another site, a job, or a client without a token may try."""
+"""Known attacks: by a page of another site, a job, or a client without a token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests, retries, restarts, and what happens to a request when the server is killed at its worst moment."""
+"""Requests, retries, restarts, and what happens to a request when the server is killed between any two steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A home folder on a small disk that becomes full: the server goes on, the run fails with the reason, and resumes."""
+"""The disk of a home folder is full: the server keeps running, the run fails with the reason and can be resumed."""
 
 from __future__ import annotations
 

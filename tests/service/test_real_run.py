@@ -1,4 +1,4 @@
-"""A real recipe as a job: stopped or requeued, and resumed, it is bit for bit the run that was not."""
+"""A real recipe as a job: stopped or requeued, and resumed, it is bit for bit the uninterrupted run."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from tests.service.parts import create, exit_of, ledger, supervisor_of, wait_for
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", [signal.SIGTERM, signal.SIGKILL])
-def test_a_job_goes_on_when_its_server_ends_and_the_next_server_shows_and_stops_it(tmp_path, way):
+def test_a_job_continues_when_its_server_ends_and_the_next_server_shows_and_stops_it(tmp_path, way):
     home = tmp_path / "home"
     job = create(JobStore(home), {"seconds": 60})
     with served(home) as (server, client):

@@ -188,7 +188,7 @@ def test_without_slurmctld_jobs_keep_their_state(service, cluster):
         waiting = submit(service)
         wait_for(lambda: "the state is unknown" in service.get(running.id).message, "the message", 60)
         assert service.get(running.id).state == "running" and service.get(waiting.id).state == "queued"
-        # What needs no answer of Slurm goes on.
+        # What needs no answer of Slurm continues.
         wait_state(service, ending, "succeeded")
         service.stop(running.id)
         wait_state(service, running, "stopped")

@@ -1,4 +1,4 @@
-"""A save is whole or absent, goes on beside the training, and fails on all ranks alike; the newest whole one is found.
+"""A save is whole or absent, runs beside the training, and fails on all ranks alike; the newest whole one is found.
 
 What was saved comes back: with an engine that only writes a number.
 """
@@ -45,7 +45,7 @@ def test_the_manifest_and_the_state_say_what_they_must(tmp_path):
     assert (folder / "latest").read_text() == "engine\n", "DeepSpeed's own tools find its files by this"
 
 
-def test_the_training_goes_on_before_the_checkpoint_is_published_and_the_next_save_waits(tmp_path, monkeypatch):
+def test_the_training_continues_before_the_checkpoint_is_published_and_the_next_save_waits(tmp_path, monkeypatch):
     gate, order, entry = threading.Event(), [], module.file_entry
 
     def slow(path: Path):

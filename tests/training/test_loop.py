@@ -129,7 +129,7 @@ def test_it_counts_tokens_and_logs_the_first_the_last_and_every_nth_step(run, tm
     assert records[1]["tokens"] == 10 + 11 + 12 + 13
 
 
-def test_it_goes_on_behind_the_checkpoint(run):
+def test_it_resumes_after_the_checkpoint(run):
     end, batches = run(start=7)
     assert batches.asked == [7, 8] and end == Position(step=9, updates=9, tokens=700 + 17 + 18)
 
@@ -154,7 +154,7 @@ def test_a_signal_at_the_very_end_stops_too_lest_the_next_stage_begin(run, step)
 
 
 @pytest.mark.parametrize(("step", "saves"), [(3, [4, 9]), (8, [9]), (9, [9])])
-def test_sigusr1_saves_once_and_goes_on(run, step, saves):
+def test_sigusr1_saves_once_and_continues(run, step, saves):
     end, _ = run(at={step: lambda: os.kill(os.getpid(), signal.SIGUSR1)})
     assert steps_saved(run.saved) == saves and end.step == 9
 
@@ -182,7 +182,7 @@ def bad(problem: str = "the loss on rank 1 is not finite", **others: Any):
 def test_a_bad_step_is_named_and_left_out_and_the_schedules_wait_for_the_next(run, tmp_path, capsys):
     end, batches = run(at={3: bad(), 4: bad(), 6: bad()}, warmup=0.0, schedule="linear", min_learning_rate=0.0)
     assert end == Position(step=9, updates=6, tokens=sum(10 + step for step in range(9)))
-    assert batches.asked == list(range(9)), "the data go on"
+    assert batches.asked == list(range(9)), "the data continue"
     assert [update for _, update, *_ in run.run_under] == [1, 2, 3, 3, 3, 4, 4, 5, 6]
     rates = [loop.learning_rate(TRAINING_OF_9, update) for _, update, *_ in run.run_under]
     assert [rate for *_, rate, _ in run.run_under] == rates
@@ -211,7 +211,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run_and_name_the_last_checkpoint(ru
     assert [p.updates for p in run.saved[::2]] == [0, 2, 2] and run.saved[4].guard == {"in_a_row": 2, "recent": []}
 
 
-def test_the_count_goes_on_behind_a_checkpoint(run):
+def test_the_count_continues_after_a_checkpoint(run):
     with pytest.raises(BadSteps, match="step 7: the loss") as caught:
         run(start=6, at={7: bad()}, state={"guard": {"in_a_row": 2, "recent": []}})
     assert f"{os.sep}step-6" in str(caught.value), "the one it came from"

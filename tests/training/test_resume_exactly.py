@@ -1,4 +1,4 @@
-"""Stopped and gone on with, a run is bit for bit the run that was not; on another number of ranks the same run nearly.
+"""A resumed run is bit for bit the uninterrupted one; on another number of ranks it is equal to rounding.
 
 Three process groups in turn, of 2 ranks, 1 rank and 2 ranks, hand the checkpoints on to each other.
 """
@@ -120,7 +120,7 @@ def read_in_order(results: list[dict[str, Any]], *names: str) -> list[list[list[
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_going_on_is_bit_identical(results, folder, name):
+def test_a_resumed_run_is_bit_identical(results, folder, name):
     whole, stopped, resumed = (results[0][f"{kind} {name}"] for kind in ("whole", "stopped", "resumed"))
     assert "saved step 3 of 6" in stopped["ended"] and resumed["found"] == "step-3"
     assert resumed["records"] == whole["records"] and len(whole["records"]) == tiny_training.STEPS

@@ -1,4 +1,4 @@
-"""What a spike is, what it leads to, and that the watch over it goes on after a resume."""
+"""What a spike is, what it leads to, and that it is watched after a resume too."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_good_step_starts_the_count_anew_and_a_search_for_the_loss_scale_does_
     assert watch.after(skipped(spike=False), 1.0)[1]
 
 
-def test_it_goes_on_from_its_state():
+def test_it_continues_from_its_state():
     first = guard(norms=(9.0, 0.1 + 0.2, 4.0, 3.0), spike="skip")
     first.after(skipped(spike=True), 99.0)
     again = Guard(dataclasses.replace(TRAINING, spike="skip"), json.loads(json.dumps(first.state_dict())))

@@ -118,7 +118,7 @@ def test_gradients_are_read_whole_averaged_and_unclipped(results):
         assert all((result["gradients"][path][~mask] == 0).all() for path, mask in masks.items()), name
 
 
-def test_resumed_training_goes_on_as_if_never_stopped(results):
+def test_resumed_training_is_the_uninterrupted_one(results):
     for ranks in STAGES:
         for precision, zero in RESUMED:
             resumed = results[ranks][0][f"second half {precision} {zero}"]["weights"]

@@ -1,4 +1,4 @@
-"""Runs of the training loop that are stopped by a signal and gone on with, on real engines, many in one process group.
+"""Runs of the training loop that are stopped by a signal and resumed, on real engines, many in one process group.
 
 `python … tiny_resume.py CASES.json OUT`: every rank writes `OUT.<rank>` with what it saw. A case's `folder` keeps its
 checkpoints; `of` is copied into it first; `stop` is the step in which SIGTERM comes; `leave_out` spoils the resume;

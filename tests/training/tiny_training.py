@@ -1,4 +1,4 @@
-"""A tiny model, gates and synthetic batches for the tests of the training room, and a plain PyTorch loop as the oracle.
+"""A tiny model, gates and synthetic batches for the tests of training, and a plain PyTorch loop as the oracle.
 
 Started as a script under a launcher, it runs a list of cases on real engines, all in one process group, and writes what
 came of each: `python … tiny_training.py CASES.json OUT.pt`.

@@ -92,7 +92,7 @@ class _Machine:
         """Moves on by `count` bytes; returns the offset of the first of them."""
         begin = self.at
         if count > self.end - begin:
-            raise PickleRefused(begin, f"the pickle goes on for {count} bytes, of which {self.end - begin} are there")
+            raise PickleRefused(begin, f"the pickle is cut off: {count} bytes expected, {self.end - begin} left")
         self.at += count
         return begin
 

@@ -1,4 +1,7 @@
-"""Export of the compact model of the last finished pruning stage: writing, comparison, evaluation and timing."""
+"""Export of the compact model of the last finished pruning stage: writing, comparison, evaluation and timing.
+
+In floating point the compact model is equal to the masked one up to rounding. In int8 it is an approximation.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,9 @@ from cook.sparsity.pattern_file import read_pattern_masks
 from cook.sparsity.sparse_export import export_sparse
 
 TIMED_ROWS = 32
+FLOAT_ROUNDING = "rounding of fp32: the models are equal"
+INT8_ROUNDING = "weights and activations in 8 bits: the models are not equal"
+"""Where the difference of the outputs comes from."""
 
 
 def run_export(config: TaskConfig, at: At) -> None:
@@ -70,6 +76,7 @@ def run_export(config: TaskConfig, at: At) -> None:
         "parameters": {"before": before, "after": after},
         "metrics": scores,
         "largest_relative_difference": difference,
+        "difference_is_from": INT8_ROUNDING if config.int8 else FLOAT_ROUNDING,
         "speed_up_on_this_cpu": ratio,
         "speed_up_by_matrix": speed_ups,
         "notes": list(result.notes),
@@ -81,7 +88,8 @@ def run_export(config: TaskConfig, at: At) -> None:
     say(
         f"{output}: a {result.kind} model, {human_count(before)} → {human_count(after)} parameters; "
         f"{metric} {scores['masked'][metric]:.2f} → {scores['compact'][metric]:.2f}; largest relative difference "
-        f"of its outputs {difference:.1e}; {ratio:.2f}× as fast as the masked one on this CPU"
+        f"of its outputs {difference:.1e}, from {found['difference_is_from']}; {ratio:.2f}× "
+        "as fast as the masked one on this CPU"
     )
 
 

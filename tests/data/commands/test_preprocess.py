@@ -111,7 +111,7 @@ def test_a_mistake_in_a_worker_is_told_as_in_this_process(tmp_path, corpus, toke
         run(*command, "--workers", 2)
 
 
-def test_a_killed_run_goes_on(tmp_path, corpus, tokenizer_path, run):
+def test_a_killed_run_resumes(tmp_path, corpus, tokenizer_path, run):
     """Killed by SIGKILL with its workers at work; run again, it gives the bytes of the run that was left alone."""
     options = [str(option) for option in OPTIONS[:-2]]
     command = ["preprocess", str(corpus), "--tokenizer", str(tokenizer_path), *options]
@@ -130,7 +130,7 @@ def test_a_killed_run_goes_on(tmp_path, corpus, tokenizer_path, run):
     process.wait()
     assert not (out / "meta.bin").exists() or process.returncode == 0
     notes = {path: path.stat().st_mtime_ns for path in out.glob(".unfinished/part-*.json")}
-    printed = run(*command, "--workers", 1, "--output", out) if process.returncode == -signal.SIGKILL else "going on"
+    printed = run(*command, "--workers", 1, "--output", out) if process.returncode == -signal.SIGKILL else "resuming"
     assert "resuming" in printed and (notes or process.returncode == 0)
     assert content(out) == content(tmp_path / "whole")
 
@@ -163,7 +163,7 @@ def test_only_what_is_missing_is_done_again(tmp_path, unfinished, run):
     assert not (tmp_path / "out" / ".unfinished").exists()
 
 
-def test_other_settings_do_not_go_on(unfinished, run):
+def test_other_settings_do_not_resume(unfinished, run):
     with pytest.raises(UserError, match="unfinished run with other inputs, settings or tokenizer"):
         run(*unfinished, "--seed", 5)
 

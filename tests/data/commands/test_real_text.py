@@ -1,4 +1,4 @@
-"""The whole way of real Chinese and English text: tokenizer, binary data, its commands, rows of tasks.
+"""Real Chinese and English text through all steps: tokenizer, binary data, its commands, rows of tasks.
 
 COOK_REAL_TEXT=FOLDER python -m pytest -m real_text
 """

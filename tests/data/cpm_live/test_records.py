@@ -1,4 +1,4 @@
-"""A record's numbers: there and back, and what is wrong with bad ones."""
+"""A record's numbers: written and read back, and what is wrong with invalid ones."""
 
 from __future__ import annotations
 

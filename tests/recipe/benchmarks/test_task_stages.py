@@ -194,6 +194,7 @@ def test_the_export_is_smaller_and_computes_the_same(told, folder):
     found = record(folder, "out/prune_tile_wise_kn/export/export.json")
     assert found["parameters"]["after"] < found["parameters"]["before"]
     assert found["largest_relative_difference"] < 1e-5  # fp32: sums in another order
+    assert "fp32" in found["difference_is_from"]
     assert found["speed_up_by_matrix"] and min(found["speed_up_by_matrix"].values()) > 0
     assert found["metrics"]["compact"] == found["metrics"]["masked"]
     stage = record(folder, "out", STAGES[1], "done.json")
@@ -206,6 +207,7 @@ def test_the_export_in_int8_computes_about_the_same(told, folder):
     wide = record(folder, "out/prune_tile_wise_kn/export/export.json")
     assert found["int8"] and not wide["int8"] and found["parameters"] == wide["parameters"]
     assert 0 < found["largest_relative_difference"] < 0.1  # weights and activations of 8 bits
+    assert "8 bits" in found["difference_is_from"]
     assert len(found["speed_up_by_matrix"]) == len(wide["speed_up_by_matrix"])
     assert found["metrics"]["compact"]["acc"] == pytest.approx(found["metrics"]["masked"]["acc"], abs=10)
 
