@@ -149,8 +149,7 @@ def run_model(stage: Stage) -> QuantizedModel:
     record = done_record(stage)["quantization"]
     scheme = scheme_of(record["scheme"], record["group_size"])
     whole = open_model(stage.folder / "model")
-    given = masks_after(stage)
-    space, masks = open_masks(whole, coarse=given.layer, heads=given.heads, dimff=given.dimff, hidden=given.hidden)
+    space, masks = open_masks(whole, **masks_after(stage).by_option)
     shrunk = whole.adapter.shrink(whole.config, space, kept_units(space, masks))
 
     def cut(*, rescale: bool) -> LazyTensors:

@@ -101,13 +101,16 @@ def test_a_llama_with_a_teacher_on_two_ranks_under_zero_3(tmp_path):
         folder = tmp_path / str(zero)
         write_stock_run(
             folder,
-            ("ffn_mask", "quantize"),
+            ("ffn_mask", "headdim_mask", "quantize"),
             deepspeed={"zero_optimization": {"stage": zero}},
             distillation={"teacher": "model", "ce_scale": 1.0, "stages": ["quantize"]},
             quantization={"is_quant": True, "scheme": "int4", "group_size": 8, "steps": 3},
             training__steps=3,
             fine__target_dimff=16,
             fine__round_to=8,
+            fine__target_head_dim=4,
+            fine__head_dims_mask="out/masks/head_dims.pt",
+            fine__allow_remote_code=True,
         )
         done = train(folder, "--stage", "all", ranks=ranks)
         assert done.code == 0, done
@@ -119,7 +122,7 @@ def test_a_llama_with_a_teacher_on_two_ranks_under_zero_3(tmp_path):
             quantize_run(QuantizeOptions(config="bmcook.json", output="small"))
             small = AutoModelForCausalLM.from_pretrained("small").eval()
             adapter = run_model(plan_stage(config, "quantize")).source.adapter
-            assert small.config.intermediate_size == 16
+            assert (small.config.intermediate_size, small.config.head_dim) == (16, 4)
             assert evaluated(small, config, adapter) == pytest.approx(record["held_out_loss"], rel=1e-5)
     # Sums in another order, and the few weights that they round to another of the 16 numbers.
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
