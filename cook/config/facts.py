@@ -15,8 +15,8 @@ from cook.config.types import ModelConfig
 STOCK_NAMES = {"num_heads": "num_attention_heads", "dim_ff": "intermediate_size"}
 """Fields that have other names in most Hugging Face classes."""
 EXPERT_DIMS = "moe_intermediate_size"
-"""Dims of an expert, where `intermediate_size` is that of FFN blocks without experts. Only the family knows which blocks
-have which."""
+"""Dims of an expert, where `intermediate_size` is that of FFN blocks without experts. Only the family knows which
+blocks have which."""
 
 
 @dataclass(frozen=True, kw_only=True)

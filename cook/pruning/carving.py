@@ -255,7 +255,7 @@ def ffn_groups(
         raise UserError(
             "MoEfication: the model has no dense FFN blocks",
             wanted="FFN blocks made of linear modules",
-            remedy="a model with experts has nothing to do here; remove some of them with cook prune --keep experts=0.5",
+            remedy="a model with experts has them already: cook prune --keep experts=0.5 removes some",
         )
     if not first_modules:
         return groups
