@@ -81,17 +81,17 @@ def _section(name: str, command: Any) -> str:
 
 def _metavar(argument: Any) -> str:
     name = argument.metavar or argument.name.upper()
-    name = name if argument.nargs == 1 else f"{name}..."
+    name = name if argument.nargs == 1 else f"{name.removesuffix('...')}..."
     return name if argument.required else f"[{name}]"
 
 
 def _name(parameter: Any) -> str:
     if parameter.param_type_name == "argument":
-        return f"`{_metavar(parameter).strip('[].')}`"
+        return f"`{parameter.metavar or parameter.name.upper()}`"
     shown = ", ".join(f"`{name}`" for name in [*parameter.opts, *parameter.secondary_opts])
     if getattr(parameter, "is_flag", False):
         return shown
-    value = parameter.metavar or _type_name(parameter)
+    value = (parameter.metavar or _type_name(parameter)).replace("|", " or ")
     return f"{shown} `{value}`"
 
 

@@ -356,7 +356,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
         ({}, "is empty"),
         ({"parameters": 0.5}, "unknown parameters"),
         ({"params": 0.5, "dims": 0.5}, "use it without other keys"),
-        ({"params": 0.01}, "cannot be reached"),
+        ({"params": 0.01}, "cannot be reached with heads and FFN dimensions alone"),
         ({"dims": 0.0}, "a share above 0"),
         ({"dims": 1.5}, "a share above 0"),
         ({"heads": 3}, "heads=3 cannot be reached"),

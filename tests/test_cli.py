@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -217,7 +218,9 @@ def test_one_budget_takes_from_every_dimension_that_is_not_pinned(tiny, tmp_path
     ("keep", "more", "words"),
     [
         ("dims=0.5", ["--units", "all"], "--units: for one budget of the whole model"),
-        ("params=0.5", ["--units", "neurons"], "unknown units 'neurons'"),
+        ("params=0.5", ["--units", "neurons"], "--units neurons: there are no such units"),
+        ("params=0.5", ["--units", "heads,dims"], "repeat --units for several"),
+        ("params=0.5", ["--units", "all", "--pin", "all"], "--pin all: there are no such units"),
         ("params=0.5", ["--units", "experts"], "has no experts"),
         ("params=0.5", ["--pin", "heads", "--pin", "dims"], "nothing is left to prune"),
         ("head_dims=3", [], "head_dims=3 cannot be reached"),
@@ -226,6 +229,34 @@ def test_one_budget_takes_from_every_dimension_that_is_not_pinned(tiny, tmp_path
 def test_units_that_a_budget_cannot_have(tiny, tmp_path, keep, more, words):
     with pytest.raises(UserError, match=words):
         prune(tiny, tmp_path / "out", keep, *more)
+
+
+@pytest.mark.parametrize("command", ["prune", "moefy"])
+def test_outputs_models_and_texts_that_cannot_be_used_are_named_before_anything_is_written(tiny, tmp_path, command):
+    def run(model, output, data):
+        options = ["--output", output, "--keep", "dims=0.5"] if command == "prune" else [output]
+        invoke(command, [str(model), *options, "--data", str(data), "--max-length", "32", "--dry-run"])
+
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(tiny / "model", tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
+    before = sorted(tmp_path.rglob("*"))
+    for model, output, data, words in (
+        ("model", "file", "text", "file: no folder can be made there"),
+        ("model", "file/below", "text", "file/below: no folder can be made there"),
+        (tmp_path / "mute", "mute", "text", "mute: the folder of the model itself"),
+        (tmp_path / "mute", "out", "text", "mute: there is no tokenizer in this folder"),
+        ("model", "out", tmp_path / "empty", "empty: there are no files"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run(tiny / model, str(tmp_path / output), tiny / data)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_errors_of_a_recipe_name_no_temporary_file(tiny, tmp_path):
+    with pytest.raises(UserError) as error:
+        prune(tiny, tmp_path / "out", "dims=0.5", "--text-field", "")
+    assert "bmcook.json" in str(error.value) and "cook-plan-" not in str(error.value)
 
 
 @pytest.mark.parametrize("unit", [None, "kv_group"])

@@ -124,7 +124,8 @@ def open_safetensors(files: Sequence[Path]) -> LazyTensors:
         except UserError:
             raise
         except Exception as error:  # SafetensorError, or OSError for a file that is too short
-            raise UserError(f"{file}: not a safetensors file", got=error) from None
+            remedy = "copy or download the file again, if it is not whole"
+            raise UserError(f"{file}: not a safetensors file", got=error, remedy=remedy) from None
         twice = readers.keys() & found.keys()
         if twice:
             raise UserError(f"{file}: another shard also contains {min(twice)!r}", remedy="save the folder again")

@@ -82,8 +82,8 @@ def _config(model: str) -> dict[str, Any]:
     path = Path(model)
     if path.exists():
         found = read_model_config(path) if path.is_dir() else read_json(path)
-        if not isinstance(found, dict):
-            raise UserError(f"{model}: not a model's config", wanted="a JSON object")
+        if not isinstance(found, dict) or not isinstance(found.get("model_type"), str):
+            raise UserError(f"{model}: not a model's config", wanted="a JSON object with model_type")
         return found
     if model not in CONFIG_MAPPING:
         raise UserError(

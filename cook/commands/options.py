@@ -6,13 +6,14 @@ import dataclasses
 import functools
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
 
-from cook.config.declare import Limits, docstrings
+from cook.base.errors import UserError, UserErrors
+from cook.config.declare import Limits, docstrings, object_schema
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 
@@ -29,6 +30,8 @@ def options_of(section: type) -> Callable[[Callable[..., None]], Callable[..., N
         @functools.wraps(command)
         def with_settings(**given: Any) -> None:
             own = {name: given[name] for name in texts}
+            if not hasattr(section, "check"):  # such a section reports its ranges among its other mistakes
+                check_ranges(section, own)
             lists = {name: tuple(value) for name, value in own.items() if isinstance(value, list)}
             rest = {name: value for name, value in given.items() if name in signature.parameters}
             command(**rest, settings=section(**own | lists))
@@ -52,6 +55,32 @@ def options_of(section: type) -> Callable[[Callable[..., None]], Callable[..., N
         return with_settings
 
     return decorate
+
+
+RANGES = {
+    "minimum": ("at least", operator.ge),
+    "exclusiveMinimum": ("above", operator.gt),
+    "maximum": ("at most", operator.le),
+    "exclusiveMaximum": ("below", operator.lt),
+}
+
+
+def check_ranges(section: type, values: Mapping[str, Any]) -> None:
+    """Compares the numbers of a command line with the limits of their fields.
+
+    Raises:
+        UserErrors: all that are out of range.
+    """
+    errors = []
+    for name, node in object_schema(section)["properties"].items():
+        value = values[name]
+        if not isinstance(value, int | float):
+            continue
+        if any(key in node and not holds(value, node[key]) for key, (_, holds) in RANGES.items()):
+            wanted = " and ".join(f"{words} {node[key]:,}" for key, (words, _) in RANGES.items() if key in node)
+            errors.append(UserError(f"--{name.replace('_', '-')} is out of range", wanted=wanted, got=value))
+    if errors:
+        raise UserErrors("the command line cannot be used", errors)
 
 
 def _option(name: str, hint: Any, default: Any, text: str) -> Any:

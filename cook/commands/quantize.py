@@ -16,7 +16,7 @@ def quantize(
     ] = None,
     output: Annotated[
         str | None,
-        typer.Argument(metavar="OUT", help="Folder to write. Default with --config: `OUTPUT_DIR/quantized`."),
+        typer.Argument(metavar="OUT", help="Folder to write. Default with --config: `OUTPUT_DIR/quantized/FORMAT`."),
     ] = None,
     config: Annotated[
         str | None,

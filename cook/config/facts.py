@@ -14,6 +14,9 @@ from cook.config.types import ModelConfig
 
 STOCK_NAMES = {"num_heads": "num_attention_heads", "dim_ff": "intermediate_size"}
 """Fields that have other names in most Hugging Face classes."""
+EXPERT_DIMS = "moe_intermediate_size"
+"""Dims of an expert, where `intermediate_size` is that of FFN blocks without experts. Only the family knows which
+blocks have which."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +62,7 @@ def model_facts(model: ModelConfig) -> ModelFacts:
         vocab_size=_integer(config, "vocab_size"),
         prompt_length=_integer(config, "prompt_length"),
         num_heads=_integer(config, "num_heads") or stock_heads if heads is None else _common(heads),
-        dim_ff=_integer(config, "dim_ff") if dims is None else _common(dims),
+        dim_ff=_common(dims) if dims is not None else None if EXPERT_DIMS in config else _integer(config, "dim_ff"),
         max_positions=positions,
         layers_removed=None if model.type == "hf" else _any_removed(removed),
     )

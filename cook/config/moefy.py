@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from cook.config.declare import Count, Limits
+from cook.config.declare import Count, Limits, Scale, Size
 
 ModuleSuffix = Annotated[
     str, Limits(title="the end of a module's name, such as mlp.gate_proj", pattern="^[A-Za-z0-9_.]+$")
@@ -46,24 +46,24 @@ class MoefyJob:
     """Folder for everything: `recipe/`, `run/`, `model/` (the model with experts)."""
     data: tuple[str, ...]
     """A file or folder of text, JSON lines or parquet; may be repeated. Some of it is held out for evaluation."""
-    experts: int = 8
+    experts: Annotated[int, Limits(minimum=2, maximum=10**4)] = 8
     """Experts per FFN block, shared and routed ones."""
-    shared: int = 1
+    shared: Count = 1
     """Experts that every token uses. If a token then uses one routed expert, as with `--shared 3`, the result may be a
     stock model, which needs no modeling file."""
-    active: float = 0.5
+    active: Annotated[float, Limits(exclusiveMinimum=0, maximum=1)] = 0.5
     """Share of the experts that a token uses, shared ones included."""
-    steps: int = 0
+    steps: Count = 0
     """Steps in which routers and weights are trained, with the dense model as the teacher. 0: no training."""
-    calibration_steps: int = 8
+    calibration_steps: Size = 8
     """Batches from whose activations the experts are chosen."""
-    max_length: int = 512
+    max_length: Annotated[int, Limits(minimum=2)] = 512
     """Tokens per row."""
-    batch_size: int = 2
+    batch_size: Size = 2
     """Rows per batch."""
-    learning_rate: float = 1e-4
+    learning_rate: Scale = 1e-4
     """Learning rate of routers and weights."""
     text_field: str = "text"
     """Key or column that holds the text of JSON lines and tables."""
-    seed: int = 0
+    seed: Count = 0
     """Random seed."""

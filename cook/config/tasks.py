@@ -32,7 +32,7 @@ class OneLineJob:
     """What to keep: `params=0.7` or `flops=0.7` of the whole model, or several nested sizes from one run,
     `params=0.8,0.65,0.5`; `memory_mib=200` (weights in 16 bits, and the cache of `max_length` tokens); `latency_ms=12`
     (a forward pass of one row of `max_length` tokens; the model is measured first); or any of `blocks=0.8`,
-    `heads=0.5`, `dims=0.7` (shares, or numbers of heads and dims per block), `head_dims=0.5` (dims per head) and
+    `heads=0.5`, `experts=0.5`, `dims=0.7` (shares, or numbers per block), `head_dims=0.5` (dims per head) and
     `hidden=0.8` (shares or numbers)."""
     output: str
     """Folder for everything: `recipe/`, `run/`, `model/` (the small model), `report/`."""
@@ -46,8 +46,9 @@ class OneLineJob:
     hidden: bool = False
     """With a budget for the whole model: hidden dims are units of it too."""
     units: Annotated[tuple[str, ...], Limits(metavar="NAME")] = ()
-    """With a budget for the whole model: what it may take, `blocks`, `heads`, `dims`, `head_dims` (dims of all heads),
-    `hidden` or `all` that the model has; may be repeated. By default heads and dims."""
+    """With a budget for the whole model: what it may take, `blocks`, `heads`, `experts`, `dims`, `head_dims` (dims of
+    all heads), `hidden`, or `all` that the model has; may be repeated. By default heads and dims, or heads and
+    experts."""
     pin: Annotated[tuple[str, ...], Limits(metavar="NAME")] = ()
     """With a budget for the whole model: units that stay as they are, such as `heads` with `--units all`."""
     round_to: Size = 1

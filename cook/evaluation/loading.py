@@ -52,6 +52,8 @@ def parse_entry(text: str) -> Entry:
     name, equals, folder = first.partition("=")
     if not equals or "/" in name:  # the folder's path may contain "=" too
         name, folder = "", first
+    if (strange := re.search(r",(\w+)=", folder)) and not Path(folder).exists():
+        raise UserError(f"{text}: there is no mask {strange[1]!r}", wanted=", ".join(MASKS))
     masks = [other.split("=", 1) for other in others]
     if not folder or not all(path for _, path in masks) or len({kind for kind, _ in masks}) < len(masks):
         raise UserError(f"not a model: {text!r}", wanted=FORM)
@@ -97,16 +99,25 @@ def load(
             streamed = not fits
             model = streamed_model(source, chosen, device) if streamed else load_model(source, dtype=None)
         elif weights == "disk":
-            raise UserError(f"{folder}: --weights disk works only with a family that cook knows")
+            wanted = "a family that cook knows, with weights of a floating-point type"
+            raise UserError(f"{folder}: --weights disk does not work with this model", wanted=wanted)
         else:
             from transformers import AutoConfig, AutoModelForCausalLM
 
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
             config._attn_implementation = None  # the value may name a kernel to download
             model = AutoModelForCausalLM.from_pretrained(folder, config=config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: weights that do not fit the config
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        ImportError,
+    ) as error:  # RuntimeError: weights that do not fit the config
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{folder}: cannot be loaded", got=reason) from None
+        # transformers imports the package of a quantized model when it loads it.
+        missing = isinstance(error, ImportError) and bool(read_model_config(folder).get("quantization_config"))
+        remedy = "pip install 'cook[quantization]'" if missing else None
+        raise UserError(f"{folder}: cannot be loaded", got=reason, remedy=remedy) from None
     if entry.masks and source is None:
         raise UserError(f"{folder}: masks can be applied only to a family that cook knows")
     model = model if streamed else placed(model.eval(), device, chosen)

@@ -62,15 +62,15 @@ def _target(output: Path, source: Path) -> Path:
         target = output.resolve()
         beneath = (source.resolve(), *source.resolve().parents)
     except (OSError, RuntimeError):  # circular links
-        raise UserError(f"{output}: a broken link", remedy="choose another --output") from None
+        raise UserError(f"{output}: a broken link", remedy="choose another folder") from None
     if target in beneath:
-        raise UserError(f"{output}: would overwrite the original model", remedy="choose another --output")
+        raise UserError(f"{output}: would overwrite the original model", remedy="choose another folder")
     if target.exists() and not target.is_dir():
-        raise UserError(f"{output}: is a file", remedy="choose another --output")
+        raise UserError(f"{output}: is a file", remedy="choose another folder")
     if target.is_mount():
-        raise UserError(f"{output}: is a mount point, which cannot be replaced", remedy=f"--output {output}/model")
+        raise UserError(f"{output}: is a mount point, which cannot be replaced", remedy=f"write to {output}/model")
     if target.exists() and not (target / "config.json").exists() and any(target.iterdir()):
-        raise UserError(f"{output}: the folder exists and does not contain a model", remedy="choose another --output")
+        raise UserError(f"{output}: the folder exists and does not contain a model", remedy="choose another folder")
     return target
 
 

@@ -50,7 +50,8 @@ def native_config(fields: Mapping[str, Any]) -> dict[str, Any]:
             "the model's JSON has fields that CPM-Live's configuration does not have",
             wanted=", ".join(NATIVE_FIELDS),
             got=", ".join(unknown),
-            remedy="remove them, or name the folder if this is the config.json of a Hugging Face folder",
+            remedy="remove them; if this is the config.json of a Hugging Face model, name its folder, and add the "
+            "model_type that it lacks",
         )
     config = checked_config(fields)
     return {name: getattr(config, name) for name in NATIVE_FIELDS}

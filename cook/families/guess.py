@@ -101,7 +101,9 @@ def _names(made: Any) -> ConfigNames:
     missing = [STANDARD[name] for name, own in known.items() if not isinstance(getattr(made, own, None), int)]
     if missing:
         raise UserError(
-            f"the config lacks {', '.join(missing)}", remedy="for a model of several parts, guess that of its text part"
+            f"the config lacks {', '.join(missing)}",
+            wanted="a model whose layers are made of attention and FFN blocks",
+            remedy="for a model of several parts, guess that of its text part",
         )
     return ConfigNames(**known)
 

@@ -316,10 +316,17 @@ def _share_of_limit(space: PruningSpace, groups: Sequence[UnitGroup], targets: T
     if not least < share <= 1:
         unit, scale = ("MiB", MIB) if targets.cost == "bytes" else ("ms", 1)
         raise UserError(
-            f"the budget of {targets.limit / scale:.4g} {unit} cannot be reached with heads and FFN dimensions",
+            f"the budget of {targets.limit / scale:.4g} {unit} cannot be reached with {_named(groups)}",
             wanted=f"above {(whole - prunable * (1 - least)) / scale:.4g} and up to {whole / scale:.4g} {unit}",
         )
     return share
+
+
+def _named(groups: Sequence[UnitGroup]) -> str:
+    """The kinds of units in words; keys and values go with heads."""
+    names = {"layer": "blocks", "heads": "heads", "experts": "experts", "dimff": "FFN dimensions"}
+    kinds = [name for kind, name in names.items() if any(group.kind == kind for group in groups)]
+    return " and ".join(kinds) or "these units"
 
 
 def whole_cost(space: PruningSpace, targets: Targets, kept: Kept) -> float:
@@ -339,7 +346,7 @@ def whole_budget(space: PruningSpace, learned: Sequence[UnitGroup], cost: Cost, 
     """One budget over all groups, so that the model keeps `share` of its parameters or FLOPs.
 
     Raises:
-        UserError: removing heads and FFN dimensions alone cannot reach `share`.
+        UserError: removing these units alone cannot reach `share`.
     """
     targets = Targets(scope="global", cost=cost, context=context)
     if is_coupled(learned):
@@ -351,8 +358,9 @@ def whole_budget(space: PruningSpace, learned: Sequence[UnitGroup], cost: Cost, 
     if removed >= removable:
         key = "params" if cost == "parameters" else "flops"
         raise UserError(
-            f"keep: {key}={share:g} cannot be reached with heads and FFN dimensions alone",
+            f"keep: {key}={share:g} cannot be reached with {_named(learned)} alone",
             wanted=f"more than {1 - removable / whole:.2f}",
+            remedy="keep more, or let other units go too (cook prune --units all)",
         )
     return replace(targets, share=1.0 - removed / prunable)
 

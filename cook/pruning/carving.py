@@ -249,9 +249,14 @@ def ffn_groups(
     Raises:
         UserError: a name matches no block, or the model has no FFN blocks.
     """
-    groups = space.of("dimff")
+    # The dims of experts are tensors without modules of their own.
+    groups = tuple(group for group in space.of("dimff") if _ins(group))
     if not groups:
-        raise UserError("MoEfication: the model has no FFN blocks with dims of their own")
+        raise UserError(
+            "MoEfication: the model has no dense FFN blocks",
+            wanted="FFN blocks made of linear modules",
+            remedy="a model with experts has them already: cook prune --keep experts=0.5 removes some",
+        )
     if not first_modules:
         return groups
     chosen = []

@@ -37,6 +37,7 @@ def check_modules(model: QuantizedModel, *, divides: bool) -> None:
             raise UserError(
                 f"{path}: this format holds modules of the class torch.nn.Linear alone",
                 got=f"{kind} in {model.source.adapter.family}",
+                remedy="models of this family cannot be stored in few bits",
             )
 
 

@@ -175,8 +175,11 @@ def budget_kinds(space: PruningSpace, units: Collection[str], pin: Collection[st
         UserError: an unknown name, or no units are left.
     """
     names = BUDGET_UNITS if "all" in units else {*units} or {"heads", "experts", "dims"}
-    if strange := sorted({*names, *pin} - {*BUDGET_UNITS}):
-        raise UserError(f"unknown units {strange[0]!r}", wanted=f"{', '.join(BUDGET_UNITS)}, or all")
+    for option, given in (("units", names), ("pin", pin)):
+        if strange := sorted({*given} - {*BUDGET_UNITS}):
+            wanted = ", ".join(BUDGET_UNITS) + (", or all" if option == "units" else "")
+            remedy = f"repeat --{option} for several" if "," in strange[0] else None
+            raise UserError(f"--{option} {strange[0]}: there are no such units", wanted=wanted, remedy=remedy)
     chosen = {BUDGET_UNITS[name] for name in ({*names, *(["hidden"] if hidden else [])} - {*pin})}
     if "all" in units or not units:
         is_even = {group.kind for group in space.every if group.is_even}  # sections must keep the same number

@@ -11,8 +11,9 @@ from cook.config.moefy import MoefyJob
 from cook.families.source import open_model
 from cook.pruning.counts import parameters
 from cook.recipe.moefy import DENSE_LOSS
-from cook.recipe.one_line import check_same, data_type, local_model, matrices, planned
+from cook.recipe.one_line import check_output, check_same, data_type, local_model, matrices, planned
 from cook.report.tables import human_count, markdown_table
+from cook.text.hf import check_has_tokenizer
 
 
 def write_moefy_recipe(job: MoefyJob) -> tuple[Path, dict[str, Any]]:
@@ -37,6 +38,8 @@ def write_moefy_recipe(job: MoefyJob) -> tuple[Path, dict[str, Any]]:
 
 def _recipe(job: MoefyJob) -> dict[str, Any]:
     source = open_model(local_model(job.model))
+    check_output(job.output, source.path)
+    check_has_tokenizer(source.folder)
     teacher = {"teacher": str(source.path), "ce_scale": 2.0, "ce_temp": 2.0} if job.steps else None
     return {
         "output_dir": str(Path(job.output) / "run"),

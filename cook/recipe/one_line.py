@@ -30,11 +30,14 @@ from cook.recipe.head_units import (
     reachable_heads,
 )
 from cook.recipe.start import make_plan
+from cook.text.hf import check_has_tokenizer
 
 DATA_TYPES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
 COMPRESSED = {".gz", ".bz2", ".zst"}
 TIMES = "block_times.json"
 """The measured table, in the output folder."""
+SHOWN = 4
+"""Differences between two recipes that a message lists."""
 ALMOST_ALL = 0.99
 """A share of the parameters that every model can keep."""
 
@@ -117,10 +120,12 @@ def write_recipe(job: OneLineJob) -> tuple[Path, dict[str, Any]]:
         The path of the first one, and the plan (`cook.recipe.start.make_plan`).
 
     Raises:
-        UserError: unknown model or data, a size that cannot be reached, anything else that a plan finds, or the folder
-            has the recipe of another job; nothing is written then.
+        UserError: unknown model or data, a size that cannot be reached, anything else that a plan finds, an output
+            folder that cannot be made, or one with the recipe of another job; nothing is written then.
     """
     source, sizes, folder = open_model(local_model(job.model)), parse_sizes(job.keep), Path(job.output) / "recipe"
+    check_output(job.output, source.path)
+    check_has_tokenizer(source.folder)
     if job.vocabulary and least_count(job.vocabulary) is None:
         read_vocabulary(job.vocabulary, source.folder)
     files = _recipe_files(job, source, sizes)
@@ -148,13 +153,27 @@ def write_recipe(job: OneLineJob) -> tuple[Path, dict[str, Any]]:
 
 
 def planned(files: Mapping[str, Mapping[str, Any]], aside: Path) -> dict[str, Any]:
-    """The plan of a recipe, whose files are written to the folder `aside`."""
+    """The plan of a recipe, whose files are written to the folder `aside`, which errors do not name."""
     for name, content in files.items():
         write_json(aside / name, content)
     try:
         return make_plan(str(aside / "bmcook.json"))
     except UserErrors as errors:
-        raise UserErrors("the recipe of these options cannot be used", errors.errors) from None
+        known = [
+            UserError(e.what.replace(f"{aside}/", ""), wanted=e.wanted, got=e.got, remedy=e.remedy)
+            for e in errors.errors
+        ]
+        raise UserErrors("the recipe of these options cannot be used", known) from None
+
+
+def check_output(output: str, model: Path) -> None:
+    """Refuses an output folder that is a file, lies in one, or is the model's own folder."""
+    path, remedy = Path(output).resolve(), "name another folder"
+    file = next((each for each in (path, *path.parents) if each.exists() and not each.is_dir()), None)
+    if file is not None:
+        raise UserError(f"{output}: no folder can be made there", got=f"{file} is a file", remedy=remedy)
+    if path == model.resolve():
+        raise UserError(f"{output}: the folder of the model itself", wanted="a folder for the results", remedy=remedy)
 
 
 def check_same(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
@@ -168,8 +187,8 @@ def check_same(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
     if differences:
         raise UserError(
             f"{folder}: has the recipe of another job",
-            got="; ".join(differences),
-            remedy=f"give the options as before to resume, or another --output, or remove {folder.parent}; "
+            got="; ".join(differences[:SHOWN]) + f"; {len(differences) - SHOWN} more" * (len(differences) > SHOWN),
+            remedy=f"give the options as before to resume, or another output folder, or remove {folder.parent}; "
             f"an edited recipe is run by `cook train --config {folder / 'bmcook.json'} --stage all`",
         )
 
@@ -356,8 +375,12 @@ def data_type(paths: tuple[str, ...]) -> str:
             raise UserError(f"--data {path}: there is no such file or folder", remedy="check the path")
         files = [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
         found += [DATA_TYPES.get(_ending(file), "text") for file in files if not file.name.startswith(".")]
+    if not found:
+        raise UserError(f"--data {', '.join(paths)}: there are no files", wanted="text, JSON lines or parquet")
     if len(set(found)) != 1:
-        raise UserError("--data: one format at a time", wanted="text, JSON lines or parquet", got=sorted(set(found)))
+        raise UserError(
+            "--data: one format at a time", wanted="text, JSON lines or parquet", got=", ".join(sorted(set(found)))
+        )
     return found[0]
 
 

@@ -78,6 +78,8 @@ def quantize_run(options: QuantizeOptions) -> None:
     """
     if options.format not in get_args(Format):
         raise UserError(f"--format {options.format}: there is no such format", wanted=", ".join(get_args(Format)))
+    if options.window < 2:
+        raise UserError("--window is out of range", wanted="at least 2", got=options.window)
     model, output = _of_run(options) if options.config else _of_folder(options)
     text = read_texts(options.data) if options.data else None
     if text is not None and not model.source.adapter.is_causal:
@@ -109,6 +111,9 @@ def _of_folder(options: QuantizeOptions) -> tuple[QuantizedModel, Path]:
     group_size = QuantizationConfig.group_size if options.group_size is None else options.group_size
     if group_size < 8 or group_size % 8:
         raise UserError("--group-size: not usable", wanted="a multiple of 8", got=group_size)
+    if options.group_size is not None and options.scheme != "int4":
+        got = f"scheme {options.scheme or 'int8'}"
+        raise UserError("--group-size: only int4 has groups", got=got, remedy="leave it out, or give --scheme int4")
     source, scheme = open_model(options.model), scheme_of(options.scheme or "int8", group_size)
     with torch.device("meta"):
         whole = source.adapter.build(source.config)

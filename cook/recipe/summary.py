@@ -84,12 +84,13 @@ def ladder_row(stage: Stage, tokens_per_second: float | None = None, number: int
     """A finished stage, or its size of that number, as a row of the report's table."""
     model = models_of(stage)[number]
     heads, dims = sizes(model["structure"], "att"), sizes(model["structure"], "ffn")
+    experts = [layer["experts"].count("1") for layer in model["structure"]["layers"] if layer.get("experts")]
     return LadderRow(
         model=TITLES[stage.name] + (f", {model['size']:g}" if "size" in model else ""),
         att_layers=len(heads),
         ffn_layers=len(dims),
         heads=range_text(heads),
-        dim_ff=range_text(dims),
+        dim_ff=f"{range_text(experts)} experts" if experts and set(dims) == {1} else range_text(dims),
         head_dim=_wide(model["structure"], "head_dims"),
         hidden=_wide(model["structure"], "hidden"),
         parameters=model["parameters"],

@@ -94,10 +94,20 @@ def open_backend(source: str, **options: Any) -> Any:
     from transformers import AutoTokenizer
 
     check_tokenizer_file(Path(source))
+    if Path(source).is_dir():
+        check_has_tokenizer(Path(source))
     with library_errors(f"{source}: its tokenizer cannot be read"):
         backend = AutoTokenizer.from_pretrained(source, **{"trust_remote_code": False, **options})
         backend.get_vocab()
         return backend
+
+
+def check_has_tokenizer(folder: Path) -> None:
+    """Raises UserError if no file of a folder looks like one of a tokenizer, for which transformers has other words."""
+    names = ("tokenizer*", "*.model", "vocab*", "spiece*", "merges*", "*.tiktoken")
+    if not any(file for name in names for file in folder.glob(name)):
+        remedy = "save the model's tokenizer in it: tokenizer.save_pretrained(folder)"
+        raise UserError(f"{folder}: there is no tokenizer in this folder", wanted="tokenizer.json", remedy=remedy)
 
 
 def check_tokenizer_file(folder: Path) -> None:

@@ -35,6 +35,12 @@ def test_a_family_of_which_a_kind_is_not_exact_ends_with_1(capsys):
     assert code == 1 and "WRONG" in out and "Family(" in out and "Correct the table" in out
 
 
+def test_a_config_without_its_type_is_refused(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"hidden_size": 32}')
+    code, _, err = told(capsys, "families", "guess", tmp_path)
+    assert code == 2 and "a JSON object with model_type" in err
+
+
 def test_a_known_family_is_named(capsys):
     code, out, _ = told(capsys, "families", "guess", "olmo2")
     assert code == 0 and out.strip() == "olmo2: known as OLMo 2"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from transformers import Qwen3MoeConfig
 
 from cook.base.errors import UserError
 from cook.config.facts import ModelFacts, model_facts
@@ -91,6 +92,12 @@ def test_a_ragged_export_tells_no_sizes_that_its_layers_do_not_share(elsewhere):
 def test_every_family_says_how_many_positions_it_has(elsewhere, config, positions):
     (elsewhere / "config.json").write_text(json.dumps(config))
     assert model_facts(ModelConfig(type="hf", path=str(elsewhere))).max_positions == positions
+
+
+def test_a_model_whose_experts_have_a_size_of_their_own_has_no_size_of_all_blocks(elsewhere):
+    Qwen3MoeConfig(intermediate_size=48, moe_intermediate_size=16, num_attention_heads=4).save_pretrained(elsewhere)
+    facts = model_facts(ModelConfig(type="hf", path=str(elsewhere)))
+    assert (facts.num_heads, facts.dim_ff) == (4, None)
 
 
 def test_heads_under_the_name_of_the_family(elsewhere):

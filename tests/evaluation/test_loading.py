@@ -45,6 +45,20 @@ def test_entries_that_name_no_model(text):
         parse_entry(text)
 
 
+def test_a_mask_of_an_unknown_kind_is_named():
+    with pytest.raises(UserError, match="there is no mask 'layer'"):
+        parse_entry("x=a/b,layer=c.pt")
+
+
+def test_a_quantized_model_without_the_package_that_reads_it(stock_folder, monkeypatch):
+    config = stock_folder / "config.json"
+    quantized = {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {}}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | quantized))
+    monkeypatch.setattr("transformers.utils.quantization_config.is_compressed_tensors_available", lambda: False)
+    with pytest.raises(UserError, match=r"(?s)compressed-tensors.*remedy: pip install 'cook\[quantization\]'"):
+        load(entry(stock_folder), trust_remote_code=False)
+
+
 def test_a_dense_model_with_its_masks_is_the_reshaped_one(tmp_path):
     write_model_folder(tmp_path / "dense", ADAPTER, config_of(), tiny_model().state_dict().items())
     space, masks = tiny_space(), random_masks(tiny_space(), 2)

@@ -141,7 +141,7 @@ def test_the_command(folder, text):
     ("options", "words"),
     [
         (["--window", "101"], "fewer than a window"),
-        (["--window", "1", "--batch-size", "0"], "--window is too small.*--batch-size is too small"),
+        (["--window", "1", "--batch-size", "0"], "--window is out of range.*--batch-size is out of range"),
         (["--window", "8", "--stride", "9"], "at most 8"),
         (["--window", "8", "--stride", "8", "--bos"], "at most 7"),
         (["--window", "20", "--bos"], "no beginning-of-sequence token"),

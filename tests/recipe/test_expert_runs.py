@@ -40,7 +40,9 @@ def masks_of(folder, kind):
 
 
 def test_one_command_prunes_a_folder_of_transformers_to_half_of_its_experts(tmp_path):
-    config = given_config("qwen3_moe", vocab_size=304, num_hidden_layers=2, num_local_experts=4)
+    # Layer 0 has a dense block of another size.
+    changes = {"vocab_size": 304, "num_hidden_layers": 2, "num_local_experts": 4, "intermediate_size": 24}
+    config = given_config("qwen3_moe", **changes)
     del config["num_experts"]
     stock = AutoModelForCausalLM.from_config(CONFIG_MAPPING[config.pop("model_type")](**config))
     stock.save_pretrained(tmp_path / "whole")
@@ -50,6 +52,7 @@ def test_one_command_prunes_a_folder_of_transformers_to_half_of_its_experts(tmp_
     options += ["--steps", "6", "--finetune-steps", "2", "--batch-size", "2"]
     done = run([sys.executable, "-m", "cook", "prune", "whole", *options], tmp_path)
     assert done.code == 0 and "equal to rounding" in done.out, done
+    assert "| 2 experts |" in done.out, "not the number of dims"
     assert "| active |" in done.out.replace("  ", " ") or "active" in done.out
     model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "small/model", output_loading_info=True)
     assert type(model) is type(stock) and not any(report.values())

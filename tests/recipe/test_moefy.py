@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from cook.base.errors import UserError
 from cook.cli import invoke
@@ -112,6 +112,18 @@ def test_the_command_writes_its_recipe_once(tmp_path, monkeypatch):
     write_moefy_recipe(job)
     with pytest.raises(UserError, match="has the recipe of another job"):
         write_moefy_recipe(MoefyJob(model="llama", output="small", data=("docs",), experts=4, max_length=40))
+
+
+def test_a_model_of_experts_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_experts": 4, "head_dim": 8}
+    config = Qwen3MoeConfig(vocab_size=304, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, **sizes)
+    Qwen3MoeForCausalLM(config).save_pretrained("experts")
+    gpt2_like(tmp_path / "experts")
+    with pytest.raises(UserError, match="no dense FFN blocks"):
+        write_moefy_recipe(MoefyJob(model="experts", output="small", data=("docs",), max_length=40))
+    assert not (tmp_path / "small").exists()
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from cook.recipe.inputs import open_inputs
 from cook.recipe.plan import MaskPaths, plan_stage
 from cook.recipe.quantize_run import QuantizeOptions, quantize_run, run_model
 from cook.recipe.start import make_plan
-from tests.recipe.test_stock import HEAD_DIMS, write_stock_run
+from tests.recipe.test_stock import write_stock_run
 from tests.recipe.tiny_run import train, write_run
 
 pytest.importorskip("torchao")
@@ -101,13 +101,16 @@ def test_a_llama_with_a_teacher_on_two_ranks_under_zero_3(tmp_path):
         folder = tmp_path / str(zero)
         write_stock_run(
             folder,
-            ("ffn_mask", "quantize"),
+            ("ffn_mask", "headdim_mask", "quantize"),
             deepspeed={"zero_optimization": {"stage": zero}},
             distillation={"teacher": "model", "ce_scale": 1.0, "stages": ["quantize"]},
             quantization={"is_quant": True, "scheme": "int4", "group_size": 8, "steps": 3},
             training__steps=3,
             fine__target_dimff=16,
             fine__round_to=8,
+            fine__target_head_dim=4,
+            fine__head_dims_mask="out/masks/head_dims.pt",
+            fine__allow_remote_code=True,
         )
         done = train(folder, "--stage", "all", ranks=ranks)
         assert done.code == 0, done
@@ -119,23 +122,10 @@ def test_a_llama_with_a_teacher_on_two_ranks_under_zero_3(tmp_path):
             quantize_run(QuantizeOptions(config="bmcook.json", output="small"))
             small = AutoModelForCausalLM.from_pretrained("small").eval()
             adapter = run_model(plan_stage(config, "quantize")).source.adapter
-            assert small.config.intermediate_size == 16
+            assert (small.config.intermediate_size, small.config.head_dim) == (16, 4)
             assert evaluated(small, config, adapter) == pytest.approx(record["held_out_loss"], rel=1e-5)
     # Sums in another order, and the few weights that they round to another of the 16 numbers.
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
-
-
-def test_masks_of_head_dims_are_applied(tmp_path, monkeypatch):
-    quantization = {"is_quant": True, "scheme": "int8_weight"}
-    sizes = HEAD_DIMS | {"fine__target_num_heads": 8, "fine__target_dimff": 20, "training__steps": 2}
-    write_stock_run(tmp_path, ("headdim_mask", "quantize"), quantization=quantization, **sizes)
-    done = train(tmp_path, "--stage", "all")
-    assert done.code == 0, done
-    monkeypatch.chdir(tmp_path)
-    config, record = load_config("bmcook.json"), json.loads(Path("out/quantize/done.json").read_text())
-    model = run_model(plan_stage(config, "quantize"))
-    assert model.matrices["model.layers.0.self_attn.o_proj"].inputs == 8 * 4
-    assert evaluated(loaded(model), config, model.source.adapter) == pytest.approx(record["held_out_loss"], rel=1e-5)
 
 
 def test_mistakes_are_found_before_the_first_stage(tmp_path, monkeypatch):

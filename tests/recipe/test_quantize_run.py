@@ -60,6 +60,8 @@ def test_the_other_formats(folder, capsys):
         ({"model": "model"}, "needs a model and a folder to write"),
         ({"model": "model", "output": "model"}, "would overwrite the original"),
         ({"model": "model", "output": "small", "group_size": 12, "scheme": "int4"}, "--group-size: not usable"),
+        ({"model": "model", "output": "small", "group_size": 64}, "only int4 has groups"),
+        ({"model": "model", "output": "small", "data": ["text.txt"], "window": 1}, "--window is out of range"),
         ({"model": "model", "output": "small", "format": "onnx"}, "there is no such format"),
         ({"config": "bmcook.json", "scheme": "int4"}, "--scheme: the run has been trained with its own"),
         ({"model": "model", "output": "small", "modules": ["q_prj"]}, "did you mean"),

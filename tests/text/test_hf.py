@@ -88,7 +88,7 @@ def test_unusable_folders_are_refused(tmp_path):
     with pytest.raises(UserError, match="not a folder"):
         HuggingFaceTokenizer.load(tmp_path / "missing")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="there is no tokenizer in this folder"):
         HuggingFaceTokenizer.load(tmp_path / "empty")
 
 
@@ -145,7 +145,7 @@ def test_whatever_the_library_raises_names_the_folder(tmp_path, monkeypatch, err
 
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fail)
     with pytest.raises(UserError, match=str(tmp_path)):
-        HuggingFaceTokenizer.load(tmp_path)
+        HuggingFaceTokenizer.load(gpt2_like(tmp_path))
 
 
 def test_an_interrupt_stays_one(tmp_path, monkeypatch):
@@ -154,4 +154,4 @@ def test_an_interrupt_stays_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        HuggingFaceTokenizer.load(tmp_path)
+        HuggingFaceTokenizer.load(gpt2_like(tmp_path))
