@@ -166,8 +166,10 @@ def _multiples(groups: Sequence[UnitGroup], targets: Targets) -> tuple[tuple[int
     return found if any(multiple > 1 for _, multiple in found) else ()
 
 
-def _least(groups: Sequence[UnitGroup]) -> tuple[tuple[int, int], ...]:
-    return tuple((group.size, group.least) for group in groups) if any(group.least for group in groups) else ()
+def _least(groups: Sequence[UnitGroup], targets: Targets) -> tuple[tuple[int, int], ...]:
+    """As in `Constraint.least`. A model without hidden dimensions, or with heads of none, cannot be built."""
+    least = [(group.size, _multiple(group, targets) if group.kind in WIDE else group.least) for group in groups]
+    return tuple(least) if any(number for _, number in least) else ()
 
 
 def _of_block(group: UnitGroup, targets: Targets) -> list[Budget]:
@@ -180,7 +182,7 @@ def _of_block(group: UnitGroup, targets: Targets) -> list[Budget]:
                 costs=[1.0] * group.size,
                 removed=1.0 - kept,
                 multiples=multiples,
-                least=_least([group]),
+                least=_least([group], targets),
             )
         ]
     return [
@@ -226,7 +228,7 @@ def _shared(space: PruningSpace, groups: Sequence[UnitGroup], targets: Targets) 
         owners=_owners(space, groups),
         pricing=pricing,
         multiples=_multiples(groups, targets),
-        least=_least(groups),
+        least=_least(groups, targets),
     )
 
 
@@ -284,7 +286,7 @@ def _shared_by_all(space: PruningSpace, groups: Sequence[UnitGroup], targets: Ta
         owners=owners,
         pricing=pricing,
         multiples=multiples,
-        least=_least(groups),
+        least=_least(groups, targets),
     )
 
 

@@ -12,6 +12,7 @@ from cook.pruning.counts import parameters
 from cook.pruning.gates import Gates
 from cook.pruning.mask_set import consistent, kept_counts
 from cook.pruning.relaxation import Deterministic
+from cook.pruning.units import WIDE
 from tests.tiny_families import tiny_source
 
 COSTS = {"parameters": {}, "flops": {"context": 7}, "bytes": {"context": 9, "number_bytes": 2}}
@@ -34,7 +35,7 @@ def learned_of(space, kinds=STREAM):
 
 
 def constraint_of(space, cost="parameters", kinds=STREAM, **named):
-    targets = Targets(scope="global", cost=cost, share=0.5, **COSTS[cost] | named)
+    targets = Targets(**{"scope": "global", "cost": cost, "share": 0.5} | COSTS[cost] | named)
     (made,) = constraints(space, learned_of(space, kinds), targets)
     return made, targets
 
@@ -85,6 +86,23 @@ def test_costs_are_the_tangent_of_the_share(name, kinds):
         ahead, behind = (torch.stack([s + (n == number) * step for n, s in enumerate(sums)]) for step in (1e-3, -1e-3))
         gate = sum(pricing.sizes[:number]) + size // 2
         assert float(costs[gate]) == pytest.approx((pricing.share(ahead) - pricing.share(behind)) / 2e-3)
+
+
+def test_of_head_dims_and_hidden_dims_one_stays():
+    space = SPACES["llama"]
+    learned = learned_of(space, LEARNED["all"])
+    constraint, _ = constraint_of(space, share=0.01, kinds=LEARNED["all"])
+    gates = Gates({g.name: g.size for g in learned}, [constraint], steps=1, seed=0)
+    gates.values = torch.rand(len(gates.values), generator=torch.Generator().manual_seed(1))
+    for group in learned:
+        gates.values[_place(learned, group.name)] -= 0.9 * (group.kind in WIDE)  # the first ones to go
+    masks = gates.binary()
+    assert {kind: int(masks[space.of(kind)[0].name].sum()) for kind in WIDE} == dict.fromkeys(WIDE, 1)
+
+
+def _place(groups, name):
+    start = sum(group.size for group in groups[: [group.name for group in groups].index(name)])
+    return slice(start, start + next(group.size for group in groups if group.name == name))
 
 
 def test_units_of_a_closed_block_have_no_price_and_move_by_the_task_alone():
