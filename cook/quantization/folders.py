@@ -124,6 +124,12 @@ def write_compressed_tensors(model: QuantizedModel, folder: Path) -> None:
     """
     check_package("compressed-tensors", "compressed_tensors")
     check_modules(model, divides=False)
+    if model.source.adapter.experts(model.source.config):
+        raise UserError(
+            "--format compressed-tensors: not available for blocks that were carved into experts",
+            got="products with a forward of their own, which its loader replaces",
+            remedy="--format transformers",
+        )
     from compressed_tensors.compressors import BaseCompressor
 
     settings = _compressed_config(model.scheme, model.others)

@@ -303,7 +303,8 @@ class LanguageModelRun(StageRun):
         held = [kind for kind, path in vars(stage.fixed).items() if path]
         does = [f"learns {' and '.join(stage.learns)} masks"] if stage.learns else []
         does += ["applies a pattern"] if stage.pattern_mask else []
-        does += ["trains a mixture of experts"] if stage.is_moefy else []
+        if stage.is_moefy:
+            does += ["trains a mixture of experts" if training.train_weights else "makes a mixture of experts"]
         does += (
             [f"applies {' and '.join(held)} masks"] if held else ["random masks"] if stage.is_random_baseline else []
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from cook.base.errors import UserError
 from cook.base.files import read_json
 from cook.config.load import load_config
 from cook.export.check import quiet
@@ -57,6 +58,8 @@ def test_the_whole_recipe_ends_in_the_model_that_was_trained(kind, tmp_path, mon
         "ff" in path or "mlp" in path for path in model.matrices
     )
     quantize_run(QuantizeOptions(config="bmcook.json"))
+    with pytest.raises(UserError, match="carved into experts" if kind == "llama" else "torch.nn.Linear"):
+        quantize_run(QuantizeOptions(config="bmcook.json", output="other", format="compressed-tensors"))
     with quiet():
         small = AutoModelForCausalLM.from_pretrained("out/quantized/transformers", trust_remote_code=True).eval()
     found = routers(small) or [module for module in small.modules() if type(module).__name__ == "Router"]
