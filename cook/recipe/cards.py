@@ -68,6 +68,12 @@ def card_named(name: str) -> Card:
     return found
 
 
+def card_of_device(device: str | None) -> Card | None:
+    """The card whose name has all of its parts in a device's name, such as "NVIDIA A100-SXM4-80GB"; None: unknown."""
+    plain = (device or "").lower().replace(" ", "")
+    return next((card for name, card in CARDS.items() if all(part in plain for part in name.lower().split("-"))), None)
+
+
 def measured_cpu(shape: Shape, setup: Setup, *, budget: float = 0.4) -> Card:
     """A rank's share of this machine's CPU, measured on one layer's sizes in about two seconds.
 

@@ -15,8 +15,18 @@ from cook.config.types import RunConfig
 from cook.pruning.counts import parameters
 from cook.pruning.mask_set import kept_counts
 from cook.recipe.cards import card_named, measured_cpu
-from cook.recipe.distillation import open_distillation
-from cook.recipe.estimate import Card, Estimate, Planned, Setup, estimate, largest_rows, state_bytes, suggest
+from cook.recipe.distillation import DistillationPlan, open_distillation
+from cook.recipe.estimate import (
+    Card,
+    Estimate,
+    Planned,
+    Setup,
+    estimate,
+    largest_rows,
+    state_bytes,
+    step_flops,
+    suggest,
+)
 from cook.recipe.inputs import Inputs, final_masks, make_gates, open_inputs
 from cook.recipe.model_shape import Shape, shape_of
 from cook.recipe.moefy import check_blocks
@@ -125,11 +135,28 @@ def _arithmetic(
     if not training.remove_masked:
         gated |= {group.kind for group in inputs.space.groups if group.name in inputs.fixed}
     shape = shape_of(inputs.space, kept, score_bias=inputs.adapter.score_bias, gated=gated)
+    return shape, taught(setup_of(stage, world_size, options), distillation)
+
+
+def taught(setup: Setup, distillation: DistillationPlan | None) -> Setup:
+    """The same with the teacher, if there is one."""
     teacher = distillation.source if distillation else None
-    setup = setup_of(stage, world_size, options)
-    if teacher is not None:
-        setup = replace(setup, teacher=parameters(teacher.adapter.space(teacher.config)))
-    return shape, replace(setup, teaches=distillation is not None)
+    count = parameters(teacher.adapter.space(teacher.config)) if teacher else 0
+    return replace(setup, teacher=count, teaches=distillation is not None)
+
+
+def model_flops(stage: Stage, inputs: Inputs, distillation: DistillationPlan | None, world_size: int) -> float:
+    """FLOPs per step of the model and its teacher on all ranks, without what checkpointing computes again.
+
+    Args:
+        stage: The plan.
+        inputs: What the stage trains: the model without the removed units, if they are removed.
+        distillation: The teacher.
+        world_size: Number of ranks.
+    """
+    setup = replace(taught(setup_of(stage, world_size), distillation), checkpointing=False)
+    shape = shape_of(inputs.space, {}, score_bias=inputs.adapter.score_bias)
+    return world_size * sum(step_flops(shape, setup))
 
 
 def setup_of(stage: Stage, world_size: int, options: PlanOptions = ALONE) -> Setup:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cook.base import distributed
+from cook.base.device import card
 from cook.base.distributed import on_all_ranks, on_first_rank, say
 from cook.base.errors import UserError, out_of_memory
 from cook.base.seeds import derived_seed, restore_rng_state, rng_state, seed_everything
@@ -22,9 +23,11 @@ from cook.pruning.family import vocabulary_size
 from cook.pruning.gates import Gates
 from cook.pruning.search import search_blocks
 from cook.quantization.prepare import FakeQuantization
+from cook.recipe.cards import card_of_device
 from cook.recipe.carried import carry_optimizer
 from cook.recipe.compact import keep_fan_in, without_masked_units
 from cook.recipe.distillation import check_teacher_tokenizer, make_distiller, open_distillation
+from cook.recipe.dry_run import model_flops
 from cook.recipe.inputs import make_gates, open_inputs
 from cook.recipe.moefy import experts_identity, open_dense, with_experts
 from cook.recipe.pattern import masked_weights, pattern_identity, pattern_masks, pattern_spec
@@ -122,6 +125,7 @@ class LanguageModelRun(StageRun):
                 search.works()
             mixer.after_step(step)
 
+        world, peak = distributed.world_size(), card_of_device(card())
         run = Run(
             name=stage.name,
             engine=engine,
@@ -138,6 +142,8 @@ class LanguageModelRun(StageRun):
             at=self.at,
             before_step=sizes.before_step,
             after_step=after_step,
+            step_flops=model_flops(stage, self.trained, self.distillation, world),
+            peak_flops=None if peak is None else world * (peak.single if engine.precision == "fp32" else peak.half),
         )
         try:
             position = self.fit(

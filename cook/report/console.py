@@ -72,6 +72,7 @@ class Progress:
         *,
         loss: float | None = None,
         tokens_per_second: float | None = None,
+        utilisation: float | None = None,
         expected: float | None = None,
         target: float | None = None,
     ) -> None:
@@ -81,6 +82,7 @@ class Progress:
             step: Number of finished steps, including those before a resume.
             loss: The training loss in nats per token.
             tokens_per_second: The speed over all ranks.
+            utilisation: The share of the cards' peak FLOP/s that the model's products reach, from 0 to 1.
             expected: The current expected sparsity, from 0 to 1.
             target: The current sparsity target, from 0 to 1.
         """
@@ -88,6 +90,7 @@ class Progress:
             return
         parts = [] if loss is None else [f"loss {loss:.3f}"]
         parts += [] if tokens_per_second is None else [f"{human_count(tokens_per_second)} {self._unit}/s"]
+        parts += [] if utilisation is None else [f"{100 * utilisation:.0f}% of peak FLOP/s"]
         if expected is not None:
             text = f"sparsity {expected:.3f}" + ("" if target is None else f" → {target:.3f}")
             parts.append(text + ("" if self._final_target is None else f" (target {self._final_target:.3f})"))

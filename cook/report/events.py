@@ -2,12 +2,13 @@
 
 A training record is `{"step", "loss", "learning_rate", "tokens", "tokens_per_second", "data_wait", "grad_norm"}`.
 `tokens` counts from the start of the stage. `data_wait` is the fraction of the time since the last record that was
-spent waiting for data. In stages that learn masks, the record also has `expected_sparsity`, `target_sparsity` and
-`lambda`. Each of these maps a constraint's name to a float (`lambda` also to named floats, as in
-`{"lambda1": …, "lambda2": …}`). A step that was not applied, or was a spike, also has `problem`, and `samples`: the
-samples that each rank read in it. An evaluation record is `{"step", "held_out_loss"}`. A change of the source weights
-is `{"step", "source_loss", "source_weight"}`. The first record of a stage may be `{"step", "data"}`: sentences about
-the content of the rows and about data that was left out.
+spent waiting for data. `flops_per_second` is the work of the model and its teacher, without what checkpointing computes
+again, and `flops_utilisation` its share of the cards' published peak, where the card is known. In stages that learn
+masks, the record also has `expected_sparsity`, `target_sparsity` and `lambda`. Each of these maps a constraint's name
+to a float (`lambda` also to named floats, as in `{"lambda1": …, "lambda2": …}`). A step that was not applied, or was a
+spike, also has `problem`, and `samples`: the samples that each rank read in it. An evaluation record is `{"step",
+"held_out_loss"}`. A change of the source weights is `{"step", "source_loss", "source_weight"}`. The first record of a
+stage may be `{"step", "data"}`: sentences about the content of the rows and about data that was left out.
 """
 
 from __future__ import annotations

@@ -68,6 +68,8 @@ class Run:
     on_save: Callable[[], None] = lambda: None  # called after each checkpoint, on every rank; writes the current masks
     at: At = lambda _step, _phase: None  # called at the start of every step and save, for a watchdog
     unit: str = "tok"  # name of the loader's targets, for the displayed speed
+    step_flops: float = 0.0  # FLOPs of the model per step, over all ranks; 0: unknown
+    peak_flops: float | None = None  # FLOP/s of the cards of all ranks together; None: unknown
     before_step: Callable[[int], None] = lambda _step: None  # called before each step, on every rank
     after_step: Callable[[int], None] = lambda _step: None  # called after each step, on every rank
 
@@ -83,7 +85,7 @@ def train(run: Run, start: Position, log: EventLog) -> Position:
     training, position = run.training, start
     final_target = max((c.target for c in run.gates.constraints), default=None) if run.gates else None
     rank, world = distributed.rank(), distributed.world_size()
-    meter, guard = _Meter(start.tokens), Guard(training, start.guard)
+    meter, guard = _Meter(start), Guard(training, start.guard)
     if start.data is not None:
         run.batches.load_state_dict(start.data)
     with (
@@ -146,12 +148,13 @@ def train(run: Run, start: Position, log: EventLog) -> Position:
 
 
 class _Meter:
-    """Tokens per second since the last reading, and the share of that time spent waiting for data."""
+    """Tokens and steps per second since the last reading, and the share of that time spent waiting for data."""
 
-    def __init__(self, tokens: int):
-        self._tokens, self._time = tokens, time.perf_counter()
+    def __init__(self, start: Position):
+        self._tokens, self._step, self._time = start.tokens, start.step, time.perf_counter()
         self._waited = 0.0
         self.rate: float | None = None
+        self.steps: float | None = None
         self.wait: float | None = None
 
     @contextmanager
@@ -160,11 +163,12 @@ class _Meter:
         yield
         self._waited += time.perf_counter() - begin
 
-    def read(self, tokens: int) -> None:
+    def read(self, position: Position) -> None:
         now = time.perf_counter()
         seconds = max(1e-9, now - self._time)
-        self.rate, self.wait = (tokens - self._tokens) / seconds, self._waited / seconds
-        self._tokens, self._time, self._waited = tokens, now, 0.0
+        self.rate, self.wait = (position.tokens - self._tokens) / seconds, self._waited / seconds
+        self.steps = (position.step - self._step) / seconds
+        self._tokens, self._step, self._time, self._waited = position.tokens, position.step, now, 0.0
 
 
 def _report(
@@ -173,7 +177,9 @@ def _report(
     step = position.step
     due = note is not None or step % run.training.log_every == 0 or step in (1, run.training.steps)
     if due:
-        meter.read(position.tokens)
+        meter.read(position)
+    flops = run.step_flops * meter.steps if meter.steps and run.step_flops else None
+    utilisation = flops / run.peak_flops if flops and run.peak_flops else None
     expected = target = None
     record: dict[str, object] = {
         "step": step,
@@ -185,6 +191,8 @@ def _report(
         "grad_norm": run.engine.gradient_norm(),
         "applied": result.applied,
     }
+    record |= {} if flops is None else {"flops_per_second": flops}
+    record |= {} if utilisation is None else {"flops_utilisation": utilisation}
     if run.gates:
         names = [c.name for c in run.gates.constraints]
         sparsity, wanted = run.gates.expected_sparsity(), run.gates.targets(position.updates)
@@ -200,7 +208,9 @@ def _report(
         readers = "; ".join(f"rank {rank}: {' '.join(map(str, ids))}" for rank, ids in samples.items())
         distributed.warn(f"{run.name} step {step}: {note}; samples read by {readers}")
     loss = result.loss if math.isfinite(result.loss) else None
-    progress.update(step, loss=loss, tokens_per_second=meter.rate, expected=expected, target=target)
+    progress.update(
+        step, loss=loss, tokens_per_second=meter.rate, utilisation=utilisation, expected=expected, target=target
+    )
     if due:
         log.write(record)
     if run.gates and run.gate_log and run.gate_log.is_due(last=step == run.training.steps):

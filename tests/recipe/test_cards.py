@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cook.base.errors import UserError
-from cook.recipe.cards import CARDS, card_named, measured_cpu
+from cook.recipe.cards import CARDS, card_named, card_of_device, measured_cpu
 from cook.recipe.estimate import Setup, step_seconds
 from cook.recipe.model_shape import Block, Shape
 
@@ -28,6 +28,23 @@ def test_a_card_is_found_in_any_spelling(text):
 def test_an_unknown_card_is_an_error_that_lists_the_known_ones():
     with pytest.raises(UserError, match="B300.*\n  wanted: H200, H100, .* or cpu"):
         card_named("B300")
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "A100-80"),
+        ("NVIDIA A100-PCIE-40GB", "A100-40"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA GeForce RTX 4090", "RTX4090"),
+        ("AMD Instinct MI300X", "MI300X"),
+        ("Tesla V100", None),
+        (None, None),
+    ],
+)
+def test_a_device_is_found_by_its_drivers_name(device, name):
+    assert card_of_device(device) is (CARDS[name] if name else None)
 
 
 def test_half_precision_is_faster_than_fp32_and_cards_differ():

@@ -57,6 +57,11 @@ def test_a_llama_is_pruned_to_a_smaller_llama(tmp_path):
     (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": 2}')
     done = train(tmp_path, "--stage", "all")
     assert done.code == 0, done
+    # 2 FLOPs per weight and token forward and 4 backward, of the model without the removed units; attention is small.
+    [small] = [record for record in read_log(tmp_path, "ffn_finetune") if record.get("step") == 6 and "loss" in record]
+    weights = json.loads((tmp_path / "out/ffn_finetune/done.json").read_text())["parameters"]
+    assert 6 * weights * 0.9 < small["flops_per_second"] / small["tokens_per_second"] < 6 * weights * 1.4
+    assert "flops_utilisation" not in small, "the peak of this processor is not known"
     rows = read_mask_file(tmp_path / "out/masks/heads.pt", required=("heads_z",), allowed=("heads_z",))["heads_z"]
     assert rows.shape == (3, 8) and rows.view(3, 4, 2).sum(2).eq(1).all()
     pruned = do_prune(tmp_path, "--config", "bmcook.json", "--verify")
