@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--shared", type=int, nargs="+", default=[1, 3])
     parser.add_argument("--active", type=float, default=0.5)
+    parser.add_argument("--learned", action=argparse.BooleanOptionalAction, default=True, help="gates before experts")
     parser.add_argument("--mask-steps", type=int, default=50)
     parser.add_argument("--finetune-steps", type=int, default=50)
     parser.add_argument("--rows", type=int, default=2, help="per step")
@@ -63,6 +64,8 @@ def main() -> None:
             name, section = f"{label}, {trained} steps", {"MoEfication": experts | {"steps": trained}}
             folder, done = run(options, name, [{"name": "moefy"}], section)
             models[name] = (folder, done["parameters"], done["active_parameters"])
+        if not options.learned:
+            continue
         section = {
             "pruning": {"is_pruning": True},
             "MoEfication": experts | {"masked_dims": "route", "steps": options.finetune_steps},
