@@ -181,7 +181,9 @@ def measured(options: argparse.Namespace, models: dict[str, tuple[str, int, int]
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     hidden = ("folder", "output", "calibration", "test")
-    return {key: value for key, value in vars(options).items() if key not in hidden} | {"model": Path(options.model).name}
+    return {key: value for key, value in vars(options).items() if key not in hidden} | {
+        "model": Path(options.model).name
+    }
 
 
 if __name__ == "__main__":
