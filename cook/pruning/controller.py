@@ -103,6 +103,7 @@ class GateController:
         self._real = torch.arange(max(sizes, default=0)) < torch.tensor(sizes)[:, None]
         self._costs = self._rows(torch.tensor([cost for c in constraints for cost in c.costs], dtype=torch.float64))
         self._offsets = torch.zeros(len(sizes), dtype=torch.float64)
+        self._priced = torch.tensor([c.pricing is not None for c in constraints])[:, None]
         self._sizes = torch.tensor(sizes, dtype=torch.float64)
         self.moment = torch.zeros(sum(sizes), dtype=torch.float64)
         self.second_moment = torch.zeros(sum(sizes), dtype=torch.float64)
@@ -160,7 +161,8 @@ class GateController:
 
         relaxation, start = self.relaxation, self._rows(values.double())
         self._reprice(start)
-        task = moment / scale + relaxation.binarization_gradient(start, hold)
+        weights = torch.where(self._priced, self._costs, 1.0)
+        task = moment / scale + relaxation.binarization_gradient(start, hold, weights)
         press = self._costs * relaxation.slope(start) / scale
         low, high = relaxation.low, relaxation.high
         floor = self._floor(start, task)

@@ -53,12 +53,15 @@ class Relaxation(Protocol):
     def slope(self, values: torch.Tensor) -> torch.Tensor:
         """∂openness / ∂values."""
 
-    def binarization_gradient(self, values: torch.Tensor, hold: float) -> torch.Tensor:
+    def binarization_gradient(
+        self, values: torch.Tensor, hold: float, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The gradient that makes gates binary, in units of the root mean square of the task's gradient.
 
         Args:
             values: The gate values.
             hold: Progress, 0 to 1, of the phase after the targets' ramp.
+            weights: How much each gate counts when they are judged to be binary; None: all alike.
         """
 
 
@@ -79,7 +82,8 @@ class Deterministic:
     last: float = 0.4
     """The last share of the hold phase, in which c can grow without bound."""
     fractional: float = 0.03
-    """Mean of 4 z (1 − z) over the open gates of a constraint above which c grows at the full rate."""
+    """Mean of 4 z (1 − z) over the open gates of a constraint above which c grows at the full rate. Prices that
+    change with the sizes weight it: else 60 blocks would not count among 50,000 dims, and all would stay half open."""
     ramp: float = 0.4
     low: float = 0.0
     high: float = 1.0
@@ -104,9 +108,13 @@ class Deterministic:
     def slope(self, values: torch.Tensor) -> torch.Tensor:
         return torch.ones_like(values)
 
-    def binarization_gradient(self, values: torch.Tensor, hold: float) -> torch.Tensor:
+    def binarization_gradient(
+        self, values: torch.Tensor, hold: float, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
         growth = 1 / min(1.0, max(0.02, (1 - hold) / self.last))
-        between = (4 * values * (1 - values)).sum(-1, keepdim=True) / values.sum(-1, keepdim=True).clamp(min=1e-9)
+        weights = torch.ones_like(values) if weights is None else weights
+        between = (weights * 4 * values * (1 - values)).sum(-1, keepdim=True)
+        between = between / (weights * values).sum(-1, keepdim=True).clamp(min=1e-30)
         c = self.concavity * hold * growth ** (between / self.fractional).clamp(max=1.0)
         return c * (1 - 2 * values)
 
@@ -142,7 +150,7 @@ class HardConcrete:
         p = probability_open(values)
         return p * (1 - p)
 
-    def binarization_gradient(self, values: torch.Tensor, hold: float) -> torch.Tensor:  # noqa: ARG002
+    def binarization_gradient(self, values: torch.Tensor, *_: object) -> torch.Tensor:
         return torch.zeros_like(values)
 
 

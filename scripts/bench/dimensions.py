@@ -27,12 +27,14 @@ from cook.families.source import open_model
 from cook.pruning.counts import parameters
 
 UNITS = {
-    "dims": ["dims"],
-    "heads and dims": ["heads", "dims"],
-    "all dimensions": ["all"],
-    "all, and vocabulary": ["all"],
+    "dims": ["--units", "dims"],
+    "heads and dims": ["--units", "heads", "--units", "dims"],
+    "all but blocks": ["--units", "all", "--pin", "blocks"],
+    "all dimensions": ["--units", "all"],
+    "all but blocks, and vocabulary": ["--units", "all", "--pin", "blocks"],
+    "all, and vocabulary": ["--units", "all"],
 }
-"""The variants, and their `--units`."""
+"""The variants, and their options of `cook prune`."""
 
 
 def cook(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -81,7 +83,7 @@ def pruned(options: argparse.Namespace, variant: str, removed: float, steps: int
             *("prune", str(model), "--data", options.calibration, "--output", str(output)),
             *("--keep", f"params={keep:.6f}", "--steps", str(steps), "--seed", str(options.seed)),
             *("--max-length", str(options.length), "--batch-size", str(options.rows)),
-            *(word for unit in UNITS[variant] for word in ("--units", unit)),
+            *UNITS[variant],
         )
         if done.returncode == 2:
             return None, done.stderr.strip()[-300:]

@@ -52,6 +52,13 @@ def test_the_binarization_gradient_is_the_slope_of_the_concave_term_and_hard_con
     between, decided = Deterministic(concavity=2.0).binarization_gradient(torch.tensor([[0.3, 0.7], [0.0, 1.0]]), 1.0)
     torch.testing.assert_close(between, torch.tensor([40.0, -40.0]))
     torch.testing.assert_close(decided, torch.tensor([2.0, -2.0]))
+    # A single gate that weighs as much as many counts like many.
+    many = torch.cat([torch.tensor([0.5]), torch.ones(999)])[None]
+    light, heavy = (
+        Deterministic(concavity=2.0).binarization_gradient(many, 1.0, torch.cat([first, torch.ones(999)])[None])
+        for first in (torch.ones(1), torch.full((1,), 999.0))
+    )
+    assert light[0, 1] > -3 and heavy[0, 1] == pytest.approx(-100)
     assert (
         not Deterministic().binarization_gradient(values, 0.0).any()
         and not HardConcrete().binarization_gradient(values, 1.0).any()
