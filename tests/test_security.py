@@ -27,6 +27,7 @@ PUBLIC_FACE = "cook/__init__.py"
 """Imports lazily what the package's own table of names says."""
 OWN_EXPORTS = (
     "cook/families/encoder.py",
+    "scripts/bench/four_methods.py",
     "scripts/bench/moefy.py",
     "scripts/bench/patterns.py",
     "scripts/bench/sparse_int8.py",

@@ -28,6 +28,8 @@ from cook.base.errors import UserError
 from cook.base.files import naming, write_atomically
 
 LOG_NAME = "log.jsonl"
+TIMES = ("tokens_per_second", "data_wait", "flops_per_second", "flops_utilisation")
+"""Fields that depend on the machine's speed. All others are the same in a resumed run."""
 TENSORBOARD_NAME = "tensorboard"
 
 MAX_CONSTRAINT_CHARTS = 8

@@ -14,12 +14,12 @@ from typing import Any
 from ranks import Ended, Ranks, run
 
 from cook.base.files import sha256
+from cook.report.events import TIMES
 from tests.recipe.tiny_run import read_log, write_run
 
 STAGE, STEPS, EVERY = "layer_mask", 12, 4
 OPTIONS = ("--stage", STAGE)
 NAME = re.compile(r"latest|step-\d+")
-TIMES = ("tokens_per_second", "data_wait")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from cook.families.source import open_model
 from cook.recipe.distillation import open_distillation
 from cook.recipe.inputs import open_inputs
 from cook.recipe.plan import plan_stage
+from cook.report.events import TIMES
 from tests.recipe.test_stock import write_stock_run
 from tests.recipe.tiny_run import MODEL, read_log, train, write_run
 from tests.tiny_families import tiny_source
@@ -62,7 +63,7 @@ def write_frozen_run(folder: Path, names: Sequence[str] = ("pretrain", *MASKS), 
 def learned(folder: Path) -> list[dict[str, Any]]:
     """What the mask stages have logged, but for the time that it took."""
     return [
-        {key: value for key, value in record.items() if key not in ("tokens_per_second", "data_wait")}
+        {key: value for key, value in record.items() if key not in TIMES}
         for stage in MASKS
         for record in read_log(folder, stage)
         if "data" not in record

@@ -16,6 +16,7 @@ import torch
 from cook.base.files import sha256
 from cook.base.outcome import recorded_code
 from cook.pruning.relaxation import HardConcrete
+from cook.report.events import TIMES
 from cook.report.gate_log import read_gate_log
 from cook.training.manifest import seal
 from tests.recipe.tiny_run import Result, contents, read_log, train, write_run
@@ -23,7 +24,6 @@ from tests.warm import process_of
 
 STEPS = 60
 STOP_AT = 15
-TIMES = ("tokens_per_second", "data_wait")
 OVERRIDES = ("training.save_every=7", "training.keep_checkpoints=2", f"training.steps={STEPS}")
 OPTIONS = ("--stage", "layer_mask", *(part for text in OVERRIDES for part in ("--set", text)))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cook.data.order import updated_weights
+from cook.report.events import TIMES
 from tests.recipe.tiny_run import read_log, train, write_run
 
 REFERENCE = {"code": 2.0, "small": 4.5}
@@ -54,8 +55,7 @@ def ledger(folder: Path, rank: int = 0) -> dict[int, list[str]]:
 
 
 def untimed(folder: Path) -> list[dict]:
-    times = ("tokens_per_second", "data_wait")
-    return [{k: v for k, v in record.items() if k not in times} for record in read_log(folder, "pretrain")]
+    return [{k: v for k, v in record.items() if k not in TIMES} for record in read_log(folder, "pretrain")]
 
 
 def test_weights_follow_the_losses_of_the_sources(finished):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from cook.base.files import sha256
+from cook.report.events import TIMES
 from cook.service.controller import Controller
 from cook.service.executors import LocalExecutor
 from cook.service.jobs import Job, now, read
@@ -22,7 +23,6 @@ from tests.service.parts import SUPERVISOR, controller, exit_of, fill, spec, wai
 from tests.warm import interpreter
 
 STAGES = ("pretrain", "layer_mask")
-TIMES = ("tokens_per_second", "data_wait")
 
 
 def results(folder: Path) -> dict:
