@@ -114,8 +114,10 @@ def predicts_blindly(model: Callable[..., Any], ids: torch.Tensor) -> bool:
     if logits.shape[:2] != both.shape:
         return False
     before, after = logits[:, :-1].float()
-    # Equal up to rounding, since a device may sum in another order.
-    return not (before - after).abs().max() > 1e-3 * before.abs().max()
+    # Equal up to rounding, since a device may sum in another order. Inputs that are rounded to 8 bits amplify that.
+    is_quantized = getattr(getattr(model, "config", None), "quantization_config", None) is not None
+    tolerance = 0.25 if is_quantized else 1e-3
+    return not (before - after).abs().max() > tolerance * before.abs().max()
 
 
 @torch.no_grad()
