@@ -117,7 +117,9 @@ def gguf(output: Path, scheme: str = "", model: str = "", config: Path | None = 
     """The GGUF file of a model that is rounded without training, or of a run's stage `quantize`."""
     if not output.exists():
         which = (
-            [model, str(output), "--scheme", scheme] if config is None else ["--config", str(config / "bmcook.json")]
+            [model, str(output), "--scheme", scheme]
+            if config is None
+            else ["--config", str(config / "bmcook.json"), str(output)]
         )
         run_apart(["-m", "cook", "quantize", *which, "--format", "gguf"])
     return output / "model.gguf"
