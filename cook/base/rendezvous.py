@@ -76,7 +76,7 @@ def leave() -> None:
 
     A program that this process starts later would take them for those of a launcher.
     """
-    for before in _before:
+    for before in reversed(_before):
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)

@@ -116,12 +116,8 @@ def rounded(model: str, output: Path, scheme: str) -> str:
 def gguf(output: Path, scheme: str = "", model: str = "", config: Path | None = None) -> Path:
     """The GGUF file of a model that is rounded without training, or of a run's stage `quantize`."""
     if not output.exists():
-        which = (
-            [model, str(output), "--scheme", scheme]
-            if config is None
-            else ["--config", str(config / "bmcook.json"), str(output)]
-        )
-        run_apart(["-m", "cook", "quantize", *which, "--format", "gguf"])
+        what = [model, "--scheme", scheme] if config is None else ["--config", str(config / "bmcook.json")]
+        run_apart(["-m", "cook", "quantize", *what, str(output), "--format", "gguf"])
     return output / "model.gguf"
 
 
