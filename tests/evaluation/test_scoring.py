@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cook.base.errors import UserError
-from cook.evaluation.scoring import Score, Span, Windowing, batches, score, spans
+from cook.evaluation.scoring import Score, Span, Windowing, batches, predicts_blindly, score, spans
 
 VOCAB = 11
 
@@ -110,3 +110,24 @@ def test_windows_of_other_lengths_are_not_put_together():
 
 def test_a_perplexity_beyond_a_float():
     assert Score(loss=1e6, tokens=1, seen=1, seconds=1).perplexity == math.inf
+
+
+class Quantized(torch.nn.Module):
+    """Logits of embedded tokens, to which the last token of the row adds a share `leak` of its own."""
+
+    def __init__(self, leak: float, quantization_config: object):
+        super().__init__()
+        self.leak, self.config = leak, SimpleNamespace(quantization_config=quantization_config)
+        self.table = torch.nn.Embedding(50, 64)
+
+    def forward(self, input_ids):
+        seen = self.table(input_ids)
+        return SimpleNamespace(logits=seen + self.leak * seen[:, -1:])
+
+
+@pytest.mark.parametrize(("leak", "plain", "quantized"), [(0.0, True, True), (0.03, False, True), (1.0, False, False)])
+def test_a_quantized_model_is_causal_up_to_the_rounding_of_its_inputs(leak, plain, quantized):
+    torch.manual_seed(0)
+    ids = torch.arange(16)
+    assert predicts_blindly(Quantized(leak, None), ids) is plain
+    assert predicts_blindly(Quantized(leak, {"quant_method": "torchao"}), ids) is quantized
