@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tests.lossy_link import LossyLink
 from tests.recipe.tiny_run import own_environment
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
@@ -102,15 +103,6 @@ class Host:
         """Puts the cable back."""
         _ip("-n", self.namespace, "link", "set", self.cable, "up")
 
-    def slow_down(self) -> str:
-        """Makes what this machine sends slow: 4 Mbit/s, and 20 ms late with 2% lost if the kernel can; says how."""
-        change = ["netns", "exec", self.namespace, "tc", "qdisc", "replace", "dev", self.cable, "root"]
-        for way in ("netem delay 20ms 5ms loss 2% rate 4mbit", "tbf rate 4mbit burst 32kbit latency 400ms"):
-            with contextlib.suppress(subprocess.CalledProcessError):
-                _ip(*change, *way.split())
-                return way
-        raise RuntimeError("this kernel has no queue that slows a link down")
-
 
 class Program:
     """A program on one of the machines."""
@@ -129,30 +121,29 @@ class Program:
 
 
 class TwoHosts:
-    """Both, while it is entered; nothing is left of them afterwards."""
+    """Both, while it is entered; nothing is left of them afterwards.
 
-    def __init__(self, folder: Path):
+    Args:
+        folder: As of the hosts.
+        is_lossy: Whether the link loses packets, and is late and slow.
+    """
+
+    def __init__(self, folder: Path, *, is_lossy: bool = False):
         folder.mkdir(parents=True, exist_ok=True)
         self.hosts = [Host(number, folder) for number in (0, 1)]
+        self.is_lossy = is_lossy
+        self.link: LossyLink | None = None
 
     def __enter__(self) -> list[Host]:
         one, other = self.hosts
         for host in self.hosts:
             _ip("netns", "add", host.namespace)
-        _ip(
-            "link",
-            "add",
-            one.cable,
-            "netns",
-            one.namespace,
-            "type",
-            "veth",
-            "peer",
-            "name",
-            other.cable,
-            "netns",
-            other.namespace,
-        )
+        if self.is_lossy:
+            self.link = LossyLink([host.cable for host in self.hosts], [host.namespace for host in self.hosts])
+            self.link.start()
+        else:
+            ends = ("netns", one.namespace, "type", "veth", "peer", "name", other.cable, "netns", other.namespace)
+            _ip("link", "add", one.cable, *ends)
         for host in self.hosts:
             _ip("-n", host.namespace, "addr", "add", f"{host.address}/24", "dev", host.cable)
             for link in ("lo", host.cable):
@@ -166,6 +157,9 @@ class TwoHosts:
                     os.kill(pid, signal.SIGKILL)
             for process in host.started:
                 process.wait()
+        if self.link is not None:
+            self.link.close()
+        for host in self.hosts:
             _ip("netns", "del", host.namespace)
 
 
