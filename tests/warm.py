@@ -32,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import types
 import warnings
 from functools import cache
@@ -96,7 +97,11 @@ def process_of(interpreter: int) -> int:
     """The process that runs the program of a warm interpreter, by the interpreter's own process; itself if not warm."""
     if os.environ.get("COOK_COLD_STARTS"):
         return interpreter
-    return int((_folder() / "children" / str(interpreter)).read_text())
+    file, deadline = _folder() / "children" / str(interpreter), time.monotonic() + 30
+    while not (file.exists() and file.read_text()):  # it is written after the start: the program may be faster
+        assert time.monotonic() < deadline, f"no program of {interpreter}"
+        time.sleep(0.01)
+    return int(file.read_text())
 
 
 @cache

@@ -134,6 +134,11 @@ class UnitGroup:
     the norm after it."""
 
     @property
+    def gates(self) -> tuple[GatePoint, ...]:
+        """Everywhere the gates act."""
+        return (self.gate, *self.more_gates)
+
+    @property
     def norms(self) -> tuple[GatePoint, ...]:
         """The norms over the units: on the residual stream, over the queries or keys of all heads, or over each."""
         return tuple(gate for gate in self.more_gates if gate.at == "statistics")

@@ -5,6 +5,7 @@ teacher over the plain steps, with frozen and with trained weights.
 
 Two engines on the same weights, one of them frozen, and one batch; the variants take turns and medians are compared.
 Distillation is the divergence of the logits, and beside it the hidden states of the last norm and all attention blocks.
+Also the share of the machine's matrix rate that steps without a teacher reach.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from common import machine, publish
-from gated_step import SHAPES, batch_of, gates_of, model_config
+from gated_step import SHAPES, batch_of, gates_of, matrix_rate, model_config
 
 from cook.base.device import wait_for
 from cook.base.signals import Request
@@ -27,6 +28,7 @@ from cook.distill.taps import Pair, Place
 from cook.families.registry import by_config
 from cook.families.source import open_model, unfilled_model
 from cook.pruning.attach import AttachedGates
+from cook.pruning.counts import forward_flops
 from cook.recipe.distillation import own_teacher
 from cook.training.engine import Engine, initialise_processes
 from cook.training.step import train_step
@@ -90,6 +92,7 @@ def main() -> None:
     batch = batch_of({"prompt_length": 1} | config, options.rows, options.length)
     num_targets = int((batch["targets"] != -100).sum())
     groups, bank = gates_of(space, options.kind)
+    rate = matrix_rate(engines[True])
     times: dict[str, list[float]] = {name: [] for name in VARIANTS}
     peaks = dict.fromkeys(VARIANTS, 0.0)
     for repeat in range(options.repeats + 2):
@@ -136,17 +139,21 @@ def main() -> None:
     def ratio(name: str, other: str) -> float:
         return statistics.median(a / b for a, b in zip(times[name], times[other], strict=True))
 
+    # Frozen weights have no gradient, but their inputs do.
+    forward = options.rows * options.length * forward_flops(space, context=options.length)
+    flops = {"plain, trained": 3 * forward, "plain": 2 * forward, "gated": 2 * forward}
     rows = [
         {
             "step": name,
             "seconds": statistics.median(times[name]),
             "/ plain": ratio(name, "plain"),
             "/ plain, trained": ratio(name, "plain, trained"),
+            "share of matrix rate": flops[name] / statistics.median(times[name]) / rate if name in flops else None,
             "peak GiB": peaks[name] or None,
         }
         for name in VARIANTS
     ]
-    settings = vars(options) | {"precision": engines[False].precision, **machine()}
+    settings = vars(options) | {"precision": engines[False].precision, "matrix TFLOP/s": rate / 1e12, **machine()}
     settings["model"] = options.model and Path(options.model).name
     publish(options.name, settings, rows, options.output)
 

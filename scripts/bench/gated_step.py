@@ -2,8 +2,8 @@
 
     python scripts/bench/gated_step.py [--shape default|1b] [--zero 0] [--precision auto] [--length 256] [--rows 8]
 
-One engine, one batch; the variants take turns and medians are compared. On a GPU also the share of the card's matrix
-rate (measured here by a large product) and the peak memory.
+One engine, one batch; the variants take turns and medians are compared. Also the share of the machine's matrix rate,
+measured here by a large product in the same precision, and on a GPU the peak memory.
 """
 
 from __future__ import annotations
@@ -89,19 +89,19 @@ def gates_of(space, kind: str) -> tuple[list, Gates]:
     return groups, Gates({g.name: g.size for g in groups}, made, steps=1000, seed=0)
 
 
-def matrix_rate(engine: Engine) -> float | None:
-    """FLOP/s of a large product on the card."""
-    if engine.device.type == "cpu":
-        return None
-    a = torch.randn(8192, 8192, device=engine.device, dtype=torch.bfloat16)
-    for _ in range(3):
+def matrix_rate(engine: Engine) -> float:
+    """FLOP/s of a large product of the engine's precision."""
+    on_cpu = engine.device.type == "cpu"
+    size, repeats = (2048, 5) if on_cpu else (8192, 10)
+    a = torch.randn(size, size, device=engine.device, dtype=torch.bfloat16 if engine.precision == "bf16" else None)
+    times = []
+    for _ in range(repeats + 2):
+        wait_for(engine.device)
+        start = time.perf_counter()
         a @ a
-    wait_for(engine.device)
-    start = time.perf_counter()
-    for _ in range(10):
-        a @ a
-    wait_for(engine.device)
-    return 10 * 2 * 8192**3 / (time.perf_counter() - start)
+        wait_for(engine.device)
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(times[2:])
 
 
 def main() -> None:
@@ -148,7 +148,7 @@ def main() -> None:
             attached.remove()
             if repeat >= 2:
                 times[name].append(time.perf_counter() - start)
-            if rate:
+            if engine.device.type != "cpu":
                 peaks[name] = torch.accelerator.max_memory_allocated() / 2**30
                 torch.accelerator.reset_peak_memory_stats()
     tokens = options.rows * options.length
@@ -163,11 +163,11 @@ def main() -> None:
                 "seconds": seconds,
                 "gated / plain": ratio,
                 "tokens/s": round(tokens / seconds),
-                "share of matrix rate": flops / seconds / rate if rate else None,
+                "share of matrix rate": flops / seconds / rate,
                 "peak GiB": peaks[name] or None,
             }
         )
-    settings = vars(options) | {"precision": engine.precision, "matrix TFLOP/s": rate and rate / 1e12, **machine()}
+    settings = vars(options) | {"precision": engine.precision, "matrix TFLOP/s": rate / 1e12, **machine()}
     publish(options.name, settings, rows, options.output)
 
 

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from cook.pruning.attach import AttachedGates
+from cook.pruning.units import GatePoint, UnitGroup
 from tests.models.cpm_ant_tiny import random_batch, tiny_model
 from tests.tiny_pruning import random_masks, tiny_space
 
@@ -150,3 +152,62 @@ def test_values_of_the_wrong_shape_or_name_are_our_mistake():
         attached.set({"layers.9.att": torch.ones(1)})
     with pytest.raises(AssertionError, match="layers.0.heads has 4 units"):
         attached.set({"layers.0.heads": torch.ones(1)})  # one number would pass as the gate of all heads
+
+
+class Products(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.conv = torch.nn.Linear(6, 4), Conv1D(5, 4)
+
+    def forward(self, x):
+        return self.conv(torch.tanh(self.linear(x)))
+
+
+GROUPS = [
+    UnitGroup(
+        kind="heads", site="att", layer=0, size=3, slices=(), gate=GatePoint(module="linear", at="input", repeat=2)
+    ),
+    UnitGroup(kind="dimff", site="ffn", layer=0, size=4, slices=(), gate=GatePoint(module="conv", at="input")),
+]
+
+
+def passed(*, tokens=50, is_tapped=False, **gates):
+    """The output and all gradients of a pass with gates, by name, and the shapes of what was kept for the backward."""
+    model, kept = Products().double(), []
+    attached = AttachedGates(model, GROUPS, {})
+    z = {name: torch.tensor(value, dtype=torch.float64, requires_grad=True) for name, value in gates.items()}
+    attached.set({f"layers.0.{name}": value for name, value in z.items()})
+    if is_tapped:
+        model.linear.register_forward_pre_hook(lambda _module, inputs: kept.append(inputs[0].detach()))
+    x = torch.linspace(-1, 1, tokens * 6, dtype=torch.float64).view(tokens, 6).sin()
+    y = model(x)
+    (y**2).sum().backward()
+    return {"y": y.detach()} | {n: p.grad for n, p in (*model.named_parameters(), *z.items())}, kept, x
+
+
+def test_gates_that_multiply_weights_give_the_gradients_of_gates_that_multiply_inputs(monkeypatch):
+    """In double precision, with closed gates too, whose gradient must be that of opening them again."""
+    gates = {"heads": [0.5, 0.0, 1.0], "dimff": [0.0, 0.3, 1.0, 0.8]}
+    by_weight, _, _ = passed(**gates)
+    monkeypatch.setattr(AttachedGates, "_folds", lambda *_: False)
+    by_input, _, _ = passed(**gates)
+    assert by_weight.keys() == by_input.keys() and "heads" in by_input
+    for name, expected in by_input.items():
+        torch.testing.assert_close(by_weight[name], expected, rtol=1e-12, atol=1e-12)
+    assert by_input["heads"][1] != 0
+
+
+def test_gates_multiply_weights_only_where_that_is_cheaper_and_nobody_reads_the_input():
+    model, z = Products(), torch.ones(6, requires_grad=True)
+    attached, gate = AttachedGates(model, GROUPS, {}), GROUPS[0].gate
+    many, few = torch.ones(50, 6), torch.ones(2, 6)
+    assert attached._folds(model.linear, gate, many, z) and not attached._folds(model.linear, gate, few, z)
+    assert not attached._folds(model.linear, gate, many, z.detach())
+    model.linear.weight.requires_grad_(False)
+    assert not attached._folds(model.linear, gate, many, z)
+    model.linear.weight.requires_grad_(True)
+    model.linear.weight.ds_id = 0  # as ZeRO-3 marks it
+    assert not attached._folds(model.linear, gate, many, z)
+    _, kept, x = passed(is_tapped=True, heads=[0.5, 0.0, 1.0])
+    torch.testing.assert_close(kept[0], x * torch.tensor([0.5, 0.5, 0, 0, 1, 1], dtype=x.dtype), rtol=0, atol=0)
