@@ -65,7 +65,7 @@ def write_torchao_folder(model: QuantizedModel, folder: Path) -> None:
 
     def described() -> Iterator[tuple[str, torch.Tensor]]:
         for path, matrix in model.matrices.items():
-            yield own_name(path), _torchao_tensor(model.scheme, matrix, dtype, None, None)
+            yield own_name(path), _torchao_tensor(matrix.scheme(model.scheme), matrix, dtype, None, None)
         for name, tensor in model.plain():
             yield names.get(name, name), torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
@@ -73,11 +73,16 @@ def write_torchao_folder(model: QuantizedModel, folder: Path) -> None:
         yield from model.plain()
         for path, matrix in model.matrices.items():
             weight = model.weight(path)
-            tensor = _torchao_tensor(model.scheme, matrix, dtype, weight.values_NK, weight.scale_NG)
+            scheme = matrix.scheme(model.scheme)
+            tensor = _torchao_tensor(scheme, matrix, dtype, weight.values_NK, weight.scale_NG)
             yield from flatten_tensor_state_dict({own_name(path): tensor})[0].items()
 
     _, metadata = flatten_tensor_state_dict(dict(described()))
-    settings = TorchAoConfig(_torchao_config(model.scheme), modules_to_not_convert=list(model.others))
+    settings = TorchAoConfig(
+        _torchao_config(model.scheme),
+        modules_to_not_convert=list(model.others),
+        include_input_output_embeddings=model.has_embedding,
+    )
     config = model.source.config | {"quantization_config": settings.to_dict()}
     dtype_name = str(dtype).removeprefix("torch.")
     write_model_folder(folder, model.source.adapter, config, stored(), dtype=dtype_name, metadata=metadata)
@@ -114,10 +119,14 @@ def _torchao_tensor(
     )
 
 
-def write_compressed_tensors(model: QuantizedModel, folder: Path) -> None:
+def write_compressed_tensors(model: QuantizedModel, folder: Path) -> list[str]:
     """Writes a folder in the format of compressed-tensors, which vLLM and transformers load.
 
-    Integers of weights alone are packed into int32; those of `int8` are int8.
+    Integers of weights alone are packed into int32; those of `int8` are int8. vLLM reads no quantized embedding in this
+    format: it is stored in the type of the model, with the rounded values.
+
+    Returns:
+        Sentences on what is not stored in few bits.
 
     Raises:
         UserError: the package is missing, or the format cannot hold the model.
@@ -139,8 +148,11 @@ def write_compressed_tensors(model: QuantizedModel, folder: Path) -> None:
 
     def stored() -> Iterator[tuple[str, torch.Tensor]]:
         yield from model.plain()
-        for path in model.matrices:
+        for path, matrix in model.matrices.items():
             weight = model.weight(path)
+            if matrix.is_embedding:
+                yield f"{path}.weight", weight.dequantized().to(model.dtype)
+                continue
             # The compressor rounds (integer · scale) / scale, which gives the integer again.
             parts = compressor.compress({"weight": weight.dequantized(), "weight_scale": weight.scale_NG}, scheme)
             own = names.get(f"{path}.weight", f"{path}.weight").removesuffix(".weight")
@@ -149,6 +161,9 @@ def write_compressed_tensors(model: QuantizedModel, folder: Path) -> None:
     config = model.source.config | {"quantization_config": settings.model_dump(mode="json", exclude_none=True)}
     dtype_name = str(model.dtype).removeprefix("torch.")
     write_model_folder(folder, model.source.adapter, config, stored(), dtype=dtype_name)
+    if model.has_embedding:
+        return [f"the token embedding has the rounded values in {dtype_name}: vLLM reads no quantized one"]
+    return []
 
 
 def _compressed_config(scheme: Scheme, others: tuple[str, ...]) -> Any:

@@ -1,4 +1,4 @@
-"""A model whose linear modules are rounded: what the writers of all formats read."""
+"""A model whose linear modules, and perhaps token embedding, are rounded: what the writers of all formats read."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ class QuantizedModel:
     source: ModelSource
     """The model in floating point."""
     scheme: Scheme
+    """Of the linear modules."""
     matrices: Mapping[str, Matrix]
     """The rounded modules, by path."""
     others: tuple[str, ...]
@@ -37,7 +38,7 @@ class QuantizedModel:
         assert matrix.rows(weight).shape == (matrix.outputs, matrix.inputs), name
         if self.precision is not None:
             weight = weight.to(self.precision)
-        rounded = quantized(matrix.rows(weight).contiguous(), self.scheme)
+        rounded = quantized(matrix.rows(weight).contiguous(), matrix.scheme(self.scheme))
         factor = self.factors.get(path, 1.0)
         if factor == 1.0:
             return rounded
@@ -47,6 +48,11 @@ class QuantizedModel:
         """Names and weights of everything that is not rounded."""
         rounded = {f"{path}.weight" for path in self.matrices}
         return ((name, tensor) for name, tensor in self.source.tensors.items() if name not in rounded)
+
+    @property
+    def has_embedding(self) -> bool:
+        """Whether the token embedding is rounded."""
+        return any(matrix.is_embedding for matrix in self.matrices.values())
 
     @property
     def dtype(self) -> torch.dtype:
