@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
+from cook.base.tensor_files import LazyTensors
 from cook.pruning.family import ModelSource
 from cook.quantization.schemes import Matrix, QuantizedWeight, Scheme, quantized
 
@@ -50,9 +52,18 @@ class QuantizedModel:
         return ((name, tensor) for name, tensor in self.source.tensors.items() if name not in rounded)
 
     @property
-    def has_embedding(self) -> bool:
-        """Whether the token embedding is rounded."""
-        return any(matrix.is_embedding for matrix in self.matrices.values())
+    def embedding(self) -> Matrix | None:
+        """The token embedding, if it is rounded."""
+        return next((matrix for matrix in self.matrices.values() if matrix.is_embedding), None)
+
+    def with_plain_embedding(self) -> QuantizedModel:
+        """The same model with the token embedding in floating point: the rounded values, in the type of the others."""
+        linear = {path: matrix for path, matrix in self.matrices.items() if not matrix.is_embedding}
+        tensors, dtype = self.source.tensors, self.dtype
+        readers = {name: partial(tensors.__getitem__, name) for name in tensors}
+        for path in self.matrices.keys() - linear.keys():
+            readers[f"{path}.weight"] = partial(lambda path: self.weight(path).dequantized().to(dtype), path)
+        return replace(self, source=replace(self.source, tensors=LazyTensors(readers)), matrices=linear)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -72,6 +72,8 @@ class Matrix:
     """Whether the module divides by the square root of its input size when it runs, as in CPM-Ant."""
     is_embedding: bool = False
     """Whether it is the token embedding, perhaps with output projections that are tied to it."""
+    has_buffers: bool = False
+    """Whether the embedding has more than its weight, as Gemma's has a factor."""
 
     def scheme(self, chosen: Scheme) -> Scheme:
         """How this weight is rounded where `chosen` is the scheme of the linear modules."""
@@ -160,7 +162,13 @@ def token_embedding(model: torch.nn.Module) -> dict[str, Matrix]:
             remedy="set it to false, or leave out --embeddings",
         )
     rows, inputs = table.weight.shape
-    matrix = Matrix(outputs=rows, inputs=inputs, divides=hasattr(table, "fan_in"), is_embedding=True)
+    matrix = Matrix(
+        outputs=rows,
+        inputs=inputs,
+        divides=hasattr(table, "fan_in"),
+        is_embedding=True,
+        has_buffers=any(True for _ in table.buffers()),
+    )
     return {next(path for path, module in model.named_modules() if _has(module, table.weight)): matrix}
 
 

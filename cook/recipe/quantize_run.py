@@ -198,13 +198,11 @@ def run_model(stage: Stage) -> QuantizedModel:
 
 def _write(model: QuantizedModel, folder: Path, format: Format) -> list[str]:
     if format == "transformers":
-        write_torchao_folder(model, folder)
-    elif format == "compressed-tensors":
+        return write_torchao_folder(model, folder)
+    if format == "compressed-tensors":
         return write_compressed_tensors(model, folder)
-    else:
-        write_json(folder / "config.json", model.source.config)
-        return write_gguf(model, folder / GGUF_FILE, model.source.folder)
-    return []
+    write_json(folder / "config.json", model.source.config)
+    return write_gguf(model, folder / GGUF_FILE, model.source.folder)
 
 
 def _losses(model: QuantizedModel, text: str, options: QuantizeOptions) -> list[float]:
