@@ -134,7 +134,8 @@ def test_a_llama_with_a_teacher_on_two_ranks_under_zero_3(tmp_path):
             ("ffn_mask", "headdim_mask", "quantize"),
             deepspeed={"zero_optimization": {"stage": zero}},
             distillation={"teacher": "model", "ce_scale": 1.0, "stages": ["quantize"]},
-            quantization={"is_quant": True, "scheme": "int4", "group_size": 8, "steps": 3},
+            quantization={"is_quant": True, "scheme": "int4", "group_size": 8, "steps": 3, "embeddings": True},
+            name="llama, tied",
             training__steps=3,
             fine__target_dimff=16,
             fine__round_to=8,
@@ -151,6 +152,8 @@ def test_a_llama_with_a_teacher_on_two_ranks_under_zero_3(tmp_path):
             config = load_config("bmcook.json")
             quantize_run(QuantizeOptions(config="bmcook.json", output="small"))
             small = AutoModelForCausalLM.from_pretrained("small").eval()
+            assert small.lm_head.weight is small.model.embed_tokens.weight
+            assert small.lm_head.weight.target_dtype == torch.int8
             adapter = run_model(plan_stage(config, "quantize")).source.adapter
             assert (small.config.intermediate_size, small.config.head_dim) == (16, 4)
             assert evaluated(small, config, adapter) == pytest.approx(record["held_out_loss"], rel=1e-5)
