@@ -66,7 +66,7 @@ def test_the_token_embedding_is_rounded_on_request(folder, capsys):
             assert (", the token embedding in 8 bits" in said) == embeddings and "14 modules as int8" in said
             bits[format, embeddings] = float(said.splitlines()[6].split("|")[3])
             assert ("vLLM reads no quantized one" in said) == (embeddings and format == "compressed-tensors")
-    # 9,728 of 34,464 weights are the embedding's: 8.5 bits in place of 32 in the file, 9.25 and their names in the folder.
+    # 9,728 of 34,464 weights are the embedding's: 8.5 bits in place of 32 in the file; in the folder 9.25 and names.
     saved = {format: bits[format, False] - bits[format, True] for format in ("transformers", "gguf")}
     assert saved["gguf"] == pytest.approx(23.5 * 9728 / 34464, abs=0.02) and 6 < saved["transformers"] < 6.5
     assert bits["compressed-tensors", False] == bits["compressed-tensors", True]
