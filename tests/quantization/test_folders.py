@@ -135,12 +135,14 @@ def test_compressed_tensors_has_the_names_and_integers_of_its_own_reader(tmp_pat
 
 def test_float8_weights_are_those_of_compressed_tensors(tmp_path):
     pytest.importorskip("compressed_tensors")
-    model = rounded(save_stock(tmp_path / "model"), "fp8")
+    model = rounded(save_stock(tmp_path / "model"), "fp8", embeddings=True)
     write_compressed_tensors(model, tmp_path / "small")
     files = load_file(tmp_path / "small" / "model.safetensors")
     name = "model.layers.0.mlp.up_proj"
     assert files[f"{name}.weight"].dtype == torch.float8_e4m3fn
     assert torch.equal(files[f"{name}.weight"].float(), model.weight(name).values_NK.float())
+    table = model.source.tensors["model.embed_tokens.weight"]
+    assert torch.equal(files["model.embed_tokens.weight"], quantized(table, scheme_of("int8_weight")).dequantized())
     with pytest.raises(UserError, match="fp8 is not written in this format"):
         write_torchao_folder(model, tmp_path / "other")
 

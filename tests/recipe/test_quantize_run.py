@@ -28,9 +28,10 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
-def test_the_table_has_sizes_and_losses(folder, capsys, scheme):
+@pytest.mark.parametrize(("scheme", "embeddings"), [("int8", True), ("int4", False)])
+def test_the_table_has_sizes_and_losses(folder, capsys, scheme, embeddings):
     options = {"model": "model", "output": "small", "scheme": scheme, "data": ["text.txt"], "window": 32}
+    options["embeddings"] = embeddings
     quantize_run(QuantizeOptions(**options))
     rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     before, after = ([cell.strip() for cell in row[1:-1]] for row in rows[-2:])
