@@ -34,6 +34,13 @@ def quantize(
         list[str] | None,
         typer.Option(help="End of the names of modules to round; may be repeated. Default: all linear modules."),
     ] = None,
+    embeddings: Annotated[
+        bool,
+        typer.Option(
+            "--embeddings",
+            help="Store the token embedding in 8 bits too, and an output projection that is tied to it.",
+        ),
+    ] = False,
     format: Annotated[
         str,
         typer.Option(
@@ -58,6 +65,7 @@ def quantize(
             scheme=scheme,
             group_size=group_size,
             modules=module or [],
+            embeddings=embeddings,
             format=format,  # type: ignore[arg-type]
             data=data or [],
             window=window,

@@ -35,7 +35,10 @@ class QuantizationConfig:
     matrix. GGUF files need 32 or a multiple of it."""
     quantized_module: Annotated[tuple[ModuleSuffix, ...], Limits(maxItems=10**4)] = ()
     """Ends of the names of the linear modules to quantize. Empty: all of them. Embeddings, norms and products inside
-    attention stay in floating point, also an output projection that is tied to the embedding."""
+    attention stay in floating point, also an output projection that is tied to the embedding; but see `embeddings`."""
+    embeddings: bool = False
+    """The token embedding is stored in 8 bits too, with one scale per row, whatever the scheme; also an output
+    projection that is tied to it."""
     steps: Size | None = None
     """Steps of the stage. None: `training.steps`. The stage's own entry under `stages` overrides both."""
 

@@ -41,10 +41,13 @@ def check_modules(model: QuantizedModel, *, divides: bool) -> None:
             )
 
 
-def write_torchao_folder(model: QuantizedModel, folder: Path) -> None:
+def write_torchao_folder(model: QuantizedModel, folder: Path) -> list[str]:
     """Writes a folder that `from_pretrained` of transformers loads, with torchao's tensors and `quantization_config`.
 
     4-bit integers take a byte each: torchao's packed formats are for single kinds of GPUs.
+
+    Returns:
+        Sentences on what is not stored in few bits.
 
     Raises:
         UserError: a package is missing, or the format cannot hold the model.
@@ -58,6 +61,10 @@ def write_torchao_folder(model: QuantizedModel, folder: Path) -> None:
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
     from transformers import TorchAoConfig
 
+    notes = list[str]()
+    if model.embedding and model.embedding.has_buffers:
+        # Of a module whose weight is one of torchao's tensors it fills no buffers, such as the factor of Gemma's.
+        model, notes = _with_plain_embedding(model, "transformers reads no quantized one of this family")
     names, dtype = model.source.adapter.file_names(model.source.config), model.dtype
 
     def own_name(path: str) -> str:
@@ -65,7 +72,7 @@ def write_torchao_folder(model: QuantizedModel, folder: Path) -> None:
 
     def described() -> Iterator[tuple[str, torch.Tensor]]:
         for path, matrix in model.matrices.items():
-            yield own_name(path), _torchao_tensor(model.scheme, matrix, dtype, None, None)
+            yield own_name(path), _torchao_tensor(matrix.scheme(model.scheme), matrix, dtype, None, None)
         for name, tensor in model.plain():
             yield names.get(name, name), torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
@@ -73,14 +80,25 @@ def write_torchao_folder(model: QuantizedModel, folder: Path) -> None:
         yield from model.plain()
         for path, matrix in model.matrices.items():
             weight = model.weight(path)
-            tensor = _torchao_tensor(model.scheme, matrix, dtype, weight.values_NK, weight.scale_NG)
+            scheme = matrix.scheme(model.scheme)
+            tensor = _torchao_tensor(scheme, matrix, dtype, weight.values_NK, weight.scale_NG)
             yield from flatten_tensor_state_dict({own_name(path): tensor})[0].items()
 
     _, metadata = flatten_tensor_state_dict(dict(described()))
-    settings = TorchAoConfig(_torchao_config(model.scheme), modules_to_not_convert=list(model.others))
+    settings = TorchAoConfig(
+        _torchao_config(model.scheme),
+        modules_to_not_convert=list(model.others),
+        include_input_output_embeddings=model.embedding is not None,
+    )
     config = model.source.config | {"quantization_config": settings.to_dict()}
     dtype_name = str(dtype).removeprefix("torch.")
     write_model_folder(folder, model.source.adapter, config, stored(), dtype=dtype_name, metadata=metadata)
+    return notes
+
+
+def _with_plain_embedding(model: QuantizedModel, reason: str) -> tuple[QuantizedModel, list[str]]:
+    dtype_name = str(model.dtype).removeprefix("torch.")
+    return model.with_plain_embedding(), [f"the token embedding has the rounded values in {dtype_name}: {reason}"]
 
 
 def _torchao_config(scheme: Scheme) -> Any:
@@ -114,10 +132,14 @@ def _torchao_tensor(
     )
 
 
-def write_compressed_tensors(model: QuantizedModel, folder: Path) -> None:
+def write_compressed_tensors(model: QuantizedModel, folder: Path) -> list[str]:
     """Writes a folder in the format of compressed-tensors, which vLLM and transformers load.
 
-    Integers of weights alone are packed into int32; those of `int8` are int8.
+    Integers of weights alone are packed into int32; those of `int8` are int8. The token embedding is in floating point,
+    since vLLM reads no other one.
+
+    Returns:
+        Sentences on what is not stored in few bits.
 
     Raises:
         UserError: the package is missing, or the format cannot hold the model.
@@ -132,6 +154,7 @@ def write_compressed_tensors(model: QuantizedModel, folder: Path) -> None:
         )
     from compressed_tensors.compressors import BaseCompressor
 
+    model, notes = _with_plain_embedding(model, "vLLM reads no quantized one") if model.embedding else (model, [])
     settings = _compressed_config(model.scheme, model.others)
     (scheme,) = settings.config_groups.values()
     compressor = BaseCompressor.get_value_from_registry(settings.format)
@@ -149,6 +172,7 @@ def write_compressed_tensors(model: QuantizedModel, folder: Path) -> None:
     config = model.source.config | {"quantization_config": settings.model_dump(mode="json", exclude_none=True)}
     dtype_name = str(model.dtype).removeprefix("torch.")
     write_model_folder(folder, model.source.adapter, config, stored(), dtype=dtype_name)
+    return notes
 
 
 def _compressed_config(scheme: Scheme, others: tuple[str, ...]) -> Any:

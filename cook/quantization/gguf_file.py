@@ -110,14 +110,14 @@ def _entries(model: QuantizedModel, gguf: Any, architecture: str) -> Iterator[_E
         return str(found)
 
     for path, matrix in model.matrices.items():
-        name = f"{path}.weight"
+        name, bits = f"{path}.weight", matrix.scheme(model.scheme).bits
         order = row_order(name, config)
 
-        def blocks(path: str = path, order: np.ndarray | None = order) -> np.ndarray:
+        def blocks(path: str = path, order: np.ndarray | None = order, bits: int = bits) -> np.ndarray:
             weight = model.weight(path)
             if order is not None:
                 weight = QuantizedWeight(values_NK=weight.values_NK[order], scale_NG=weight.scale_NG[order])
-            return _packed(weight, model.scheme.bits)
+            return _packed(weight, bits)
 
         def numbers(path: str = path, order: np.ndarray | None = order) -> np.ndarray:
             whole = model.weight(path).dequantized()
@@ -126,8 +126,8 @@ def _entries(model: QuantizedModel, gguf: Any, architecture: str) -> Iterator[_E
         if matrix.inputs % BLOCK:
             yield _Entry(name=own_name(name), shape=(matrix.outputs, matrix.inputs), type=kinds.F32, read=numbers)
             continue
-        kind = kinds.Q4_0 if model.scheme.bits == 4 else kinds.Q8_0
-        row = matrix.inputs // BLOCK * (2 + BLOCK * model.scheme.bits // 8)
+        kind = kinds.Q4_0 if bits == 4 else kinds.Q8_0
+        row = matrix.inputs // BLOCK * (2 + BLOCK * bits // 8)
         yield _Entry(name=own_name(name), shape=(matrix.outputs, row), type=kind, read=blocks)
     for name, tensor in model.plain():
         order = row_order(name, config)

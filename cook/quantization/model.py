@@ -1,12 +1,14 @@
-"""A model whose linear modules are rounded: what the writers of all formats read."""
+"""A model whose linear modules, and perhaps token embedding, are rounded: what the writers of all formats read."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
+from cook.base.tensor_files import LazyTensors
 from cook.pruning.family import ModelSource
 from cook.quantization.schemes import Matrix, QuantizedWeight, Scheme, quantized
 
@@ -18,6 +20,7 @@ class QuantizedModel:
     source: ModelSource
     """The model in floating point."""
     scheme: Scheme
+    """Of the linear modules."""
     matrices: Mapping[str, Matrix]
     """The rounded modules, by path."""
     others: tuple[str, ...]
@@ -37,7 +40,7 @@ class QuantizedModel:
         assert matrix.rows(weight).shape == (matrix.outputs, matrix.inputs), name
         if self.precision is not None:
             weight = weight.to(self.precision)
-        rounded = quantized(matrix.rows(weight).contiguous(), self.scheme)
+        rounded = quantized(matrix.rows(weight).contiguous(), matrix.scheme(self.scheme))
         factor = self.factors.get(path, 1.0)
         if factor == 1.0:
             return rounded
@@ -47,6 +50,20 @@ class QuantizedModel:
         """Names and weights of everything that is not rounded."""
         rounded = {f"{path}.weight" for path in self.matrices}
         return ((name, tensor) for name, tensor in self.source.tensors.items() if name not in rounded)
+
+    @property
+    def embedding(self) -> Matrix | None:
+        """The token embedding, if it is rounded."""
+        return next((matrix for matrix in self.matrices.values() if matrix.is_embedding), None)
+
+    def with_plain_embedding(self) -> QuantizedModel:
+        """The same model with the token embedding in floating point: the rounded values, in the type of the others."""
+        linear = {path: matrix for path, matrix in self.matrices.items() if not matrix.is_embedding}
+        tensors, dtype = self.source.tensors, self.dtype
+        readers = {name: partial(tensors.__getitem__, name) for name in tensors}
+        for path in self.matrices.keys() - linear.keys():
+            readers[f"{path}.weight"] = partial(lambda path: self.weight(path).dequantized().to(dtype), path)
+        return replace(self, source=replace(self.source, tensors=LazyTensors(readers)), matrices=linear)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Fake quantization: linear modules compute with rounded weights (and inputs), and gradients pass through the rounding.
+"""Fake quantization: modules compute with rounded weights (and inputs), and gradients pass through the rounding.
 
 The rounding and its gradient are torchao's. The modules stay what they are, with the same parameters under the same
 names, so that ZeRO, checkpoints and masks need to know nothing of it.
@@ -16,7 +16,7 @@ from cook.base.device import cuda_capability
 from cook.base.errors import UserError
 from cook.families.source import load_model
 from cook.quantization.model import QuantizedModel
-from cook.quantization.schemes import FLOAT8, Matrix, Scheme, scales
+from cook.quantization.schemes import FLOAT8, Matrix, Scheme, scales, sharing
 
 Rounding = Callable[[torch.Tensor], torch.Tensor]
 CAPABILITY = (8, 9)
@@ -51,28 +51,31 @@ class FakeQuantization:
 
         Args:
             model: The model; hooks on its modules act before the rounding (inputs) or after it (outputs).
-            scheme: How to round.
-            matrices: The modules, by path.
+            scheme: How to round the linear modules.
+            matrices: The modules, by path; with the token embedding all modules that share its weight.
             weights: False for a model whose weights are rounded already.
         """
         self._modules: list[tuple[torch.nn.Module, Any]] = []  # and a forward of its own, as products of experts have
         round_input = _input_rounding(scheme) if scheme.inputs else None
         for path, matrix in matrices.items():
-            round_weight = _weight_rounding(scheme, matrix) if weights else None
-            if round_weight or round_input:
-                self._attach(model.get_submodule(path), round_weight, round_input)
+            own = matrix.scheme(scheme)
+            round_weight = _weight_rounding(own, matrix) if weights else None
+            if not round_weight and not own.inputs:
+                continue
+            for module in sharing(model, path) if matrix.is_embedding else [model.get_submodule(path)]:
+                self._attach(module, round_weight, round_input if own.inputs else None)
 
     def _attach(self, module: torch.nn.Module, round_weight: Rounding | None, round_input: Rounding | None) -> None:
         forward = module.forward
 
-        def quantized(x: torch.Tensor) -> torch.Tensor:
+        def quantized(x: torch.Tensor, **options: Any) -> torch.Tensor:
             # Inside the forward pass, since with ZeRO-3 the weight is there only then. An attribute of the instance
             # takes precedence over the parameter of the same name.
             weight = module._parameters["weight"]
             if round_weight and weight is not None:
                 module.__dict__["weight"] = round_weight(weight)
             try:
-                return forward(round_input(x) if round_input else x)
+                return forward(round_input(x) if round_input else x, **options)
             finally:
                 module.__dict__.pop("weight", None)
 

@@ -1,4 +1,4 @@
-"""Quantized weights: the linear modules of a model, the scales of their weights, and the rounding.
+"""Quantized weights: the linear modules of a model and its token embedding, their scales, and the rounding.
 
 Everything that is written to a file is rounded here, and training rounds with the same scales: an export has the bits
 that training has used.
@@ -56,9 +56,13 @@ def scheme_of(name: SchemeName, group_size: int = QuantizationConfig.group_size)
     return Scheme(name=name, bits=8, inputs=name != "int8_weight")
 
 
+EMBEDDING_SCHEME = scheme_of("int8_weight")
+"""8 bits with a scale per row; ids are no numbers to round, and the inputs of a tied output projection stay as well."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Matrix:
-    """A linear module whose weight can be quantized."""
+    """A linear module whose weight can be quantized, or the token embedding: a row per token."""
 
     outputs: int
     inputs: int
@@ -66,6 +70,14 @@ class Matrix:
     """Whether the weight is stored as [inputs, outputs], as in GPT-2."""
     divides: bool = False
     """Whether the module divides by the square root of its input size when it runs, as in CPM-Ant."""
+    is_embedding: bool = False
+    """Whether it is the token embedding, perhaps with output projections that are tied to it."""
+    has_buffers: bool = False
+    """Whether the embedding has more than its weight, as Gemma's has a factor."""
+
+    def scheme(self, chosen: Scheme) -> Scheme:
+        """How this weight is rounded where `chosen` is the scheme of the linear modules."""
+        return EMBEDDING_SCHEME if self.is_embedding else chosen
 
     def rows(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight as [outputs, inputs]."""
@@ -132,11 +144,51 @@ def linear_modules(model: torch.nn.Module) -> dict[str, Matrix]:
     return found
 
 
+def token_embedding(model: torch.nn.Module) -> dict[str, Matrix]:
+    """The token embedding of a model, which may be on the meta device, by path: the first that has its weight.
+
+    Raises:
+        UserError: the model has none.
+    """
+    find = getattr(model, "get_input_embeddings", None)
+    try:
+        table = find() if find else None
+    except NotImplementedError:
+        table = None
+    if not isinstance(table, torch.nn.Embedding):
+        raise UserError(
+            "quantization.embeddings: the model has no token embedding",
+            got=type(model).__name__,
+            remedy="set it to false, or leave out --embeddings",
+        )
+    rows, inputs = table.weight.shape
+    matrix = Matrix(
+        outputs=rows,
+        inputs=inputs,
+        divides=hasattr(table, "fan_in"),
+        is_embedding=True,
+        has_buffers=any(True for _ in table.buffers()),
+    )
+    return {next(path for path, module in model.named_modules() if _has(module, table.weight)): matrix}
+
+
+def sharing(model: torch.nn.Module, path: str) -> list[torch.nn.Module]:
+    """The modules of a model that have the weight of the module at `path`, which is one of them."""
+    weight = model.get_submodule(path)._parameters["weight"]
+    return [module for module in model.modules() if _has(module, weight)]
+
+
+def _has(module: torch.nn.Module, weight: torch.Tensor | None) -> bool:
+    return module._parameters.get("weight") is weight
+
+
 def chosen_modules(
     model: torch.nn.Module,
     scheme: Scheme,
     suffixes: Sequence[str] = (),
     aliases: Mapping[str, tuple[str, ...]] | None = None,
+    *,
+    embeddings: bool = False,
 ) -> dict[str, Matrix]:
     """The linear modules to quantize: those whose names end like one of `suffixes`; without any, all of them.
 
@@ -145,9 +197,11 @@ def chosen_modules(
         scheme: The scheme.
         suffixes: Ends of names, with or without `.weight`.
         aliases: Suffixes of weights that stand for others, as in `pruned_module`.
+        embeddings: Whether to add the token embedding.
 
     Raises:
-        UserErrors: a suffix names no linear module, or the group size does not divide an input size; all at once.
+        UserErrors: a suffix names no linear module, the group size does not divide an input size, or there is no token
+            embedding; all at once.
     """
     known, errors = linear_modules(model), list[UserError]()
     names = list(known) if not suffixes else list[str]()
@@ -175,9 +229,21 @@ def chosen_modules(
                 "the other modules in quantized_module",
             )
         )
+    table = dict[str, Matrix]()
+    if embeddings:
+        try:
+            table = token_embedding(model)
+        except UserError as error:
+            errors.append(error)
     if errors:
         raise UserErrors("the model cannot be quantized in this way", errors)
-    return found
+    return found | table
+
+
+def described(name: SchemeName, matrices: Mapping[str, Matrix]) -> str:
+    """What is rounded, in words."""
+    tables = sum(matrix.is_embedding for matrix in matrices.values())
+    return f"{len(matrices) - tables} modules as {name}" + (", the token embedding in 8 bits" if tables else "")
 
 
 def _without_layer(path: str) -> str:

@@ -23,6 +23,7 @@ from cook.pruning.family import vocabulary_size
 from cook.pruning.gates import Gates
 from cook.pruning.search import search_blocks
 from cook.quantization.prepare import FakeQuantization
+from cook.quantization.schemes import described
 from cook.recipe.cards import card_of_device
 from cook.recipe.carried import carry_optimizer
 from cook.recipe.compact import keep_fan_in, without_masked_units
@@ -315,7 +316,7 @@ class LanguageModelRun(StageRun):
             [f"applies {' and '.join(held)} masks"] if held else ["random masks"] if stage.is_random_baseline else []
         )
         does += [f"{len(stage.sizes)} nested sizes"] if stage.sizes else []
-        does += [f"{len(self.quantized)} modules as {stage.quantization.scheme}"] if stage.quantization else []
+        does += [described(stage.quantization.scheme, self.quantized)] if stage.quantization else []
         return (
             f"\n{stage.name}: {training.steps} steps × {training.train_batch_size} rows, "
             f"{', '.join(does) or 'no masks'}, from {self.inputs.origin}; {engine.described()}"

@@ -228,6 +228,15 @@ class Stage:
         moefy.pop("steps")  # those of `training`
         return {"moefy": moefy}
 
+    def quantization_settings(self) -> dict[str, Any]:
+        """The section `quantization`, without what older runs did not have and do not use; empty in other stages."""
+        if self.quantization is None:
+            return {}
+        settings = asdict(self.quantization)
+        if not settings["embeddings"]:
+            settings.pop("embeddings")
+        return {"quantization": settings}
+
     def fingerprint(self) -> str:
         """Hash of the settings that determine the stage's outcome; output paths and logging do not.
 
@@ -273,7 +282,7 @@ class Stage:
             **self.pattern_settings(),
             **self.moefy_settings(),
             "gates": asdict(config.gates) if self.learns or self.is_random_baseline else None,
-            **({"quantization": asdict(self.quantization)} if self.quantization else {}),
+            **self.quantization_settings(),
         }
         return hashlib.sha256(json.dumps(described, sort_keys=True, default=list).encode()).hexdigest()
 

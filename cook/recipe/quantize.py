@@ -82,7 +82,9 @@ def _chosen(stage: Stage, inputs: Inputs, scheme: Scheme) -> dict[str, Matrix]:
     assert stage.quantization is not None
     with torch.device("meta"):
         model = inputs.adapter.build(inputs.model_config)
-    return chosen_modules(model, scheme, stage.quantization.quantized_module, inputs.adapter.aliases)
+    options = stage.quantization
+    aliases = inputs.adapter.aliases
+    return chosen_modules(model, scheme, options.quantized_module, aliases, embeddings=options.embeddings)
 
 
 def quantization_record(stage: Stage, modules: dict[str, Matrix], precision: str) -> dict[str, Any]:
@@ -90,5 +92,6 @@ def quantization_record(stage: Stage, modules: dict[str, Matrix], precision: str
     if stage.quantization is None:
         return {}
     options = stage.quantization
-    named = {"scheme": options.scheme, "group_size": options.group_size, "modules": list(modules)}
+    linear, tables = ([path for path, m in modules.items() if m.is_embedding == kind] for kind in (False, True))
+    named = {"scheme": options.scheme, "group_size": options.group_size, "modules": linear, "embeddings": tables}
     return {"quantization": named | {"precision": precision}}

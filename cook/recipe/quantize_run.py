@@ -31,7 +31,7 @@ from cook.quantization.folders import write_compressed_tensors, write_torchao_fo
 from cook.quantization.gguf_file import write_gguf
 from cook.quantization.model import QuantizedModel
 from cook.quantization.prepare import check_requirements, loaded
-from cook.quantization.schemes import chosen_modules, linear_modules, scheme_of
+from cook.quantization.schemes import chosen_modules, described, linear_modules, scheme_of, token_embedding
 from cook.recipe.plan import Stage, plan_stage
 from cook.recipe.sources import check_masks
 from cook.recipe.summary import done_record, masks_after
@@ -62,6 +62,8 @@ class QuantizeOptions:
     """For `int4`."""
     modules: Sequence[str] = ()
     """Ends of the names of the modules to round; empty: all linear modules."""
+    embeddings: bool = False
+    """Whether the token embedding is rounded too."""
     format: Format = "transformers"
     data: Sequence[str] = ()
     """Text files to compare the losses on."""
@@ -87,7 +89,7 @@ def quantize_run(options: QuantizeOptions) -> None:
     if text is not None and model.scheme.inputs:
         check_requirements(model.scheme)
     source = model.source
-    print(f"model  {source.path}\n{len(model.matrices)} modules as {model.scheme.name}")
+    print(f"model  {source.path}\n{described(model.scheme.name, model.matrices)}")
     with published(output, source=source.path) as folder:
         notes = _write(model, folder, options.format)
         copy_companions(source.folder, folder)
@@ -117,7 +119,8 @@ def _of_folder(options: QuantizeOptions) -> tuple[QuantizedModel, Path]:
     source, scheme = open_model(options.model), scheme_of(options.scheme or "int8", group_size)
     with torch.device("meta"):
         whole = source.adapter.build(source.config)
-    matrices = chosen_modules(whole, scheme, options.modules, source.adapter.aliases)
+    aliases = source.adapter.aliases
+    matrices = chosen_modules(whole, scheme, options.modules, aliases, embeddings=options.embeddings)
     others = _others(whole, matrices)
     return QuantizedModel(source=source, scheme=scheme, matrices=matrices, others=others), Path(options.output)
 
@@ -130,7 +133,12 @@ def _others(model: torch.nn.Module, chosen: Any) -> tuple[str, ...]:
 
 def _of_run(options: QuantizeOptions) -> tuple[QuantizedModel, Path]:
     """The model of a run's stage `quantize`, without the units that its masks remove."""
-    given = {"--scheme": options.scheme, "--group-size": options.group_size, "--module": options.modules}
+    given = {
+        "--scheme": options.scheme,
+        "--group-size": options.group_size,
+        "--module": options.modules,
+        "--embeddings": options.embeddings,
+    }
     for name, value in given.items():
         if value:
             raise UserError(
@@ -170,12 +178,13 @@ def run_model(stage: Stage) -> QuantizedModel:
         trained = cut(rescale=False)
     with torch.device("meta"):
         small = source.adapter.build(source.config)
-    names = {path: renamed.get(f"{path}.weight", f"{path}.weight") for path in record["modules"]}
+    tables = record.get("embeddings", [])  # older records have none
+    names = {path: renamed.get(f"{path}.weight", f"{path}.weight") for path in (*record["modules"], *tables)}
     names = {path: name.removesuffix(".weight") for path, name in names.items()}
-    linear, sizes = linear_modules(small), fan_in_sizes(space)
-    matrices = {new: linear[new] for new in names.values()}
+    known = linear_modules(small) | (token_embedding(small) if tables else {})
+    matrices, sizes = {new: known[new] for new in names.values()}, fan_in_sizes(space)
     # What the model divides by at run time in training, over what it divides by afterwards.
-    factors = {new: math.sqrt(linear[new].inputs / sizes[path]) for path, new in names.items() if path in sizes}
+    factors = {new: math.sqrt(known[new].inputs / sizes[path]) for path, new in names.items() if path in sizes}
     return QuantizedModel(
         source=source,
         scheme=scheme,
@@ -189,13 +198,11 @@ def run_model(stage: Stage) -> QuantizedModel:
 
 def _write(model: QuantizedModel, folder: Path, format: Format) -> list[str]:
     if format == "transformers":
-        write_torchao_folder(model, folder)
-    elif format == "compressed-tensors":
-        write_compressed_tensors(model, folder)
-    else:
-        write_json(folder / "config.json", model.source.config)
-        return write_gguf(model, folder / GGUF_FILE, model.source.folder)
-    return []
+        return write_torchao_folder(model, folder)
+    if format == "compressed-tensors":
+        return write_compressed_tensors(model, folder)
+    write_json(folder / "config.json", model.source.config)
+    return write_gguf(model, folder / GGUF_FILE, model.source.folder)
 
 
 def _losses(model: QuantizedModel, text: str, options: QuantizeOptions) -> list[float]:

@@ -5,9 +5,10 @@
 
 Trains one recipe with all methods (P: FFN dims removed by learned gates, D: finetuned with the dense model as the
 teacher, M: experts, Q: int8 with fake quantization), and from the model after P and D two stages `quantize` alone
-(int8, int4). The peers round without training: torchao's own int8 and int4 of the dense model, and `cook quantize` of
-the model after P and D. Losses on every text; bytes on the disk; tokens per second in turns, on 1 and 2 threads. Where
-llama-cpp-python is installed, it runs the GGUF files of the same models. Started again, it skips finished stages.
+(int8, int4). All of them store the token embedding in 8 bits too. The peers round without training: torchao's own int8
+and int4 of the dense model, with its embedding in floating point, and `cook quantize` of the model after P and D.
+Losses on every text; bytes on the disk; tokens per second in turns, on 1 and 2 threads. Where llama-cpp-python is
+installed, it runs the GGUF files of the same models. Started again, it skips finished stages.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ def trained(options: argparse.Namespace, dense: str) -> dict[str, str]:
         {"name": "moefy", "training": {"steps": experts}},
         {"name": "quantize", "training": {"steps": last, **rate}},
     ]
-    sections = {"pruning": {"is_pruning": True}, "quantization": {"is_quant": True}, "MoEfication": EXPERTS}
+    rounding = {"is_quant": True, "embeddings": True}
+    sections = {"pruning": {"is_pruning": True}, "quantization": rounding, "MoEfication": EXPERTS}
     whole = place(options, "P+D+M+Q")
     run(options, "P+D+M+Q", stages, sections, kept, export=False)
     small = whole.parent / "pd"
@@ -92,7 +94,7 @@ def trained(options: argparse.Namespace, dense: str) -> dict[str, str]:
     for scheme in ("int8", "int4"):
         own_options = copy.copy(options)
         own_options.model = str(small)
-        sections = {"quantization": {"is_quant": True, "scheme": scheme}, "distillation": {"teacher": dense}}
+        sections = {"quantization": rounding | {"scheme": scheme}, "distillation": {"teacher": dense}}
         run(own_options, f"P+D+Q {scheme}", stages[3:], sections, export=False)
         models[f"P+D+Q {scheme}"] = quantized(place(options, f"P+D+Q {scheme}"))
     return models
@@ -109,14 +111,15 @@ def quantized(folder: Path) -> str:
 def rounded(model: str, output: Path, scheme: str) -> str:
     """The folder that `cook quantize` writes of a model, without training."""
     if not output.exists():
-        run_apart(["-m", "cook", "quantize", model, str(output), "--scheme", scheme])
+        run_apart(["-m", "cook", "quantize", model, str(output), "--scheme", scheme, "--embeddings"])
     return str(output)
 
 
 def gguf(output: Path, scheme: str = "", model: str = "", config: Path | None = None) -> Path:
     """The GGUF file of a model that is rounded without training, or of a run's stage `quantize`."""
     if not output.exists():
-        what = [model, "--scheme", scheme] if config is None else ["--config", str(config / "bmcook.json")]
+        own = [model, "--scheme", scheme, "--embeddings"]
+        what = own if config is None else ["--config", str(config / "bmcook.json")]
         run_apart(["-m", "cook", "quantize", *what, str(output), "--format", "gguf"])
     return output / "model.gguf"
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from cook.base.errors import UserError
 from cook.families.source import open_model
@@ -21,11 +21,11 @@ pytest.importorskip("torchao")
 SCHEMES = ("int8", "int8_weight", "int4")
 
 
-def rounded(folder, name: str, modules=(), others=()) -> QuantizedModel:
+def rounded(folder, name: str, modules=(), others=(), embeddings=False) -> QuantizedModel:
     source, scheme = open_model(folder), scheme_of(name)
     with torch.device("meta"):
         whole = source.adapter.build(source.config)
-    matrices = chosen_modules(whole, scheme, modules)
+    matrices = chosen_modules(whole, scheme, modules, embeddings=embeddings)
     return QuantizedModel(source=source, scheme=scheme, matrices=matrices, others=tuple(others))
 
 
@@ -46,6 +46,54 @@ def test_transformers_loads_torchao_tensors_with_the_same_logits(tmp_path, name)
     assert torch.equal(weight.qdata, model.weight("model.layers.1.mlp.down_proj").values_NK)
     # The same operations in the same order.
     assert apart(found, loaded(model)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "changes"),
+    [
+        ("llama", "int8", {"tie_word_embeddings": True}),
+        ("llama", "int8", {}),
+        ("llama", "int4", {"tie_word_embeddings": True}),
+        ("xlm-roberta", "int8_weight", {"pad_token_id": 1}),
+    ],
+)
+def test_transformers_loads_the_token_embedding_in_8_bits(tmp_path, family, name, changes):
+    model = rounded(save_stock(tmp_path / "model", family, **changes), name, embeddings=True)
+    assert write_torchao_folder(model, tmp_path / "small") == []
+    loads = AutoModelForCausalLM if family == "llama" else AutoModelForMaskedLM
+    found, report = loads.from_pretrained(tmp_path / "small", output_loading_info=True)
+    assert not any(report.values()), report
+    table, head = found.get_input_embeddings().weight, found.get_output_embeddings().weight
+    assert (type(table).__name__, table.target_dtype) == ("IntxUnpackedToInt8Tensor", torch.int8)
+    [path] = [path for path, matrix in model.matrices.items() if matrix.is_embedding]
+    assert torch.equal(table.qdata, model.weight(path).values_NK)
+    assert (head is table) == found.config.tie_word_embeddings
+    # The same operations in the same order.
+    assert apart(found, loaded(model)) < 1e-6
+
+
+def test_an_output_projection_that_is_not_chosen_stays_next_to_a_rounded_embedding(tmp_path):
+    model = rounded(save_stock(tmp_path / "model"), "int8", ("mlp.up_proj",), ["lm_head"], embeddings=True)
+    write_torchao_folder(model, tmp_path / "small")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert type(found.lm_head.weight) is torch.nn.Parameter
+    assert apart(found, loaded(model)) < 1e-6  # the same operations in the same order
+
+
+@pytest.mark.parametrize(("kind", "family"), [("transformers", "gemma"), ("compressed-tensors", "llama")])
+def test_an_embedding_that_the_reader_cannot_take_in_8_bits_has_the_rounded_values(tmp_path, kind, family):
+    pytest.importorskip("compressed_tensors")
+    writes = write_torchao_folder if kind == "transformers" else write_compressed_tensors
+    folder = save_stock(tmp_path / "model", family, tie_word_embeddings=True)
+    model = rounded(folder, "int8_weight", others=["lm_head"], embeddings=True)
+    [note] = writes(model, tmp_path / "small")
+    assert note.startswith("the token embedding has the rounded values in float32")
+    found, report = AutoModelForCausalLM.from_pretrained(tmp_path / "small", output_loading_info=True)
+    assert not any(report.values()), report
+    table = found.model.embed_tokens.weight
+    assert type(table) is torch.nn.Parameter and found.lm_head.weight is table
+    assert torch.equal(table, model.weight("model.embed_tokens").dequantized())
+    assert apart(found, loaded(model)) < 1e-6  # the same operations in the same order
 
 
 def test_modules_that_are_not_chosen_stay_in_floating_point(tmp_path):
@@ -87,12 +135,14 @@ def test_compressed_tensors_has_the_names_and_integers_of_its_own_reader(tmp_pat
 
 def test_float8_weights_are_those_of_compressed_tensors(tmp_path):
     pytest.importorskip("compressed_tensors")
-    model = rounded(save_stock(tmp_path / "model"), "fp8")
+    model = rounded(save_stock(tmp_path / "model"), "fp8", embeddings=True)
     write_compressed_tensors(model, tmp_path / "small")
     files = load_file(tmp_path / "small" / "model.safetensors")
     name = "model.layers.0.mlp.up_proj"
     assert files[f"{name}.weight"].dtype == torch.float8_e4m3fn
     assert torch.equal(files[f"{name}.weight"].float(), model.weight(name).values_NK.float())
+    table = model.source.tensors["model.embed_tokens.weight"]
+    assert torch.equal(files["model.embed_tokens.weight"], quantized(table, scheme_of("int8_weight")).dequantized())
     with pytest.raises(UserError, match="fp8 is not written in this format"):
         write_torchao_folder(model, tmp_path / "other")
 

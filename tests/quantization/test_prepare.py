@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 
 import numpy as np
@@ -11,9 +12,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 from cook.base.errors import UserError
-from cook.models.cpm_ant import Linear
+from cook.models.cpm_ant import Embedding, Linear
 from cook.quantization import prepare
-from cook.quantization.schemes import linear_modules, quantized, scheme_of
+from cook.quantization.schemes import Matrix, linear_modules, quantized, scheme_of, token_embedding
 from tests.quantization.tiny_stock import IDS, SIZES
 
 pytest.importorskip("torchao")
@@ -97,3 +98,49 @@ def test_what_is_missing_is_named(monkeypatch):
     with pytest.raises(UserError, match="needs the package torchao") as caught:
         prepare.check_requirements(scheme_of("int8"))
     assert "pip install" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_token_embedding_is_rounded_to_8_bits_where_it_is_used(name, is_tied):
+    """Against a stock model whose table holds rounded numbers, and whose other modules are rounded here."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=is_tied, initializer_range=0.2))
+    reference = copy.deepcopy(model)
+    linear, table = linear_modules(model), token_embedding(model)
+    prepare.FakeQuantization(model, scheme_of(name), linear | table)
+    weight = reference.model.embed_tokens.weight
+    weight.data = torch.from_numpy(rounded_rows(weight.detach().numpy()))
+    fake = prepare.FakeQuantization(reference, scheme_of(name), linear)
+    # The same numbers in the same operations.
+    assert torch.equal(model(IDS).logits, reference(IDS).logits)
+    model(IDS, labels=IDS).loss.backward()
+    reference(IDS, labels=IDS).loss.backward()
+    own, wanted = model.model.embed_tokens.weight, reference.model.embed_tokens.weight.grad
+    # Weights that the range of integers cuts off have no gradient: those half a step from its ends.
+    inside = quantized(own, scheme_of("int8_weight")).values_NK.int().abs() < 127
+    # The gradient is multiplied by the scale and by its reciprocal.
+    assert torch.allclose(own.grad[inside], wanted[inside], rtol=1e-5) and wanted[IDS[0, 0]].count_nonzero() > 20
+    fake.remove()
+    assert (model.lm_head.weight is own) == is_tied
+
+
+def rounded_rows(table: np.ndarray) -> np.ndarray:
+    """8 bits with a float16 scale per row, and back; from the definition."""
+    scale = (np.abs(table).max(-1, keepdims=True) / np.float32(127.5)).astype(np.float16).astype(np.float32)
+    return np.clip(np.rint(table * (np.float32(1) / scale)), -128, 127) * scale
+
+
+def test_the_table_of_cpm_ant_is_rounded_for_ids_and_for_scores():
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"table": Embedding(30, 24)})
+    table = model["table"]
+    table.fan_in = 36  # of a model whose other units are removed
+    matrix = Matrix(outputs=30, inputs=24, divides=True, is_embedding=True)
+    prepare.FakeQuantization(model, scheme_of("int8"), {"table": matrix})
+    rounded = rounded_rows(table.weight.detach().numpy()).astype(np.float64)
+    ids, hidden = torch.arange(30), torch.randn(5, 24)
+    # fp32 rounding of the factor 1/6 and of sums of 24 products.
+    assert np.abs(table(ids).detach().numpy() - rounded / 6).max() < 1e-6
+    scores = table(hidden, project=True).detach().numpy()
+    assert np.abs(scores - hidden.double().numpy() @ rounded.T / 6).max() < 1e-5

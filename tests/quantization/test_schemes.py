@@ -5,10 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+    XLMRobertaConfig,
+    XLMRobertaForMaskedLM,
+)
 
 from cook.base.errors import UserErrors
-from cook.quantization.schemes import chosen_modules, linear_modules, quantized, scheme_of
+from cook.quantization.schemes import chosen_modules, linear_modules, quantized, scheme_of, sharing
 from tests.quantization.tiny_stock import SIZES
 
 
@@ -42,9 +51,17 @@ def test_a_row_of_zeros_stays_zero(name):
     assert found[0].eq(0).all() and found[1, 5] == pytest.approx(3.0, rel=0.1) and found[1].count_nonzero() == 1
 
 
+CLASSES = {
+    LlamaConfig: LlamaForCausalLM,
+    GPT2Config: GPT2LMHeadModel,
+    XLMRobertaConfig: XLMRobertaForMaskedLM,
+    ViTConfig: ViTForImageClassification,
+}
+
+
 def model_of(config) -> torch.nn.Module:
     with torch.device("meta"):
-        return {LlamaConfig: LlamaForCausalLM, GPT2Config: GPT2LMHeadModel}[type(config)](config)
+        return CLASSES[type(config)](config)
 
 
 def test_all_linear_modules_are_chosen_and_nothing_that_is_an_embedding():
@@ -57,6 +74,27 @@ def test_all_linear_modules_are_chosen_and_nothing_that_is_an_embedding():
         model_of(GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=96, bos_token_id=1, eos_token_id=2))
     )
     assert gpt2["transformer.h.0.mlp.c_fc"].outputs == 128 and gpt2["transformer.h.0.mlp.c_fc"].is_transposed
+
+
+@pytest.mark.parametrize(
+    ("config", "path"),
+    [
+        (LlamaConfig(**SIZES, tie_word_embeddings=True), "model.embed_tokens"),
+        (LlamaConfig(**SIZES), "model.embed_tokens"),
+        (
+            XLMRobertaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=1, num_attention_heads=4),
+            "lm_head.decoder",
+        ),
+    ],
+)
+def test_the_token_embedding_is_chosen_under_the_first_name_of_its_weight(config, path):
+    model, scheme = model_of(config), scheme_of("int4")
+    linear, found = chosen_modules(model, scheme), chosen_modules(model, scheme, embeddings=True)
+    [(own, matrix)] = found.items() - linear.items()
+    assert own == path and matrix.is_embedding and not any(other.is_embedding for other in linear.values())
+    assert (matrix.outputs, matrix.inputs) == (96, 32) and matrix.scheme(scheme) == scheme_of("int8_weight")
+    tied = [model.get_input_embeddings(), model.get_output_embeddings()]
+    assert {*sharing(model, path)} == {*tied[: 1 + config.tie_word_embeddings]}
 
 
 def test_names_choose_modules_by_their_ends():
@@ -74,3 +112,9 @@ def test_all_mistakes_are_named_at_once():
     text = str(caught.value)
     assert "did you mean 'mlp.up_proj'?" in text and "'norm'" in text
     assert "32 does not divide the inputs of 2 modules" in text and "72 inputs" in text
+    with pytest.raises(UserErrors, match="embeddings: the model has no token embedding"):
+        chosen_modules(
+            model_of(ViTConfig(hidden_size=48, num_hidden_layers=1, num_attention_heads=4)),
+            scheme_of("int8"),
+            embeddings=True,
+        )

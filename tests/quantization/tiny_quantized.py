@@ -31,7 +31,8 @@ def attach(model: torch.nn.Module, scheme: str) -> None:
     with torch.device("meta"):
         whole = tiny.build()
     chosen = scheme_of(scheme, 8)
-    FakeQuantization(model, chosen, chosen_modules(whole, chosen, SUFFIXES))
+    # The embedding of CPM-Ant is its output projection as well.
+    FakeQuantization(model, chosen, chosen_modules(whole, chosen, SUFFIXES, embeddings=scheme == "int4"))
 
 
 def main() -> None:

@@ -5,7 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GemmaConfig,
+    GemmaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    XLMRobertaConfig,
+    XLMRobertaForMaskedLM,
+)
 
 SIZES = {
     "vocab_size": 96,
@@ -17,7 +26,12 @@ SIZES = {
     "intermediate_size": 64,
     "max_position_embeddings": 64,
 }
-CLASSES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+CLASSES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "gemma": (GemmaConfig, GemmaForCausalLM),  # its embedding multiplies by a factor
+    "xlm-roberta": (XLMRobertaConfig, XLMRobertaForMaskedLM),  # its output projection is the first to have the weight
+}
 IDS = torch.randint(96, (2, 12), generator=torch.Generator().manual_seed(1))
 
 

@@ -24,7 +24,7 @@ pytest.importorskip("torchao")
 FULL = read_json(REPOSITORY / "config" / "bmcook_full.json")
 SECTIONS = {
     "MoEfication": FULL["MoEfication"] | {"experts": 5, "shared": 1, "active": 0.6, "calibration_steps": 2},
-    "quantization": FULL["quantization"],
+    "quantization": FULL["quantization"] | {"embeddings": True},
     "training__steps": 3,
     "training__save_every": 2,
 }

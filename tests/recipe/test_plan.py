@@ -323,6 +323,14 @@ def test_quantize_behind_a_pattern_holds_its_mask(config):
     assert stage.pattern_settings()["method"] == "m4n2_1d"
 
 
+def test_a_run_without_embeddings_has_the_fingerprint_of_runs_before_that_setting(config):
+    old = config(("quantize",), **QUANT)
+    stage = plan_stage(old, "quantize")
+    assert stage.quantization_settings()["quantization"].keys().isdisjoint({"embeddings"})
+    other = config(("quantize",), quantization={"is_quant": True, "embeddings": True})
+    assert plan_stage(other, "quantize").fingerprint() != stage.fingerprint()
+
+
 def test_the_section_is_part_of_the_fingerprint_of_its_stage_alone(config):
     one = config(("pretrain", "quantize"), **QUANT)
     other = config(("pretrain", "quantize"), quantization={"is_quant": True, "scheme": "int4", "group_size": 8})

@@ -24,7 +24,7 @@ from cook.recipe.plan import MaskPaths, plan_stage
 from cook.recipe.quantize_run import QuantizeOptions, quantize_run, run_model
 from cook.recipe.start import make_plan
 from tests.recipe.test_stock import write_stock_run
-from tests.recipe.tiny_run import train, write_run
+from tests.recipe.tiny_run import SITES, train, write_run
 
 pytest.importorskip("torchao")
 STAGES = ("pretrain", "layer_mask", "ffn_mask", "quantize")
@@ -33,11 +33,21 @@ SAVED = "training.save_every=2"
 
 @pytest.fixture(scope="module")
 def cpm_run(tmp_path_factory) -> Path:
-    """A CPM-Ant whose FFN dims, and perhaps blocks, are removed, with 8-bit weights and inputs."""
+    """A CPM-Ant whose FFN and hidden dims, and perhaps blocks, are removed; 8-bit weights, embedding and inputs."""
     folder = tmp_path_factory.mktemp("cpm")
-    write_run(folder, STAGES, quantization={"is_quant": True, "steps": 4})
+    hidden = "out/masks/hidden.pt"
+    tables = [f"{kind}_embedding" for kind in ("input", "prompt", "segment")]
+    write_run(
+        folder,
+        STAGES,
+        quantization={"is_quant": True, "embeddings": True, "steps": 4},
+        fine__hidden_mask=hidden,
+        pruning__pruned_module=[f"{site}.weight" for site in (*SITES, *tables)],
+    )
+    (folder / hidden).parent.mkdir(parents=True)
+    torch.save({"hidden_z": (torch.arange(32) % 4 != 1).float()}, folder / hidden)
     done = train(folder, "--stage", "all", "--set", SAVED)
-    assert done.code == 0 and "modules as int8" in done.out, done
+    assert done.code == 0 and "modules as int8, the token embedding in 8 bits" in done.out, done
     assert "Failed to load" not in done.err and "Skipping import" not in done.err, "torchao is quiet"
     return folder
 
@@ -55,27 +65,47 @@ def test_the_reshaped_model_has_the_loss_of_the_one_that_was_trained(cpm_run, mo
     config = load_config("bmcook.json")
     stage = plan_stage(config, "quantize")
     assert stage.after == "ffn_mask" and stage.fixed == MaskPaths(
-        layer="out/masks/layer.pt", dimff="out/masks/dimff.pt"
+        layer="out/masks/layer.pt", dimff="out/masks/dimff.pt", hidden="out/masks/hidden.pt"
     )
     record = json.loads(stage.done.read_text())
     model = run_model(stage)
-    assert record["steps"] == 4 and len(model.matrices) == len(record["quantization"]["modules"]) > 5
-    assert any(factor < 1 for factor in model.factors.values()), "CPM-Ant divides by other sizes after the cut"
+    assert record["steps"] == 4 and len(model.matrices) == len(record["quantization"]["modules"]) + 1 > 5
+    assert record["quantization"]["embeddings"] == ["input_embedding"] and model.embedding.inputs == 24
+    # CPM-Ant divides by other sizes after the cut.
+    assert model.factors["input_embedding"] == pytest.approx((24 / 32) ** 0.5)
     # The same integers; the inputs of a module are rounded after sums in another order, so that a few differ by one.
     found = evaluated(loaded(model), config, model.source.adapter)
     assert found == pytest.approx(record["held_out_loss"], rel=1e-5)
     # Without the rounding it is another number.
     plain = evaluated(loaded(type(model)(**vars(model) | {"matrices": {}})), config, model.source.adapter)
     assert plain != pytest.approx(record["held_out_loss"], rel=2e-5)
+    linear = {path: matrix for path, matrix in model.matrices.items() if not matrix.is_embedding}
+    floats = evaluated(loaded(type(model)(**vars(model) | {"matrices": linear})), config, model.source.adapter)
+    assert abs(floats - found) > 4 * abs(found - record["held_out_loss"])
+
+
+def test_a_record_of_an_older_run_has_no_embedding(cpm_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(shutil.copytree(cpm_run, tmp_path / "run"))
+    stage = plan_stage(load_config("bmcook.json"), "quantize")
+    record = json.loads(stage.done.read_text())
+    record["quantization"].pop("embeddings")
+    stage.done.write_text(json.dumps(record))
+    assert run_model(stage).embedding is None
 
 
 def test_transformers_loads_the_quantized_cpm_ant(cpm_run, monkeypatch, capsys):
     monkeypatch.chdir(cpm_run)
     quantize_run(QuantizeOptions(config="bmcook.json"))
     said = capsys.readouterr().out
-    assert "no CPM-Live .pt was written" in said and "trust_remote_code=True" in said and "int8" in said
+    assert (
+        "no CPM-Live .pt was written" in said
+        and "the token embedding in 8 bits" in said
+        and "trust_remote_code=True" in said
+        and "int8" in said
+    )
     with quiet():
         small = AutoModelForCausalLM.from_pretrained("out/quantized/transformers", trust_remote_code=True)
+    assert type(small.input_embedding.weight).__name__ == "IntxUnpackedToInt8Tensor"
     config = load_config("bmcook.json")
     stage = plan_stage(config, "quantize")
     found = evaluated(small.eval(), config, run_model(stage).source.adapter)
@@ -104,7 +134,8 @@ def test_a_llama_with_a_teacher_on_two_ranks_under_zero_3(tmp_path):
             ("ffn_mask", "headdim_mask", "quantize"),
             deepspeed={"zero_optimization": {"stage": zero}},
             distillation={"teacher": "model", "ce_scale": 1.0, "stages": ["quantize"]},
-            quantization={"is_quant": True, "scheme": "int4", "group_size": 8, "steps": 3},
+            quantization={"is_quant": True, "scheme": "int4", "group_size": 8, "steps": 3, "embeddings": True},
+            name="llama, tied",
             training__steps=3,
             fine__target_dimff=16,
             fine__round_to=8,
@@ -121,6 +152,8 @@ def test_a_llama_with_a_teacher_on_two_ranks_under_zero_3(tmp_path):
             config = load_config("bmcook.json")
             quantize_run(QuantizeOptions(config="bmcook.json", output="small"))
             small = AutoModelForCausalLM.from_pretrained("small").eval()
+            assert small.lm_head.weight is small.model.embed_tokens.weight
+            assert small.lm_head.weight.target_dtype == torch.int8
             adapter = run_model(plan_stage(config, "quantize")).source.adapter
             assert (small.config.intermediate_size, small.config.head_dim) == (16, 4)
             assert evaluated(small, config, adapter) == pytest.approx(record["held_out_loss"], rel=1e-5)
