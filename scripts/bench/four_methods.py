@@ -162,6 +162,7 @@ def speeds(options: argparse.Namespace, models: dict[str, str]) -> list[dict[str
         max_windows=1,
         dtype="float32",
         prompt_tokens=options.length,
+        new_tokens=options.decoded,
         repeats=options.repeats,
         trust_remote_code=True,
     )
@@ -203,17 +204,17 @@ def llama_loss(options: argparse.Namespace, file: Path, dense: str, text: str) -
     return statistics.mean(found)
 
 
-def llama_speed(options: argparse.Namespace, file: Path, threads: int, decoded: int = 32) -> dict[str, float]:
-    runs, prefill, decode = llama(file, options.length + decoded, threads), [], []
+def llama_speed(options: argparse.Namespace, file: Path, threads: int) -> dict[str, float]:
+    runs, prefill, decode = llama(file, options.length + options.decoded, threads), [], []
     for _ in range(options.repeats):
         runs.reset()
         begun = time.perf_counter()
         runs.eval(list(range(1000, 1000 + options.length)))
         middle = time.perf_counter()
-        for token in range(decoded):
+        for token in range(options.decoded):
             runs.eval([1000 + token])
         prefill.append(options.length / (middle - begun))
-        decode.append(decoded / (time.perf_counter() - middle))
+        decode.append(options.decoded / (time.perf_counter() - middle))
     runs.close()
     names = (f"prefill tokens/s, {threads}", f"decode tokens/s, {threads}")
     return dict(zip(names, map(statistics.median, (prefill, decode)), strict=True))
@@ -232,6 +233,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quantize-rate", type=float, default=2e-5, help="of Q")
     parser.add_argument("--windows", type=int, default=32, help="of each text")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--decoded", type=int, default=16, help="tokens")
     parser.add_argument("--repeats", type=int, default=3, help="rounds of timing")
     parser.add_argument("--folder", default="results/four_methods")
     parser.add_argument("--output")
