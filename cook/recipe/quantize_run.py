@@ -35,7 +35,7 @@ from cook.quantization.schemes import chosen_modules, described, linear_modules,
 from cook.recipe.plan import Stage, plan_stage
 from cook.recipe.sources import check_masks
 from cook.recipe.summary import done_record, masks_after
-from cook.report.tables import human_count, markdown_table
+from cook.report.tables import human_bytes, markdown_table
 
 Format = Literal["transformers", "compressed-tensors", "gguf"]
 """`transformers`: torchao's tensors, which `from_pretrained` loads; `compressed-tensors`: for vLLM; `gguf`: for
@@ -219,7 +219,7 @@ def _losses(model: QuantizedModel, text: str, options: QuantizeOptions) -> list[
 
 def _table(model: QuantizedModel, before: int, after: int, parameters: int, losses: Sequence[float] | None) -> str:
     rows = [
-        [name, f"{human_count(size)}B", f"{8 * size / parameters:.2f}"] + ([f"{losses[number]:.4f}"] if losses else [])
+        [name, human_bytes(size), f"{8 * size / parameters:.2f}"] + ([f"{losses[number]:.4f}"] if losses else [])
         for number, (name, size) in enumerate((("before", before), (model.scheme.name, after)))
     ]
     return markdown_table(["", "weights", "bits per weight", *(["loss"] if losses else [])], rows)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cook.report import drawing
 from cook.report.drawing import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, VERMILION
-from cook.report.tables import MISSING, human_count, markdown_table
+from cook.report.tables import MISSING, human_bytes, human_count, markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +35,7 @@ OTHERS = (
     _Metric("parameters", "parameters", human_count, ORANGE, "fewer"),
     _Metric("prefill_tokens_per_second", "prefill tokens/s", human_count, GREEN, "higher"),
     _Metric("decode_tokens_per_second", "decode tokens/s", human_count, PURPLE, "higher"),
-    _Metric("peak_memory_bytes", "peak memory", lambda value: f"{human_count(value)}B", VERMILION, "lower"),
+    _Metric("peak_memory_bytes", "peak memory", human_bytes, VERMILION, "lower"),
 )
 
 

@@ -26,6 +26,12 @@ def human_count(value: float) -> str:
     return f"{'-' if value < 0 else ''}{scaled:.{digits}f}{_UNITS[power]}"
 
 
+def human_bytes(value: float) -> str:
+    """Formats a number of bytes in decimal units: 999B, 145MB, 1.42GB."""
+    text = human_count(value)
+    return f"{text[:-1]}GB" if text.endswith("B") else f"{text}B"
+
+
 def human_duration(seconds: float) -> str:
     """Formats a time in seconds as m:ss, h:mm:ss or "3d 04:05:06". A non-finite time is "-:--"."""
     if not math.isfinite(seconds):

@@ -18,7 +18,7 @@ from typing import Any
 from cook.base.errors import UserError
 from cook.base.faults import point
 from cook.base.files import fsync_folder, naming, read_json, sha256, write_atomically
-from cook.report.tables import human_count, markdown_table
+from cook.report.tables import human_bytes, markdown_table
 
 MANIFEST, LATEST = "manifest.json", "latest"
 MANIFEST_TYPES = {"stage": str, "step": int, "tokens": int, "world_size": int, "fingerprint": str, "layout": dict}
@@ -231,7 +231,7 @@ def _cell(name: str, value: Any) -> str:
         return ""
     if name == "layout":
         return ", ".join(f"{key} {each}" for key, each in value.items())
-    return f"{human_count(value)}B" if name == "size" else str(value)
+    return human_bytes(value) if name == "size" else str(value)
 
 
 def verified(folder: Path) -> tuple[bool, str]:

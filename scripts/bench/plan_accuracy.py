@@ -57,18 +57,22 @@ TINY: dict[str, dict[str, Any]] = {
     "CPM-Ant, default": MODELS["CPM-Ant, default"] | {"num_layers": 1, "vocab_size": 512, "dim_ff": 64},
     "SmolLM2-135M, 4 layers": LLAMA | {"num_hidden_layers": 1, "vocab_size": 512, "intermediate_size": 64},
 }
+KEYS = ("model", "rows", "zero", "precision", "checkpointing", "batch", "offloaded")
 CASES = [
-    {"model": model, "zero": zero, "precision": precision, "checkpointing": checkpointing, "rows": rows, "batch": batch}
-    for model, rows, zero, precision, checkpointing, batch in (
-        ("CPM-Ant, default", 8, 0, "fp32", False, 16),
-        ("CPM-Ant, default", 8, 0, "fp32", True, 16),
-        ("CPM-Ant, default", 4, 2, "fp32", False, 16),
-        ("CPM-Ant, default", 8, 3, "fp32", False, 16),
-        ("CPM-Ant, default", 4, 2, "bf16", False, 8),
-        ("SmolLM2-135M, 4 layers", 4, 0, "fp32", False, 8),
-        ("SmolLM2-135M, 4 layers", 4, 2, "fp32", True, 8),
-        ("SmolLM2-135M, 4 layers", 4, 3, "fp32", False, 8),
-        ("SmolLM2-135M, 4 layers", 2, 3, "bf16", True, 4),
+    dict(zip(KEYS, values, strict=True))
+    for values in (
+        ("CPM-Ant, default", 8, 0, "fp32", False, 16, ()),
+        ("CPM-Ant, default", 8, 0, "fp32", True, 16, ()),
+        ("CPM-Ant, default", 4, 2, "fp32", False, 16, ()),
+        ("CPM-Ant, default", 8, 3, "fp32", False, 16, ()),
+        ("CPM-Ant, default", 4, 2, "bf16", False, 8, ()),
+        ("SmolLM2-135M, 4 layers", 4, 0, "fp32", False, 8, ()),
+        ("SmolLM2-135M, 4 layers", 4, 2, "fp32", True, 8, ()),
+        ("SmolLM2-135M, 4 layers", 4, 3, "fp32", False, 8, ()),
+        ("SmolLM2-135M, 4 layers", 2, 3, "bf16", True, 4, ()),
+        ("SmolLM2-135M, 4 layers", 2, 2, "bf16", True, 4, ("offload_optimizer",)),
+        ("SmolLM2-135M, 4 layers", 2, 3, "bf16", True, 4, ("offload_optimizer",)),
+        ("SmolLM2-135M, 4 layers", 2, 3, "bf16", True, 4, ("offload_optimizer", "offload_param")),
     )
 ]
 LENGTH = 256
@@ -84,7 +88,8 @@ def engine_of(config: dict[str, Any], case: dict[str, Any], rows: int, batch: in
         precision=case["precision"],
         activation_checkpointing=case["checkpointing"],
     )
-    settings = {"zero_optimization": {"stage": case["zero"]}}
+    offloaded = {key: {"device": "cpu"} for key in case["offloaded"]}
+    settings = {"zero_optimization": {"stage": case["zero"]} | offloaded}
     return Engine(lambda: adapter.build(config), None, training, settings, call_form=adapter.inputs)
 
 
@@ -195,6 +200,8 @@ def setup_of(case: dict[str, Any]) -> Setup:
         length=LENGTH,
         accumulation=case["batch"] // case["rows"] // 2,
         checkpointing=case["checkpointing"],
+        offload_optimizer="offload_optimizer" in case["offloaded"],
+        offload_param="offload_param" in case["offloaded"],
     )
 
 

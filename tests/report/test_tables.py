@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from cook.report.tables import (
     LadderRow,
+    human_bytes,
     human_count,
     human_duration,
     ladder_table,
@@ -49,6 +50,10 @@ def test_a_count_is_within_half_a_percent_and_four_characters_of_digits(value):
     number = float(text[:-1]) * {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[text[-1]]
     assert abs(number - value) <= 0.0051 * value
     assert 1 <= float(text[:-1]) < 1000
+
+
+def test_bytes_have_decimal_units():
+    assert [human_bytes(n) for n in (999, 145e6, 1.424e9, 2.5e12)] == ["999B", "145MB", "1.42GB", "2.50TB"]
 
 
 @pytest.mark.parametrize(
