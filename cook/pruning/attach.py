@@ -161,10 +161,11 @@ class AttachedGates:
     def _corrected(self, norm: torch.nn.Module, gate: GatePoint, name: str) -> Callable[..., Any]:
         """A forward pass of a norm over the kept features alone; its input is gated already.
 
-        A norm over all features divides by √(Σx²/D + ε), that of the reshaped model by √(Σx²/D' + ε), with D' = Σz. The
-        input times √(D/D') and the output times √(D'/D) give the latter, ε included. A LayerNorm also subtracts the
-        mean over D' from the kept features alone. The module's forward is replaced, since with ZeRO-3 its weights are
-        there only inside of it.
+        A norm over all features divides by √(Σx²/D + ε), that of the reshaped model by √(Σx²/D' + ε), with D' = Σz².
+        The input times √(D/D') and the output times √(D'/D) give the latter, ε included. With squares, gates that are
+        all equal multiply the output as they multiply the input, so that fractions are not free. A LayerNorm also
+        subtracts the mean, Σx/Σz, from the kept features alone. The module's forward is replaced, since with ZeRO-3
+        its weights are there only inside of it.
         """
         forward: Callable[..., Any] = norm.forward
 
@@ -173,12 +174,13 @@ class AttachedGates:
             if z is None:
                 return forward(x)
             # Without any head, all of x is 0.
-            kept = z.to(torch.promote_types(z.dtype, x.dtype)).sum().clamp(min=1e-3)
+            z = z.to(torch.promote_types(z.dtype, x.dtype))
+            kept = (z**2).sum().clamp(min=1e-3)
             scale = (len(z) / kept).sqrt().to(x.dtype)
             if "RMSNorm" in type(norm).__name__:
                 return forward(x * scale) / scale
-            z = z.to(x.dtype)
-            centered = x - z * (x.sum(-1, keepdim=True) / kept).to(x.dtype)
+            mean, z = x.sum(-1, keepdim=True) / z.sum().clamp(min=1e-3), z.to(x.dtype)
+            centered = x - z * mean.to(x.dtype)
             if type(norm) is not torch.nn.LayerNorm:  # a LayerNorm that uses its weight in its own way
                 y, bias = forward(centered * scale), getattr(norm, "bias", None)
                 return y / scale if bias is None else (y - bias) / scale + z * bias

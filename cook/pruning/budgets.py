@@ -58,6 +58,8 @@ class Budget:
     """As in `Constraint.multiples`."""
     least: tuple[tuple[int, int], ...] = ()
     """As in `Constraint.least`."""
+    early: tuple[bool, ...] = ()
+    """As in `Constraint.early`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +153,7 @@ def constraints(space: PruningSpace, learned: Sequence[UnitGroup], targets: Targ
                 pricing=budget.pricing,
                 multiples=budget.multiples,
                 least=budget.least,
+                early=budget.early,
             )
         )
         start += len(budget.costs)
@@ -170,6 +173,13 @@ def _least(groups: Sequence[UnitGroup], targets: Targets) -> tuple[tuple[int, in
     """As in `Constraint.least`. A model without hidden dimensions, or with heads of none, cannot be built."""
     least = [(group.size, _multiple(group, targets) if group.kind in WIDE else group.least) for group in groups]
     return tuple(least) if any(number for _, number in least) else ()
+
+
+def _early(groups: Sequence[UnitGroup]) -> tuple[bool, ...]:
+    """As in `Constraint.early`: in a budget of several kinds of units, all but the FFN dimensions."""
+    if len({group.kind for group in groups} - {"keys"}) == 1:
+        return ()
+    return tuple(group.kind != "dimff" for group in groups for _ in range(group.size))
 
 
 def _of_block(group: UnitGroup, targets: Targets) -> list[Budget]:
@@ -229,6 +239,7 @@ def _shared(space: PruningSpace, groups: Sequence[UnitGroup], targets: Targets) 
         pricing=pricing,
         multiples=_multiples(groups, targets),
         least=_least(groups, targets),
+        early=_early(groups),
     )
 
 
@@ -287,6 +298,7 @@ def _shared_by_all(space: PruningSpace, groups: Sequence[UnitGroup], targets: Ta
         pricing=pricing,
         multiples=multiples,
         least=_least(groups, targets),
+        early=_early(groups),
     )
 
 

@@ -54,7 +54,11 @@ class Relaxation(Protocol):
         """∂openness / ∂values."""
 
     def binarization_gradient(
-        self, values: torch.Tensor, hold: float, weights: torch.Tensor | None = None
+        self,
+        values: torch.Tensor,
+        hold: float,
+        weights: torch.Tensor | None = None,
+        early: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The gradient that makes gates binary, in units of the root mean square of the task's gradient.
 
@@ -62,6 +66,7 @@ class Relaxation(Protocol):
             values: The gate values.
             hold: Progress, 0 to 1, of the phase after the targets' ramp.
             weights: How much each gate counts when they are judged to be binary; None: all alike.
+            early: 1 for gates that must be nearly binary from the first step on, else 0; None: none of them.
         """
 
 
@@ -75,12 +80,19 @@ class Deterministic:
     if gates of a constraint are fractional near the end, c grows without bound for them (the homotopy of Murray and
     Ng, "An algorithm for nonlinear optimization problems with binary variables", 2010). If none are, it does not, since
     gates under a smaller c can still improve. No noise is drawn, so a few dozen steps are enough to rank the units.
+
+    Some gates must decide early, while the target still rises: large units that share a budget with small ones. Half of
+    a block, of all heads or of all hidden dimensions (whose norm cancels a common factor) costs the task far less
+    than half of the loss without them. Such gates would take most of the budget while they are fractional, and
+    could not keep it once they must be 0 or 1.
     """
 
     concavity: float = 2.0
     """The final value of c's linear growth, in units of the root mean square of a gate's gradient."""
     last: float = 0.4
     """The last share of the hold phase, in which c can grow without bound."""
+    early_concavity: float = 6.0
+    """c, from the first step on, of gates that decide early."""
     fractional: float = 0.03
     """Mean of 4 z (1 − z) over the open gates of a constraint above which c grows at the full rate. Prices that
     change with the sizes weight it: else 60 blocks would not count among 50,000 dims, and all would stay half open."""
@@ -109,13 +121,19 @@ class Deterministic:
         return torch.ones_like(values)
 
     def binarization_gradient(
-        self, values: torch.Tensor, hold: float, weights: torch.Tensor | None = None
+        self,
+        values: torch.Tensor,
+        hold: float,
+        weights: torch.Tensor | None = None,
+        early: torch.Tensor | None = None,
     ) -> torch.Tensor:
         growth = 1 / min(1.0, max(0.02, (1 - hold) / self.last))
         weights = torch.ones_like(values) if weights is None else weights
         between = (weights * 4 * values * (1 - values)).sum(-1, keepdim=True)
         between = between / (weights * values).sum(-1, keepdim=True).clamp(min=1e-30)
         c = self.concavity * hold * growth ** (between / self.fractional).clamp(max=1.0)
+        if early is not None:
+            c = c.maximum(self.early_concavity * early)
         return c * (1 - 2 * values)
 
 

@@ -211,3 +211,17 @@ def test_gates_multiply_weights_only_where_that_is_cheaper_and_nobody_reads_the_
     assert not attached._folds(model.linear, gate, many, z)
     _, kept, x = passed(is_tapped=True, heads=[0.5, 0.0, 1.0])
     torch.testing.assert_close(kept[0], x * torch.tensor([0.5, 0.5, 0, 0, 1, 1], dtype=x.dtype), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("norm", [torch.nn.RMSNorm(6), torch.nn.LayerNorm(6)])
+def test_gates_of_a_norm_that_are_all_equal_multiply_what_it_gives(norm):
+    """Up to the rounding of double precision. A fraction of all features is not free, though the norm divides by it."""
+    torch.manual_seed(0)
+    norm = norm.double()
+    torch.nn.init.normal_(norm.weight)
+    model, x = torch.nn.Sequential(norm), torch.randn(4, 6, dtype=torch.float64)
+    expected = 0.3 * model(x)
+    gate = GatePoint(module="0", at="statistics")
+    group = UnitGroup(kind="hidden", site="stream", layer=-1, size=6, slices=(), gate=gate)
+    AttachedGates(model, [group], {}).set({"hidden": torch.full((6,), 0.3, dtype=torch.float64)})
+    torch.testing.assert_close(model(0.3 * x), expected, rtol=1e-12, atol=1e-12)

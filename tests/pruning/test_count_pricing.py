@@ -168,3 +168,15 @@ def test_gates_go_in_multiples_at_the_mean_of_their_places():
     # Three of seven go first, so that four stay.
     new, allowed = in_multiples(torch.arange(7), (7,), (4,))
     assert new.tolist() == list(range(7)) and allowed.tolist() == [0, 3, 7]
+
+
+def test_all_but_ffn_dims_decide_early_where_they_share_a_budget():
+    space = SPACES["llama"] if "llama" in SPACES else next(iter(SPACES.values()))
+    for cost in ("units", "parameters"):
+        (made,) = constraints(
+            space, learned_of(space, ("heads", "dimff")), Targets(scope="global", cost=cost, share=0.5)
+        )
+        heads = sum(group.size for group in space.of("heads"))
+        assert made.early == (True,) * heads + (False,) * (len(made.costs) - heads)
+    (alone,) = constraints(space, learned_of(space, ("dimff",)), Targets(scope="global", share=0.5))
+    assert alone.early == ()

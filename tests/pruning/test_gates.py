@@ -393,3 +393,28 @@ def test_some_units_of_a_group_always_stay():
         assert (gates.of_size(0)[:5] > 0.4).sum() >= 2
     masks = gates.binary()
     assert (masks["a"].sum(), masks["b"].sum()) == (2, 2)
+
+
+def test_large_units_whose_fractions_are_free_do_not_take_a_budget_that_they_cannot_keep():
+    """Five large units cost as much as a hundred small ones. Down to z = 0.6 they lose nothing, below it far more."""
+    sizes, costs = {"large": 5, "small": 100}, torch.tensor([20.0] * 5 + [1.0] * 100)
+    weights = torch.linspace(0.0, 0.01, 100)
+
+    def loss(z):
+        return 10 * ((0.6 - z[:5]).clamp(min=0) ** 2).sum() + (weights * (1 - z[5:])).sum()
+
+    def learned(is_early):
+        early = (True,) * 5 + (False,) * 100 if is_early else ()
+        shares = tuple((costs / costs.sum()).tolist())
+        budget = Constraint(name="all", start=0, costs=shares, target=0.5, early=early)
+        gates = Gates(sizes, [budget], steps=60, seed=0)
+        for step in range(1, 61):
+            z = gates.draw(step).requires_grad_()
+            (gradient,) = torch.autograd.grad(loss(z), z)
+            gates.update(gradient, step)
+        masks = gates.binary()
+        return masks["large"], float(loss(torch.cat([masks["large"], masks["small"]])))
+
+    kept, early = learned(True)
+    _, late = learned(False)
+    assert kept.tolist() == [1] * 5 and early < 0.2 * late

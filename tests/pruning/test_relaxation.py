@@ -52,6 +52,10 @@ def test_the_binarization_gradient_is_the_slope_of_the_concave_term_and_hard_con
     between, decided = Deterministic(concavity=2.0).binarization_gradient(torch.tensor([[0.3, 0.7], [0.0, 1.0]]), 1.0)
     torch.testing.assert_close(between, torch.tensor([40.0, -40.0]))
     torch.testing.assert_close(decided, torch.tensor([2.0, -2.0]))
+    # Gates that decide early have it from the first step on.
+    early = torch.tensor([1.0, 0.0])
+    first = Deterministic(early_concavity=6.0).binarization_gradient(torch.tensor([0.75, 0.75]), 0.0, None, early)
+    torch.testing.assert_close(first, torch.tensor([-3.0, 0.0]))
     # A single gate that weighs as much as many counts like many.
     many = torch.cat([torch.tensor([0.5]), torch.ones(999)])[None]
     light, heavy = (
