@@ -58,6 +58,8 @@ class Budget:
     """As in `Constraint.multiples`."""
     least: tuple[tuple[int, int], ...] = ()
     """As in `Constraint.least`."""
+    kinds: tuple[int, ...] = ()
+    """As in `Constraint.kinds`."""
     early: tuple[bool, ...] = ()
     """As in `Constraint.early`."""
 
@@ -153,6 +155,7 @@ def constraints(space: PruningSpace, learned: Sequence[UnitGroup], targets: Targ
                 pricing=budget.pricing,
                 multiples=budget.multiples,
                 least=budget.least,
+                kinds=budget.kinds,
                 early=budget.early,
             )
         )
@@ -239,6 +242,7 @@ def _shared(space: PruningSpace, groups: Sequence[UnitGroup], targets: Targets) 
         pricing=pricing,
         multiples=_multiples(groups, targets),
         least=_least(groups, targets),
+        kinds=tuple(KINDS.index(group.kind) for group in groups for _ in range(group.size)),
         early=_early(groups),
     )
 
@@ -298,6 +302,7 @@ def _shared_by_all(space: PruningSpace, groups: Sequence[UnitGroup], targets: Ta
         pricing=pricing,
         multiples=multiples,
         least=_least(groups, targets),
+        kinds=tuple(KINDS.index(group.kind) for group in groups for _ in range(group.size)),
         early=_early(groups),
     )
 

@@ -65,6 +65,8 @@ class Constraint:
     """For consecutive groups of gates: their number, and the number of which the kept ones are a multiple."""
     least: tuple[tuple[int, int], ...] = ()
     """For consecutive groups of gates: their number, and how many of them always stay; empty: none."""
+    kinds: tuple[int, ...] = ()
+    """For each gate, the number of its kind of unit; empty: all are of one kind."""
     early: tuple[bool, ...] = ()
     """For each gate, whether it decides early (`Deterministic`); empty: none does."""
 
@@ -105,8 +107,7 @@ class GateController:
         self._real = torch.arange(max(sizes, default=0)) < torch.tensor(sizes)[:, None]
         self._costs = self._rows(torch.tensor([cost for c in constraints for cost in c.costs], dtype=torch.float64))
         self._offsets = torch.zeros(len(sizes), dtype=torch.float64)
-        # Gates are judged to be binary by their costs where these differ much.
-        self._judged = torch.tensor([c.pricing is not None or any(c.early) for c in constraints])[:, None]
+        self._kinds = self._rows(torch.tensor([k for c in constraints for k in c.kinds or (0,) * len(c.costs)]).long())
         self._early = self._rows(torch.tensor([float(e) for c in constraints for e in c.early or (0,) * len(c.costs)]))
         self._sizes = torch.tensor(sizes, dtype=torch.float64)
         self.moment = torch.zeros(sum(sizes), dtype=torch.float64)
@@ -165,8 +166,7 @@ class GateController:
 
         relaxation, start = self.relaxation, self._rows(values.double())
         self._reprice(start)
-        weights = torch.where(self._judged, self._costs, 1.0)
-        task = moment / scale + relaxation.binarization_gradient(start, hold, weights, self._early)
+        task = moment / scale + relaxation.binarization_gradient(start, hold, self._kinds, self._early)
         press = self._costs * relaxation.slope(start) / scale
         low, high = relaxation.low, relaxation.high
         floor = self._floor(start, task)

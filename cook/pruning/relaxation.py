@@ -57,7 +57,7 @@ class Relaxation(Protocol):
         self,
         values: torch.Tensor,
         hold: float,
-        weights: torch.Tensor | None = None,
+        kinds: torch.Tensor | None = None,
         early: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The gradient that makes gates binary, in units of the root mean square of the task's gradient.
@@ -65,7 +65,8 @@ class Relaxation(Protocol):
         Args:
             values: The gate values.
             hold: Progress, 0 to 1, of the phase after the targets' ramp.
-            weights: How much each gate counts when they are judged to be binary; None: all alike.
+            kinds: The number of each gate's kind, int64, as `values`: each kind is judged to be binary by itself. None:
+                all are of one kind.
             early: 1 for gates that must be nearly binary from the first step on, else 0; None: none of them.
         """
 
@@ -77,7 +78,7 @@ class Deterministic:
     min over z ∈ [0, 1]ⁿ of L_task(z) + c · Σ z_j (1 − z_j) subject to Σ cost_j z_j = 1 − t. With c = 0 the optimum is
     fractional; c grows linearly from 0 from the time the target is reached. How large c must be until no value
     between 0 and 1 is stable depends on the loss: the curvature of a block is many times that of an FFN dimension. So
-    if gates of a constraint are fractional near the end, c grows without bound for them (the homotopy of Murray and
+    if gates of a kind are fractional near the end, c grows without bound for them (the homotopy of Murray and
     Ng, "An algorithm for nonlinear optimization problems with binary variables", 2010). If none are, it does not, since
     gates under a smaller c can still improve. No noise is drawn, so a few dozen steps are enough to rank the units.
 
@@ -94,8 +95,8 @@ class Deterministic:
     early_concavity: float = 6.0
     """c, from the first step on, of gates that decide early."""
     fractional: float = 0.03
-    """Mean of 4 z (1 − z) over the open gates of a constraint above which c grows at the full rate. Prices that
-    change with the sizes weight it: else 60 blocks would not count among 50,000 dims, and all would stay half open."""
+    """Mean of 4 z (1 − z) over the open gates of a kind above which c grows at the full rate. Each kind of a constraint
+    has its own: else 60 blocks would not count among 50,000 dims, and all would stay half open."""
     ramp: float = 0.4
     low: float = 0.0
     high: float = 1.0
@@ -124,14 +125,17 @@ class Deterministic:
         self,
         values: torch.Tensor,
         hold: float,
-        weights: torch.Tensor | None = None,
+        kinds: torch.Tensor | None = None,
         early: torch.Tensor | None = None,
     ) -> torch.Tensor:
         growth = 1 / min(1.0, max(0.02, (1 - hold) / self.last))
-        weights = torch.ones_like(values) if weights is None else weights
-        between = (weights * 4 * values * (1 - values)).sum(-1, keepdim=True)
-        between = between / (weights * values).sum(-1, keepdim=True).clamp(min=1e-30)
-        c = self.concavity * hold * growth ** (between / self.fractional).clamp(max=1.0)
+        kinds = torch.zeros_like(values, dtype=torch.int64) if kinds is None else kinds
+        # Two sums per kind.
+        between_and_open = torch.stack([4 * values * (1 - values), values])
+        sums = values.new_zeros(2, *values.shape[:-1], int(kinds.max()) + 1 if kinds.numel() else 1)
+        between, of_open = sums.scatter_add(-1, kinds.expand_as(between_and_open), between_and_open)
+        between = (between / of_open.clamp(min=1e-30)).gather(-1, kinds)
+        c: torch.Tensor = self.concavity * hold * growth ** (between / self.fractional).clamp(max=1.0)
         if early is not None:
             c = c.maximum(self.early_concavity * early)
         return c * (1 - 2 * values)
