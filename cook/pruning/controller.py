@@ -25,7 +25,7 @@ from typing import Protocol
 import torch
 
 from cook.pruning.count_pricing import Priced
-from cook.pruning.relaxation import Relaxation
+from cook.pruning.relaxation import Relaxation, share_of_kind
 
 HALVINGS = 8
 """Halvings of the initial range of log|λ|, which spans many decades: from 60 nats to a quarter of one."""
@@ -109,7 +109,6 @@ class GateController:
         self._offsets = torch.zeros(len(sizes), dtype=torch.float64)
         self._kinds = self._rows(torch.tensor([k for c in constraints for k in c.kinds or (0,) * len(c.costs)]).long())
         self._early = self._rows(torch.tensor([float(e) for c in constraints for e in c.early or (0,) * len(c.costs)]))
-        self._sizes = torch.tensor(sizes, dtype=torch.float64)
         self.moment = torch.zeros(sum(sizes), dtype=torch.float64)
         self.second_moment = torch.zeros(sum(sizes), dtype=torch.float64)
         self.steps = 0
@@ -161,8 +160,8 @@ class GateController:
         self.second_moment.lerp_(gradient**2, 1 - self.betas[1])
         moment = self._rows(self.moment / (1 - self.betas[0] ** self.steps))
         scale = self._rows((self.second_moment / (1 - self.betas[1] ** self.steps)).sqrt())
-        # A gate without any task gradient so far moves first, but not infinitely faster than the others.
-        scale = scale + 1e-2 * (scale.sum(1) / self._sizes)[:, None] + 1e-30
+        # A gate without any task gradient so far moves first, but not infinitely faster than the others of its kind.
+        scale = scale + 1e-2 * share_of_kind(scale, self._real.to(scale), self._kinds) + 1e-30
 
         relaxation, start = self.relaxation, self._rows(values.double())
         self._reprice(start)

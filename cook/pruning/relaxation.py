@@ -130,12 +130,8 @@ class Deterministic:
     ) -> torch.Tensor:
         growth = 1 / min(1.0, max(0.02, (1 - hold) / self.last))
         kinds = torch.zeros_like(values, dtype=torch.int64) if kinds is None else kinds
-        # Two sums per kind.
-        between_and_open = torch.stack([4 * values * (1 - values), values])
-        sums = values.new_zeros(2, *values.shape[:-1], int(kinds.max()) + 1 if kinds.numel() else 1)
-        between, of_open = sums.scatter_add(-1, kinds.expand_as(between_and_open), between_and_open)
-        between = (between / of_open.clamp(min=1e-30)).gather(-1, kinds)
-        c: torch.Tensor = self.concavity * hold * growth ** (between / self.fractional).clamp(max=1.0)
+        between = share_of_kind(4 * values * (1 - values), values, kinds)
+        c = self.concavity * hold * growth ** (between / self.fractional).clamp(max=1.0)
         if early is not None:
             c = c.maximum(self.early_concavity * early)
         return c * (1 - 2 * values)
@@ -174,6 +170,20 @@ class HardConcrete:
 
     def binarization_gradient(self, values: torch.Tensor, *_: object) -> torch.Tensor:
         return torch.zeros_like(values)
+
+
+def share_of_kind(part: torch.Tensor, whole: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
+    """For each gate, Σ part / Σ whole over the gates of its kind in its row.
+
+    Args:
+        part, whole: `[..., gates]`.
+        kinds: The number of each gate's kind, int64, as `part`.
+    """
+    both = torch.stack([part, whole])
+    sums = both.new_zeros(*both.shape[:-1], int(kinds.max()) + 1 if kinds.numel() else 1)
+    of_part, of_whole = sums.scatter_add(-1, kinds.expand_as(both), both)
+    shares: torch.Tensor = of_part / of_whole.clamp(min=1e-30)
+    return shares.gather(-1, kinds)
 
 
 BETA = 2 / 3

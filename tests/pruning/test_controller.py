@@ -202,3 +202,20 @@ def test_the_automatic_rate_closes_an_open_gate_in_a_third_of_the_stage():
         assert 0.05 <= rate <= 1 and rate * steps / 3 >= 9.9
         rate = Deterministic().learning_rate(steps)
         assert 0.02 <= rate <= 0.1 and rate * steps / 3 >= 1
+
+
+def test_small_gates_move_as_without_large_ones_of_another_kind_in_their_budget():
+    """Up to the multiplier's tolerance. The large gates cost nothing, stay open, and have gradients of 1000."""
+    rng, steps = np.random.default_rng(0), 12
+    small = [torch.tensor(rng.normal(0, 1e-3, 8) * 10 ** rng.uniform(-2, 0, 8)) for _ in range(steps)]
+
+    def moved(large):
+        costs, kinds = (0.0,) * large + (1 / 8,) * 8, (0,) * large + (1,) * 8
+        budget = Constraint(name="all", start=0, costs=costs, target=0.5, kinds=kinds)
+        controller, values = GateController([budget], Deterministic(), learning_rate=0.05), torch.ones(large + 8)
+        for step, gradient in enumerate(small, start=1):
+            target = torch.tensor([0.5 * step / steps], dtype=torch.float64)
+            controller.step(values, torch.cat([torch.full((large,), -1e3), gradient]), target)
+        return values[large:]
+
+    torch.testing.assert_close(moved(4), moved(0), rtol=0, atol=1e-6)

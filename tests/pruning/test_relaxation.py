@@ -15,6 +15,7 @@ from cook.pruning.relaxation import (
     HardConcrete,
     probability_open,
     sample,
+    share_of_kind,
     uniform_noise,
 )
 
@@ -127,3 +128,13 @@ def test_noise_stays_inside_and_is_the_generators():
     assert u.dtype == torch.float32 and u.min() >= EPSILON * 0.99 and u.max() < 1
     assert torch.logit(u).isfinite().all() and abs(float(u.mean()) - 0.5) < 0.002
     assert torch.equal(u, uniform_noise(1_000_000, torch.Generator().manual_seed(0)))
+
+
+def test_the_share_of_a_kind_is_that_of_its_gates_in_its_row():
+    rng = np.random.default_rng(0)
+    part, whole, kinds = rng.random((3, 50)), rng.random((3, 50)), rng.integers(0, 4, (3, 50))
+    found = share_of_kind(*(torch.from_numpy(a) for a in (part, whole, kinds))).numpy()
+    for row in range(3):
+        for gate in range(50):
+            same = kinds[row] == kinds[row, gate]
+            assert found[row, gate] == pytest.approx(part[row, same].sum() / whole[row, same].sum(), rel=1e-12)
