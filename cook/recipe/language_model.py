@@ -317,10 +317,10 @@ class LanguageModelRun(StageRun):
         )
         does += [f"{len(stage.sizes)} nested sizes"] if stage.sizes else []
         does += [described(stage.quantization.scheme, self.quantized)] if stage.quantization else []
-        return (
-            f"\n{stage.name}: {training.steps} steps × {training.train_batch_size} rows, "
-            f"{', '.join(does) or 'no masks'}, from {self.inputs.origin}; {engine.described()}"
-        )
+        is_trained = training.train_weights or not stage.is_moefy
+        length = f"{training.steps} steps × {training.train_batch_size} rows" if is_trained else "no training"
+        does = [length, *(does or ["no masks"])]
+        return f"\n{stage.name}: {', '.join(does)}, from {self.inputs.origin}; {engine.described()}"
 
     def _log_losses(self, step: int, losses: list[float | None]) -> None:
         if self.stage.config.training.eval_rows:
