@@ -103,8 +103,9 @@ def test_every_budget_is_met_and_exact(make, keep):
     small = cook.reshape(model, masks)
     after = sum(p.numel() for p in small.parameters())
     assert plan.parameters[0] == before
-    # Blocks go whole, and a unit of attention is some hundred parameters of these tiny models.
-    assert abs(after - plan.parameters[1]) < (0.2 if "blocks" in keep else 0.05) * before
+    # Blocks go whole, and a unit of attention is some hundred parameters of these tiny models. With a budget of FLOPs, the
+    # parameters depend on which units go.
+    assert abs(after - plan.parameters[1]) < (0.2 if "blocks" in keep else 0.1 if "flops" in keep else 0.05) * before
     if "params" in keep:
         assert abs(after - keep["params"] * before) < 0.05 * before
     assert cook.verify(model, masks, small) < 1e-5
@@ -115,7 +116,7 @@ def test_every_budget_is_met_and_exact(make, keep):
     [
         (llama, {"hidden": 0.75, "heads": 0.5, "dims": 0.5}, {"round_to": 4}),
         (llama, {"params": 0.6}, {"hidden": True}),
-        (llama, {"flops": 0.6}, {"hidden": True, "round_to": 4}),
+        (llama, {"flops": 0.4}, {"hidden": True, "round_to": 4}),
         (gpt2, {"hidden": 0.75}, {}),
         (gpt2, {"params": 0.6}, {"hidden": True}),
     ],

@@ -92,7 +92,7 @@ class Deterministic:
     """The final value of c's linear growth, in units of the root mean square of a gate's gradient."""
     last: float = 0.4
     """The last share of the hold phase, in which c can grow without bound."""
-    early_concavity: float = 6.0
+    early_concavity: float = 2.0
     """c, from the first step on, of gates that decide early."""
     fractional: float = 0.03
     """Mean of 4 z (1 − z) over the open gates of a kind above which c grows at the full rate. Each kind of a constraint

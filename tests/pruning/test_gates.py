@@ -407,7 +407,7 @@ def test_large_units_whose_fractions_are_free_do_not_take_a_budget_that_they_can
         early = (True,) * 5 + (False,) * 100 if is_early else ()
         shares = tuple((costs / costs.sum()).tolist())
         budget = Constraint(name="all", start=0, costs=shares, target=0.5, early=early)
-        gates = Gates(sizes, [budget], steps=60, seed=0)
+        gates = Gates(sizes, [budget], steps=60, seed=0, relaxation=Deterministic(early_concavity=6.0))
         for step in range(1, 61):
             z = gates.draw(step).requires_grad_()
             (gradient,) = torch.autograd.grad(loss(z), z)
