@@ -103,8 +103,8 @@ def test_every_budget_is_met_and_exact(make, keep):
     small = cook.reshape(model, masks)
     after = sum(p.numel() for p in small.parameters())
     assert plan.parameters[0] == before
-    # Blocks go whole, and a unit of attention is some hundred parameters of these tiny models. With a budget of FLOPs, the
-    # parameters depend on which units go.
+    # Blocks go whole, and a unit of attention is some hundred parameters of these tiny models. With a budget of FLOPs,
+    # the parameters depend on which units go.
     assert abs(after - plan.parameters[1]) < (0.2 if "blocks" in keep else 0.1 if "flops" in keep else 0.05) * before
     if "params" in keep:
         assert abs(after - keep["params"] * before) < 0.05 * before
