@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     Trainer,
     TrainingArguments,
 )
@@ -27,6 +29,8 @@ from tests.warm import interpreter
 
 ATT, FFN = 2 * 32 * 48 + 2 * 32 * 24 + 32, 3 * 32 * 20 + 32
 """Parameters of a block of `llama`, with its norm."""
+LENGTH = 16
+"""Tokens per row."""
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
@@ -56,7 +60,7 @@ def gpt2() -> GPT2LMHeadModel:
 
 def batches(count: int = 4) -> list[dict[str, torch.Tensor]]:
     made = torch.Generator().manual_seed(1)
-    return [{"input_ids": torch.randint(61, (2, 16), generator=made)} for _ in range(count)]
+    return [{"input_ids": torch.randint(61, (2, LENGTH), generator=made)} for _ in range(count)]
 
 
 def zeroed(model: LlamaForCausalLM, masks: dict[str, torch.Tensor]) -> LlamaForCausalLM:
@@ -91,6 +95,14 @@ def test_verify_sees_another_mask():
     assert cook.verify(model, masks | {"layers.1.dimff": 1 - masks["layers.1.dimff"]}, small) > 1e-2
 
 
+def counted_flops(model: PreTrainedModel) -> int:
+    """FLOPs of the products for a row of `LENGTH` tokens, as PyTorch counts them; it counts no fused attention."""
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, LENGTH, dtype=torch.long))
+    return counter.get_total_flops()
+
+
 @pytest.mark.parametrize("make", [llama, gpt2])
 @pytest.mark.parametrize(
     "keep", [{"params": 0.8}, {"flops": 0.7}, {"blocks": 0.7}, {"heads": 0.5}, {"heads": 2, "dims": 8}]
@@ -98,8 +110,8 @@ def test_verify_sees_another_mask():
 def test_every_budget_is_met_and_exact(make, keep):
     model = make()
     before = sum(p.numel() for p in model.parameters())
-    plan = cook.plan(model, keep)
-    masks = cook.learn_masks(model, batches(), keep, steps=12)
+    plan = cook.plan(model, keep, context=LENGTH)
+    masks = cook.learn_masks(model, batches(), keep, steps=12, context=LENGTH)
     small = cook.reshape(model, masks)
     after = sum(p.numel() for p in small.parameters())
     assert plan.parameters[0] == before
@@ -108,6 +120,8 @@ def test_every_budget_is_met_and_exact(make, keep):
     assert abs(after - plan.parameters[1]) < (0.2 if "blocks" in keep else 0.1 if "flops" in keep else 0.05) * before
     if "params" in keep:
         assert abs(after - keep["params"] * before) < 0.05 * before
+    if "flops" in keep:
+        assert abs(counted_flops(small) / counted_flops(model) - keep["flops"]) < 0.03
     assert cook.verify(model, masks, small) < 1e-5
 
 

@@ -45,6 +45,6 @@ def write_experts(source: ModelSource, space: PruningSpace, folder: Path) -> Pru
         config=config,
         auto_class=auto_class(written),
         needs_remote_code=source.adapter.modeling(config) is not None,
-        live_obstacle="its FFN blocks are mixtures of experts" if source.adapter.live_config else "",
+        live_obstacle="its FFN blocks are mixtures of experts" if source.adapter.live_format else "",
         account=found,
     )

@@ -176,12 +176,21 @@ def write_live_format(folder: Path, adapter: Adapter, config: Mapping[str, Any],
 
     Returns None if it can, else a sentence why not, or "" if the family has no format.
     """
-    live = adapter.live_config(config) if adapter.live_config else ""
+    stored = open_safetensors_folder(folder)
+    live = adapter.live_format(config, stored) if adapter.live_format else ""
     if isinstance(live, str):
         return live
-    tensors = dict(open_safetensors_folder(folder).items())  # mapped, not read
+    fields, weights = live
+    other = folder / ".other"
+    if weights is not stored:  # on the disk first, so that not all of them are in memory
+        with ShardWriter(other) as writer:
+            for name, tensor in weights.items():
+                writer.add(name, tensor)
+    tensors = dict(open_safetensors_folder(other if other.exists() else folder).items())  # mapped, not read
     # Through a file object, so that a full disk is an OSError and not an assertion of PyTorch's archive writer.
     with open(folder / f"{stem}.pt", "wb") as file:
         torch.save(tensors, _PutsAway(file, tensors.values()))  # type: ignore[arg-type]
-    write_json(folder / f"{stem}.json", live)
+    del tensors
+    shutil.rmtree(other, ignore_errors=True)
+    write_json(folder / f"{stem}.json", fields)
     return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ ATTENTION = Attention(
     modules={"self_att": "value"}, out="self_att.self_attention.attention_out", norms_before=(), remembers={}
 )
 FFN = FeedForward(modules={"ffn": "value"}, out="ffn.ffn.w_out", norms_before=())
-OLDER_FFN = re.compile(r"encoder\.layers\.\d+\.ffn\.ffn\.w_in\.w\.weight")
 
 
 def _config(config: ModelConfig) -> cpm_ant.CpmAntConfig:
@@ -40,7 +38,7 @@ def _units(layer: int, site: Site, dim_head: int, shapes: Mapping[str, tuple[int
         ins = [f"{prefix}.self_att.self_attention.project_{part}.weight" for part in ("q", "k", "v")]
     else:
         ins = sorted(path for path in shapes if path.startswith(f"{prefix}.ffn.ffn.w_in."))
-    out = WeightSlice(path=f"{prefix}.{table.out}.weight", dim=1, block=width, fan_in=True)
+    out = WeightSlice(path=f"{prefix}.{table.out}.weight", dim=1, block=width)
     if out.path not in shapes:
         return []
     slices = (*(WeightSlice(path=path, dim=0, block=width) for path in ins), out)
@@ -59,7 +57,7 @@ def _hidden(shapes: Mapping[str, tuple[int, ...]]) -> UnitGroup:
             gates.append(GatePoint(module=module, at="output", repeat=1))
         if path != "position_bias.relative_attention_bias":
             reads = len(shape) == 2 and not path.endswith(outs)
-            slices.append(WeightSlice(path=path, dim=int(reads), block=1, fan_in=reads))
+            slices.append(WeightSlice(path=path, dim=int(reads), block=1))
     return UnitGroup(
         kind="hidden",
         site="stream",
@@ -85,10 +83,10 @@ def _head_dims(native: cpm_ant.CpmAntConfig, shapes: Mapping[str, tuple[int, ...
         heads = width // native.dim_head
         for part in ("q", "k", "v"):
             path = f"{prefix}.project_{part}"
-            piece = made.add(f"{path}.weight", 0, heads, power=0.5 if part == "q" else 0.0)
+            piece = made.add(f"{path}.weight", 0, heads)
             if part == "q":
                 made.gate(path, "output", piece, width)
-        made.gate(out, "input", made.add(f"{out}.weight", 1, heads, fan_in=True), width)
+        made.gate(out, "input", made.add(f"{out}.weight", 1, heads), width)
     return made.group() if made.gates else None
 
 
@@ -134,10 +132,23 @@ def _shrink(config: ModelConfig, _space: PruningSpace, kept: KeptUnits, renumber
     out["dim_head"] = len(kept.get("head_dims", range(native.dim_head)))
     out["dim_model"] = len(kept.get("hidden", range(native.dim_model)))
     out["layer_heads"] = None if all(h in ([], all_heads) for h in new_heads) else new_heads
+    out["unpruned"] = _sizes_before(native, out)
     return Shrunk(config=out, layers=tuple(range(native.num_layers)))
 
 
-def _live_config(config: ModelConfig) -> dict[str, Any] | str:
+def _sizes_before(native: cpm_ant.CpmAntConfig, shrunk: ModelConfig) -> dict[str, Any] | None:
+    """`CpmAntConfig.unpruned` of a model cut from `native`; None if what is left has the sizes that it had."""
+    small = _config(dict(shrunk) | {"unpruned": None})
+    before, own = native.sizes_before(), small.sizes_before()
+    for name, has in (("heads", small.has_attention), ("dim_ff", small.has_ffn)):
+        pairs = zip(before[name], own[name], strict=True)
+        before |= {name: [size if has(layer) else unused for layer, (size, unused) in enumerate(pairs)]}
+    return None if before == own else before
+
+
+def _live_format(
+    config: ModelConfig, tensors: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, Any], Mapping[str, torch.Tensor]] | str:
     native = _config(config)
     layers = range(native.num_layers)
     if native.experts:
@@ -149,7 +160,8 @@ def _live_config(config: ModelConfig) -> dict[str, Any] | str:
         what = "its attention blocks keep different heads, but that format has one position-bias table that all "
         return what + "blocks index by head number"
     fields = {name: getattr(native, name) for name in cpm_ant_formats.NATIVE_FIELDS}
-    return fields | {"dim_ff": sizes.pop() if sizes else native.dim_ff}
+    fields |= {"dim_ff": sizes.pop() if sizes else native.dim_ff}
+    return fields, cpm_ant_formats.by_own_sizes(native, tensors)
 
 
 def _read(
@@ -161,7 +173,7 @@ def _read(
     if "model_type" not in config:
         fields = {"model_type": MODEL_TYPE} | cpm_ant_formats.native_config(dict(config))
         # That JSON does not distinguish the older FFN from the gated one; the weights do.
-        return fields | ({"gated_ffn": False} if any(map(OLDER_FFN.fullmatch, tensors)) else {}), tensors
+        return fields | ({"gated_ffn": False} if any(map(cpm_ant_formats.OLDER.fullmatch, tensors)) else {}), tensors
     return dict(config), tensors
 
 
@@ -197,5 +209,5 @@ ADAPTER = Adapter(
     experts=lambda config: config.get("experts") or {},
     with_experts=lambda config, experts: dict(config) | {"experts": dict(experts)},
     aliases={"ffn.ffn.w_in.w.weight": ("ffn.ffn.w_in.w_0.weight", "ffn.ffn.w_in.w_1.weight")},
-    live_config=_live_config,
+    live_format=_live_format,
 )

@@ -1,8 +1,8 @@
 """CPM-Ant's other formats: CPM-Live's JSON, and the folders of the stock Hugging Face class `CpmAntForCausalLM`.
 
-Both are conversions of names and values. CPM-Live's tensors need none: cook's model uses its names. The stock class
-folds the run-time divisions into the weights: W / sqrt(dim_in), embeddings / sqrt(dim_model), and stores prompts after
-the tokens in one table.
+Both are conversions of names and values. CPM-Live's tensors have the names of cook's model; it divides by the model's
+own sizes, where cook's model divides by those before pruning. The stock class folds the run-time divisions into the
+weights: W / sqrt(dim_in), embeddings / sqrt(dim_model), and stores prompts after the tokens in one table.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ LINEAR = re.compile(
     r"encoder\.layers\.(\d+)\.(self_att\.self_attention\.(project_[qkv]|attention_out)|ffn\.ffn\.(w_in\.w_[01]|w_out))"
     r"\.weight"
 )
+OLDER = re.compile(r"encoder\.layers\.\d+\.ffn\.ffn\.w_in\.w\.weight")
+"""The input product of the older FFN."""
 UNCHANGED = re.compile(
     r"position_bias\.relative_attention_bias|encoder\.output_layernorm\.weight|encoder\.layers\.(\d+)\."
     r"(self_att\.layernorm_before_attention|ffn\.layernorm_before_ffn)\.weight"
@@ -112,11 +115,34 @@ def to_stock(config: CpmAntConfig, tensors: Mapping[str, Tensor]) -> tuple[dict[
     fields = {STOCK_NAMES.get(name, name): getattr(config, name) for name in SHARED_FIELDS}
     fields |= {name: getattr(config, name) for name in TOKEN_IDS if getattr(config, name) is not None}
     fields |= {"model_type": "cpmant", "architectures": ["CpmAntForCausalLM"], "tie_word_embeddings": False}
-    root = math.sqrt(config.dim_model)
+    root, tensors = math.sqrt(config.dim_model), by_own_sizes(config, tensors)
     names = [name for name in _native_names(config) if not name.startswith("prompt_embedding")]
     makers = {STOCK_PREFIX + name: _stock_maker(name, root, tensors) for name in names}
     makers["lm_head.weight"] = lambda: _scaled(tensors["input_embedding.weight"], 1 / root)
     return fields, LazyTensors(makers)
+
+
+def by_own_sizes(config: CpmAntConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The weights, computed on access, of the same model when it divides by the roots of its own sizes."""
+    if config.unpruned is None:
+        return tensors
+    return LazyTensors({name: partial(_by_own_sizes, name, config, tensors) for name in tensors})
+
+
+def _by_own_sizes(name: str, config: CpmAntConfig, tensors: Mapping[str, Tensor]) -> Tensor:
+    tensor, before = tensors[name], config.sizes_before()
+    factor, found = 1.0, LINEAR.fullmatch(name)
+    if name.endswith("attention_out.weight"):
+        assert found
+        factor = tensor.shape[1] / (before["heads"][int(found[1])] * before["dim_head"])
+    elif name.endswith("w_out.weight"):
+        assert found
+        factor = tensor.shape[1] / before["dim_ff"][int(found[1])]
+    elif found or OLDER.fullmatch(name) or name.endswith("_embedding.weight"):
+        factor = config.dim_model / before["dim_model"]
+    if name.endswith("project_q.weight"):
+        factor *= config.dim_head / before["dim_head"]
+    return tensor if factor == 1 else in_parts(lambda part: part.double() * math.sqrt(factor), tensor)
 
 
 def checked_config(fields: Mapping[str, Any]) -> CpmAntConfig:

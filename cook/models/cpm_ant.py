@@ -44,6 +44,9 @@ class CpmAntConfig(PreTrainedConfig):
         layer_heads: For each layer the original numbers of the heads that it keeps, ascending: head j of the layer uses
             column `layer_heads[i][j]` of the position-bias table. None keeps all. Entries of removed blocks are unused.
         layer_dim_ff: For each layer its FFN's inner size; None means `dim_ff`. Entries of removed blocks are unused.
+        unpruned: The sizes before pruning, by whose square roots the model divides: `dim_model`, `dim_head`, and for
+            each layer `heads` (their number) and `dim_ff`. So the weights that pruning leaves keep their values. None:
+            the model's own sizes.
         experts: FFN blocks that are mixtures of experts, as `add_experts` takes them.
 
     Raises:
@@ -72,6 +75,7 @@ class CpmAntConfig(PreTrainedConfig):
     gated_ffn: bool = True
     layer_heads: list[list[int]] | None = None
     layer_dim_ff: list[int] | None = None
+    unpruned: dict[str, Any] | None = None
     experts: dict[str, Any] | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -100,6 +104,16 @@ class CpmAntConfig(PreTrainedConfig):
         """Inner size of the layer's FFN."""
         return self.dim_ff if self.layer_dim_ff is None else self.layer_dim_ff[layer]
 
+    def sizes_before(self) -> dict[str, Any]:
+        """The sizes by whose square roots the model divides, as in `unpruned`."""
+        layers = range(self.num_layers)
+        return self.unpruned or {
+            "dim_model": self.dim_model,
+            "dim_head": self.dim_head,
+            "heads": [len(self.heads_of(layer)) for layer in layers],
+            "dim_ff": [self.dim_ff_of(layer) for layer in layers],
+        }
+
     def _check_sizes(self) -> None:
         for name in ("vocab_size", "dim_model", "dim_ff", "num_layers", "num_heads", "dim_head", "prompt_length"):
             if getattr(self, name) < 1:
@@ -122,6 +136,10 @@ class CpmAntConfig(PreTrainedConfig):
             entries = getattr(self, name)
             if entries is not None and len(entries) != self.num_layers:
                 raise ValueError(f"{name} must have {self.num_layers} entries (num_layers), got {len(entries)}")
+        for name in ("heads", "dim_ff"):
+            if self.unpruned and len(self.unpruned[name]) != self.num_layers:
+                got = len(self.unpruned[name])
+                raise ValueError(f"unpruned.{name} must have {self.num_layers} entries (num_layers), got {got}")
         for layer, pair in enumerate(self.mask_modules or []):
             if len(pair) != 2 or any(removed not in (True, False) for removed in pair):
                 raise ValueError(f"mask_modules[{layer}] must be [attention removed, ffn removed], got {pair}")
@@ -150,13 +168,13 @@ def scaled_product(x: Tensor, weight: Tensor, fan_in: int) -> Tensor:
 class Linear(nn.Module):
     """A product without bias that divides by sqrt(fan_in) when it runs, so that its weights are of order 1.
 
-    `fan_in` is `dim_in`, unless the model is trained with units removed and its weights unchanged.
+    `fan_in` is `dim_in`, or what it was before pruning.
     """
 
-    def __init__(self, dim_in: int, dim_out: int, init_std: float = 1.0):
+    def __init__(self, dim_in: int, dim_out: int, fan_in: int, init_std: float = 1.0):
         super().__init__()
-        self.fan_in = dim_in
-        self.weight, self.init_std = nn.Parameter(torch.empty(dim_out, dim_in)), init_std
+        self.fan_in = fan_in
+        self.weight, self.init_std = nn.Parameter(torch.empty(dim_out, dim_in)), init_std * math.sqrt(fan_in / dim_in)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -177,12 +195,12 @@ def residual_std(config: CpmAntConfig) -> float:
 class Embedding(nn.Embedding):
     """A table that divides what it looks up by sqrt(dim), and that is an output projection as well.
 
-    `fan_in` is the dim, unless the model is trained with units removed and its weights unchanged.
+    `fan_in` is the dim, or what it was before pruning.
     """
 
-    def __init__(self, rows: int, dim: int):
-        super().__init__(rows, dim)
-        self.fan_in = dim
+    def __init__(self, rows: int, config: CpmAntConfig):
+        super().__init__(rows, config.dim_model)
+        self.fan_in = config.sizes_before()["dim_model"]
 
     def forward(self, x: Tensor, project: bool = False) -> Tensor:
         """Looks up ids, or with `project` gives the scores of every row for hidden states.
@@ -371,7 +389,7 @@ class PositionBias(nn.Module):
 
 
 class BiasedAttention(torch.autograd.Function):
-    """softmax(q k / sqrt(D) + bias) v on the CPU, with the gradient of a bias that the batch shares.
+    """softmax(q k · scale + bias) v on the CPU, with the gradient of a bias that the batch shares.
 
     PyTorch's fused kernels for the CPU have no gradient for the bias; its plain path keeps all scores of all rows. This
     one goes through blocks of scores that fit in a core's cache, leaves out the keys that no query of a block sees,
@@ -379,11 +397,11 @@ class BiasedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias_RHQK: Tensor, bias: Bias) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias_RHQK: Tensor, bias: Bias, scale: float) -> Tensor:
         """q, k, v: (B, H, L, D). `bias_RHQK` is `bias.bias_RHQK`, named again because it gets the gradient."""
-        ctx.bias = replace(bias, bias_RHQK=None)  # no graph is held
+        ctx.bias, ctx.scale = replace(bias, bias_RHQK=None), scale  # no graph is held
         if bias.hidden_BQK is None and q.shape[2] <= 1024:  # longer rows gain more from leaving keys out
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.added_RHQK.to(q.dtype))
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.added_RHQK.to(q.dtype), scale=scale)
             ctx.save_for_backward(q, k, v, out)
             return out
         out = torch.empty_like(v)
@@ -391,7 +409,7 @@ class BiasedAttention(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False):
             for row, block in BiasedAttention.steps(q, bias):
                 heads, queries, keys = block
-                probs_HQK = BiasedAttention.probabilities(q_[row], k_[row], bias, row, block)
+                probs_HQK = BiasedAttention.probabilities(q_[row], k_[row], bias, row, block, scale)
                 out[row, heads, queries] = (probs_HQK @ v_[row, heads, keys]).to(out.dtype)
         ctx.save_for_backward(q, k, v, out)
         return out
@@ -400,16 +418,16 @@ class BiasedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         bias: Bias = ctx.bias
+        scale: float = ctx.scale
         saved = ctx.saved_tensors  # read once: activation checkpointing hands them out a single time
         q, k, v, out, grad = (x.to(bias.added_RHQK.dtype) for x in (*saved, *grads))
-        scale = 1 / math.sqrt(q.shape[-1])
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         dbias = torch.zeros_like(bias.added_RHQK)
         inner_BHQ1 = (out * grad).sum(-1, keepdim=True)
         with torch.autocast("cpu", enabled=False):
             for row, block in BiasedAttention.steps(q, bias):
                 heads, queries, keys = block
-                probs_HQK = BiasedAttention.probabilities(q[row], k[row], bias, row, block)
+                probs_HQK = BiasedAttention.probabilities(q[row], k[row], bias, row, block, scale)
                 grad_HQD = grad[row, heads, queries]
                 dv[row, heads, keys].baddbmm_(probs_HQK.mT, grad_HQD)
                 inner_HQ1 = inner_BHQ1[row, heads, queries]
@@ -417,7 +435,7 @@ class BiasedAttention(torch.autograd.Function):
                 dbias[row if len(dbias) > 1 else 0, heads, queries, keys] += dscores
                 dq[row, heads, queries] = (dscores @ k[row, heads, keys]).mul_(scale)
                 dk[row, heads, keys].baddbmm_(dscores.mT, q[row, heads, queries], alpha=scale)
-        return dq.to(saved[0].dtype), dk.to(saved[1].dtype), dv.to(saved[2].dtype), dbias, None
+        return dq.to(saved[0].dtype), dk.to(saved[1].dtype), dv.to(saved[2].dtype), dbias, None, None
 
     @staticmethod
     def steps(q: Tensor, bias: Bias) -> Iterator[tuple[int, tuple[slice, slice, slice]]]:
@@ -425,11 +443,12 @@ class BiasedAttention(torch.autograd.Function):
         return itertools.product(range(q.shape[0]), bias.blocks)
 
     @staticmethod
-    def probabilities(q_HQD: Tensor, k_HKD: Tensor, bias: Bias, row: int, block: tuple[slice, slice, slice]) -> Tensor:
+    def probabilities(
+        q_HQD: Tensor, k_HKD: Tensor, bias: Bias, row: int, block: tuple[slice, slice, slice], scale: float
+    ) -> Tensor:
         """One block of one row's attention, in the bias's type."""
         heads, queries, keys = block
         added_HQK = bias.added_RHQK[row if len(bias.added_RHQK) > 1 else 0, heads, queries, keys]
-        scale = 1 / math.sqrt(q_HQD.shape[-1])
         scores_HQK = torch.baddbmm(added_HQK, q_HQD[heads, queries], k_HKD[heads, keys].mT, alpha=scale)
         if bias.hidden_BQK is not None:
             scores_HQK.masked_fill_(bias.hidden_BQK[row, queries, keys], HIDDEN)
@@ -445,11 +464,12 @@ class Attention(nn.Module):
         self.num_heads, self.dim_head, self.dropout_p = len(heads), config.dim_head, config.dropout_p
         self.heads = None if len(heads) == config.num_heads else heads
         self.cache_slot = cache_slot
-        dim_heads = self.num_heads * self.dim_head
-        self.project_q = Linear(config.dim_model, dim_heads)
-        self.project_k = Linear(config.dim_model, dim_heads)
-        self.project_v = Linear(config.dim_model, dim_heads)
-        self.attention_out = Linear(dim_heads, config.dim_model, residual_std(config))
+        dim_heads, before = self.num_heads * self.dim_head, config.sizes_before()
+        self.scale, fan_out = 1 / math.sqrt(before["dim_head"]), before["heads"][layer] * before["dim_head"]
+        self.project_q = Linear(config.dim_model, dim_heads, before["dim_model"])
+        self.project_k = Linear(config.dim_model, dim_heads, before["dim_model"])
+        self.project_v = Linear(config.dim_model, dim_heads, before["dim_model"])
+        self.attention_out = Linear(dim_heads, config.dim_model, fan_out, residual_std(config))
 
     def forward(self, x_BQM: Tensor, bias: Bias, cache: Any = None) -> Tensor:
         q, k, v = (self._split(project(x_BQM)) for project in (self.project_q, self.project_k, self.project_v))
@@ -458,10 +478,12 @@ class Attention(nn.Module):
         if self.heads is not None:
             bias = bias.of_heads(torch.tensor(self.heads).to(x_BQM.device, non_blocking=True))
         if bias.bias_RHQK is not None:
-            mixed_BHQD = BiasedAttention.apply(q, k, v, bias.bias_RHQK, bias)
+            mixed_BHQD = BiasedAttention.apply(q, k, v, bias.bias_RHQK, bias, self.scale)
         else:
             drop = self.dropout_p if self.training else 0.0
-            mixed_BHQD = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.added_RHQK, dropout_p=drop)
+            mixed_BHQD = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=bias.added_RHQK, dropout_p=drop, scale=self.scale
+            )
         mixed = mixed_BHQD.transpose(1, 2).reshape(*x_BQM.shape[:2], -1)
         if bias.keep_BQ1 is not None:
             mixed = mixed * bias.keep_BQ1
@@ -487,13 +509,14 @@ class SelfAttentionBlock(nn.Module):
 class FFNInput(nn.Module):
     """gelu(w_0 x) * w_1 x, or gelu(w x) in older checkpoints."""
 
-    def __init__(self, dim_model: int, dim_ff: int, gated: bool):
+    def __init__(self, config: CpmAntConfig, layer: int):
         super().__init__()
-        self.gated = gated
-        if gated:
-            self.w_0, self.w_1 = Linear(dim_model, dim_ff), Linear(dim_model, dim_ff)
+        sizes = config.dim_model, config.dim_ff_of(layer), config.sizes_before()["dim_model"]
+        self.gated = config.gated_ffn
+        if self.gated:
+            self.w_0, self.w_1 = Linear(*sizes), Linear(*sizes)
         else:
-            self.w = Linear(dim_model, dim_ff)
+            self.w = Linear(*sizes)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.gelu(self.w_0(x)) * self.w_1(x) if self.gated else F.gelu(self.w(x))
@@ -504,9 +527,10 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: CpmAntConfig, layer: int):
         super().__init__()
-        self.w_in = FFNInput(config.dim_model, config.dim_ff_of(layer), config.gated_ffn)
+        self.w_in = FFNInput(config, layer)
         self.dropout = nn.Dropout(config.dropout_p)
-        self.w_out = Linear(config.dim_ff_of(layer), config.dim_model, residual_std(config))
+        fan_in = config.sizes_before()["dim_ff"][layer]
+        self.w_out = Linear(config.dim_ff_of(layer), config.dim_model, fan_in, residual_std(config))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w_out(self.dropout(self.w_in(x)))
@@ -578,9 +602,9 @@ class CpmAntForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: CpmAntConfig):
         super().__init__(config)
         self.encoder = Encoder(config)
-        self.prompt_embedding = Embedding(config.prompt_types * config.prompt_length, config.dim_model)
-        self.segment_embedding = Embedding(config.segment_types, config.dim_model)
-        self.input_embedding = Embedding(config.vocab_size, config.dim_model)
+        self.prompt_embedding = Embedding(config.prompt_types * config.prompt_length, config)
+        self.segment_embedding = Embedding(config.segment_types, config)
+        self.input_embedding = Embedding(config.vocab_size, config)
         self.position_bias = PositionBias(config)
         add_experts(self, config.experts or {})
         self.post_init()

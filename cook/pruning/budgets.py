@@ -178,6 +178,11 @@ def _least(groups: Sequence[UnitGroup], targets: Targets) -> tuple[tuple[int, in
     return tuple(least) if any(number for _, number in least) else ()
 
 
+def _kinds(groups: Sequence[UnitGroup]) -> tuple[int, ...]:
+    """As in `Constraint.kinds`."""
+    return tuple(KINDS.index(group.kind) for group in groups for _ in range(group.size))
+
+
 def _early(groups: Sequence[UnitGroup]) -> tuple[bool, ...]:
     """As in `Constraint.early`: in a budget of several kinds of units, all but the FFN dimensions."""
     if len({group.kind for group in groups} - {"keys"}) == 1:
@@ -242,7 +247,7 @@ def _shared(space: PruningSpace, groups: Sequence[UnitGroup], targets: Targets) 
         pricing=pricing,
         multiples=_multiples(groups, targets),
         least=_least(groups, targets),
-        kinds=tuple(KINDS.index(group.kind) for group in groups for _ in range(group.size)),
+        kinds=_kinds(groups),
         early=_early(groups),
     )
 
@@ -302,7 +307,7 @@ def _shared_by_all(space: PruningSpace, groups: Sequence[UnitGroup], targets: Ta
         pricing=pricing,
         multiples=multiples,
         least=_least(groups, targets),
-        kinds=tuple(KINDS.index(group.kind) for group in groups for _ in range(group.size)),
+        kinds=_kinds(groups),
         early=_early(groups),
     )
 

@@ -128,9 +128,12 @@ class Adapter:
     """(config, experts) → the config of the model with these experts; None if the family cannot have any."""
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Aliases in `pruned_module`: a suffix and the suffixes that it stands for."""
-    live_config: Callable[[ModelConfig], dict[str, Any] | str] | None = None
-    """The config in the family's own distribution format, or a sentence why that format cannot store the model; None
-    for a family that has only Hugging Face's format."""
+    live_format: (
+        Callable[[ModelConfig, Mapping[str, torch.Tensor]], tuple[dict[str, Any], Mapping[str, torch.Tensor]] | str]
+        | None
+    ) = None
+    """Config and weights in the family's own distribution format, or a sentence why that format cannot store the model;
+    None for a family that has only Hugging Face's format."""
 
     def call_form(self, config: ModelConfig) -> Callable[[Batch], Batch]:
         """The function from a batch of `cook.data.packing` to the arguments of a model with this config."""

@@ -31,20 +31,16 @@ def kept_units(space: PruningSpace, masks: Masks) -> dict[str, tuple[int, ...]]:
     return {name: tuple(mask.nonzero().flatten().tolist()) for name, mask in masks.items()}
 
 
-def reshaped(
-    tensors: Mapping[str, torch.Tensor], space: PruningSpace, masks: Masks, *, rescale: bool = True
-) -> LazyTensors:
+def reshaped(tensors: Mapping[str, torch.Tensor], space: PruningSpace, masks: Masks) -> LazyTensors:
     """The weights of the small model, each read and cut on access.
 
-    If the model divides by the input size of a matrix at run time (`fan_in`) and the matrix lost columns, it is
-    multiplied by √(new/old) to keep the product the same. If all heads or FFN dimensions of a block are masked, only
-    its residue is kept, since everything else that it adds to the residual stream is zero.
+    If all heads or FFN dimensions of a block are masked, only its residue is kept, since everything else that it adds
+    to the residual stream is zero.
 
     Args:
         tensors: The masked model's weights, in the shapes of `space`.
         space: The model's space.
         masks: 0/1 per unit, by group name.
-        rescale: False if the small model divides by the old input sizes (`fan_in_sizes`).
 
     Raises:
         UserError: a weight is missing, unexpected, or (on access) has another shape than the config specifies.
@@ -64,7 +60,7 @@ def reshaped(
             raise UserError(
                 f"the weight {path!r} has another shape than in the config", wanted=space.shapes[path], got=got
             )
-        return _cut(tensor, cuts[path], rescale) if path in cuts else tensor
+        return _cut(tensor, cuts[path]) if path in cuts else tensor
 
     return LazyTensors({path: partial(small, path) for path in space.shapes if path not in dropped})
 
@@ -79,7 +75,7 @@ def restored(
     """Yields the weights of the whole model with those of a small one put back: the inverse of `reshaped`.
 
     Args:
-        small: The small model's weights, which were cut without `rescale`.
+        small: The small model's weights.
         tensors: The whole model's weights, which provide what the masks remove.
         space: The whole model's space.
         masks: 0/1 per unit, by group name.
@@ -97,7 +93,7 @@ def filled_up(small: Mapping[str, torch.Tensor], space: PruningSpace, masks: Mas
     """The weights of the whole model on access, with 0 for everything that the masks remove.
 
     Args:
-        small: The small model's weights, which were cut without `rescale`.
+        small: The small model's weights.
         space: The whole model's space.
         masks: 0/1 per unit, by group name.
     """
@@ -111,12 +107,6 @@ def filled_up(small: Mapping[str, torch.Tensor], space: PruningSpace, masks: Mas
 
     found = [path for path in space.shapes if path in dropped or path in small]
     return LazyTensors({path: partial(whole, path) for path in found}, {path: space.shapes[path] for path in found})
-
-
-def fan_in_sizes(space: PruningSpace) -> dict[str, int]:
-    """The number by whose square root a module divides, by the module's path: its input size before any cut."""
-    pieces = [piece for group in space.every for piece in group.slices if piece.fan_in]
-    return {piece.path.removesuffix(".weight"): space.shapes[piece.path][piece.dim] for piece in pieces}
 
 
 def _dropped_and_cut(space: PruningSpace, masks: Masks) -> tuple[set[str], dict[str, Cuts]]:
@@ -164,12 +154,12 @@ def _put_back(tensor: torch.Tensor, whole: torch.Tensor, cuts: Cuts) -> torch.Te
     indices = [torch.arange(size) for size in whole.shape]
     for dim in {piece.dim for piece, _, _ in cuts}:
         indices[dim] = _kept_indices(whole.shape[dim], dim, cuts)
-        tensor = _scaled(tensor, dim, indices[dim], whole.shape[dim], cuts, rescale=False, inverse=True)
+        tensor = _scaled(tensor, dim, indices[dim], whole.shape[dim], cuts, inverse=True)
     whole[torch.meshgrid(*indices, indexing="ij")] = tensor
     return whole
 
 
-def _cut(tensor: torch.Tensor, cuts: Cuts, rescale: bool) -> torch.Tensor:
+def _cut(tensor: torch.Tensor, cuts: Cuts) -> torch.Tensor:
     """Removes units, all of one dimension at once; indices refer to the whole tensor."""
     if any(piece.row_units for piece, _, _ in cuts):
         stays = _stays(tensor.shape, cuts)
@@ -183,18 +173,16 @@ def _cut(tensor: torch.Tensor, cuts: Cuts, rescale: bool) -> torch.Tensor:
     for dim in sorted({piece.dim for piece, _, _ in cuts}):
         size = tensor.shape[dim]
         stays = _kept_indices(size, dim, cuts)
-        tensor = _scaled(tensor.index_select(dim, stays), dim, stays, size, cuts, rescale=rescale)
+        tensor = _scaled(tensor.index_select(dim, stays), dim, stays, size, cuts)
     return tensor
 
 
 def _scaled(
-    tensor: torch.Tensor, dim: int, stays: torch.Tensor, size: int, cuts: Cuts, *, rescale: bool, inverse: bool = False
+    tensor: torch.Tensor, dim: int, stays: torch.Tensor, size: int, cuts: Cuts, *, inverse: bool = False
 ) -> torch.Tensor:
-    """The factors of what stays along one dimension of `size` indices; without `rescale`, but for fan-in."""
+    """The tensor times the factors (`WeightSlice.power`) of what stays along one dimension of `size` indices."""
     pieces = [(piece, 1 - len(removed) / units, units) for piece, removed, units in cuts if piece.dim == dim]
     factors = torch.ones(size, dtype=torch.float64)
-    if rescale and any(piece.fan_in for piece, _, _ in pieces):
-        factors *= (len(stays) / size) ** 0.5
     for piece, share, units in pieces:
         if piece.power:
             factors[piece.indices(range(units))] *= share**piece.power

@@ -41,8 +41,6 @@ class WeightSlice:
     """Indices per unit, along `dim`."""
     offset: int = 0
     """Index at which the part of a fused weight begins, along `dim`."""
-    fan_in: bool = False
-    """True if the model divides by √(size of `dim`) at run time, so that slicing must multiply by √(new/old)."""
     power: float = 0.0
     """Slicing multiplies the weight by (new/old)^power, where another use of the hidden size must be balanced."""
     added: float = 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -25,26 +25,16 @@ class QuantizedModel:
     """The rounded modules, by path."""
     others: tuple[str, ...]
     """The paths of the linear modules that stay in floating point."""
-    trained: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """The weights that training rounded, by name, where they are not those of `source`."""
-    factors: Mapping[str, float] = field(default_factory=dict)
-    """By module, the factor from the weights in `trained` to those of `source`; 1 if absent."""
     precision: torch.dtype | None = None
     """The type that weights had before training rounded them; None: as stored."""
 
     def weight(self, path: str) -> QuantizedWeight:
         """The rounded weight of a module, with the integers that training has used."""
-        name = f"{path}.weight"
-        matrix = self.matrices[path]
-        weight = (self.trained if name in self.trained else self.source.tensors)[name]
-        assert matrix.rows(weight).shape == (matrix.outputs, matrix.inputs), name
+        matrix, weight = self.matrices[path], self.source.tensors[f"{path}.weight"]
+        assert matrix.rows(weight).shape == (matrix.outputs, matrix.inputs), path
         if self.precision is not None:
             weight = weight.to(self.precision)
-        rounded = quantized(matrix.rows(weight).contiguous(), matrix.scheme(self.scheme))
-        factor = self.factors.get(path, 1.0)
-        if factor == 1.0:
-            return rounded
-        return QuantizedWeight(values_NK=rounded.values_NK, scale_NG=(rounded.scale_NG.double() * factor).float())
+        return quantized(matrix.rows(weight).contiguous(), matrix.scheme(self.scheme))
 
     def plain(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and weights of everything that is not rounded."""

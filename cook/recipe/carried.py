@@ -55,7 +55,7 @@ def carry_optimizer(stage: Stage, whole: Inputs, trained: Inputs, engine: Engine
     masks = _fixed_masks(earlier, whole.space)
     space, removed = whole.space, whole.fixed if trained is not whole else {}
     complete = {key: _complete(tensors, space, masks) for key, tensors in moments.items()}
-    wanted = {key: reshaped(tensors, space, removed, rescale=False) for key, tensors in complete.items()}
+    wanted = {key: reshaped(tensors, space, removed) for key, tensors in complete.items()}
     engine.load_moments(wanted, shards.counters())
     return f"the optimizer resumes from {before}"
 

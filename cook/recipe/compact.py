@@ -15,7 +15,7 @@ from cook.base.distributed import say
 from cook.config.distillation import OWN_TEACHER
 from cook.distill.taps import lacking
 from cook.pruning.mask_set import Masks
-from cook.pruning.reshape import fan_in_sizes, kept_units, reshaped, restored
+from cook.pruning.reshape import kept_units, reshaped, restored
 from cook.pruning.units import PruningSpace, UnitGroup
 from cook.recipe.distillation import DistillationPlan
 from cook.recipe.inputs import Inputs
@@ -25,8 +25,7 @@ from cook.recipe.plan import Stage
 def without_masked_units(stage: Stage, inputs: Inputs, distillation: DistillationPlan | None) -> Inputs:
     """The inputs of training with the units removed that fixed masks remove.
 
-    Groups, modules and weights keep their names. Weights keep their values: where the model divides by an input size,
-    it still divides by that of the whole model (`keep_fan_in`), so that the optimizer takes the same steps.
+    Groups, modules and weights keep their names. Weights keep their values, so that the optimizer takes the same steps.
 
     Returns:
         `inputs` itself if nothing is removed, or if the stage needs the whole model; the reason is printed.
@@ -53,7 +52,7 @@ def cut_inputs(inputs: Inputs) -> Inputs:
     shrunk = inputs.adapter.shrink(inputs.model_config, inputs.space, kept, renumber=False)
     space = inputs.adapter.space(shrunk.config, inputs.head_unit)
     learned = {group.name for group in inputs.learned}
-    weights = reshaped(inputs.weights, inputs.space, inputs.fixed, rescale=False)
+    weights = reshaped(inputs.weights, inputs.space, inputs.fixed)
     return replace(
         inputs,
         model_config=shrunk.config,
@@ -69,15 +68,6 @@ def _among(kept: Mapping[str, tuple[int, ...]], space: PruningSpace, masks: Mask
     """Masks of the groups of the smaller `space`, without the units that are not kept."""
     names = [group.name for group in space.every if group.name in masks]
     return {name: masks[name][list(kept[name])] if name in kept else masks[name] for name in names}
-
-
-def keep_fan_in(model: torch.nn.Module, whole: Inputs) -> None:
-    """Makes the modules of a smaller model divide by the input sizes of the whole model."""
-    modules = dict(model.named_modules())
-    for path, size in fan_in_sizes(whole.space).items():
-        if path in modules:
-            assert hasattr(modules[path], "fan_in"), f"{path} divides by its input size and has no attribute fan_in"
-            modules[path].fan_in = size
 
 
 def whole_weights(

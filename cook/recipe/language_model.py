@@ -26,7 +26,7 @@ from cook.quantization.prepare import FakeQuantization
 from cook.quantization.schemes import described
 from cook.recipe.cards import card_of_device
 from cook.recipe.carried import carry_optimizer
-from cook.recipe.compact import keep_fan_in, without_masked_units
+from cook.recipe.compact import without_masked_units
 from cook.recipe.distillation import check_teacher_tokenizer, make_distiller, open_distillation
 from cook.recipe.dry_run import model_flops
 from cook.recipe.inputs import make_gates, open_inputs
@@ -273,10 +273,7 @@ class LanguageModelRun(StageRun):
     def _build(self) -> torch.nn.Module:
         inputs = self.trained
         if inputs.weights is not None:
-            model = unfilled_model(inputs.adapter, inputs.model_config)
-            if inputs is not self.inputs:
-                keep_fan_in(model, self.inputs)
-            return model
+            return unfilled_model(inputs.adapter, inputs.model_config)
         # The same fresh weights on every rank and for every world size.
         with torch.random.fork_rng():
             torch.manual_seed(derived_seed(self.stage.config.seed, "weights"))

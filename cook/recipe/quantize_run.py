@@ -26,7 +26,7 @@ from cook.export.pruned_folder import open_masks
 from cook.families.gguf_settings import PROGRAM
 from cook.families.source import load_model, open_model
 from cook.pruning.family import ModelSource, Stored
-from cook.pruning.reshape import fan_in_sizes, kept_units, reshaped
+from cook.pruning.reshape import kept_units, reshaped
 from cook.quantization.folders import write_compressed_tensors, write_torchao_folder
 from cook.quantization.gguf_file import write_gguf
 from cook.quantization.model import QuantizedModel
@@ -100,7 +100,7 @@ def quantize_run(options: QuantizeOptions) -> None:
     print("\n" + _table(model, before, written, parameters, losses) + "\n")
     if source.stored and (carried := account(source, source.adapter.space(source.config)).carried):
         notes.append(f"{len(carried)} tensors that the model does not use were left out, such as {carried[0]}")
-    if source.adapter.live_config is not None:
+    if source.adapter.live_format is not None:
         notes.append("no CPM-Live .pt was written: it holds floating point alone, and `cook reshape` writes one")
     for note in notes:
         print(f"note: {note}")
@@ -163,35 +163,27 @@ def run_model(stage: Stage) -> QuantizedModel:
     scheme = scheme_of(record["scheme"], record["group_size"])
     whole = open_model(stage.folder / "model")
     space, masks = open_masks(whole, **masks_after(stage).by_option)
-    source, trained, renamed = whole, LazyTensors({}), dict[str, str]()
+    source, renamed = whole, dict[str, str]()
     if masks:
         shrunk = whole.adapter.shrink(whole.config, space, kept_units(space, masks))
         renamed = dict(shrunk.renamed)
-
-        def cut(*, rescale: bool) -> LazyTensors:
-            tensors = reshaped(whole.tensors, space, masks, rescale=rescale)
-            return LazyTensors({renamed.get(name, name): partial(tensors.__getitem__, name) for name in tensors})
-
+        small = reshaped(whole.tensors, space, masks)
+        tensors = LazyTensors({renamed.get(name, name): partial(small.__getitem__, name) for name in small})
         source = ModelSource(
-            adapter=whole.adapter, config=shrunk.config, tensors=cut(rescale=True), path=whole.path, stored=Stored({})
+            adapter=whole.adapter, config=shrunk.config, tensors=tensors, path=whole.path, stored=Stored({})
         )
-        trained = cut(rescale=False)
     with torch.device("meta"):
-        small = source.adapter.build(source.config)
+        built = source.adapter.build(source.config)
     tables = record.get("embeddings", [])  # older records have none
     names = {path: renamed.get(f"{path}.weight", f"{path}.weight") for path in (*record["modules"], *tables)}
     names = {path: name.removesuffix(".weight") for path, name in names.items()}
-    known = linear_modules(small) | (token_embedding(small) if tables else {})
-    matrices, sizes = {new: known[new] for new in names.values()}, fan_in_sizes(space)
-    # What the model divides by at run time in training, over what it divides by afterwards.
-    factors = {new: math.sqrt(known[new].inputs / sizes[path]) for path, new in names.items() if path in sizes}
+    known = linear_modules(built) | (token_embedding(built) if tables else {})
+    matrices = {new: known[new] for new in names.values()}
     return QuantizedModel(
         source=source,
         scheme=scheme,
         matrices=matrices,
-        others=_others(small, matrices),
-        trained=trained,
-        factors=factors,
+        others=_others(built, matrices),
         precision=PRECISIONS[record["precision"]],
     )
 

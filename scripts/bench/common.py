@@ -17,8 +17,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from cook.base.device import card  # noqa: E402
+from cook.base.environment import quiet_torchao  # noqa: E402
 from cook.base.files import write_json  # noqa: E402
 from cook.report.tables import markdown_table  # noqa: E402
+
+quiet_torchao()  # transformers is imported later
 
 
 def machine() -> dict[str, Any]:

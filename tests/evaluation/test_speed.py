@@ -102,16 +102,24 @@ CPU, MIB = torch.device("cpu"), 1 << 20
 
 
 def test_the_peak_and_not_what_was_there_before_or_is_left():
-    before = torch.ones(40 * MIB // 4)
-    with PeakMemory(CPU) as small:
-        del before
-        torch.ones(4 * MIB // 4)
-    with PeakMemory(CPU) as large:
-        for _ in range(3):
-            torch.ones(60 * MIB // 4)
-    assert small.bytes is not None and large.bytes is not None
-    # Pages of other work of the process come and go: some MiB either way.
-    assert 56 * MIB < large.bytes < 80 * MIB and small.bytes < 16 * MIB
+    def small() -> int:
+        before = torch.ones(40 * MIB // 4)
+        with PeakMemory(CPU) as peak:
+            del before
+            torch.ones(4 * MIB // 4)
+        assert peak.bytes is not None
+        return peak.bytes
+
+    def large() -> int:
+        with PeakMemory(CPU) as peak:
+            for _ in range(3):
+                torch.ones(60 * MIB // 4)
+        assert peak.bytes is not None
+        return peak.bytes
+
+    # Threads of the process that earlier tests have left may need memory meanwhile, so the least of some is compared.
+    assert 56 * MIB < min(large() for _ in range(5)) < 80 * MIB
+    assert min(small() for _ in range(5)) < 16 * MIB
 
 
 def test_memory_that_was_freed_before_does_not_hide_what_comes():

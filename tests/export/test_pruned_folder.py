@@ -86,6 +86,11 @@ def test_the_masks_in_the_folder_are_those_of_the_model(tmp_path):
         {f"layers.{i}.dimff": (torch.arange(20) % 4 == i).float() for i in range(3)},
         {f"layers.{i}.ffn": torch.zeros(1) for i in range(3)},
         {"layers.1.heads": torch.zeros(4)},
+        {
+            "hidden": (torch.arange(24) % 3 > 0).float(),
+            "head_dims": (torch.arange(6) > 1).float(),
+            **{f"layers.{i}.dimff": (torch.arange(20) % 3 == 0).float() for i in range(3)},
+        },
     ],
 )
 def test_cpm_lives_format_is_written_where_it_can_hold_the_model(tmp_path, masks):

@@ -63,6 +63,7 @@ def test_equal_sizes_keep_the_plain_fields():
         "mask_modules": None,
         "layer_dim_ff": None,
         "layer_heads": None,
+        "unpruned": None,
     }
 
 
@@ -74,7 +75,7 @@ def test_equal_sizes_keep_the_plain_fields():
     ],
 )
 def test_what_cpm_lives_format_cannot_hold_is_said(changes, word):
-    answer = ADAPTER.live_config(config_of(**changes))
+    answer = ADAPTER.live_format(config_of(**changes), {})
     assert isinstance(answer, str) and word in answer
 
 
@@ -89,7 +90,6 @@ def test_what_cpm_lives_format_cannot_hold_is_said(changes, word):
     ],
 )
 def test_what_cpm_lives_format_can_hold_is_held(changes):
-    live = ADAPTER.live_config(config_of(**changes))
-    assert isinstance(live, dict)
-    native, _ = ADAPTER.read(live, {})
+    fields, _ = ADAPTER.live_format(config_of(**changes), {})
+    native, _ = ADAPTER.read(fields, {})
     assert ADAPTER.space(native).shapes == tiny_space(**changes).shapes

@@ -210,7 +210,7 @@ def test_mask_files_bring_the_same_masks_back(tmp_path):
 def test_units_are_put_back_where_they_were(name):
     source, space = SOURCES[name], SPACES[name, "kv_group"]
     masks = even_masks(space) | {"hidden": some(space.hidden.size, 24, seed=3)}
-    small = reshaped(source.tensors, space, masks, rescale=False)
+    small = reshaped(source.tensors, space, masks)
     back = dict(restored(small.items(), source.tensors, space, masks, None))
     assert back.keys() == source.tensors.keys()
     assert all(torch.equal(back[path], weight) for path, weight in source.tensors.items())

@@ -296,7 +296,7 @@ def test_blockwise_attention_has_the_gradients_of_the_plain_path(monkeypatch, ki
     monkeypatch.setattr(cpm_ant, "BLOCK_SCORES", block_scores)
     ours = gradients(model, **batch)
 
-    def plain(q, k, v, bias_RHQK, bias):
+    def plain(q, k, v, bias_RHQK, bias, scale):
         added = bias_RHQK if bias.hidden_BQK is None else bias_RHQK.masked_fill(bias.hidden_BQK[:, None], -3e4)
         added = torch.where(bias.added_RHQK < -2e4, bias.added_RHQK, added)
         return torch.softmax(q @ k.mT / q.shape[-1] ** 0.5 + added, -1) @ v
@@ -325,7 +325,7 @@ def test_blockwise_attention_against_autograd(rows, hides, length):
         added = bias.detach().masked_fill(hidden[:, None], -3e4)
         record = Bias(added_RHQK=added, bias_RHQK=bias, blocks=score_blocks(hidden, heads))
     keep = (~hidden.all(-1))[:, None, :, None]
-    out = BiasedAttention.apply(q, k, v, bias, record) * keep
+    out = BiasedAttention.apply(q, k, v, bias, record, q.shape[-1] ** -0.5) * keep
     scores = (q @ k.mT / dim**0.5 + bias).masked_fill(hidden[:, None], float("-inf"))
     expected = torch.softmax(scores, -1).nan_to_num(0.0) @ v
     torch.testing.assert_close(out, expected)

@@ -11,7 +11,7 @@ from cook.base.errors import UserError
 from cook.evaluation.equality import largest_difference
 from cook.export.pruned_folder import mask_model
 from cook.families.cpm_ant import ADAPTER
-from cook.pruning import reshape
+from cook.families.cpm_ant_formats import by_own_sizes
 from cook.pruning.attach import AttachedGates
 from cook.pruning.counts import parameters
 from cook.pruning.mask_set import kept_counts
@@ -92,9 +92,13 @@ def test_a_small_model_planted_in_a_larger_one_comes_out():
         tensors[name][torch.meshgrid(*dims, indexing="ij")] = weight * scale
     big.load_state_dict(tensors)
     found, config = small_model(tensors, config_of(), {"hidden": mask})
-    assert config == config_of(dim_model=16) | {"layer_heads": None, "layer_dim_ff": None, "mask_modules": None}
+    before = {"dim_model": 24, "dim_head": 6, "heads": [4] * 3, "dim_ff": [20] * 3}
+    plain = {"layer_heads": None, "layer_dim_ff": None, "mask_modules": None}
+    assert config == config_of(dim_model=16) | plain | {"unpruned": before}
+    assert largest_difference(small, found, batches(small.config, 0)) <= 1e-5
+    own = by_own_sizes(found.config, found.state_dict())
     for name, weight in small.state_dict().items():
-        torch.testing.assert_close(found.state_dict()[name], weight, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(own[name], weight, rtol=1e-6, atol=1e-7)
     gates = mask_model(big, SPACES["plain"], {"hidden": mask})
     assert largest_difference(small, big, batches(small.config, 0)) <= 1e-5
     gates.remove()
@@ -154,21 +158,17 @@ def test_masks_change_the_model(seed):
     assert largest_difference(model, masked, batches(model.config, 0)) > 0.01
 
 
-def test_without_the_rescale_the_models_differ(monkeypatch):
+@pytest.mark.parametrize("name", ["dim_model", "dim_head", "heads", "dim_ff"])
+def test_the_small_model_divides_by_the_sizes_before(name):
     model, space = MODELS["plain"], SPACES["plain"]
-    masks = random_masks(space, 1, blocks=1.0)
-    flat = {
-        piece.path: piece for group in space.groups for piece in group.slices if group.kind != "layer" and piece.fan_in
-    }
-    cut = reshape._cut
-
-    def unscaled(tensor, cuts, _rescale):
-        return cut(tensor, cuts, False)
-
-    assert len(flat) == 6
-    monkeypatch.setattr(reshape, "_cut", unscaled)
-    small, _ = small_model(model.state_dict(), config_of(), masks)
-    assert difference(model, small, space, masks) > 0.01
+    masks = random_masks(space, 1, blocks=1.0) | {"hidden": hidden_mask(1, 16)}
+    masks |= {"head_dims": (torch.arange(space.head_dims.size) % 3 > 0).float()}
+    small, config = small_model(model.state_dict(), config_of(), masks)
+    assert difference(model, small, space, masks) <= 1e-5
+    own = ADAPTER.build(config | {"unpruned": None}).config.sizes_before()
+    wrong = ADAPTER.build(config | {"unpruned": config["unpruned"] | {name: own[name]}}).eval()
+    wrong.load_state_dict(small.state_dict())
+    assert difference(model, wrong, space, masks) > 0.01
 
 
 def test_heads_keep_their_own_bias():
@@ -205,7 +205,7 @@ def test_pruning_twice_is_pruning_once(data):
     direct, wanted = small_model(model.state_dict(), config_of(), masks)
     assert list(direct.state_dict()) == list(twice.state_dict())
     for name, weight in direct.state_dict().items():
-        torch.testing.assert_close(twice.state_dict()[name], weight, rtol=1e-6, atol=1e-7)
+        assert torch.equal(twice.state_dict()[name], weight)
     assert difference(model, twice, space, masks) <= 1e-5
     for key in ("mask_modules", "layer_heads", "layer_dim_ff"):
         assert last[key] == wanted[key]
@@ -225,14 +225,19 @@ def test_generation_is_the_same_with_a_cache(seed):
     assert torch.equal(masked, cached) and torch.equal(cached, slow) and masked.shape == (2, 16)
 
 
-def test_half_precision_is_rounded_once():
+def test_weights_in_16_bits_are_not_rounded_again():
     space = SPACES["plain"]
     tensors = {name: tensor.bfloat16() for name, tensor in MODELS["plain"].state_dict().items()}
-    masks = {"layers.0.heads": torch.tensor([1.0, 0, 1, 1])}
+    masks = {"layers.0.heads": torch.tensor([1.0, 0, 1, 1]), "hidden": hidden_mask(1, 16)}
+    got = dict(reshaped(tensors, space, masks))
     out = "encoder.layers.0.self_att.self_attention.attention_out.weight"
-    got = dict(reshaped(tensors, space, masks))[out]
     columns = torch.cat([torch.arange(6), torch.arange(12, 24)])
-    assert torch.equal(got, (tensors[out][:, columns].double() * (18 / 24) ** 0.5).bfloat16())
+    assert torch.equal(got[out], tensors[out][masks["hidden"].bool()][:, columns])
+    whole = tiny_model(3)
+    whole.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    small, _ = small_model(whole.state_dict(), config_of(), masks)
+    assert all(torch.equal(small.state_dict()[name], tensor.float()) for name, tensor in got.items())
+    assert difference(whole, small, space, masks) <= 1e-5
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -169,15 +170,14 @@ def test_modules_of_other_classes_are_refused(tmp_path):
         write_torchao_folder(rounded(tmp_path / "model", "int8"), tmp_path / "small")
 
 
-def test_factors_scale_the_scales_and_leave_the_integers():
+def test_weights_are_rounded_from_the_type_of_the_training():
     torch.manual_seed(0)
     weight = torch.randn(8, 32)
     scheme = scheme_of("int8")
     with torch.device("meta"):
         matrices = chosen_modules(torch.nn.Sequential(torch.nn.Linear(32, 8)), scheme)
-    parts = {"source": None, "scheme": scheme, "matrices": matrices, "others": (), "trained": {"0.weight": weight}}
-    model = QuantizedModel(**parts, factors={"0": 0.7})
+    parts = {"source": SimpleNamespace(tensors={"0.weight": weight}), "scheme": scheme, "matrices": matrices}
+    model = QuantizedModel(**parts, others=())
     assert torch.equal(model.weight("0").values_NK, quantized(weight, scheme).values_NK)
-    assert torch.allclose(model.weight("0").dequantized(), 0.7 * quantized(weight, scheme).dequantized(), rtol=1e-6)
-    half = QuantizedModel(**parts, precision=torch.bfloat16)
+    half = QuantizedModel(**parts, others=(), precision=torch.bfloat16)
     assert torch.equal(half.weight("0").values_NK, quantized(weight.bfloat16(), scheme).values_NK)

@@ -15,6 +15,7 @@ from cook.base.errors import UserError
 from cook.models.cpm_ant import Embedding, Linear
 from cook.quantization import prepare
 from cook.quantization.schemes import Matrix, linear_modules, quantized, scheme_of, token_embedding
+from tests.models.cpm_ant_tiny import tiny_config
 from tests.quantization.tiny_stock import IDS, SIZES
 
 pytest.importorskip("torchao")
@@ -32,8 +33,7 @@ def rounded_inputs(x: np.ndarray) -> np.ndarray:
 def modules() -> dict[str, torch.nn.Module]:
     torch.manual_seed(0)
     # 100: this one is part of a model whose other units are removed, and divides by the root of the whole size.
-    own, conv = Linear(64, 24), Conv1D(24, 64)
-    own.fan_in = 100
+    own, conv = Linear(64, 24, fan_in=100), Conv1D(24, 64)
     return {"linear": torch.nn.Linear(64, 24), "conv": conv, "own": own}
 
 
@@ -133,9 +133,10 @@ def rounded_rows(table: np.ndarray) -> np.ndarray:
 
 def test_the_table_of_cpm_ant_is_rounded_for_ids_and_for_scores():
     torch.manual_seed(0)
-    model = torch.nn.ModuleDict({"table": Embedding(30, 24)})
+    config = tiny_config(dim_model=24)
+    config.unpruned = config.sizes_before() | {"dim_model": 36}
+    model = torch.nn.ModuleDict({"table": Embedding(30, config)})
     table = model["table"]
-    table.fan_in = 36  # of a model whose other units are removed
     matrix = Matrix(outputs=30, inputs=24, divides=True, is_embedding=True)
     prepare.FakeQuantization(model, scheme_of("int8"), {"table": matrix})
     rounded = rounded_rows(table.weight.detach().numpy()).astype(np.float64)
