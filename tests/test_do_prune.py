@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import resource
 import weakref
 
@@ -12,13 +13,18 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import BertConfig, GPT2Config, LlamaConfig, RobertaConfig
+from transformers import BertConfig, GemmaConfig, GPT2Config, LlamaConfig, RobertaConfig
 
 from cook.base.errors import RunFailed, UserError
+from cook.export.model_folder import write_model_folder
+from cook.families.cpm_ant import ADAPTER
+from cook.families.source import open_model
 from cook.pruning.family import Stored
 from cook.pruning.mask_file import write_mask_file
 from cook.recipe import reshape_run
 from do_prune import main
+from tests.models.cpm_ant_tiny import tiny_model
+from tests.tiny_pruning import config_of
 
 SIZES = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=20, vocab_size=300)
 EVEN, UNEVEN = [[1.0] * 7 + [0] * 13] * 3, [[1.0] * (5 + n) + [0] * (15 - n) for n in range(3)]
@@ -124,6 +130,53 @@ def test_a_model_larger_than_memory_is_verified_layer_by_layer(tmp_path, monkeyp
     monkeypatch.setattr(reshape_run, "masked_model", misread)
     with pytest.raises(RunFailed, match="NOT EQUAL"):
         prune(monkeypatch, model, "--verify", dims=dims)
+
+
+MULTIPLIED = [
+    ("LlamaForCausalLM", LlamaConfig(**SIZES), "head_dims", "q_proj"),
+    ("GemmaForCausalLM", GemmaConfig(**SIZES, num_key_value_heads=2, head_dim=8), "hidden", "embed_tokens"),
+]
+
+
+@pytest.mark.parametrize("fits", [True, False], ids=["in memory", "layer by layer"])
+@pytest.mark.parametrize(("name", "config", "kind", "weight"), MULTIPLIED)
+def test_weights_in_16_bits_are_compared_before_they_are_rounded_again(
+    tmp_path, monkeypatch, capsys, name, config, kind, weight, fits
+):
+    torch.manual_seed(0)
+    model = tmp_path / "model"
+    getattr(transformers, name)(config).bfloat16().save_pretrained(model)
+    if not fits:
+        monkeypatch.setattr("cook.families.streamed.free_memory", lambda device: 1000)
+    source = open_model(model)
+    (group,) = [group for group in source.adapter.space(source.config).every if group.kind == kind]
+    kept = (torch.arange(group.size) % 4 > 0).float()
+    write_mask_file(tmp_path / "wide.pt", {f"{kind}_z": kept})
+    options = ["--verify", f"--{kind.replace('_', '-')}-mask", str(tmp_path / "wide.pt")]
+    prune(monkeypatch, model, *options, dims=UNEVEN)
+    assert re.search(r"\d weights before they were rounded to 16 bits again: .* equal", capsys.readouterr().out)
+    written = open_model(tmp_path / "small").tensors
+    assert all(tensor.dtype == torch.bfloat16 for tensor in written.values())
+    real = reshape_run.write_pruned
+
+    def wrong(source, *arguments, **options):
+        tensors = {name: tensor * 1.01 if weight in name else tensor for name, tensor in source.tensors.items()}
+        return real(dataclasses.replace(source, tensors=tensors, stored=Stored({})), *arguments, **options)
+
+    monkeypatch.setattr(reshape_run, "write_pruned", wrong)
+    with pytest.raises(RunFailed, match="is not the one that the masks leave"):
+        prune(monkeypatch, model, *options, dims=UNEVEN)
+
+
+def test_cpm_ant_in_16_bits_keeps_its_weights(tmp_path, monkeypatch, capsys):
+    tensors = {name: tensor.bfloat16() for name, tensor in tiny_model(1).state_dict().items()}
+    write_model_folder(tmp_path / "model", ADAPTER, config_of(), tensors.items())
+    write_mask_file(tmp_path / "hidden.pt", {"hidden_z": (torch.arange(24) % 3 > 0).float()})
+    prune(monkeypatch, tmp_path / "model", "--verify", "--hidden-mask", str(tmp_path / "hidden.pt"), dims=UNEVEN)
+    assert re.search(r"as read and masked by cook: .* equal to rounding", capsys.readouterr().out)
+    written = load_file(tmp_path / "small" / "model.safetensors")
+    values = {name: set(tensor.flatten().tolist()) for name, tensor in tensors.items()}
+    assert all(set(tensor.flatten().tolist()) <= values[name] for name, tensor in written.items())
 
 
 def test_an_earlier_export_survives_a_failure(tmp_path, monkeypatch):

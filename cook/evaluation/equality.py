@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cook.base.batches import Batch
-from cook.base.tensor_files import read_model_config
+from cook.base.errors import RunFailed
+from cook.base.tensor_files import LazyTensors, read_model_config
 from cook.data.token_loss import model_inputs
 from cook.export.check import quiet, transformers_class
 from cook.export.pruned_folder import mask_model
 from cook.families.source import load_model, open_model
 from cook.families.streamed import streamed_model
-from cook.pruning.family import ModelSource
+from cook.pruning.family import ModelSource, vocabulary_size
 from cook.pruning.mask_set import Masks
+from cook.pruning.reshape import kept_units, multiplied, reshaped
 from cook.pruning.units import WIDE, PruningSpace
 
 Answers = dict[str, torch.Tensor]
@@ -145,8 +149,52 @@ def masked_model(
     return model, f"{found[0].__name__} of transformers with the masked units set to zero"
 
 
-def written_model(folder: Path, dtype: torch.dtype, *, streamed: bool = False) -> torch.nn.Module:
-    """Loads a reshaped model as its users do; `streamed`: as cook reads it, with one layer in memory at a time."""
+def unrounded(source: ModelSource, space: PruningSpace, masks: Masks, tokens: Sequence[int] = ()) -> LazyTensors:
+    """The weights in 16 bits that reshaping multiplied by a factor, before they were rounded again.
+
+    In fp64, under the names in the reshaped model, each computed on access. If `tokens` are given, tables have these
+    rows alone.
+    """
+    wide = {path for path in multiplied(space, masks) if source.tensors[path].element_size() < 4}
+    if not wide:
+        return LazyTensors({})
+    readers = {name: partial(source.tensors.__getitem__, name) for name in source.tensors}
+    readers |= {path: partial(lambda path: source.tensors[path].double(), path) for path in wide}
+    small = reshaped(LazyTensors(readers), space, masks)
+    renamed = source.adapter.shrink(source.config, space, kept_units(space, masks)).renamed
+
+    def exact(path: str) -> torch.Tensor:
+        is_table = tokens and space.shapes[path][0] == vocabulary_size(source.config)
+        return small[path][torch.tensor(tokens)] if is_table else small[path]
+
+    return LazyTensors({renamed.get(path, path): partial(exact, path) for path in wide if path in small})
+
+
+def written_model(
+    folder: Path, dtype: torch.dtype, *, streamed: bool = False, exact: Mapping[str, torch.Tensor] | None = None
+) -> torch.nn.Module:
+    """Loads a reshaped model as its users do.
+
+    Args:
+        folder: The model.
+        dtype: The type of its weights in memory.
+        streamed: As cook reads it, with one layer in memory at a time.
+        exact: Weights to take in place of those in the files, which must be these rounded (`unrounded`); cook reads the
+            model then.
+
+    Raises:
+        RunFailed: a weight in the files is not the rounded one.
+    """
+    if exact:
+        source = open_model(folder)
+        for name, tensor in exact.items():
+            if not torch.equal(tensor.to(source.tensors[name].dtype), source.tensors[name]):
+                raise RunFailed(f"{folder}: the weight {name!r} is not the one that the masks leave")
+        readers = {
+            name: partial((exact if name in exact else source.tensors).__getitem__, name) for name in source.tensors
+        }
+        source = replace(source, tensors=LazyTensors(readers))
+        return streamed_model(source, dtype) if streamed else load_model(source, dtype)
     if streamed:
         return streamed_model(open_model(folder), dtype)
     found = transformers_class(read_model_config(folder))

@@ -65,6 +65,12 @@ def reshaped(tensors: Mapping[str, torch.Tensor], space: PruningSpace, masks: Ma
     return LazyTensors({path: partial(small, path) for path in space.shapes if path not in dropped})
 
 
+def multiplied(space: PruningSpace, masks: Masks) -> set[str]:
+    """The weights that `reshaped` multiplies by a factor, which rounds them again."""
+    _, cuts = _dropped_and_cut(space, masks)
+    return {path for path, pieces in cuts.items() if any(piece.power for piece, _, _ in pieces)}
+
+
 def restored(
     small: Iterable[tuple[str, torch.Tensor]],
     tensors: Mapping[str, torch.Tensor],
