@@ -201,9 +201,11 @@ def memory_of(shape: Shape, setup: Setup, *, shared: bool = False) -> Memory:
     """
     width, count = setup.width, shape.parameters
     weights, gradients, states = state_bytes(count, setup)
-    host = 0.0
-    if setup.offload_optimizer and not shared:
-        host, gradients, states = states + gradients, 0.0, 0.0
+    host, staging, on_card = 0.0, *_offload_buffers(shape, setup)
+    if shared:
+        on_card += staging
+    elif setup.offload_optimizer:
+        host, gradients, states = states + staging, 0.0, 0.0
     if setup.offload_param and not shared:
         host, weights = host + weights, 0.0
     kept = activations(shape, setup, checkpointing=False)
@@ -220,7 +222,7 @@ def memory_of(shape: Shape, setup: Setup, *, shared: bool = False) -> Memory:
         moved.update,
         2 * width * count - weights if setup.zero in (1, 2) else 0.0,  # the engine flattens the weights
     )
-    static = weights + states + width * setup.teacher
+    static = weights + states + on_card + width * setup.teacher
     return Memory(
         state=static + gradients,
         host=host,
@@ -230,6 +232,21 @@ def memory_of(shape: Shape, setup: Setup, *, shared: bool = False) -> Memory:
         buffers=moved.buffers,
         peak=static + max(moments),
     )
+
+
+def _offload_buffers(shape: Shape, setup: Setup) -> tuple[float, float]:
+    """Bytes on the host and on the card that offloading the optimizer needs beside its states, by DeepSpeed's code.
+
+    The host has this rank's part of the gradients in fp32. ZeRO 1 and 2 also have the new weights there, and on both
+    sides a buffer as large as the largest weight, which is taken to be the embedding.
+    """
+    if not setup.offload_optimizer:
+        return 0.0, 0.0
+    gradients = 4 * (shape.parameters if setup.trains else 0) / setup.ranks
+    if setup.zero == 3:
+        return gradients, 0.0
+    largest = setup.width * shape.vocab * shape.hidden
+    return gradients + setup.width * shape.parameters / setup.ranks + largest, largest
 
 
 class _Gradients(NamedTuple):

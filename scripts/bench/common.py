@@ -43,11 +43,15 @@ def _cpuinfo() -> list[str]:
 
 
 def publish(name: str, settings: dict[str, Any], rows: list[dict[str, Any]], output: str | None) -> None:
-    """Prints `rows` as a table and writes them with the machine and the settings to results/bench/NAME.json."""
+    """Prints `rows` as a table and writes them with the machine and the settings to results/bench/NAME.json.
+
+    Where a run wrote its files is none of its settings.
+    """
     headers = list(rows[0])
     cells = [[_text(row.get(header)) for header in headers] for row in rows]
     print(f"\n{name}\n{markdown_table(headers, cells)}\n")
     path = Path(output) if output else ROOT / "results" / "bench" / f"{name}.json"
+    settings = {key: value for key, value in settings.items() if key not in ("output", "folder", "work")}
     write_json(path, {"bench": name, "machine": machine(), "settings": settings, "rows": rows})
     print(f"written: {path}")
 

@@ -111,9 +111,16 @@ def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer():
 def test_offloaded_state_is_on_the_host_unless_that_is_the_same_memory():
     setup = replace(SETUP, zero=2, half=True, ranks=2)
     here, there = memory_of(SHAPE, setup), memory_of(SHAPE, replace(setup, offload_optimizer=True))
-    assert (here.host, there.host) == (0, (12 + 2) * 1000 / 2)
-    assert here.state - there.state == there.host
-    assert memory_of(SHAPE, replace(setup, offload_optimizer=True), shared=True).state == here.state
+    # Half of 1000 parameters: states, gradients in fp32, new weights in bf16; and one weight as large as the largest.
+    table = 2 * SHAPE.vocab * SHAPE.hidden
+    assert (here.host, there.host) == (0, (12 + 4 + 2) * 1000 / 2 + table)
+    assert here.state - there.state == (12 + 2) * 1000 / 2 - table
+    both = memory_of(SHAPE, replace(setup, offload_optimizer=True), shared=True)
+    assert both.state - here.state == (4 + 2) * 1000 / 2 + 2 * table and both.host == 0
+    assert both.peak - here.peak == both.state - here.state
+    last = replace(setup, zero=3)
+    at_3 = [memory_of(SHAPE, replace(last, offload_optimizer=on), shared=True).state for on in (False, True)]
+    assert at_3[1] - at_3[0] == 4 * 1000 / 2
 
 
 def big(layers: int = 40, hidden: int = 5120) -> Shape:
