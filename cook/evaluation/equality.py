@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from cook.base.batches import Batch
 from cook.base.errors import RunFailed
@@ -133,7 +134,7 @@ def masked_model(
     `streamed`: one layer is in memory at a time.
     """
     if streamed:
-        model = streamed_model(source, dtype)
+        model = _computing(streamed_model(source, dtype), dtype)
         mask_model(model, space, masks)
         return model, "the model as read and masked by cook, layer by layer"
     has_experts = bool(space.of("experts"))
@@ -141,10 +142,10 @@ def masked_model(
     stays = all(bool(mask.all()) for name, mask in masks.items() if name in others)
     found = transformers_class(source.config) if (source.path / "config.json").is_file() else None
     if found is None or not stays:
-        model = load_model(source, dtype)
+        model = _computing(load_model(source, dtype), dtype)
         mask_model(model, space, masks)
         return model, "the model as read and masked by cook"
-    model = _loaded(source.path, found[0], dtype)
+    model = _computing(_loaded(source.path, found[0], dtype), dtype)
     zero_units(model, space, masks)
     return model, f"{found[0].__name__} of transformers with the masked units set to zero"
 
@@ -194,11 +195,21 @@ def written_model(
             name: partial((exact if name in exact else source.tensors).__getitem__, name) for name in source.tensors
         }
         source = replace(source, tensors=LazyTensors(readers))
-        return streamed_model(source, dtype) if streamed else load_model(source, dtype)
+        return _computing((streamed_model if streamed else load_model)(source, dtype), dtype)
     if streamed:
-        return streamed_model(open_model(folder), dtype)
+        return _computing(streamed_model(open_model(folder), dtype), dtype)
     found = transformers_class(read_model_config(folder))
-    return load_model(open_model(folder), dtype) if found is None else _loaded(folder, found[0], dtype)
+    model = load_model(open_model(folder), dtype) if found is None else _loaded(folder, found[0], dtype)
+    return _computing(model, dtype)
+
+
+def _computing(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """The model; the products of experts that transformers chooses by default have no fp64."""
+    if dtype == torch.float64:
+        for module in model.modules():  # the setter of transformers leaves some families out, such as OLMoE
+            if isinstance(config := getattr(module, "config", None), PreTrainedConfig):
+                config._experts_implementation = "eager"
+    return model
 
 
 def _loaded(folder: Path, made: type, dtype: torch.dtype) -> torch.nn.Module:
