@@ -19,10 +19,12 @@ from cook.base.errors import RunFailed, UserError
 from cook.export.model_folder import write_model_folder
 from cook.families.cpm_ant import ADAPTER
 from cook.families.source import open_model
+from cook.models.cpm_ant import CpmAntConfig, CpmAntForCausalLM
 from cook.pruning.family import Stored
 from cook.pruning.mask_file import write_mask_file
 from cook.recipe import reshape_run
 from do_prune import main
+from tests.models.cpm_ant_tiny import SIZES as SMALL
 from tests.models.cpm_ant_tiny import tiny_model
 from tests.tiny_pruning import config_of
 
@@ -177,6 +179,18 @@ def test_cpm_ant_in_16_bits_keeps_its_weights(tmp_path, monkeypatch, capsys):
     written = load_file(tmp_path / "small" / "model.safetensors")
     values = {name: set(tensor.flatten().tolist()) for name, tensor in tensors.items()}
     assert all(set(tensor.flatten().tolist()) <= values[name] for name, tensor in written.items())
+
+
+def test_sizes_that_a_cpm_ant_leaves_out_have_their_defaults(tmp_path, monkeypatch, capsys):
+    config = CpmAntConfig(**SMALL | {"prompt_length": 32, "vocab_size": 300})
+    CpmAntForCausalLM(config).save_pretrained(tmp_path / "model")
+    written = json.loads((tmp_path / "model/config.json").read_text())
+    assert written.pop("prompt_length") == 32  # the default
+    (tmp_path / "model/config.json").write_text(json.dumps(written))
+    source = open_model(tmp_path / "model")
+    assert source.config["prompt_length"] == 32 and source.config["dim_model"] == SMALL["dim_model"]
+    assert prune(monkeypatch, tmp_path / "model", "--verify", dims=UNEVEN) is None
+    assert "equal to rounding" in capsys.readouterr().out
 
 
 def test_an_earlier_export_survives_a_failure(tmp_path, monkeypatch):

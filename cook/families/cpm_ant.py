@@ -174,7 +174,9 @@ def _read(
         fields = {"model_type": MODEL_TYPE} | cpm_ant_formats.native_config(dict(config))
         # That JSON does not distinguish the older FFN from the gated one; the weights do.
         return fields | ({"gated_ffn": False} if any(map(cpm_ant_formats.OLDER.fullmatch, tensors)) else {}), tensors
-    return dict(config), tensors
+    # A config.json may leave out what has its default, such as the length of the prompt.
+    native = _config(config)
+    return {name: getattr(native, name) for name in cpm_ant_formats.NATIVE_FIELDS} | dict(config), tensors
 
 
 def _with_facts(batch: Batch) -> Batch:

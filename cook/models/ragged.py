@@ -39,12 +39,10 @@ from .cook_experts import add_experts
 
 MODEL_TYPE = "cook_ragged"
 OWN_FIELDS = ("stock_type", "stock_class", "structure")
-
-
+DRAWS = PreTrainedModel.init_weights
+"""The method that transformers replaces while models are built whose weights are read afterwards."""
 PARTS = "parts"
 """Attribute of a module in `spread` or `gathered`: the list of its parts."""
-
-
 SLOPES = "slopes"
 """Attribute of a module in `slopes`."""
 BIASES = ("alibi", "position_bias", "attention_mask")
@@ -122,14 +120,14 @@ def reshape_modules(model: PreTrainedModel, structure: dict[str, Any]) -> None:
         old: Any = model.get_submodule(path)
         number = [old.layer_idx] if hasattr(old, "layer_idx") else []
         model.set_submodule(path, type(old)(config, *number))
-        model._init_weights(model.get_submodule(path))
+        _draw(model, path)
     for path, shape in shapes.items():
         name, _, kind = path.rpartition(".")
         # The size of a bias follows from its weight, unless that was removed with its block.
         if kind == "weight" or f"{name}.weight" not in shapes:
             old = model.get_submodule(name)
             model.set_submodule(name, _of_shape(old, shape if kind == "weight" else [*shape, 1][:: _step(old)]))
-            model._init_weights(model.get_submodule(name))
+            _draw(model, name)
     if any(isinstance(model.get_submodule(path.rpartition(".")[0]), nn.Embedding) for path in shapes):
         model.tie_weights()
     # Hooks, since they run before those of gates: a gate sees the heads that there are. Attention in between sees equal
@@ -163,6 +161,12 @@ def reshape_modules(model: PreTrainedModel, structure: dict[str, Any]) -> None:
     for path in structure["identity"]:
         model.set_submodule(path, nn.Identity())
     add_experts(model, structure.get("experts", {}))
+
+
+def _draw(model: PreTrainedModel, path: str) -> None:
+    """Draws the weights of a module, unless transformers builds the model without any (`no_init_weights`)."""
+    if PreTrainedModel.init_weights is DRAWS:
+        model._init_weights(model.get_submodule(path))
 
 
 def _tied_embeddings(model: PreTrainedModel, shapes: dict[str, Any]) -> dict[str, Any]:

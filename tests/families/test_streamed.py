@@ -11,8 +11,8 @@ from transformers import BertConfig, GPT2Config, LlamaConfig
 
 from cook.base.errors import UserError
 from cook.base.tensor_files import LazyTensors
-from cook.export.pruned_folder import mask_model
-from cook.families.source import load_model, open_model
+from cook.export.pruned_folder import mask_model, reshaped_source
+from cook.families.source import load_model, open_model, unfilled_model
 from cook.families.streamed import fits_into_memory, model_bytes, streamed_model
 from tests.tiny_families import tiny_source
 from tests.tiny_pruning import random_masks
@@ -89,3 +89,19 @@ def test_a_model_fits_if_its_bytes_do(monkeypatch):
     for free, fits in ((4 * count, False), (6 * count, True)):
         monkeypatch.setattr("cook.families.streamed.free_memory", lambda device, free=free: free)
         assert fits_into_memory(source, torch.float32) is fits
+
+
+def test_a_reshaped_model_is_built_without_drawing_weights(monkeypatch):
+    """Else they would take the memory of the whole model."""
+    whole = tiny_source("llama")
+    space = whole.adapter.space(whole.config)
+    small = reshaped_source(whole, space, random_masks(space, 0, blocks=0.9))
+    assert small.config["model_type"] == "cook_ragged"
+    drawn = []
+    made = type(small.adapter.build(small.config))
+    monkeypatch.setattr(made, "_init_weights", lambda self, module: drawn.append(type(module)))
+    small.adapter.build(small.config)
+    assert torch.nn.Linear in drawn  # as transformers does it
+    drawn.clear()
+    unfilled_model(small.adapter, small.config)
+    assert not drawn
