@@ -136,9 +136,12 @@ class CpmAntConfig(PreTrainedConfig):
             entries = getattr(self, name)
             if entries is not None and len(entries) != self.num_layers:
                 raise ValueError(f"{name} must have {self.num_layers} entries (num_layers), got {len(entries)}")
+        before = self.sizes_before()
+        if missing := {"dim_model", "dim_head", "heads", "dim_ff"} - set(before):
+            raise ValueError(f"unpruned lacks {', '.join(sorted(missing))}")
         for name in ("heads", "dim_ff"):
-            if self.unpruned and len(self.unpruned[name]) != self.num_layers:
-                got = len(self.unpruned[name])
+            if len(before[name]) != self.num_layers:
+                got = len(before[name])
                 raise ValueError(f"unpruned.{name} must have {self.num_layers} entries (num_layers), got {got}")
         for layer, pair in enumerate(self.mask_modules or []):
             if len(pair) != 2 or any(removed not in (True, False) for removed in pair):

@@ -402,6 +402,11 @@ def test_activation_checkpointing_has_the_same_gradients(dropout):
         ({"layer_heads": [[0], [4], [1]]}, r"0\.\.3"),
         ({"layer_dim_ff": [3, 0, 2]}, r"layer_dim_ff\[1\]"),
         ({"layer_dim_ff": [3]}, "3 entries"),
+        ({"unpruned": {"dim_model": 32}}, "unpruned lacks dim_ff, dim_head, heads"),
+        (
+            {"unpruned": {"dim_model": 32, "dim_head": 6, "heads": [4], "dim_ff": [20] * 3}},
+            "unpruned.heads must have 3",
+        ),
         ({"num_layers": 0}, "num_layers"),
         ({"prompt_types": 2}, "prompt_types"),
         ({"position_bias_num_buckets": 10}, "multiple of 4"),
