@@ -102,12 +102,14 @@ def hidden_dims(
 
 
 def stream_size(family: Family, config: PreTrainedConfig, model: torch.nn.Module) -> int:
-    """The hidden size, which that of the config may exceed: from the first product that adds to the stream."""
+    """The hidden size, which that of the config may exceed: from a product that adds to the stream, or a router."""
     for path, module in model.named_modules():
         layer, name = _layer_of(family, path)
         weight = getattr(module, "weight", None)
         if layer and isinstance(weight, torch.Tensor) and name in (family.attention.out, family.ffn.out):
             return int(weight.shape[1 - _in_dim(module)])
+        if family.experts and name == family.experts.router and isinstance(weight, torch.Tensor):
+            return int(weight.shape[1])
     return int(getattr(family.own_config(config), family.names.hidden))
 
 

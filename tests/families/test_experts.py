@@ -62,6 +62,16 @@ def test_masked_and_reshaped_are_equal(case, data):
 
 
 @pytest.mark.parametrize("name", MOE)
+def test_hidden_dims_are_known_without_any_attention(name):
+    space = SPACES[name, "kv_group"]
+    masks = {f"layers.{layer}.att": torch.zeros(1) for layer in range(space.num_layers)}
+    masks |= {"hidden": some(space.hidden.size, 8)}
+    assert difference(*both((name, "kv_group"), masks)) <= EXACT
+    small = check_config(SOURCES[name], space, masks, "kv_group")
+    assert small.adapter.space(small.config).hidden.size == 8
+
+
+@pytest.mark.parametrize("name", MOE)
 def test_pruning_in_two_steps_is_exact(name):
     source, space = SOURCES[name], SPACES[name, "kv_group"]
     first = even_masks(space, dims=12)
