@@ -105,10 +105,10 @@ def _with_architecture(config: dict[str, Any], before: Mapping[str, Any]) -> dic
 
 
 def reshaped_source(source: ModelSource, space: PruningSpace, masks: Masks) -> ModelSource:
-    """Reshapes in memory: the small model's config and weights."""
+    """The small model's config, and its weights, each cut on access."""
     shrunk = source.adapter.shrink(source.config, space, kept_units(space, masks))
     small = reshaped(source.tensors, space, masks)
-    tensors = {shrunk.renamed.get(name, name): tensor for name, tensor in small.items()}
+    tensors = LazyTensors({shrunk.renamed.get(name, name): partial(small.__getitem__, name) for name in small})
     return replace(source, config=shrunk.config, tensors=tensors, stored=Stored({}))
 
 

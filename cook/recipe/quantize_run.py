@@ -13,7 +13,7 @@ import torch
 
 from cook.base.errors import UserError
 from cook.base.files import write_json
-from cook.base.tensor_files import LazyTensors, read_model_config
+from cook.base.tensor_files import read_model_config
 from cook.config.load import load_config
 from cook.config.quantization import QuantizationConfig, SchemeName
 from cook.evaluation.loading import Entry, Loaded, load_tokenizer
@@ -22,11 +22,10 @@ from cook.evaluation.scoring import Windowing, score
 from cook.export.check import account, auto_class
 from cook.export.companions import copy_companions
 from cook.export.model_folder import published
-from cook.export.pruned_folder import open_masks
+from cook.export.pruned_folder import open_masks, reshaped_source
 from cook.families.gguf_settings import PROGRAM
 from cook.families.source import load_model, open_model
-from cook.pruning.family import ModelSource, Stored
-from cook.pruning.reshape import kept_units, reshaped
+from cook.pruning.reshape import kept_units
 from cook.quantization.folders import write_compressed_tensors, write_torchao_folder
 from cook.quantization.gguf_file import write_gguf
 from cook.quantization.model import QuantizedModel
@@ -165,13 +164,8 @@ def run_model(stage: Stage) -> QuantizedModel:
     space, masks = open_masks(whole, **masks_after(stage).by_option)
     source, renamed = whole, dict[str, str]()
     if masks:
-        shrunk = whole.adapter.shrink(whole.config, space, kept_units(space, masks))
-        renamed = dict(shrunk.renamed)
-        small = reshaped(whole.tensors, space, masks)
-        tensors = LazyTensors({renamed.get(name, name): partial(small.__getitem__, name) for name in small})
-        source = ModelSource(
-            adapter=whole.adapter, config=shrunk.config, tensors=tensors, path=whole.path, stored=Stored({})
-        )
+        renamed = dict(whole.adapter.shrink(whole.config, space, kept_units(space, masks)).renamed)
+        source = reshaped_source(whole, space, masks)
     with torch.device("meta"):
         built = source.adapter.build(source.config)
     tables = record.get("embeddings", [])  # older records have none

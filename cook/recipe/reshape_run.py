@@ -260,12 +260,8 @@ class Checked:
 
 
 def compared_rows(source: ModelSource) -> int:
-    """Number of rows to compare on, such that their logits and attention scores are small compared to a model.
-
-    Where only a layer fits into memory, that is all that they may be small compared to.
-    """
-    most = 16 if fits_into_memory(source, torch.float32) else 2
-    return max(1, min(most, COMPARED_LOGITS // (512 * vocabulary_size(source.config))))
+    """Number of rows to compare on, such that their logits are small compared to a model."""
+    return max(1, min(16, COMPARED_LOGITS // (512 * vocabulary_size(source.config))))
 
 
 def verify(
