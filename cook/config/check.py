@@ -42,6 +42,7 @@ CHECKS: tuple[Callable[..., Iterable[UserError]], ...] = (
     check_scheme.layer_mask_given,
     check_scheme.joint_budget_is_one,
     check_scheme.sizes_are_nested,
+    check_scheme.means_fit,
     check_scheme.pattern_given,
     check_scheme.pattern_stands_alone,
     quantization.quantize_stage_fits,

@@ -9,10 +9,12 @@ from os.path import normpath
 
 from cook.base.errors import UserError
 from cook.config.check_inputs import mask_paths, refused_folder
+from cook.config.distillation import OWN_TEACHER, DistillationConfig
 from cook.config.facts import ModelFacts
 from cook.config.types import (
     CoarseConfig,
     FineConfig,
+    GatesConfig,
     JointConfig,
     PatternConfig,
     PruningConfig,
@@ -210,6 +212,32 @@ def sizes_are_nested(joint: JointConfig | None, stages: tuple[StageEntry, ...]) 
             "stages: random_baseline makes one model, and the scheme has several sizes",
             got=f"joint.{key} with {len(sizes)} shares",
             remedy="remove random_baseline, or give one share",
+        )
+
+
+def means_fit(
+    gates: GatesConfig,
+    joint: JointConfig | None,
+    stages: tuple[StageEntry, ...],
+    distillation: DistillationConfig | None,
+) -> Iterator[UserError]:
+    """Checks that the model has one bias if means of removed units are added to it, and that the teacher has none."""
+    if not gates.compensation:
+        return
+    if joint and joint.sizes:
+        yield UserError(
+            "gates.compensation: each of several sizes would need biases of its own",
+            wanted="one share in the joint section",
+            got=", ".join(f"{size:g}" for size in joint.sizes),
+        )
+    masks = [entry.name for entry in stages if entry.name in ("att_mask", "ffn_mask")]
+    if len(masks) > 1 and distillation and distillation.teacher == OWN_TEACHER:
+        yield UserError(
+            'gates.compensation: with distillation.teacher "self" the teacher of the second mask stage is not the dense '
+            "model, since its biases contain the means of the first stage",
+            got=", ".join(masks),
+            remedy="learn both masks in a joint_mask stage, or set distillation.teacher to the folder of the dense "
+            "model",
         )
 
 

@@ -231,7 +231,13 @@ class GatesConfig:
     other, each time the one whose removal raises the loss on the batches of the first `start_steps` steps least. The
     gates then stay as they are, and the stage's steps train weights only."""
     start_steps: Annotated[int, Limits(minimum=1, maximum=10**5)] = 8
-    """Steps over which the score is accumulated, at most a quarter of the stage; or whose batches a search measures."""
+    """Steps over which the score is accumulated, at most a quarter of the stage; whose batches a search measures; or
+    whose tokens `compensation` averages over."""
+    compensation: bool = False
+    """True: what the removed heads and FFN dims add on average stays as a bias of the output projection of their block,
+    as in FLAP. While gates are learned, they mix a unit's output with its mean over the batches of the first
+    `start_steps` steps. The masks then belong to the model that their stage writes, whose biases contain the means. For
+    models whose output projections have a bias, or whose class can add one (Llama: `attention_bias`, `mlp_bias`)."""
 
 
 PatternType = Annotated[int | str, Limits(enum=[*range(len(NUMBERED)), *NAMES])]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Container, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,14 @@ from transformers.initialization import no_init_weights
 
 from cook.base.errors import UserError
 from cook.base.files import read_json
-from cook.base.tensor_files import INDEX, open_pt, open_safetensors, open_safetensors_folder, read_model_config
+from cook.base.tensor_files import (
+    INDEX,
+    LazyTensors,
+    open_pt,
+    open_safetensors,
+    open_safetensors_folder,
+    read_model_config,
+)
 from cook.families.registry import by_config
 from cook.pruning.family import Adapter, ModelSource, Stored
 from cook.pruning.mask_set import Masks
@@ -74,6 +83,22 @@ def without_units(config: Mapping[str, Any], head_unit: HeadUnit, masks: Masks) 
         masks: 0/1 per unit, by group name.
     """
     return {**config, REMOVED: {"head_unit": head_unit, "masks": {name: mask.tolist() for name, mask in masks.items()}}}
+
+
+def with_biases(source: ModelSource) -> ModelSource:
+    """The same model with biases of 0 in its output projections, where its class has a setting for them."""
+    config = source.adapter.with_biases(source.config)
+    if config == source.config:
+        return source
+    shapes = source.adapter.space(config).shapes
+    tensors = source.tensors
+
+    def zeros(path: str) -> torch.Tensor:
+        beside = path.removesuffix("bias") + "weight"
+        return torch.zeros(shapes[path], dtype=tensors[beside].dtype)
+
+    readers = {path: partial(tensors.__getitem__, path) if path in tensors else partial(zeros, path) for path in shapes}
+    return replace(source, config=config, tensors=LazyTensors(readers, shapes, getattr(tensors, "parts", None)))
 
 
 def _whole(checkpoint: Path, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:

@@ -72,6 +72,7 @@ def stock_adapter(
         modeling=stock_models.modeling,
         experts=stock_models.experts,
         with_experts=of_config(stock_models.with_experts),
+        with_biases=of_config(stock_models.with_biases),
         inputs=inputs or packed_inputs,
         inputs_by_config=inputs_by_config,
         abilities=Abilities(

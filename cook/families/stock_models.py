@@ -38,6 +38,8 @@ MODULE = "modeling_cook_ragged"
 ORIGIN = "origin_layers"  # key in `config.json`: the original number of each layer; absent if no number changed
 TABLES = (r"(^|\.)rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.masked_bias$")
 """Keys in files of older versions: buffers that the model computes itself."""
+BIAS_FIELDS = ("attention_bias", "attention_out_bias", "mlp_bias", "use_bias", "bias")
+"""Fields of configs that say whether projections have biases."""
 
 
 def is_ragged(config: ModelConfig) -> bool:
@@ -295,6 +297,23 @@ def ragged_config(family: Family, stock: ModelConfig, structure: Mapping[str, An
         "stock_class": family.auto_class,
         "structure": structure,
     }
+
+
+def with_biases(family: Family, config: ModelConfig) -> dict[str, Any]:
+    """The config of the same class with a bias in every output projection for which it has a setting."""
+    wider = dict(config)
+    if is_ragged(config):  # its weights are listed one by one
+        return wider
+    for name in BIAS_FIELDS:
+        if getattr(family.own_config(config_object(config)), name, None) is not False:
+            continue
+        changed = family.with_fields(wider, {name: True})
+        before, after = (weight_shapes(skeleton(family, each)) for each in (wider, changed))
+        added = set(after) - set(before)
+        outputs = (f".{family.attention.out}.bias", f".{family.ffn.out}.bias")
+        if all(path.endswith(".bias") for path in added) and any(path.endswith(outputs) for path in added):
+            wider = changed
+    return wider
 
 
 def check_remembered(config: ModelConfig, num_layers: int) -> None:

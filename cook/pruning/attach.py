@@ -41,6 +41,7 @@ class AttachedGates:
         self._values: dict[str, Expanded] = self._fixed
         self._handles: list[RemovableHandle] = []
         self._replaced: list[tuple[torch.nn.Module, Any]] = []
+        self._means: dict[str, torch.Tensor] = {}
         self._inputs = Counter(gate.module for group in groups for gate in group.gates if gate.at == "input")
         for group in groups:
             for gate in group.gates:
@@ -54,6 +55,14 @@ class AttachedGates:
         unknown = set(values) - set(self._groups)
         assert not unknown, f"no gate was attached for {sorted(unknown)}"
         self._values = self._fixed | {name: self._expanded(self._groups[name], z) for name, z in values.items()}
+
+    def compensate(self, means: Mapping[str, torch.Tensor]) -> None:
+        """From now on a gate mixes its features with their means: z · x + (1 − z) · mean (`cook.pruning.compensation`).
+
+        Args:
+            means: The mean of each input feature of the output projection, `[features]`, by group name.
+        """
+        self._means = dict(means)
 
     @contextmanager
     def opened(self, *, fixed: bool) -> Iterator[None]:
@@ -111,7 +120,7 @@ class AttachedGates:
 
         def folded(x: torch.Tensor, *inputs: Any, **named: Any) -> Any:
             z = self._at(name, _layout(gate))
-            if z is None or not self._folds(module, gate, x, z):
+            if z is None or name in self._means or not self._folds(module, gate, x, z):
                 return forward(x, *inputs, **named)
             weight = module.get_parameter("weight")
             is_transposed = isinstance(module, Conv1D)
@@ -193,9 +202,12 @@ class AttachedGates:
     def _input_hook(self, gate: GatePoint, name: str) -> Callable[..., tuple[Any, ...] | None]:
         def gate_input(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
             z = self._at(name, _layout(gate))
-            if z is None or self._folds(module, gate, inputs[0], z):
+            if z is None:
                 return None
-            return inputs[0] * z.to(inputs[0].dtype), *inputs[1:]
+            x, *others = inputs
+            if name in self._means:
+                return x * z.to(x.dtype) + ((1 - z) * self._means[name]).to(x.dtype), *others
+            return None if self._folds(module, gate, x, z) else (x * z.to(x.dtype), *others)
 
         return gate_input
 
@@ -226,6 +238,11 @@ class AttachedGates:
             if forward is not None:
                 module.forward = forward
         self._handles, self._replaced, self._values, self._fixed = [], [], {}, {}
+
+
+def by_feature(gate: GatePoint, value: torch.Tensor) -> torch.Tensor:
+    """The value of each feature of a gate point, `[features]`, from one per unit."""
+    return _spread(value, _layout(gate))
 
 
 def _layout(gate: GatePoint) -> Layout:

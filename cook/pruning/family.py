@@ -126,6 +126,8 @@ class Adapter:
     """The FFN blocks of a model that are mixtures of experts."""
     with_experts: Callable[[ModelConfig, Experts], dict[str, Any]] | None = None
     """(config, experts) → the config of the model with these experts; None if the family cannot have any."""
+    with_biases: Callable[[ModelConfig], dict[str, Any]] = dict
+    """config → the config of the same class in which output projections have a bias, where it has a setting for it."""
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Aliases in `pruned_module`: a suffix and the suffixes that it stands for."""
     live_format: (

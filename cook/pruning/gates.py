@@ -20,6 +20,9 @@ from cook.pruning.controller import Constraint, GateController, ramp
 from cook.pruning.count_pricing import in_multiples, nearest_cut
 from cook.pruning.relaxation import Deterministic, Relaxation
 
+MEAN = "mean."
+"""The first part of the keys of `Gates.means` in a state."""
+
 
 class Gates:
     """The gates of a list of groups, the same on every rank.
@@ -71,6 +74,8 @@ class Gates:
         )
         self.score, self.gathered = torch.zeros(sum(self.sizes.values()), dtype=torch.float64), 0
         self.start_sparsity = self.expected_sparsity()
+        self.means: dict[str, torch.Tensor] = {}
+        """The mean input features that take the place of those of removed units, by group (`compensation`)."""
         self._leaf: torch.Tensor | None = None
         self._drawn: torch.Tensor | None = None
         self._step = 0
@@ -239,6 +244,7 @@ class Gates:
         own = {"values": self.values, "score": self.score, "start_sparsity": self.start_sparsity}
         own["gathered"] = torch.tensor(self.gathered)
         state = {name: value.clone() for name, value in own.items()} | self.controller.state_dict()
+        state |= {f"{MEAN}{name}": mean.clone() for name, mean in self.means.items()}
         for number, controller in enumerate(self.smaller, start=1):
             state |= {f"{name}.{number}": value for name, value in controller.state_dict().items()}
         return state
@@ -248,6 +254,7 @@ class Gates:
         self.values, self.score = state["values"].clone(), state["score"].clone()
         self.start_sparsity, self.gathered = state["start_sparsity"].clone(), int(state["gathered"])
         self.controller.load_state_dict(state)
+        self.means = {name.removeprefix(MEAN): mean for name, mean in state.items() if name.startswith(MEAN)}
         for number, controller in enumerate(self.smaller, start=1):
             names = controller.state_dict()
             controller.load_state_dict({name: state[f"{name}.{number}"] for name in names})

@@ -13,10 +13,11 @@ from cook.base.errors import UserError
 from cook.base.seeds import derived_seed, generator
 from cook.config.types import FineConfig
 from cook.families.registry import by_config
-from cook.families.source import open_model
+from cook.families.source import open_model, with_biases
 from cook.pruning.block_times import read_block_times
 from cook.pruning.budgets import MIB, Targets, constraints
-from cook.pruning.family import Adapter, refuse_experts
+from cook.pruning.compensation import compensable
+from cook.pruning.family import Adapter, ModelSource, refuse_experts
 from cook.pruning.gates import Gates
 from cook.pruning.mask_file import read_masks
 from cook.pruning.mask_set import consistent, kept_counts, kept_groups, without_empty_blocks
@@ -129,6 +130,12 @@ def open_inputs(stage: Stage, *, must_exist: bool = True) -> Inputs:
         learned += groups
         if kind == "heads" and stage.one_budget:
             learned += tuple(kept_groups(allowed, fixed, "keys"))
+    if stage.compensates and not compensable(space, learned):
+        raise UserError(
+            f"{stage.name}: gates.compensation needs output projections with a bias",
+            got=f"{adapter.family}, whose class has none here, and no setting for one",
+            remedy="set gates.compensation to false",
+        )
     # A file of the other kind of fine mask may also hold this kind, from an earlier training.
     fixed = {name: mask for name, mask in fixed.items() if name not in {group.name for group in learned}}
     return Inputs(
@@ -145,12 +152,15 @@ def open_inputs(stage: Stage, *, must_exist: bool = True) -> Inputs:
     )
 
 
-def _model(stage: Stage, must_exist: bool) -> tuple[Adapter, dict[str, Any], Mapping[str, torch.Tensor] | None, str]:
+Found = tuple[Adapter, dict[str, Any], Mapping[str, torch.Tensor] | None, str]
+"""A model's adapter, config and weights, and where they come from."""
+
+
+def _model(stage: Stage, must_exist: bool) -> Found:
     model = stage.config.model
     before = Path(stage.config.output_dir) / stage.after if stage.after else None
     if before and (before / "done.json").exists():
-        source = open_model(before / "model")
-        return source.adapter, source.config, source.tensors, str(before / "model")
+        return _opened(stage, open_model(before / "model"), str(before / "model"))
     if before and must_exist:
         raise UserError(
             f"{stage.name} starts from the weights of {stage.after}, which has not finished",
@@ -158,8 +168,7 @@ def _model(stage: Stage, must_exist: bool) -> tuple[Adapter, dict[str, Any], Map
             remedy=f'run --stage {stage.after} first (or --stage all), or remove it from "stages" and set model.path',
         )
     if model.path and (must_exist or Path(model.path).exists()):
-        source = open_model(model.path, config=model.config)
-        return source.adapter, source.config, source.tensors, model.path
+        return _opened(stage, open_model(model.path, config=model.config), model.path)
     assert model.config is not None, "the config loader requires model.config or model.path"
     adapter = by_config(model.config)
     native, _ = adapter.read(model.config, {})
@@ -170,6 +179,11 @@ def _model(stage: Stage, must_exist: bool) -> tuple[Adapter, dict[str, Any], Map
         )
     origin = f"the end of {stage.after}" if stage.after else "fresh weights"
     return adapter, native, None, origin
+
+
+def _opened(stage: Stage, source: ModelSource, origin: str) -> Found:
+    source = with_biases(source) if stage.compensates else source
+    return source.adapter, source.config, source.tensors, origin
 
 
 def _existing(paths: MaskPaths) -> MaskPaths:

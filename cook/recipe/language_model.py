@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
 from cook.base import distributed
+from cook.base.batches import Batch, on_device
 from cook.base.device import card
 from cook.base.distributed import on_all_ranks, on_first_rank, say
 from cook.base.errors import UserError, out_of_memory
 from cook.base.seeds import derived_seed, restore_rng_state, rng_state, seed_everything
 from cook.base.watchdog import At
+from cook.data.packing import NO_TARGET
+from cook.data.token_loss import model_inputs
 from cook.data.training_data import TrainingData, load_rows
 from cook.distill.distiller import Distiller
 from cook.evaluation.all_ranks import held_out_loss
 from cook.families.source import unfilled_model, without_units
 from cook.pruning.attach import AttachedGates
+from cook.pruning.compensation import MeanInputs, compensable
 from cook.pruning.family import vocabulary_size
 from cook.pruning.gates import Gates
 from cook.pruning.search import search_blocks
@@ -43,7 +48,7 @@ from cook.training.engine import Engine
 from cook.training.loop import Run
 from cook.training.micro_batch import MicroBatch
 from cook.training.settings import check_settings, resolve_precision
-from cook.training.step import ExtraLoss, try_step
+from cook.training.step import try_step
 
 
 class LanguageModelRun(StageRun):
@@ -151,7 +156,7 @@ class LanguageModelRun(StageRun):
                 run,
                 notes=data.notes,
                 begin=lambda resumed: check_corpus(stage, resumed=resumed),
-                fresh=lambda: self._start(engine, attached, gates, distiller),
+                ready=lambda resumed: self._ready(opened, resumed=resumed),
             )
         except Exception as error:
             if search and out_of_memory(error):
@@ -164,7 +169,7 @@ class LanguageModelRun(StageRun):
             distiller.remove()
         losses = sizes.held_out_losses(engine, data.held_out)
         self._log_losses(position.step, losses)
-        write_model(stage, self.inputs, data.tokenizer, engine, is_smaller=self.trained is not self.inputs)
+        write_model(stage, self.inputs, self.trained, data.tokenizer, engine, gates)
         state = loader.state_dict()  # for some loaders a collective
         attached.remove()
         engine.close()
@@ -233,39 +238,64 @@ class LanguageModelRun(StageRun):
 
         return passes
 
-    def _start(self, engine: Engine, attached: AttachedGates, gates: Gates | None, distiller: ExtraLoss | None) -> None:
-        """Finds what a checkpoint would hold: the optimizer's state, and the blocks that a search removes."""
-        if sentence := carry_optimizer(self.stage, self.inputs, self.trained, engine):
-            say(f"{self.stage.name}: {sentence}")
-        if gates and gates.start == "search":
-            self._settle(engine, attached, gates, distiller)
+    def _ready(self, opened: Opened, *, resumed: bool) -> None:
+        """Finds what a checkpoint would hold: the optimizer's state, the blocks that a search removes, and means."""
+        engine, gates = opened.engine, opened.gates
+        if not resumed:
+            if sentence := carry_optimizer(self.stage, self.inputs, self.trained, engine):
+                say(f"{self.stage.name}: {sentence}")
+            if gates and gates.start == "search":
+                self._settle(opened, gates)
+            if gates and self.stage.compensates:
+                gates.means = self._means(opened)
+        if gates:
+            opened.attached.compensate({name: mean.to(engine.device) for name, mean in gates.means.items()})
 
-    def _settle(self, engine: Engine, attached: AttachedGates, gates: Gates, distiller: ExtraLoss | None) -> None:
-        """Searches for the blocks to remove."""
-        stage, inputs = self.stage, self.inputs
-        assert stage.config.coarse is not None, "a search without a target for blocks"
-        rank, world = distributed.rank(), distributed.world_size()
+    def _first_batches(self) -> list[Batch]:
+        """This rank's micro-batches of the first `gates.start_steps` steps."""
+        stage, rank, world = self.stage, distributed.rank(), distributed.world_size()
         rows = stage.config.training.rows_at_once(world)
-        loader = open_loader(stage, self.data, ledger=False)
-        try:
-            batches = [
+        with closing(open_loader(stage, self.data, ledger=False)) as loader:
+            return [
                 batch
                 for step in range(stage.config.gates.start_steps)
                 for batch in loader.micro_batches(step, rank, world, rows)
             ]
-        finally:
-            loader.close()
+
+    @torch.no_grad()
+    def _means(self, opened: Opened) -> dict[str, torch.Tensor]:
+        """The mean input features of output projections, with the gates open."""
+        engine, batches = opened.engine, self._first_batches()
+        means = MeanInputs(engine.module, compensable(self.trained.space, self.trained.learned))
+        with self._evaluating(engine):
+            for batch in batches:
+                self.at(0, "starting")
+                means.at((batch["targets"].flatten() != NO_TARGET).nonzero().flatten().to(engine.device))
+                engine(**model_inputs(on_device(batch, engine.device)))
+        means.remove()
+        return means.means()
+
+    @contextmanager
+    def _evaluating(self, engine: Engine) -> Iterator[None]:
+        was_training = engine.module.training
+        engine.module.eval()
+        yield
+        engine.module.train(was_training)
+
+    def _settle(self, opened: Opened, gates: Gates) -> None:
+        """Searches for the blocks to remove."""
+        stage, inputs, (engine, _, attached, _, distiller) = self.stage, self.inputs, opened
+        assert stage.config.coarse is not None, "a search without a target for blocks"
+        batches = self._first_batches()
 
         def measure(masks: Mapping[str, torch.Tensor]) -> float:
             self.at(0, "starting")
             attached.set({name: mask.to(engine.device) for name, mask in masks.items()})
             return held_out_loss(engine, batches, engine.device, distiller)
 
-        was_training = engine.module.training
-        engine.module.eval()
         coarse = stage.config.coarse
-        gates.settle(search_blocks(measure, inputs.space, inputs.learned, coarse.target_sparsity, unit=coarse.unit))
-        engine.module.train(was_training)
+        with self._evaluating(engine):
+            gates.settle(search_blocks(measure, inputs.space, inputs.learned, coarse.target_sparsity, unit=coarse.unit))
 
     def _seed(self) -> None:
         seed_everything(derived_seed(self.stage.config.seed, self.stage.name, distributed.rank()))

@@ -202,6 +202,10 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
 
 def _recipe_files(job: OneLineJob, source: ModelSource, sizes: Sequence[Keep]) -> dict[str, Any]:
     scheme, stages = _scheme(job, sizes, source)
+    if job.compensate:
+        if stages[0] == "layer_mask":
+            raise UserError("--compensate: for heads and dims, and only blocks are removed", remedy="leave it out")
+        scheme["gates"] = {"compensation": True}
     # A search is over before the first step, and the weights are frozen.
     mask_steps = 1 if scheme.get("gates", {}).get("start") == "search" else job.steps
     bmcook = {

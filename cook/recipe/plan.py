@@ -111,6 +111,11 @@ class Stage:
         return self.config.quantization if self.name == "quantize" else None
 
     @property
+    def compensates(self) -> bool:
+        """Whether what removed heads or FFN dimensions add on average stays as a bias."""
+        return self.config.gates.compensation and not {"heads", "dimff"}.isdisjoint(self.learns)
+
+    @property
     def is_moefy(self) -> bool:
         return self.name == "moefy"
 
@@ -281,10 +286,15 @@ class Stage:
             "targets": self._targets(),
             **self.pattern_settings(),
             **self.moefy_settings(),
-            "gates": asdict(config.gates) if self.learns or self.is_random_baseline else None,
+            "gates": self._gates() if self.learns or self.is_random_baseline else None,
             **self.quantization_settings(),
         }
         return hashlib.sha256(json.dumps(described, sort_keys=True, default=list).encode()).hexdigest()
+
+    def _gates(self) -> dict[str, Any]:
+        """The settings of gates; without compensation as before there was any."""
+        gates = asdict(self.config.gates)
+        return gates if gates["compensation"] else {k: v for k, v in gates.items() if k != "compensation"}
 
 
 def recipe(config: RunConfig) -> list[Stage]:

@@ -102,7 +102,7 @@ class StageRun(ABC):
         start: Position | None = None,
         notes: Sequence[str] = (),
         begin: Callable[[bool], None] = lambda _resumed: None,
-        fresh: Callable[[], None] = lambda: None,
+        ready: Callable[[bool], None] = lambda _resumed: None,
     ) -> Position:
         """Trains to the last step, from the newest checkpoint if there is one.
 
@@ -111,7 +111,7 @@ class StageRun(ABC):
             start: Where it begins without a checkpoint.
             notes: Sentences on the data, for the first record of the log.
             begin: Called on the first rank before the first step; receives whether the training is resumed.
-            fresh: Called on all ranks before the first step of a training that is not resumed.
+            ready: Called on all ranks once the checkpoint is loaded, if there is one; receives whether there is.
         """
         found = find_checkpoint(run.checkpoints, self.resume)
         on_first_rank(lambda: begin(found is not None))
@@ -123,8 +123,7 @@ class StageRun(ABC):
             saved_by = found[1]["world_size"]
             others = f", saved by {saved_by} rank(s)" if saved_by != distributed.world_size() else ""
             say(f"{run.name}: resuming from step {position.step}{others}")
-        else:
-            fresh()
+        ready(found is not None)
         on_first_rank(lambda: self.log.rewind(position.step if found else -1, position.log))
         if run.gate_log:
             run.gate_log.rewind(position.step if found else -1)

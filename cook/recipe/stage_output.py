@@ -11,6 +11,7 @@ import torch
 from cook.base import distributed
 from cook.base.files import sha256
 from cook.export.model_folder import copy_generation_config, write_model_folder, write_tokenizer
+from cook.pruning.compensation import with_bias
 from cook.pruning.counts import parameters
 from cook.pruning.gates import Gates
 from cook.pruning.mask_file import write_mask_file
@@ -45,20 +46,25 @@ def _write_size(space: PruningSpace, writes: MaskPaths, masks: Masks) -> None:
         write_mask_file(path, {key: tensor for key, tensor in tensors.items() if key not in elsewhere})
 
 
-def write_model(stage: Stage, inputs: Inputs, tokenizer: Tokenizer, engine: Engine, *, is_smaller: bool) -> None:
+def write_model(
+    stage: Stage, inputs: Inputs, trained: Inputs, tokenizer: Tokenizer, engine: Engine, gates: Gates | None
+) -> None:
     """Writes the trained model to the stage's folder, in the layout of the whole model; all ranks call it.
 
     Args:
         stage: The plan.
         inputs: The inputs with the whole model.
-        tokenizer: Its tokenizer.
+        trained: Those that were trained: the same, or without masked units, whose weights are then put back.
+        tokenizer: The model's tokenizer.
         engine: The trained model.
-        is_smaller: Whether the trained model is the one without masked units, whose weights are then put back.
+        gates: The masks that were learned, whose removed units may leave their means as a bias.
     """
     folder = stage.folder / "model"
 
     def write(weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-        if is_smaller:
+        if gates and gates.means:
+            weights = with_bias(weights, trained.space, gates.binary(), gates.means)
+        if trained is not inputs:
             weights = whole_weights(weights, inputs, torch.float32 if stage.config.training.train_weights else None)
         try:
             write_model_folder(folder, inputs.adapter, inputs.model_config, weights)
