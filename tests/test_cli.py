@@ -164,6 +164,7 @@ def test_a_model_is_pruned_by_one_command(tiny, tmp_path, capfd):
     assert recipe["distillation"]["teacher"] == "self" and recipe["distillation"]["stages"] == ["ffn_mask"]
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
     assert small.config.intermediate_size == 32 and type(small) is LlamaForCausalLM
+    assert small.config.mlp_bias and small.model.layers[1].mlp.down_proj.bias.any(), "means of the removed dims"
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "model")
     ids = tokenizer("the model")["input_ids"]
     assert small(torch.tensor([ids])).logits.shape == (1, len(ids), len(tokenizer)) and len(tokenizer) < 300
@@ -183,6 +184,17 @@ def test_one_command_makes_several_sizes(tiny, tmp_path, capfd):
         assert sum(p.numel() for p in small.parameters()) == pytest.approx(size * whole, rel=0.03)
     out = capfd.readouterr().out
     assert out.count("equal to rounding") == 2 and out.count("| all, finetuned, ") == 2
+
+
+@pytest.mark.parametrize("off", [False, True])
+def test_the_budget_counts_biases_that_are_added(tiny, tmp_path, off):
+    more = ("--compensation", "off") if off else ()
+    prune(tiny, tmp_path / "out", "params=0.9", "--units", "dims", *more, "--round-to", "1")
+    whole = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny / "model").parameters())
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model", trust_remote_code=True)
+    # A dim is 96 of 47,072 parameters, and one more with biases of gate and up.
+    assert abs(sum(p.numel() for p in small.parameters()) - 0.9 * whole) <= 50
+    assert bool(small.config.mlp_bias) is not off
 
 
 @pytest.mark.parametrize(("search", "steps"), [("layer", 1), ("block", 1), ("none", 4)])
@@ -276,8 +288,11 @@ def test_a_whole_budget_is_planned(tiny, tmp_path, capsys):
     capsys.readouterr()
     invoke("plan", ["--config", str(tmp_path / "out" / "recipe" / "bmcook.json"), "--json"])
     (stage,) = json.loads(capsys.readouterr().out)["stages"]
-    whole = sum(p.numel() for p in LlamaForCausalLM.from_pretrained(tiny / "model").parameters())
-    assert stage["parameters_before"] == whole and stage["parameters_after"] == pytest.approx(0.8 * whole, rel=0.02)
+    whole = LlamaForCausalLM.from_pretrained(tiny / "model")
+    biased = LlamaForCausalLM(LlamaConfig(**whole.config.to_dict() | {"attention_bias": True, "mlp_bias": True}))
+    size, with_biases = (sum(p.numel() for p in model.parameters()) for model in (whole, biased))
+    assert stage["parameters_before"] == with_biases
+    assert stage["parameters_after"] == pytest.approx(0.8 * size, rel=0.02)
 
 
 def test_a_budget_in_mib_is_planned_and_one_in_milliseconds_is_measured_and_met(tiny, tmp_path, capsys, monkeypatch):

@@ -233,8 +233,8 @@ def means_fit(
     masks = [entry.name for entry in stages if entry.name in ("att_mask", "ffn_mask")]
     if len(masks) > 1 and distillation and distillation.teacher == OWN_TEACHER:
         yield UserError(
-            'gates.compensation: with distillation.teacher "self" the teacher of the second mask stage is not the dense '
-            "model, since its biases contain the means of the first stage",
+            'gates.compensation: with distillation.teacher "self" the teacher of the second mask stage is not the '
+            "dense model, since its biases contain the means of the first stage",
             got=", ".join(masks),
             remedy="learn both masks in a joint_mask stage, or set distillation.teacher to the folder of the dense "
             "model",

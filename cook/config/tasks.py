@@ -53,9 +53,9 @@ class OneLineJob:
     """With a budget for the whole model: units that stay as they are, such as `heads` with `--units all`."""
     round_to: Size = 1
     """The FFN dims per block and the hidden dims that stay are multiples of this number, such as 64."""
-    compensate: bool = False
-    """What the removed heads and FFN dims add on average stays as a bias of their block's output projection, if the
-    model's class can have one."""
+    compensation: Literal["auto", "on", "off"] = "auto"
+    """Whether what the removed heads and FFN dims add on average stays as a bias of their block's output projection.
+    `auto`: if the model's class can have such a bias, and there is one size."""
     search: Literal["layer", "block", "none"] = "layer"
     """With `blocks` alone: what a search removes at once, each time what raises the loss on 2 batches least: a whole
     `layer`, or an attention or FFN `block`. `none`: gates are learned instead."""

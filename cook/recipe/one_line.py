@@ -15,8 +15,10 @@ from cook.config.tasks import OneLineJob
 from cook.evaluation.profile import measure_block_times
 from cook.evaluation.settings import ProfileSettings
 from cook.export.vocabulary import least_count, read_vocabulary
-from cook.families.source import open_model
+from cook.families.source import open_model, with_biases
 from cook.pruning.budgets import KEEP_KEYS, NUMBERS, WHOLE_KEYS, Cost, Keep, Targets, check_keep, whole_budget
+from cook.pruning.compensation import compensable
+from cook.pruning.counts import parameters
 from cook.pruning.family import ModelSource, vocabulary_size
 from cook.pruning.restrict import is_matrix
 from cook.pruning.units import WIDE
@@ -29,6 +31,7 @@ from cook.recipe.head_units import (
     no_experts,
     reachable_heads,
 )
+from cook.recipe.plan import LEARNS
 from cook.recipe.start import make_plan
 from cook.text.hf import check_has_tokenizer
 
@@ -202,10 +205,11 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
 
 def _recipe_files(job: OneLineJob, source: ModelSource, sizes: Sequence[Keep]) -> dict[str, Any]:
     scheme, stages = _scheme(job, sizes, source)
-    if job.compensate:
-        if stages[0] == "layer_mask":
-            raise UserError("--compensate: for heads and dims, and only blocks are removed", remedy="leave it out")
-        scheme["gates"] = {"compensation": True}
+    wide = with_biases(source)
+    can = len(sizes) == 1 and _can_compensate(wide, stages[0])
+    if job.compensation == "on" or (job.compensation == "auto" and can):
+        scheme, _ = _scheme(job, [_of_wider(size, source, wide) for size in sizes], wide)
+        scheme["gates"] = scheme.get("gates", {}) | {"compensation": True}
     # A search is over before the first step, and the weights are frozen.
     mask_steps = 1 if scheme.get("gates", {}).get("start") == "search" else job.steps
     bmcook = {
@@ -337,6 +341,19 @@ def _scheme(job: OneLineJob, sizes: Sequence[Keep], source: ModelSource) -> tupl
         return {"coarse-grained": coarse | {"unit": job.search}, "gates": gates}, ("layer_mask", "layer_finetune")
     unit_name = fine["prune_mode"]
     return scheme, (f"{unit_name}_mask", f"{unit_name}_finetune")
+
+
+def _can_compensate(source: ModelSource, stage: str) -> bool:
+    """Whether a stage prunes units before output projections that have a bias."""
+    space = source.adapter.space(source.config)
+    groups = [group for kind in LEARNS[stage] if kind in ("heads", "dimff") for group in space.of(kind)]
+    return bool(compensable(space, groups))
+
+
+def _of_wider(keep: Keep, source: ModelSource, wide: ModelSource) -> Keep:
+    """What to keep of a model with more biases, so that as many parameters stay as `keep` leaves of `source`."""
+    before, after = (parameters(each.adapter.space(each.config), {}) for each in (source, wide))
+    return {key: number * before / after if key == "params" else number for key, number in keep.items()}
 
 
 def _number(wanted: float, size: int, round_to: int) -> int:

@@ -23,6 +23,7 @@ on where it stopped (`--work`). `--finetune` adds some steps of all weights, equ
 | hard concrete gates, deterministic gates | ours with that `gates.relaxation` |
 | gates | ours as they come: hard concrete for blocks, deterministic for all else |
 | taught gates | the same, 2 T² · KL to the model with its gates open added, T = 2 (`distillation`: `self`) |
+| compensated gates | the same, and what is removed leaves its mean as a bias (`gates.compensation`) |
 | gates, global | the same, one budget for all blocks, of as many parameters (`scope`: `global`) |
 """
 
@@ -56,6 +57,8 @@ PLACES = {
     "gates in turn": [("heads and dims", 0.32)],
     "gates, global": UNEVEN,
     "taught gates, global": UNEVEN,
+    "compensated gates": UNEVEN,
+    "compensated gates, global": UNEVEN,
     "taylor, global": UNEVEN,
     "fisher, global": UNEVEN,
     "ShortGPT": [("blocks", 0.3)],
@@ -130,7 +133,7 @@ def main() -> None:
             continue
         started, notes, added = time.perf_counter(), {}, {}
         if method in TRAINED:
-            masks, notes = trained_masks(rig, TRAINED[method], unit, share, steps)
+            masks, notes, added = trained_masks(rig, TRAINED[method], unit, share, steps)
         else:
             if scores is None:
                 torch.save(scores := gather_scores(rig), work / "scores.pt")

@@ -11,7 +11,9 @@ from quality_rig import Rig
 
 from cook.config.scheme import GatesStart
 from cook.pruning import budgets
+from cook.pruning.attach import by_feature
 from cook.pruning.budgets import Targets
+from cook.pruning.compensation import MeanInputs
 from cook.pruning.controller import Constraint
 from cook.pruning.counts import unit_parameters
 from cook.pruning.gates import Gates
@@ -19,6 +21,8 @@ from cook.pruning.relaxation import Deterministic, HardConcrete
 from cook.pruning.units import UnitGroup
 
 Masks = dict[str, torch.Tensor]
+MEAN_STEPS = 8
+"""As `gates.start_steps`."""
 
 
 def constraints(rig: Rig, groups: list[UnitGroup], share: float, scope: str) -> list[Constraint]:
@@ -68,6 +72,8 @@ class Training:
     teacher: float = 0.0
     """The weight of the KL to the model with its gates open."""
     temperature: float = 1.0
+    compensation: bool = False
+    """What removed units add on average stays as a bias, as `gates.compensation`."""
 
 
 TRAINED = {
@@ -79,6 +85,8 @@ TRAINED = {
     "gates from Fisher": Training(start="fisher"),
     "gates, global": Training(scope="global"),
     "taught gates, global": Training(scope="global", teacher=2.0, temperature=2.0),
+    "compensated gates": Training(teacher=2.0, temperature=2.0, compensation=True),
+    "compensated gates, global": Training(scope="global", teacher=2.0, temperature=2.0, compensation=True),
     "gates in turn": Training(in_turn=True),
     "taught gates": Training(teacher=2.0, temperature=2.0),
     "taught gates, T 1": Training(teacher=1.0),
@@ -91,17 +99,37 @@ TRAINED = {
 }
 
 
-def trained_masks(rig: Rig, training: Training, unit: str, share: float, steps: int) -> tuple[Masks, dict[str, Any]]:
-    """Masks from gates, and what their training was like."""
+def trained_masks(
+    rig: Rig, training: Training, unit: str, share: float, steps: int
+) -> tuple[Masks, dict[str, Any], dict[str, torch.Tensor]]:
+    """Masks from gates, what their training was like, and what is added to the inputs of output projections."""
     groups = in_order(rig.groups(unit, keys=training.scope == "global"))
     if not training.in_turn:
-        return one_training(rig, training, groups, share, steps, {})
+        means = mean_inputs(rig, groups) if training.compensation else {}
+        rig.attached.compensate(means)
+        masks, notes = one_training(rig, training, groups, share, steps, {})
+        rig.attached.compensate({})
+        gates = {group.name: group.gate for group in groups}
+        return masks, notes, {n: mean * (1 - by_feature(gates[n], masks[n])) for n, mean in means.items()}
     kinds = list(dict.fromkeys(group.kind for group in groups))
     masks: Masks = {}
     for kind in kinds:
         part = [group for group in groups if group.kind == kind]
         masks |= one_training(rig, training, part, share, steps // len(kinds), masks)[0]
-    return masks, {}
+    return masks, {}, {}
+
+
+@torch.no_grad()
+def mean_inputs(rig: Rig, groups: list[UnitGroup]) -> dict[str, torch.Tensor]:
+    """The mean input features of output projections on the first batches, all gates open."""
+    means = MeanInputs(rig.model, [group for group in groups if group.kind != "keys"])
+    rig.attached.set({})
+    for step in range(MEAN_STEPS):
+        ids = rig.batch(step, rig.options.seed)
+        means.at(torch.arange(ids.numel()))
+        rig.logits(ids)
+    means.remove()
+    return means.means()
 
 
 def one_training(

@@ -60,7 +60,8 @@ def pruned(rig: Rig, path: Path) -> Callable[[], torch.nn.Module]:
     options = rig.options
     file = Path(options.masks) if options.masks else path
     if not file.exists():
-        torch.save(trained_masks(rig, TRAINED[options.gates], "dims", options.share, options.steps)[0], file)
+        masks, _, _ = trained_masks(rig, TRAINED[options.gates], "dims", options.share, options.steps)
+        torch.save(masks, file)
     masks = torch.load(file, weights_only=True)
     return lambda: cook.reshape(load_model(rig.source, torch.float32), masks)
 
