@@ -92,7 +92,8 @@ def test_llama_cpp_computes_the_same_to_its_rounding_of_inputs(tmp_path, name, s
     llama_cpp = pytest.importorskip("llama_cpp")
     rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     rope["original_max_position_embeddings"] = 32
-    changes = {"rope_parameters": rope} if name == "llama" else {"tie_word_embeddings": True}
+    biases = {"attention_bias": True, "mlp_bias": True}  # as compensation adds them
+    changes = {"rope_parameters": rope, **biases} if name == "llama" else {"tie_word_embeddings": True}
     model, file, _ = written(tmp_path, scheme, name, embeddings=embeddings, **changes)
     runs = llama_cpp.Llama(str(file), n_ctx=32, n_threads=1, logits_all=True, verbose=False)
     runs.eval(IDS[0].tolist())

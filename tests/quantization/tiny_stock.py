@@ -39,5 +39,10 @@ def save_stock(folder: Path, name: str = "llama", dtype: torch.dtype = torch.flo
     config, model = CLASSES[name]
     torch.manual_seed(0)
     # Large weights: a wrong scale or order of rows changes the logits by far more than rounding does.
-    model(config(**(SIZES | {"initializer_range": 0.2} | changes))).to(dtype).save_pretrained(folder)
+    made = model(config(**(SIZES | {"initializer_range": 0.2} | changes))).to(dtype)
+    with torch.no_grad():
+        for key, parameter in made.named_parameters():
+            if key.endswith(".bias"):
+                parameter.normal_(std=0.2)  # transformers begins with 0
+    made.save_pretrained(folder)
     return folder
