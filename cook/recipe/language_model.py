@@ -266,7 +266,10 @@ class LanguageModelRun(StageRun):
     def _means(self, opened: Opened) -> dict[str, torch.Tensor]:
         """The mean input features of output projections, with the gates open."""
         engine, batches = opened.engine, self._first_batches()
-        means = MeanInputs(engine.module, compensable(self.trained.space, self.trained.learned))
+        groups = compensable(self.trained.space, self.trained.learned)
+        means = MeanInputs(engine.module, groups)
+        kinds = [name for kind, name in (("heads", "heads"), ("dimff", "dims")) if kind in {g.kind for g in groups}]
+        say(f"{self.stage.name}: what removed {' and '.join(kinds)} add on average stays as a bias")
         with self._evaluating(engine):
             for batch in batches:
                 self.at(0, "starting")
