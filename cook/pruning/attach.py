@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -36,13 +36,12 @@ class AttachedGates:
             groups: The groups that are masked or that learn a mask.
             fixed: 0/1 masks that apply from now on, by group name.
         """
-        self._groups = {group.name: group for group in groups}
+        self._model, self._groups = model, {group.name: group for group in groups}
         self._fixed = {name: self._expanded(self._groups[name], mask) for name, mask in fixed.items()}
         self._values: dict[str, Expanded] = self._fixed
         self._handles: list[RemovableHandle] = []
+        self._mixing: list[RemovableHandle] = []
         self._replaced: list[tuple[torch.nn.Module, Any]] = []
-        self._means: dict[str, torch.Tensor] = {}
-        self._inputs = Counter(gate.module for group in groups for gate in group.gates if gate.at == "input")
         for group in groups:
             for gate in group.gates:
                 self._hook(model.get_submodule(gate.module), gate, group.name)
@@ -57,12 +56,31 @@ class AttachedGates:
         self._values = self._fixed | {name: self._expanded(self._groups[name], z) for name, z in values.items()}
 
     def compensate(self, means: Mapping[str, torch.Tensor]) -> None:
-        """From now on a gate mixes its features with their means: z · x + (1 − z) · mean (`cook.pruning.compensation`).
+        """From now on gates mix features with their means: z · x + (1 − z) · mean (`cook.pruning.compensation`).
 
         Args:
-            means: The mean of each input feature of the output projection, `[features]`, by group name.
+            means: The mean of each input feature of the output projection, `[features]`, by group name. Where another
+                group has gates there too, as the keys of query heads, z is the product of both.
         """
-        self._means = dict(means)
+        for handle in self._mixing:
+            handle.remove()
+        self._mixing = []
+        for name, mean in means.items():
+            module = self._groups[name].gate.module
+            gates = [(g.name, gate) for g in self._groups.values() for gate in g.gates if gate.at == "input"]
+            here = [(name, _layout(gate)) for name, gate in gates if gate.module == module]
+            hook = self._mixing_hook(here, mean)  # registered after the hooks of the gates
+            self._mixing.append(self._model.get_submodule(module).register_forward_pre_hook(hook))
+
+    def _mixing_hook(self, here: Sequence[tuple[str, Layout]], mean: torch.Tensor) -> Callable[..., Any]:
+        def add_mean(_module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            values = [z for z in (self._at(name, layout) for name, layout in here) if z is not None]
+            if not values:
+                return None
+            x, *others = inputs
+            return x + ((1 - math.prod(values[1:], start=values[0])) * mean).to(x.dtype), *others
+
+        return add_mean
 
     @contextmanager
     def opened(self, *, fixed: bool) -> Iterator[None]:
@@ -120,7 +138,7 @@ class AttachedGates:
 
         def folded(x: torch.Tensor, *inputs: Any, **named: Any) -> Any:
             z = self._at(name, _layout(gate))
-            if z is None or name in self._means or not self._folds(module, gate, x, z):
+            if z is None or not self._folds(module, gate, x, z):
                 return forward(x, *inputs, **named)
             weight = module.get_parameter("weight")
             is_transposed = isinstance(module, Conv1D)
@@ -202,12 +220,9 @@ class AttachedGates:
     def _input_hook(self, gate: GatePoint, name: str) -> Callable[..., tuple[Any, ...] | None]:
         def gate_input(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
             z = self._at(name, _layout(gate))
-            if z is None:
+            if z is None or self._folds(module, gate, inputs[0], z):
                 return None
-            x, *others = inputs
-            if name in self._means:
-                return x * z.to(x.dtype) + ((1 - z) * self._means[name]).to(x.dtype), *others
-            return None if self._folds(module, gate, x, z) else (x * z.to(x.dtype), *others)
+            return inputs[0] * z.to(inputs[0].dtype), *inputs[1:]
 
         return gate_input
 
@@ -231,13 +246,13 @@ class AttachedGates:
 
     def remove(self) -> None:
         """Removes the hooks; the model is as before."""
-        for handle in self._handles:
+        for handle in (*self._handles, *self._mixing):
             handle.remove()
         for module, forward in reversed(self._replaced):
             del module.forward
             if forward is not None:
                 module.forward = forward
-        self._handles, self._replaced, self._values, self._fixed = [], [], {}, {}
+        self._handles, self._mixing, self._replaced, self._values, self._fixed = [], [], [], {}, {}
 
 
 def by_feature(gate: GatePoint, value: torch.Tensor) -> torch.Tensor:

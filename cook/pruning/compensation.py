@@ -84,7 +84,7 @@ def with_bias(
     Args:
         weights: Keys and weights, in any order.
         space: The model's space.
-        masks: 0/1 per unit, by group name.
+        masks: 0/1 per unit, by group name; query heads go with their keys (`mask_set.consistent`).
         means: m by group name, as `MeanInputs` returns them.
     """
     modules = {group.gate.module: group for group in space.every if group.name in means and group.name in masks}

@@ -15,7 +15,7 @@ from cook.pruning.compensation import with_bias
 from cook.pruning.counts import parameters
 from cook.pruning.gates import Gates
 from cook.pruning.mask_file import write_mask_file
-from cook.pruning.mask_set import FINE_KEYS, Masks, coarse_to_tensors, fine_to_tensors, kept_counts
+from cook.pruning.mask_set import FINE_KEYS, Masks, coarse_to_tensors, consistent, fine_to_tensors, kept_counts
 from cook.pruning.units import PruningSpace
 from cook.recipe.compact import whole_weights
 from cook.recipe.inputs import Inputs, final_masks
@@ -63,7 +63,8 @@ def write_model(
 
     def write(weights: Iterator[tuple[str, torch.Tensor]]) -> None:
         if gates and gates.means:
-            weights = with_bias(weights, trained.space, gates.binary(), gates.means)
+            masks = consistent(trained.space, gates.binary())
+            weights = with_bias(weights, trained.space, masks, gates.means)
         if trained is not inputs:
             weights = whole_weights(weights, inputs, torch.float32 if stage.config.training.train_weights else None)
         try:

@@ -11,6 +11,7 @@ from cook.families.registry import by_config
 from cook.families.source import load_model, open_model, with_biases
 from cook.pruning.attach import AttachedGates
 from cook.pruning.compensation import MeanInputs, compensable, with_bias
+from cook.pruning.mask_set import consistent
 from cook.pruning.units import PruningSpace
 from tests.tiny_families import FAMILIES, MORE, tiny_config, tiny_source
 
@@ -70,6 +71,24 @@ def test_the_bias_replaces_the_means_of_removed_units(name):
     assert (plain - compensated).abs().max() > 1e-2 * largest, "the means make no difference"
     # The same products, summed in another order in fp32.
     assert (folded - compensated).abs().max() <= 1e-5 * largest
+
+
+@pytest.mark.parametrize("kinds", [("heads",), ("keys",), ("layer", "heads", "keys", "dimff"), ("layer", "head_dims")])
+def test_query_heads_leave_their_means_when_their_keys_go(kinds):
+    source = tiny_source("llama")
+    space = source.adapter.space(source.config, "query_head")
+    random, model = torch.Generator().manual_seed(2), load_model(source)
+    masks = {g.name: (torch.rand(g.size, generator=random) < 0.6).float() for g in space.every if g.kind in kinds}
+    masks, (_, means) = consistent(space, masks), drawn(space)
+    attached = AttachedGates(model, space.every, {})
+    attached.compensate(means)
+    attached.set(masks)
+    with torch.no_grad():
+        compensated = model(input_ids=IDS).logits
+        model.load_state_dict(dict(with_bias(model.state_dict().items(), space, masks, means)))
+        attached.compensate({})
+        folded = model(input_ids=IDS).logits
+    assert (folded - compensated).abs().max() <= 1e-5 * compensated.abs().max()  # summed in another order in fp32
 
 
 def test_biases_may_come_before_their_weights():

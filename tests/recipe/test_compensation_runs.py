@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.recipe.test_stock import write_stock_run
+from tests.recipe.test_stock import STREAM, write_stock_run
 from tests.recipe.tiny_run import do_prune, read_log, train
 
 STAGES = ("joint_mask", "joint_finetune")
+HIDDEN_UNITS = {"fine__target_hidden": 24, "pruning__pruned_module": [*STREAM]}
 
 
 def write(folder: Path, stages=STAGES, *, frozen=("joint_mask",), **changes) -> None:
@@ -60,6 +61,18 @@ def test_the_written_model_has_the_loss_of_the_compensated_one(finished):
     assert {key for key in added if after[key].any()} == {
         f"model.layers.{n}.{name}.bias" for n in range(3) for name in ("self_attn.o_proj", "mlp.down_proj")
     }
+
+
+def test_one_budget_over_all_units_has_the_same_loss_once_they_are_removed(tmp_path):
+    masks = {f"fine__{kind}_mask": f"out/masks/{kind}.pt" for kind in ("head_dims", "hidden")}
+    joint = {"train_mask": True, "scope": "global", "blocks": True, "target_params": 0.6}
+    write(tmp_path, joint=joint, fine__target_head_dim=4, fine__allow_remote_code=True, **masks, **HIDDEN_UNITS)
+    done = train(tmp_path, "--stage", "all")
+    assert done.code == 0, done
+    records = record(tmp_path, "joint_mask"), record(tmp_path, "joint_finetune")
+    assert records[0]["held_out_loss"] == pytest.approx(records[1]["held_out_loss"], rel=1e-5)
+    pruned = do_prune(tmp_path, "--config", "bmcook.json", "--verify")
+    assert pruned.code == 0 and "equal to rounding" in pruned.out, pruned
 
 
 def test_the_pruned_model_is_a_stock_llama_with_biases(finished, tmp_path):
