@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,16 +59,15 @@ class AttachedGates:
         """From now on gates mix features with their means: z · x + (1 − z) · mean (`cook.pruning.compensation`).
 
         Args:
-            means: The mean of each input feature of the output projection, `[features]`, by group name. Where another
-                group has gates there too, as the keys of query heads, z is the product of both.
+            means: The mean of each input feature of the output projection, `[features]`, by group name. Where other
+                groups have gates there too, as keys and head dimensions, z is the product of all.
         """
         for handle in self._mixing:
             handle.remove()
         self._mixing = []
         for name, mean in means.items():
             module = self._groups[name].gate.module
-            gates = [(g.name, gate) for g in self._groups.values() for gate in g.gates if gate.at == "input"]
-            here = [(name, _layout(gate)) for name, gate in gates if gate.module == module]
+            here = [(owner, _layout(gate)) for owner, gate in gates_before(module, self._groups.values())]
             hook = self._mixing_hook(here, mean)  # registered after the hooks of the gates
             self._mixing.append(self._model.get_submodule(module).register_forward_pre_hook(hook))
 
@@ -253,6 +252,12 @@ class AttachedGates:
             if forward is not None:
                 module.forward = forward
         self._handles, self._mixing, self._replaced, self._values, self._fixed = [], [], [], {}, {}
+
+
+def gates_before(module: str, groups: Iterable[UnitGroup]) -> list[tuple[str, GatePoint]]:
+    """The gates on the input of a module, each with the name of its group."""
+    gates = [(group.name, gate) for group in groups for gate in group.gates]
+    return [(name, gate) for name, gate in gates if gate.at == "input" and gate.module == module]
 
 
 def by_feature(gate: GatePoint, value: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ models", AAAI 2024). Gates learn with it: added to masks that were learned witho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from cook.base import distributed
-from cook.pruning.attach import by_feature
+from cook.pruning.attach import by_feature, gates_before
 from cook.pruning.mask_set import Masks
 from cook.pruning.units import PruningSpace, UnitGroup
 
@@ -87,7 +88,7 @@ def with_bias(
         masks: 0/1 per unit, by group name; query heads go with their keys (`mask_set.consistent`).
         means: m by group name, as `MeanInputs` returns them.
     """
-    modules = {group.gate.module: group for group in space.every if group.name in means and group.name in masks}
+    modules = {group.gate.module: group for group in space.every if group.name in means}
     parts: dict[str, torch.Tensor] = {}  # of each module the one of b and W ((1 − z) ⊙ m) that came first
     for path, tensor in weights:
         module, _, name = path.rpartition(".")
@@ -98,9 +99,10 @@ def with_bias(
         if name == "weight":
             yield path, tensor
             group = modules[module]
-            gone = 1 - by_feature(group.gate, masks[group.name].double())
+            gates = [(owner, gate) for owner, gate in gates_before(module, space.every) if owner in masks]
+            z = math.prod((by_feature(gate, masks[owner].double()) for owner, gate in gates), start=torch.ones(()))
             weight = part.double() if group.slices[-1].dim == 1 else part.double().T  # GPT-2's is [in, out]
-            part = weight @ (gone * means[group.name].double()).to(weight.device)
+            part = weight @ ((1 - z) * means[group.name].double()).to(weight.device)
         if module not in parts:
             parts[module] = part
             continue

@@ -73,8 +73,8 @@ def test_the_bias_replaces_the_means_of_removed_units(name):
     assert (folded - compensated).abs().max() <= 1e-5 * largest
 
 
-@pytest.mark.parametrize("kinds", [("heads",), ("keys",), ("layer", "heads", "keys", "dimff"), ("layer", "head_dims")])
-def test_query_heads_leave_their_means_when_their_keys_go(kinds):
+@pytest.mark.parametrize("kinds", [("heads",), ("keys",), ("layer", "heads", "keys", "dimff"), ("head_dims", "heads")])
+def test_all_gates_before_a_projection_leave_means(kinds):
     source = tiny_source("llama")
     space = source.adapter.space(source.config, "query_head")
     random, model = torch.Generator().manual_seed(2), load_model(source)
