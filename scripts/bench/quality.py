@@ -7,7 +7,8 @@
 Every method removes the same number of units from every block, and sees the same calibration tokens: `--steps` batches
 of `--rows` windows of `--length`. Gates train on them one after the other; scores are summed over all of them. A text
 is a file, `FILE:OFFSET` to begin at a byte, or a CSV file with the columns `source` and `text`. Started again it goes
-on where it stopped (`--work`). `--finetune` adds some steps of all weights, equal for each method named there.
+on where it stopped (`--work`); run it with each `--seed` on one folder for a table of all. `--finetune` adds some steps
+of all weights, equal for each method named there.
 
 | method | the score of a unit |
 |---|---|
@@ -15,6 +16,7 @@ on where it stopped (`--work`). `--finetune` adds some steps of all weights, equ
 | magnitude | the norm of its weights |
 | taylor | abs(Σ ∂L/∂z): the first-order change of the loss (LLM-Pruner, vector-wise; Ma et al. 2023) |
 | fisher | Σ (∂L/∂z)² (Molchanov et al. 2019) |
+| activation | the norm of its activations (Minitron, Muralidharan et al. 2024; 2SSP's first stage, Sandri et al. 2025) |
 | activation × weight | Σ of its output weights' norms times its activations' norm (Wanda, Sun et al. 2024, by unit) |
 | fluctuation | its activations' variance times its output weights' squared norm (FLAP, An et al. 2024) |
 | block influence | 1 − cos(residual before, after) (ShortGPT, Men et al. 2024); for blocks |
@@ -103,6 +105,7 @@ def cells(options: argparse.Namespace) -> list[tuple[str, str, float, int]]:
         for method in options.methods:
             fits = (method == "block influence") == (unit == "blocks") or method not in (
                 "block influence",
+                "activation",
                 "activation × weight",
                 "fluctuation",
             )
@@ -125,8 +128,9 @@ def main() -> None:
         write_json(work / "cells.json", done)
     print(f"dense: {done['dense']}", flush=True)
     scores: Scores | None = None
-    if (work / "scores.pt").exists():
-        scores = torch.load(work / "scores.pt", weights_only=True)
+    scored = work / f"scores_{options.steps}_{options.seed}.pt"
+    if scored.exists():
+        scores = torch.load(scored, weights_only=True)
     for method, unit, share, steps in cells(options):
         key = json.dumps([method, unit, share, steps, *([options.seed] if options.seed else [])])
         if key in done:
@@ -136,7 +140,7 @@ def main() -> None:
             masks, notes, added = trained_masks(rig, TRAINED[method], unit, share, steps)
         else:
             if scores is None:
-                torch.save(scores := gather_scores(rig), work / "scores.pt")
+                torch.save(scores := gather_scores(rig), scored)
             base = method.removesuffix(", global")
             if method in AUTHORS:
                 masks, added = authors_masks(rig, scores, method, unit, share)

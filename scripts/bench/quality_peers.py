@@ -13,7 +13,16 @@ from cook.pruning.gates import Gates
 from cook.pruning.relaxation import HardConcrete, probability_open, sample, uniform_noise
 from cook.pruning.units import UnitGroup
 
-ONE_SHOT = ("random", "magnitude", "taylor", "fisher", "activation × weight", "fluctuation", "block influence")
+ONE_SHOT = (
+    "random",
+    "magnitude",
+    "taylor",
+    "fisher",
+    "activation",
+    "activation × weight",
+    "fluctuation",
+    "block influence",
+)
 OF_AUTHORS = ("layer influence", "standardised", "mean", "weight gradients")
 """What the methods of `quality_authors.py` need besides."""
 Scores = dict[str, dict[str, torch.Tensor]]
@@ -75,6 +84,7 @@ def gather_scores(rig: Any) -> Scores:
         }
         for name, values in per_feature.items():
             scores[name][group.name] = values.view(group.size, -1).sum(1)
+        scores["activation"][group.name] = found["squares"].view(group.size, -1).sum(1).sqrt()
         scores["mean"][group.name] = mean
         scores["standardised"][group.name] = standardised(
             per_feature["fluctuation"], group.size, squared=group.kind == "heads"
