@@ -16,7 +16,7 @@ of all weights, equal for each method named there.
 | magnitude | the norm of its weights |
 | taylor | abs(Σ ∂L/∂z): the first-order change of the loss (LLM-Pruner, vector-wise; Ma et al. 2023) |
 | fisher | Σ (∂L/∂z)² (Molchanov et al. 2019) |
-| activation | the norm of its activations (Minitron, Muralidharan et al. 2024; 2SSP's first stage, Sandri et al. 2025) |
+| activation | the norm of its activations (Minitron, Muralidharan et al. 2024; 2SSP's first stage, 2025) |
 | activation × weight | Σ of its output weights' norms times its activations' norm (Wanda, Sun et al. 2024, by unit) |
 | fluctuation | its activations' variance times its output weights' squared norm (FLAP, An et al. 2024) |
 | block influence | 1 − cos(residual before, after) (ShortGPT, Men et al. 2024); for blocks |
