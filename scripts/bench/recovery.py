@@ -3,10 +3,10 @@
     pip install peft
     python scripts/bench/recovery.py --model SMOLLM2_FOLDER --calibration valid.txt --text wikitext2=test.txt …
 
-Texts are those of `quality.py`. Gates remove `--share` of the FFN dimensions (`--masks` for a file of masks that
-`quality.py` left in its work folder), the model is reshaped, and each method trains the small model for the same number
-of minutes: AdamW, rates that fall to 0 with the time that is left. LoRA is as LLM-Pruner uses it for recovery: rank 8,
-scale 2, on every linear layer.
+Texts are those of `quality.py`. Gates with one budget for all blocks, a teacher and means as biases remove `--share` of
+the FFN dimensions (`--masks` for a file that `quality.py` left in its work folder), the model is reshaped, and each
+method trains the small model for the same number of minutes: AdamW, rates that fall to 0 with the time that is left.
+LoRA is as LLM-Pruner uses it for recovery: rank 8, scale 2, on every linear layer. Run it while nothing else runs.
 """
 
 from __future__ import annotations
@@ -15,19 +15,21 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from common import publish
-from quality_gates import TRAINED, trained_masks
+from quality_gates import TRAINED, mean_inputs, trained_masks
 from quality_rig import Rig
 
 import cook
 from cook.base.files import read_json, write_json
 from cook.distill.teacher_loss import token_divergence
-from cook.families.source import load_model
+from cook.families.source import load_model, with_biases
+from cook.pruning.compensation import with_bias
 
 RATES = {"all weights": 5e-5, "LoRA": 1e-3}
 TEMPERATURE = 2.0
@@ -56,14 +58,17 @@ def main() -> None:
 
 
 def pruned(rig: Rig, path: Path) -> Callable[[], torch.nn.Module]:
-    """A function that makes the reshaped model, in fp32."""
-    options = rig.options
+    """A function that makes the reshaped model, in fp32, with the means of removed dims as biases."""
+    options, groups = rig.options, rig.groups("dims")
     file = Path(options.masks) if options.masks else path
     if not file.exists():
-        masks, _, _ = trained_masks(rig, TRAINED[options.gates], "dims", options.share, options.steps)
-        torch.save(masks, file)
-    masks = torch.load(file, weights_only=True)
-    return lambda: cook.reshape(load_model(rig.source, torch.float32), masks)
+        training = TRAINED["compensated gates, global"]
+        torch.save(trained_masks(rig, training, "dims", options.share, options.steps)[0], file)
+    masks, means = torch.load(file, weights_only=True), mean_inputs(rig, groups)
+    wide = with_biases(rig.source)
+    space = wide.adapter.space(wide.config)
+    weights = dict(with_bias(wide.tensors.items(), space, masks, means))
+    return lambda: cook.reshape(load_model(replace(wide, tensors=weights), torch.float32), masks)
 
 
 def recovered(
@@ -161,9 +166,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=names, default=names)
     parser.add_argument("--minutes", type=float, nargs="+", default=[1, 4])
     parser.add_argument("--share", type=float, default=0.3)
-    parser.add_argument("--gates", choices=list(TRAINED), default="taught gates")
     parser.add_argument("--masks", help="a file of masks; none are learned then")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=50, help="of learning masks")
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)

@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText, Gemma3Config, Qwen2_5_VLCo
 
 from cook.base.tensor_files import open_safetensors_folder
 from cook.export.pruned_folder import mask_model, prune_to_folder, reshaped_source
-from cook.families.source import load_model, open_model
+from cook.families.source import load_model, open_model, with_biases
 from tests.families.tiny_models import EXACT, difference
 from tests.tiny_families import draw_weights
 from tests.tiny_pruning import random_masks
@@ -122,6 +122,19 @@ def test_a_stock_class_loads_fewer_layers_and_dims_and_the_rest_is_copied(opened
     mask_model(model, space, masks)
     inputs = with_image(name)
     assert difference(model(**inputs).logits, small(**inputs).logits) <= EXACT
+
+
+@torch.no_grad()
+def test_biases_are_added_to_the_language_part_alone(opened, tmp_path):
+    name, model, source = opened
+    wide = with_biases(source)
+    added = wide.tensors.keys() - source.tensors.keys()
+    assert all("language_model" in path for path in added) and bool(added) == (name == "gemma3")
+    space, inputs = wide.adapter.space(wide.config), with_image(name)
+    prune_to_folder(wide, space, {}, tmp_path / "same")
+    loaded, report = AutoModelForImageTextToText.from_pretrained(tmp_path / "same", output_loading_info=True)
+    assert not any(report.values())
+    assert torch.equal(model(**inputs).logits, loaded(**inputs).logits)
 
 
 @torch.no_grad()
