@@ -26,13 +26,8 @@ def compensable(space: PruningSpace, groups: Iterable[UnitGroup]) -> tuple[UnitG
     return tuple(
         group
         for group in groups
-        if group.kind in ("heads", "dimff") and group.gate.at == "input" and bias_of(group) in space.shapes
+        if group.kind in ("heads", "dimff") and group.gate.at == "input" and f"{group.gate.module}.bias" in space.shapes
     )
-
-
-def bias_of(group: UnitGroup) -> str:
-    """The key of the bias of the output projection that the group's features enter."""
-    return f"{group.gate.module}.bias"
 
 
 class MeanInputs:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from common import publish
-from quality_rig import Rig
+from quality_rig import Rig, settings_of, text_parser, with_texts
 
 from cook.pruning.search import search_blocks
 
@@ -128,30 +128,17 @@ def main() -> None:
                 "removed": ", ".join(key.removeprefix("layers.") for key, mask in masks.items() if not mask.all()),
             }
         )
-        local = ("model", "calibration", "text", "texts", "output")
-        settings = {key: value for key, value in vars(options).items() if key not in local}
-        settings["texts"] = [[text, number] for text, _, number in options.texts]
-        publish("block_search", settings, rows, options.output)
+        publish("block_search", settings_of(options), rows, options.output)
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a Hugging Face folder of the Llama family")
-    parser.add_argument("--calibration", required=True, help="FILE[:OFFSET]")
-    parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE[:OFFSET]")
-    parser.add_argument("--windows", type=int, nargs="+", default=[32, 8, 8], help="of each text that is scored")
+    parser = text_parser(__doc__)
     parser.add_argument("--methods", nargs="+", default=["layer+teacher", "layer", "block", "influence"])
     parser.add_argument("--share", type=float, default=0.3)
     parser.add_argument("--rows", dest="search_rows", type=int, default=4)
     parser.add_argument("--row-length", type=int, default=256)
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output")
-    options = parser.parse_args()
+    options = with_texts(parser.parse_args())
     options.length, options.rows = 512, 2  # of the windows that are scored, and of the batches of `quality.py`
-    places = [entry.split("=", 1) for entry in options.text]
-    counts = options.windows + options.windows[-1:] * len(places)
-    options.texts = [(name, place, count) for (name, place), count in zip(places, counts, strict=False)]
     return options
 
 

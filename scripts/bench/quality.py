@@ -44,7 +44,7 @@ from common import ROOT, publish
 from quality_authors import AUTHORS, add_to_inputs, authors_masks
 from quality_gates import TRAINED, scored_masks, trained_masks
 from quality_peers import ONE_SHOT, Scores, gather_scores
-from quality_rig import Rig
+from quality_rig import Rig, settings_of, text_parser, with_texts
 
 from cook.base.files import read_json, write_json
 from cook.pruning.counts import parameters
@@ -202,10 +202,12 @@ def report(options: argparse.Namespace, done: dict[str, Any]) -> None:
                 "binarizing, nats": cell["losses"][first] - cell["relaxed"] if "relaxed" in cell else None,
             }
         )
-    local = ("model", "work", "calibration", "text", "output")
-    settings = {name: value for name, value in vars(options).items() if name not in local}
-    settings["texts"] = [[name, count] for name, _, count in options.texts]
-    publish("quality", settings | {"dense": dense, "dense perplexity": math.exp(dense[first])}, rows, options.output)
+    publish(
+        "quality",
+        settings_of(options) | {"dense": dense, "dense perplexity": math.exp(dense[first])},
+        rows,
+        options.output,
+    )
     chosen = [row for row in rows if not row["finetuning"] and not row["seed"] and row["steps"] in (0, options.steps)]
     places = sorted({(row["units"], row["removed"]) for row in chosen})
     names = list(dict.fromkeys(row["method"] for row in chosen))
@@ -256,11 +258,7 @@ def draw(done: dict[str, Any], text: str, steps: int, path: Path) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a Hugging Face folder")
-    parser.add_argument("--calibration", required=True, help="FILE[:OFFSET]")
-    parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE[:OFFSET]")
-    parser.add_argument("--windows", type=int, nargs="+", default=[32, 8, 8], help="of each text that is scored")
+    parser = text_parser(__doc__)
     parser.add_argument(
         "--units",
         nargs="+",
@@ -274,14 +272,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--finetune", type=int, default=0, metavar="STEPS")
     parser.add_argument("--finetune-methods", nargs="+", default=["random", "activation × weight", "gates"])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--work", default="results/quality")
-    parser.add_argument("--output")
-    options = parser.parse_args()
-    places = [entry.split("=", 1) for entry in options.text]
-    counts = options.windows + options.windows[-1:] * len(places)
-    options.texts = [(name, place, count) for (name, place), count in zip(places, counts, strict=False)]
+    options = with_texts(parser.parse_args())
     options.cells = [
         (unit, float(share))
         for entry in options.units

@@ -6,6 +6,7 @@ import argparse
 import csv
 import sys
 import time
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,34 @@ from cook.pruning.budgets import KINDS
 from cook.pruning.units import PruningSpace, UnitGroup
 
 UNITS = {"dims": ("dimff",), "heads": ("heads",), "heads and dims": ("heads", "dimff"), "blocks": ("layer",)}
+
+
+def text_parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser with the options of the model and its texts."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a Hugging Face folder")
+    parser.add_argument("--calibration", required=True, help="FILE[:OFFSET]")
+    parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE[:OFFSET]")
+    parser.add_argument("--windows", type=int, nargs="+", default=[32, 8, 8], help="of each text that is scored")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--output")
+    return parser
+
+
+def with_texts(options: argparse.Namespace) -> argparse.Namespace:
+    """The options of `text_parser` with `texts`: name, place and number of windows of each."""
+    places = [entry.split("=", 1) for entry in options.text]
+    counts = options.windows + options.windows[-1:] * len(places)
+    options.texts = [(name, place, count) for (name, place), count in zip(places, counts, strict=False)]
+    return options
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The options to publish: without paths of this machine."""
+    local = ("model", "work", "calibration", "text", "masks", "output")
+    settings = {name: value for name, value in vars(options).items() if name not in local}
+    return settings | {"texts": [[name, count] for name, _, count in options.texts]}
 
 
 class Rig:

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from common import publish
 from quality_gates import TRAINED, mean_inputs, trained_masks
-from quality_rig import Rig
+from quality_rig import Rig, settings_of, text_parser, with_texts
 
 import cook
 from cook.base.files import read_json, write_json
@@ -150,18 +150,11 @@ def report(options: argparse.Namespace, done: dict[str, Any]) -> None:
                 **{f"loss, {text}": loss for text, loss in run["losses"].items()},
             }
         )
-    local = ("model", "calibration", "text", "texts", "masks")
-    settings = {key: value for key, value in vars(options).items() if key not in local}
-    settings |= {"rates": RATES, "texts": [[text, number] for text, _, number in options.texts]}
-    publish("recovery", settings, rows, options.output)
+    publish("recovery", settings_of(options) | {"rates": RATES}, rows, options.output)
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a Hugging Face folder")
-    parser.add_argument("--calibration", required=True, help="FILE[:OFFSET]")
-    parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE[:OFFSET]")
-    parser.add_argument("--windows", type=int, nargs="+", default=[32, 8, 8], help="of each text that is scored")
+    parser = text_parser(__doc__)
     names = [f"{weights}{taught}" for weights in RATES for taught in ("", " + teacher")]
     parser.add_argument("--methods", nargs="+", choices=names, default=names)
     parser.add_argument("--minutes", type=float, nargs="+", default=[1, 4])
@@ -170,15 +163,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=50, help="of learning masks")
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--work", default="results/recovery")
-    parser.add_argument("--output")
-    options = parser.parse_args()
-    places = [entry.split("=", 1) for entry in options.text]
-    counts = options.windows + options.windows[-1:] * len(places)
-    options.texts = [(name, place, count) for (name, place), count in zip(places, counts, strict=False)]
-    return options
+    return with_texts(parser.parse_args())
 
 
 if __name__ == "__main__":
