@@ -12,11 +12,12 @@ __version__ = "0.2.0"
 
 _HOMES = {
     "plan": "cook.api",
+    "mean_inputs": "cook.learning",
     "learn_masks": "cook.learning",
     "learn_nested_masks": "cook.learning",
     "search_blocks": "cook.learning",
-    "reshape": "cook.api",
-    "verify": "cook.api",
+    "reshape": "cook.reshaping",
+    "verify": "cook.reshaping",
     "attach": "cook.api",
     "attach_nested": "cook.api",
     "PruningCallback": "cook.trainer_callback",

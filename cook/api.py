@@ -7,18 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from cook.base.errors import UserError
-from cook.base.seeds import derived_seed, generator
+from cook.base.seeds import derived_seed
 from cook.config.scheme import HeadUnitChoice
-from cook.evaluation.equality import largest_difference
-from cook.export.pruned_folder import mask_model, reshaped_source
 from cook.families.registry import by_config
-from cook.families.source import load_model, placed
 from cook.pruning.budgets import (
     KINDS,
     MIB,
@@ -31,12 +27,12 @@ from cook.pruning.budgets import (
     unit_cost,
     whole_budget,
 )
+from cook.pruning.compensation import keep_of_wider
 from cook.pruning.count_pricing import CountPricing
 from cook.pruning.counts import active_parameters, forward_flops, parameters, unit_flops
-from cook.pruning.family import Adapter, ModelSource, refuse_experts
+from cook.pruning.family import Adapter, refuse_experts
 from cook.pruning.gates import Gates
 from cook.pruning.live import LiveGates
-from cook.pruning.mask_set import Masks, consistent
 from cook.pruning.relaxation import Deterministic, HardConcrete, Relaxation
 from cook.pruning.units import HeadUnit, Kind, PruningSpace, UnitGroup
 from cook.recipe.head_units import (
@@ -51,6 +47,8 @@ from cook.recipe.head_units import (
 from cook.report.tables import human_count, markdown_table
 
 Batch = Mapping[str, torch.Tensor]
+Means = Mapping[str, torch.Tensor]
+"""Means of input features of output projections, float32 `[features]`, by the name of the group with gates there."""
 LABELS: dict[Kind, str] = {
     "layer": "blocks",
     "heads": "heads",
@@ -184,6 +182,7 @@ def attach(
     hidden: bool = False,
     round_to: int = 1,
     units: Collection[str] = (),
+    means: Means | None = None,
 ) -> LiveGates:
     """Attaches learned gates to a model, for a training loop of your own.
 
@@ -197,6 +196,8 @@ def attach(
         hidden: As for `plan`.
         round_to: As for `plan`.
         units: As for `plan`.
+        means: The means of features that take the place of removed units', from `cook.mean_inputs`; the budget then
+            counts the biases that `cook.reshape` makes of them. None: removed units leave nothing.
 
     Raises:
         UserError: as for `plan`.
@@ -211,6 +212,7 @@ def attach(
         hidden=hidden,
         round_to=round_to,
         units=units,
+        means=means,
     )
 
 
@@ -225,6 +227,7 @@ def attach_nested(
     hidden: bool = False,
     round_to: int = 1,
     units: Collection[str] = (),
+    means: Means | None = None,
 ) -> LiveGates:
     """As `attach`, for nested masks of several sizes: every step trains one of them.
 
@@ -238,11 +241,12 @@ def attach_nested(
         hidden: As for `plan`.
         round_to: As for `plan`.
         units: As for `plan`.
+        means: As for `attach`.
 
     Raises:
         UserError: as for `plan`; also if the sizes do not have the same units.
     """
-    jobs = [_job(model, keep, context, head_unit, hidden, round_to, units) for keep in keeps]
+    jobs = [_job(model, keep, context, head_unit, hidden, round_to, units, means) for keep in keeps]
     job = jobs[0]
     if any(other.learned != job.learned for other in jobs):
         raise UserError(
@@ -264,88 +268,23 @@ def attach_nested(
         seed=derived_seed(seed, "gates"),
         relaxation=relaxation,
     )
-    return LiveGates(model, job.space, job.learned, gates)
-
-
-def reshape(model: torch.nn.Module, masks: Masks) -> torch.nn.Module:
-    """The small dense model that computes what `model` computes under `masks`.
-
-    Args:
-        model: A transformers model of a known family; it is left as it was.
-        masks: 0 and 1 by group name.
-
-    Returns:
-        A model of the stock transformers class where that can hold the result, in eval mode, on the same device and in
-        the same dtype. Save it with `save_pretrained`.
-
-    Raises:
-        UserError: the masks are of another model.
-    """
-    source, space = _source(model, masks)
-    masks = consistent(space, {name: mask.cpu() for name, mask in masks.items()})
-    small = load_model(reshaped_source(source, space, masks), None)
-    first = next(model.parameters())
-    return placed(small, first.device, None)
-
-
-def verify(
-    model: torch.nn.Module, masks: Masks, small: torch.nn.Module, batches: Iterable[Batch] | None = None
-) -> float:
-    """The largest difference of the logits of `model` under `masks` and of `small`, relative to the largest logit.
-
-    In bf16 it is the rounding of the model's own sums, up to some 1e-2; `model.float()` shows the equality.
-
-    Args:
-        model: The model before pruning.
-        masks: 0 and 1 by group name.
-        small: What `reshape` returned.
-        batches: Inputs of both; None: two rows of random ids.
-
-    Raises:
-        UserError: the masks are of another model.
-    """
-    _, space = _source(model, masks)
-    device = next(model.parameters()).device
-    attached = mask_model(model, space, {name: mask.to(device) for name, mask in masks.items()})
-    was_training, small_was = model.training, small.training
-    try:
-        return largest_difference(
-            model.eval(), small.eval(), [dict(batch) for batch in batches or _random_batches(model)]
-        )
-    finally:
-        attached.remove()
-        model.train(was_training)
-        small.train(small_was)
+    return LiveGates(model, job.space, job.learned, gates, means=means)
 
 
 def family_of(model: torch.nn.Module) -> tuple[Adapter, dict[str, Any]]:
     """The adapter of a live model, and its config in the adapter's own terms."""
-    config = _config(model)
+    config = config_of(model)
     adapter = by_config(config)
     native, _ = adapter.read(config, {})
     refuse_experts(adapter.experts(native))
     return adapter, native
 
 
-def _config(model: torch.nn.Module) -> dict[str, Any]:
+def config_of(model: torch.nn.Module) -> dict[str, Any]:
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):
         raise UserError(f"{type(model).__name__}: not a transformers model", wanted="a model with a config")
     return dict(config.to_dict())
-
-
-def _source(model: torch.nn.Module, masks: Masks) -> tuple[ModelSource, PruningSpace]:
-    """The live model as a source, and the space that has the units of these masks."""
-    adapter, _ = family_of(model)
-    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    config, native = adapter.read(_config(model), tensors)
-    source = ModelSource(adapter=adapter, config=config, tensors=native, path=Path("the model in memory"))
-    for unit in adapter.head_units(config):
-        space = adapter.space(config, unit)
-        sizes = {group.name: group.size for group in space.every}
-        if all(sizes.get(name) == len(mask) for name, mask in masks.items()):
-            return source, space
-    raise UserError("the masks are of another model", remedy="give the model for which they were learned")
 
 
 def _job(
@@ -356,10 +295,14 @@ def _job(
     hidden: bool,
     round_to: int,
     units: Collection[str],
+    means: Means | None = None,
 ) -> _Job:
     check_keep(keep)
     total = [key for key in WHOLE_KEYS if key in keep]
     adapter, config = family_of(model)
+    if means:
+        narrow, config = config, adapter.with_biases(config)
+        keep = keep_of_wider(keep, adapter.space(narrow), adapter.space(config))
     head_unit = offered_units(adapter, config, choice)[-1 if total else 0]
     space = adapter.space(config, head_unit)
     kept: dict[Kind, int | float] = {}
@@ -402,10 +345,3 @@ def _names_of(constraint: str, learned: Iterable[UnitGroup]) -> list[str]:
 
 def _all(space: PruningSpace, group: UnitGroup, cost: Literal["parameters", "flops"]) -> float:
     return unit_cost(space, group, Targets(cost=cost)) * group.size
-
-
-def _random_batches(model: torch.nn.Module) -> list[Batch]:
-    config: Any = model.config
-    length = min(64, getattr(config, "max_position_embeddings", None) or 64)
-    ids = torch.randint(config.get_text_config().vocab_size, (2, length), generator=generator(0, "verify"))
-    return [{"input_ids": ids.to(next(model.parameters()).device)}]

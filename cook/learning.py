@@ -7,20 +7,68 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 
-from cook.api import Batch, attach, attach_nested, family_of
+from cook.api import Batch, Means, attach, attach_nested, family_of
 from cook.base.errors import UserError
 from cook.config.scheme import BlockUnit, HeadUnitChoice
 from cook.distill.teacher_loss import token_divergence
 from cook.pruning import search
 from cook.pruning.attach import AttachedGates
 from cook.pruning.budgets import Keep, check_keep
+from cook.pruning.compensation import MeanInputs, compensable
 from cook.pruning.live import LiveGates
 from cook.pruning.mask_set import Masks
 
 OnStep = Callable[[int, float, dict[str, float]], None]
 TEACHER_WEIGHT, TEACHER_TEMPERATURE = 2.0, 2.0
 """Of the divergence from the teacher, beside the language-modelling loss; measured in `results/bench/quality.json`."""
+
+
+def mean_inputs(model: torch.nn.Module, batches: Iterable[Batch]) -> dict[str, torch.Tensor]:
+    """Averages the features that enter the output projections of attention and FFN blocks, over tokens.
+
+    Give the result as `means` to `learn_masks` (or `attach`), and to `reshape` and `verify`: what removed heads and FFN
+    dimensions add on average then stays as a bias, for which the small model pays nothing. A few hundred tokens are
+    enough. Masks that are learned without means are better without them.
+
+    Args:
+        model: A causal transformers model of a known family.
+        batches: As for `learn_masks`; all of them are read once.
+
+    Returns:
+        Means, float32 `[features]`, by the name of the group of units. A class that has no setting for a bias in one of
+        the two projections, as Gemma in its FFN, has no means there.
+
+    Raises:
+        UserError: unknown family, a class without such biases, or no batches.
+    """
+    adapter, config = family_of(model)
+    config = adapter.with_biases(config)
+    spaces = [adapter.space(config, unit) for unit in adapter.head_units(config)]
+    groups = {group.name: group for space in spaces for group in compensable(space, space.groups)}
+    if not groups:
+        raise UserError(
+            "means: the output projections need a bias",
+            got=f"{type(model).__name__}, which has none here, and no setting for one",
+            remedy="learn the masks without means",
+        )
+    device, was_training, seen = next(model.parameters()).device, model.training, False
+    means = MeanInputs(model, tuple(groups.values()))
+    try:
+        model.eval()
+        for each in batches:
+            seen, batch = True, _with_labels({key: value.to(device) for key, value in each.items()})
+            predicts = F.pad(batch["labels"][:, 1:] != -100, (0, 1))
+            means.at(predicts.flatten().nonzero().flatten())
+            with torch.no_grad():
+                model(**batch)
+    finally:
+        means.remove()
+        model.train(was_training)
+    if not seen:
+        raise UserError("there are no batches", wanted="batches whose features are averaged")
+    return means.means()
 
 
 def learn_masks(
@@ -36,6 +84,7 @@ def learn_masks(
     hidden: bool = False,
     round_to: int = 1,
     units: Collection[str] = (),
+    means: Means | None = None,
     on_step: OnStep | None = None,
 ) -> dict[str, torch.Tensor]:
     """Learns which units to keep, with the weights frozen.
@@ -54,6 +103,7 @@ def learn_masks(
         hidden: As for `plan`.
         round_to: As for `plan`.
         units: As for `plan`.
+        means: As for `attach`.
         on_step: Called after each step with its number, the loss in nats per token, and the expected sparsity of each
             budget.
 
@@ -73,6 +123,7 @@ def learn_masks(
         hidden=hidden,
         round_to=round_to,
         units=units,
+        means=means,
     )
     [masks] = _learn(live, 1, batches, teacher, on_step)
     return masks
@@ -91,6 +142,7 @@ def learn_nested_masks(
     hidden: bool = False,
     round_to: int = 1,
     units: Collection[str] = (),
+    means: Means | None = None,
     on_step: OnStep | None = None,
 ) -> dict[float, dict[str, torch.Tensor]]:
     """Learns masks of several sizes in one run: the units of each smaller model are a subset of the larger ones'.
@@ -109,6 +161,7 @@ def learn_nested_masks(
         hidden: As for `plan`.
         round_to: As for `plan`.
         units: As for `plan`.
+        means: As for `attach`.
         on_step: As for `learn_masks`, with the budgets of all sizes.
 
     Returns:
@@ -133,6 +186,7 @@ def learn_nested_masks(
         hidden=hidden,
         round_to=round_to,
         units=units,
+        means=means,
     )
     return dict(zip(sizes, _learn(live, len(sizes), batches, teacher, on_step), strict=True))
 

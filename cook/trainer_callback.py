@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from cook.api import attach
+from cook.api import Means, attach
 from cook.pruning.budgets import Keep
 from cook.pruning.live import LiveGates
 
@@ -31,10 +31,11 @@ class PruningCallback(TrainerCallback):
         keep: What to keep, as for `cook.plan`.
         steps: Optimizer steps in which the masks are learned; None: all of the training.
         seed: Of the gates' noise; None: the trainer's.
+        means: As for `cook.attach`; give them to `cook.reshape` too.
     """
 
-    def __init__(self, keep: Keep, *, steps: int | None = None, seed: int | None = None):
-        self._keep, self._steps, self._seed = keep, steps, seed
+    def __init__(self, keep: Keep, *, steps: int | None = None, seed: int | None = None, means: Means | None = None):
+        self._keep, self._steps, self._seed, self._means = keep, steps, seed, means
         self.gates: LiveGates | None = None
 
     @property
@@ -47,7 +48,9 @@ class PruningCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         seed = args.seed if self._seed is None else self._seed
-        self.gates = attach(kwargs["model"], self._keep, steps=self._steps or state.max_steps, seed=seed)
+        self.gates = attach(
+            kwargs["model"], self._keep, steps=self._steps or state.max_steps, seed=seed, means=self._means
+        )
         if state.global_step:
             saved = self._file(args, state)
             self.gates.load_state_dict(torch.load(saved, weights_only=True))

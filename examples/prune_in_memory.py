@@ -22,10 +22,12 @@ def main() -> None:
 
     keep = {"heads": 0.5, "dims": 0.5}
     print(cook.plan(model, keep))
-    masks = cook.learn_masks(model, batches, keep, steps=30)
-    small = cook.reshape(model, masks)
+    means = cook.mean_inputs(model, batches)  # what removed units add on average stays as a bias
+    masks = cook.learn_masks(model, batches, keep, steps=30, means=means)
+    small = cook.reshape(model, masks, means=means)
     print(f"{model.num_parameters():,} parameters before, {small.num_parameters():,} after")
-    print(f"largest relative difference of the logits: {cook.verify(model, masks, small):.1e}")
+    difference = cook.verify(model, masks, small, means=means)
+    print(f"largest relative difference of the logits: {difference:.1e}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ LAYER_OF = {package: layer for layer, packages in enumerate(LAYERS) for package 
 TOP = len(LAYERS)
 FAMILY_NAMES = ("cpm_ant", "cpmant", "CpmAnt", "llama", "Llama", "qwen", "gemma", "phi3", "gpt2", "neox", "roberta")
 FAMILY_PACKAGES = ("families", "models")
-ENTRY_NAMES = ("__main__", "cli", "train", "tasks", "trainer_callback", "learning")
+ENTRY_NAMES = ("__main__", "cli", "train", "tasks", "trainer_callback", "learning", "reshaping")
 ENTRY_POINTS = tuple(f"cook/{name}.py" for name in ENTRY_NAMES)
 """They may import each other and the public names of the package."""
 ENGINE, CHECKS = "cook/training/engine.py", "cook/training/deepspeed_checks.py"

@@ -94,8 +94,7 @@ def with_biases(source: ModelSource) -> ModelSource:
     tensors = source.tensors
 
     def zeros(path: str) -> torch.Tensor:
-        beside = path.removesuffix("bias") + "weight"
-        return torch.zeros(shapes[path], dtype=tensors[beside].dtype)
+        return tensors[path.removesuffix("bias") + "weight"].new_zeros(shapes[path])
 
     readers = {path: partial(tensors.__getitem__, path) if path in tensors else partial(zeros, path) for path in shapes}
     return replace(source, config=config, tensors=LazyTensors(readers, shapes, getattr(tensors, "parts", None)))

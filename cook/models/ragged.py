@@ -216,7 +216,9 @@ def config_class(stock_type: str) -> type[PreTrainedConfig]:
     body = {"model_type": MODEL_TYPE, "__module__": __name__, "__reduce__": __reduce__}
     # Phi-3's own check wants as many factors of rotary positions as a head has pairs by the stock sizes.
     body["validate_rope"] = PreTrainedConfig.validate_rope
-    return type("RaggedConfig", (CONFIG_MAPPING[stock_type],), body)
+    made: Any = type("RaggedConfig", (CONFIG_MAPPING[stock_type],), body)
+    made.register_for_auto_class()  # a model that was made in memory is saved with this file
+    return made
 
 
 def model_class(config: PreTrainedConfig, factory: type[RaggedModel] | None = None) -> type[PreTrainedModel]:

@@ -17,6 +17,8 @@ import torch
 
 from cook.base import distributed
 from cook.pruning.attach import by_feature, gates_before
+from cook.pruning.budgets import Keep
+from cook.pruning.counts import parameters
 from cook.pruning.mask_set import Masks
 from cook.pruning.units import PruningSpace, UnitGroup
 
@@ -28,6 +30,12 @@ def compensable(space: PruningSpace, groups: Iterable[UnitGroup]) -> tuple[UnitG
         for group in groups
         if group.kind in ("heads", "dimff") and group.gate.at == "input" and f"{group.gate.module}.bias" in space.shapes
     )
+
+
+def keep_of_wider(keep: Keep, space: PruningSpace, wide: PruningSpace) -> Keep:
+    """What to keep of a model with more biases, so that as many parameters stay as `keep` leaves without them."""
+    ratio = parameters(space) / parameters(wide)
+    return {key: share * ratio if key == "params" else share for key, share in keep.items()}
 
 
 class MeanInputs:

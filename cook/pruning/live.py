@@ -33,6 +33,7 @@ class LiveGates:
         groups: The groups that have gates.
         gates: Their values and budgets.
         fixed: Masks that apply from the start, by group name.
+        means: What takes the place of removed units' features, as `cook.mean_inputs` returns it.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class LiveGates:
         groups: Sequence[UnitGroup],
         gates: Gates,
         fixed: Mapping[str, torch.Tensor] | None = None,
+        means: Mapping[str, torch.Tensor] | None = None,
     ):
         self.model, self.space, self.gates, self.step = model, space, gates, 0
         self._fixed = dict(fixed or {})
@@ -50,7 +52,14 @@ class LiveGates:
         self.attached = AttachedGates(
             model, [*groups, *masked], {name: mask.to(device) for name, mask in self._fixed.items()}
         )
+        own = means or {}
+        gates.means = {group.name: own[group.name] for group in groups if group.name in own}
+        self._compensate()
         self._z: torch.Tensor | None = None
+
+    def _compensate(self) -> None:
+        device = next(self.model.parameters()).device
+        self.attached.compensate({name: mean.to(device) for name, mean in self.gates.means.items()})
 
     def before_forward(self) -> None:
         """Sets the gates of this step; the backward pass will compute their gradients."""
@@ -105,3 +114,4 @@ class LiveGates:
         state = dict(state)
         self.step = int(state.pop("live_step"))
         self.gates.load_state_dict(state)
+        self._compensate()

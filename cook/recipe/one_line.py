@@ -17,8 +17,7 @@ from cook.evaluation.settings import ProfileSettings
 from cook.export.vocabulary import least_count, read_vocabulary
 from cook.families.source import open_model, with_biases
 from cook.pruning.budgets import KEEP_KEYS, NUMBERS, WHOLE_KEYS, Cost, Keep, Targets, check_keep, whole_budget
-from cook.pruning.compensation import compensable
-from cook.pruning.counts import parameters
+from cook.pruning.compensation import compensable, keep_of_wider
 from cook.pruning.family import ModelSource, vocabulary_size
 from cook.pruning.restrict import is_matrix
 from cook.pruning.units import WIDE
@@ -208,7 +207,8 @@ def _recipe_files(job: OneLineJob, source: ModelSource, sizes: Sequence[Keep]) -
     wide = with_biases(source)
     can = len(sizes) == 1 and _can_compensate(wide, stages[0])
     if job.compensation == "on" or (job.compensation == "auto" and can):
-        scheme, _ = _scheme(job, [_of_wider(size, source, wide) for size in sizes], wide)
+        before, after = (each.adapter.space(each.config) for each in (source, wide))
+        scheme, _ = _scheme(job, [keep_of_wider(size, before, after) for size in sizes], wide)
         scheme["gates"] = scheme.get("gates", {}) | {"compensation": True}
     # A search is over before the first step, and the weights are frozen.
     mask_steps = 1 if scheme.get("gates", {}).get("start") == "search" else job.steps
@@ -348,12 +348,6 @@ def _can_compensate(source: ModelSource, stage: str) -> bool:
     space = source.adapter.space(source.config)
     groups = [group for kind in LEARNS[stage] if kind in ("heads", "dimff") for group in space.of(kind)]
     return bool(compensable(space, groups))
-
-
-def _of_wider(keep: Keep, source: ModelSource, wide: ModelSource) -> Keep:
-    """What to keep of a model with more biases, so that as many parameters stay as `keep` leaves of `source`."""
-    before, after = (parameters(each.adapter.space(each.config), {}) for each in (source, wide))
-    return {key: number * before / after if key == "params" else number for key, number in keep.items()}
 
 
 def _number(wanted: float, size: int, round_to: int) -> int:
