@@ -12,6 +12,7 @@ from cook.base.batches import Batch
 from cook.families import cpm_ant_formats
 from cook.families.head_dims import HeadDims, units_of_head
 from cook.families.layout import Attention, FeedForward
+from cook.families.rotary import Turned
 from cook.families.stock_space import block_and_units
 from cook.models import cook_experts, cpm_ant
 from cook.pruning.family import Abilities, Adapter, KeptUnits, ModelConfig, Modeling, Shrunk, refuse_experts
@@ -71,7 +72,7 @@ def _hidden(shapes: Mapping[str, tuple[int, ...]]) -> UnitGroup:
 
 def _head_dims(native: cpm_ant.CpmAntConfig, shapes: Mapping[str, tuple[int, ...]]) -> UnitGroup | None:
     """The head dimensions: nothing rotates, so each is a unit."""
-    units = units_of_head(native.dim_head, 0)
+    units = units_of_head(native.dim_head, Turned(0))
     assert units is not None
     made = HeadDims(units=units)
     for layer in range(native.num_layers):

@@ -12,10 +12,10 @@ from cook.families.stock import masked_inputs, packed_inputs, stock_adapter
 from cook.families.tables import GEMMA3, fused
 from cook.pruning.family import ModelConfig
 
-# Granite's factor of scores is a number in the config. ERNIE's rotary positions turn neighbours, Hunyuan's norms come
-# after them, and Ministral 3 scales queries by positions.
+# Granite's factor of scores is a number in the config. Hunyuan's norms come after rotary positions, and Ministral 3
+# scales queries by positions.
 OWN_ATTENTION = {"granite": Attention(scaling="")} | dict.fromkeys(
-    ("ernie4_5", "hunyuan_v1_dense", "ministral3"), Attention(head_dim="")
+    ("hunyuan_v1_dense", "ministral3"), Attention(head_dim="")
 )
 # Llama's layers with other multipliers, biases, windows and positions, which stay as they are.
 LLAMA_LIKE = tuple(
@@ -51,14 +51,13 @@ STARCODER2 = Family(
 GLM = Family(
     family="GLM",
     model_types=frozenset({"glm"}),
-    attention=Attention(head_dim=""),
     ffn=FeedForward(ins=("mlp.gate_up_proj", "mlp.gate_up_proj")),
 )
 GLM4 = replace(
     GLM,
     family="GLM-4",
     model_types=frozenset({"glm4"}),
-    attention=Attention(norms_after=("post_self_attn_layernorm",), head_dim=""),
+    attention=Attention(norms_after=("post_self_attn_layernorm",)),
     ffn=replace(GLM.ffn, norms_after=("post_mlp_layernorm",)),
 )
 
@@ -81,7 +80,7 @@ OLMO3 = replace(OLMO2, family="OLMo 3", model_types=frozenset({"olmo3"}))
 COHERE = Family(
     family="Cohere",
     model_types=frozenset({"cohere"}),
-    attention=Attention(norms_before=(), q_norm="self_attn.q_norm", k_norm="self_attn.k_norm", head_dim=""),
+    attention=Attention(norms_before=(), q_norm="self_attn.q_norm", k_norm="self_attn.k_norm"),
     ffn=FeedForward(norms_before=()),
     norms_shared=("input_layernorm",),
 )

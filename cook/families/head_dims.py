@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from cook.families.layout import Family
-from cook.families.rotary import turned_dims
+from cook.families.rotary import Turned, turned_dims
 from cook.pruning.units import GatePoint, UnitGroup, WeightSlice
 
 if TYPE_CHECKING:
@@ -29,13 +29,14 @@ Units = tuple[tuple[int, ...], ...]
 """The dimensions of each unit in one head."""
 
 
-def units_of_head(head_dim: int, turned: int) -> Units | None:
-    """The units of a head of which rotary positions turn the first dimensions; None if an odd number is not turned."""
-    if not turned:
+def units_of_head(head_dim: int, turned: Turned) -> Units | None:
+    """The units of a head, those that rotary positions turn first; None if an odd number is not turned."""
+    number, neighbours = turned
+    if not number:
         return tuple((index,) for index in range(head_dim))
-    half, rest = turned // 2, (head_dim - turned) // 2
-    pairs = [(index, index + half) for index in range(half)]
-    others = [(turned + index, turned + index + rest) for index in range(rest)]
+    half, rest = number // 2, (head_dim - number) // 2
+    pairs = [(2 * index, 2 * index + 1) if neighbours else (index, index + half) for index in range(half)]
+    others = [(number + index, number + index + rest) for index in range(rest)]
     return (*pairs, *others) if head_dim % 2 == 0 else None
 
 
@@ -129,8 +130,9 @@ def _add_layer(
     norms = {name: path for name, path in norms.items() if f"{path}.weight" in shapes}
     inside = tuple(f"{layer}.{name}." for name in table.modules)
     products = {f"{path}.{end}" for path in (*paths.values(), f"{layer}.{table.out}") for end in ("weight", "bias")}
-    others = {path for path in shapes if path.startswith(inside)} - products - {f"{n}.weight" for n in norms.values()}
-    if others or any(shapes[f"{path}.weight"] != (dim,) for path in norms.values()):
+    known = products | {f"{norm}.weight" for norm in norms.values()} | {f"{layer}.{name}" for name in table.per_head}
+    others = {path for path in shapes if path.startswith(inside)} - known
+    if others or any(shapes[f"{norm}.weight"] != (dim,) for norm in norms.values()):
         return False
     end = 0
     for name, path in paths.items():

@@ -46,7 +46,8 @@ class Attention:
     head_dim: str = "self_attn.head_dim"
     """The module attribute with the size of a head; empty if heads cannot have fewer dimensions."""
     scaling: str = "self_attn.scaling"
-    """The one with the factor of scores; empty if it does not follow from the size of a head."""
+    """The one with the factor of scores, or `head_dim` again if the forward pass computes the factor from it; empty if
+    the factor does not follow from the size of a head."""
     latent: bool = False
     """Each head's keys and values are a product (`k` and `v`) of one latent, which is cached in their place."""
     reads: tuple[str, ...] = ()  # what reads the hidden states, if not q, k and v

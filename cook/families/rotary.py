@@ -9,26 +9,38 @@ written here make every pair keep its frequency, in a stock class.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedConfig
 
-NEIGHBOURS = 8
+HALVES, NEIGHBOURS = (-2.0, -3.0, 0.0, 1.0), (-1.0, 0.0, -3.0, 2.0)
+"""What classes make of 0, 1, 2, 3, by the pairs that they turn."""
+NEAREST = 8
 """Floating-point numbers around a factor among which the one that gives the exact frequency is looked for."""
 
 
-def turned_dims(config: PreTrainedConfig, model: torch.nn.Module) -> int | None:
-    """How many dimensions of a head rotary positions turn, 0 if there are none; None if frequencies change at run time,
-    or differ in number, or if the class turns other pairs than dims i and i + n/2 of the first n.
+class Turned(NamedTuple):
+    """The dimensions of a head that rotary positions turn in pairs: the first `number` ones."""
+
+    number: int
+    neighbours: bool = False
+    """Whether pair i is dims 2i and 2i + 1; else it is i and i + number/2."""
+
+
+def turned_dims(config: PreTrainedConfig, model: torch.nn.Module) -> Turned | None:
+    """What rotary positions turn, no dims if there are none; None if frequencies change at run time, or differ in
+    number, or if the class turns other pairs than those of `Turned`.
     """
     module = _module(model)
-    modules = {sys.modules[type(each).__module__] for each in model.modules()}
-    turns = [turn for each in modules for name, turn in vars(each).items() if name.startswith("rotate_")]
+    turns = _turns(model)
     if module is None:
-        return None if turns else 0
-    if not turns or any(turn(torch.arange(4.0, device="cpu")).tolist() != [-2.0, -3.0, 0.0, 1.0] for turn in turns):
+        return None if turns else Turned(0)
+    four = torch.arange(4.0, device="cpu")
+    results = {tuple(turn(four).tolist()) for turn in turns}
+    if len(results) != 1 or not results <= {HALVES, NEIGHBOURS}:
         return None
     types = [getattr(module, "rope_type", "")]
     types = [*types[0].values()] if isinstance(types[0], dict) else types
@@ -39,7 +51,7 @@ def turned_dims(config: PreTrainedConfig, model: torch.nn.Module) -> int | None:
     if any(parameters.get("short_factor") != parameters.get("long_factor") for _, parameters in _parameters(config)):
         return None
     numbers = {2 * len(getattr(module, f"{prefix}inv_freq", ())) for prefix, _ in _parameters(config)}
-    return numbers.pop() if len(numbers) == 1 else None
+    return Turned(numbers.pop(), results == {NEIGHBOURS}) if len(numbers) == 1 else None
 
 
 def with_pairs(config: PreTrainedConfig, model: torch.nn.Module, kept: Sequence[int], head_dim: int) -> dict[str, Any]:
@@ -90,12 +102,26 @@ def factors(wanted: torch.Tensor, theta: float) -> list[float]:
     tried = [first]
     for towards in (torch.inf, -torch.inf):
         each = first
-        for _ in range(NEIGHBOURS):
+        for _ in range(NEAREST):
             each = torch.nextafter(each, torch.full_like(each, towards))
             tried.append(each)
     candidates = torch.stack(tried)
     apart = (1.0 / (candidates * powers) - wanted).abs()
     return candidates.gather(0, apart.argmin(0)[None])[0].tolist() if number else []
+
+
+def _turns(model: torch.nn.Module) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+    """The functions that turn pairs by a right angle, in the files of the model's modules."""
+
+    def by_angle(apply: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return apply(x, x.new_zeros(len(x) // 2), x.new_ones(len(x) // 2))
+
+    found: list[Callable[[torch.Tensor], torch.Tensor]] = []
+    for file in {sys.modules[type(each).__module__] for each in model.modules()}:
+        found += [turn for name, turn in vars(file).items() if name.startswith("rotate_")]
+        if apply := vars(file).get("_apply_rotary_emb"):  # GPT-OSS, with the cosine and the sine of each pair
+            found.append(partial(by_angle, apply))
+    return found
 
 
 def _module(model: torch.nn.Module) -> Any:

@@ -6,12 +6,13 @@ the meta device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from cook.base.batches import Batch
 from cook.base.errors import UserError
@@ -137,8 +138,8 @@ def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptU
     shapes = {renamed.get(path, path): shape for path, shape in left.items()}
     base = _with_layers(family, config, layers) | remembered(config, space.num_layers, layers)
     made, dim = config_object(config), head_dim_of(family, config_object(config))
-    pairs, new_dim = _kept_pairs(space, kept, dim)
-    turned = with_pairs(made, skeleton(family, config), pairs, new_dim) if new_dim != dim else {}
+    new_dim = _kept_dim(space, kept, dim)
+    turned = _turned(made, skeleton(family, config), kept["head_dims"], new_dim) if new_dim != dim else {}
     all_heads = [_heads(family, config, space, kept, layer) for layer in layers]
     if family.heads_stay or family.attention.slopes:
         all_heads = _with_slopes(family, config, space, kept, layers, all_heads)
@@ -168,14 +169,17 @@ def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptU
     return Shrunk(config=ragged_config(family, base | turned, structure), layers=tuple(layers), renamed=renamed)
 
 
-def _kept_pairs(space: PruningSpace, kept: KeptUnits, head_dim: int) -> tuple[list[int], int]:
-    """The pairs that rotary positions turn and that stay, and the dimensions of a head that stay."""
+def _kept_dim(space: PruningSpace, kept: KeptUnits, head_dim: int) -> int:
+    """The dimensions of a head that stay."""
     group = space.head_dims
-    if group is None or "head_dims" not in kept:
-        return [], head_dim
-    # Pairs that are turned are dims i and i + n/2 of the first n; without rotary positions units are single dims.
-    turned = [unit for unit, dims in enumerate(group.slices[0].within) if len(dims) == 2 and dims[0] == unit]
-    return [unit for unit in kept["head_dims"] if unit in turned], len(kept["head_dims"]) * group.members
+    return head_dim if group is None or "head_dims" not in kept else len(kept["head_dims"]) * group.members
+
+
+def _turned(config: PreTrainedConfig, model: torch.nn.Module, units: Sequence[int], head_dim: int) -> dict[str, Any]:
+    """The fields of the config by which the pairs among the kept units of a head turn as before."""
+    turned = turned_dims(config, model)
+    pairs = turned.number // 2 if turned else 0
+    return with_pairs(config, model, [unit for unit in units if unit < pairs], head_dim)
 
 
 def _uniform(
@@ -262,7 +266,8 @@ def holds_heads(
     turned: dict[str, Any] = {}
     if dim != before:
         whole = skeleton(family, config)
-        turned = with_pairs(made, whole, range((turned_dims(made, whole) or 0) * dim // before // 2), dim)
+        found = turned_dims(made, whole)
+        turned = with_pairs(made, whole, range(found.number * dim // before // 2 if found else 0), dim)
     try:
         ffn = family.own_config(base).get(family.names.ffn or "")
         model = skeleton(family, _sized(family, base, wanted, ffn, hidden) | turned)
@@ -306,7 +311,7 @@ def _heads(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptU
     att = next((g for g in space.of("heads") if g.layer == layer and _left(space, counts, g)), None)
     if att is None:
         return None
-    _, dim = _kept_pairs(space, kept, head_dim_of(family, config_object(config)))
+    dim = _kept_dim(space, kept, head_dim_of(family, config_object(config)))
     if att.head_unit == "query_head":
         return _by_key(att, space.keys_of(att), kept, dim)
     queries, keys = att.heads(counts.get(att.name, att.size))

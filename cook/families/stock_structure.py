@@ -74,7 +74,7 @@ def structure_of(
 def _of_head_dim(table: Attention, layer: torch.nn.Module, before: int, after: int) -> dict[str, float]:
     """The attributes of a layer's attention that follow from the size of a head."""
     values: dict[str, float] = {table.head_dim: after}
-    if table.scaling:
+    if table.scaling not in ("", table.head_dim):
         path, _, name = table.scaling.rpartition(".")
         values[table.scaling] = getattr(layer.get_submodule(path), name) * (before / after) ** 0.5
     return values

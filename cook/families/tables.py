@@ -108,7 +108,7 @@ GPT_OSS = replace(
     LLAMA,
     family="GPT-OSS",
     model_types=frozenset({"gpt_oss"}),
-    attention=Attention(per_head=("self_attn.sinks",), head_dim=""),
+    attention=Attention(per_head=("self_attn.sinks",)),
     ffn=FeedForward(modules={"mlp": "pair"}),
     experts=Experts(router="mlp.router", transposed=True, count="num_local_experts", dims="intermediate_size"),
 )

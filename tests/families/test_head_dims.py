@@ -14,6 +14,7 @@ from cook.base.errors import UserError
 from cook.export.pruned_folder import mask_model, prune_to_folder, reshaped_source
 from cook.families.cpm_ant import ADAPTER
 from cook.families.head_dims import units_of_head
+from cook.families.rotary import Turned
 from cook.families.source import load_model
 from cook.pruning.attach import AttachedGates
 from cook.pruning.family import ModelSource
@@ -33,7 +34,9 @@ from tests.models.cpm_ant_tiny import tiny_model
 from tests.tiny_families import CAUSAL, FAMILIES, MOE, MORE, MORE_ENCODERS, tiny_source
 from tests.tiny_pruning import config_of, masks_of
 
-SOURCES = {name: tiny_source(name) for name in FAMILIES}
+NEIGHBOURS = ("ernie4_5", "glm", "glm4", "cohere2")
+"""Families whose rotary positions turn dims 2i and 2i + 1."""
+SOURCES = {name: tiny_source(name) for name in (*FAMILIES, *NEIGHBOURS)}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 SOURCES["llama 3"] = tiny_source(
     "llama", rope_parameters=LLAMA3 | {"original_max_position_embeddings": 16}, head_dim=16
@@ -46,7 +49,7 @@ MODEL = tiny_model()
 SOURCES["cpm_ant"] = ModelSource(adapter=ADAPTER, config=config_of(), tensors=MODEL.state_dict(), path=Path("cpm_ant"))
 TINY = TinyModels(SOURCES, every_unit=False)
 CASES, SPACES, both = TINY.cases, TINY.spaces, TINY.both
-STOCK = ("llama", "llama, tied", "llama 3", "mistral", "qwen2", "qwen3", "gemma2", "gemma3")
+STOCK = ("llama", "llama, tied", "llama 3", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt_oss", *NEIGHBOURS)
 
 
 def inputs_of(name, padding):
@@ -94,18 +97,17 @@ def test_the_config_describes_the_weights(case):
 
 @pytest.mark.parametrize("name", STOCK)
 def test_a_stock_class_keeps_the_frequencies_of_the_pairs(name, tmp_path):
-    case = TINY.case(name)
-    source, space = SOURCES[name], SPACES[case]
+    source = SOURCES.get(name) or tiny_source(name)
+    space, whole = source.adapter.space(source.config), load_model(source)
     masks = {"head_dims": half(space.head_dims.size, 5)}
     pruned = prune_to_folder(source, space, masks, tmp_path / "small")
     assert not pruned.needs_remote_code
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
-    before = dict(TINY.models[name].named_buffers())
-    kept = masks["head_dims"].bool()
+    before = dict(whole.named_buffers())
     for path, frequencies in model.named_buffers():
         if path.endswith("inv_freq"):  # to the last bit, or distant tokens would be turned by another angle
+            kept = masks["head_dims"][: len(before[path])].bool()  # units that are not turned come last
             torch.testing.assert_close(frequencies, before[path][kept], rtol=1.2e-7, atol=0)
-    whole = TINY.models[name]
     assert difference(logits_of(whole, space, masks), logits_of(model)) <= EXACT
     # Behind the length for which `longrope` has other factors than before it.
     far = {"position_ids": torch.arange(9).expand(2, 9) + 60}
@@ -124,7 +126,7 @@ def test_the_cache_and_generation(case):
     assert torch.equal(masked, small.generate(IDS, **options))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "gpt2", "gpt_neox, half turned", "bert", "cpm_ant"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "glm", "gpt2", "gpt_neox, half turned", "bert", "cpm_ant"])
 def test_each_unit_has_a_gradient_and_matters(name):
     case = TINY.case(name)
     model, space = load_model(SOURCES[name], torch.float64), SPACES[case]
@@ -146,7 +148,7 @@ def test_each_unit_has_a_gradient_and_matters(name):
         assert float(z.grad[1]) == pytest.approx(float(measured), rel=1e-5, abs=1e-8)
 
 
-STAY = ("phi, norms of heads", "olmo, clipped")
+STAY = ("phi, norms of heads", "cohere", "olmo, clipped")
 """Models of families whose heads can have fewer dimensions otherwise."""
 
 
@@ -168,10 +170,11 @@ def test_in_every_other_family_they_are_exact_or_stay(name):
 
 
 def test_units_are_what_is_turned_together():
-    assert units_of_head(6, 6) == ((0, 3), (1, 4), (2, 5))
-    assert units_of_head(8, 4) == ((0, 2), (1, 3), (4, 6), (5, 7))
-    assert units_of_head(3, 0) == ((0,), (1,), (2,))
-    assert units_of_head(7, 4) is None  # no unit of two dims for the last one
+    assert units_of_head(6, Turned(6)) == ((0, 3), (1, 4), (2, 5))
+    assert units_of_head(8, Turned(4)) == ((0, 2), (1, 3), (4, 6), (5, 7))
+    assert units_of_head(8, Turned(4, neighbours=True)) == ((0, 1), (2, 3), (4, 6), (5, 7))
+    assert units_of_head(3, Turned(0)) == ((0,), (1,), (2,))
+    assert units_of_head(7, Turned(4)) is None  # no unit of two dims for the last one
 
 
 def test_models_whose_frequencies_change_at_run_time_keep_their_head_dims():
