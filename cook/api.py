@@ -133,8 +133,9 @@ def plan(
         context: Mean number of keys to which a query attends, for FLOPs; the length of the cache, for memory.
         hidden: Whether hidden dimensions too are units of a budget for the whole model.
         round_to: A number, such as 64, of which the hidden size and the FFN dimensions of a block end as multiples.
-        units: What a budget for the whole model may take: names of `"blocks"`, `"heads"`, `"dims"`, `"head_dims"` and
-            `"hidden"`, or `"all"` that the model has. Empty: heads and dims. What is left out stays as it is.
+        units: What a budget for the whole model may take: names of `"blocks"`, `"heads"`, `"experts"`, `"dims"`,
+            `"head_dims"` and `"hidden"`, or `"all"` that the model has. Empty: heads, experts and dims. What is left
+            out stays as it is.
 
     Raises:
         UserError: unknown family or key, or a size that cannot be reached.
@@ -154,19 +155,22 @@ def plan(
             total = sum(g.size * g.members for g in groups_of_kind)
             shown[label] = total, round(sum(even.get(g.name, 1.0) * g.size * g.members for g in groups_of_kind))
     before, flops = parameters(job.space), forward_flops(job.space, context=context)
-    after, flops_after = parameters(job.space, kept), forward_flops(job.space, kept, context=context)
-    active = active_parameters(job.space), active_parameters(job.space, kept)
+    after, flops_after = float(parameters(job.space, kept)), forward_flops(job.space, kept, context=context)
+    active, active_after = active_parameters(job.space), float(active_parameters(job.space, kept))
     if job.targets.blocks is not None:
-        in_blocks = sum(_all(job.space, g, "parameters") for g in job.learned if g.kind == "layer")
-        after -= round((1 - job.targets.blocks) * in_blocks)
+        gone = 1 - job.targets.blocks  # of what is left inside of the blocks
+        outside = before - sum(_all(job.space, g, "parameters") for g in job.learned if g.kind == "layer")
         inner = [g for g in job.space.groups if g.kind != "layer"]
-        flops_after -= (1 - job.targets.blocks) * sum(unit_flops(job.space, g, context=context) * g.size for g in inner)
+        flops_outside = flops - sum(unit_flops(job.space, g, context=context) * g.size for g in inner)
+        after -= gone * (after - outside)
+        active_after -= gone * (active_after - outside)
+        flops_after -= gone * (flops_after - flops_outside)
     return Plan(
         family=job.adapter.family,
         head_unit=job.head_unit,
         units=shown,
-        parameters=(before, after),
-        active_parameters=active,
+        parameters=(before, round(after)),
+        active_parameters=(active, round(active_after)),
         flops=(flops, flops_after),
     )
 
@@ -246,6 +250,8 @@ def attach_nested(
     Raises:
         UserError: as for `plan`; also if the sizes do not have the same units.
     """
+    if steps < 1:
+        raise UserError("steps", wanted="1 or more", got=str(steps))
     jobs = [_job(model, keep, context, head_unit, hidden, round_to, units, means) for keep in keeps]
     job = jobs[0]
     if any(other.learned != job.learned for other in jobs):
@@ -298,6 +304,8 @@ def _job(
     means: Means | None = None,
 ) -> _Job:
     check_keep(keep)
+    if round_to < 1:
+        raise UserError("round_to", wanted="1 or more", got=str(round_to))
     total = [key for key in WHOLE_KEYS if key in keep]
     adapter, config = family_of(model)
     if means:
@@ -319,6 +327,9 @@ def _job(
     if "hidden" in kinds:
         kept["hidden"] = nearest_hidden(adapter, config, space, keep.get("hidden", 1.0), round_to)
     learned = tuple(group for kind in KINDS if kind in kinds for group in space.of(kind))
+    for name in keep if not total else ():
+        if name != "experts" and not any(group.kind == BUDGET_UNITS[name] for group in learned):
+            raise UserError(f"keep: {name}: this {adapter.family} model has none that can go", remedy="leave it out")
     if "experts" in kinds and not space.of("experts"):
         raise no_experts(adapter)
     if total:

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from cook.api import Batch, Means, attach, attach_nested, family_of
+from cook.base.batches import on_device
 from cook.base.errors import UserError
+from cook.base.modes import evaluating
 from cook.config.scheme import BlockUnit, HeadUnitChoice
 from cook.distill.teacher_loss import token_divergence
 from cook.pruning import search
@@ -21,6 +23,7 @@ from cook.pruning.live import LiveGates
 from cook.pruning.mask_set import Masks
 
 OnStep = Callable[[int, float, dict[str, float]], None]
+Teacher = Literal["self"] | torch.nn.Module | None
 TEACHER_WEIGHT, TEACHER_TEMPERATURE = 2.0, 2.0
 """Of the divergence from the teacher, beside the language-modelling loss; measured in `results/bench/quality.json`."""
 
@@ -30,7 +33,7 @@ def mean_inputs(model: torch.nn.Module, batches: Iterable[Batch]) -> dict[str, t
 
     Give the result as `means` to `learn_masks` (or `attach`), and to `reshape` and `verify`: what removed heads and FFN
     dimensions add on average then stays as a bias, for which the small model pays nothing. A few hundred tokens are
-    enough. Masks that are learned without means are better without them.
+    enough. Do not give means to `reshape` if the masks were learned without them: the result would be worse.
 
     Args:
         model: A causal transformers model of a known family.
@@ -41,8 +44,9 @@ def mean_inputs(model: torch.nn.Module, batches: Iterable[Batch]) -> dict[str, t
         the two projections, as Gemma in its FFN, has no means there.
 
     Raises:
-        UserError: unknown family, a class without such biases, or no batches.
+        UserError: unknown family, a class without such biases, or no tokens.
     """
+    _check_causal(model)
     adapter, config = family_of(model)
     config = adapter.with_biases(config)
     spaces = [adapter.space(config, unit) for unit in adapter.head_units(config)]
@@ -53,21 +57,20 @@ def mean_inputs(model: torch.nn.Module, batches: Iterable[Batch]) -> dict[str, t
             got=f"{type(model).__name__}, which has none here, and no setting for one",
             remedy="learn the masks without means",
         )
-    device, was_training, seen = next(model.parameters()).device, model.training, False
+    device, tokens = next(model.parameters()).device, 0
     means = MeanInputs(model, tuple(groups.values()))
     try:
-        model.eval()
-        for each in batches:
-            seen, batch = True, _with_labels({key: value.to(device) for key, value in each.items()})
-            predicts = F.pad(batch["labels"][:, 1:] != -100, (0, 1))
-            means.at(predicts.flatten().nonzero().flatten())
-            with torch.no_grad():
+        with evaluating(model), torch.no_grad():
+            for each in batches:
+                batch = _inputs(each, device)
+                predicts = F.pad(batch["labels"][:, 1:] != -100, (0, 1)).flatten().nonzero().flatten()
+                tokens += len(predicts)
+                means.at(predicts)
                 model(**batch)
     finally:
         means.remove()
-        model.train(was_training)
-    if not seen:
-        raise UserError("there are no batches", wanted="batches whose features are averaged")
+    if not tokens:
+        raise UserError("there are no batches, or none of their tokens has a label", wanted="batches to average over")
     return means.means()
 
 
@@ -78,7 +81,7 @@ def learn_masks(
     *,
     steps: int = 100,
     head_unit: HeadUnitChoice = "auto",
-    teacher: Literal["self"] | torch.nn.Module | None = "self",
+    teacher: Teacher = "self",
     seed: int = 0,
     context: int = 512,
     hidden: bool = False,
@@ -87,7 +90,7 @@ def learn_masks(
     means: Means | None = None,
     on_step: OnStep | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Learns which units to keep, with the weights frozen.
+    """Learns which units to keep, with the weights frozen and the model in eval mode.
 
     Args:
         model: A causal transformers model of a known family. It is left as it was.
@@ -111,8 +114,10 @@ def learn_masks(
         Masks of 0 and 1, float32 `[units]`, by group name.
 
     Raises:
-        UserError: as for `plan`; also if `batches` is empty.
+        UserError: as for `plan`; also if `batches` is empty, or the gradient of a gate is not finite.
     """
+    _check_causal(model)
+    _check_teacher(teacher)
     live = attach(
         model,
         keep,
@@ -136,7 +141,7 @@ def learn_nested_masks(
     *,
     steps: int = 100,
     head_unit: HeadUnitChoice = "auto",
-    teacher: Literal["self"] | torch.nn.Module | None = "self",
+    teacher: Teacher = "self",
     seed: int = 0,
     context: int = 512,
     hidden: bool = False,
@@ -176,6 +181,8 @@ def learn_nested_masks(
     if not sizes or any(after >= before for before, after in pairwise(sizes)):
         raise UserError(f"keep: {name}={list(sizes)}", wanted="values in descending order")
     keeps = [{name: size} for size in sizes]
+    _check_causal(model)
+    _check_teacher(teacher)
     live = attach_nested(
         model,
         keeps,
@@ -195,37 +202,44 @@ def _learn(
     live: LiveGates,
     sizes: int,
     batches: Iterable[Batch],
-    teacher: Literal["self"] | torch.nn.Module | None,
+    teacher: Teacher,
     on_step: OnStep | None,
 ) -> list[dict[str, torch.Tensor]]:
     """Learns the masks of attached gates with the weights frozen, and removes the gates."""
-    model, steps = live.model, live.gates.steps
+    model = live.model
     frozen = {name: p.requires_grad for name, p in model.named_parameters()}
+    models = [each for each in (model, teacher) if isinstance(each, torch.nn.Module)]
     try:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        device = next(model.parameters()).device
-        stream = _repeated(batches)
-        while live.step < steps:
-            batch = _with_labels({key: value.to(device) for key, value in next(stream).items()})
-            live.before_forward()
-            output = model(**batch)
-            total = loss = output.loss
-            if teacher is not None:
-                total = loss + TEACHER_WEIGHT * _divergence(live, model, teacher, batch, output.logits)
-            total.backward()
-            if not live.after_backward():
-                raise UserError(
-                    f"step {live.step + 1}: the gradient of the gates is not finite",
-                    remedy="check the batches and the model for NaN or infinity, or use fp32 or bf16 instead of fp16",
-                )
-            if on_step is not None:
-                on_step(live.step, float(loss.detach()), live.sparsity)
+        with evaluating(*models):
+            for _, batch in zip(range(live.gates.steps), _repeated(batches), strict=False):
+                loss = _learn_from(live, batch, teacher)
+                if on_step is not None:
+                    on_step(live.step, loss, live.sparsity)
         return [live.masks(number) for number in range(sizes)]
     finally:
         live.remove()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(frozen[name])
+
+
+def _learn_from(live: LiveGates, batch: Batch, teacher: Teacher) -> float:
+    """Moves the gates by the gradient of one batch; its loss in nats per token."""
+    device = next(live.model.parameters()).device
+    inputs = _inputs(batch, device)
+    live.before_forward()
+    output = live.model(**inputs)
+    total = output.loss
+    if teacher is not None:
+        total = total + TEACHER_WEIGHT * _divergence(live, teacher, inputs, output.logits)
+    total.backward()
+    if not live.after_backward():
+        raise UserError(
+            f"step {live.step + 1}: the gradient of the gates is not finite",
+            remedy="check the batches and the model for NaN or infinity, or use fp32 or bf16 instead of fp16",
+        )
+    return float(output.loss.detach())
 
 
 def search_blocks(
@@ -258,10 +272,12 @@ def search_blocks(
         UserError: unknown family, a share out of range, or no batches.
     """
     check_keep({"blocks": keep})
+    _check_causal(model)
+    _check_teacher(teacher)
     adapter, config = family_of(model)
     space = adapter.space(config)
     device = next(model.parameters()).device
-    stored = [_with_labels({key: value.to(device) for key, value in batch.items()}) for batch in batches]
+    stored = [_inputs(batch, device) for batch in batches]
     if not stored:
         raise UserError("there are no batches", wanted="batches to measure the loss on")
     attached, measured = AttachedGates(model, space.of("layer"), {}), 0
@@ -288,14 +304,26 @@ def search_blocks(
             on_measure(measured, loss)
         return loss
 
-    was_training = model.training
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             return search.search_blocks(measure, space, space.of("layer"), 1.0 - keep, unit=unit)
     finally:
         attached.remove()
-        model.train(was_training)
+
+
+def _check_causal(model: torch.nn.Module) -> None:
+    adapter, _ = family_of(model)
+    if not adapter.is_causal:
+        raise UserError(
+            f"{type(model).__name__} does not predict the next token",
+            wanted="a causal language model",
+            remedy="train gates of an encoder in a loop of your own, with cook.attach",
+        )
+
+
+def _check_teacher(teacher: object) -> None:
+    if not (teacher is None or teacher == "self" or isinstance(teacher, torch.nn.Module)):
+        raise UserError("teacher", wanted='"self", a model in memory, or None', got=repr(teacher)[:80])
 
 
 def _repeated(batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -308,7 +336,12 @@ def _repeated(batches: Iterable[Batch]) -> Iterator[Batch]:
             raise UserError("batches ran out", wanted="an iterable that can be read again, or one batch per step")
 
 
-def _with_labels(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _inputs(given: Batch, device: torch.device) -> dict[str, torch.Tensor]:
+    """A batch on the device, with labels."""
+    if not isinstance(given, Mapping) or not isinstance(given.get("input_ids"), torch.Tensor):
+        names = ", ".join(map(str, given)) if isinstance(given, Mapping) else type(given).__name__
+        raise UserError("a batch", wanted='a mapping with a tensor "input_ids", [batch, length]', got=names)
+    batch = on_device(given, device)
     if "labels" not in batch:
         labels = batch["input_ids"].clone()
         if "attention_mask" in batch:
@@ -318,16 +351,16 @@ def _with_labels(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _divergence(
-    live: LiveGates, model: torch.nn.Module, teacher: torch.nn.Module | str, batch: Batch, logits: torch.Tensor
+    live: LiveGates, teacher: Literal["self"] | torch.nn.Module, batch: Batch, logits: torch.Tensor
 ) -> torch.Tensor:
     """Mean divergence from the teacher, per predicted token."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     with torch.no_grad():
-        if isinstance(teacher, str):
-            with live.attached.opened(fixed=True):
-                wanted = model(**inputs).logits
-        else:
+        if isinstance(teacher, torch.nn.Module):
             wanted = teacher(**inputs).logits
+        else:
+            with live.attached.opened(fixed=True):
+                wanted = live.model(**inputs).logits
     targets = batch["labels"][:, 1:]
     summed = token_divergence(logits[:, :-1], wanted[:, :-1], targets, TEACHER_TEMPERATURE)
     return summed / (targets != -100).sum().clamp(min=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,19 @@ from typing import Any
 import torch
 
 from cook.api import Batch, Means, config_of, family_of
+from cook.base.batches import on_device
 from cook.base.errors import UserError
+from cook.base.modes import evaluating
 from cook.base.seeds import generator
 from cook.evaluation.equality import largest_difference
 from cook.export.pruned_folder import mask_model, reshaped_source
 from cook.families.source import load_model, placed, with_biases
+from cook.pruning.attach import gates_on
 from cook.pruning.compensation import with_bias
 from cook.pruning.family import ModelSource
 from cook.pruning.mask_set import Masks, consistent
 from cook.pruning.units import HeadUnit
+from cook.recipe.summary import RESERVED
 
 
 def reshape(model: torch.nn.Module, masks: Masks, *, means: Means | None = None) -> torch.nn.Module:
@@ -45,8 +50,9 @@ def reshape(model: torch.nn.Module, masks: Masks, *, means: Means | None = None)
         space = source.adapter.space(source.config, unit)
         source = replace(source, tensors=dict(with_bias(source.tensors.items(), space, on_cpu, own)))
     small = load_model(reshaped_source(source, space, on_cpu), None)
-    first = next(model.parameters())
-    return placed(small, first.device, None)
+    for tensor in (*small.parameters(), *small.buffers()):
+        tensor.data = tensor.data.clone()  # what is not cut would be shared with the whole model
+    return placed(small, next(model.parameters()).device, None)
 
 
 def verify(
@@ -65,26 +71,29 @@ def verify(
         model: The model before pruning.
         masks: 0 and 1 by group name.
         small: What `reshape` returned.
-        batches: Inputs of both; None: two rows of random ids.
+        batches: Inputs of both, moved to their device; None: two rows of random ids.
         means: As for `reshape`.
 
     Raises:
-        UserError: the masks are of another model.
+        UserError: the masks are of another model, or there are no batches.
     """
     source, unit = _source(model, masks)
     space = source.adapter.space(source.config, unit)
     device = next(model.parameters()).device
+    earlier = gates_on(model)  # as a callback leaves them after the training
     attached = mask_model(model, space, {name: mask.to(device) for name, mask in masks.items()})
     attached.compensate({name: mean.to(device) for name, mean in _own(means, masks).items()})
-    was_training, small_was = model.training, small.training
     try:
-        return largest_difference(
-            model.eval(), small.eval(), [dict(batch) for batch in batches or _random_batches(model)]
-        )
+        given = _random_batches(model) if batches is None else batches
+        inputs = [on_device(batch, device) for batch in given]
+        if not inputs:
+            raise UserError("there are no batches", wanted="batches to compare the logits on")
+        with evaluating(model, small), ExitStack() as opened:
+            for gates in earlier:
+                opened.enter_context(gates.opened(fixed=True))
+            return largest_difference(model, small, inputs)
     finally:
         attached.remove()
-        model.train(was_training)
-        small.train(small_was)
 
 
 def _own(means: Means | None, masks: Masks) -> dict[str, torch.Tensor]:
@@ -107,7 +116,9 @@ def _source(model: torch.nn.Module, masks: Masks) -> tuple[ModelSource, HeadUnit
 
 
 def _random_batches(model: torch.nn.Module) -> list[Batch]:
-    config: Any = model.config
-    length = min(64, getattr(config, "max_position_embeddings", None) or 64)
-    ids = torch.randint(config.get_text_config().vocab_size, (2, length), generator=generator(0, "verify"))
+    whole: Any = model.config
+    config = whole.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or 128
+    length = max(1, min(64, positions - RESERVED))
+    ids = torch.randint(config.vocab_size, (2, length), generator=generator(0, "verify"))
     return [{"input_ids": ids.to(next(model.parameters()).device)}]

@@ -9,6 +9,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from cook.api import Means, attach
+from cook.base.errors import UserError
 from cook.pruning.budgets import Keep
 from cook.pruning.live import LiveGates
 
@@ -47,12 +48,18 @@ class PruningCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self.gates is not None:  # of an earlier training
+            self.gates.remove()
+        saved = self._file(args, state) if state.global_step else None
+        if saved and not saved.is_file():
+            raise UserError(
+                f"{saved}: there are no gates to resume from",
+                remedy=f"copy {GATES_FILE} there from the checkpoint that the training resumes from",
+            )
         seed = args.seed if self._seed is None else self._seed
-        self.gates = attach(
-            kwargs["model"], self._keep, steps=self._steps or state.max_steps, seed=seed, means=self._means
-        )
-        if state.global_step:
-            saved = self._file(args, state)
+        steps = self._steps or state.max_steps
+        self.gates = attach(kwargs["model"], self._keep, steps=steps, seed=seed, means=self._means)
+        if saved:
             self.gates.load_state_dict(torch.load(saved, weights_only=True))
 
     def on_step_begin(
@@ -70,7 +77,8 @@ class PruningCallback(TrainerCallback):
     ) -> None:
         assert self.gates is not None
         if self.gates.step < self.gates.gates.steps:
-            self.gates.after_backward()
+            scaler = getattr(kwargs.get("optimizer"), "scaler", None)  # with fp16; the gates' gradients are scaled too
+            self.gates.after_backward(loss_scale=scaler.get_scale() if scaler else 1.0)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self.gates is not None

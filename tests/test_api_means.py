@@ -108,7 +108,9 @@ def test_gates_learn_with_the_means_and_a_resumed_loop_has_them():
         if kind == "resumed":
             state = gates.state_dict()
             model = llama()
-            gates = cook.attach(model, {"dims": 0.5}, steps=6)
+            with pytest.raises(UserError, match="the means of the saved ones"):
+                cook.attach(llama(), {"dims": 0.5}, steps=6).load_state_dict(state)
+            gates = cook.attach(model, {"dims": 0.5}, steps=6, means={name: mean + 1 for name, mean in means.items()})
             gates.load_state_dict(state)
         steps(gates, model, 3, 6)
         values[kind] = gates.state_dict()["values"]

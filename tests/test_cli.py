@@ -15,10 +15,12 @@ import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import cook
 from cook.base.errors import UserError
 from cook.cli import app, invoke
 from cook.evaluation import profile
 from cook.pruning.block_times import read_block_times
+from cook.report.tables import human_count
 from tests.command import told
 from tests.recipe.tiny_run import REPOSITORY, run
 
@@ -168,7 +170,9 @@ def test_a_model_is_pruned_by_one_command(tiny, tmp_path, capfd):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "model")
     ids = tokenizer("the model")["input_ids"]
     assert small(torch.tensor([ids])).logits.shape == (1, len(ids), len(tokenizer)) and len(tokenizer) < 300
-    assert (tmp_path / "out" / "report" / "report.md").is_file()
+    report, size = (tmp_path / "out" / "report" / "report.md").read_text(), sum(p.numel() for p in small.parameters())
+    assert f"{len(tokenizer)} of 300 tokens stay" in report and f"which has {human_count(size)} parameters" in report
+    assert human_count(size) in (tmp_path / "out" / "model" / "README.md").read_text()
     capfd.readouterr()
     prune(tiny, tmp_path / "out", "dims=0.5", *more)
     assert "already finished" in "".join(capfd.readouterr())
@@ -280,6 +284,35 @@ def test_query_heads_of_one_budget_by_one_command(tiny, tmp_path, unit):
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model", trust_remote_code=True)
     whole = sum(p.numel() for p in LlamaForCausalLM.from_pretrained(tiny / "model").parameters())
     assert sum(p.numel() for p in small.parameters()) == pytest.approx(0.8 * whole, rel=0.02)
+
+
+@pytest.fixture(scope="module")
+def uneven(tiny, tmp_path_factory) -> Path:
+    """As `tiny`, with a model whose blocks have different numbers of query heads, as a budget for all leaves them."""
+    folder = tmp_path_factory.mktemp("uneven")
+    masks = {"layers.0.heads": torch.tensor([1.0, 1, 0, 1, 1, 1, 1, 1]), "layers.0.keys": torch.ones(4)}
+    cook.reshape(LlamaForCausalLM.from_pretrained(tiny / "model"), masks).save_pretrained(folder / "model")
+    AutoTokenizer.from_pretrained(tiny / "model").save_pretrained(folder / "model")
+    shutil.copytree(tiny / "text", folder / "text")
+    return folder
+
+
+@pytest.mark.parametrize("keep", ["params=0.8", "dims=0.5", "hidden=0.75", "blocks=0.7"])
+def test_uneven_blocks_are_pruned_again(uneven, keep, tmp_path, capfd):
+    prune(uneven, tmp_path / "out", keep)
+    assert "equal to rounding" in capfd.readouterr().out
+    before, after = (
+        sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).parameters())
+        for folder in (uneven / "model", tmp_path / "out" / "model")
+    )
+    assert after < before
+    if keep == "params=0.8":
+        assert after == pytest.approx(0.8 * before, rel=0.02)
+
+
+def test_one_number_for_uneven_blocks_is_refused(uneven, tmp_path):
+    with pytest.raises(UserError, match="different numbers of heads"):
+        prune(uneven, tmp_path / "out", "heads=0.5")
 
 
 def test_a_whole_budget_is_planned(tiny, tmp_path, capsys):

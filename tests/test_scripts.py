@@ -84,3 +84,19 @@ def test_signals_to_the_script_reach_the_ranks_and_it_ends_with_the_launchers_co
     launcher = f"{sys.executable} {tmp_path / 'launcher.py'}"
     result = script(folder, str(folder / "bmcook.json"), stop=signals, LAUNCHER=launcher, FOLDER=str(tmp_path))
     assert result.code == 75, result
+
+
+def test_every_bench_can_start():
+    """Names that the benches import still exist."""
+    benches = sorted((REPOSITORY / "scripts" / "bench").glob("*.py"))
+    code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(benches[0].parent)])}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *(path.stem for path in benches)],
+        env=environment,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert len(benches) > 20 and done.returncode == 0, done.stderr[-2000:]

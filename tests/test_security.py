@@ -33,7 +33,6 @@ OWN_EXPORTS = (
     "scripts/bench/sparse_int8.py",
 )
 """Open folders that this project has just written, with its own modeling file, and no others."""
-FUZZERS = "scripts/fuzz/"
 
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "pickletools", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 RUNS_STRINGS = {"eval", "exec", "compile", "__import__"}

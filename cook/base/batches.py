@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ def as_it_is(batch: Batch) -> Batch:
     return batch
 
 
-def on_device(batch: Batch, device: torch.device) -> Batch:
+def on_device(batch: Mapping[str, Any], device: torch.device) -> Batch:
     """Returns a copy of `batch` whose tensors are on `device`."""
     return {
         name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value

@@ -16,6 +16,7 @@ EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 75  # stopped by a signal after saving a checkpoint: the same command resumes
+EXIT_KEYBOARD = 130  # Ctrl-C while nothing was trained
 EXIT_RANK_LOST = 76  # a rank died, froze or got stuck: the same command resumes from the last checkpoint
 
 
@@ -119,13 +120,17 @@ def run_entry(main: Callable[[], int | None]) -> None:
     sys.argv[1:] = map(with_home, sys.argv[1:])
     try:
         code: int | str | None = main() or EXIT_OK
-    except SystemExit as end:  # the parser of the command line ends so, also after success
+    except SystemExit as end:  # the parser of the command line ends so, also after success and after Ctrl-C
         code = end.code
+    except KeyboardInterrupt:
+        code = EXIT_KEYBOARD
     except (UserError, RunFailed, Interrupted, OSError, MemoryError, RuntimeError) as error:
         expected = _expected_ending(error)
         if expected is None:
             raise
         code = _report(expected[1], expected[0])
+    if code == EXIT_KEYBOARD:
+        _report("stopped: by Ctrl-C; the same command starts again, or resumes from the newest checkpoint", code)
     for stream in (sys.stdout, sys.stderr):
         # If the log is on a full disk, Python would flush again when it exits, and exit with code 120.
         try:

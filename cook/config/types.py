@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from cook.config.corpus import DataConfig
 from cook.config.declare import Count, Fraction, KeysOf, Limits, Scale, Size, UserPath
@@ -353,17 +353,7 @@ def stage_of(
         return None if coarse is None else "layer_mask" if coarse.train_mask else "layer_finetune"
     if method == "joint":
         return None if joint is None else "joint_mask" if joint.train_mask else "joint_finetune"
-    if fine is None:
-        return None
-    if fine.prune_mode == "att":
-        return "att_mask" if fine.train_mask else "att_finetune"
-    if fine.prune_mode == "headdim":
-        return "headdim_mask" if fine.train_mask else "headdim_finetune"
-    if fine.prune_mode == "hidden":
-        return "hidden_mask" if fine.train_mask else "hidden_finetune"
-    if fine.prune_mode == "experts":
-        return "experts_mask" if fine.train_mask else "experts_finetune"
-    return "ffn_mask" if fine.train_mask else "ffn_finetune"
+    return None if fine is None else cast(StageName, f"{fine.prune_mode}_{'mask' if fine.train_mask else 'finetune'}")
 
 
 def for_stage(config: RunConfig, stage_name: StageName) -> RunConfig:

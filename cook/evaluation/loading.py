@@ -117,6 +117,8 @@ def load(
         # transformers imports the package of a quantized model when it loads it.
         missing = isinstance(error, ImportError) and bool(read_model_config(folder).get("quantization_config"))
         remedy = "pip install 'cook[quantization]'" if missing else None
+        if "trust_remote_code" in str(error):
+            remedy = "read the modeling file in the folder, and let it run with --trust-remote-code"
         raise UserError(f"{folder}: cannot be loaded", got=reason, remedy=remedy) from None
     if entry.masks and source is None:
         raise UserError(f"{folder}: masks can be applied only to a family that cook knows")

@@ -82,8 +82,7 @@ def write_pruned(
     obstacle = write_live_format(folder, source.adapter, config, "cpm_live")
     record = masks if record is None else record
     write_mask_file(folder / "masks" / "coarse.pt", coarse_to_tensors(space, record))
-    fine = _fine_if_even(space, record)
-    if fine:
+    if fine := fine_to_tensors(space, record):
         write_mask_file(folder / "masks" / "fine.pt", fine)
     check_folder(folder, source, space, {name: len(units) for name, units in kept.items()}, shrunk.renamed, found)
     return Pruned(
@@ -139,14 +138,6 @@ def open_masks(
             problem = problem or error
     assert problem is not None
     raise problem
-
-
-def _fine_if_even(space: PruningSpace, masks: Masks) -> dict[str, torch.Tensor]:
-    # The masks in the folder are only a record; mask files cannot store those of a model that was already ragged.
-    try:
-        return fine_to_tensors(space, masks)
-    except UserError:
-        return {}
 
 
 def mask_model(model: torch.nn.Module, space: PruningSpace, masks: Mapping[str, torch.Tensor]) -> AttachedGates:

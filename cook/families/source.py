@@ -142,7 +142,7 @@ def _no_model_in(folder: Path) -> UserError:
     names = sorted(path.name for path in folder.iterdir())
     remedy = None
     if "pytorch_model.bin" in names:
-        remedy = f"name the file, {folder / 'pytorch_model.bin'}, or save the model as safetensors: {CONVERT}"
+        remedy = f"save the model as safetensors: {CONVERT} (`cook reshape` also reads pytorch_model.bin, if named)"
     elif any(name.endswith((".bin", ".bin.index.json")) for name in names):
         remedy = f"save the model as safetensors: {CONVERT}"
     elif any(name.startswith("adapter_") for name in names):

@@ -16,7 +16,6 @@ from cook.families.stock_models import config_object, is_ragged
 from cook.pruning.family import Experts, ModelConfig
 
 TARGET, TARGET_CLASS = "glm4_moe", "Glm4MoeForCausalLM"
-PRODUCTS = ("gate_proj", "up_proj", "down_proj")
 COMMON = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
     "max_position_embeddings initializer_range rms_norm_eps use_cache tie_word_embeddings attention_dropout "

@@ -263,11 +263,7 @@ def modeling(config: ModelConfig) -> Modeling | None:
     """The modeling file of a ragged model."""
     if not is_ragged(config):
         return None
-    auto_map = {"AutoConfig": f"{MODULE}.{ragged.RaggedConfig.__name__}"}
-    for factory in ragged.FACTORIES:
-        name = factory.auto_class or config["stock_class"]
-        if CONFIG_MAPPING[config["stock_type"]] in getattr(transformers, name)._model_mapping:
-            auto_map.setdefault(name, f"{MODULE}.{factory.__name__}")
+    auto_map = ragged.auto_map(config_object(config), MODULE)
     return Modeling(file=Path(ragged.__file__), auto_map=auto_map, imported=(Path(cook_experts.__file__),))
 
 

@@ -27,12 +27,16 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, Cache, PreTrainedConfig, PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from .cook_experts import add_experts
@@ -213,10 +217,16 @@ def config_class(stock_type: str) -> type[PreTrainedConfig]:
     def __reduce__(self: PreTrainedConfig) -> tuple[Any, ...]:
         return _new_config, (stock_type,), self.__dict__
 
-    body = {"model_type": MODEL_TYPE, "__module__": __name__, "__reduce__": __reduce__}
+    stock: Any = CONFIG_MAPPING[stock_type]
     # Phi-3's own check wants as many factors of rotary positions as a head has pairs by the stock sizes.
-    body["validate_rope"] = PreTrainedConfig.validate_rope
-    made: Any = type("RaggedConfig", (CONFIG_MAPPING[stock_type],), body)
+    own_checks = {"validate_rope": PreTrainedConfig.validate_rope}
+
+    def validate(self: PreTrainedConfig) -> None:
+        for check in stock.__class_validators__:
+            own_checks.get(check.__name__, check)(self)
+
+    body = {"model_type": MODEL_TYPE, "__module__": __name__, "__reduce__": __reduce__, "validate": validate}
+    made: Any = type("RaggedConfig", (stock,), body | own_checks)
     made.register_for_auto_class()  # a model that was made in memory is saved with this file
     return made
 
@@ -237,7 +247,10 @@ def _model_class(stock_type: str, auto_class: str, name: str) -> type[PreTrained
     stock = getattr(transformers, auto_class)._model_mapping[CONFIG_MAPPING[stock_type]]
 
     def __init__(self: PreTrainedModel, config: PreTrainedConfig, *inputs: Any, **named: Any) -> None:
-        stock.__init__(self, config, *inputs, **named)
+        with _as_stock(config):
+            stock.__init__(self, config, *inputs, **named)
+        # transformers took it from the name of this class.
+        self.loss_type = _loss_type(stock.__name__)  # type: ignore[assignment]
         structure = config.structure
         if auto_class == "AutoModel":  # paths are relative to the base model, without the head of `stock_class`
             structure = _without_prefix(structure, f"{stock.base_model_prefix}.")
@@ -251,17 +264,54 @@ def _model_class(stock_type: str, auto_class: str, name: str) -> type[PreTrained
             )
         return stock.init_continuous_batching(self, *inputs, **named)
 
+    def save_pretrained(self: PreTrainedModel, *inputs: Any, **named: Any) -> Any:
+        self.config.auto_map = auto_map(self.config, __name__.rpartition(".")[2])
+        return stock.save_pretrained(self, *inputs, **named)
+
     def __reduce__(self: PreTrainedModel) -> tuple[Any, ...]:
         return _new_model, (stock_type, auto_class, name), self.__dict__
 
     # The name and module are those in `auto_map`, so that a model that is saved again can be loaded.
     body = {"config_class": config_class(stock_type), "__module__": __name__}
-    body |= {"__init__": __init__, "__reduce__": __reduce__}
+    body |= {"__init__": __init__, "__reduce__": __reduce__, "save_pretrained": save_pretrained}
     if hasattr(stock, "init_continuous_batching"):
         body["init_continuous_batching"] = init_continuous_batching
     made: Any = type(name, (stock,), body)
     made.register_for_auto_class(auto_class)
     return made
+
+
+@contextmanager
+def _as_stock(config: PreTrainedConfig) -> Iterator[None]:
+    """Lets a config be of its stock class, which classes with a head use to build the model inside of them."""
+    own, names = type(config), config.__dict__.pop("auto_map", None)
+    config.__class__ = CONFIG_MAPPING[config.stock_type]
+    try:
+        yield
+    finally:
+        config.__class__ = own
+        if names is not None:
+            config.auto_map = names
+
+
+def _loss_type(name: str) -> str | None:
+    """The loss that transformers takes for a class of this name."""
+    return next((each for each in (name, *re.findall("|".join(LOSS_MAPPING), name)) if each in LOSS_MAPPING), None)
+
+
+def auto_map(config: PreTrainedConfig, module: str) -> dict[str, str]:
+    """The classes in this file by the auto classes of transformers that load them.
+
+    Args:
+        config: A config of `config_class`.
+        module: The file's name in the model's folder, without its ending.
+    """
+    names = {"AutoConfig": f"{module}.{RaggedConfig.__name__}"}
+    for factory in FACTORIES:
+        name = factory.auto_class or config.stock_class
+        if CONFIG_MAPPING[config.stock_type] in getattr(transformers, name)._model_mapping:
+            names.setdefault(name, f"{module}.{factory.__name__}")
+    return names
 
 
 def _without_prefix(structure: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -117,15 +117,21 @@ class AttachedGates:
 
     def _hook(self, module: torch.nn.Module, gate: GatePoint, name: str) -> None:
         if gate.at == "input":
-            self._handles.append(module.register_forward_pre_hook(self._input_hook(gate, name)))
+            self._handles.append(module.register_forward_pre_hook(self._found(self._input_hook(gate, name))))
             self._replace(module, self._folded(module, gate, name))
         elif gate.at == "output":
-            self._handles.append(module.register_forward_hook(self._output_hook(gate, name)))
+            self._handles.append(module.register_forward_hook(self._found(self._output_hook(gate, name))))
         elif gate.at in ("softmax", "sigmoid"):
+            hook = self._found(self._router_hook(gate, name))
             # Before the hooks by which transformers collects the logits for the loss that balances experts.
-            self._handles.append(module.register_forward_hook(self._router_hook(gate, name), prepend=True))
+            self._handles.append(module.register_forward_hook(hook, prepend=True))
         else:
             self._replace(module, (self._scaled if gate.at == "weight" else self._corrected)(module, gate, name))
+
+    def _found(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """The hook, from which `gates_on` finds these gates."""
+        hook.gates = self  # type: ignore[attr-defined]
+        return hook
 
     def _replace(self, module: torch.nn.Module, forward: Callable[..., Any]) -> None:
         self._replaced.append((module, module.__dict__.get("forward")))
@@ -137,7 +143,7 @@ class AttachedGates:
 
         def folded(x: torch.Tensor, *inputs: Any, **named: Any) -> Any:
             z = self._at(name, _layout(gate))
-            if z is None or not self._folds(module, gate, x, z):
+            if z is None or not self._folds(module, x, z):
                 return forward(x, *inputs, **named)
             weight = module.get_parameter("weight")
             is_transposed = isinstance(module, Conv1D)
@@ -149,7 +155,7 @@ class AttachedGates:
 
         return folded
 
-    def _folds(self, module: torch.nn.Module, gate: GatePoint, x: torch.Tensor, z: torch.Tensor) -> bool:
+    def _folds(self, module: torch.nn.Module, x: torch.Tensor, z: torch.Tensor) -> bool:
         """Whether gates of a product's input `x` multiply its weight instead: (x · z) Wᵀ = x (W · z)ᵀ.
 
         It costs fewer operations and less memory if there are more tokens than outputs, and if the gradient of the
@@ -219,7 +225,7 @@ class AttachedGates:
     def _input_hook(self, gate: GatePoint, name: str) -> Callable[..., tuple[Any, ...] | None]:
         def gate_input(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
             z = self._at(name, _layout(gate))
-            if z is None or self._folds(module, gate, inputs[0], z):
+            if z is None or self._folds(module, inputs[0], z):
                 return None
             return inputs[0] * z.to(inputs[0].dtype), *inputs[1:]
 
@@ -252,6 +258,13 @@ class AttachedGates:
             if forward is not None:
                 module.forward = forward
         self._handles, self._mixing, self._replaced, self._values, self._fixed = [], [], [], {}, {}
+
+
+def gates_on(model: torch.nn.Module) -> list[AttachedGates]:
+    """All gates that are attached to a model."""
+    modules = [*model.modules()]
+    hooks = [hook for m in modules for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
+    return [*dict.fromkeys(hook.gates for hook in hooks if hasattr(hook, "gates"))]
 
 
 def gates_before(module: str, groups: Iterable[UnitGroup]) -> list[tuple[str, GatePoint]]:

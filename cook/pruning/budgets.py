@@ -373,19 +373,24 @@ def whole_budget(space: PruningSpace, learned: Sequence[UnitGroup], cost: Cost, 
         UserError: removing these units alone cannot reach `share`.
     """
     targets = Targets(scope="global", cost=cost, context=context)
+    count = parameters if cost == "parameters" else partial(forward_flops, context=context)
+    whole = count(space)
     if is_coupled(learned):
-        return replace(targets, share=share)
-    whole = parameters(space) if cost == "parameters" else forward_flops(space, context=context)
-    prunable = sum(unit_cost(space, group, targets) * group.size for group in learned)
+        fewest = {g.name: g.multiple if g.kind in WIDE else g.least * g.sections for g in learned}
+        removable = whole - count(space, fewest)
+    else:
+        removable = sum(unit_cost(space, group, targets) * (group.size - group.least) for group in learned)
     removed = (1 - share) * whole
-    removable = sum(unit_cost(space, group, targets) * (group.size - group.least) for group in learned)
     if removed >= removable:
         key = "params" if cost == "parameters" else "flops"
         raise UserError(
             f"keep: {key}={share:g} cannot be reached with {_named(learned)} alone",
             wanted=f"more than {1 - removable / whole:.2f}",
-            remedy="keep more, or let other units go too (cook prune --units all)",
+            remedy='keep more, or let other units go too (units "all")',
         )
+    if is_coupled(learned):
+        return replace(targets, share=share)
+    prunable = sum(unit_cost(space, group, targets) * group.size for group in learned)
     return replace(targets, share=1.0 - removed / prunable)
 
 
@@ -402,12 +407,11 @@ def check_keep(keep: Keep) -> None:
         if key in keep and len(keep) > 1:
             raise UserError(f"keep: {key} is a budget for all units", remedy="use it without other keys")
     for key, value in keep.items():
+        if not isinstance(value, int | float):
+            remedy = "for several sizes, use cook.learn_nested_masks" if isinstance(value, list | tuple) else None
+            raise UserError(f"keep: {key}", wanted="a number", got=repr(value)[:80], remedy=remedy)
         is_number = isinstance(value, int) and key in NUMBERS
         is_absolute = key in ("memory_mib", "latency_ms")
         if not (value > 0 if is_absolute else value >= 1 if is_number else 0 < value <= 1):
-            wanted = (
-                "above 0"
-                if is_absolute
-                else "a share above 0 and up to 1.0, or a number of heads, experts, dims, head dims or hidden dims"
-            )
-            raise UserError(f"keep: {key}={value}", wanted=wanted)
+            share = "a share above 0 and up to 1.0, or a number of heads, experts, dims, head dims or hidden dims"
+            raise UserError(f"keep: {key}={value}", wanted="above 0" if is_absolute else share)

@@ -220,15 +220,17 @@ def _polynomial(groups: Sequence[UnitGroup], count: Count, *, square: bool = Fal
 def _shape_of(space: PruningSpace, groups: Sequence[UnitGroup]) -> object:
     """What the count of a block depends on: its weights' shapes, and which part of them belongs to its units."""
     layer = f".{groups[0].layer}."
-    return [
-        (
-            g.kind,
-            g.size,
-            g.sections,
-            [(s.path.replace(layer, "."), space.shapes[s.path], s.dim, s.block) for s in g.slices],
-        )
-        for g in groups
-    ].__repr__()
+    return repr(
+        [
+            (
+                g.kind,
+                g.size,
+                g.sections,
+                [(s.path.replace(layer, "."), space.shapes[s.path], s.dim, s.block) for s in g.slices],
+            )
+            for g in groups
+        ]
+    )
 
 
 def in_multiples(

@@ -115,7 +115,7 @@ class Adapter:
     file_names: Callable[[ModelConfig], Mapping[str, str]] = lambda _config: {}
     """The keys of the weights in the family's files, if they differ from the model's keys."""
     inputs_by_config: Callable[[ModelConfig, Batch], Batch] | None = None
-    """The same, for a family whose arguments depend on the config."""
+    """`inputs`, for a family whose arguments depend on the config."""
     is_causal: bool = True
     """Whether the model predicts the next token."""
     mixes_samples: Callable[[ModelConfig], bool] = lambda _config: False

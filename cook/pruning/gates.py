@@ -251,6 +251,7 @@ class Gates:
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         assert state["values"].shape == self.values.shape, "the state is that of other gates"
+        state = {name: value.cpu() for name, value in state.items()}
         self.values, self.score = state["values"].clone(), state["score"].clone()
         self.start_sparsity, self.gathered = state["start_sparsity"].clone(), int(state["gathered"])
         self.controller.load_state_dict(state)

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from cook.base import distributed
-from cook.pruning.attach import AttachedGates
-from cook.pruning.gates import Gates, own_share
+from cook.base.errors import UserError
+from cook.pruning.attach import AttachedGates, by_feature
+from cook.pruning.gates import MEAN, Gates, own_share
 from cook.pruning.mask_set import consistent
 from cook.pruning.units import PruningSpace, UnitGroup
 
@@ -32,7 +33,6 @@ class LiveGates:
         space: What can be pruned.
         groups: The groups that have gates.
         gates: Their values and budgets.
-        fixed: Masks that apply from the start, by group name.
         means: What takes the place of removed units' features, as `cook.mean_inputs` returns it.
     """
 
@@ -42,18 +42,17 @@ class LiveGates:
         space: PruningSpace,
         groups: Sequence[UnitGroup],
         gates: Gates,
-        fixed: Mapping[str, torch.Tensor] | None = None,
         means: Mapping[str, torch.Tensor] | None = None,
     ):
         self.model, self.space, self.gates, self.step = model, space, gates, 0
-        self._fixed = dict(fixed or {})
-        masked = [group for group in space.every if group.name in self._fixed and group not in groups]
-        device = next(model.parameters()).device
-        self.attached = AttachedGates(
-            model, [*groups, *masked], {name: mask.to(device) for name, mask in self._fixed.items()}
-        )
+        self.attached = AttachedGates(model, groups, {})
         own = means or {}
         gates.means = {group.name: own[group.name] for group in groups if group.name in own}
+        for name, mean in gates.means.items():
+            group = next(group for group in groups if group.name == name)
+            features = len(by_feature(group.gate, torch.ones(group.size)))
+            if mean.shape != (features,):
+                raise UserError(f"means: {name}", wanted=f"shape ({features},)", got=f"shape {tuple(mean.shape)}")
         self._compensate()
         self._z: torch.Tensor | None = None
 
@@ -94,7 +93,7 @@ class LiveGates:
 
     def masks(self, number: int = 0) -> dict[str, torch.Tensor]:
         """The masks as 0 and 1, float32 `[units]` by group name; of several sizes, those of this number."""
-        return consistent(self.space, self._fixed | self.gates.binary(number))
+        return consistent(self.space, self.gates.binary(number))
 
     def hold(self, number: int = 0) -> None:
         """Applies `masks(number)` from now on, for evaluating or finetuning the masked model."""
@@ -110,8 +109,20 @@ class LiveGates:
         return self.gates.state_dict() | {"live_step": torch.tensor(self.step)}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Resumes from `state_dict` of gates with the same budgets."""
+        """Resumes from `state_dict` of gates with the same budgets.
+
+        Raises:
+            UserError: the saved gates learned with other means.
+        """
         state = dict(state)
-        self.step = int(state.pop("live_step"))
+        step = int(state.pop("live_step"))
+        saved = {name.removeprefix(MEAN) for name in state if name.startswith(MEAN)}
+        if saved != set(self.gates.means):  # the budget counts the biases
+            raise UserError(
+                "the gates do not have the means of the saved ones",
+                wanted=f"means of {len(saved)} groups" if saved else "no means",
+                got=f"means of {len(self.gates.means)} groups" if self.gates.means else "no means",
+            )
+        self.step = step
         self.gates.load_state_dict(state)
         self._compensate()

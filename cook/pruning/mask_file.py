@@ -87,7 +87,7 @@ def read_masks(
     head_dims: str | None = None,
     hidden: str | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Reads all masks of a model from up to five files, by group name.
+    """Reads all masks of a model from up to six files, by group name.
 
     A fine mask file may hold several kinds. The other kinds are used too, unless they have their own file.
 

@@ -130,8 +130,7 @@ def fine_to_tensors(space: PruningSpace, masks: Masks) -> dict[str, torch.Tensor
     """The fine file's content, for the kinds in `masks`: `heads_z`, `experts_z`, `dimff_z`, `head_dims_z` (one number
     per pair of dimensions that rotary positions turn, or per dimension), `hidden_z` (one number per hidden dimension).
 
-    Raises:
-        UserError: blocks have different numbers of units, which the layout cannot store.
+    All rows are as long as that of the largest block; those of smaller ones end in 0.
     """
     tensors: dict[str, torch.Tensor] = {}
     for kind, key in FINE_KEYS.items():
@@ -141,11 +140,10 @@ def fine_to_tensors(space: PruningSpace, masks: Masks) -> dict[str, torch.Tensor
         groups = _rows(space, masks, kind)
         masked = [g for g in space.groups if g.kind == kind and g.name in masks]
         if masked:
-            sizes = {g.size * g.members for g in groups or masked}
-            if len(sizes) > 1:
-                raise UserError(f"{key}: the model's blocks have different sizes, which a mask file cannot store")
-            rows = [masks.get(g.name, torch.ones(g.size)).repeat_interleave(g.members) for g in groups]
-            tensors[key] = torch.stack(rows) if rows else torch.zeros(0, sizes.pop())
+            longest = max(g.size * g.members for g in groups or masked)
+            tensors[key] = torch.zeros(len(groups), longest)
+            for row, g in zip(tensors[key], groups, strict=True):
+                row[: g.size * g.members] = masks.get(g.name, torch.ones(g.size)).repeat_interleave(g.members)
     return tensors
 
 
@@ -169,10 +167,12 @@ def fine_from_tensors(
         return {kind: _wide_mask(space, kind, tensors[FINE_KEYS[kind]], source)}
     rows, groups = tensors[FINE_KEYS[kind]], _rows(space, block_masks, kind)
     sizes = sorted({group.size * group.members for group in groups or space.groups if group.kind == kind})
-    if len(sizes) != 1 or rows.shape != (len(groups), sizes[0]):
+    fits_model = bool(sizes) and rows.shape == (len(groups), sizes[-1])
+    if not fits_model or any(row[g.size * g.members :].any() for row, g in zip(rows, groups, strict=True)):
         raise UserError(
             f"{source}: {FINE_KEYS[kind]} does not fit the model and its coarse mask",
-            wanted=f"{len(groups)} kept blocks × {' or '.join(map(str, sizes)) or 'no'} units",
+            wanted=f"{len(groups)} kept blocks × {sizes[-1] if sizes else 'no'} units"
+            + (", 0 behind those of smaller blocks" if len(sizes) > 1 else ""),
             got=f"shape {tuple(rows.shape)}",
             remedy="give the coarse mask that this mask was trained with",
         )
@@ -181,7 +181,7 @@ def fine_from_tensors(
         if not fits(group, masks[group.name]):
             raise UserError(
                 f"{source}: {FINE_KEYS[kind]} keeps too few units of {group.name}, or experts of different sizes",
-                wanted=f"at least {group.least} of every {group.section_size}"
+                wanted=f"at least {group.least} of every {max(group.spans)}"
                 + (", and the same number of each" if group.is_even else ""),
             )
         if group in space.unprunable and not masks.pop(group.name).all():
@@ -202,7 +202,7 @@ def _wide_mask(space: PruningSpace, kind: str, mask: torch.Tensor, source: str) 
 
 def _units(group: UnitGroup, row: torch.Tensor, source: str) -> torch.Tensor:
     """The mask value of each unit, from the values of its members."""
-    by_unit = row.view(group.size, group.members)
+    by_unit = row[: group.size * group.members].view(group.size, group.members)
     if not (by_unit == by_unit[:, :1]).all():
         raise UserError(
             f"{source}: {group.name} keeps only a part of a key-value group",

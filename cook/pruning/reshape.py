@@ -31,7 +31,7 @@ def kept_units(space: PruningSpace, masks: Masks) -> dict[str, tuple[int, ...]]:
     return {name: tuple(mask.nonzero().flatten().tolist()) for name, mask in masks.items()}
 
 
-def reshaped(tensors: Mapping[str, torch.Tensor], space: PruningSpace, masks: Masks) -> LazyTensors:
+def reshaped(tensors: Mapping[str, torch.Tensor], space: PruningSpace, masks: Masks, *, moment: int = 0) -> LazyTensors:
     """The weights of the small model, each read and cut on access.
 
     If all heads or FFN dimensions of a block are masked, only its residue is kept, since everything else that it adds
@@ -41,6 +41,7 @@ def reshaped(tensors: Mapping[str, torch.Tensor], space: PruningSpace, masks: Ma
         tensors: The masked model's weights, in the shapes of `space`.
         space: The model's space.
         masks: 0/1 per unit, by group name.
+        moment: 1 or 2 for an optimizer's means of gradients, or of their squares, in place of the weights.
 
     Raises:
         UserError: a weight is missing, unexpected, or (on access) has another shape than the config specifies.
@@ -60,7 +61,7 @@ def reshaped(tensors: Mapping[str, torch.Tensor], space: PruningSpace, masks: Ma
             raise UserError(
                 f"the weight {path!r} has another shape than in the config", wanted=space.shapes[path], got=got
             )
-        return _cut(tensor, cuts[path]) if path in cuts else tensor
+        return _cut(tensor, cuts[path], moment) if path in cuts else tensor
 
     return LazyTensors({path: partial(small, path) for path in space.shapes if path not in dropped})
 
@@ -95,13 +96,14 @@ def restored(
         yield path, tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
 
 
-def filled_up(small: Mapping[str, torch.Tensor], space: PruningSpace, masks: Masks) -> LazyTensors:
+def filled_up(small: Mapping[str, torch.Tensor], space: PruningSpace, masks: Masks, *, moment: int = 0) -> LazyTensors:
     """The weights of the whole model on access, with 0 for everything that the masks remove.
 
     Args:
         small: The small model's weights.
         space: The whole model's space.
         masks: 0/1 per unit, by group name.
+        moment: As for `reshaped`.
     """
     dropped, cuts = _dropped_and_cut(space, masks)
 
@@ -109,7 +111,7 @@ def filled_up(small: Mapping[str, torch.Tensor], space: PruningSpace, masks: Mas
         if path not in dropped and path not in cuts:
             return small[path]
         zeros = torch.zeros(space.shapes[path])
-        return zeros if path in dropped else _put_back(small[path], zeros, cuts[path])
+        return zeros if path in dropped else _put_back(small[path], zeros, cuts[path], moment)
 
     found = [path for path in space.shapes if path in dropped or path in small]
     return LazyTensors({path: partial(whole, path) for path in found}, {path: space.shapes[path] for path in found})
@@ -153,19 +155,19 @@ def _stays(shape: torch.Size, cuts: Cuts) -> torch.Tensor:
     return stays
 
 
-def _put_back(tensor: torch.Tensor, whole: torch.Tensor, cuts: Cuts) -> torch.Tensor:
-    whole = whole.to(tensor.dtype, copy=True)
+def _put_back(tensor: torch.Tensor, whole: torch.Tensor, cuts: Cuts, moment: int = 0) -> torch.Tensor:
+    whole = whole.to(tensor.device, tensor.dtype, copy=True)
     if any(piece.row_units for piece, _, _ in cuts):
-        return whole.masked_scatter_(_stays(whole.shape, cuts), tensor)
+        return whole.masked_scatter_(_stays(whole.shape, cuts).to(whole.device), tensor)
     indices = [torch.arange(size) for size in whole.shape]
     for dim in {piece.dim for piece, _, _ in cuts}:
         indices[dim] = _kept_indices(whole.shape[dim], dim, cuts)
-        tensor = _scaled(tensor, dim, indices[dim], whole.shape[dim], cuts, inverse=True)
+        tensor = _scaled(tensor, dim, indices[dim], whole.shape[dim], cuts, moment, inverse=True)
     whole[torch.meshgrid(*indices, indexing="ij")] = tensor
     return whole
 
 
-def _cut(tensor: torch.Tensor, cuts: Cuts) -> torch.Tensor:
+def _cut(tensor: torch.Tensor, cuts: Cuts, moment: int) -> torch.Tensor:
     """Removes units, all of one dimension at once; indices refer to the whole tensor."""
     if any(piece.row_units for piece, _, _ in cuts):
         stays = _stays(tensor.shape, cuts)
@@ -175,18 +177,21 @@ def _cut(tensor: torch.Tensor, cuts: Cuts) -> torch.Tensor:
             int(one.movedim(dim, 0).flatten(1).any(1).sum()) if one.ndim > 1 else int(one.sum())
             for dim in range(one.ndim)
         ]
-        return tensor[stays].view(int(experts.sum()), *rest)
+        return tensor[stays.to(tensor.device)].view(int(experts.sum()), *rest)
     for dim in sorted({piece.dim for piece, _, _ in cuts}):
         size = tensor.shape[dim]
         stays = _kept_indices(size, dim, cuts)
-        tensor = _scaled(tensor.index_select(dim, stays), dim, stays, size, cuts)
+        tensor = _scaled(tensor.index_select(dim, stays.to(tensor.device)), dim, stays, size, cuts, moment)
     return tensor
 
 
 def _scaled(
-    tensor: torch.Tensor, dim: int, stays: torch.Tensor, size: int, cuts: Cuts, *, inverse: bool = False
+    tensor: torch.Tensor, dim: int, stays: torch.Tensor, size: int, cuts: Cuts, moment: int, *, inverse: bool = False
 ) -> torch.Tensor:
-    """The tensor times the factors (`WeightSlice.power`) of what stays along one dimension of `size` indices."""
+    """The tensor times the factors (`WeightSlice.power`) of what stays along one dimension of `size` indices.
+
+    A weight that is f times as large has a gradient that is 1/f of the other.
+    """
     pieces = [(piece, 1 - len(removed) / units, units) for piece, removed, units in cuts if piece.dim == dim]
     factors = torch.ones(size, dtype=torch.float64)
     for piece, share, units in pieces:
@@ -194,8 +199,9 @@ def _scaled(
             factors[piece.indices(range(units))] *= share**piece.power
     if bool((factors == 1).all()):
         return tensor
-    added = max(piece.added for piece, _, _ in pieces)
-    factors = factors[stays].view([-1 if axis == dim else 1 for axis in range(tensor.ndim)])
+    added = 0.0 if moment else max(piece.added for piece, _, _ in pieces)
+    factors = factors[stays].view([-1 if axis == dim else 1 for axis in range(tensor.ndim)]).to(tensor.device)
+    factors = factors**-moment if moment else factors
     # In float64, so that only the result is rounded.
     factors = 1 / factors if inverse else factors
     return in_parts(lambda part, factor: (part.double() + added) * factor - added, tensor, factors)

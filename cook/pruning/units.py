@@ -52,6 +52,9 @@ class WeightSlice:
     """Indices per head, along `dim`, where `within` is given."""
     repeats: int = 1
     """Heads, where `within` is given."""
+    row_units: int = 0
+    """Units per index of dimension 0, if each index has units of its own: the dimensions inside experts, whose weights
+    are fused. Unit u is then unit u % row_units of index u // row_units."""
 
     def indices(self, units: Sequence[int]) -> torch.Tensor:
         """The indices of these units along `dim`, in no order, int64."""
@@ -64,10 +67,6 @@ class WeightSlice:
     def spans(self, index: int, size: int) -> bool:
         """Whether an index along `dim` is in the part that `size` units have, which has no `within`."""
         return not self.within and self.offset <= index < self.offset + size * self.block
-
-    row_units: int = 0
-    """Units per index of dimension 0, if each index has units of its own: the dimensions inside experts, whose weights
-    are fused. Unit u is then unit u % row_units of index u // row_units."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,12 +230,6 @@ class PruningSpace:
             for offset in places.get((own.path, own.dim), ())
             if own.spans(offset, group.size)
         }
-
-    def experts_of(self, group: UnitGroup) -> UnitGroup | None:
-        """The experts in which the dimensions of a group are."""
-        return next(
-            (g for g in (*self.of("experts"), *self.unprunable) if g.name == f"layers.{group.layer}.experts"), None
-        )
 
     def block(self, group: UnitGroup) -> UnitGroup:
         """The `layer` group of the block that contains `group`."""

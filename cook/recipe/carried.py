@@ -54,8 +54,9 @@ def carry_optimizer(stage: Stage, whole: Inputs, trained: Inputs, engine: Engine
         return f"{before} trained no weights: the optimizer starts from zero"
     masks = _fixed_masks(earlier, whole.space)
     space, removed = whole.space, whole.fixed if trained is not whole else {}
-    complete = {key: _complete(tensors, space, masks) for key, tensors in moments.items()}
-    wanted = {key: reshaped(tensors, space, removed) for key, tensors in complete.items()}
+    orders = {key: 2 if key.endswith("_sq") else 1 for key in moments}  # Adam's exp_avg_sq is of squared gradients
+    complete = {key: _complete(tensors, space, masks, orders[key]) for key, tensors in moments.items()}
+    wanted = {key: reshaped(tensors, space, removed, moment=orders[key]) for key, tensors in complete.items()}
     engine.load_moments(wanted, shards.counters())
     return f"the optimizer resumes from {before}"
 
@@ -67,9 +68,11 @@ def _fixed_masks(stage: Stage, space: PruningSpace) -> Mapping[str, torch.Tensor
     return read_masks(space, **stage.by_size(stage.fixed)[0].by_option)
 
 
-def _complete(found: Mapping[str, torch.Tensor], space: PruningSpace, masks: Mapping[str, torch.Tensor]) -> LazyTensors:
+def _complete(
+    found: Mapping[str, torch.Tensor], space: PruningSpace, masks: Mapping[str, torch.Tensor], moment: int
+) -> LazyTensors:
     """A moment for every weight of the whole model, 0 where there was none."""
-    filled = filled_up(found, space, masks)  # only where a shape is that of the smaller model
+    filled = filled_up(found, space, masks, moment=moment)  # only where a shape is that of the smaller model
 
     def read(path: str) -> torch.Tensor:
         if path not in filled:

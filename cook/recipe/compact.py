@@ -25,7 +25,7 @@ from cook.recipe.plan import Stage
 def without_masked_units(stage: Stage, inputs: Inputs, distillation: DistillationPlan | None) -> Inputs:
     """The inputs of training with the units removed that fixed masks remove.
 
-    Groups, modules and weights keep their names. Weights keep their values, so that the optimizer takes the same steps.
+    Groups, modules and weights keep their names. Weights keep their values, but for factors of queries and norms.
 
     Returns:
         `inputs` itself if nothing is removed, or if the stage needs the whole model; the reason is printed.

@@ -23,7 +23,7 @@ from cook.export.check import quiet
 from cook.families.source import load_model, open_model, placed
 from cook.families.stock_models import own_path
 from cook.pruning.attach import AttachedGates
-from cook.pruning.family import Adapter, ModelConfig, ModelSource
+from cook.pruning.family import Adapter, ModelConfig, ModelSource, vocabulary_size
 from cook.recipe.inputs import Inputs
 from cook.recipe.plan import Stage
 from cook.text.hf import HuggingFaceTokenizer
@@ -203,13 +203,17 @@ def _teacher(
 def _check_teacher(name: str, teacher: ModelSource, inputs: Inputs) -> None:
     if not teacher.adapter.is_causal:
         raise UserError(f"distillation.teacher: {name} does not predict the next token")
-    for key in ("vocab_size", "prompt_length"):
-        if teacher.config.get(key) != inputs.model_config.get(key):
+    for key, value_of in {"vocab_size": vocabulary_size, "prompt_length": _prompt_length}.items():
+        wanted, got = value_of(inputs.model_config), value_of(teacher.config)
+        if wanted != got:
             raise UserError(
-                f"distillation.teacher: {name} and the student differ in {key}",
-                wanted=inputs.model_config.get(key),
-                got=teacher.config.get(key),
+                f"distillation.teacher: {name} and the student differ in {key}", wanted=str(wanted), got=str(got)
             )
+
+
+def _prompt_length(config: ModelConfig) -> int | None:
+    """CPM-Ant's."""
+    return config.get("prompt_length")
 
 
 def _difference(own: Tokenizer, theirs: Tokenizer) -> str | None:

@@ -71,8 +71,8 @@ def reachable_heads(
     if group is None:
         return ()
     found = []
-    for kept in range(1, group.section_size + 1):
-        heads, kv_heads = group.heads(kept * group.sections)
+    for kept in sorted({n * group.sections for n in range(1, min(group.spans) + 1)} | {group.size}):
+        heads, kv_heads = group.heads(kept)
         if allow_remote_code or adapter.stock_holds(config, heads, kv_heads):
             found.append(heads)
     return tuple(found)
@@ -102,14 +102,23 @@ def check_sizes(
     """
     if fine is None:
         return
-    for kind, key, wanted in (("heads", "num_heads", fine.num_heads), ("dimff", "dim_ff", fine.dim_ff)):
+    before = {"heads": ("num_heads", fine.num_heads), "dimff": ("dim_ff", fine.dim_ff)}
+    after = {"heads": fine.target_num_heads, "dimff": fine.target_dimff}
+    for kind, (key, whole) in before.items():
         sizes = sorted({group.counted for group in space.groups if group.kind == kind})
-        if sizes and sizes != [wanted]:
+        if sizes and sizes[-1] != whole:
             raise UserError(
                 f"fine-grained.{key} differs from the model's",
-                wanted=", ".join(map(str, sizes)),
-                got=wanted,
+                wanted=f"{sizes[-1]}" + (", that of the largest block" if len(sizes) > 1 else ""),
+                got=whole,
                 remedy=f"set {key} to the size before pruning",
+            )
+        if len(sizes) > 1 and kind not in uneven and after[kind] != whole:
+            raise UserError(
+                f"the blocks of this model have different numbers of {'heads' if kind == 'heads' else 'FFN dimensions'}"
+                ", of which one number cannot be a target for all",
+                got=", ".join(map(str, sizes)),
+                remedy="use one budget for the whole model: `--keep params=…`, or a joint stage with scope global",
             )
     _check_head_dim(space, fine.target_head_dim)
     hidden = fine.target_hidden

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from cook.base.batches import Batch, on_device
 from cook.base.device import card
 from cook.base.distributed import on_all_ranks, on_first_rank, say
 from cook.base.errors import UserError, out_of_memory
+from cook.base.modes import evaluating
 from cook.base.seeds import derived_seed, restore_rng_state, rng_state, seed_everything
 from cook.base.watchdog import At
 from cook.data.packing import NO_TARGET
@@ -270,20 +271,13 @@ class LanguageModelRun(StageRun):
         means = MeanInputs(engine.module, groups)
         kinds = [name for kind, name in (("heads", "heads"), ("dimff", "dims")) if kind in {g.kind for g in groups}]
         say(f"{self.stage.name}: what removed {' and '.join(kinds)} add on average stays as a bias")
-        with self._evaluating(engine):
+        with evaluating(engine.module):
             for batch in batches:
                 self.at(0, "starting")
                 means.at((batch["targets"].flatten() != NO_TARGET).nonzero().flatten().to(engine.device))
                 engine(**model_inputs(on_device(batch, engine.device)))
         means.remove()
         return means.means()
-
-    @contextmanager
-    def _evaluating(self, engine: Engine) -> Iterator[None]:
-        was_training = engine.module.training
-        engine.module.eval()
-        yield
-        engine.module.train(was_training)
 
     def _settle(self, opened: Opened, gates: Gates) -> None:
         """Searches for the blocks to remove."""
@@ -297,7 +291,7 @@ class LanguageModelRun(StageRun):
             return held_out_loss(engine, batches, engine.device, distiller)
 
         coarse = stage.config.coarse
-        with self._evaluating(engine):
+        with evaluating(engine.module):
             gates.settle(search_blocks(measure, inputs.space, inputs.learned, coarse.target_sparsity, unit=coarse.unit))
 
     def _seed(self) -> None:

@@ -206,7 +206,8 @@ def _carved(
     own = groups[rank::world]
     training = replace(stage.config.training, train_weights=False)
     settings = {key: value for key, value in stage.config.deepspeed.items() if key != "scheduler"}
-    engine = Engine(build, inputs.weights, training, settings, call_form=inputs.adapter.inputs)
+    form, on_host = inputs.adapter.call_form(inputs.model_config), inputs.adapter.on_host
+    engine = Engine(build, inputs.weights, training, settings, call_form=form, on_host=on_host)
     engine.module.eval()
     samples = FfnSamples(engine.module, own)
     random = generator(stage.config.seed, stage.name, "tokens")

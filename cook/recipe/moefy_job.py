@@ -10,6 +10,7 @@ from cook.base.files import read_json, write_json
 from cook.config.moefy import MoefyJob
 from cook.families.source import open_model
 from cook.pruning.counts import parameters
+from cook.pruning.family import vocabulary_size
 from cook.recipe.moefy import DENSE_LOSS
 from cook.recipe.one_line import check_output, check_same, data_type, local_model, matrices, planned
 from cook.report.tables import human_count, markdown_table
@@ -45,7 +46,7 @@ def _recipe(job: MoefyJob) -> dict[str, Any]:
         "output_dir": str(Path(job.output) / "run"),
         "seed": job.seed,
         "model": {"type": "hf", "path": str(source.path)},
-        "tokenizer": {"type": "hf", "path": str(source.path), "vocab_size": source.config["vocab_size"]},
+        "tokenizer": {"type": "hf", "path": str(source.path), "vocab_size": vocabulary_size(source.config)},
         "data": {
             "type": data_type(job.data),
             "paths": list(job.data),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +15,21 @@ from cook.evaluation.profile import measure_block_times
 from cook.evaluation.settings import ProfileSettings
 from cook.export.vocabulary import least_count, read_vocabulary
 from cook.families.source import open_model, with_biases
-from cook.pruning.budgets import KEEP_KEYS, NUMBERS, WHOLE_KEYS, Cost, Keep, Targets, check_keep, whole_budget
+from cook.pruning.budgets import KEEP_KEYS, NUMBERS, Keep, check_keep
 from cook.pruning.compensation import compensable, keep_of_wider
+from cook.pruning.counts import parameters
 from cook.pruning.family import ModelSource, vocabulary_size
 from cook.pruning.restrict import is_matrix
 from cook.pruning.units import WIDE
-from cook.recipe.head_units import (
-    BUDGET_UNITS,
-    budget_kinds,
-    nearest_head_dim,
-    nearest_heads,
-    nearest_hidden,
-    no_experts,
-    reachable_heads,
-)
+from cook.recipe.head_units import budget_kinds
+from cook.recipe.one_line_scheme import TIMES, scheme_of
 from cook.recipe.plan import LEARNS
 from cook.recipe.start import make_plan
+from cook.report.tables import human_count
 from cook.text.hf import check_has_tokenizer
 
 DATA_TYPES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
 COMPRESSED = {".gz", ".bz2", ".zst"}
-TIMES = "block_times.json"
-"""The measured table, in the output folder."""
 SHOWN = 4
 """Differences between two recipes that a message lists."""
 ALMOST_ALL = 0.99
@@ -90,6 +82,22 @@ def small_models(job: OneLineJob) -> list[tuple[float | None, str]]:
     shares = read_json(Path(job.output) / "recipe" / "l0_pruning.json")["joint"][f"target_{key}"]
     folders = [str(Path(job.output) / "model" / f"{size[key]:g}") for size in sizes]
     return list(zip(shares, folders, strict=True))
+
+
+def without_tokens(job: OneLineJob) -> list[str]:
+    """What a report of the run, whose stages have the whole vocabulary, says of folders with fewer tokens."""
+    if not job.vocabulary:
+        return []
+    before = vocabulary_size(open_model(local_model(job.model)).config)
+    sentences = []
+    for _, folder in small_models(job):
+        source = open_model(folder)
+        tokens, count = vocabulary_size(source.config), parameters(source.adapter.space(source.config))
+        sentences.append(
+            f"{tokens:,} of {before:,} tokens stay in {folder}, which has {human_count(count)} parameters; the table "
+            "counts those of the whole vocabulary."
+        )
+    return sentences
 
 
 def local_model(name: str) -> Path:
@@ -203,12 +211,12 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
 
 
 def _recipe_files(job: OneLineJob, source: ModelSource, sizes: Sequence[Keep]) -> dict[str, Any]:
-    scheme, stages = _scheme(job, sizes, source)
+    scheme, stages = scheme_of(job, sizes, source)
     wide = with_biases(source)
     can = len(sizes) == 1 and _can_compensate(wide, stages[0])
     if job.compensation == "on" or (job.compensation == "auto" and can):
         before, after = (each.adapter.space(each.config) for each in (source, wide))
-        scheme, _ = _scheme(job, [keep_of_wider(size, before, after) for size in sizes], wide)
+        scheme, _ = scheme_of(job, [keep_of_wider(size, before, after) for size in sizes], wide)
         scheme["gates"] = scheme.get("gates", {}) | {"compensation": True}
     # A search is over before the first step, and the weights are frozen.
     mask_steps = 1 if scheme.get("gates", {}).get("start") == "search" else job.steps
@@ -258,108 +266,11 @@ def _recipe_files(job: OneLineJob, source: ModelSource, sizes: Sequence[Keep]) -
     return {"l0_pruning.json": scheme, "bmcook.json": bmcook}
 
 
-def _scheme(job: OneLineJob, sizes: Sequence[Keep], source: ModelSource) -> tuple[dict[str, Any], tuple[str, str]]:
-    """The pruning scheme, and the names of the mask stage and of the finetuning after it."""
-    adapter, config, keep = source.adapter, source.config, sizes[0]
-    masks = Path(job.output) / "run" / "masks"
-    space = adapter.space(config)
-    heads = next((g.size * g.members for g in space.groups if g.kind == "heads"), 1)
-    inner = next((g for g in space.groups if g.kind == "dimff"), None)
-    dims, step = (inner.counted, lcm(job.round_to, inner.multiple)) if inner else (1, 1)
-    unit, kept_heads = nearest_heads(adapter, config, keep.get("heads", heads), job.head_unit)
-    kept_dims = _number(keep["dims"], dims, step) if "dims" in keep else dims
-    is_global = bool(set(keep) & set(WHOLE_KEYS))
-    kinds = budget_kinds(space, job.units, job.pin, job.hidden) if is_global else ()
-    for option, value in {"hidden": job.hidden and "hidden" not in keep, "units": job.units, "pin": job.pin}.items():
-        if value and not is_global:
-            remedy = "give --keep hidden=SHARE instead" if option == "hidden" else "leave it out"
-            raise UserError(f"--{option}: for one budget of the whole model", remedy=remedy)
-    kept_hidden = kept_head_dim = None
-    if "hidden" in keep or "hidden" in kinds:
-        kept_hidden = nearest_hidden(adapter, config, space, keep.get("hidden", 1.0), job.round_to)
-    if "head_dims" in keep or "head_dims" in kinds:
-        kept_head_dim = nearest_head_dim(adapter, space, keep.get("head_dims", 1.0))
-    coarse = {
-        "train_mask": True,
-        "coarse_mask": str(masks / "layer_mask.pt"),
-        "target_sparsity": round(1.0 - keep.get("blocks", 0.8), 6),
-    }
-    fine: dict[str, Any] = {
-        "train_mask": True,
-        "coarse_mask": str(masks / "layer_mask.pt") if is_global or len(keep) > 1 else None,
-        "num_heads": heads,
-        "dim_ff": dims,
-        "target_num_heads": kept_heads,
-        "target_dimff": kept_dims,
-        "head_unit": unit if kept_heads != heads else job.head_unit,
-        "allow_remote_code": is_global
-        or (kept_hidden, kept_head_dim) != (None, None)
-        or kept_heads not in reachable_heads(adapter, config, unit, False),
-        "heads_mask": str(masks / "heads_mask.pt"),
-        "dimff_mask": str(masks / "dimff_mask.pt"),
-        "prune_mode": next((stage for key, stage in STAGE_OF.items() if key in keep), "ffn"),
-    }
-    if kept_head_dim is not None:
-        fine |= {"target_head_dim": kept_head_dim, "head_dims_mask": str(masks / "head_dims_mask.pt")}
-    if kept_hidden is not None:
-        fine |= {"target_hidden": kept_hidden, "hidden_mask": str(masks / "hidden_mask.pt")}
-    experts = space.of("experts")
-    if not experts and ("experts" in keep or "experts" in kinds):
-        raise no_experts(adapter)
-    if "experts" in keep or "experts" in kinds:
-        share = Targets(kept={"experts": keep.get("experts", 1.0)}).kept_share(experts[0])
-        fine |= {"target_experts": round(share * experts[0].size), "experts_mask": str(masks / "experts_mask.pt")}
-    if job.round_to > 1:
-        fine["round_to"] = job.round_to
-    scheme: dict[str, Any] = {"coarse-grained": coarse, "fine-grained": fine}
-    whole: dict[str, Any] = {"train_mask": True, "scope": "global"}
-    whole |= {"blocks": True} if "layer" in kinds else {}
-    if is_global and (pin := [name for name in ("heads", "dims") if BUDGET_UNITS[name] not in kinds]):
-        whole["pin"] = pin
-    if "memory_mib" in keep or "latency_ms" in keep:
-        joint: dict[str, Any] = whole
-        if "memory_mib" in keep:
-            return scheme | {"joint": joint | {"target_memory": keep["memory_mib"]}}, _JOINT
-        times = str(Path(job.output) / TIMES)
-        return scheme | {"joint": joint | {"target_latency": keep["latency_ms"], "block_times": times}}, _JOINT
-    if is_global:
-        key = "params" if "params" in keep else "flops"
-        cost: Cost = "parameters" if key == "params" else "flops"
-        groups = [group for kind in kinds for group in space.of(kind)]
-        shares = [whole_budget(space, groups, cost, size[key], job.max_length).share for size in sizes]
-        target = shares[0] if len(shares) == 1 else [round(share or 0.0, 6) for share in shares]
-        return scheme | {"joint": whole | {f"target_{key}": target}}, _JOINT
-    if len(keep) > 1:
-        joint = {"train_mask": True, "scope": "block"}
-        if "blocks" in keep:
-            joint["target_sparsity"] = coarse["target_sparsity"]
-        return scheme | {"joint": joint}, _JOINT
-    if "blocks" in keep:
-        if job.search == "none":
-            return {"coarse-grained": coarse}, ("layer_mask", "layer_finetune")
-        gates = {"start": "search", "start_steps": 2}
-        return {"coarse-grained": coarse | {"unit": job.search}, "gates": gates}, ("layer_mask", "layer_finetune")
-    unit_name = fine["prune_mode"]
-    return scheme, (f"{unit_name}_mask", f"{unit_name}_finetune")
-
-
 def _can_compensate(source: ModelSource, stage: str) -> bool:
     """Whether a stage prunes units before output projections that have a bias."""
     space = source.adapter.space(source.config)
     groups = [group for kind in LEARNS[stage] if kind in ("heads", "dimff") for group in space.of(kind)]
     return bool(compensable(space, groups))
-
-
-def _number(wanted: float, size: int, round_to: int) -> int:
-    """A number as it is; a share of `size` as the nearest multiple of `round_to`, at least one."""
-    return (
-        wanted if isinstance(wanted, int) else round_to * max(1, min(size // round_to, round(wanted * size / round_to)))
-    )
-
-
-_JOINT = ("joint_mask", "joint_finetune")
-STAGE_OF = {"heads": "att", "experts": "experts", "head_dims": "headdim", "hidden": "hidden"}
-"""The first words of the stages that prune one kind of unit."""
 
 
 def _distillation(job: OneLineJob, stage: str) -> Mapping[str, Any] | None:

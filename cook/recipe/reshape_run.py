@@ -198,7 +198,7 @@ def _reshape(job: Job, options: ReshapeOptions) -> None:
             print(f"{human_count(active_when_carved(space, experts))} parameters are active per token\n")
         card = ModelCard(
             name=output.resolve().name,
-            rows=_rows(job),
+            rows=_rows(job, parameters(space, kept_counts(masks)) if tokens else None),
             base_model=(job.config.model.path if job.config else None) or str(source.path),
             license="other",
             license_note="The licence of the weights is that of the model and the text they were trained on.",
@@ -234,10 +234,13 @@ def kept_tokens(vocabulary: str, job: Job, source: ModelSource) -> tuple[int, ..
     return completed(source.folder, np.flatnonzero(counts >= least).tolist())
 
 
-def _rows(job: Job) -> list[LadderRow]:
-    """The first model of the run and the one that is reshaped."""
-    first = [ladder_row(stage) for stage in job.stages[:1]]
-    return first + [ladder_row(stage, number=job.number) for stage in job.stages[-1:]]
+def _rows(job: Job, with_tokens: int | None) -> list[LadderRow]:
+    """The first model of the run, and the one that is reshaped, with its parameters if it has fewer tokens."""
+    rows = [ladder_row(stage) for stage in job.stages[:-1][:1]]
+    for stage in job.stages[-1:]:
+        row = ladder_row(stage, number=job.number)
+        rows.append(row if with_tokens is None else replace(row, parameters=with_tokens))
+    return rows
 
 
 def training_commands(job: Job) -> list[str]:

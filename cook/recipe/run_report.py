@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -38,8 +39,13 @@ SHOWN: dict[Kind, str] = {
 }
 
 
-def report_run(config: RunConfig, folder: Path) -> None:
+def report_run(config: RunConfig, folder: Path, remarks: Sequence[str] = ()) -> None:
     """Writes `folder/report.md` with its figures and prints the table.
+
+    Args:
+        config: The run's settings.
+        folder: The folder to write.
+        remarks: Sentences that the report ends with.
 
     Raises:
         UserError: no stage has finished yet.
@@ -56,7 +62,7 @@ def report_run(config: RunConfig, folder: Path) -> None:
     last = [stage for stage in stages if not stage.is_random_baseline and stage.pattern_mask is None]
     spent = spent_by(last[-1]) if last else []
     figures = _figures(stages, folder, spent)
-    notes = _notes(config, stages)
+    notes = [*_notes(stages), *remarks]
     taken = [_spending_table(spent)] if any(row.parameters for row in spent) else []
     path = write_report(folder, rows, figures, title=f"Report of {config.output_dir}", notes=[*notes, *taken])
     print("\n" + "\n\n".join([ladder_table(rows), *taken]) + "\n")
@@ -136,7 +142,7 @@ def _figures(stages: list[Stage], folder: Path, spent: list[Spent]) -> list[Figu
     return figures
 
 
-def _notes(config: RunConfig, stages: list[Stage]) -> list[str]:
+def _notes(stages: list[Stage]) -> list[str]:
     records = {stage.name: done_record(stage) for stage in stages}
     seconds = sum(record["seconds"] for record in records.values())
     notes = [

@@ -39,7 +39,7 @@ class StageRun(ABC):
         self.identity = ""
         """Hash of everything that the outcome depends on; a checkpoint is resumed only if it is equal."""
         self.log = EventLog(stage.folder, tensorboard, enabled=distributed.rank() == 0)
-        self._plan = stage
+        self._plan, self._earlier_seconds = stage, 0.0
 
     @abstractmethod
     def open(self) -> None:
@@ -89,7 +89,7 @@ class StageRun(ABC):
         started = time.perf_counter()
         with self.log:
             record = self.train()
-            seconds = time.perf_counter() - started
+            seconds = self._earlier_seconds + time.perf_counter() - started
             on_first_rank(self.log.settle)
             on_first_rank(lambda: self._write_done(record(), seconds))
         on_first_rank(self.conclude)
@@ -120,6 +120,7 @@ class StageRun(ABC):
             position = load_checkpoint(
                 *found, run.engine, run.gates, fingerprint=self.identity, projections=run.projections
             )
+            self._earlier_seconds = position.seconds
             saved_by = found[1]["world_size"]
             others = f", saved by {saved_by} rank(s)" if saved_by != distributed.world_size() else ""
             say(f"{run.name}: resuming from step {position.step}{others}")

@@ -8,6 +8,7 @@ from typing import Any
 from cook.base import distributed
 from cook.base.distributed import say
 from cook.base.files import read_json, write_json
+from cook.base.modes import evaluating
 from cook.base.watchdog import At
 from cook.config.check_inputs import source_names
 from cook.data.loader import RowLoader, held_out_batches
@@ -132,8 +133,5 @@ class SourceMixer:
 
     def _losses(self, parts: Iterable[Rows]) -> list[float]:
         assert self._mixing is not None
-        self._engine.module.eval()
-        try:
+        with evaluating(self._engine.module):
             return [loss_of_rows(self._stage, self._engine, rows, self._mixing.rows) for rows in parts]
-        finally:
-            self._engine.module.train()

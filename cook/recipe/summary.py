@@ -22,7 +22,7 @@ from cook.recipe.kept_structure import masks_of_structure, sizes
 from cook.recipe.plan import MaskPaths, Stage, plan_stage, recipe
 from cook.report.tables import LadderRow, range_text
 
-RANDOM_ROWS = 8
+ROWS_AT_ONCE = RANDOM_ROWS = 8
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 """Config fields that limit the tokens per row."""
 RESERVED = 2
@@ -112,9 +112,7 @@ def spent_by(stage: Stage) -> list[Spent]:
     return spending(space, kept_counts(masks_of_structure(space, models_of(stage)[-1]["structure"])))
 
 
-def sample_batches(
-    config: RunConfig | None, source: ModelSource, *, rows: int = 16, batch_size: int = 8
-) -> tuple[list[Batch], str]:
+def sample_batches(config: RunConfig | None, source: ModelSource, *, rows: int = 16) -> tuple[list[Batch], str]:
     """Batches to compare models on, and their description: held-out text of the run, else random ids."""
     prompt = source.config.get("prompt_length", 0)
     if config is not None:
@@ -125,7 +123,7 @@ def sample_batches(
         except UserError:
             pass  # no prepared data for this config: random ids are enough to compare two models
         else:
-            batches = [called(source, batch) for batch in held_out_batches(data.held_out, batch_size, rows)]
+            batches = [called(source, batch) for batch in held_out_batches(data.held_out, ROWS_AT_ONCE, rows)]
             return batches, f"{sum(len(b['targets']) for b in batches)} rows of held-out text"
     random = torch.Generator().manual_seed(0)
     length = prompt + random_length(source)

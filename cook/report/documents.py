@@ -148,8 +148,7 @@ def _introduction(card: ModelCard) -> str:
             f"dimensions of each token, which uses {human_count(card.active_parameters)} parameters."
         )
     return (
-        f"A dense language model cut out of {origin} by structured pruning: whole blocks, attention heads and "
-        "FFN dimensions were removed by masks learned together with the weights."
+        f"A dense language model cut out of {origin} by structured pruning: what learned masks set to zero was removed."
     )
 
 

@@ -56,28 +56,27 @@ class PrunedMatrix:
         return self.shape[1 - self.input_dim]
 
 
-def encoder_matrices(
-    shapes: Mapping[str, Sequence[int]], *, head_size: int, roles: Mapping[str, Role] = ENCODER_ROLES
-) -> tuple[PrunedMatrix, ...]:
+def encoder_matrices(shapes: Mapping[str, Sequence[int]], *, head_size: int) -> tuple[PrunedMatrix, ...]:
     """The prunable matrices of a stock encoder, found by the suffixes of their names, in the order of layers and roles.
 
     Args:
         shapes: The shape of every weight in the state dict.
         head_size: Dimensions per head.
-        roles: Roles by suffix of the name.
 
     Raises:
         UserError: there is no such weight.
     """
     found = []
     for path, shape in shapes.items():
-        ends = [end for end in roles if path == end or path.endswith("." + end)]
+        ends = [end for end in ENCODER_ROLES if path == end or path.endswith("." + end)]
         layer = re.search(r"(?:^|\.)(\d+)\.", path)
         if ends and layer and len(shape) == 2:
-            role = roles[max(ends, key=len)]
+            role = ENCODER_ROLES[max(ends, key=len)]
             found.append(_matrix(path, role, int(layer[1]), shape, head_size, 1))
     if not found:
-        raise UserError("these are not the weights of an encoder", wanted=f"names that end in {', '.join(roles)}")
+        raise UserError(
+            "these are not the weights of an encoder", wanted=f"names that end in {', '.join(ENCODER_ROLES)}"
+        )
     return _ordered(found)
 
 

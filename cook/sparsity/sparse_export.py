@@ -102,7 +102,6 @@ def export_sparse(
         raise UserError(f"{output}: the folder exists and does not contain a model", remedy="choose another folder")
     prefix = sparse_bert.CLASSES[name][2]
     layers = [_compact(tensors, masks, config, prefix, i, block) for i in range(config["num_hidden_layers"])]
-    head_size = config["hidden_size"] // config["num_attention_heads"]
     all_heads = all(len(layer.matrices["attention_output"].mask) == config["hidden_size"] for layer in layers)
     if stock is None:
         stock = not int8 and all_heads and all(layer.is_dense for layer in layers)
@@ -124,7 +123,7 @@ def export_sparse(
         folder=output,
         kind="stock" if stock else "sparse",
         parameters=(before, count),
-        notes=tuple(_notes(layers, config, head_size, stock, int8)),
+        notes=tuple(_notes(layers, config, stock, int8)),
     )
 
 
@@ -235,9 +234,7 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def _notes(
-    layers: list[CompactLayer], config: Mapping[str, Any], head_size: int, stock: bool, int8: bool
-) -> Iterator[str]:
+def _notes(layers: list[CompactLayer], config: Mapping[str, Any], stock: bool, int8: bool) -> Iterator[str]:
     heads = sum(layer.heads for layer in layers)
     total = len(layers) * config["num_attention_heads"]
     if heads < total:

@@ -20,6 +20,7 @@ from cook.base.device import collectives, device_of_rank
 from cook.base.distributed import in_words, on_first_rank
 from cook.base.errors import RunFailed, UserError
 from cook.base.faults import point
+from cook.base.modes import evaluating
 from cook.base.rendezvous import Meeting, join, leave, meet
 from cook.base.tensor_files import LazyTensors
 from cook.config.types import TrainingConfig
@@ -197,13 +198,8 @@ class Engine:
         It bypasses the hooks of the whole model, by which ZeRO-3 recognises a new step. So ZeRO-3 sees all three passes
         as one sequence, which it prefetches from the second time on.
         """
-        training = self.module.training
-        self.module.eval()
-        try:
-            with torch.no_grad():
-                return self.module.forward(**self._call_form(inputs))
-        finally:
-            self.module.train(training)
+        with evaluating(self.module), torch.no_grad():
+            return self.module.forward(**self._call_form(inputs))
 
     def attempt(
         self, loss_of: Callable[[Callable[..., Any]], torch.Tensor], leaves: Sequence[torch.Tensor] = ()

@@ -86,6 +86,7 @@ def train(run: Run, start: Position, log: EventLog) -> Position:
     final_target = max((c.target for c in run.gates.constraints), default=None) if run.gates else None
     rank, world = distributed.rank(), distributed.world_size()
     meter, guard = _Meter(start), Guard(training, start.guard)
+    began = time.perf_counter() - start.seconds
     if start.data is not None:
         run.batches.load_state_dict(start.data)
     with (
@@ -119,7 +120,8 @@ def train(run: Run, start: Position, log: EventLog) -> Position:
             )
             note, give_up = guard.after(result, run.engine.gradient_norm())
             updates = position.updates + result.applied
-            position = Position(step=step, updates=updates, tokens=position.tokens + num_targets)
+            seconds, tokens = time.perf_counter() - began, position.tokens + num_targets
+            position = Position(step=step, updates=updates, tokens=tokens, seconds=seconds)
             _report(run, position, result, note, meter, log, progress)
             if note and give_up:
                 saver.wait()

@@ -165,7 +165,6 @@ def try_step(
     *,
     attached: AttachedGates | None,
     gates: Gates | None,
-    task_loss: TaskLoss = token_loss,
     extra_loss: ExtraLoss | None,
 ) -> None:
     """Runs the passes of a step on one micro-batch, which change nothing; see `Engine.attempt`."""
@@ -174,7 +173,7 @@ def try_step(
     if gates and z is not None and attached is not None:
         attached.set(gates.split(z))
     leaves = [] if z is None else [z]
-    engine.attempt(lambda forward: _losses(forward, batch, task_loss, extra_loss)[1], leaves)
+    engine.attempt(lambda forward: _losses(forward, batch, token_loss, extra_loss)[1], leaves)
 
 
 def _losses(

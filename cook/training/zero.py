@@ -38,7 +38,7 @@ def freeze_all_but_smallest(model: torch.nn.Module) -> None:
 
 
 class Partitions:
-    """Operations on one parameter at a time, on all ranks together. Only the engine imports the module `deepspeed`."""
+    """Operations on one parameter at a time, on all ranks together. The engine imports the module `deepspeed`."""
 
     def __init__(self, deepspeed: Any, zero_stage: int, device: torch.device):
         self._deepspeed, self._zero_stage, self._device = deepspeed, zero_stage, device
@@ -240,9 +240,13 @@ def reserve_state(
         flats = optimizer.single_partition_of_fp32_groups
     elif zero_stage == 3:
         flats = optimizer.fp32_partitioned_groups_flat
-    states = optimizer.optimizer.state if zero_stage else optimizer.state
+    inner = optimizer.optimizer if zero_stage else optimizer
+    # PyTorch's fused optimizers count steps on the device of the weights, the others on the CPU.
+    on_device = any(group.get("fused") or group.get("capturable") for group in inner.param_groups)
+    states = inner.state
     for flat in flats if keys else ():
-        copies = {key: value.clone() if torch.is_tensor(value) else value for key, value in counters.items()}
+        place = flat.device if on_device else None
+        copies = {k: v.to(place, copy=True) if torch.is_tensor(v) else v for k, v in counters.items()}
         states[flat] = copies | {key: torch.zeros_like(flat, dtype=torch.float32) for key in keys}
     if zero_stage in (1, 2) and keys:
         optimizer._lazy_init_hp_params_optimizer_state()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from cook.base.device import card  # noqa: E402
+from cook.base.distributed import free_port  # noqa: E402
 from cook.base.environment import quiet_torchao  # noqa: E402
 from cook.base.files import write_json  # noqa: E402
 from cook.report.tables import markdown_table  # noqa: E402
@@ -70,10 +70,8 @@ def run_apart(arguments: list[str]) -> str:
 
 def run_ranks(arguments: list[str], ranks: int = 2) -> dict[str, Any]:
     """Runs this Python on `arguments` as the ranks of one process group; the JSON object that rank 0 prints last."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
+    port = free_port()
+    processes: list[subprocess.Popen[str]] = []
     for rank in range(ranks):
         environment = os.environ | {
             "RANK": str(rank),
@@ -86,7 +84,13 @@ def run_ranks(arguments: list[str], ranks: int = 2) -> dict[str, Any]:
         }
         command = [sys.executable, *arguments]
         processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-    output, _ = processes[0].communicate(timeout=1800)
-    for process in processes[1:]:
-        process.communicate(timeout=60)
+    try:
+        output, _ = processes[0].communicate(timeout=1800)
+        for process in processes[1:]:
+            process.communicate(timeout=60)
+    finally:
+        for process in processes:
+            process.kill()
+    if codes := [process.returncode for process in processes if process.returncode]:
+        sys.exit(f"{' '.join(arguments)} failed on {len(codes)} of {ranks} ranks, exit code {codes[0]}")
     return json.loads([line for line in output.splitlines() if line.startswith("{")][-1])

@@ -24,7 +24,7 @@ from cook.evaluation.settings import ProfileSettings, device_of
 from cook.evaluation.speed import median_seconds
 from cook.families.source import load_model, open_model, placed
 from cook.pruning.block_times import read_block_times
-from cook.recipe.one_line import TIMES
+from cook.recipe.one_line_scheme import TIMES
 
 
 def seconds(options: argparse.Namespace, folder: Path) -> dict[str, float]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from cook.families.source import open_model, unfilled_model
 from cook.pruning.attach import AttachedGates
 from cook.pruning.counts import forward_flops, parameters
 from cook.pruning.mask_set import kept_counts
-from cook.recipe.compact import cut_inputs, keep_fan_in
+from cook.recipe.compact import cut_inputs
 from cook.recipe.inputs import Inputs
 from cook.training.engine import Engine, initialise_processes
 from cook.training.step import train_step
@@ -80,15 +81,10 @@ def masked_inputs(options: argparse.Namespace) -> Inputs:
     )
 
 
-def engine_of(inputs: Inputs, whole: Inputs, training: TrainingConfig) -> Engine:
+def engine_of(inputs: Inputs, training: TrainingConfig) -> Engine:
     """A training engine of one form of the model."""
 
-    def build() -> torch.nn.Module:
-        model = unfilled_model(inputs.adapter, inputs.model_config)
-        keep_fan_in(model, whole)
-        return model
-
-    call_form = inputs.adapter.inputs
+    call_form, build = inputs.adapter.inputs, partial(unfilled_model, inputs.adapter, inputs.model_config)
     return Engine(build, inputs.weights, training, {"zero_optimization": {"stage": 0}}, call_form=call_form)
 
 
@@ -104,7 +100,7 @@ def main() -> None:
         learning_rate=1e-4,
         precision=options.precision,
     )
-    engines = {form: engine_of(small if form == "small" else whole, whole, training) for form in FORMS}
+    engines = {form: engine_of(small if form == "small" else whole, training) for form in FORMS}
     masked = [group for group in whole.space.groups if group.name in whole.fixed]
     gates = {form: AttachedGates(engine.module, [], {}) for form, engine in engines.items()}
     gates["masked"] = AttachedGates(engines["masked"].module, masked, whole.fixed)

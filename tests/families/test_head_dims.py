@@ -19,6 +19,7 @@ from cook.families.source import load_model
 from cook.pruning.attach import AttachedGates
 from cook.pruning.family import ModelSource
 from cook.pruning.mask_set import consistent
+from cook.pruning.reshape import filled_up, kept_units, reshaped
 from cook.recipe.head_units import nearest_head_dim
 from tests.families.tiny_models import (
     EXACT,
@@ -181,3 +182,41 @@ def test_models_whose_frequencies_change_at_run_time_keep_their_head_dims():
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     config = tiny_source("llama", rope_parameters=dynamic)
     assert config.adapter.space(config.config).head_dims is None
+
+
+@pytest.mark.parametrize(("name", "kind"), [("llama", "head_dims"), ("gemma", "hidden"), ("qwen3", "head_dims")])
+def test_moments_are_cut_as_gradients_are(name, kind):
+    """The small model's gradients are an oracle: its loss is that of the masked one, as a function of other weights."""
+    source = tiny_source(name)
+    space = source.adapter.space(source.config)
+    masks = {kind: some(next(g.size for g in space.every if g.kind == kind), 6 if kind == "hidden" else 2, 3)}
+    whole, small = load_model(source, torch.float64), load_model(reshaped_source(source, space, masks), torch.float64)
+    for model in (whole, small):
+        compute_norms_in_fp64(model)
+    attached = mask_model(whole, space, masks)
+    for model in (whole, small):
+        model(input_ids=IDS).logits.square().mean().backward()
+    attached.remove()
+    shrunk = source.adapter.shrink(source.config, space, kept_units(space, masks))
+    gradients = {path: p.grad for path, p in whole.named_parameters()}
+    gradients |= {path: gradients[space_tied(gradients, path)] for path in space.shapes if path not in gradients}
+    wanted = {path: p.grad for path, p in small.named_parameters()}
+    for moment in (1, 2):
+        cut = reshaped({path: g**moment for path, g in gradients.items()}, space, masks, moment=moment)
+        changed = 0
+        for path in cut:
+            found, own = cut[path], wanted.get(shrunk.renamed.get(path, path))
+            if own is not None:
+                # Parts of the models compute in fp32.
+                torch.testing.assert_close(found, own**moment, rtol=1e-4, atol=1e-4 * float((own**moment).abs().max()))
+                changed += 1
+            back = filled_up(dict(cut), space, masks, moment=moment)[path]
+            kept = back != 0
+            torch.testing.assert_close(back[kept], (gradients[path] ** moment)[kept], rtol=1e-9, atol=1e-12)
+        assert changed > 5
+
+
+def space_tied(gradients, path):
+    """The parameter that a tied weight is."""
+    assert path == "lm_head.weight"
+    return next(name for name in gradients if name.endswith("embed_tokens.weight"))

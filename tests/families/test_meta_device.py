@@ -13,8 +13,11 @@ from cook.distill.distiller import Distiller, model_teacher
 from cook.distill.taps import Pair, Place
 from cook.families.registry import by_config
 from cook.pruning.attach import AttachedGates
+from cook.pruning.compensation import compensable, with_bias
+from cook.pruning.mask_set import consistent, fits
+from cook.pruning.reshape import reshaped, restored
 from tests.meta_device import MetaDevice
-from tests.tiny_families import FAMILIES, tiny_config
+from tests.tiny_families import FAMILIES, MOE, tiny_config
 from tests.tiny_pruning import config_of
 
 POSITION = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 0, 1]])
@@ -66,6 +69,25 @@ def test_no_pass_of_a_family_mixes_devices(name):
         batch = {key: value.to("meta") for key, value in packed_batch().items()}
         gradients = passes(config, batch)
     assert all(gradient is not None and gradient.is_meta for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *MOE, "cpm_ant"])
+def test_weights_are_cut_put_back_and_compensated_where_they_are(name):
+    config = dict(config_of()) if name == "cpm_ant" else tiny_config(name)
+    adapter = by_config(config)
+    space = adapter.space(config, adapter.head_units(config)[-1])
+    groups = [group for group in space.every if group.kind != "layer"]
+    halves = {group.name: (torch.arange(group.size) >= group.size // 2).float() for group in groups}
+    masks = consistent(space, {group.name: halves[group.name] for group in groups if fits(group, halves[group.name])})
+    features = {g.name: space.shapes[g.slices[-1].path][g.slices[-1].dim] for g in compensable(space, space.groups)}
+    means = {name: torch.ones(count) for name, count in features.items()}
+    whole = {path: torch.empty(shape, device="meta") for path, shape in space.shapes.items()}
+    with MetaDevice():
+        weights = dict(with_bias(whole.items(), space, masks, means))
+        small = dict(reshaped(weights, space, masks))
+        back = dict(restored(small.items(), whole, space, masks, None))
+    assert all(tensor.is_meta for tensor in (*small.values(), *back.values()))
+    assert {path: tuple(tensor.shape) for path, tensor in back.items()} == dict(space.shapes)
 
 
 def test_mixed_devices_are_found():

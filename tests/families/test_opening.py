@@ -336,7 +336,7 @@ def test_weights_as_torch_saved_them(tmp_path):
     model.save_pretrained(folder)
     (folder / "model.safetensors").unlink()
     torch.save(model.state_dict(), folder / "pytorch_model.bin")  # tied weights twice
-    with pytest.raises(UserError, match=r"remedy: name the file, .*pytorch_model.bin"):
+    with pytest.raises(UserError, match=r"remedy: save the model as safetensors: .*also reads pytorch_model.bin"):
         open_model(folder)
     source = open_model(folder / "pytorch_model.bin")
     assert source.folder == folder and torch.equal(logits(load_model(source)), logits(model))

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -19,10 +20,12 @@ from transformers import (
     GenerationConfig,
 )
 
-from cook.export.pruned_folder import prune_to_folder
-from cook.families.source import open_model
+import cook
+from cook.export.pruned_folder import mask_model, prune_to_folder
+from cook.families.source import load_model, open_model
 from tests.families.test_stock_space import stock_model
 from tests.families.tiny_models import EXACT, difference
+from tests.tiny_families import tiny_config, tiny_source
 
 IDS = torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(0))
 PADDED = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1], [1] * 9])
@@ -159,3 +162,64 @@ def test_continuous_batching_is_refused_where_caches_differ(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(small, trust_remote_code=True)
     with pytest.raises(ValueError, match="different numbers of key-value heads: use generate"):
         model.generate_batch([[5, 6, 7]], generation_config=GenerationConfig(max_new_tokens=2, eos_token_id=-1))
+
+
+CLASSIFIER = """
+import sys, torch
+from transformers import AutoModelForSequenceClassification
+model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1], trust_remote_code=True, num_labels=3)
+ids, labels = torch.arange(3, 21).view(2, 9), torch.tensor([0, 2])
+model.config.pad_token_id = 0
+output = model(input_ids=ids, labels=labels)
+print(bool(torch.isclose(output.loss, torch.nn.functional.cross_entropy(output.logits, labels))))
+"""
+
+
+@pytest.mark.parametrize("made", ["by the export", "in memory"])
+def test_another_process_loads_a_classifier_and_its_loss(tmp_path, made):
+    """Without the classes that other tests have loaded: the model inside of the classifier is built by its config."""
+    zeroed, small = export(tmp_path, "llama", "query_head", GROUPS | DIMS)
+    if made == "in memory":
+        small = tmp_path / "in memory"
+        cook.reshape(zeroed, GROUPS | DIMS).save_pretrained(small)
+    done = subprocess.run(
+        [sys.executable, "-c", CLASSIFIER, str(small)],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
+        check=False,
+    )
+    assert done.returncode == 0 and done.stdout.split()[-1] == "True", done
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["modernbert", "bert", "llama", "gpt2", "gemma2"])
+def test_the_loss_is_that_of_the_stock_class(name, tmp_path):
+    """transformers takes the loss from the name of a class."""
+    source = tiny_source(name)
+    space = source.adapter.space(source.config)
+    gone = [group for group in space.of("dimff") if group.layer == 1]
+    masks = {group.name: (torch.arange(group.size) % 3 > 0).float() for group in gone}
+    pruned = prune_to_folder(source, space, masks, tmp_path / "small")
+    auto_class = getattr(transformers, pruned.auto_class)
+    small, whole = auto_class.from_pretrained(tmp_path / "small", trust_remote_code=True), load_model(source)
+    mask_model(whole, space, masks)
+    labels = IDS.clone()
+    labels[:, -3:] = -100
+    wanted, got = (model(input_ids=IDS, labels=labels).loss for model in (whole, small))
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)  # fp32, sums in another order
+
+
+@torch.no_grad()
+def test_a_phi3_with_fewer_head_dims_is_saved_and_saved_again(tmp_path):
+    """Its own check of rotary positions wants the factors of all pairs."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**tiny_config("phi3"))).eval()
+    units = tiny_source("phi3").adapter.space(tiny_source("phi3").config).head_dims.size
+    small = cook.reshape(model, {"head_dims": (torch.arange(units) != 1).float()})
+    small.save_pretrained(tmp_path / "small")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "small", trust_remote_code=True)
+    again.save_pretrained(tmp_path / "again")
+    last = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    for loaded in (again, last):
+        assert torch.equal(loaded(input_ids=IDS).logits, small(input_ids=IDS).logits)

@@ -200,15 +200,15 @@ def test_gates_that_multiply_weights_give_the_gradients_of_gates_that_multiply_i
 
 def test_gates_multiply_weights_only_where_that_is_cheaper_and_nobody_reads_the_input():
     model, z = Products(), torch.ones(6, requires_grad=True)
-    attached, gate = AttachedGates(model, GROUPS, {}), GROUPS[0].gate
+    attached = AttachedGates(model, GROUPS, {})
     many, few = torch.ones(50, 6), torch.ones(2, 6)
-    assert attached._folds(model.linear, gate, many, z) and not attached._folds(model.linear, gate, few, z)
-    assert not attached._folds(model.linear, gate, many, z.detach())
+    assert attached._folds(model.linear, many, z) and not attached._folds(model.linear, few, z)
+    assert not attached._folds(model.linear, many, z.detach())
     model.linear.weight.requires_grad_(False)
-    assert not attached._folds(model.linear, gate, many, z)
+    assert not attached._folds(model.linear, many, z)
     model.linear.weight.requires_grad_(True)
     model.linear.weight.ds_id = 0  # as ZeRO-3 marks it
-    assert not attached._folds(model.linear, gate, many, z)
+    assert not attached._folds(model.linear, many, z)
     _, kept, x = passed(is_tapped=True, heads=[0.5, 0.0, 1.0])
     torch.testing.assert_close(kept[0], x * torch.tensor([0.5, 0.5, 0, 0, 1, 1], dtype=x.dtype), rtol=0, atol=0)
 

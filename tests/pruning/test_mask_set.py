@@ -81,13 +81,21 @@ def test_another_models_fine_mask_is_refused(shape):
         fine_from_tensors(SPACE, {}, {"heads_z": torch.ones(shape)}, "heads", "file")
 
 
-def test_blocks_of_different_sizes_fit_no_file():
+@pytest.mark.parametrize("kind", ["heads", "dimff"])
+def test_rows_of_smaller_blocks_end_in_0(kind):
     ragged = tiny_space(**RAGGED)
-    with pytest.raises(UserError, match="different sizes"):
-        fine_to_tensors(ragged, {"layers.1.heads": torch.ones(2)})
-    # The first block's size must not speak for the others.
-    with pytest.raises(UserError, match="dimff_z does not fit"):
-        fine_from_tensors(ragged, {}, {"dimff_z": torch.ones(2, 7)}, "dimff", "file")
+    sizes = {g.name: g.size for g in ragged.of(kind)}
+    assert len({*sizes.values()}) > 1
+    masks = {name: (torch.arange(size) != size // 2).float() for name, size in sizes.items()}
+    rows = fine_to_tensors(ragged, masks)[f"{kind}_z"]
+    assert rows.shape == (len(sizes), max(sizes.values()))
+    for row, (name, size) in zip(rows, sizes.items(), strict=True):
+        assert torch.equal(row[:size], masks[name]) and not row[size:].any()
+    again = fine_from_tensors(ragged, {}, {f"{kind}_z": rows}, kind, "file")
+    assert again.keys() == masks.keys() and all(torch.equal(again[name], masks[name]) for name in masks)
+    for wrong in (torch.ones_like(rows), rows[:, :-1], torch.nn.functional.pad(rows, (0, 1))):
+        with pytest.raises(UserError, match=f"{kind}_z does not fit"):
+            fine_from_tensors(ragged, {}, {f"{kind}_z": wrong}, kind, "file")
 
 
 def test_blocks_outside_pruned_module_stay_in_the_files():

@@ -120,6 +120,8 @@ def test_a_resumed_run_is_bit_identical_to_the_uninterrupted_one(stopped, whole,
     steps = [record["step"] for record in read_log(folder, "layer_mask") if "loss" in record]
     assert steps == list(range(1, STEPS + 1))
     assert outcome(folder) == outcome(whole)
+    spent = json.loads((stage / "checkpoints" / f"step-{STEPS}" / "state.json").read_text())["seconds"]
+    assert 0 < spent <= json.loads((stage / "done.json").read_text())["seconds"] + 0.05, "of both runs"
     left = sorted(path.name for path in (folder / "out" / "layer_mask" / "checkpoints").iterdir())
     assert left == ["latest", f"step-{STEPS // 7 * 7}", f"step-{STEPS}"]
 

@@ -6,8 +6,6 @@ from matplotlib.image import imread
 from cook.report import comparison, drawing
 from cook.report.comparison import comparison_table, plot_comparison
 
-SPEEDS = ("prefill_tokens_per_second", "decode_tokens_per_second")
-
 
 def record(name, perplexity, parameters, prefill=None, decode=None, memory=None):
     return {

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from cook.training.zero import HeldZeros
+from cook.training.zero import HeldZeros, reserve_state
 from tests.recipe.tiny_run import REPOSITORY, run, run_on_ranks
 from tests.training import tiny_held, tiny_training
 
@@ -208,3 +209,13 @@ def test_buffers_are_not_rounded_with_the_weights(tmp_path: Path):
     (tmp_path / "script.py").write_text(SCRIPT)
     done = run([sys.executable, "script.py", str(REPOSITORY)], tmp_path)
     assert done.code == 0 and "exact" in done.out, done
+
+
+@pytest.mark.parametrize(("options", "place"), [({"fused": True}, "meta"), ({"capturable": True}, "meta"), ({}, "cpu")])
+def test_fused_optimizers_count_steps_where_the_weights_are(options, place):
+    """A checkpoint's counters are read to the CPU; PyTorch's fused kernels refuse them there."""
+    weight = torch.nn.Parameter(torch.empty(3, device="meta"))
+    optimizer = SimpleNamespace(param_groups=[{"params": [weight], **options}], state={})
+    reserve_state(optimizer, 0, [weight], {"step": torch.tensor(7.0)}, ["exp_avg"])
+    assert optimizer.state[weight]["step"].device.type == place and optimizer.state[weight]["exp_avg"].is_meta
+    assert place == "meta" or optimizer.state[weight]["step"] == 7

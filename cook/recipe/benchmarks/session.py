@@ -21,6 +21,7 @@ from cook.data.loader import RowLoader
 from cook.distill.distiller import RowDistiller
 from cook.evaluation.all_ranks import predict
 from cook.families.encoder import Encoder, write_encoder
+from cook.families.source import placed
 from cook.recipe.benchmarks.task import Scores, TaskData, TaskInfo
 from cook.training.engine import Engine
 from cook.training.optim import finetuning_adamw
@@ -74,7 +75,7 @@ class Session:
             for name, parameter in teacher.named_parameters():
                 parameter.data.copy_(self.encoder.weights[name])
             outputs = predict(
-                teacher.to(engine.device, engine.dtype).eval(),
+                placed(teacher, engine.device, engine.dtype).eval(),
                 self.data.train,
                 names=("logits",),
                 batch_size=self.config.eval_batch_size,

@@ -57,8 +57,7 @@ def run_export(config: TaskConfig, at: At) -> None:
     masks, _ = read_pattern_masks(stage.masks, matrices)
     block = spec.block if spec.name == "block_wise" else None
     result = export_sparse(masked, output, masks, block=block, int8=config.int8)
-    for name in ("masks.safetensors", "eval_results.txt"):
-        shutil.copyfile(stage.folder / name, output / name)
+    shutil.copyfile(stage.masks, output / stage.masks.name)
     models = {"masked": load_encoder(masked, session.info.head), "compact": load_encoder(output, session.info.head)}
     scores, difference = _compare(session, models)
     rows = session.data.evaluations[0].rows
