@@ -5,7 +5,7 @@ No launcher, no files and no DeepSpeed are needed. The command line calls the sa
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -143,10 +143,8 @@ def plan(
     job = _job(model, keep, context, head_unit, hidden, round_to, units)
     even: dict[str, float] = {}
     for c in constraints(job.space, job.learned, job.targets):
-        groups = {g.name: g for g in job.learned}
-        names = [n for n in groups if c.name == n or c.name.startswith(f"{n}.")] or _names_of(c.name, job.learned)
-        for name in names:
-            even[name] = 1.0 - c.target if not isinstance(c.pricing, CountPricing) else c.pricing.even(1.0 - c.target)
+        share = 1.0 - c.target if not isinstance(c.pricing, CountPricing) else c.pricing.even(1.0 - c.target)
+        even |= dict.fromkeys(c.groups, share)
     kept = {g.name: round(even[g.name] * g.size) for g in job.learned if g.kind != "layer"}
     shown: dict[str, tuple[int, int]] = {}
     for kind, label in LABELS.items():
@@ -346,12 +344,6 @@ def _job(
         targets = whole_budget(space, learned, cost, keep[total[0]], context)
     targets = replace(targets, round_to=round_to)
     return _Job(adapter=adapter, config=config, head_unit=head_unit, space=space, learned=learned, targets=targets)
-
-
-def _names_of(constraint: str, learned: Iterable[UnitGroup]) -> list[str]:
-    if constraint == "blocks":
-        return [group.name for group in learned if group.kind == "layer"]
-    return [group.name for group in learned if group.kind != "layer"]
 
 
 def _all(space: PruningSpace, group: UnitGroup, cost: Literal["parameters", "flops"]) -> float:

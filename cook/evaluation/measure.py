@@ -18,6 +18,9 @@ from cook.evaluation.settings import Settings, device_of
 from cook.evaluation.speed import PeakMemory, generation_speed
 from cook.report.comparison import comparison_table, plot_comparison
 
+SCALES = ("_scale", "_zero_point")
+"""Ends of the names of what compressed-tensors stores beside its weights."""
+
 
 def measure_loss(entry: Entry, text: str, settings: Settings) -> tuple[Loaded, dict[str, Any]]:
     """Loads a model and scores `text` with it.
@@ -50,7 +53,7 @@ def measure_loss(entry: Entry, text: str, settings: Settings) -> tuple[Loaded, d
         "tokens": got.tokens,
         "tokens_per_second": got.seen / got.seconds,
         "peak_memory_bytes": memory.bytes,
-        "parameters": sum(p.numel() for p in loaded.model.parameters()),
+        "parameters": sum(p.numel() for name, p in loaded.model.named_parameters() if not name.endswith(SCALES)),
         "dtype": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
         "device": str(loaded.device),
         **({"weights": "disk"} if loaded.streamed else {}),

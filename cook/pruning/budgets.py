@@ -7,14 +7,14 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
 from math import lcm
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
 from cook.base.errors import UserError
 from cook.config.scheme import Scope
 from cook.pruning.block_times import BlockTimes, TimePricing, WholeTimePricing
-from cook.pruning.controller import Constraint, Pricing
+from cook.pruning.controller import Constraint
 from cook.pruning.count_pricing import CountPricing, count_pricing
 from cook.pruning.counts import (
     Kept,
@@ -42,29 +42,6 @@ NUMBERS = ("heads", "experts", "dims", "head_dims", "hidden")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Budget:
-    """Consecutive gates that share a target."""
-
-    name: str
-    costs: Sequence[float]
-    """Of each unit."""
-    removed: float
-    """The share of the total cost to remove."""
-    owners: tuple[int, ...] = ()
-    """As in `Constraint.owners`."""
-    pricing: Pricing | None = None
-    """How the costs change, if they do."""
-    multiples: tuple[tuple[int, int], ...] = ()
-    """As in `Constraint.multiples`."""
-    least: tuple[tuple[int, int], ...] = ()
-    """As in `Constraint.least`."""
-    kinds: tuple[int, ...] = ()
-    """As in `Constraint.kinds`."""
-    early: tuple[bool, ...] = ()
-    """As in `Constraint.early`."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Targets:
     """What the pruned model keeps."""
 
@@ -72,8 +49,7 @@ class Targets:
     """Share of the blocks' parameters; required where blocks have gates."""
     kept: dict[Kind, int | float] = field(default_factory=dict)
     """Heads, experts and FFN dimensions (of an expert) that each block keeps, if all keep equally many, dimensions per
-    head, and hidden
-    dimensions: number (int) or share (float)."""
+    head, and hidden dimensions: number (int) or share (float)."""
     scope: Scope = "block"
     """`block`: each block has its own budget; `global`: one budget for all units with gates, but for blocks with a
     target of their own."""
@@ -133,34 +109,36 @@ def constraints(space: PruningSpace, learned: Sequence[UnitGroup], targets: Targ
     """
     blocks = [group for group in learned if group.kind == "layer" and targets.blocks is not None]
     inner = [group for group in learned if group not in blocks]
-    budgets: list[Budget] = []
+    made: list[Constraint] = []
     if blocks:
         assert targets.blocks is not None
-        sizes = [float(unit_parameters(space, group)) for group in blocks]
-        budgets.append(Budget(name="blocks", costs=sizes, removed=1.0 - targets.blocks))
+        made.append(_constraint("blocks", blocks, [unit_parameters(space, group) for group in blocks], targets.blocks))
     if inner and targets.scope == "global":
-        budgets.append(_shared(space, inner, targets))
+        made.append(_shared(space, inner, targets))
     else:
-        budgets += [budget for group in inner for budget in _of_block(group, targets)]
-    made, start = [], 0
-    for budget in budgets:
-        total = sum(budget.costs)
-        made.append(
-            Constraint(
-                name=budget.name,
-                start=start,
-                costs=tuple(cost / total for cost in budget.costs),
-                target=budget.removed,
-                owners=budget.owners,
-                pricing=budget.pricing,
-                multiples=budget.multiples,
-                least=budget.least,
-                kinds=budget.kinds,
-                early=budget.early,
-            )
-        )
-        start += len(budget.costs)
-    return made
+        made += [constraint for group in inner for constraint in _of_block(group, targets)]
+    starts = accumulate((len(constraint.costs) for constraint in made), initial=0)
+    return [replace(constraint, start=start) for constraint, start in zip(made, starts, strict=False)]
+
+
+def _constraint(
+    name: str, groups: Sequence[UnitGroup], costs: Sequence[float], share: float, **more: Any
+) -> Constraint:
+    """A constraint on gates of these groups with these costs, which keep `share` of their sum."""
+    total, names = sum(costs), tuple(group.name for group in groups)
+    return Constraint(
+        name=name, start=0, groups=names, costs=tuple(cost / total for cost in costs), target=1.0 - share, **more
+    )
+
+
+def _of_all(
+    name: str, groups: Sequence[UnitGroup], costs: Sequence[float], share: float, targets: Targets, **more: Any
+) -> Constraint:
+    """A constraint on all gates of these groups."""
+    multiples, least = _multiples(groups, targets), _least(groups, targets)
+    return _constraint(
+        name, groups, costs, share, multiples=multiples, least=least, kinds=_kinds(groups), early=_early(groups), **more
+    )
 
 
 def _multiple(group: UnitGroup, targets: Targets) -> int:
@@ -190,22 +168,12 @@ def _early(groups: Sequence[UnitGroup]) -> tuple[bool, ...]:
     return tuple(group.kind != "dimff" for group in groups for _ in range(group.size))
 
 
-def _of_block(group: UnitGroup, targets: Targets) -> list[Budget]:
+def _of_block(group: UnitGroup, targets: Targets) -> list[Constraint]:
     kept = targets.kept_share(group)
     if group.sections == 1 or group.section_sizes:
-        multiples = _multiples([group], targets)
-        return [
-            Budget(
-                name=group.name,
-                costs=[1.0] * group.size,
-                removed=1.0 - kept,
-                multiples=multiples,
-                least=_least([group], targets),
-            )
-        ]
-    return [
-        Budget(name=f"{group.name}.{n}", costs=[1.0] * size, removed=1.0 - kept) for n, size in enumerate(group.spans)
-    ]
+        rest = {"multiples": _multiples([group], targets), "least": _least([group], targets)}
+        return [_constraint(group.name, [group], [1.0] * group.size, kept, **rest)]
+    return [_constraint(f"{group.name}.{n}", [group], [1.0] * size, kept) for n, size in enumerate(group.spans)]
 
 
 def unit_cost(space: PruningSpace, group: UnitGroup, targets: Targets) -> float:
@@ -221,7 +189,7 @@ def unit_cost(space: PruningSpace, group: UnitGroup, targets: Targets) -> float:
     return float(unit_parameters(space, group) if targets.cost == "parameters" else group.members)
 
 
-def _shared(space: PruningSpace, groups: Sequence[UnitGroup], targets: Targets) -> Budget:
+def _shared(space: PruningSpace, groups: Sequence[UnitGroup], targets: Targets) -> Constraint:
     if is_coupled(groups) and targets.cost != "units":
         return _shared_by_all(space, groups, targets)
     each = [unit_cost(space, group, targets) for group in groups]
@@ -239,17 +207,7 @@ def _shared(space: PruningSpace, groups: Sequence[UnitGroup], targets: Targets) 
         pricing = TimePricing(sizes=tuple(group.size for group in groups), curves=curves)
     kinds = {group.kind for group in groups} - {"keys"}
     name = "heads and dims" if len(kinds) > 1 else groups[0].kind
-    return Budget(
-        name=name,
-        costs=costs,
-        removed=1.0 - share,
-        owners=_owners(space, groups),
-        pricing=pricing,
-        multiples=_multiples(groups, targets),
-        least=_least(groups, targets),
-        kinds=_kinds(groups),
-        early=_early(groups),
-    )
+    return _of_all(name, groups, costs, share, targets, owners=_owners(space, groups), pricing=pricing)
 
 
 def _check_measured(groups: Sequence[UnitGroup]) -> None:
@@ -270,7 +228,7 @@ def is_coupled(groups: Sequence[UnitGroup]) -> bool:
     return any(group.kind == "layer" or group.kind in WIDE for group in groups)
 
 
-def _shared_by_all(space: PruningSpace, groups: Sequence[UnitGroup], targets: Targets) -> Budget:
+def _shared_by_all(space: PruningSpace, groups: Sequence[UnitGroup], targets: Targets) -> Constraint:
     """One budget for the whole model: what a unit costs depends on how many others there are."""
     owners = _owners(space, groups)
     pricing: CountPricing | WholeTimePricing
@@ -298,18 +256,7 @@ def _shared_by_all(space: PruningSpace, groups: Sequence[UnitGroup], targets: Ta
             amount, most = f"{targets.limit / scale:.4g} {unit}", f"{pricing.whole / scale:.4g} {unit}"
         raise UserError(f"the budget of {amount} cannot be reached", wanted=f"above 0 and up to {most}")
     costs = pricing.linearised(torch.ones(sum(pricing.sizes), dtype=torch.float64))[0].tolist()
-    multiples = _multiples(groups, targets)
-    return Budget(
-        name="all units",
-        costs=costs,
-        removed=1.0 - share,
-        owners=owners,
-        pricing=pricing,
-        multiples=multiples,
-        least=_least(groups, targets),
-        kinds=_kinds(groups),
-        early=_early(groups),
-    )
+    return _of_all("all units", groups, costs, share, targets, owners=owners, pricing=pricing)
 
 
 def _cost_with(space: PruningSpace, targets: Targets, kept: Kept) -> float:
@@ -348,7 +295,8 @@ def _share_of_limit(space: PruningSpace, groups: Sequence[UnitGroup], targets: T
 
 def _named(groups: Sequence[UnitGroup]) -> str:
     """The kinds of units in words; keys and values go with heads."""
-    names = {"layer": "blocks", "heads": "heads", "experts": "experts", "dimff": "FFN dimensions"}
+    names: dict[Kind, str] = {"layer": "blocks", "heads": "heads", "experts": "experts", "dimff": "FFN dimensions"}
+    names |= {"head_dims": "head dimensions", "hidden": "hidden dimensions"}
     kinds = [name for kind, name in names.items() if any(group.kind == kind for group in groups)]
     return " and ".join(kinds) or "these units"
 

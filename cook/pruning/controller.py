@@ -52,6 +52,8 @@ class Constraint:
     name: str
     start: int
     """The first gate's index in the flat vector of all gates."""
+    groups: tuple[str, ...] = ()
+    """Names of the groups whose gates they are."""
     costs: tuple[float, ...]
     """Each gate's share; they sum to 1."""
     target: float

@@ -14,6 +14,7 @@ import torch
 from cook.base import distributed
 from cook.base.distributed import on_first_rank
 from cook.base.files import write_atomically, write_json
+from cook.base.modes import evaluating
 from cook.base.seeds import derived_seed, seed_everything
 from cook.config.tasks import TaskConfig
 from cook.config.types import TrainingConfig
@@ -91,22 +92,21 @@ class Session:
             engine: The model.
             folder: The folder for the task's files (SQuAD's predictions); None: they are not written.
         """
-        engine.module.eval()
         metrics: dict[str, float] = {}
         for evaluation in self.data.evaluations:
-            outputs = predict(
-                engine,
-                evaluation.rows,
-                names=self.info.outputs,
-                batch_size=self.config.eval_batch_size,
-                device=engine.device,
-            )
+            with evaluating(engine.module):
+                outputs = predict(
+                    engine,
+                    evaluation.rows,
+                    names=self.info.outputs,
+                    batch_size=self.config.eval_batch_size,
+                    device=engine.device,
+                )
             scores: Scores = evaluation.score(outputs)
             metrics |= scores.metrics
             if folder is not None:
                 for name, content in scores.files.items():
                     on_first_rank(partial(write_json, folder / name, content))
-        engine.module.train()
         return {name: round(value, 4) for name, value in metrics.items()}
 
     def save(self, engine: Engine, folder: Path) -> dict[str, torch.Tensor]:
