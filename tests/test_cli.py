@@ -315,6 +315,15 @@ def test_one_number_for_uneven_blocks_is_refused(uneven, tmp_path):
         prune(uneven, tmp_path / "out", "heads=0.5")
 
 
+@pytest.mark.parametrize(
+    ("keep", "words"), [("params=0.8,0.6", "several sizes"), ("blocks=0.7", "--keep blocks=0.7 of this Llama")]
+)
+def test_compensation_that_no_bias_can_hold_is_refused(tiny, tmp_path, keep, words):
+    with pytest.raises(UserError, match=words):
+        prune(tiny, tmp_path / "out", keep, "--compensation", "on")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_whole_budget_is_planned(tiny, tmp_path, capsys):
     prune(tiny, tmp_path / "out", "params=0.8", "--dry-run", "--teacher", "none")
     assert json.loads((tmp_path / "out" / "recipe" / "bmcook.json").read_text())["distillation"] is None

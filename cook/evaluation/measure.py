@@ -18,7 +18,7 @@ from cook.evaluation.settings import Settings, device_of
 from cook.evaluation.speed import PeakMemory, generation_speed
 from cook.report.comparison import comparison_table, plot_comparison
 
-SCALES = ("_scale", "_zero_point")
+SCALES = ("_scale", "_zero_point", "_shape")
 """Ends of the names of what compressed-tensors stores beside its weights."""
 
 

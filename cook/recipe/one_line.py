@@ -214,7 +214,15 @@ def _recipe_files(job: OneLineJob, source: ModelSource, sizes: Sequence[Keep]) -
     scheme, stages = scheme_of(job, sizes, source)
     wide = with_biases(source)
     can = len(sizes) == 1 and _can_compensate(wide, stages[0])
-    if job.compensation == "on" or (job.compensation == "auto" and can):
+    if job.compensation == "on" and not can:
+        raise UserError(
+            "--compensation on: what removed heads and FFN dimensions add on average needs a bias to stay in",
+            got="several sizes, which would need biases of their own"
+            if len(sizes) > 1
+            else f"--keep {' '.join(job.keep)} of this {source.adapter.family} model, which leaves none",
+            remedy="leave the option out",
+        )
+    if can and job.compensation != "off":
         before, after = (each.adapter.space(each.config) for each in (source, wide))
         scheme, _ = scheme_of(job, [keep_of_wider(size, before, after) for size in sizes], wide)
         scheme["gates"] = scheme.get("gates", {}) | {"compensation": True}
