@@ -172,7 +172,7 @@ def prune(
     _choose_waiting()
     from cook.config.load import load_config
     from cook.recipe.dry_run import show_plan
-    from cook.recipe.one_line import small_models, without_tokens, write_recipe
+    from cook.recipe.one_line import remarks, small_models, write_recipe
     from cook.recipe.run_report import report_run
     from cook.recipe.start import start
 
@@ -184,7 +184,7 @@ def prune(
     start(config, [], stage="all")
     for size, output in small_models(settings):
         reshape(config=config, size=size, vocabulary=settings.vocabulary or None, output=output, verify=True)
-    report_run(load_config(config), Path(settings.output) / "report", without_tokens(settings))
+    report_run(load_config(config), Path(settings.output) / "report", remarks(settings))
 
 
 @app.command()

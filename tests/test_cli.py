@@ -367,6 +367,8 @@ def test_a_budget_in_mib_is_planned_and_one_in_milliseconds_is_measured_and_met(
     assert "units of dimff per block" in capsys.readouterr().out and times.settings["length"] == 64
     weights = sum(p.numel() for p in small.parameters())
     assert 1000 * weights == pytest.approx(budget, abs=1000 * (32 * 8 * 2 + 32 * 4 * 2))  # to one head's weights
+    report = (tmp_path / "fast" / "report" / "report.md").read_text()
+    assert f"takes {1000 * weights:.4g} ms" in report and f"the budget is {budget:.4g} ms" in report
 
 
 @pytest.mark.parametrize(

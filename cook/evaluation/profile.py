@@ -90,6 +90,11 @@ def measure_block_times(
     )
 
 
+def time_share(small: ModelSource, whole: ModelSource, settings: ProfileSettings) -> float:
+    """The time of a forward pass of `small`, as a share of that of `whole`; measured in turns."""
+    return _Passes(whole, whole.adapter.space(whole.config), settings).share_of(small)
+
+
 def _sizes(size: int, points: int) -> list[int]:
     """Numbers of units to measure besides all of them, evenly spaced, ascending."""
     return sorted({max(1, round(size * n / points)) for n in range(1, points)} - {size})
@@ -120,8 +125,11 @@ class _Passes:
         """The time of the model with some sizes, as a share of the whole model's."""
         sizes = {group.name: group.size for group in self._space.every}
         masks = {name: (torch.arange(sizes[name]) < units).float() for name, units in kept.items()}
-        small = self._placed(reshaped_source(self._source, self._space, masks))
-        actions = {"whole": self._pass(self._model), "small": self._pass(small)}
+        return self.share_of(reshaped_source(self._source, self._space, masks))
+
+    def share_of(self, source: ModelSource) -> float:
+        """The time of another model, as a share of the whole model's."""
+        actions = {"whole": self._pass(self._model), "small": self._pass(self._placed(source))}
         seconds = median_seconds(actions, self._device, repeats=self._settings.repeats)
         self.whole.append(seconds["whole"])
         return seconds["small"] / seconds["whole"]
@@ -152,6 +160,5 @@ def table(times: BlockTimes) -> str:
         for kind, curve in times.wide.items()
         for share, ms in zip(curve.shares, curve.ms, strict=True)
     ]
-    total = times.rest + times.num_layers * (times.heads.ms[-1] + times.dimff.ms[-1])
-    note = f"whole model {total:.2f} ms, of which {times.rest:.2f} ms are outside the blocks"
+    note = f"whole model {times.whole:.2f} ms, of which {times.rest:.2f} ms are outside the blocks"
     return markdown_table(["block", "share of units", "ms"], rows) + f"\n\n{note}"

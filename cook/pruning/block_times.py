@@ -94,6 +94,11 @@ class BlockTimes:
         }
         return (times["heads"] * factors.get("head_dims", 1.0) + times["dimff"]) * factors.get("hidden", 1.0)
 
+    @property
+    def whole(self) -> float:
+        """Milliseconds of a forward pass of the whole model."""
+        return self.rest + self.num_layers * (self.heads.ms[-1] + self.dimff.ms[-1])
+
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -11,10 +11,11 @@ from typing import Any
 from cook.base.errors import UserError, UserErrors
 from cook.base.files import read_json, write_json
 from cook.config.tasks import OneLineJob
-from cook.evaluation.profile import measure_block_times
+from cook.evaluation.profile import measure_block_times, time_share
 from cook.evaluation.settings import ProfileSettings
 from cook.export.vocabulary import least_count, read_vocabulary
 from cook.families.source import open_model, with_biases
+from cook.pruning.block_times import read_block_times
 from cook.pruning.budgets import KEEP_KEYS, NUMBERS, Keep, check_keep
 from cook.pruning.compensation import compensable, keep_of_wider
 from cook.pruning.counts import parameters
@@ -84,8 +85,28 @@ def small_models(job: OneLineJob) -> list[tuple[float | None, str]]:
     return list(zip(shares, folders, strict=True))
 
 
-def without_tokens(job: OneLineJob) -> list[str]:
-    """What a report of the run, whose stages have the whole vocabulary, says of folders with fewer tokens."""
+def remarks(job: OneLineJob) -> list[str]:
+    """What the report says beside the table of stages: the time that was reached, and folders with fewer tokens."""
+    return [*_reached_time(job), *_fewer_tokens(job)]
+
+
+def _reached_time(job: OneLineJob) -> list[str]:
+    """The measured time of the small model beside its budget, if that is in milliseconds."""
+    [keep, *_] = parse_sizes(job.keep)
+    if "latency_ms" not in keep:
+        return []
+    times, budget = read_block_times(Path(job.output) / TIMES), keep["latency_ms"]
+    settings = ProfileSettings(length=job.max_length)
+    share = time_share(open_model(small_models(job)[0][1]), open_model(local_model(job.model)), settings)
+    reached = share * times.whole
+    return [
+        f"A forward pass of {job.max_length} tokens takes {reached:.4g} ms, {100 * share:.0f}% of the whole model's "
+        f"time; the budget is {budget:.4g} ms ({100 * (reached / budget - 1):+.0f}%)."
+    ]
+
+
+def _fewer_tokens(job: OneLineJob) -> list[str]:
+    """Folders with fewer tokens than the stages of the run, which have the whole vocabulary."""
     if not job.vocabulary:
         return []
     before = vocabulary_size(open_model(local_model(job.model)).config)

@@ -48,10 +48,9 @@ def main() -> None:
         settings = ProfileSettings(length=options.length)
         write_json(path, measure_block_times(open_model(options.model), settings, on_point=print).as_json())
     times = read_block_times(path)
-    whole = times.rest + times.num_layers * (times.heads.ms[-1] + times.dimff.ms[-1])
     for units in options.units:
         for share in options.shares:
-            budget, output = share * whole, work / f"{units.replace(',', '_') or 'default'}_{share:g}"
+            budget, output = share * times.whole, work / f"{units.replace(',', '_') or 'default'}_{share:g}"
             write_json(output / TIMES, times.as_json())  # where `cook prune` looks before it measures
             command = [sys.executable, "-m", "cook", "prune", options.model, "--data", options.calibration]
             command += ["--keep", f"latency_ms={budget:.4f}", "--steps", str(options.steps), "--output", str(output)]
