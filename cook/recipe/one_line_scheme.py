@@ -22,11 +22,10 @@ from cook.recipe.head_units import (
     offered_units,
     reachable_heads,
 )
+from cook.recipe.plan import INNER
 
 TIMES = "block_times.json"
 """The measured table, in the output folder."""
-STAGE_OF = {"heads": "att", "experts": "experts", "head_dims": "headdim", "hidden": "hidden"}
-"""The first words of the stages that prune one kind of unit."""
 JOINT = ("joint_mask", "joint_finetune")
 
 
@@ -98,7 +97,7 @@ def _fine(job: OneLineJob, keep: Keep, source: ModelSource, kinds: Sequence[Kind
         or kept_heads not in reachable_heads(adapter, config, unit, False),
         "heads_mask": str(masks / "heads_mask.pt"),
         "dimff_mask": str(masks / "dimff_mask.pt"),
-        "prune_mode": next((stage for key, stage in STAGE_OF.items() if key in keep), "ffn"),
+        "prune_mode": next((stage for kind, stage in INNER.items() if kind in keep), "ffn"),
     }
     if kept_head_dim is not None:
         fine |= {"target_head_dim": kept_head_dim, "head_dims_mask": str(masks / "head_dims_mask.pt")}
