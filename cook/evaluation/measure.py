@@ -136,7 +136,8 @@ def read_texts(paths: Sequence[str]) -> str:
             remedy = "convert it to UTF-8"
             raise UserError(f"{path}: not UTF-8 at byte {error.start}", remedy=remedy) from None
         except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+            remedy = "name its files; --data can be repeated" if isinstance(error, IsADirectoryError) else None
+            raise UserError(f"{path}: cannot be read: {error.strerror}", remedy=remedy) from None
     if not any(text.strip() for text in texts):
         raise UserError("there is nothing to score", got=", ".join(paths))
     return "\n".join(texts)

@@ -10,9 +10,8 @@ from cook.base.files import read_json, write_json
 from cook.config.moefy import MoefyJob
 from cook.families.source import open_model
 from cook.pruning.counts import parameters
-from cook.pruning.family import vocabulary_size
 from cook.recipe.moefy import DENSE_LOSS
-from cook.recipe.one_line import check_output, check_same, data_type, local_model, matrices, planned
+from cook.recipe.one_line import base_recipe, check_output, check_same, local_model, matrices, planned
 from cook.report.tables import human_count, markdown_table
 from cook.text.hf import check_has_tokenizer
 
@@ -42,30 +41,7 @@ def _recipe(job: MoefyJob) -> dict[str, Any]:
     check_output(job.output, source.path)
     check_has_tokenizer(source.folder)
     teacher = {"teacher": str(source.path), "ce_scale": 2.0, "ce_temp": 2.0} if job.steps else None
-    return {
-        "output_dir": str(Path(job.output) / "run"),
-        "seed": job.seed,
-        "model": {"type": "hf", "path": str(source.path)},
-        "tokenizer": {"type": "hf", "path": str(source.path), "vocab_size": vocabulary_size(source.config)},
-        "data": {
-            "type": data_type(job.data),
-            "paths": list(job.data),
-            "text_field": job.text_field,
-            "held_out": 0.03,
-            "max_length": job.max_length,
-        },
-        "training": {
-            "steps": max(1, job.steps),
-            "train_batch_size": job.batch_size,
-            "micro_batch_size": job.batch_size,
-            "learning_rate": job.learning_rate,
-            "warmup": 0.1,
-            "log_every": 5,
-            "save_every": 50,
-            "keep_checkpoints": 1,
-            "eval_rows": 16,
-        },
-        "deepspeed": {"zero_optimization": {"stage": 2}},
+    return base_recipe(job, source, max(1, job.steps)) | {
         "distillation": teacher,
         "MoEfication": {
             "is_moefy": True,

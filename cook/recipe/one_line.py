@@ -10,6 +10,7 @@ from typing import Any
 
 from cook.base.errors import UserError, UserErrors
 from cook.base.files import read_json, write_json
+from cook.config.moefy import MoefyJob
 from cook.config.tasks import OneLineJob
 from cook.evaluation.profile import measure_block_times, time_share
 from cook.evaluation.settings import ProfileSettings
@@ -249,33 +250,7 @@ def _recipe_files(job: OneLineJob, source: ModelSource, sizes: Sequence[Keep]) -
         scheme["gates"] = scheme.get("gates", {}) | {"compensation": True}
     # A search is over before the first step, and the weights are frozen.
     mask_steps = 1 if scheme.get("gates", {}).get("start") == "search" else job.steps
-    bmcook = {
-        "output_dir": str(Path(job.output) / "run"),
-        "seed": job.seed,
-        "model": {"type": "hf", "path": str(source.path)},
-        "tokenizer": {"type": "hf", "path": str(source.path), "vocab_size": vocabulary_size(source.config)},
-        "data": {
-            "type": data_type(job.data),
-            "paths": list(job.data),
-            "text_field": job.text_field,
-            "held_out": 0.03,
-            "max_length": job.max_length,
-        },
-        "training": {
-            "steps": job.steps,
-            "train_batch_size": job.batch_size,
-            "micro_batch_size": job.batch_size,
-            "learning_rate": job.learning_rate,
-            "warmup": 0.1,
-            "weight_decay": 0.0,
-            "clip": 1.0,
-            "precision": "auto",
-            "log_every": 5,
-            "save_every": 50,
-            "keep_checkpoints": 1,
-            "eval_rows": 16,
-        },
-        "deepspeed": {"zero_optimization": {"stage": 2}},
+    bmcook = base_recipe(job, source, job.steps) | {
         "distillation": _distillation(job, stages[0]),
         "logging": {"tensorboard": True},
         "pruning": {
@@ -292,7 +267,37 @@ def _recipe_files(job: OneLineJob, source: ModelSource, sizes: Sequence[Keep]) -
             *({"name": name, "training": {"steps": job.finetune_steps}} for name in stages[1:] if job.finetune_steps),
         ],
     }
+    bmcook["training"] |= {"weight_decay": 0.0, "clip": 1.0, "precision": "auto"}
     return {"l0_pruning.json": scheme, "bmcook.json": bmcook}
+
+
+def base_recipe(job: OneLineJob | MoefyJob, source: ModelSource, steps: int) -> dict[str, Any]:
+    """What the `bmcook.json` of a one-line job says of the model, the data and the training."""
+    return {
+        "output_dir": str(Path(job.output) / "run"),
+        "seed": job.seed,
+        "model": {"type": "hf", "path": str(source.path)},
+        "tokenizer": {"type": "hf", "path": str(source.path), "vocab_size": vocabulary_size(source.config)},
+        "data": {
+            "type": data_type(job.data),
+            "paths": list(job.data),
+            "text_field": job.text_field,
+            "held_out": 0.03,
+            "max_length": job.max_length,
+        },
+        "training": {
+            "steps": steps,
+            "train_batch_size": job.batch_size,
+            "micro_batch_size": job.batch_size,
+            "learning_rate": job.learning_rate,
+            "warmup": 0.1,
+            "log_every": 5,
+            "save_every": 50,
+            "keep_checkpoints": 1,
+            "eval_rows": 16,
+        },
+        "deepspeed": {"zero_optimization": {"stage": 2}},
+    }
 
 
 def _can_compensate(source: ModelSource, stage: str) -> bool:

@@ -45,10 +45,11 @@ def _cpuinfo() -> list[str]:
 def publish(name: str, settings: dict[str, Any], rows: list[dict[str, Any]], output: str | None) -> None:
     """Prints `rows` as a table and writes them with the machine and the settings to results/bench/NAME.json.
 
-    Where a run wrote its files is none of its settings.
+    Rows may lack cells that others have. Where a run wrote its files is none of its settings.
     """
-    headers = list(rows[0])
-    cells = [[_text(row.get(header)) for header in headers] for row in rows]
+    headers = list(dict.fromkeys(name for row in rows for name in row))
+    rows = [{name: row.get(name) for name in headers} for row in rows]
+    cells = [[_text(row[header]) for header in headers] for row in rows]
     print(f"\n{name}\n{markdown_table(headers, cells)}\n")
     path = Path(output) if output else ROOT / "results" / "bench" / f"{name}.json"
     settings = {key: value for key, value in settings.items() if key not in ("output", "folder", "work")}

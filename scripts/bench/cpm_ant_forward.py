@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -25,11 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-import transformers  # noqa: E402
+from common import machine  # noqa: E402
 from transformers.models.cpmant import CpmAntConfig as StockConfig  # noqa: E402
 from transformers.models.cpmant import CpmAntForCausalLM as StockModel  # noqa: E402
 
-from cook.base.device import card, wait_for  # noqa: E402
+from cook.base.device import wait_for  # noqa: E402
 from cook.base.files import write_json  # noqa: E402
 from cook.families.cpm_ant_formats import to_stock  # noqa: E402
 from cook.models.cpm_ant import CpmAntConfig, CpmAntForCausalLM  # noqa: E402
@@ -176,24 +175,6 @@ def peak_mib(device: str) -> float:
         lines = [line.split() for line in status.read_text().splitlines()]
         return next(int(line[1]) for line in lines if line[0] == "VmHWM:") / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS counts bytes
-
-
-def machine() -> dict:
-    return {
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "gpu": card(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def show(result: dict) -> None:

@@ -147,12 +147,10 @@ def main() -> None:
                 if folder:
                     shutil.rmtree(folder / "run", ignore_errors=True)  # the whole model, once per stage
                     shutil.rmtree(folder / "model", ignore_errors=True)
-    headers = list(dict.fromkeys(name for cell in done.values() for name in cell))
-    rows = [{name: cell.get(name) for name in headers} for cell in done.values()]
     local = ("model", "work", "calibration", "text", "texts", "output")
     settings = {name: value for name, value in vars(options).items() if name not in local}
     settings["texts"] = [name for name, _ in options.texts]
-    publish("dimensions", settings, rows, options.output)
+    publish("dimensions", settings, [*done.values()], options.output)
 
 
 def parse() -> argparse.Namespace:

@@ -75,9 +75,8 @@ def main() -> None:
                 }
             )
             print(rows[-1], flush=True)
-    headers = list(dict.fromkeys(name for row in rows for name in row))
     settings = {name: getattr(options, name) for name in ("units", "shares", "steps", "length", "repeats")}
-    publish("latency_budget", settings, [{name: row.get(name) for name in headers} for row in rows], options.output)
+    publish("latency_budget", settings, rows, options.output)
 
 
 def parse() -> argparse.Namespace:
