@@ -133,11 +133,11 @@ def read_texts(paths: Sequence[str]) -> str:
         try:
             texts.append(Path(path).read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
-            remedy = "convert it to UTF-8"
-            raise UserError(f"{path}: not UTF-8 at byte {error.start}", remedy=remedy) from None
+            raise UserError(f"{path}: not UTF-8 at byte {error.start}", remedy="convert it to UTF-8") from None
+        except IsADirectoryError:
+            raise UserError(f"{path}: a folder", wanted="text files; the option may be repeated") from None
         except OSError as error:
-            remedy = "name its files; --data can be repeated" if isinstance(error, IsADirectoryError) else None
-            raise UserError(f"{path}: cannot be read: {error.strerror}", remedy=remedy) from None
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     if not any(text.strip() for text in texts):
         raise UserError("there is nothing to score", got=", ".join(paths))
     return "\n".join(texts)
