@@ -57,7 +57,7 @@ class Position:
     step: int  # number of global batches read; names the checkpoint
     updates: int = 0  # number of batches applied; the learning rate and the gates' targets depend on it
     tokens: int  # number of target tokens read
-    seconds: float = 0.0  # spent on training, over all runs of the stage
+    seconds: float = field(default=0.0, compare=False)  # spent on training, over all runs of the stage
     guard: Mapping[str, Any] = field(default_factory=dict)  # state of the guard against bad steps
     data: Any = None  # state of this rank's loader, as JSON; None if the loader has none
     log: Sequence[str] = ()  # log entries that could not be written yet

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import pytest
 
 from cook.base.processes import Process
 from cook.service import executors, trees
-from cook.service.jobs import JobStore, read
+from cook.service.jobs import Conflict, JobStore, read
 from tests.service.parts import (
     controller,
     create,
@@ -35,7 +36,8 @@ def service(tmp_path):
     made.start()
     yield made
     for job in made.list(state=("starting", "running", "stopping")):
-        made.stop(job.id, now=True)
+        with contextlib.suppress(Conflict):  # it has ended by now
+            made.stop(job.id, now=True)
     made.close()
     trees.send([pid for job in made.store.all() for pid in trees.marked(f"{job.id}/{job.attempt}")], signal.SIGKILL)
 

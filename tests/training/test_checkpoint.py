@@ -41,7 +41,8 @@ def test_the_manifest_and_the_state_say_what_they_must(tmp_path):
         "layout": FakeEngine.layout,
     }
     ranks = [{"guard": {"in_a_row": 1}, "data": {"row": 7}}]
-    assert read_json(folder / "state.json") == {"step": 3, "updates": 2, "tokens": 300, "log": [], "ranks": ranks}
+    state = {"step": 3, "updates": 2, "tokens": 300, "seconds": 0.0, "log": [], "ranks": ranks}
+    assert read_json(folder / "state.json") == state
     assert (folder / "latest").read_text() == "engine\n", "DeepSpeed's own tools find its files by this"
 
 

@@ -103,7 +103,7 @@ def state(folder: Path, step: int = tiny_training.STEPS) -> dict[str, Any]:
         **{f"gates {key}": value for key, value in load_pt(place / "gates.pt").items()},
         **{f"{p.name} {key}": v for p in sorted(place.glob("rng-*.pt")) for key, v in load_pt(p).items()},
         "counters": shards.counters(),
-        "state": json.loads((place / "state.json").read_text()),
+        "state": {k: v for k, v in json.loads((place / "state.json").read_text()).items() if k != "seconds"},
     }
 
 
