@@ -222,7 +222,7 @@ def config_class(stock_type: str) -> type[PreTrainedConfig]:
     own_checks = {"validate_rope": PreTrainedConfig.validate_rope}
 
     def validate(self: PreTrainedConfig) -> None:
-        for check in stock.__class_validators__:
+        for check in getattr(stock, "__class_validators__", ()):
             own_checks.get(check.__name__, check)(self)
 
     body = {"model_type": MODEL_TYPE, "__module__": __name__, "__reduce__": __reduce__, "validate": validate}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from cook.pruning.mask_file import write_mask_file
 from cook.recipe.dry_run import plan_facts
 from cook.recipe.moefy import open_dense
 from cook.recipe.moefy_job import write_moefy_recipe
+from cook.recipe.one_line import base_recipe
 from cook.recipe.plan import MaskPaths, plan_stage, recipe
 from cook.recipe.summary import masks_after
 from tests.recipe.test_stock import write_stock_run
@@ -196,3 +198,12 @@ def test_every_zero_stage_trains_the_same_experts(tmp_path):
         losses[-1].append(json.loads((folder / "out/moefy/done.json").read_text())["held_out_loss"])
     # Sums in another order, in fp32: the same model on the same rows.
     assert len(losses[0]) == 4 and all(own == pytest.approx(losses[0], rel=1e-4) for own in losses)
+
+
+def test_the_vocabulary_of_a_model_of_several_parts_is_that_of_its_text(tmp_path):
+    """Gemma 3 with images has no `vocab_size` of its own."""
+    (tmp_path / "a.txt").write_text("text")
+    job = MoefyJob(model="model", output=str(tmp_path / "out"), data=(str(tmp_path / "a.txt"),))
+    parts = {"text_config": {"vocab_size": 61}, "vision_config": {"hidden_size": 16}}
+    source = SimpleNamespace(path=tmp_path / "model", config=parts)
+    assert base_recipe(job, source, 1)["tokenizer"]["vocab_size"] == 61
