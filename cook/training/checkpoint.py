@@ -24,7 +24,7 @@ import torch
 
 from cook.base import distributed
 from cook.base.distributed import in_words
-from cook.base.errors import Interrupted, RankLost, RunFailed, UserError
+from cook.base.errors import Interrupted, RankLost, RunFailed, UserError, out_of_memory
 from cook.base.faults import point
 from cook.base.files import naming, read_json
 from cook.base.seeds import derived_seed, restore_rng_state, rng_state, seed_everything
@@ -82,12 +82,13 @@ class Saver:
     def __enter__(self) -> Saver:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if error is None:
             self.wait()
             distributed.leave_group(self._group)
-        elif issubclass(kind, (RunFailed, Interrupted)) and not issubclass(kind, RankLost) and self._thread:
-            self._thread.join()  # the process group stays: this rank may have failed alone, and will end soon
+        elif self._thread and not isinstance(error, RankLost):
+            if isinstance(error, RunFailed | Interrupted) or out_of_memory(error):
+                self._thread.join()  # the process group stays: this rank may have failed alone, and will end soon
 
     @property
     def failed(self) -> bool:
