@@ -135,9 +135,10 @@ def test_what_killed_saves_have_left_is_cleared_away_by_the_next(tmp_path):
     assert names(tmp_path) == ["latest", "step-3"]
 
 
-@pytest.mark.parametrize(
-    "failure", [RunFailed("x"), Interrupted("x"), torch.OutOfMemoryError("out of memory"), MemoryError()]
-)
+ENDINGS = (RunFailed("x"), Interrupted("x"), torch.OutOfMemoryError("x: out of memory"), MemoryError("x"))
+
+
+@pytest.mark.parametrize("failure", ENDINGS, ids=lambda error: type(error).__name__)
 def test_a_run_that_ends_waits_for_what_is_under_way(tmp_path, failure):
     with pytest.raises(type(failure), match="x"), Saver(tmp_path, stage="s", fingerprint="f", keep=5) as saver:
         saver.save(FakeEngine(1), None, position(1), also=lambda: None)
