@@ -6,7 +6,6 @@ import copy
 import itertools
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,8 +17,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
-    Trainer,
-    TrainingArguments,
 )
 
 import cook
@@ -390,46 +387,6 @@ def test_masks_of_another_model_are_refused():
         cook.plan(torch.nn.Linear(2, 2), {"dims": 0.5})
     with pytest.raises(UserError, match="ran out"):
         cook.learn_masks(llama(), iter(batches(2)), {"dims": 0.5}, steps=3)
-
-
-def trainer(model: torch.nn.Module, folder: Path, callback: Any, **options: Any) -> Trainer:
-    rows = [{"input_ids": row, "labels": row} for batch in batches(6) for row in batch["input_ids"]]
-    arguments = TrainingArguments(
-        str(folder), per_device_train_batch_size=2, report_to=[], use_cpu=True, disable_tqdm=True, seed=3, **options
-    )
-    return Trainer(model, arguments, train_dataset=rows, callbacks=[callback])
-
-
-def order(model: torch.nn.Module, folder: Path, **options: Any) -> list[dict[str, torch.Tensor]]:
-    """The batches that a trainer with these options reads."""
-    made = trainer(model, folder, cook.PruningCallback({"dims": 0.5}), **options)
-    return [dict(batch) for batch in made.get_train_dataloader()]
-
-
-def test_a_trainer_with_the_callback_learns_the_masks_of_our_own_loop(tmp_path):
-    """With a learning rate of 0 the trainer's weights stay as they are, as in `learn_masks`."""
-    model, callback = llama(), cook.PruningCallback({"dims": 0.5}, seed=3)
-    trainer(model, tmp_path, callback, max_steps=6, learning_rate=0.0, save_strategy="no").train()
-    own = cook.attach(other := llama(), {"dims": 0.5}, steps=6, seed=3)
-    torch.manual_seed(3)
-    for batch in order(other, tmp_path, max_steps=6, save_strategy="no"):
-        own.before_forward()
-        other(**batch).loss.backward()
-        own.after_backward()
-    assert callback.gates is not None
-    # The same sums in the same order; the trainer's loss divides by the number of targets in another place.
-    torch.testing.assert_close(callback.gates.gates.values, own.gates.values, rtol=0, atol=1e-4)
-    assert all(torch.equal(mask, own.masks()[name]) for name, mask in callback.masks.items())
-
-
-def test_a_resumed_trainer_ends_with_the_gates_of_the_uninterrupted_one(tmp_path):
-    whole = cook.PruningCallback({"dims": 0.5})
-    trainer(llama(), tmp_path / "whole", whole, max_steps=6, learning_rate=1e-3, save_steps=3).train()
-    resumed = cook.PruningCallback({"dims": 0.5})
-    checkpoint = str(tmp_path / "whole" / "checkpoint-3")
-    trainer(llama(), tmp_path / "whole", resumed, max_steps=6, learning_rate=1e-3, save_steps=3).train(checkpoint)
-    assert whole.gates is not None and resumed.gates is not None
-    assert torch.equal(whole.gates.gates.values, resumed.gates.gates.values)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, GPT2LMHeadModel, RobertaConfig, RobertaForMaskedLM, Trainer
+from transformers import BertConfig, BertForMaskedLM, GPT2LMHeadModel, RobertaConfig, RobertaForMaskedLM
 
 import cook
 from cook.base.errors import UserError
-from tests.test_api import batches, gpt2, llama, trainer
+from tests.test_api import batches, gpt2, llama
 
 
 def with_dropout() -> GPT2LMHeadModel:
@@ -126,53 +125,6 @@ def test_verify_reads_any_batches_but_none():
 class Stream(torch.utils.data.IterableDataset):
     def __iter__(self):
         return iter(batches())
-
-
-# The callback of transformers' Trainer
-
-
-def hooks(model: torch.nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-
-
-def test_a_second_training_has_one_set_of_gates(tmp_path):
-    model, callback = llama(), cook.PruningCallback({"dims": 0.5})
-    made: Trainer = trainer(model, tmp_path, callback, max_steps=2, save_strategy="no")
-    made.train()
-    once = hooks(model)
-    made.train()
-    assert callback.gates is not None and hooks(model) == once > 0
-    callback.gates.remove()
-    assert hooks(model) == 0
-
-
-def test_gates_that_are_not_beside_the_checkpoint_are_asked_for(tmp_path):
-    first = trainer(llama(), tmp_path / "one", cook.PruningCallback({"dims": 0.5}), max_steps=4, save_steps=2)
-    first.train()
-    model = llama()
-    second = trainer(model, tmp_path / "two", cook.PruningCallback({"dims": 0.5}), max_steps=4, save_strategy="no")
-    with pytest.raises(UserError, match=r"copy cook_gates\.pt there"):
-        second.train(str(tmp_path / "one" / "checkpoint-2"))
-    assert hooks(model) == 0
-
-
-def test_gradients_of_gates_are_divided_by_the_scale_of_fp16(tmp_path):
-    """The trainer multiplies the loss by its scaler's factor; the gates' gradients have it too."""
-    values = {}
-    for scale in (1.0, 1024.0):
-        model, callback = llama(), cook.PruningCallback({"dims": 0.5})
-        arguments = trainer(model, tmp_path, callback, max_steps=3, save_strategy="no").args
-        state = SimpleNamespace(max_steps=3, global_step=0)
-        callback.on_train_begin(arguments, state, None, model=model)
-        optimizer = SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda scale=scale: scale))
-        for batch in batches(3):
-            callback.on_step_begin(arguments, state, None)
-            (scale * model(**batch, labels=batch["input_ids"]).loss).backward()
-            callback.on_pre_optimizer_step(arguments, state, None, optimizer=optimizer)
-        assert callback.gates is not None
-        values[scale] = callback.gates.gates.values
-    # A power of two changes no digit of a product, but what is too small for fp32.
-    torch.testing.assert_close(values[1024.0], values[1.0], rtol=1e-6, atol=1e-7)
 
 
 # Calls that failed later, or computed something else

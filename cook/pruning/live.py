@@ -46,13 +46,16 @@ class LiveGates:
     ):
         self.model, self.space, self.gates, self.step = model, space, gates, 0
         self.attached = AttachedGates(model, groups, {})
-        own = means or {}
-        gates.means = {group.name: own[group.name] for group in groups if group.name in own}
-        for name, mean in gates.means.items():
-            group = next(group for group in groups if group.name == name)
-            features = len(by_feature(group.gate, torch.ones(group.size)))
-            if mean.shape != (features,):
-                raise UserError(f"means: {name}", wanted=f"shape ({features},)", got=f"shape {tuple(mean.shape)}")
+        gates.means = {}
+        for group in groups:
+            if (mean := (means or {}).get(group.name)) is None:
+                continue
+            shape = by_feature(group.gate, torch.ones(group.size)).shape
+            if mean.shape != shape:
+                raise UserError(
+                    f"means: {group.name}", wanted=f"shape {tuple(shape)}", got=f"shape {tuple(mean.shape)}"
+                )
+            gates.means[group.name] = mean
         self._compensate()
         self._z: torch.Tensor | None = None
 

@@ -236,7 +236,7 @@ def kept_tokens(vocabulary: str, job: Job, source: ModelSource) -> tuple[int, ..
 
 def _rows(job: Job, with_tokens: int | None) -> list[LadderRow]:
     """The first model of the run, and the one that is reshaped, with its parameters if it has fewer tokens."""
-    rows = [ladder_row(stage) for stage in job.stages[:-1][:1]]
+    rows = [ladder_row(stage) for stage in job.stages[:1] if len(job.stages) > 1]
     for stage in job.stages[-1:]:
         row = ladder_row(stage, number=job.number)
         rows.append(row if with_tokens is None else replace(row, parameters=with_tokens))
