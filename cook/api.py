@@ -13,6 +13,7 @@ import torch
 
 from cook.base.errors import UserError
 from cook.base.seeds import derived_seed
+from cook.config.kinds import NAMES, Kind
 from cook.config.scheme import HeadUnitChoice
 from cook.families.registry import by_config
 from cook.pruning.budgets import (
@@ -34,7 +35,7 @@ from cook.pruning.family import Adapter, refuse_experts
 from cook.pruning.gates import Gates
 from cook.pruning.live import LiveGates
 from cook.pruning.relaxation import Deterministic, HardConcrete, Relaxation
-from cook.pruning.units import HeadUnit, Kind, PruningSpace, UnitGroup
+from cook.pruning.units import HeadUnit, PruningSpace, UnitGroup
 from cook.recipe.head_units import (
     BUDGET_UNITS,
     budget_kinds,
@@ -49,15 +50,6 @@ from cook.report.tables import human_count, markdown_table
 Batch = Mapping[str, torch.Tensor]
 Means = Mapping[str, torch.Tensor]
 """Means of input features of output projections, float32 `[features]`, by the name of the group with gates there."""
-LABELS: dict[Kind, str] = {
-    "layer": "blocks",
-    "heads": "heads",
-    "experts": "experts",
-    "dimff": "FFN dimensions",
-    "head_dims": "dimensions of each head",
-    "hidden": "hidden dimensions",
-}
-"""The kinds of units in a plan."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,11 +139,11 @@ def plan(
         even |= dict.fromkeys(c.groups, share)
     kept = {g.name: round(even[g.name] * g.size) for g in job.learned if g.kind != "layer"}
     shown: dict[str, tuple[int, int]] = {}
-    for kind, label in LABELS.items():
+    for kind, names in NAMES.items():
         groups_of_kind = [g for g in job.learned if g.kind == kind]
         if groups_of_kind:
             total = sum(g.size * g.members for g in groups_of_kind)
-            shown[label] = total, round(sum(even.get(g.name, 1.0) * g.size * g.members for g in groups_of_kind))
+            shown[names.plural] = total, round(sum(even.get(g.name, 1.0) * g.size * g.members for g in groups_of_kind))
     before, flops = parameters(job.space), forward_flops(job.space, context=context)
     after, flops_after = float(parameters(job.space, kept)), forward_flops(job.space, kept, context=context)
     active, active_after = active_parameters(job.space), float(active_parameters(job.space, kept))

@@ -176,7 +176,7 @@ def test_head_dims_and_blocks_are_units_too(make, keep, units):
         assert kinds == {"dimff", "head_dims"} and after < plan.parameters[0]
     elif "head_dims" in keep:
         kept = int(masks["head_dims"].sum())
-        assert kept == (2 if make is llama else 4) and plan.units["dimensions of each head"][1] == 4
+        assert kept == (2 if make is llama else 4) and plan.units["head dimensions"][1] == 4
         assert make is gpt2 or small.config.head_dim == 4 and small.config.model_type == "llama"
 
 

@@ -11,6 +11,7 @@ from cook.base.errors import UserError
 from cook.config.check_inputs import mask_paths, refused_folder
 from cook.config.distillation import OWN_TEACHER, DistillationConfig
 from cook.config.facts import ModelFacts
+from cook.config.kinds import FINE_STAGES
 from cook.config.types import (
     CoarseConfig,
     FineConfig,
@@ -24,10 +25,8 @@ from cook.config.types import (
     two_of_four,
 )
 
-INNER = ("att", "ffn", "experts", "headdim", "hidden")
-"""The units of fine-grained stages."""
-UNITS = ("layer", *INNER, "joint")
-METHODS = {"layer": "coarse-grained", "joint": "joint"} | dict.fromkeys(INNER, "fine-grained")
+UNITS = ("layer", *FINE_STAGES, "joint")
+METHODS = {"layer": "coarse-grained", "joint": "joint"} | dict.fromkeys(FINE_STAGES, "fine-grained")
 
 
 def mask_is_structured(pruning: PruningConfig, stages: tuple[StageEntry, ...]) -> Iterator[UserError]:
@@ -54,7 +53,7 @@ def recipe_in_order(stages: tuple[StageEntry, ...]) -> Iterator[UserError]:
     if "random_baseline" in names and names[-1] != "random_baseline":
         yield UserError("stages: random_baseline must come last", got=order)
     at = {unit: [i for i, name in enumerate(names) if name.partition("_")[0] == unit] for unit in UNITS}
-    inner = [place for unit in INNER for place in at[unit]]
+    inner = [place for unit in FINE_STAGES for place in at[unit]]
     if at["layer"] and inner and max(at["layer"]) > min(inner):
         units = "att, ffn, experts, headdim and hidden stages"
         yield UserError(f"stages: the layer stages must come before the {units}", got=order)
@@ -66,7 +65,7 @@ def recipe_in_order(stages: tuple[StageEntry, ...]) -> Iterator[UserError]:
         mask, finetune = f"{unit}_mask", f"{unit}_finetune"
         if mask in names and finetune in names and names.index(mask) > names.index(finetune):
             yield UserError(f"stages: {mask} must come before {finetune}", got=order)
-    for one, other in combinations(INNER, 2):
+    for one, other in combinations(FINE_STAGES, 2):
         if at[one] and at[other] and max(at[one]) > min(at[other]) and max(at[other]) > min(at[one]):
             remedy = f"put both {one} stages before both {other} stages, or the other way round"
             yield UserError(f"stages: the {one} and {other} stages are interleaved", got=order, remedy=remedy)
@@ -83,7 +82,7 @@ def sections_given(
     used, method = _units_in_recipe(stages), method_of(pruning)
     for section, given, units in (
         ("coarse-grained", coarse, ("layer",)),
-        ("fine-grained", fine, (*INNER, "joint")),
+        ("fine-grained", fine, (*FINE_STAGES, "joint")),
         ("joint", joint, ("joint",)),
     ):
         reasons = [f"stages.{unit}_mask" for unit in units if unit in used]
@@ -99,7 +98,7 @@ def masks_given(
     used = _units_in_recipe(stages)
     if fine is not None:
         described = str(stage_of(pruning, coarse, fine, None) or method_of(pruning))
-        inner = (used | {described.partition("_")[0]}) & {*INNER, "joint"}
+        inner = (used | {described.partition("_")[0]}) & {*FINE_STAGES, "joint"}
         if fine.heads_mask is None and inner - {"hidden", "headdim", "experts"}:
             wanted = "the path of the head mask: att mask training writes it, ffn mask training reads it"
             yield UserError("fine-grained.heads_mask: missing", wanted=wanted)
@@ -119,7 +118,7 @@ def masks_given(
         if fine.coarse_mask is None and "joint" in inner:
             wanted = "the path of the layer mask: joint mask training writes it too"
             yield UserError("fine-grained.coarse_mask: missing", wanted=wanted)
-    if coarse is not None and fine is not None and "layer" in used and used & {*INNER}:
+    if coarse is not None and fine is not None and "layer" in used and used & {*FINE_STAGES}:
         if fine.coarse_mask is not None and normpath(fine.coarse_mask) != normpath(coarse.coarse_mask):
             what = "fine-grained.coarse_mask: not the mask that the layer stages of the recipe write"
             yield UserError(what, wanted=coarse.coarse_mask, got=fine.coarse_mask)
@@ -153,7 +152,7 @@ def layer_mask_given(
     """Checks that fine-grained stages know which blocks are kept."""
     used = _units_in_recipe(stages)
     fits = fine is None or fine.coarse_mask is not None
-    is_fine = used & {*INNER} or method_of(pruning) == "fine-grained"
+    is_fine = used & {*FINE_STAGES} or method_of(pruning) == "fine-grained"
     if is_fine and not fits and ("layer" in used or facts.layers_removed is False):
         yield UserError(
             "fine-grained.coarse_mask: missing, and no layers have been removed from the model yet",

@@ -11,6 +11,7 @@ import torch
 
 from cook.base.errors import UserError, library_errors
 from cook.base.tensor_files import read_model_config
+from cook.config.kinds import FINE
 from cook.export.pruned_folder import mask_model, open_masks
 from cook.families.registry import knows, stock_type
 from cook.families.source import load_model, open_model, placed
@@ -18,7 +19,7 @@ from cook.families.streamed import fits_into_memory, streamed_model
 from cook.pruning.family import ModelSource
 from cook.text.hf import check_tokenizer_file, open_backend
 
-MASKS = ("coarse", "heads", "experts", "dimff", "head_dims", "hidden")
+MASKS = ("coarse", *FINE)
 FORM = "[NAME=]DIR" + "".join(f"[,{kind}=FILE]" for kind in MASKS)
 
 

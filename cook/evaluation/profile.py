@@ -9,13 +9,14 @@ from dataclasses import asdict
 import torch
 
 from cook.base.errors import UserError
+from cook.config.kinds import Kind
 from cook.evaluation.settings import ProfileSettings, device_of
 from cook.evaluation.speed import median_seconds
 from cook.export.pruned_folder import reshaped_source
 from cook.families.source import load_model, placed
 from cook.pruning.block_times import BlockTimes, Curve
 from cook.pruning.family import ModelSource, vocabulary_size
-from cook.pruning.units import WIDE, Kind, PruningSpace
+from cook.pruning.units import WIDE, PruningSpace
 from cook.report.tables import markdown_table
 
 

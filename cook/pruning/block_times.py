@@ -11,8 +11,9 @@ import torch
 
 from cook.base.errors import UserError
 from cook.base.files import read_json
+from cook.config.kinds import Kind
 from cook.pruning.count_pricing import kept_after
-from cook.pruning.units import WIDE, Kind, PruningSpace, UnitGroup
+from cook.pruning.units import WIDE, PruningSpace, UnitGroup
 
 FLATTEST = 1e-3
 """The lowest slope of a curve, as a share of its mean slope: a unit that costs nothing would have no price."""

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from cook.base.errors import UserError
+from cook.config.kinds import FINE, NAMES, Kind
 from cook.config.scheme import Scope
 from cook.pruning.block_times import BlockTimes, TimePricing, WholeTimePricing
 from cook.pruning.controller import Constraint
@@ -25,7 +26,7 @@ from cook.pruning.counts import (
     unit_flops,
     unit_parameters,
 )
-from cook.pruning.units import WIDE, Kind, PruningSpace, UnitGroup
+from cook.pruning.units import WIDE, PruningSpace, UnitGroup
 
 MIB = 1 << 20
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -36,8 +37,8 @@ Keep = Mapping[str, float]
 """What to keep, by a name of `KEEP_KEYS`: a share, a number of heads or FFN dimensions, or MiB or milliseconds."""
 WHOLE_KEYS = ("params", "flops", "memory_mib", "latency_ms")
 """The names of budgets for all units together."""
-KEEP_KEYS = (*WHOLE_KEYS, "blocks", "heads", "experts", "dims", "head_dims", "hidden")
-NUMBERS = ("heads", "experts", "dims", "head_dims", "hidden")
+KEEP_KEYS = (*WHOLE_KEYS, *(names.option for names in NAMES.values()))
+NUMBERS = tuple(names.option for names in FINE.values())
 """The names whose values may be numbers of units."""
 
 
@@ -295,9 +296,7 @@ def _share_of_limit(space: PruningSpace, groups: Sequence[UnitGroup], targets: T
 
 def _named(groups: Sequence[UnitGroup]) -> str:
     """The kinds of units in words; keys and values go with heads."""
-    names: dict[Kind, str] = {"layer": "blocks", "heads": "heads", "experts": "experts", "dimff": "FFN dimensions"}
-    names |= {"head_dims": "head dimensions", "hidden": "hidden dimensions"}
-    kinds = [name for kind, name in names.items() if any(group.kind == kind for group in groups)]
+    kinds = [names.plural for kind, names in NAMES.items() if any(group.kind == kind for group in groups)]
     return " and ".join(kinds) or "these units"
 
 

@@ -10,17 +10,13 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from cook.base.errors import UserError
+from cook.config.kinds import FINE
 from cook.pruning.units import WIDE, PruningSpace, UnitGroup
 
 Masks = Mapping[str, torch.Tensor]
 COARSE_KEYS = ("self_att_layer_z", "cross_att_layer_z", "ffn_layer_z")
-FINE_KEYS = {
-    "heads": "heads_z",
-    "experts": "experts_z",
-    "dimff": "dimff_z",
-    "head_dims": "head_dims_z",
-    "hidden": "hidden_z",
-}
+FINE_KEYS: dict[str, str] = {kind: names.tensor for kind, names in FINE.items()}
+"""The tensors of a fine mask file, by kind."""
 WIDE_NAMES = {"head_dims": "the size of heads", "hidden": "the hidden size"}
 
 

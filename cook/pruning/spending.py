@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
+from cook.config.kinds import Kind
 from cook.pruning.budgets import KINDS
 from cook.pruning.count_pricing import count_pricing
 from cook.pruning.counts import Kept, parameters
-from cook.pruning.units import Kind, PruningSpace, UnitGroup
+from cook.pruning.units import PruningSpace, UnitGroup
 
 # Gauss-Legendre on [0, 1], exact for polynomials of degree 5: no weight depends on more than five kinds of units.
 NODES, WEIGHTS = (0.5 - 0.15**0.5, 0.5, 0.5 + 0.15**0.5), (5 / 18, 8 / 18, 5 / 18)

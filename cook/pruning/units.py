@@ -13,11 +13,8 @@ from typing import Literal
 
 import torch
 
-Kind = Literal["layer", "heads", "keys", "experts", "dimff", "head_dims", "hidden"]
-"""`keys` are key-value heads whose query heads are units of their own: each goes with the last of its query heads.
-`experts` are those of an FFN block that is a mixture of experts; its `dimff` are the dimensions inside them.
-`head_dims` are the dimensions of every head, and `hidden` those of the residual stream: each is one group for the whole
-model."""
+from cook.config.kinds import Kind
+
 WIDE: tuple[Kind, ...] = ("head_dims", "hidden")
 """The kinds with one group for the whole model, whose name is that of the kind."""
 Site = Literal["att", "ffn", "stream"]

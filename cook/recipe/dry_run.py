@@ -10,6 +10,7 @@ import torch
 
 from cook.base.errors import UserError
 from cook.config.corpus import DataConfig, SourceConfig
+from cook.config.kinds import NAMES
 from cook.config.tasks import PlanOptions
 from cook.config.types import RunConfig
 from cook.pruning.counts import parameters
@@ -40,14 +41,6 @@ from cook.training.settings import check_settings
 
 ALONE = PlanOptions()
 """No card, one host."""
-MASKS_OF = {
-    "layer": "layers",
-    "heads": "heads",
-    "experts": "experts",
-    "dimff": "dims",
-    "head_dims": "head dims",
-    "hidden": "hidden dims",
-}
 
 
 def _described(source: DataConfig | SourceConfig) -> str:
@@ -97,7 +90,7 @@ def plan_facts(
             {
                 "stage": stage.name,
                 "weights_from": inputs.origin,
-                "learns": ["routers"] if stage.is_moefy else [MASKS_OF[kind] for kind in stage.learns],
+                "learns": ["routers"] if stage.is_moefy else [NAMES[kind].short for kind in stage.learns],
                 "uneven": bool(stage.uneven & set(stage.learns)),
                 "steps": training.steps,
                 "tokens_at_most": training.steps * training.train_batch_size * config.data.max_length,

@@ -7,21 +7,15 @@ from math import lcm
 from typing import Any
 
 from cook.base.errors import UserError
+from cook.config.kinds import NAMES, Kind
 from cook.config.scheme import HeadUnitChoice
 from cook.config.types import FineConfig
 from cook.pruning.budgets import KINDS
 from cook.pruning.family import Adapter
 from cook.pruning.mask_set import WIDE_NAMES
-from cook.pruning.units import HeadUnit, Kind, PruningSpace, UnitGroup
+from cook.pruning.units import HeadUnit, PruningSpace, UnitGroup
 
-BUDGET_UNITS: dict[str, Kind] = {
-    "blocks": "layer",
-    "heads": "heads",
-    "experts": "experts",
-    "dims": "dimff",
-    "head_dims": "head_dims",
-    "hidden": "hidden",
-}
+BUDGET_UNITS: dict[str, Kind] = {names.option: kind for kind, names in NAMES.items()}
 """The kinds of units that one budget can have, by their names for users."""
 HOW: dict[HeadUnit, str] = {
     "kv_group": "whole key-value groups",

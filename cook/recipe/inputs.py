@@ -11,6 +11,7 @@ import torch
 
 from cook.base.errors import UserError
 from cook.base.seeds import derived_seed, generator
+from cook.config.kinds import FINE_STAGES, NAMES, OPTIONAL, Kind
 from cook.config.types import FineConfig
 from cook.families.registry import by_config
 from cook.families.source import open_model, with_biases
@@ -24,9 +25,9 @@ from cook.pruning.mask_set import consistent, kept_counts, kept_groups, without_
 from cook.pruning.random_masks import random_masks_like
 from cook.pruning.relaxation import Deterministic, HardConcrete, Relaxation
 from cook.pruning.restrict import restrict
-from cook.pruning.units import WIDE, HeadUnit, Kind, PruningSpace, UnitGroup
+from cook.pruning.units import WIDE, HeadUnit, PruningSpace, UnitGroup
 from cook.recipe.head_units import check_sizes, choose_head_unit, heads_stay, no_experts, size_stays
-from cook.recipe.plan import INNER, LEARNS, OPTIONAL, MaskPaths, Stage, mask_paths
+from cook.recipe.plan import LEARNS, MaskPaths, Stage, mask_paths
 from cook.sparsity.matrices import matrices_of, restricted
 
 
@@ -92,7 +93,7 @@ def open_inputs(stage: Stage, *, must_exist: bool = True) -> Inputs:
         restricted(matrices_of(space), stage.config.pruning.pruned_module, adapter.aliases)  # reports mistakes early
     elif stage.config.pruning.pruned_module and stage.name != "pretrain":
         allowed = restrict(space, stage.config.pruning.pruned_module, adapter.aliases)
-    fine = stage.config.fine if _prunes(stage, *INNER.values(), "joint") else None
+    fine = stage.config.fine if _prunes(stage, *FINE_STAGES, "joint") else None
     keeps_heads = not (_prunes(stage, "att", "joint") or stage.fixed.heads)
     check_sizes(adapter, config, allowed, fine, stage.uneven, keeps_heads=keeps_heads)
     found = [paths if must_exist else _existing(paths) for paths in stage.by_size(stage.fixed)]
@@ -286,7 +287,7 @@ def stage_targets(stage: Stage, number: int = 0) -> Targets:
 
 def _kept(fine: FineConfig) -> dict[Kind, int | float]:
     kept: dict[Kind, int | float] = {"heads": fine.target_num_heads, "dimff": fine.target_dimff}
-    more: dict[Kind, int | None] = {kind: getattr(fine, key) for kind, key in OPTIONAL.items()}
+    more: dict[Kind, int | None] = {kind: getattr(fine, NAMES[kind].target) for kind in OPTIONAL}
     return kept | {kind: target for kind, target in more.items() if target is not None}
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from cook.base.errors import UserError
+from cook.config.kinds import FINE, Kind
 from cook.config.tasks import OneLineJob
 from cook.pruning.budgets import WHOLE_KEYS, Cost, Keep, Targets, whole_budget
 from cook.pruning.family import ModelSource
-from cook.pruning.units import Kind, PruningSpace
+from cook.pruning.units import PruningSpace
 from cook.recipe.head_units import (
     BUDGET_UNITS,
     budget_kinds,
@@ -22,7 +23,6 @@ from cook.recipe.head_units import (
     offered_units,
     reachable_heads,
 )
-from cook.recipe.plan import INNER
 
 TIMES = "block_times.json"
 """The measured table, in the output folder."""
@@ -97,7 +97,7 @@ def _fine(job: OneLineJob, keep: Keep, source: ModelSource, kinds: Sequence[Kind
         or kept_heads not in reachable_heads(adapter, config, unit, False),
         "heads_mask": str(masks / "heads_mask.pt"),
         "dimff_mask": str(masks / "dimff_mask.pt"),
-        "prune_mode": next((stage for kind, stage in INNER.items() if kind in keep), "ffn"),
+        "prune_mode": next((names.stage for names in FINE.values() if names.option in keep), "ffn"),
     }
     if kept_head_dim is not None:
         fine |= {"target_head_dim": kept_head_dim, "head_dims_mask": str(masks / "head_dims_mask.pt")}

@@ -11,34 +11,14 @@ from typing import Any
 from cook.base.errors import UserError
 from cook.base.files import read_json
 from cook.config.distillation import OWN_TEACHER
+from cook.config.kinds import FINE, FINE_STAGES, NAMES, OPTIONAL, Kind
 from cook.config.quantization import QuantizationConfig
 from cook.config.types import RunConfig, StageName, for_stage, training_for, two_of_four
-from cook.pruning.units import Kind
 from cook.recipe.sources import DONE, model_files
 
-LEARNS: dict[str, tuple[Kind, ...]] = {
-    "layer_mask": ("layer",),
-    "att_mask": ("heads",),
-    "ffn_mask": ("dimff",),
-    "experts_mask": ("experts",),
-    "headdim_mask": ("head_dims",),
-    "hidden_mask": ("hidden",),
-    "joint_mask": ("layer", "heads", "experts", "dimff", "head_dims", "hidden"),
-}
+LEARNS: dict[str, tuple[Kind, ...]] = {f"{names.stage}_mask": (kind,) for kind, names in NAMES.items()}
+LEARNS["joint_mask"] = tuple(NAMES)
 """The masks that a stage learns and writes; a joint stage those of `OPTIONAL` kinds only if they have a target."""
-KEYS = {
-    "layer": "coarse_mask",
-    "heads": "heads_mask",
-    "experts": "experts_mask",
-    "dimff": "dimff_mask",
-    "head_dims": "head_dims_mask",
-    "hidden": "hidden_mask",
-}
-"""The scheme's keys for the mask files."""
-INNER = {"heads": "att", "dimff": "ffn", "experts": "experts", "head_dims": "headdim", "hidden": "hidden"}
-"""The first words of the stages that prune inside the kept blocks."""
-OPTIONAL: dict[Kind, str] = {"experts": "target_experts", "head_dims": "target_head_dim", "hidden": "target_hidden"}
-"""The keys of `fine-grained` with the targets of kinds that are optional in joint stages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,7 +315,7 @@ def _check_sections(config: RunConfig, name: str) -> None:
         raise UserError('moefy needs the section "MoEfication"', remedy="add it to bmcook.json, with is_moefy true")
     sections = {"coarse-grained": config.coarse, "fine-grained": config.fine, "joint": config.joint}
     needed = {"layer": ("coarse-grained",), "joint": ("joint", "fine-grained")}
-    needed |= dict.fromkeys(INNER.values(), ("fine-grained",))
+    needed |= dict.fromkeys(FINE_STAGES, ("fine-grained",))
     for key in needed.get(name.partition("_")[0], ()):
         if sections[key] is None:
             raise UserError(f"{name} needs the section {key!r}", remedy="add it to l0_pruning.json")
@@ -353,7 +333,7 @@ def _masked(config: RunConfig, name: str) -> tuple[Kind, ...]:
     kinds = LEARNS.get(name, ())
     if name == "joint_mask":
         gone: set[str] = {
-            kind for kind, key in OPTIONAL.items() if config.fine is None or getattr(config.fine, key) is None
+            kind for kind in OPTIONAL if config.fine is None or getattr(config.fine, NAMES[kind].target) is None
         }
         gone |= {*config.joint.pinned} if config.joint else set()
         return tuple(kind for kind in kinds if kind not in gone)
@@ -364,7 +344,7 @@ def _writes(config: RunConfig, name: str) -> MaskPaths:
     paths = mask_paths(config)
     for kind in _masked(config, name):
         if getattr(paths, kind) is None:
-            key = KEYS[kind]
+            key = NAMES[kind].mask
             raise UserError(f"{name} needs {key}, where it writes its mask", remedy=f"set {key} in l0_pruning.json")
     return MaskPaths(**{kind: getattr(paths, kind) for kind in _masked(config, name)})
 
@@ -373,7 +353,7 @@ def mask_paths(config: RunConfig) -> MaskPaths:
     """The mask files that the scheme names, whether they exist or not."""
     coarse, fine = config.coarse, config.fine
     layer = (fine.coarse_mask if fine else None) or (coarse.coarse_mask if coarse else None)
-    return MaskPaths(layer=layer, **{kind: getattr(fine, KEYS[kind]) if fine else None for kind in INNER})
+    return MaskPaths(layer=layer, **{kind: getattr(fine, names.mask) if fine else None for kind, names in FINE.items()})
 
 
 def _fixed(config: RunConfig, name: str, order: list[StageName], before: list[StageName]) -> MaskPaths:
@@ -398,12 +378,12 @@ def _fixed(config: RunConfig, name: str, order: list[StageName], before: list[St
     elif name == "quantize":
         layer = paths.layer
     fixed = {"layer": layer}
-    for kind, unit in INNER.items():
+    for kind, names in FINE.items():
         path = getattr(paths, kind)
-        if name.startswith(unit):
+        if name.startswith(names.stage):
             fixed[kind] = path if name.endswith("_finetune") else None
-        elif name in order and f"{unit}_mask" in order:
-            fixed[kind] = path if f"{unit}_mask" in before else None
+        elif name in order and f"{names.stage}_mask" in order:
+            fixed[kind] = path if f"{names.stage}_mask" in before else None
         else:
             fixed[kind] = path if path and Path(path).exists() else None
     return MaskPaths(**fixed)

@@ -11,6 +11,7 @@ import torch
 from cook.base.batches import Batch
 from cook.base.device import accelerator, default_device
 from cook.base.errors import UserError
+from cook.config.kinds import NAMES
 from cook.config.types import RunConfig
 from cook.evaluation.speed import LARGEST_TIMED, forward_seconds
 from cook.export.pruned_folder import reshaped_source
@@ -19,7 +20,6 @@ from cook.pruning.counts import parameters
 from cook.pruning.family import ModelSource
 from cook.pruning.mask_set import kept_counts
 from cook.pruning.spending import Spent
-from cook.pruning.units import Kind
 from cook.recipe.kept_structure import as_lists, masks_of_structure
 from cook.recipe.plan import Stage
 from cook.recipe.summary import done_record, finished_stages, ladder_row, models_of, sample_batches, spent_by
@@ -28,15 +28,6 @@ from cook.report.events import LOG_NAME, read_log
 from cook.report.figures import plot_losses, plot_sparsity
 from cook.report.pruning_figures import plot_spending, plot_structure
 from cook.report.tables import human_count, ladder_table, markdown_table
-
-SHOWN: dict[Kind, str] = {
-    "layer": "blocks",
-    "heads": "heads",
-    "experts": "experts",
-    "dimff": "FFN dims",
-    "head_dims": "head dims",
-    "hidden": "hidden dims",
-}
 
 
 def report_run(config: RunConfig, folder: Path, remarks: Sequence[str] = ()) -> None:
@@ -104,7 +95,7 @@ def _spending_table(spent: list[Spent]) -> str:
     total = sum(row.parameters for row in spent)
     rows = [
         [
-            SHOWN.get(row.kind, row.kind),
+            NAMES[row.kind].short,
             f"{row.before:,}",
             f"{row.after:,}",
             f"{row.parameters:,}",
@@ -137,7 +128,7 @@ def _figures(stages: list[Stage], folder: Path, spent: list[Spent]) -> list[Figu
         figures.append(Figure(caption=caption, path=plot_structure(structure, folder / "structure.png")))
         if any(row.parameters for row in spent):
             caption = "The parameters that went with each kind of units, all of them removed together and evenly."
-            bars = [(SHOWN.get(row.kind, row.kind), row.before, row.after, row.parameters) for row in spent]
+            bars = [(NAMES[row.kind].short, row.before, row.after, row.parameters) for row in spent]
             figures.append(Figure(caption=caption, path=plot_spending(bars, folder / "spending.png")))
     return figures
 

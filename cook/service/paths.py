@@ -12,6 +12,7 @@ from typing import Any
 
 from cook.base.errors import UserError
 from cook.config.distillation import OWN_TEACHER
+from cook.config.kinds import NAMES, Kind
 
 OUTPUT = "out"
 """`output_dir` of every job, relative to its working directory."""
@@ -20,24 +21,11 @@ SCHEME = "l0_pruning.json"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 MAX_ENTRIES = 100_000
 """Files of one folder or pattern that are checked for links to outside the roots."""
-LEARNS = {
-    "layer": ("layer_mask", "joint_mask"),
-    "heads": ("att_mask", "joint_mask"),
-    "dimff": ("ffn_mask", "joint_mask"),
-    "head_dims": ("headdim_mask", "joint_mask"),
-    "experts": ("experts_mask", "joint_mask"),
-    "hidden": ("hidden_mask", "joint_mask"),
-}
-"""The stages that write the mask of each kind of unit."""
-MASK_KEYS = (
+MASK_KEYS: tuple[tuple[str, str, Kind], ...] = (
     ("coarse-grained", "coarse_mask", "layer"),
-    ("fine-grained", "coarse_mask", "layer"),
-    ("fine-grained", "heads_mask", "heads"),
-    ("fine-grained", "dimff_mask", "dimff"),
-    ("fine-grained", "head_dims_mask", "head_dims"),
-    ("fine-grained", "experts_mask", "experts"),
-    ("fine-grained", "hidden_mask", "hidden"),
+    *(("fine-grained", names.mask, kind) for kind, names in NAMES.items()),
 )
+"""The section, the key and the kind of every mask of a scheme; both sections name that of blocks."""
 
 Refused = tuple[str, UserError]
 """An error, and the top-level section that it makes invalid."""
@@ -226,7 +214,7 @@ def _masks(config: dict[str, Any], scheme: dict[str, Any], roots: Roots) -> Iter
     for section, key, kind in MASK_KEYS:
         node = scheme.get(section)
         if isinstance(node, dict):
-            is_learned = any(name in names for name in LEARNS[kind])
+            is_learned = not {"joint_mask", f"{NAMES[kind].stage}_mask"}.isdisjoint(names)
             places.append((node, key, f"{section}.{key}", f"{MASKS}/{kind}.pt", is_learned))
     if isinstance(config.get("pruning"), dict):
         name = "pruning.pruning_mask_path"

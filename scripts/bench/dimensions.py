@@ -4,10 +4,11 @@
         --text wikitext2=test.txt --text imdb=reviews.txt
 
 Every cell removes the same share of all parameters, embeddings counted, with the weights frozen, by `cook prune` and
-`cook compare`; the text of the calibration is in the domain of the first text. With the vocabulary, tokens that the
-calibration text lacks go first (`cook data vocabulary`, `cook reshape`), and the budget of the other units is what is
-left; losses are per byte then. A budget that cannot be reached is noted. A run that was stopped resumes
-(`--work`).
+`cook compare`; the text of the calibration is in the domain of the first text. With the vocabulary, tokens that are
+rare in `--vocabulary-text` go first (`cook data vocabulary`, `cook reshape`), and the budget of the other units is what
+is left; losses are per byte then. A budget that cannot be reached is noted. A run that was stopped resumes (`--work`).
+
+`--speed` times the models of all cells, and the whole model, in turns; run it while nothing else runs on the machine.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ UNITS = {
     "all, and vocabulary": ["--units", "all"],
 }
 """The variants, and their options of `cook prune`."""
+SPEEDS = ("prefill_tokens_per_second", "decode_tokens_per_second", "peak_memory_bytes")
 
 
 def cook(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -55,15 +59,20 @@ def count(folder: Path) -> int:
     return parameters(source.adapter.space(source.config))
 
 
+def folder_name(variant: str, removed: float, steps: int) -> str:
+    """The folder of a cell, below the work folder."""
+    return f"{variant.replace(', ', '_').replace(' ', '_')}_{removed:g}_{steps}"
+
+
 def with_less_vocabulary(options: argparse.Namespace) -> Path:
-    """The model without the tokens that the calibration text lacks."""
-    folder = Path(options.work) / "vocabulary"
+    """The model without the tokens that are rare in the texts for the vocabulary."""
+    folder = Path(options.work) / f"vocabulary_{options.min_count}"
     if not (folder / "model").exists():
         tokens = folder / "tokens.json"
         tokens.unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
-        kind = ["--format", "text"] if options.calibration.endswith(".txt") else []
-        checked("data", "vocabulary", options.calibration, "--tokenizer", options.model, "--output", str(tokens), *kind)
+        how = ("--tokenizer", options.model, "--output", str(tokens), "--min-count", str(options.min_count))
+        checked("data", "vocabulary", *options.vocabulary_text, "--format", "text", *how)
         checked("reshape", "--model", options.model, "--vocabulary", str(tokens), "--output", str(folder / "model"))
     return folder / "model"
 
@@ -76,8 +85,7 @@ def pruned(options: argparse.Namespace, variant: str, removed: float, steps: int
         keep *= before / count(model)
         if keep >= 1:
             return None, "the vocabulary alone is larger than what is to go"
-    name = f"{variant.replace(', ', '_').replace(' ', '_')}_{removed:g}_{steps}"
-    output = Path(options.work) / name
+    output = Path(options.work) / folder_name(variant, removed, steps)
     if not (output / "report").exists():
         done = cook(
             *("prune", str(model), "--data", options.calibration, "--output", str(output)),
@@ -88,37 +96,53 @@ def pruned(options: argparse.Namespace, variant: str, removed: float, steps: int
         if done.returncode == 2:
             return None, done.stderr.strip()[-300:]
         if done.returncode:
-            sys.exit(f"{name} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+            sys.exit(f"{output.name} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
     return output, ""
 
 
-def measured(options: argparse.Namespace, folder: Path, dense_bits: dict[str, float]) -> dict[str, Any]:
-    """Losses on every text; parameters, speed and memory beside the whole model, in turns.
+def compared(options: argparse.Namespace, models: Mapping[str, Path], text: str, *more: str) -> list[dict[str, Any]]:
+    """The records of `cook compare` on one text, one per model."""
+    aside = Path(options.work) / "compared"
+    shutil.rmtree(aside, ignore_errors=True)
+    named = [f"{name}={folder}" for name, folder in models.items()]
+    how = ("--trust-remote-code", "--window", str(options.length), "--output", str(aside))
+    checked("compare", *named, "--data", text, *how, *more)
+    records: list[dict[str, Any]] = read_json(aside / "comparison.json")["models"]
+    return records
 
-    The losses of the whole model on the other texts are measured once, and kept in `dense_bits`.
-    """
+
+def losses(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Losses on every text, and the number of parameters."""
     found: dict[str, Any] = {}
-    for number, (name, text) in enumerate(options.texts):
-        aside = folder / f"compared_{name}"
-        speed = [] if number == 0 else ["--no-speed"]
-        whole = [] if number and name in dense_bits else [f"dense={options.model}"]
-        checked(
-            *("compare", *whole, f"small={folder / 'model'}", "--data", text, *speed),
-            *("--trust-remote-code", "--max-windows", str(options.windows), "--window", str(options.length)),
-            *("--output", str(aside), "--repeats", str(options.repeats)),
-        )
-        comparison = read_json(aside / "comparison.json")
-        *dense, small = comparison["models"]
-        if dense:
-            per_token = comparison["same_tokens"]
-            dense_bits[name] = dense[0]["bits_per_byte"]
-        found |= {f"perplexity, {name}": small["perplexity"] if per_token else None}
-        found |= {f"bits per byte, {name}": small["bits_per_byte"], f"dense, {name}": dense_bits[name]}
-        if number == 0:
-            found |= {"parameters": small["parameters"], "of the model": small["parameters"] / dense[0]["parameters"]}
-            for key in ("prefill_tokens_per_second", "decode_tokens_per_second", "peak_memory_bytes"):
-                found |= {key: small.get(key), f"ratio, {key}": small["ratio_to_first"].get(key)}
+    for name, text in options.texts:
+        [record] = compared(options, {"model": folder}, text, "--no-speed", "--max-windows", str(options.windows))
+        found |= {f"bits per byte, {name}": record["bits_per_byte"], f"perplexity, {name}": record["perplexity"]}
+        found["parameters"] = record["parameters"]
     return found
+
+
+def beside_whole(options: argparse.Namespace, cell: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:
+    """A row of the result. Perplexities are per token of the whole vocabulary, which is what can be compared."""
+    if "parameters" not in cell:
+        return cell
+    row = cell | {"of the model": cell["parameters"] / whole["parameters"]}
+    for name, _ in options.texts:
+        bits = f"bits per byte, {name}"
+        row[f"perplexity, {name}"] = whole[f"perplexity, {name}"] ** (cell[bits] / whole[bits])
+    return row
+
+
+def add_speeds(options: argparse.Namespace, cells: Sequence[dict[str, Any]]) -> None:
+    """Adds speed and memory of each small model, as multiples of the whole model's, measured in turns."""
+    timed = [cell for cell in cells if "parameters" in cell]
+    models = {"whole": Path(options.model)}
+    for cell in timed:
+        name = folder_name(cell["units"], cell["removed"], cell["steps"])
+        models[name] = Path(options.work) / name / "model"
+    how = ("--max-windows", "1", "--repeats", str(options.repeats))
+    _, *records = compared(options, models, options.texts[0][1], *how)
+    for cell, record in zip(timed, records, strict=True):
+        cell |= {f"ratio, {key}": record["ratio_to_first"].get(key) for key in SPEEDS}
 
 
 def main() -> None:
@@ -127,30 +151,27 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     path = work / "cells.json"
     done: dict[str, Any] = read_json(path) if path.exists() else {}
-    dense_bits = {
-        name: cell[f"dense, {name}"]
-        for cell in done.values()
-        for name, _ in options.texts
-        if cell.get(f"dense, {name}")
-    }
-    for steps in options.steps:
-        for removed in options.removed:
-            for variant in options.variants:
-                key = json.dumps([variant, removed, steps, options.seed])
-                if key in done:
-                    continue
-                folder, why = pruned(options, variant, removed, steps)
-                cell = {"units": variant, "removed": removed, "steps": steps, "note": why}
-                done[key] = cell | (measured(options, folder, dense_bits) if folder else {})
-                write_json(path, done)
-                print(done[key], flush=True)
-                if folder:
-                    shutil.rmtree(folder / "run", ignore_errors=True)  # the whole model, once per stage
-                    shutil.rmtree(folder / "model", ignore_errors=True)
-    local = ("model", "work", "calibration", "text", "texts", "output")
+    if "whole" not in done:
+        done["whole"] = losses(options, Path(options.model))
+    whole, cells = done["whole"], list[dict[str, Any]]()
+    for steps, removed, variant in product(options.steps, options.removed, options.variants):
+        key = json.dumps([variant, removed, steps, options.seed])
+        if key not in done:
+            folder, why = pruned(options, variant, removed, steps)
+            done[key] = {"units": variant, "removed": removed, "steps": steps, "note": why}
+            if folder:
+                done[key] |= losses(options, folder / "model")
+                shutil.rmtree(folder / "run", ignore_errors=True)  # the whole model, once per stage
+            write_json(path, done)
+        cells.append(done[key])
+        print(done[key], flush=True)
+    if options.speed:
+        add_speeds(options, cells)
+        write_json(path, done)
+    local = ("model", "work", "calibration", "vocabulary_text", "text", "texts", "output")
     settings = {name: value for name, value in vars(options).items() if name not in local}
-    settings["texts"] = [name for name, _ in options.texts]
-    publish("dimensions", settings, [*done.values()], options.output)
+    settings |= {"texts": [name for name, _ in options.texts], "whole model": whole}
+    publish("dimensions", settings, [beside_whole(options, cell, whole) for cell in cells], options.output)
 
 
 def parse() -> argparse.Namespace:
@@ -162,6 +183,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--removed", type=float, nargs="+", default=[0.2, 0.3, 0.5])
     parser.add_argument("--steps", type=int, nargs="+", default=[50, 100])
     parser.add_argument("--variants", nargs="+", choices=list(UNITS), default=list(UNITS))
+    parser.add_argument("--vocabulary-text", nargs="+", help="files or folders of text; default: the calibration")
+    parser.add_argument("--min-count", type=int, default=1, help="tokens that are rarer there go")
+    parser.add_argument("--speed", action="store_true", help="time the models too")
     parser.add_argument("--windows", type=int, default=32, help="of each text")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rows", type=int, default=2)
@@ -171,6 +195,7 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     for name in ("model", "calibration", "work"):
         setattr(options, name, str(Path(getattr(options, name)).resolve()))
+    options.vocabulary_text = [str(Path(file).resolve()) for file in options.vocabulary_text or [options.calibration]]
     options.texts = [(name, str(Path(file).resolve())) for name, file in (text.split("=", 1) for text in options.text)]
     return options
 

@@ -68,11 +68,11 @@ JOINT = ("pretrain", "joint_mask", "joint_finetune")
 @pytest.mark.parametrize(
     ("joint", "learns", "removed"),
     [
-        ({}, "heads, dims", 3 * (2 * 4 * 32 * 8 + 14 * 3 * 32)),
-        ({"target_sparsity": 0.35}, "layers, heads, dims", ATT + FFN + 2 * (2 * 4 * 32 * 8 + 14 * 3 * 32)),
+        ({}, "heads, FFN dims", 3 * (2 * 4 * 32 * 8 + 14 * 3 * 32)),
+        ({"target_sparsity": 0.35}, "blocks, heads, FFN dims", ATT + FFN + 2 * (2 * 4 * 32 * 8 + 14 * 3 * 32)),
         # Half of 12 heads of 1024 and 72 dims of 96 parameters, the last of each block first: 6 heads and 36 dims.
-        ({"scope": "global", "target_params": 0.5}, "heads, dims (uneven)", 6 * 1024 + 36 * 96),
-        ({"scope": "global"}, "heads, dims (uneven)", 3 * (2 * 4 * 32 * 8 + 14 * 3 * 32)),
+        ({"scope": "global", "target_params": 0.5}, "heads, FFN dims (uneven)", 6 * 1024 + 36 * 96),
+        ({"scope": "global"}, "heads, FFN dims (uneven)", 3 * (2 * 4 * 32 * 8 + 14 * 3 * 32)),
     ],
 )
 def test_the_plan_of_a_joint_recipe(config, capsys, joint, learns, removed):
@@ -89,7 +89,7 @@ def test_the_plan_of_uneven_heads(config, capsys):
     show_plan(plan_facts(loaded, recipe(loaded), world_size=1))
     lines = {line.split()[0]: " ".join(line.split()) for line in capsys.readouterr().out.splitlines() if line.strip()}
     left = f"{(WHOLE - ATT - FFN - 2 * 2 * 4 * 32 * 8) / 1000:.1f}k"
-    assert " layers 6 " in lines["layer_mask"] and " heads (uneven) 6 " in lines["att_mask"]
+    assert " blocks 6 " in lines["layer_mask"] and " heads (uneven) 6 " in lines["att_mask"]
     assert f" {left} " in lines["att_mask"], lines
 
 
