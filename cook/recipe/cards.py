@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from cook.base.errors import UserError
-from cook.recipe.estimate import PASSES, Card, Setup
+from cook.recipe.estimate import LOSS_ACCESSES, PASSES, Card, Setup
 from cook.recipe.model_shape import Shape
 
 GIB = 2**30
@@ -21,6 +21,8 @@ REACHED = 0.6
 """The share of a card's published rates that training reaches. Published runs reach 0.4 to 0.6 of the matrix rate over
 all, with the memory traffic and the communication that are counted separately here (Korthikanti et al. 2022, table 5:
 0.42 to 0.57)."""
+LARGE = 1 << 26
+"""Bytes that no cache holds, and that the C library takes from the system and returns."""
 LOOPBACK = 1.5e9
 """Bytes per second between two ranks on one CPU, by gloo."""
 
@@ -75,7 +77,7 @@ def card_of_device(device: str | None) -> Card | None:
 
 
 def measured_cpu(shape: Shape, setup: Setup, *, budget: float = 0.4) -> Card:
-    """A rank's share of this machine's CPU, measured on one layer's sizes in about two seconds.
+    """A rank's share of this machine's CPU, measured on one layer's sizes in about three seconds.
 
     Every rank has its share of the cores and of the memory. The probe runs alone: ranks that share a memory bus are
     slower than it says.
@@ -91,12 +93,13 @@ def measured_cpu(shape: Shape, setup: Setup, *, budget: float = 0.4) -> Card:
 
 
 def probe(shape: Shape, setup: Setup, *, budget: float = 0.4, clock: Callable[[], float] = time.perf_counter) -> Card:
-    """Measures products, attention, elementwise operations and the update on the sizes of a model, on the CPU.
+    """Measures products, attention, elementwise operations, the loss, copies and Adam on the sizes of a model, on the
+    CPU.
 
     Args:
         shape: The model.
         setup: How it is trained.
-        budget: Seconds for each of the four.
+        budget: Seconds for each of the six.
         clock: Returns seconds; `time.process_time` measures the processor's time, on a busy machine.
     """
 
@@ -133,7 +136,13 @@ def probe(shape: Shape, setup: Setup, *, budget: float = 0.4, clock: Callable[[]
     elementwise_seconds = median(lambda: _both_passes(F.gelu(a) * b))
     bandwidth = PASSES * 4 * width * a.numel() / elementwise_seconds
 
-    parameter = torch.nn.Parameter(torch.zeros(4_000_000))
+    targets, logits = torch.zeros(tokens, dtype=torch.long), random(tokens, shape.vocab)
+    loss_seconds = median(lambda: F.cross_entropy(logits.float(), targets).backward())
+
+    part = torch.zeros(LARGE // width // 2, dtype=dtype)
+    copy_seconds = median(lambda: torch.cat([part, part]))
+
+    parameter = torch.nn.Parameter(torch.zeros(LARGE // 4))
     parameter.grad = torch.zeros_like(parameter)
     adam = torch.optim.AdamW([parameter], fused=True)
     update = 28 * parameter.numel() / median(adam.step)
@@ -144,6 +153,8 @@ def probe(shape: Shape, setup: Setup, *, budget: float = 0.4, clock: Callable[[]
         single=rate,
         bandwidth=bandwidth,
         update=update,
+        copies=2 * LARGE / copy_seconds,
+        loss=LOSS_ACCESSES * 4 * logits.numel() / loss_seconds,
         link=LOOPBACK,
         attention=attention / rate,
         latency=3e-4,

@@ -25,8 +25,9 @@ for the input, backward."""
 LOSS_ACCESSES = 11
 """Accesses per fp32 logit: written; read twice for the log-softmax, which is written; its gradient zeroed; read twice
 with the log-softmax, and written, for the logits' gradient, which two products read."""
-GRADIENT_ACCESSES = 8
-"""Accesses per gradient between backward pass and update: copied to a bucket and back, divided, its norm, clipped."""
+GRADIENT_ACCESSES, SHARDED_ACCESSES = 8, 12
+"""Accesses per gradient between backward pass and update, most of them in fp32: copied to a bucket and back, divided,
+its norm, clipped; and with ZeRO 3, which also copies gathered weights and the parts of gradients (measured)."""
 HOST_BANDWIDTH, HOST_LINK = 2e10, 2.5e10
 """Bytes per second of a rank's share of the host's memory, and between host and card (PCIe 4.0), for offloading."""
 ADAM_ACCESSES = 7
@@ -93,7 +94,11 @@ class Card:
     attention: float = 0.5
     """The speed of fused attention, as a share of that of large products."""
     update: float | None = None
-    """Bytes per second of the update; None: `bandwidth`."""
+    """Bytes per second of Adam; None: `bandwidth`."""
+    copies: float | None = None
+    """Bytes per second of copies into new memory, which gradients take on their way; None: `bandwidth`."""
+    loss: float | None = None
+    """Bytes per second of the loss, whose logits are new memory in every step; None: `bandwidth`."""
     latency: float = 2e-5
     """Seconds per collective."""
     launch: float = 5e-4
@@ -340,14 +345,16 @@ def step_seconds(shape: Shape, setup: Setup, card: Card, *, network: float | Non
     bandwidth = card.share * card.bandwidth
     passes = PASSES * 1.4 if setup.checkpointing else PASSES  # two of five are forward
     traffic = passes * setup.tokens * sum(b.kept(width=setup.width, bias=shape.bias) for b in shape.blocks)
-    traffic += LOSS_ACCESSES * 4 * setup.tokens * shape.vocab
-    compute = products / rate + attention / (rate * card.attention) + setup.accumulation * traffic / bandwidth
+    loss = LOSS_ACCESSES * 4 * setup.tokens * shape.vocab / (card.loss or bandwidth)
+    compute = products / rate + attention / (rate * card.attention)
+    compute += setup.accumulation * (traffic / bandwidth + loss)
     hooks = 2 if setup.zero == 3 else 1  # those of ZeRO 3, on every module, take about as long again
     compute = max(compute, setup.accumulation * len(shape.blocks) * card.launch * hooks)
 
     own = (shape.parameters if setup.trains else 0) / (setup.ranks if setup.zero else 1)
     update = 4 * ADAM_ACCESSES * own / (card.update or bandwidth)
-    update += setup.width * GRADIENT_ACCESSES * (shape.parameters if setup.trains else 0) / (card.update or bandwidth)
+    accesses = SHARDED_ACCESSES if setup.zero == 3 else GRADIENT_ACCESSES
+    update += 4 * accesses * (shape.parameters if setup.trains else 0) / (card.copies or bandwidth)
     if setup.offload_optimizer and not card.shares_memory:
         update = 4 * ADAM_ACCESSES * own / HOST_BANDWIDTH + 2 * setup.width * own / HOST_LINK
     gradients, weights = communication(shape, setup)

@@ -182,7 +182,7 @@ def worker(case: dict[str, Any], steps: int) -> None:
             print(json.dumps({"peak": peak.bytes, "sent": sum(sent.values()), "calls": sent}))
         return
     card = asdict(cards[0])
-    numbers = ("half", "single", "bandwidth", "update", "attention")
+    numbers = ("half", "single", "bandwidth", "update", "copies", "loss", "attention")
     card |= {"link": 1e30, "latency": 0}
     card |= {key: statistics.median(getattr(one, key) for one in cards) for key in numbers}
     if distributed.rank() == 0:

@@ -57,6 +57,7 @@ def test_the_cpu_is_measured_and_the_threads_are_as_before():
     threads = torch.get_num_threads()
     card = measured_cpu(SHAPE, SETUP, budget=0.01)
     assert torch.get_num_threads() == threads
-    assert all(isfinite(x) and x > 0 for x in (card.memory, card.single, card.bandwidth, card.update, card.attention))
+    rates = (card.memory, card.single, card.bandwidth, card.update, card.copies, card.loss, card.attention)
+    assert all(rate is not None and isfinite(rate) and rate > 0 for rate in rates)
     assert card.shares_memory and not card.overlaps
     assert 0 < step_seconds(SHAPE, SETUP, card) < 10

@@ -184,7 +184,12 @@ def test_seconds_are_the_sum_of_their_parts():
     products, attention = step_flops(SHAPE, setup)
     assert step_seconds(SHAPE, setup, replace(fast, single=1.0)) == pytest.approx(products + attention / 0.5)
     assert step_seconds(SHAPE, setup, replace(fast, link=1.0)) == pytest.approx(4000)
-    assert step_seconds(SHAPE, setup, replace(fast, update=1.0)) == pytest.approx((28 + 4 * 8) * 1000)
+    assert step_seconds(SHAPE, setup, replace(fast, update=1.0)) == pytest.approx(28 * 1000)
+    assert step_seconds(SHAPE, setup, replace(fast, copies=1.0)) == pytest.approx(4 * 8 * 1000)
+    half = replace(setup, half=True, zero=3)  # gradients in half precision are copied to fp32 on their way
+    assert step_seconds(SHAPE, half, replace(fast, copies=1.0)) == pytest.approx(4 * 12 * 1000)
+    logits = setup.tokens * setup.accumulation * SHAPE.vocab
+    assert step_seconds(SHAPE, setup, replace(fast, loss=1.0)) == pytest.approx(4 * 11 * logits)
     assert step_seconds(SHAPE, setup, fast, network=2.0) == pytest.approx(2000)
     assert step_seconds(SHAPE, replace(setup, accumulation=3), replace(fast, launch=1.0)) == pytest.approx(2 * 3)
     found = estimate(SHAPE, setup, CARD)
