@@ -32,8 +32,9 @@ def evaluate(
     from cook.evaluation.measure import measure_loss, measure_speed, read_texts
 
     text = read_texts(data)
-    masks = {"coarse": coarse_mask, "heads": heads_mask, "dimff": dimff_mask, "experts": experts_mask}
-    entry = Entry(name=model, folder=model, **masks, head_dims=head_dims_mask, hidden=hidden_mask)
+    masks = {"coarse": coarse_mask, "heads": heads_mask, "experts": experts_mask, "dimff": dimff_mask}
+    masks |= {"head_dims": head_dims_mask, "hidden": hidden_mask}
+    entry = Entry(name=model, folder=model, masks={kind: path for kind, path in masks.items() if path})
     loaded, record = measure_loss(entry, text, settings)
     if settings.speed and not loaded.streamed:
         record |= measure_speed([loaded], text, settings)[0]

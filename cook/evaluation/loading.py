@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from cook.pruning.family import ModelSource
 from cook.text.hf import check_tokenizer_file, open_backend
 
 MASKS = ("coarse", *FINE)
+"""The mask files of a model: of blocks, and of each kind inside them."""
 FORM = "[NAME=]DIR" + "".join(f"[,{kind}=FILE]" for kind in MASKS)
 
 
@@ -29,18 +31,8 @@ class Entry:
 
     name: str
     folder: str
-    coarse: str | None = None
-    """The layer mask to apply to it, if any."""
-    heads: str | None = None
-    dimff: str | None = None
-    head_dims: str | None = None
-    experts: str | None = None
-    hidden: str | None = None
-
-    @property
-    def masks(self) -> dict[str, str]:
-        """The given mask files, by kind."""
-        return {kind: path for kind in MASKS if (path := getattr(self, kind))}
+    masks: Mapping[str, str] = field(default_factory=dict)
+    """The mask files to apply to it, by their names in `MASKS`."""
 
 
 def parse_entry(text: str) -> Entry:
@@ -58,7 +50,7 @@ def parse_entry(text: str) -> Entry:
     masks = [other.split("=", 1) for other in others]
     if not folder or not all(path for _, path in masks) or len({kind for kind, _ in masks}) < len(masks):
         raise UserError(f"not a model: {text!r}", wanted=FORM)
-    return Entry(name=name or Path(folder).name or folder, folder=folder, **dict(masks))
+    return Entry(name=name or Path(folder).name or folder, folder=folder, masks=dict(masks))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ IDS = torch.arange(12)[None]
 
 
 def entry(folder, **masks):
-    return Entry(name="m", folder=str(folder), **masks)
+    return Entry(name="m", folder=str(folder), masks=masks)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def entry(folder, **masks):
         ("a/b", Entry(name="b", folder="a/b")),
         ("dense=a/b", Entry(name="dense", folder="a/b")),
         ("a/x=1/b", Entry(name="b", folder="a/x=1/b")),
-        ("m=a,b,coarse=c.pt,dimff=d=e.pt", Entry(name="m", folder="a,b", coarse="c.pt", dimff="d=e.pt")),
+        ("m=a,b,coarse=c.pt,dimff=d=e.pt", Entry(name="m", folder="a,b", masks={"coarse": "c.pt", "dimff": "d=e.pt"})),
         (".", Entry(name=".", folder=".")),
     ],
 )
