@@ -74,6 +74,7 @@ MOE: dict[str, dict[str, Any]] = {
         **MIXED,
     },
     "olmoe": {"model_type": "olmoe", "num_experts": 5, **MIXED, "head_dim": None},
+    "olmoe, clipped": {"model_type": "olmoe", "num_experts": 5, **MIXED, "head_dim": None, "clip_qkv": 1.0},
     "granitemoe": {
         "model_type": "granitemoe",
         "num_local_experts": 5,

@@ -9,14 +9,13 @@ from cook.base.batches import Batch
 from cook.base.errors import UserError
 from cook.families.layout import Attention, ConfigNames, Family, FeedForward
 from cook.families.stock import masked_inputs, packed_inputs, stock_adapter
-from cook.families.tables import GEMMA3, fused
+from cook.families.tables import GEMMA3, clipped_variant, fused
 from cook.pruning.family import ModelConfig
 
-# Granite's factor of scores is a number in the config. Hunyuan's norms come after rotary positions, and Ministral 3
-# scales queries by positions.
-OWN_ATTENTION = {"granite": Attention(scaling="")} | dict.fromkeys(
-    ("hunyuan_v1_dense", "ministral3"), Attention(head_dim="")
-)
+OWN_ATTENTION = {
+    "granite": Attention(scaling=""),  # the factor of scores is a number in the config
+    "ministral3": Attention(head_dim=""),  # scales queries by positions
+}
 # Llama's layers with other multipliers, biases, windows and positions, which stay as they are.
 LLAMA_LIKE = tuple(
     Family(
@@ -72,7 +71,7 @@ OLMO2 = replace(
     EXAONE4,
     family="OLMo 2",
     model_types=frozenset({"olmo2"}),
-    attention=replace(EXAONE4.attention, q_norm="self_attn.q_norm", k_norm="self_attn.k_norm", head_dim=""),
+    attention=replace(EXAONE4.attention, q_norm="self_attn.q_norm", k_norm="self_attn.k_norm"),
 )
 OLMO3 = replace(OLMO2, family="OLMo 3", model_types=frozenset({"olmo3"}))
 
@@ -123,7 +122,7 @@ STABLELM = Family(
             "self_attn.num_key_value_heads": "kv_heads",
             "self_attn.num_key_value_groups": "heads_per_kv",
         },
-        head_dim="",  # the class remembers how many dims rotary positions turn
+        turned="self_attn.rotary_ndims",
     ),
     names=ConfigNames(head_dim=None),
 )
@@ -141,7 +140,7 @@ FALCON = Family(
         out="self_attention.dense",
         norms_before=("ln_attn",),
         remembers={"self_attention.num_heads": "heads", "self_attention.num_kv_heads": "kv_heads"},
-        head_dim="",
+        head_dim="",  # the config computes it and takes no other
     ),
     ffn=FeedForward(
         modules={"mlp": "full value"}, ins=("mlp.dense_h_to_4h",), out="mlp.dense_4h_to_h", norms_before=("ln_mlp",)
@@ -250,12 +249,6 @@ def _bloom_variant(family: Family, config: ModelConfig) -> Family:
     return replace(family, attention=attention, ffn=ffn, empty_layer_is_identity=False)
 
 
-def _clipped_variant(family: Family, config: ModelConfig) -> Family:
-    # Queries are clipped, which cannot be multiplied for another size of heads.
-    clips = config.get("clip_qkv") or (config.get("attn_config") or {}).get("clip_qkv")
-    return replace(family, attention=replace(family.attention, head_dim="")) if clips else family
-
-
 def _whole_row_inputs(batch: Batch) -> dict[str, Any]:
     # The class computes ALiBi from a mask of padding, and takes none of samples.
     return {"input_ids": batch["input"], "use_cache": False}
@@ -279,7 +272,7 @@ def _qwen2_vl_inputs(batch: Batch) -> dict[str, Any]:
 
 
 ADAPTERS = (
-    *(stock_adapter(family, _clipped_variant) for family in LLAMA_LIKE),
+    *(stock_adapter(family, clipped_variant) for family in LLAMA_LIKE),
     *(stock_adapter(family) for family in (GEMMA, NEMOTRON, ARCEE, STARCODER2, GLM, GLM4, EXAONE4)),
     *(stock_adapter(family) for family in (OLMO2, OLMO3, COHERE, COHERE2, PHI, GPTJ)),
     stock_adapter(GEMMA3_IMAGES),
@@ -287,5 +280,5 @@ ADAPTERS = (
     stock_adapter(STABLELM, _stablelm_variant),
     stock_adapter(FALCON, _falcon_variant, _falcon_inputs, mixes_samples=lambda config: bool(config.get("alibi"))),
     stock_adapter(BLOOM, _bloom_variant, _whole_row_inputs, mixes_samples=lambda _config: True),
-    stock_adapter(MPT, _clipped_variant, _mpt_inputs),
+    stock_adapter(MPT, clipped_variant, _mpt_inputs),
 )

@@ -25,6 +25,8 @@ from cook.pruning.units import GatePoint, UnitGroup, WeightSlice
 if TYPE_CHECKING:
     from cook.families.stock_space import Heads
 
+NORMS = {"q": ("q_norm", "q_layernorm", "query_layernorm"), "k": ("k_norm", "k_layernorm", "key_layernorm")}
+"""What classes call norms of queries and of keys, beside their projections."""
 Units = tuple[tuple[int, ...], ...]
 """The dimensions of each unit in one head."""
 
@@ -126,13 +128,22 @@ def _add_layer(
         return False
     paths = {"q": f"{layer}.{table.q}", "k": f"{layer}.{table.k}", "v": f"{layer}.{table.v}"}
     counts = {"q": own.heads, "k": own.kv_heads, "v": own.kv_heads}
-    norms = {n: f"{paths[n].rpartition('.')[0]}.{n}_norm" for n in ("q", "k")}
-    norms = {name: path for name, path in norms.items() if f"{path}.weight" in shapes}
+    beside = {name: paths[name].rpartition(".")[0] for name in NORMS}
+    norms = {
+        name: f"{beside[name]}.{norm}"
+        for name, norms in NORMS.items()
+        for norm in norms
+        if f"{beside[name]}.{norm}.weight" in shapes
+    }
     inside = tuple(f"{layer}.{name}." for name in table.modules)
     products = {f"{path}.{end}" for path in (*paths.values(), f"{layer}.{table.out}") for end in ("weight", "bias")}
-    known = products | {f"{norm}.weight" for norm in norms.values()} | {f"{layer}.{name}" for name in table.per_head}
+    known = products | {f"{norm}.{end}" for norm in norms.values() for end in ("weight", "bias")}
+    known |= {f"{layer}.{name}" for name in table.per_head}
     others = {path for path in shapes if path.startswith(inside)} - known
-    if others or any(shapes[f"{norm}.weight"] != (dim,) for norm in norms.values()):
+    over = {name: shapes[f"{norm}.weight"] for name, norm in norms.items()}
+    # Over each head, with weights for all of them or for every one, or over all heads.
+    sizes = {name: ((dim,), (counts[name], dim), (counts[name] * dim,)) for name in norms}
+    if others or any(shape not in sizes[name] for name, shape in over.items()):
         return False
     end = 0
     for name, path in paths.items():
@@ -146,7 +157,8 @@ def _add_layer(
             made.add(f"{path}.bias", 0, counts[name], **place, power=power)
         if name == "q" or (name == "k" and norms):
             features = shapes[piece.path][out_dim]
-            if own.per_key and name == "q":  # attention sees equally many query heads of every key-value head
+            # Attention sees equally many query heads of every key-value head; a norm with their weights does not.
+            if own.per_key and name == "q" and f"{layer}.{table.q_norm}.weight" not in shapes:
                 wide = own.kv_heads * own.queries
                 features += (wide - own.heads) * dim
                 piece = WeightSlice(**vars(piece) | {"repeats": wide})
@@ -154,8 +166,12 @@ def _add_layer(
         if table.q == table.k:
             end += dim if table.interleaved else counts[name] * dim
     for name, path in norms.items():
-        piece = made.add(f"{path}.weight", 0, 1, power=0.5 if table.scaling and name == "q" else 0.0)
-        made.gate(path, "statistics", piece, dim)
+        number, power = over[name][-1] // dim, 0.5 if table.scaling and name == "q" else 0.0
+        along = len(over[name]) - 1
+        if f"{path}.bias" in shapes:
+            made.add(f"{path}.bias", along, number, power=power)
+        piece = made.add(f"{path}.weight", along, number, power=power)
+        made.gate(path, "statistics", piece, number * dim)
     out = f"{layer}.{table.out}"
     in_dim = 0 if isinstance(model.get_submodule(out), Conv1D) else 1
     piece = made.add(f"{out}.weight", in_dim, own.heads)

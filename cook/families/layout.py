@@ -48,6 +48,8 @@ class Attention:
     scaling: str = "self_attn.scaling"
     """The one with the factor of scores, or `head_dim` again if the forward pass computes the factor from it; empty if
     the factor does not follow from the size of a head."""
+    turned: str = ""
+    """The one with the number of dimensions that rotary positions turn, if the forward pass reads it."""
     latent: bool = False
     """Each head's keys and values are a product (`k` and `v`) of one latent, which is cached in their place."""
     reads: tuple[str, ...] = ()  # what reads the hidden states, if not q, k and v

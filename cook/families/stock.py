@@ -139,7 +139,10 @@ def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptU
     base = _with_layers(family, config, layers) | remembered(config, space.num_layers, layers)
     made, dim = config_object(config), head_dim_of(family, config_object(config))
     new_dim = _kept_dim(space, kept, dim)
-    turned = _turned(made, skeleton(family, config), kept["head_dims"], new_dim) if new_dim != dim else {}
+    cut = kept["head_dims"] if new_dim != dim else None
+    number, turned = 0, dict[str, Any]()
+    if cut is not None or family.attention.turned:
+        number, turned = _turned(made, skeleton(family, config), cut, new_dim)
     all_heads = [_heads(family, config, space, kept, layer) for layer in layers]
     if family.heads_stay or family.attention.slopes:
         all_heads = _with_slopes(family, config, space, kept, layers, all_heads)
@@ -161,6 +164,7 @@ def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptU
         heads=all_heads,
         hidden=hidden or family.own_config(base)[family.names.hidden],
         norms=[moved.get(path, path)[:-1] for path in on_stream],
+        turned=number,
     )
     if structure["rebuilt"]:  # the loss that balances experts needs the same number in all layers
         base = base | {"output_router_logits": False}
@@ -175,11 +179,18 @@ def _kept_dim(space: PruningSpace, kept: KeptUnits, head_dim: int) -> int:
     return head_dim if group is None or "head_dims" not in kept else len(kept["head_dims"]) * group.members
 
 
-def _turned(config: PreTrainedConfig, model: torch.nn.Module, units: Sequence[int], head_dim: int) -> dict[str, Any]:
-    """The fields of the config by which the pairs among the kept units of a head turn as before."""
+def _turned(
+    config: PreTrainedConfig, model: torch.nn.Module, units: Sequence[int] | None, head_dim: int
+) -> tuple[int, dict[str, Any]]:
+    """How many dimensions of a head rotary positions turn among these units, and the fields of the config by which
+    they turn as before; None: all units stay, and the fields.
+    """
     turned = turned_dims(config, model)
-    pairs = turned.number // 2 if turned else 0
-    return with_pairs(config, model, [unit for unit in units if unit < pairs], head_dim)
+    pairs = [*range(turned.number // 2)] if turned else []
+    if units is None:
+        return 2 * len(pairs), {}
+    pairs = [unit for unit in units if unit in pairs]
+    return 2 * len(pairs), with_pairs(config, model, pairs, head_dim)
 
 
 def _uniform(

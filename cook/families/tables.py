@@ -85,7 +85,7 @@ OLMOE = replace(
     LLAMA,
     family="OLMoE",
     model_types=frozenset({"olmoe"}),
-    attention=Attention(q_norm="self_attn.q_norm", k_norm="self_attn.k_norm", head_dim=""),
+    attention=Attention(q_norm="self_attn.q_norm", k_norm="self_attn.k_norm"),
     experts=Experts(dims="intermediate_size"),
     names=ConfigNames(head_dim=None),
 )
@@ -249,6 +249,12 @@ def _deepseek_variant(family: Family, config: ModelConfig) -> Family:
     return replace(family, attention=attention)
 
 
+def clipped_variant(family: Family, config: ModelConfig) -> Family:
+    """Keeps the size of heads where queries are clipped: they cannot be multiplied for another size then."""
+    clips = config.get("clip_qkv") or (config.get("attn_config") or {}).get("clip_qkv")
+    return replace(family, attention=replace(family.attention, head_dim="")) if clips else family
+
+
 def _opt_variant(family: Family, config: ModelConfig) -> Family:
     if config.get("do_layer_norm_before", True):
         return family
@@ -277,7 +283,8 @@ def roberta_inputs(batch: Batch) -> dict[str, Any]:
 
 ADAPTERS = (
     *(stock_adapter(family) for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3)),
-    *(stock_adapter(family) for family in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GRANITE_MOE)),
+    *(stock_adapter(family) for family in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, GRANITE_MOE)),
+    stock_adapter(OLMOE, clipped_variant),
     stock_adapter(GPT_OSS, inputs_by_config=windowed_inputs),
     stock_adapter(DEEPSEEK_V3, _deepseek_variant),
     stock_adapter(GPT2, _gpt2_variant),

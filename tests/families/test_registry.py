@@ -78,9 +78,8 @@ def test_the_table_is_true(name):
     if claimed.experts:
         masks["experts"] = {g: mask for g, mask in half.items() if g.endswith("experts")}
     facts = next(facts for facts in family_facts() if facts["family"] == adapter.family)
-    stays = source.config.get("use_qk_norm", False)  # in Cohere an option, whose norms have weights per head
-    assert (space.head_dims is not None) == (facts["fewer_head_dims"] != "no" and not stays)
-    if facts["fewer_head_dims"] == "stock" and not stays:
+    assert (space.head_dims is not None) == (facts["fewer_head_dims"] != "no")
+    if facts["fewer_head_dims"] == "stock":
         masks["head dims"] = {"head_dims": (torch.arange(space.head_dims.size) < 2).float()}
     stock = {k: adapter.modeling(reshaped_source(source, space, m).config) is None for k, m in masks.items()}
     assert stock == {
