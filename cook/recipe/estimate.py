@@ -195,8 +195,9 @@ def activations(shape: Shape, setup: Setup, *, checkpointing: bool) -> float:
 def memory_of(shape: Shape, setup: Setup, *, shared: bool = False) -> Memory:
     """Bytes on one rank: what lives through a step, and the largest sum at any of its moments.
 
-    The moments are the begin of the backward pass, when all activations and the loss's temporaries live; its end, when
-    all gradients do; and the update, for which DeepSpeed copies this rank's gradients, to fp32 if they are not. The
+    The moments are the begin of the backward pass, when all activations and the loss's temporaries live; with
+    checkpointing, the time at which the first layer has been recomputed, without the loss's temporaries; the end, when
+    all gradients live; and the update, for which DeepSpeed copies this rank's gradients, to fp32 if they are not. The
     loss needs three fp32 tensors as large as the logits: log-softmax, its gradient and the gradient of its input.
 
     Args:
@@ -219,11 +220,13 @@ def memory_of(shape: Shape, setup: Setup, *, shared: bool = False) -> Memory:
     loss = setup.tokens * shape.vocab * (12 + (2 * width if setup.teaches else 0))
     # The gradient of a tied embedding comes twice, to be added.
     head = width * shape.vocab * shape.hidden if setup.trains and shape.tied else 0
-    first = sum(block.kept(width=width, bias=shape.bias) for layer in shape.layers[:1] for block in layer)
+    layers = [setup.tokens * sum(block.kept(width=width, bias=shape.bias) for block in layer) for layer in shape.layers]
+    recomputed = max(layers, default=0) if setup.checkpointing else 0
     moved = _gradients(count, setup, leave=setup.offload_optimizer and not shared)
     moments = (
-        moved.carried + live + loss,
-        moved.whole + head + setup.tokens * first,
+        moved.carried + live - recomputed + loss,
+        moved.carried + live,
+        moved.whole + head + sum(layers[:1]),
         moved.update,
         2 * width * count - weights if setup.zero in (1, 2) else 0.0,  # the engine flattens the weights
     )

@@ -145,9 +145,12 @@ def counted() -> Iterator[dict[str, float]]:
 
 
 def keep_freed_memory(keeps: bool) -> None:
-    """Has glibc return blocks above 1 MiB to the system at once, or keep what it would keep in the long run."""
+    """Has glibc return blocks above 128 KiB to the system at once, or keep what it would keep in the long run.
+
+    Activations in bf16 are blocks of half a MiB here; freed ones that glibc keeps would count as the step's memory.
+    """
     libc, mmap_threshold, trim_threshold = ctypes.CDLL(None), -3, -1
-    libc.mallopt(mmap_threshold, 2**25 if keeps else 2**20)
+    libc.mallopt(mmap_threshold, 2**25 if keeps else 2**17)
     libc.mallopt(trim_threshold, 2**26 if keeps else 2**17)
 
 

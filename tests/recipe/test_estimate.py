@@ -108,6 +108,14 @@ def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer():
     assert again == ROWS * LENGTH * (layer + 4 * 8 + 4 * 4 * 8)
 
 
+def test_a_layer_is_recomputed_after_the_losss_temporaries_are_freed():
+    setup, layer = replace(SETUP, checkpointing=True), 4 * (3 * 8 + 4 * 8) + 4 * (3 * 8 + 4 * 20)
+    many = replace(SHAPE, vocab=10_000)
+    for shape, moment in ((many, 12 * 10_000), (replace(SHAPE, vocab=0), layer)):
+        inputs = activations(shape, setup, checkpointing=True) - ROWS * LENGTH * layer
+        assert memory_of(shape, setup).peak == (4 + 8) * 1000 + inputs + ROWS * LENGTH * moment
+
+
 def test_offloaded_state_is_on_the_host_unless_that_is_the_same_memory():
     setup = replace(SETUP, zero=2, half=True, ranks=2)
     here, there = memory_of(SHAPE, setup), memory_of(SHAPE, replace(setup, offload_optimizer=True))
