@@ -136,8 +136,12 @@ def probe(shape: Shape, setup: Setup, *, budget: float = 0.4, clock: Callable[[]
     elementwise_seconds = median(lambda: _both_passes(F.gelu(a) * b))
     bandwidth = PASSES * 4 * width * a.numel() / elementwise_seconds
 
-    targets, logits = torch.zeros(tokens, dtype=torch.long), random(tokens, shape.vocab)
-    loss_seconds = median(lambda: F.cross_entropy(logits.float(), targets).backward())
+    loss = None
+    if shape.vocab:
+        logits = random(max(1, min(tokens, LARGE // (4 * shape.vocab))), shape.vocab)
+        targets = torch.zeros(len(logits), dtype=torch.long)
+        loss_seconds = median(lambda: F.cross_entropy(logits.float(), targets).backward())
+        loss = LOSS_ACCESSES * 4 * logits.numel() / loss_seconds
 
     part = torch.zeros(LARGE // width // 2, dtype=dtype)
     copy_seconds = median(lambda: torch.cat([part, part]))
@@ -154,7 +158,7 @@ def probe(shape: Shape, setup: Setup, *, budget: float = 0.4, clock: Callable[[]
         bandwidth=bandwidth,
         update=update,
         copies=2 * LARGE / copy_seconds,
-        loss=LOSS_ACCESSES * 4 * logits.numel() / loss_seconds,
+        loss=loss,
         link=LOOPBACK,
         attention=attention / rate,
         latency=3e-4,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import isfinite
 
 import pytest
@@ -51,6 +52,11 @@ def test_half_precision_is_faster_than_fp32_and_cards_differ():
     half = [card.half for card in CARDS.values()]
     assert all(card.half > card.single for card in CARDS.values()) and len(set(half)) > 5
     assert all(1e9 < card.link < card.bandwidth < 1e13 for card in CARDS.values())
+
+
+def test_a_model_without_logits_has_no_loss_to_measure():
+    card = measured_cpu(replace(SHAPE, vocab=0), SETUP, budget=0.01)
+    assert card.loss is None and 0 < step_seconds(replace(SHAPE, vocab=0), SETUP, card) < 10
 
 
 def test_the_cpu_is_measured_and_the_threads_are_as_before():
