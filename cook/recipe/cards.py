@@ -138,7 +138,7 @@ def probe(shape: Shape, setup: Setup, *, budget: float = 0.4, clock: Callable[[]
 
     loss = None
     if shape.vocab:
-        logits = random(max(1, min(tokens, LARGE // (4 * shape.vocab))), shape.vocab)
+        logits = random(max(1, min(tokens, LARGE // shape.vocab)), shape.vocab)  # as large as in a step
         targets = torch.zeros(len(logits), dtype=torch.long)
         loss_seconds = median(lambda: F.cross_entropy(logits.float(), targets).backward())
         loss = LOSS_ACCESSES * 4 * logits.numel() / loss_seconds
