@@ -23,6 +23,7 @@ from cook.base.errors import UserError, library_errors
 from cook.families import stock_models
 from cook.families.head_dims import head_dims
 from cook.families.layout import AbsentKind, Attention, ConfigNames, Family, FeedForward
+from cook.families.rotary import turned_dims
 from cook.families.stock_models import config_object, plain
 from cook.families.stock_space import head_dim_of, heads_of
 from cook.models import ragged
@@ -274,9 +275,14 @@ def _with_head_dims(family: Family, config: Mapping[str, Any], model: torch.nn.M
     made, layers = config_object(config), [f"{family.layers}.{number}" for number in range(TINY["layers"])]
     heads = {layer: heads_of(family, head_dim_of(family, made), model, layer) for layer in layers}
     found = {layer: own for layer, own in heads.items() if own is not None}
-    if head_dims(family, made, model, stock_models.weight_shapes(model), found) is not None:
+    turned = turned_dims(made, model)
+    if turned is None or head_dims(family, made, model, stock_models.weight_shapes(model), found) is None:
+        return replace(family, attention=replace(family.attention, head_dim="", scaling=Attention().scaling))
+    if family.names.head_dim:  # the class computes what it turns from the config's size of a head
         return family
-    return replace(family, attention=replace(family.attention, head_dim="", scaling=Attention().scaling))
+    block = next(iter(family.attention.modules))
+    remembered = _attribute(model.get_submodule(f"{layers[0]}.{block}"), block, "rot", turned.number)
+    return replace(family, attention=replace(family.attention, turned=remembered))
 
 
 def _names_in(model: torch.nn.Module, layer: str) -> list[str]:

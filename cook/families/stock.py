@@ -154,7 +154,10 @@ def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptU
     base = _with_hidden(family, base, hidden)
     if turned and family.names.head_dim:
         base |= {family.names.head_dim: new_dim}
-    even = base | ({"rope_parameters": without_factors(base["rope_parameters"])} if turned else {})
+    # An earlier export wrote a size of heads for the class's rotary positions, where the table has none.
+    was_cut = family.names.head_dim is None and base.get("head_dim") is not None
+    even = {name: value for name, value in base.items() if not (was_cut and name == "head_dim")}
+    even |= {"rope_parameters": without_factors(base["rope_parameters"])} if turned or was_cut else {}
     on_stream = [f"{norm.module}." for norm in space.hidden.norms] if space.hidden else []
     moved = _renamed(family, on_stream, layers)
     structure = structure_of(

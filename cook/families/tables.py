@@ -166,6 +166,7 @@ GPT_NEOX = Family(
         remembers={},
         head_dim="attention.head_size",
         scaling="attention.scaling",
+        turned="attention.rotary_ndims",
     ),
     ffn=FeedForward(ins=("mlp.dense_h_to_4h",), out="mlp.dense_4h_to_h"),
     names=ConfigNames(kv_heads=None, head_dim=None),

@@ -25,7 +25,7 @@ def test_a_folder_of_an_unknown_family_gets_a_table_that_is_exact(tmp_path, caps
     assert code == 0 and facts["exact"] and facts["model_type"] == "persimmon" and facts["known_as"] is None
     assert "interleaved=True" in facts["table"]
     rows = {row["removed"]: row for row in facts["check"]}
-    assert set(rows) == {"blocks", "heads", "FFN dimensions", "hidden dimensions", "everything"}
+    assert set(rows) == {"blocks", "heads", "FFN dimensions", "head dimensions", "hidden dimensions", "everything"}
     assert all(row["difference"] <= 1e-5 and not row["problem"] for row in rows.values())
     assert rows["FFN dimensions"]["result"] == "stock" and rows["heads"]["result"] == "remote code"
 

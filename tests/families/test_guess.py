@@ -20,6 +20,7 @@ WRITTEN = {
     "glm4": decoder_tables.GLM4,
     "olmo2": decoder_tables.OLMO2,
     "phi": decoder_tables.PHI,
+    "stablelm": decoder_tables.STABLELM,
     "gptj": decoder_tables.GPTJ,
     "gpt2": tables.GPT2,
     "gpt_neox": tables.GPT_NEOX,
