@@ -91,9 +91,21 @@ def summed_on_cpu(*parts: torch.Tensor) -> list[torch.Tensor]:
     return [total.view(part.shape) for total, part in zip(sums, parts, strict=True)]
 
 
+def _is_alone(group: Any) -> bool:
+    """Whether there are no other ranks.
+
+    Raises:
+        RuntimeError: there were, in this group, and the main thread has left them: what a background thread would agree
+            with itself is not what the ranks have agreed.
+    """
+    if group is not None and not is_on():
+        raise RuntimeError("the ranks have parted")
+    return group is None and world_size() == 1
+
+
 def broadcast(value: Any, source: int = 0, group: Any = None) -> Any:
     """The `value` of rank `source`, a small picklable object, on every rank."""
-    if world_size() == 1:
+    if _is_alone(group):
         return value
     box = [value]
     dist.broadcast_object_list(box, src=source, group=group)
@@ -102,7 +114,7 @@ def broadcast(value: Any, source: int = 0, group: Any = None) -> Any:
 
 def gather(value: Any, group: Any = None) -> list[Any]:
     """The `value` of every rank, a small picklable object, in rank order."""
-    if world_size() == 1:
+    if _is_alone(group):
         return [value]
     box: list[Any] = [None] * world_size()
     dist.all_gather_object(box, value, group=group)

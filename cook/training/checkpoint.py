@@ -164,8 +164,8 @@ class Saver:
                 failures = [error] if error else []
             failures = distributed.broadcast(failures, group=self._group)
             point("save.done")
-        except RuntimeError as error:  # another rank has ended
-            failures = [f"rank {distributed.rank()}: {error}"]
+        except Exception as error:  # another rank has ended, or this one has left the group
+            failures = [f"rank {distributed.rank()}: {in_words(error)}"]
         self._failures = failures
 
     def wait(self) -> None:

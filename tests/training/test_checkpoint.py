@@ -105,6 +105,17 @@ def test_a_failing_publication_is_heard_at_the_next_step_and_leaves_the_old_chec
     assert (tmp_path / "latest").read_text() == "step-1\n"
 
 
+def test_a_rank_that_has_left_the_others_publishes_nothing(tmp_path):
+    """Its main thread learns that another rank has died, and ends the process group, while the files are hashed."""
+    save(tmp_path, 1)
+    with pytest.raises(RunFailed, match="the ranks have parted"):
+        with Saver(tmp_path, stage="s", fingerprint="f", keep=5) as saver:
+            saver._group = object()  # that of several ranks
+            saver.save(FakeEngine(2), None, position(2), also=lambda: None)
+            saver.wait()
+    assert names(tmp_path) == ["latest", "step-1"] and verify(tmp_path / "step-1")
+
+
 def test_a_failing_replacement_puts_the_old_checkpoint_back(tmp_path, monkeypatch):
     save(tmp_path, 1, engine=FakeEngine(41))
     real, calls = os.rename, []
