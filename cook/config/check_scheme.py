@@ -11,7 +11,7 @@ from cook.base.errors import UserError
 from cook.config.check_inputs import mask_paths, refused_folder
 from cook.config.distillation import OWN_TEACHER, DistillationConfig
 from cook.config.facts import ModelFacts
-from cook.config.kinds import FINE_STAGES
+from cook.config.kinds import FINE_STAGES, NAMES, OPTIONAL
 from cook.config.types import (
     CoarseConfig,
     FineConfig,
@@ -105,16 +105,14 @@ def masks_given(
         if fine.dimff_mask is None and inner & {"ffn", "joint"}:
             wanted = "the path of the FFN mask: ffn mask training writes it"
             yield UserError("fine-grained.dimff_mask: missing", wanted=wanted)
-        for unit, what, keys in (
-            ("experts", "experts", {"target_experts": "the experts per block", "experts_mask": "the path of the mask"}),
-            ("headdim", "head dims", {"target_head_dim": "dims per head", "head_dims_mask": "the path of the mask"}),
-            ("hidden", "hidden dims", {"target_hidden": "the hidden size", "hidden_mask": "the path of the mask"}),
-        ):
-            learns = unit in inner or ("joint" in inner and getattr(fine, next(iter(keys))) is not None)
-            for key, wanted in keys.items():
+        sizes = {"experts": "the experts per block", "head_dims": "dims per head", "hidden": "the hidden size"}
+        for kind in OPTIONAL:
+            names = NAMES[kind]
+            learns = names.stage in inner or ("joint" in inner and getattr(fine, names.target) is not None)
+            wanted_of = {names.target: f"{sizes[kind]} after pruning", names.mask: "the path of the mask"}
+            for key, wanted in wanted_of.items():
                 if getattr(fine, key) is None and learns:
-                    wanted += " after pruning" if key.startswith("target") else ""
-                    yield UserError(f"fine-grained.{key}: missing, and {what} are pruned", wanted=wanted)
+                    yield UserError(f"fine-grained.{key}: missing, and {names.short} are pruned", wanted=wanted)
         if fine.coarse_mask is None and "joint" in inner:
             wanted = "the path of the layer mask: joint mask training writes it too"
             yield UserError("fine-grained.coarse_mask: missing", wanted=wanted)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -59,7 +58,7 @@ def structure_of(
                 structure["slopes"][block] = {"of": before.heads, "heads": list(own.slopes)}
             values: dict[str, float] = {name: own.sizes[size] for name, size in family.attention.remembers.items()}
             if own.head_dim != before.head_dim:
-                values |= _of_head_dim(family.attention, model.get_submodule(layer), own.head_dim)
+                values |= _of_head_dim(family.attention, model.get_submodule(layer), before.head_dim, own.head_dim)
                 values |= {family.attention.turned: turned} if family.attention.turned else {}
             for attribute, value in values.items():
                 # A config's field is an attribute `config.name` of the module.
@@ -80,13 +79,12 @@ def structure_of(
     return structure
 
 
-def _of_head_dim(table: Attention, layer: torch.nn.Module, after: int) -> dict[str, float]:
+def _of_head_dim(table: Attention, layer: torch.nn.Module, before: int, after: int) -> dict[str, float]:
     """The attributes of a layer's attention that follow from the size of a head."""
     values: dict[str, float] = {table.head_dim: after}
     if table.scaling not in ("", table.head_dim):
-        # The class may have read another size than its config is said to give.
-        before = operator.attrgetter(table.head_dim)(layer)
-        values[table.scaling] = operator.attrgetter(table.scaling)(layer) * (before / after) ** 0.5
+        path, _, name = table.scaling.rpartition(".")
+        values[table.scaling] = getattr(layer.get_submodule(path), name) * (before / after) ** 0.5
     return values
 
 

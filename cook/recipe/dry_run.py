@@ -20,19 +20,17 @@ from cook.recipe.distillation import DistillationPlan, open_distillation
 from cook.recipe.estimate import (
     Card,
     Estimate,
-    Planned,
     Setup,
     estimate,
-    largest_rows,
     state_bytes,
     step_flops,
-    suggest,
 )
 from cook.recipe.inputs import Inputs, final_masks, make_gates, open_inputs
 from cook.recipe.model_shape import Shape, shape_of
 from cook.recipe.moefy import check_blocks
 from cook.recipe.plan import Stage
 from cook.recipe.quantize import check_quantization
+from cook.recipe.suggest import Planned, largest_rows, suggest
 from cook.report.console import print_plan as print_table_of_stages
 from cook.report.console import print_table
 from cook.report.tables import human_count, human_duration

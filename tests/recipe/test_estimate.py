@@ -9,21 +9,18 @@ import pytest
 from cook.families.registry import by_config
 from cook.pruning.counts import forward_flops
 from cook.recipe.estimate import (
-    USABLE,
     Card,
-    Planned,
     Setup,
     activations,
     communication,
     estimate,
-    largest_rows,
     memory_of,
     state_bytes,
     step_flops,
     step_seconds,
-    suggest,
 )
 from cook.recipe.model_shape import Block, Shape, shape_of
+from cook.recipe.suggest import USABLE, Planned, largest_rows, suggest
 
 LLAMA = dict(
     model_type="llama",
