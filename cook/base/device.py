@@ -56,7 +56,11 @@ def has_fast_bf16() -> bool:
     if kind is not None:
         supported = getattr(torch.get_device_module(kind), "is_bf16_supported", None)
         return bool(supported is not None and supported())
-    # A CPU without bf16 instructions would emulate bf16 at a fraction of fp32's speed.
+    return cpu_has_fast_bf16()
+
+
+def cpu_has_fast_bf16() -> bool:
+    """Whether the CPU has bf16 instructions; without them it computes several times more slowly than in fp32."""
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 

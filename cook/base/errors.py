@@ -6,7 +6,9 @@ import contextlib
 import json
 import os
 import re
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -129,6 +131,10 @@ def run_entry(main: Callable[[], int | None]) -> None:
         if expected is None:
             raise
         code = _report(expected[1], expected[0])
+    if code == EXIT_INTERRUPTED and threading.current_thread() is threading.main_thread():
+        # Another rank may have passed on the request to stop before this one's own signal arrives: the code stays.
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, lambda *_: None)
     if code == EXIT_KEYBOARD:
         _report("stopped: by Ctrl-C; the same command starts again, or resumes from the newest checkpoint", code)
     for stream in (sys.stdout, sys.stderr):

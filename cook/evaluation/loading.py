@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from cook.base.device import cpu_has_fast_bf16
 from cook.base.errors import UserError, library_errors
 from cook.base.tensor_files import read_model_config
 from cook.config.kinds import FINE
@@ -73,13 +74,13 @@ def load(
 ) -> Loaded:
     """Loads a model and its tokenizer; families that cook knows need no remote code.
 
-    `dtype` is `auto` (as stored; bfloat16 on a GPU) or the name of a floating type. `weights` is `memory`, `disk`, for
+    `dtype` is `auto` (see `automatic_dtype`) or the name of a floating type. `weights` is `memory`, `disk`, for
     layers that are read when they compute, or `auto`: `disk` for a model that does not fit into memory.
 
     Raises:
         UserError: the model or the tokenizer cannot be loaded, or the masks belong to another model.
     """
-    chosen = {"auto": None if device == "cpu" else torch.bfloat16}.get(dtype) or getattr(torch, dtype, None)
+    chosen = automatic_dtype(device) if dtype == "auto" else getattr(torch, dtype)
     streamed = False
     folder = Path(entry.folder)
     if not (folder / "config.json").is_file():
@@ -120,6 +121,13 @@ def load(
         space, masks = open_masks(source, **entry.masks)
         mask_model(model, space, {name: mask.to(device) for name, mask in masks.items()})
     return Loaded(entry=entry, model=model, tokenizer=tokenizer, streamed=streamed)
+
+
+def automatic_dtype(device: str) -> torch.dtype | None:
+    """bfloat16 on a GPU; on a CPU as stored (None), or float32 if the CPU would emulate bf16 many times more slowly."""
+    if device != "cpu":
+        return torch.bfloat16
+    return None if cpu_has_fast_bf16() else torch.float32
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:

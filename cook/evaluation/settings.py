@@ -28,7 +28,7 @@ class Settings:
     batch_size: Size = 8
     """Windows per forward pass."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """`auto`: as stored; bfloat16 on a GPU."""
+    """`auto`: as stored, or float32 on a CPU without bf16 instructions; bfloat16 on a GPU."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, …; `auto`: a GPU if there is one."""
     weights: Literal["auto", "memory", "disk"] = "auto"

@@ -23,7 +23,7 @@ from cook.base.distributed import all_reduce_sum  # noqa: E402
 from cook.base.errors import EXIT_RANK_LOST, Interrupted, RunFailed, run_entry  # noqa: E402
 from cook.base.outcome import Outcome, recorded_code  # noqa: E402
 from cook.base.rendezvous import join, meet  # noqa: E402
-from cook.base.signals import Request, Signals, heed_launcher  # noqa: E402
+from cook.base.signals import Request, Signals, ending_quietly, heed_launcher  # noqa: E402
 from cook.base.watchdog import Watchdog  # noqa: E402
 
 WORLD, STEPS, BAD_STEP = 3, 40, 8
@@ -52,7 +52,7 @@ def job(case: str, rank: int, outcome: Outcome) -> None:
     heed_launcher()
     meeting = meet()
     timeout = 0.0 if case == "unwatched" else TIMEOUT
-    with outcome, Watchdog(timeout, meeting) as watchdog, Signals() as signals:
+    with ending_quietly(), outcome, Watchdog(timeout, meeting) as watchdog, Signals() as signals:
         outcome.taken()
         watchdog.at_loss = lambda verdict: outcome.write(EXIT_RANK_LOST, verdict)
         join("gloo", meeting, timedelta(minutes=5))

@@ -73,6 +73,20 @@ def test_an_output_on_a_full_disk_does_not_change_the_exit_code(body, code):
     assert done.returncode == code
 
 
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_request_that_arrives_while_a_stopped_run_ends_does_not_change_the_exit_code(number):
+    source = f"""
+        import atexit, os, signal
+        from cook.base.errors import Interrupted, run_entry
+        atexit.register(lambda: os.kill(os.getpid(), signal.{number}))
+        def main():
+            raise Interrupted("at step 5")
+        run_entry(main)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(source)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (EXIT_INTERRUPTED, "stopped: at step 5\n")
+
+
 def test_a_tilde_is_resolved_wherever_a_path_starts_in_an_argument(monkeypatch):
     monkeypatch.setenv("HOME", "/h")
     resolved = {

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,6 +113,17 @@ def test_other_precision(folder, text, capsys):
     rough, exact = evaluate(capsys, *options, "--dtype", "bfloat16"), evaluate(capsys, *options)
     assert rough["dtype"] == "bfloat16" and rough["loss"] != exact["loss"]
     assert rough["loss"] == pytest.approx(exact["loss"], rel=0.05)  # 8 bits of mantissa
+
+
+@pytest.mark.parametrize(("fast", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_a_cpu_that_would_emulate_bf16_computes_in_fp32(stock_folder, text, capsys, monkeypatch, tmp_path, fast, dtype):
+    folder = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(stock_folder, dtype=torch.bfloat16).save_pretrained(folder)
+    for file in Path(stock_folder).glob("*token*"):
+        shutil.copy(file, folder)
+    monkeypatch.setattr("cook.evaluation.loading.cpu_has_fast_bf16", lambda: fast)
+    got = evaluate(capsys, "--model", folder, "--data", text, "--window", 16, "--no-speed")
+    assert got["dtype"] == dtype
 
 
 def test_a_model_that_has_broken_down_is_still_json(folder, text, capsys, monkeypatch):
