@@ -75,6 +75,9 @@ class RowDistiller:
     def __init__(self, logits_RC: torch.Tensor, *, scale: float, temperature: float):
         self._logits_RC, self._scale, self._temperature = logits_RC, scale, temperature
 
+    def prepare(self, batch: Batch) -> None:
+        """Nothing: the teacher has computed already."""
+
     def __call__(self, batch: Batch, student_logits: torch.Tensor) -> torch.Tensor:
         """The weighted divergence summed over the batch's rows; `batch["rows"]` holds their indices."""
         teacher_logits = self._logits_RC[batch["rows"]]
@@ -119,6 +122,7 @@ class Distiller:
         self._pairs += [(pair, mse_att_scale, None) for pair in attention_pairs]
         self._student_taps = [Tap(student, pair.student) for pair, *_ in self._pairs]
         self._teacher_taps = [Tap(teacher.module, pair.teacher) for pair, *_ in self._pairs]
+        self._prepared: tuple[torch.Tensor, list[Any]] | None = None
         # Hooks the whole model: neither the backward pass nor the model as its own teacher calls it again.
         self._handle = student.register_forward_pre_hook(self._begin)
 
@@ -126,14 +130,21 @@ class Distiller:
         for tap in self._student_taps if torch.is_grad_enabled() else ():
             tap.arm()
 
+    def prepare(self, batch: Batch) -> None:
+        """The teacher's forward pass, for the next call."""
+        for tap in self._teacher_taps:
+            tap.arm()
+        logits = self._teacher.forward(batch).logits
+        self._prepared = logits, [tap.take() for tap in self._teacher_taps]
+
     def __call__(self, batch: Batch, student_logits: torch.Tensor) -> torch.Tensor:
         """The weighted sum of all losses over the batch's target tokens; a UserError if states cannot be compared."""
         targets = batch["targets"]
         student_states = [tap.take() for tap in self._student_taps]
-        for tap in self._teacher_taps:
-            tap.arm()
-        wanted_logits = self._teacher.forward(batch).logits
-        teacher_states = [tap.take() for tap in self._teacher_taps]
+        if self._prepared is None:
+            self.prepare(batch)
+        assert self._prepared is not None
+        (wanted_logits, teacher_states), self._prepared = self._prepared, None
         self._check(student_states, teacher_states, targets)
         loss = student_logits.new_zeros((), dtype=torch.float32)
         if self._ce_scale:

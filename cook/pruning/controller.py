@@ -25,10 +25,12 @@ from typing import Protocol
 import torch
 
 from cook.pruning.count_pricing import Priced
-from cook.pruning.relaxation import Relaxation, share_of_kind
+from cook.pruning.relaxation import Relaxation, of_gates, share_of_kind
 
 HALVINGS = 8
 """Halvings of the initial range of log|λ|, which spans many decades: from 60 nats to a quarter of one."""
+NEARBY = 1.1
+"""Factor around the last step's λ within which the next one is looked for first."""
 MOST_SECANTS = 40
 NEAR_ENOUGH = 1e-13
 """Allowed difference between the sparsity and its target."""
@@ -109,7 +111,8 @@ class GateController:
         self._real = torch.arange(max(sizes, default=0)) < torch.tensor(sizes)[:, None]
         self._costs = self._rows(torch.tensor([cost for c in constraints for cost in c.costs], dtype=torch.float64))
         self._offsets = torch.zeros(len(sizes), dtype=torch.float64)
-        self._kinds = self._rows(torch.tensor([k for c in constraints for k in c.kinds or (0,) * len(c.costs)]).long())
+        kinds = torch.tensor([kind for c in constraints for kind in c.kinds or (0,) * len(c.costs)]).long()
+        self._kinds = self._rows(kinds) if kinds.any() else None
         self._early = self._rows(torch.tensor([float(e) for c in constraints for e in c.early or (0,) * len(c.costs)]))
         self.moment = torch.zeros(sum(sizes), dtype=torch.float64)
         self.second_moment = torch.zeros(sum(sizes), dtype=torch.float64)
@@ -118,7 +121,13 @@ class GateController:
 
     def _rows(self, flat: torch.Tensor) -> torch.Tensor:
         """A flat vector as `[constraints, longest]`, padded with zeros."""
+        if self._real.numel() == len(flat):  # nothing to pad
+            return flat.view(self._real.shape)
         return torch.zeros(self._real.shape, dtype=flat.dtype).masked_scatter_(self._real, flat)
+
+    def _flat(self, rows: torch.Tensor) -> torch.Tensor:
+        """The inverse of `_rows`."""
+        return rows.flatten() if self._real.numel() == len(self.moment) else rows[self._real]
 
     def expected_sparsity(self, values: torch.Tensor) -> torch.Tensor:
         """s of every constraint, float64 `[constraints]`."""
@@ -135,7 +144,8 @@ class GateController:
                 self._costs[number, : len(costs)] = costs
 
     def _sparsity(self, rows: torch.Tensor) -> torch.Tensor:
-        return 1 - self._offsets - (self._costs * self.relaxation.openness(rows)).sum(1)
+        kept: torch.Tensor = torch.linalg.vecdot(self._costs, self.relaxation.openness(rows))
+        return 1 - self._offsets - kept
 
     @torch.no_grad()
     def step(
@@ -163,7 +173,8 @@ class GateController:
         moment = self._rows(self.moment / (1 - self.betas[0] ** self.steps))
         scale = self._rows((self.second_moment / (1 - self.betas[1] ** self.steps)).sqrt())
         # A gate without any task gradient so far moves first, but not infinitely faster than the others of its kind.
-        scale = scale + 1e-2 * share_of_kind(scale, self._real.to(scale), self._kinds) + 1e-30
+        of_kind = share_of_kind(scale, self._real.to(scale), self._kinds)
+        scale += of_gates(1e-2 * of_kind + 1e-30, self._kinds)
 
         relaxation, start = self.relaxation, self._rows(values.double())
         self._reprice(start)
@@ -173,16 +184,22 @@ class GateController:
         floor = self._floor(start, task)
         bound = None if highest is None else self._rows(highest.double())
 
-        def moved(multipliers: torch.Tensor) -> torch.Tensor:
-            pull = torch.addcmul(task, multipliers[:, None], press).clamp_(-1, 1)
-            reached = torch.sub(start, pull, alpha=self.learning_rate).clamp_(low, high)
-            reached = reached if floor is None else reached.maximum(floor)
-            return reached if bound is None else reached.minimum(bound)
+        reached = torch.empty_like(start)
 
-        # At this bound every gate that has a price moves by the full learning rate. Units of a closed block have none.
-        reach = torch.where(press > 0, (1 + task.abs()) / press, 1e-30).amax(1)
+        def moved(multipliers: torch.Tensor) -> torch.Tensor:
+            # In place: new memory for each of the dozen calls would cost more than the arithmetic.
+            pull = torch.addcmul(task, multipliers[:, None], press, out=reached).clamp_(-1, 1)
+            torch.sub(start, pull, alpha=self.learning_rate, out=reached).clamp_(low, high)
+            if floor is not None:
+                torch.maximum(reached, floor, out=reached)
+            return reached if bound is None else torch.minimum(reached, bound, out=reached)
+
+        def reach() -> torch.Tensor:
+            # At this bound every gate with a price moves by the full learning rate. Units of a closed block have none.
+            return torch.where(press > 0, (1 + task.abs()) / press, 1e-30).amax(1)
+
         self.multipliers = self._solve(moved, targets.double(), reach)
-        values.copy_(moved(self.multipliers)[self._real])
+        values.copy_(self._flat(moved(self.multipliers)))
 
     def _floor(self, start: torch.Tensor, task: torch.Tensor) -> torch.Tensor | None:
         """The lowest values of this step: the gates that the task wants most stay half open, as many as must stay."""
@@ -196,26 +213,26 @@ class GateController:
         return floor
 
     def _solve(
-        self, moved: Callable[[torch.Tensor], torch.Tensor], targets: torch.Tensor, reach: torch.Tensor
+        self, moved: Callable[[torch.Tensor], torch.Tensor], targets: torch.Tensor, reach: Callable[[], torch.Tensor]
     ) -> torch.Tensor:
         """The λ that reaches `targets`, or the bound `reach` if the learning rate does not allow it.
 
-        Bisects log|λ|, then uses secants in λ, in which s is nearly piecewise linear. The function value at an end that
-        stays twice is halved (the Illinois variant of regula falsi: Dowell and Jarratt, BIT 11, 1971).
+        Uses secants in λ, in which s is nearly piecewise linear. The function value at an end that stays twice is
+        halved (the Illinois variant of regula falsi: Dowell and Jarratt, BIT 11, 1971).
         """
-        open_more = self._sparsity(moved(torch.zeros_like(targets))) > targets
-        sign = torch.where(open_more, -1.0, 1.0).double()
+        sign = self.multipliers.sign()
 
         def excess(sizes: torch.Tensor) -> torch.Tensor:
             return (self._sparsity(moved(sign * sizes)) - targets) * sign
 
-        low, high = torch.log(reach) - 60.0, torch.log(reach)
-        for _ in range(HALVINGS):
-            middle = (low + high) / 2
-            short = excess(middle.exp()) < 0
-            low, high = torch.where(short, middle, low), torch.where(short, high, middle)
-        low, high = low.exp(), high.exp()
+        # λ rarely changes much from one step to the next.
+        low, high = self.multipliers.abs() / NEARBY, self.multipliers.abs() * NEARBY
         below, above = excess(low), excess(high)
+        if not bool(((below < 0) & (above >= 0)).all()):
+            sign = torch.where(self._sparsity(moved(torch.zeros_like(targets))) > targets, -1.0, 1.0).double()
+            furthest = torch.log(reach())
+            low, high = _halved(excess, furthest - 60.0, furthest)
+            below, above = excess(low), excess(high)
         best, least = torch.where(below.abs() < above.abs(), low, high), torch.minimum(below.abs(), above.abs())
         last = torch.zeros_like(sign)
         for _ in range(MOST_SECANTS):
@@ -247,6 +264,17 @@ class GateController:
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         self.moment, self.second_moment = state["moment"].clone(), state["second_moment"].clone()
         self.multipliers, self.steps = state["multipliers"].clone(), int(state["steps"])
+
+
+def _halved(
+    excess: Callable[[torch.Tensor], torch.Tensor], low: torch.Tensor, high: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two ends of a shorter range of |λ| around the sign change of `excess`, by bisection of log|λ|."""
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        short = excess(middle.exp()) < 0
+        low, high = torch.where(short, middle, low), torch.where(short, high, middle)
+    return low.exp(), high.exp()
 
 
 def ramp(progress: float, fraction: float, start: float, target: float) -> float:

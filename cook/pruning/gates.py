@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
 from cook.base import distributed
+from cook.base.device import accelerator
 from cook.base.seeds import generator
 from cook.config.scheme import GatesStart
 from cook.pruning.controller import Constraint, GateController, ramp
@@ -22,6 +24,7 @@ from cook.pruning.relaxation import Deterministic, Relaxation
 
 MEAN = "mean."
 """The first part of the keys of `Gates.means` in a state."""
+_worker = ThreadPoolExecutor(1, thread_name_prefix="gates")
 
 
 class Gates:
@@ -29,6 +32,9 @@ class Gates:
 
     They are not part of the engine: they are replicated, in fp32 on the CPU, with their own optimizer. A step draws z
     with `draw`, uses it in the forward pass (a plain tensor that requires grad), and passes ∂L/∂z to `update`.
+
+    With an accelerator the gates move in a thread, while the accelerator updates the weights and computes the teacher's
+    logits of the next step. Whatever reads the gates waits for it.
 
     Args:
         sizes: The number of units of every group by name, in the order of the flat vector.
@@ -66,6 +72,8 @@ class Gates:
         self.ramp_fraction = relaxation.ramp if ramp_fraction is None else ramp_fraction
         self.start: GatesStart = start
         self.start_steps = min(start_steps, steps // 4) if start in ("taylor", "fisher") else 0
+        self._moving: Future[None] | None = None  # a step in the thread
+        self._in_background = accelerator() is not None
         self.values = relaxation.start(sum(self.sizes.values()), seed).repeat(1 + len(smaller))
         rate = relaxation.learning_rate(steps) if learning_rate is None else learning_rate
         rate = 0.0 if start == "search" else rate
@@ -76,9 +84,26 @@ class Gates:
         self.start_sparsity = self.expected_sparsity()
         self.means: dict[str, torch.Tensor] = {}
         """The mean input features that take the place of those of removed units, by group (`compensation`)."""
-        self._leaf: torch.Tensor | None = None
-        self._drawn: torch.Tensor | None = None
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None  # values and z of the step last drawn
+        self._ahead: tuple[int, torch.Tensor, torch.Tensor] | None = None  # the next step, its values and z
         self._step = 0
+
+    @property
+    def values(self) -> torch.Tensor:
+        """The gate values of all sizes, float32 `[sizes · gates]`."""
+        self._wait()
+        return self._values
+
+    @values.setter
+    def values(self, values: torch.Tensor) -> None:
+        self._wait()
+        self._values, self._ahead = values, None
+
+    def _wait(self) -> None:
+        """Waits until the gates have moved."""
+        moving, self._moving = self._moving, None
+        if moving is not None:
+            moving.result()
 
     def settle(self, masks: Mapping[str, torch.Tensor]) -> None:
         """Sets the gates to masks of 0 and 1, by group name."""
@@ -94,6 +119,7 @@ class Gates:
     @property
     def multipliers(self) -> torch.Tensor:
         """λ of the last step, float64 `[constraints]`."""
+        self._wait()
         return torch.cat([controller.multipliers for controller in self._controllers])
 
     @property
@@ -106,10 +132,16 @@ class Gates:
 
     def draw(self, step: int) -> torch.Tensor:
         """z of step `step`, float32 `[gates]`: the same on every rank, and the same after a resume."""
-        number = size_of_step(step, 1 + len(self.smaller), self.seed)
-        self._leaf = self.of_size(number).clone().requires_grad_()
-        self._drawn, self._step = self._gated(self._leaf, step), step
-        return self._drawn.detach()
+        self._wait()
+        self._step, leaf, drawn = self._sampled(step) if self._ahead is None or self._ahead[0] != step else self._ahead
+        self._last, self._ahead = (leaf, drawn), None
+        return drawn.detach()
+
+    def _sampled(self, step: int) -> tuple[int, torch.Tensor, torch.Tensor]:
+        """The step, its gate values, and z, which depends on them."""
+        sizes = self._values.view(1 + len(self.smaller), -1)
+        leaf = sizes[size_of_step(step, len(sizes), self.seed)].clone().requires_grad_()
+        return step, leaf, self._gated(leaf, step)
 
     def largest(self) -> torch.Tensor:
         """z of the largest size in the step last drawn, `[gates]`."""
@@ -125,19 +157,32 @@ class Gates:
 
     def update(self, z_gradient: torch.Tensor, step: int) -> None:
         """Moves the gates by ∂L/∂z of the z last drawn, averaged over ranks and micro-batches; `step` counts from 1."""
-        assert self._drawn is not None and self._leaf is not None, "update without draw"
+        self._wait()
+        assert self._last is not None, "update without draw"
+        last, self._last = self._last, None
+        if self._in_background:
+            self._moving = _worker.submit(self._move_and_draw, *last, z_gradient, step)
+        else:
+            self._move(*last, z_gradient, step)
+
+    # What runs in the thread reads nothing that waits for the thread.
+
+    def _move_and_draw(self, leaf: torch.Tensor, drawn: torch.Tensor, z_gradient: torch.Tensor, step: int) -> None:
+        self._move(leaf, drawn, z_gradient, step)
+        self._ahead = self._sampled(self._step + 1)
+
+    def _move(self, leaf: torch.Tensor, drawn: torch.Tensor, z_gradient: torch.Tensor, step: int) -> None:
         if self.gathered < self.start_steps:
             self._gather(z_gradient.double())
-        else:
-            self._drawn.backward(z_gradient.to(self._drawn))
-            assert self._leaf.grad is not None
-            hold = max(0.0, self._progress(step) - self.ramp_fraction) / max(1e-9, 1 - self.ramp_fraction)
-            targets, larger = self.targets(step).view(1 + len(self.smaller), -1), None
-            for number, controller in enumerate(self._controllers):
-                values = self.of_size(number)
-                controller.step(values, self._leaf.grad, targets[number], hold=hold, highest=larger)
-                larger = values
-        self._drawn = self._leaf = None
+            return
+        drawn.backward(z_gradient.to(drawn))
+        assert leaf.grad is not None
+        hold = max(0.0, self._progress(step) - self.ramp_fraction) / max(1e-9, 1 - self.ramp_fraction)
+        sizes = self._values.view(1 + len(self.smaller), -1)
+        targets, larger = self._targets(step).view(len(sizes), -1), None
+        for number, controller in enumerate(self._controllers):
+            controller.step(sizes[number], leaf.grad, targets[number], hold=hold, highest=larger)
+            larger = sizes[number]
 
     def _progress(self, step: int) -> float:
         """Progress, 0 to 1, after `step`, of the part of the stage that follows the gathering of scores."""
@@ -153,19 +198,29 @@ class Gates:
                 part, costs = slice(c.start, c.start + len(c.costs)), torch.tensor(c.costs, dtype=torch.float64)
                 order = torch.argsort(torch.argsort(self.score[part].abs() / costs, stable=True))
                 rank[part] = order / max(1, len(costs) - 1)
-            self.values = self.relaxation.ranked(rank).repeat(1 + len(self.smaller))
-            self.start_sparsity = self.expected_sparsity()
+            self._values = self.relaxation.ranked(rank).repeat(1 + len(self.smaller))
+            self.start_sparsity = self._expected_sparsity()
 
     def targets(self, step: int) -> torch.Tensor:
         """The sparsity targets after step `step`, float64 `[constraints]`."""
+        self._wait()
+        return self._targets(step)
+
+    def _targets(self, step: int) -> torch.Tensor:
         pairs = zip(self.start_sparsity.tolist(), self.constraints, strict=True)
         values = [ramp(self._progress(step), self.ramp_fraction, start, c.target) for start, c in pairs]
         return torch.tensor(values, dtype=torch.float64)
 
     def expected_sparsity(self) -> torch.Tensor:
         """s of every constraint, float64 `[constraints]`."""
-        found = [controller.expected_sparsity(self.of_size(n)) for n, controller in enumerate(self._controllers)]
-        return torch.cat(found)
+        self._wait()
+        return self._expected_sparsity()
+
+    def _expected_sparsity(self) -> torch.Tensor:
+        sizes = self._values.view(1 + len(self.smaller), -1)
+        return torch.cat(
+            [controller.expected_sparsity(values) for controller, values in zip(self._controllers, sizes, strict=True)]
+        )
 
     @torch.no_grad()
     def openness(self) -> torch.Tensor:

@@ -129,9 +129,8 @@ class Deterministic:
         early: torch.Tensor | None = None,
     ) -> torch.Tensor:
         growth = 1 / min(1.0, max(0.02, (1 - hold) / self.last))
-        kinds = torch.zeros_like(values, dtype=torch.int64) if kinds is None else kinds
         between = share_of_kind(4 * values * (1 - values), values, kinds)
-        c = self.concavity * hold * growth ** (between / self.fractional).clamp(max=1.0)
+        c = of_gates(self.concavity * hold * growth ** (between / self.fractional).clamp(max=1.0), kinds)
         if early is not None:
             c = c.maximum(self.early_concavity * early)
         return c * (1 - 2 * values)
@@ -172,18 +171,26 @@ class HardConcrete:
         return torch.zeros_like(values)
 
 
-def share_of_kind(part: torch.Tensor, whole: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
-    """For each gate, Σ part / Σ whole over the gates of its kind in its row.
+def share_of_kind(part: torch.Tensor, whole: torch.Tensor, kinds: torch.Tensor | None) -> torch.Tensor:
+    """For each row and kind, Σ part / Σ whole over the gates of that kind, `[..., kinds]`.
 
     Args:
         part, whole: `[..., gates]`.
-        kinds: The number of each gate's kind, int64, as `part`.
+        kinds: The number of each gate's kind, int64, as `part`; None: all are of one kind.
     """
-    both = torch.stack([part, whole])
-    sums = both.new_zeros(*both.shape[:-1], int(kinds.max()) + 1 if kinds.numel() else 1)
-    of_part, of_whole = sums.scatter_add(-1, kinds.expand_as(both), both)
-    shares: torch.Tensor = of_part / of_whole.clamp(min=1e-30)
-    return shares.gather(-1, kinds)
+
+    def summed(values: torch.Tensor) -> torch.Tensor:
+        if kinds is None:
+            return values.sum(-1, keepdim=True)
+        sums = values.new_zeros(*values.shape[:-1], int(kinds.max()) + 1 if kinds.numel() else 1)
+        return sums.scatter_add_(-1, kinds, values)
+
+    return summed(part) / summed(whole).clamp(min=1e-30)
+
+
+def of_gates(by_kind: torch.Tensor, kinds: torch.Tensor | None) -> torch.Tensor:
+    """Each gate's value of a tensor `[..., kinds]`: `[..., gates]`, or `[..., 1]` if all are of one kind."""
+    return by_kind if kinds is None else by_kind.gather(-1, kinds)
 
 
 BETA = 2 / 3

@@ -19,6 +19,9 @@ from rich.text import Text
 
 from cook.report.tables import human_count, human_duration, plain_table
 
+REFRESHES = 4
+"""Of a progress bar, per second."""
+
 
 class Progress:
     """The progress of one stage: a bar on a terminal, elsewhere lines.
@@ -54,7 +57,7 @@ class Progress:
         self._final_target, self._clock, self._enabled, self._unit = final_target, clock, enabled, unit
         self._stream = stream or sys.stdout
         self._started = clock()
-        self._last_line = -math.inf
+        self._shown = -math.inf
         self._bar: RichProgress | None = None
         self._task = TaskID(0)
         if enabled:
@@ -73,8 +76,7 @@ class Progress:
         loss: float | None = None,
         tokens_per_second: float | None = None,
         utilisation: float | None = None,
-        expected: float | None = None,
-        target: float | None = None,
+        sparsity: Callable[[], tuple[float, float]] | None = None,
     ) -> None:
         """Shows the progress of the stage.
 
@@ -83,26 +85,25 @@ class Progress:
             loss: The training loss in nats per token.
             tokens_per_second: The speed over all ranks.
             utilisation: The share of the cards' peak FLOP/s that the model's products reach, from 0 to 1.
-            expected: The current expected sparsity, from 0 to 1.
-            target: The current sparsity target, from 0 to 1.
+            sparsity: Returns the current expected sparsity and its target, from 0 to 1; called if they are shown now.
         """
-        if not self._enabled:
+        now = self._clock()
+        every = self._every if self._bar is None else 1 / REFRESHES
+        if not self._enabled or (now - self._shown < every and step < self._total):
             return
+        self._shown = now
         parts = [] if loss is None else [f"loss {loss:.3f}"]
         parts += [] if tokens_per_second is None else [f"{human_count(tokens_per_second)} {self._unit}/s"]
         parts += [] if utilisation is None else [f"{100 * utilisation:.0f}% of peak FLOP/s"]
-        if expected is not None:
-            text = f"sparsity {expected:.3f}" + ("" if target is None else f" → {target:.3f}")
+        if sparsity is not None:
+            text = "sparsity {:.3f} → {:.3f}".format(*sparsity())
             parts.append(text + ("" if self._final_target is None else f" (target {self._final_target:.3f})"))
         parts.append(f"ETA {human_duration(self._seconds_left(step))}")
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers="  ".join(parts))
             return
-        now = self._clock()
-        if now - self._last_line >= self._every or step >= self._total:
-            self._last_line = now
-            count = f"{step:>{len(str(self._total))}}/{self._total}"
-            _say(self._stream, "  ".join([self._stage, count, *parts]))
+        count = f"{step:>{len(str(self._total))}}/{self._total}"
+        _say(self._stream, "  ".join([self._stage, count, *parts]))
 
     def note(self, text: str) -> None:
         """Prints a separate line, above the progress bar if there is one."""
@@ -136,7 +137,7 @@ class Progress:
             # Wraps on a narrow terminal, where rich would truncate it by default.
             TextColumn("{task.fields[numbers]}", markup=False, table_column=Column(overflow="fold")),
         )
-        self._bar = RichProgress(*columns, console=console, refresh_per_second=4)
+        self._bar = RichProgress(*columns, console=console, refresh_per_second=REFRESHES)
         self._task = self._bar.add_task(self._stage, total=self._total, completed=self._start_step, numbers="")
         self._bar.start()
 

@@ -182,7 +182,6 @@ def _report(
         meter.read(position)
     flops = run.step_flops * meter.steps if meter.steps and run.step_flops else None
     utilisation = flops / run.peak_flops if flops and run.peak_flops else None
-    expected = target = None
     record: dict[str, object] = {
         "step": step,
         "loss": result.loss,
@@ -195,12 +194,11 @@ def _report(
     }
     record |= {} if flops is None else {"flops_per_second": flops}
     record |= {} if utilisation is None else {"flops_utilisation": utilisation}
-    if run.gates:
+    if run.gates and due:
         names = [c.name for c in run.gates.constraints]
-        sparsity, wanted = run.gates.expected_sparsity(), run.gates.targets(position.updates)
-        expected, target = float(sparsity.mean()), float(wanted.mean())
-        multipliers = run.gates.multipliers
-        for key, values in (("expected_sparsity", sparsity), ("target_sparsity", wanted), ("lambda", multipliers)):
+        numbers = {"expected_sparsity": run.gates.expected_sparsity(), "lambda": run.gates.multipliers}
+        numbers["target_sparsity"] = run.gates.targets(position.updates)
+        for key, values in numbers.items():
             record[key] = dict(zip(names, values.tolist(), strict=True))
     if note is not None:
         record["problem"] = note
@@ -210,10 +208,14 @@ def _report(
         readers = "; ".join(f"rank {rank}: {' '.join(map(str, ids))}" for rank, ids in samples.items())
         distributed.warn(f"{run.name} step {step}: {note}; samples read by {readers}")
     loss = result.loss if math.isfinite(result.loss) else None
-    progress.update(
-        step, loss=loss, tokens_per_second=meter.rate, utilisation=utilisation, expected=expected, target=target
-    )
+    sparsity = functools.partial(_mean_sparsity, run.gates, position.updates) if run.gates else None
+    progress.update(step, loss=loss, tokens_per_second=meter.rate, utilisation=utilisation, sparsity=sparsity)
     if due:
         log.write(record)
     if run.gates and run.gate_log and run.gate_log.is_due(last=step == run.training.steps):
         run.gate_log.write(step, run.gates.openness())
+
+
+def _mean_sparsity(gates: Gates, updates: int) -> tuple[float, float]:
+    """The mean expected sparsity of the constraints, and the mean of their targets."""
+    return float(gates.expected_sparsity().mean()), float(gates.targets(updates).mean())

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -30,7 +30,15 @@ from cook.pruning.gates import Gates, own_share
 from cook.training.engine import Engine
 from cook.training.optim import TaskLoss, token_loss
 
-ExtraLoss = Callable[[Batch, torch.Tensor], torch.Tensor]  # summed over targets, from a batch and the student's logits
+
+class ExtraLoss(Protocol):
+    """A loss that is added to the task's."""
+
+    def prepare(self, batch: Batch) -> None:
+        """Computes the teacher's logits. Without it, the next call does."""
+
+    def __call__(self, batch: Batch, student_logits: torch.Tensor, /) -> torch.Tensor:
+        """The loss summed over the batch's targets."""
 
 
 class Limits(NamedTuple):
@@ -93,16 +101,21 @@ def train_step(
         update: The update's number, counted from 1; the gates' targets depend on it. None: the same as `step`.
         limits: The limits of the loss and the gradient's norm.
     """
-    z = gates.draw(step).to(engine.device).requires_grad_() if gates else None
+    z: torch.Tensor | None = None
     # The engine divides by the number of micro-batches and averages over ranks; undone here, to divide by targets.
     share = engine.accumulation * distributed.world_size() / num_targets
     loss_sum = torch.zeros((), device=engine.device)
     bad = torch.zeros((), dtype=torch.bool, device=engine.device)
-    for number, batch in enumerate(micro_batches, start=1):
-        if gates and z is not None:
+    for number, batch in enumerate(map(engine.moved, micro_batches), start=1):
+        # Before the draw: while the teacher computes on an accelerator, the gates of the last step may still move. The
+        # teacher of several sizes is the largest one, whose gates must have been drawn.
+        if extra_loss is not None and not (gates and gates.smaller):
+            extra_loss.prepare(batch)
+        if gates:
             assert attached is not None, "learned gates need their hooks"
+            z = gates.draw(step).to(engine.device).requires_grad_() if z is None else z
             attached.set(gates.split(z))
-        own_loss, loss = _losses(engine, engine.moved(batch), task_loss, extra_loss)
+        own_loss, loss = _losses(engine, batch, task_loss, extra_loss)
         point("memory.step")
         engine.backward(loss * share)
         loss_sum += own_loss.detach()
@@ -169,6 +182,8 @@ def try_step(
 ) -> None:
     """Runs the passes of a step on one micro-batch, which change nothing; see `Engine.attempt`."""
     batch = engine.moved(batch)
+    if extra_loss is not None and not (gates and gates.smaller):
+        extra_loss.prepare(batch)
     z = gates.draw(1).to(engine.device).requires_grad_() if gates else None
     if gates and z is not None and attached is not None:
         attached.set(gates.split(z))

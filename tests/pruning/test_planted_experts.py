@@ -13,7 +13,7 @@ from cook.families.source import load_model
 from tests.tiny_families import tiny_source
 
 SIZES = {"num_hidden_layers": 2, "num_local_experts": 6, "intermediate_size": 16}
-USELESS, STEPS = 2, 40
+USELESS, STEPS = 2, 80
 SEEDS = range(10)
 
 

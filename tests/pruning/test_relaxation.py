@@ -13,6 +13,7 @@ from cook.pruning.relaxation import (
     ZETA,
     Deterministic,
     HardConcrete,
+    of_gates,
     probability_open,
     sample,
     share_of_kind,
@@ -133,7 +134,10 @@ def test_noise_stays_inside_and_is_the_generators():
 def test_the_share_of_a_kind_is_that_of_its_gates_in_its_row():
     rng = np.random.default_rng(0)
     part, whole, kinds = rng.random((3, 50)), rng.random((3, 50)), rng.integers(0, 4, (3, 50))
-    found = share_of_kind(*(torch.from_numpy(a) for a in (part, whole, kinds))).numpy()
+    numbers = torch.from_numpy(kinds)
+    found = of_gates(share_of_kind(torch.from_numpy(part), torch.from_numpy(whole), numbers), numbers).numpy()
+    alone = share_of_kind(torch.from_numpy(part), torch.from_numpy(whole), None)
+    np.testing.assert_allclose(alone, part.sum(1, keepdims=True) / whole.sum(1, keepdims=True), rtol=1e-12)
     for row in range(3):
         for gate in range(50):
             same = kinds[row] == kinds[row, gate]

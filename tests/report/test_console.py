@@ -3,6 +3,7 @@ import os
 import pty
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,28 +21,27 @@ class Clock:
 
 
 def test_a_pipe_gets_one_line_every_so_often_and_always_the_last():
-    clock, stream = Clock(), io.StringIO()
+    clock, stream, asked = Clock(), io.StringIO(), []
     with Progress("att_mask", 200, 100, final_target=0.75, stream=stream, clock=clock) as progress:
         for step in range(101, 201):
             clock.now += 0.4
-            progress.update(
-                step, loss=4.2131, tokens_per_second=12345.0, expected=0.004 * step, target=min(0.75, 0.005 * step)
-            )
+            sparsity = partial(lambda step: asked.append(step) or (0.004 * step, min(0.75, 0.005 * step)), step)
+            progress.update(step, loss=4.2131, tokens_per_second=12345.0, sparsity=sparsity)
     lines = stream.getvalue().splitlines()
     assert lines[0] == "att_mask  101/200  loss 4.213  12.3k tok/s  sparsity 0.404 → 0.505 (target 0.750)  ETA 0:40"
     assert lines[1].startswith("att_mask  114/200  ")  # 13 * 0.4 s is the first multiple beyond 5 s
     assert lines[-1] == "att_mask  200/200  loss 4.213  12.3k tok/s  sparsity 0.800 → 0.750 (target 0.750)  ETA 0:00"
-    assert len(lines) == 9
+    assert len(lines) == len(asked) == 9  # what is not shown is not computed
 
 
 def test_only_given_numbers_are_shown_and_counts_are_aligned():
     stream = io.StringIO()
     progress = Progress("pretrain", 1000, stream=stream, clock=Clock(), every=0)
     progress.update(0)
-    progress.update(5, loss=float("nan"), expected=0.1)
+    progress.update(5, loss=float("nan"), sparsity=lambda: (0.1, 0.2))
     assert stream.getvalue().splitlines() == [
         "pretrain     0/1000  ETA -:--",
-        "pretrain     5/1000  loss nan  sparsity 0.100  ETA 0:00",
+        "pretrain     5/1000  loss nan  sparsity 0.100 → 0.200  ETA 0:00",
     ]
 
 
@@ -68,7 +68,7 @@ def test_notes_and_standard_output(capsys):
 
 def test_a_stream_without_the_arrow_gets_a_question_mark():
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    Progress("s", 10, stream=stream, clock=Clock()).update(10, expected=0.5, target=0.5)
+    Progress("s", 10, stream=stream, clock=Clock()).update(10, sparsity=lambda: (0.5, 0.5))
     stream.seek(0)
     assert stream.read() == "s  10/10  sparsity 0.500 ? 0.500  ETA 0:00\n"
 
@@ -105,9 +105,9 @@ def test_a_plan_is_facts_and_stages(capsys):
 DEMO = """
 from cook.report.console import Progress, print_table
 with Progress("att_mask", 200, 100, final_target=0.75) as progress:
-    progress.update(120, loss=4.213, tokens_per_second=12345, expected=0.412, target=0.45)
+    progress.update(120, loss=4.213, tokens_per_second=12345, sparsity=lambda: (0.412, 0.45))
     progress.note("saved [bold]it[/bold]")
-    progress.update(200, loss=4.213, tokens_per_second=12345, expected=0.412, target=0.45)
+    progress.update(200, loss=4.213, tokens_per_second=12345, sparsity=lambda: (0.412, 0.45))
 print_table([{"name": "[red]left", "n": 1}])
 print_table([{"name": "w" * 200, "n": 1}])
 """

@@ -13,7 +13,8 @@ import torch
 from cook.base.batches import Batch, on_device
 from cook.base.signals import Request
 from cook.families.cpm_ant import ADAPTER
-from cook.training.step import train_step
+from cook.pruning.gates import Gates
+from cook.training.step import ExtraLoss, train_step
 from tests.meta_device import MetaDevice
 from tests.training import tiny_training as tiny
 
@@ -74,8 +75,10 @@ def waits(monkeypatch) -> Counter[str]:
     return found
 
 
-def step_once(engine: PlainEngine, gated: bool) -> None:
-    gates = tiny.make_gates() if gated else None
+def step_once(
+    engine: PlainEngine, gated: bool, gates: Gates | None = None, extra_loss: ExtraLoss | None = None
+) -> None:
+    gates = gates or (tiny.make_gates() if gated else None)
     attached = tiny.attach(engine.module, set(gates.sizes) if gates else set(), {})
     result = train_step(
         engine,
@@ -85,7 +88,7 @@ def step_once(engine: PlainEngine, gated: bool) -> None:
         learning_rate=0.1,
         attached=attached,
         gates=gates,
-        extra_loss=None,
+        extra_loss=extra_loss,
         asked=Request.NOTHING,
     )
     assert result.applied and result.problem is None
@@ -115,6 +118,23 @@ def test_a_device_is_waited_for_once_per_step(monkeypatch, gated):
     with MetaDevice() as device:
         step_once(engine, gated)
     assert device.waits == ["aten._to_copy.default"]
+
+
+def test_the_teacher_computes_before_the_gates_are_waited_for(monkeypatch):
+    gates, calls = tiny.make_gates(), []
+
+    class Teacher:
+        def prepare(self, _batch: Batch) -> None:
+            calls.append("teacher")
+
+        def __call__(self, _batch: Batch, logits: torch.Tensor) -> torch.Tensor:
+            calls.append("loss")
+            return logits.new_zeros(())
+
+    draw = gates.draw
+    monkeypatch.setattr(gates, "draw", lambda step: calls.append("draw") or draw(step))
+    step_once(PlainEngine(), True, gates, Teacher())
+    assert calls == ["teacher", "draw", "loss", "teacher", "loss"]
 
 
 def test_a_wait_is_counted(waits):

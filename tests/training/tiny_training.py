@@ -272,22 +272,32 @@ def engine_run(case: dict[str, Any], distil: Any = None) -> dict[str, Any]:
     }
 
 
-def _fault(case: dict[str, Any], step: int, rank: int) -> Any:
-    def nan_loss(_batch: dict[str, torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
-        return logits.sum() * float("nan")
+class ExtraLoss:
+    """A loss of the student's logits alone."""
 
+    def __init__(self, loss: Any):
+        self._loss = loss
+
+    def prepare(self, batch: dict[str, torch.Tensor]) -> None:
+        pass
+
+    def __call__(self, _batch: dict[str, torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
+        return self._loss(logits)
+
+
+def _fault(case: dict[str, Any], step: int, rank: int) -> Any:
     def gradient_times(factor: float) -> Any:
-        def extra_loss(_batch: dict[str, torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
+        def extra_loss(logits: torch.Tensor) -> torch.Tensor:
             # The sign: infinity times 0 is NaN, and that is another fault.
             logits.register_hook(lambda gradient: (gradient.sign() + 0.5 if math.isinf(factor) else gradient) * factor)
             return logits.new_zeros(())
 
-        return extra_loss
+        return ExtraLoss(extra_loss)
 
     if step not in case.get("at", [3]):
         return None
     if case.get("nan_loss") == rank:
-        return nan_loss
+        return ExtraLoss(lambda logits: logits.sum() * float("nan"))
     if case.get("inf_gradient") == rank:
         return gradient_times(math.inf)
     if case.get("huge_gradient") == rank:
