@@ -15,7 +15,7 @@ from cook.base.signals import Request
 from cook.families.cpm_ant import ADAPTER
 from cook.pruning.gates import Gates
 from cook.training.step import ExtraLoss, train_step
-from tests.meta_device import MetaDevice
+from tests.absent_device import AbsentDevice
 from tests.training import tiny_training as tiny
 
 COOK = str(Path(__file__).parents[2] / "cook")
@@ -115,7 +115,7 @@ def test_a_device_is_waited_for_once_per_step(monkeypatch, gated):
     engine.device = torch.device("meta")
     engine.module.to("meta")
     engine.optimizer = torch.optim.SGD(engine.module.parameters(), lr=0.0)
-    with MetaDevice() as device:
+    with AbsentDevice() as device:
         step_once(engine, gated)
     assert device.waits == ["aten._to_copy.default"]
 
