@@ -8,9 +8,10 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from cook.base.errors import UserError
-from tests.recipe.tiny_run import REPOSITORY
+from tests.recipe.tiny_run import REPOSITORY, run
 
 
 @pytest.fixture
@@ -48,3 +49,11 @@ def test_numbers_errors_and_what_no_time_was_left_for_go_to_one_file(script, mon
     found = json.loads((tmp_path / "card.json").read_text())["checks"]
     assert found["good"]["waits"] == 1 and found["good"]["error"] is None
     assert "no kernel" in found["bad"]["error"] and found["late"] == {"error": "no time was left"}
+
+
+@pytest.mark.skipif(
+    torch._C._dispatch_has_kernel_for_dispatch_key("aten::mm", "CUDA"), reason="a CUDA build of PyTorch"
+)
+def test_fake_tensors_of_a_card_need_a_build_for_such_cards():
+    done = run([sys.executable, str(REPOSITORY / "scripts" / "check_devices.py")], REPOSITORY)
+    assert done.code == 2 and "has no operations for cuda" in done.err and "Traceback" not in done.err, done

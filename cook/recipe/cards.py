@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import statistics
 import time
@@ -22,7 +23,7 @@ REACHED = 0.6
 all, with the memory traffic and the communication that are counted separately here (Korthikanti et al. 2022, table 5:
 0.42 to 0.57)."""
 LARGE = 1 << 26
-"""Bytes that no cache holds, and that the C library takes from the system and returns."""
+"""Bytes that no cache holds, and that the C library would take from the system and return."""
 LOOPBACK = 1.5e9
 """Bytes per second between two ranks on one CPU, by gloo."""
 
@@ -144,7 +145,8 @@ def probe(shape: Shape, setup: Setup, *, budget: float = 0.4, clock: Callable[[]
         loss = LOSS_ACCESSES * 4 * logits.numel() / loss_seconds
 
     part = torch.zeros(LARGE // width // 2, dtype=dtype)
-    copy_seconds = median(lambda: torch.cat([part, part]))
+    # Memory from the C library might be what a step before has freed.
+    copy_seconds = median(lambda: torch.cat([part, part], out=torch.frombuffer(mmap.mmap(-1, LARGE), dtype=dtype)))
 
     parameter = torch.nn.Parameter(torch.zeros(LARGE // 4))
     parameter.grad = torch.zeros_like(parameter)
