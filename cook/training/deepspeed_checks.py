@@ -136,12 +136,16 @@ def _zero(config: Mapping[str, Any]) -> Iterator[UserError]:
     zero = config["zero_optimization"]
     for key in ("offload_optimizer", "offload_param"):
         offload = zero.get(key) or {}
-        least = 3 if key == "offload_param" or offload.get("device") == "nvme" else 1
+        least = 3 if key == "offload_param" else 1
         if offload.get("device", "none") != "none" and zero["stage"] < least:
             what = f"deepspeed.zero_optimization.{key}: {offload['device']} has no effect at ZeRO stage {zero['stage']}"
             yield UserError(
                 what, wanted="stage 3" if least == 3 else "stage 1, 2 or 3", remedy="raise the stage, or remove it"
             )
+        elif key == "offload_optimizer" and offload.get("device") == "nvme":
+            what = "deepspeed.zero_optimization.offload_optimizer.device: a run with nvme cannot be resumed"
+            got = "a checkpoint of DeepSpeed 0.19 does not restore an optimizer on NVMe exactly"
+            yield UserError(what, wanted='"cpu"; weights can be on NVMe: "offload_param"', got=got)
         elif offload.get("device") == "nvme" and not offload.get("nvme_path"):
             yield UserError(f"deepspeed.zero_optimization.{key}.nvme_path: missing", wanted="a folder on the device")
         elif offload.get("device") == "nvme":

@@ -34,6 +34,7 @@ from cook.training.zero import (
     Partitions,
     exact_buffers,
     freeze_all_but_smallest,
+    read_from_disk_when_needed,
     reserve_state,
 )
 
@@ -132,6 +133,7 @@ class Engine:
             self._engine, self._optimizer, *_ = deepspeed.initialize(
                 model=model, model_parameters=trained, optimizer=optimizer, config=self.config
             )
+        read_from_disk_when_needed(self._engine.optimizer)
         for name, buffer in buffers.items():
             owner, _, leaf = name.rpartition(".")
             setattr(self.module.get_submodule(owner), leaf, buffer.to(self.device))

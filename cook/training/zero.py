@@ -37,6 +37,20 @@ def freeze_all_but_smallest(model: torch.nn.Module) -> None:
         parameter.requires_grad_(parameter is smallest)
 
 
+def read_from_disk_when_needed(optimizer: Any) -> None:
+    """Has DeepSpeed's optimizer hold no weights that are on a disk (`offload_param` to NVMe) beyond their use.
+
+    DeepSpeed 0.19 reads ahead, and asks twice for a weight that is used twice soon, such as those of the last layer,
+    whose backward pass follows its forward pass; the second request fails. It also keeps weights that are used again
+    soon, until it has no buffer left for the next one.
+    """
+    offload = getattr(optimizer, "parameter_offload", None)
+    if offload is not None and offload.offload_device == "nvme":
+        coordinator = offload.get_param_coordinator()
+        coordinator._PartitionedParameterCoordinator__prefetch_nvme = False
+        coordinator._PartitionedParameterCoordinator__max_reuse_dist_in_numel = 0
+
+
 class Partitions:
     """Operations on one parameter at a time, on all ranks together. The engine imports the module `deepspeed`."""
 
