@@ -56,8 +56,9 @@ def main() -> int:
             wanted=f"a build of PyTorch for {options.kind}; no card is needed",
             remedy="run it where such a build is installed; any build has `pytest tests/families/test_meta_device.py`",
         )
-    if options.kind == "cuda" and not torch.cuda.is_available():
-        torch.cuda.get_device_capability = lambda device=None: CAPABILITY
+    module = torch.get_device_module(options.kind)
+    if not module.is_available():
+        module.get_device_capability = lambda device=None: CAPABILITY
     names = options.families or NAMES
     failed = 0
     for name in names:

@@ -92,6 +92,7 @@ SLOW = {
     "training/test_checkpoint.py",
     "training/test_engine_and_step.py",
     "training/test_long_rows.py",
+    "training/test_nvme.py",
     "training/test_zero.py",
     "training/test_resume_exactly.py",
 }
