@@ -107,10 +107,7 @@ def train_step(
     loss_sum = torch.zeros((), device=engine.device)
     bad = torch.zeros((), dtype=torch.bool, device=engine.device)
     for number, batch in enumerate(map(engine.moved, micro_batches), start=1):
-        # Before the draw: while the teacher computes on an accelerator, the gates of the last step may still move. The
-        # teacher of several sizes is the largest one, whose gates must have been drawn.
-        if extra_loss is not None and not (gates and gates.smaller):
-            extra_loss.prepare(batch)
+        _prepare(extra_loss, batch, gates)
         if gates:
             assert attached is not None, "learned gates need their hooks"
             z = gates.draw(step).to(engine.device).requires_grad_() if z is None else z
@@ -182,13 +179,21 @@ def try_step(
 ) -> None:
     """Runs the passes of a step on one micro-batch, which change nothing; see `Engine.attempt`."""
     batch = engine.moved(batch)
-    if extra_loss is not None and not (gates and gates.smaller):
-        extra_loss.prepare(batch)
+    _prepare(extra_loss, batch, gates)
     z = gates.draw(1).to(engine.device).requires_grad_() if gates else None
     if gates and z is not None and attached is not None:
         attached.set(gates.split(z))
     leaves = [] if z is None else [z]
     engine.attempt(lambda forward: _losses(forward, batch, token_loss, extra_loss)[1], leaves)
+
+
+def _prepare(extra_loss: ExtraLoss | None, batch: Batch, gates: Gates | None) -> None:
+    """Runs the teacher before the gates are drawn: while it computes on an accelerator, they may still move.
+
+    The teacher of several sizes is the largest one, whose gates must be drawn first.
+    """
+    if extra_loss is not None and not (gates and gates.smaller):
+        extra_loss.prepare(batch)
 
 
 def _losses(

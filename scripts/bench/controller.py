@@ -3,8 +3,8 @@
     python scripts/bench/controller.py [--gates 50000] [--step 50] [--free 12]
 
 The accelerator is played by sleep: of a step of `--step` milliseconds, the last `--free` need no gates, because the
-weights are updated and the teacher computes then. Steps with gates, that move in the thread or in line, take turns with
-steps without any; medians are compared.
+weights are updated and the teacher computes then. Steps without gates, with gates that move in the thread, and with
+gates that move in line follow one another, a hundred of each: what a step leaves to do, the next one waits for.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 from common import publish
 
 from cook.pruning.controller import Constraint
 from cook.pruning.gates import Gates
-from cook.pruning.relaxation import Deterministic, HardConcrete
+from cook.pruning.relaxation import Deterministic, HardConcrete, Relaxation
 
 BLOCKS = 32
 
 
-def one_budget(total: int, relaxation: Deterministic | HardConcrete) -> Gates:
+def one_budget(total: int, relaxation: Relaxation) -> Gates:
     """Gates of three kinds of units under one budget, as in a stage `joint_mask`."""
     size = total // BLOCKS
     costs = torch.rand(BLOCKS * size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -32,7 +33,7 @@ def one_budget(total: int, relaxation: Deterministic | HardConcrete) -> Gates:
     return Gates({str(n): size for n in range(BLOCKS)}, [budget], steps=1000, seed=0, relaxation=relaxation)
 
 
-def per_block(total: int, relaxation: Deterministic | HardConcrete) -> Gates:
+def per_block(total: int, relaxation: Relaxation) -> Gates:
     """Gates with a budget in every block, as in a stage `ffn_mask`."""
     size = total // BLOCKS
     budgets = [
@@ -42,35 +43,36 @@ def per_block(total: int, relaxation: Deterministic | HardConcrete) -> Gates:
     return Gates({str(n): size for n in range(BLOCKS)}, budgets, steps=1000, seed=0, relaxation=relaxation)
 
 
-def step_seconds(gates: Gates | None, step: int, gradient: torch.Tensor, options: argparse.Namespace) -> float:
-    begin = time.perf_counter()
+def run_step(gates: Gates | None, step: int, gradient: torch.Tensor, options: argparse.Namespace) -> None:
     if gates:
         gates.split(gates.draw(step))
     time.sleep((options.step - options.free) / 1e3)
     if gates:
         gates.update(gradient, step)
     time.sleep(options.free / 1e3)
-    return time.perf_counter() - begin
 
 
-def measured(name: str, gates: Gates, options: argparse.Namespace) -> dict[str, object]:
-    """Median milliseconds per step that the gates add, and of their computation alone."""
-    random = torch.Generator().manual_seed(1)
-    worth = torch.rand(len(gates.openness()), generator=random)
-    added: dict[str, list[float]] = {"in a thread": [], "in line": [], "without": []}
-    alone = []
-    for step in range(1, options.steps + 1):
-        gradient = -worth + 0.3 * torch.randn(len(worth), generator=random)
-        for way in added:
-            gates._in_background = way == "in a thread"
-            added[way].append(step_seconds(None if way == "without" else gates, step, gradient, options))
-        begin = time.perf_counter()
-        gates.draw(step)
-        gates.update(gradient, step)
-        alone.append(time.perf_counter() - begin)
-    ms = {way: 1e3 * statistics.median(times) for way, times in added.items()}
-    row = {"gates": len(worth), "budget": name, "relaxation": type(gates.relaxation).__name__}
-    row |= {"ms of computation": 1e3 * statistics.median(alone)}
+def measured(
+    name: str, make: Callable[[int, Relaxation], Gates], relaxation: Relaxation, options: argparse.Namespace
+) -> dict[str, object]:
+    """The share of a step that the gates add, and the milliseconds of their computation alone."""
+    ms: dict[str, float] = {}
+    for way in ("without", "in a thread", "in line", "alone"):
+        gates, random = make(options.gates, relaxation), torch.Generator().manual_seed(1)
+        gates._in_background, count = way == "in a thread", len(gates.openness())
+        worth, times = torch.rand(count, generator=random), list[float]()
+        for step in range(1, options.steps + 1):
+            gradient = -worth + 0.3 * torch.randn(count, generator=random)
+            begin = time.perf_counter()
+            if way == "alone":
+                gates.draw(step)
+                gates.update(gradient, step)
+            else:
+                run_step(None if way == "without" else gates, step, gradient, options)
+            times.append(time.perf_counter() - begin)
+        gates.draw(options.steps + 1)  # waits for the thread
+        ms[way] = 1e3 * statistics.median(times)
+    row = {"gates": count, "budget": name, "relaxation": type(relaxation).__name__, "ms of computation": ms["alone"]}
     row |= {f"overhead {way}": ms[way] / ms["without"] - 1 for way in ("in a thread", "in line")}
     print(row, flush=True)
     return row
@@ -85,7 +87,7 @@ def main() -> None:
     parser.add_argument("--output", help="the JSON; default: results/bench/controller.json")
     options = parser.parse_args()
     rows = [
-        measured(name, make(options.gates, relaxation), options)
+        measured(name, make, relaxation, options)
         for name, make in (("one for all", one_budget), ("one per block", per_block))
         for relaxation in (Deterministic(), HardConcrete())
     ]
