@@ -9,6 +9,7 @@ import mmap
 import pickletools
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -250,6 +251,7 @@ def open_pt(path: Path) -> Mapping[str, torch.Tensor]:
 
 
 BUFFERED = 64 << 20  # bytes in memory before a shard is begun on the disk
+BESIDE = 192 << 20  # bytes that may be written while the caller makes the next tensors
 HEADER = 256 << 10  # bytes for the names and shapes of a shard that is begun before all of its tensors are known
 TYPES = {
     torch.float64: "F64",
@@ -270,8 +272,8 @@ TYPES = {
 class ShardWriter:
     """A context manager that writes tensors to a folder, made if missing, as safetensors shards with an index.
 
-    It holds at most one tensor and `BUFFERED` bytes in memory. If all tensors fit in one shard, it writes
-    `model.safetensors` alone.
+    It holds at most one tensor, or `BESIDE` bytes that a thread writes, and `BUFFERED` bytes in memory. If all tensors
+    fit in one shard, it writes `model.safetensors` alone. Tensors must stay unchanged until the context ends.
     """
 
     def __init__(self, folder: Path, shard_bytes: int = 2 << 30, metadata: Mapping[str, str] | None = None):
@@ -282,6 +284,8 @@ class ShardWriter:
         self.total_bytes = 0
         self._pending: dict[str, torch.Tensor] = {}
         self._pending_bytes = 0
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
         self._file: BinaryIO | None = None  # the shard that is being written
         self._entries: dict[str, dict[str, Any]] = {}  # the header of its tensors
         self._reserved = 0  # bytes of the header's place in it
@@ -304,7 +308,8 @@ class ShardWriter:
             self._write()
 
     def _write(self, *, is_all: bool = False) -> None:
-        """Writes what is pending; unless that is a whole shard, the header's place is reserved before it."""
+        """Begins to write what is pending; unless that is a whole shard, the header's place is reserved before it."""
+        self._wait()
         # Readers map the file: an offset must be a multiple of the type's size, and no bytes may lie between tensors.
         pending = dict(sorted(self._pending.items(), key=lambda item: -item[1].element_size()))
         if self._file is not None and self._written % next(iter(pending.values())).element_size():
@@ -321,11 +326,18 @@ class ShardWriter:
             self._file = open(self.files[-1], "wb")  # noqa: SIM115  # open from one tensor to the next
             with naming(self.files[-1]):
                 self._file.write(self._header())
+        tensors, num_bytes = list(pending.values()), self._pending_bytes
         self._pending, self._pending_bytes = {}, 0
-        with naming(self.files[-1]):
-            for name in list(pending):
-                flat = pending.pop(name).detach().cpu().contiguous().reshape(-1)
-                self._file.write(flat.view(torch.uint8).numpy().data)
+        self._writing = self._thread.submit(_write_tensors, self._file, self.files[-1], tensors)
+        del pending
+        if num_bytes > BESIDE:
+            self._wait()
+
+    def _wait(self) -> None:
+        """Until what was begun is written; raises what the writing raised."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
 
     def _header(self) -> bytes:
         text = json.dumps({"__metadata__": self.metadata, **self._entries}, separators=(",", ":")).encode()
@@ -336,6 +348,7 @@ class ShardWriter:
         """Completes the shard."""
         if self._pending or self._file is None:
             self._write(is_all=self._file is None)
+        self._wait()
         assert self._file is not None
         with naming(self.files[-1]), self._file as file:
             file.seek(0)
@@ -353,6 +366,7 @@ class ShardWriter:
         except BaseException:
             self._clear()
             raise
+        self._thread.shutdown()
         # Readers would open the files of an earlier model instead of, or together with, these.
         for stale in (*self.folder.glob("model*.safetensors"), *self.folder.glob(INDEX)):
             stale.unlink()
@@ -368,11 +382,20 @@ class ShardWriter:
         fsync_folder(self.folder)
 
     def _clear(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
         if self._file is not None:
             with contextlib.suppress(OSError):  # what is buffered cannot be written either
                 self._file.close()
         for file in self.files:
             file.unlink(missing_ok=True)
+
+
+def _write_tensors(file: BinaryIO, path: Path, tensors: list[torch.Tensor]) -> None:
+    """Writes tensors one after the other, and drops each."""
+    with naming(path):
+        while tensors:
+            flat = tensors.pop(0).detach().cpu().contiguous().reshape(-1)
+            file.write(flat.view(torch.uint8).numpy().data)
 
 
 def read_model_config(folder: Path) -> dict:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from cook.base import tensor_files
 from cook.base.errors import UserError
+from cook.base.files import naming
 from cook.base.tensor_files import (
     LazyTensors,
     ShardWriter,
@@ -89,8 +91,11 @@ def test_a_shard_that_is_begun_early_is_a_plain_safetensors_file(tmp_path_factor
     assert all(torch.equal(found[name], t) and found[name].dtype == t.dtype for name, t in tensors.items())
 
 
-def test_a_writer_keeps_few_bytes_in_memory(tmp_path, monkeypatch):
+@pytest.mark.parametrize("beside, most", [(0, 2), (200, 5)])
+def test_a_writer_keeps_few_bytes_in_memory(tmp_path, monkeypatch, beside, most):
+    # Two tensors of 40 bytes wait for a third; up to `beside` bytes are written while the next ones are added.
     monkeypatch.setattr(tensor_files, "BUFFERED", 100)
+    monkeypatch.setattr(tensor_files, "BESIDE", beside)
     alive = []
     with ShardWriter(tmp_path) as writer:
         for i in range(9):
@@ -98,7 +103,7 @@ def test_a_writer_keeps_few_bytes_in_memory(tmp_path, monkeypatch):
             alive.append(weakref.ref(tensor))
             writer.add(f"w{i}", tensor)
             del tensor
-            assert sum(ref() is not None for ref in alive) <= 2
+            assert sum(ref() is not None for ref in alive) <= most
     assert len(load_file(tmp_path / "model.safetensors")) == 9
 
 
@@ -145,6 +150,25 @@ def test_a_failure_leaves_no_shards_and_the_old_model(tmp_path):
         for i in range(4):
             writer.add(f"v{i}", torch.ones(4))
         raise ZeroDivisionError
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+    assert torch.equal(open_safetensors_folder(tmp_path)["w0"], old["w0"])
+
+
+def test_an_error_of_the_writing_thread_is_raised_and_leaves_no_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_files, "BUFFERED", 8)
+    old, first = write(tmp_path, [4], 1000), iter([True])
+
+    def full(file, path, tensors):
+        if next(first, False):
+            return written(file, path, tensors)
+        with naming(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    written = tensor_files._write_tensors
+    monkeypatch.setattr(tensor_files, "_write_tensors", full)
+    with pytest.raises(OSError, match="No space left on device: .*shard-00000"), ShardWriter(tmp_path) as writer:
+        for i in range(3):
+            writer.add(f"v{i}", torch.ones(4))
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
     assert torch.equal(open_safetensors_folder(tmp_path)["w0"], old["w0"])
 
