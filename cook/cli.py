@@ -183,7 +183,7 @@ def prune(
         return
     start(config, [], stage="all")
     for size, output in small_models(settings):
-        reshape(config=config, size=size, vocabulary=settings.vocabulary or None, output=output, verify=True)
+        reshape(config=config, size=size, output=output, verify=True)
     report_run(load_config(config), Path(settings.output) / "report", remarks(settings))
 
 

@@ -171,7 +171,7 @@ def test_a_model_is_pruned_by_one_command(tiny, tmp_path, capfd):
     ids = tokenizer("the model")["input_ids"]
     assert small(torch.tensor([ids])).logits.shape == (1, len(ids), len(tokenizer)) and len(tokenizer) < 300
     report, size = (tmp_path / "out" / "report" / "report.md").read_text(), sum(p.numel() for p in small.parameters())
-    assert f"{len(tokenizer)} of 300 tokens stay" in report and f"which has {human_count(size)} parameters" in report
+    assert f"with {len(tokenizer)} of the 300 tokens" in report and human_count(size) in report
     assert human_count(size) in (tmp_path / "out" / "model" / "README.md").read_text()
     capfd.readouterr()
     prune(tiny, tmp_path / "out", "dims=0.5", *more)
@@ -199,6 +199,22 @@ def test_the_budget_counts_biases_that_are_added(tiny, tmp_path, off):
     # A dim is 96 of 47,072 parameters, and one more with biases of gate and up.
     assert abs(sum(p.numel() for p in small.parameters()) - 0.9 * whole) <= 50
     assert bool(small.config.mlp_bias) is not off
+
+
+def test_the_budget_counts_tokens_that_are_removed_first(tiny, tmp_path, capfd):
+    whole = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny / "model").parameters())
+    more = ("--vocabulary", "min_count=200", "--units", "dims", "--round-to", "1", "--compensation", "off")
+    with pytest.raises(UserError, match=r"(?s)params=0.97: as much goes with the tokens alone.*less than 0\.9"):
+        prune(tiny, tmp_path / "out", "params=0.97", *more)
+    prune(tiny, tmp_path / "out", "params=0.7", *more)
+    assert capfd.readouterr().out.count("equal to rounding") == 2, "the tokens were cut once, then the dims"
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model", trust_remote_code=True)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out" / "model")) == small.config.vocab_size < 300
+    # A dim is 96 of 47,072 parameters.
+    assert abs(sum(p.numel() for p in small.parameters()) - 0.7 * whole) <= 48
+    for other in ((), ("--vocabulary", "min_count=100")):
+        with pytest.raises(UserError, match="has the recipe of another job"):
+            prune(tiny, tmp_path / "out", "params=0.7", *other, *more[2:])
 
 
 @pytest.mark.parametrize(("search", "steps"), [("layer", 1), ("block", 1), ("none", 4)])

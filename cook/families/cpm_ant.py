@@ -86,8 +86,8 @@ def _head_dims(native: cpm_ant.CpmAntConfig, shapes: Mapping[str, tuple[int, ...
             path = f"{prefix}.project_{part}"
             piece = made.add(f"{path}.weight", 0, heads)
             if part == "q":
-                made.gate(path, "output", piece, width)
-        made.gate(out, "input", made.add(f"{out}.weight", 1, heads), width)
+                made.gate(path, "output", width, piece)
+        made.gate(out, "input", width, made.add(f"{out}.weight", 1, heads))
     return made.group() if made.gates else None
 
 

@@ -14,7 +14,6 @@ from cook.pruning.family import ModelConfig
 
 OWN_ATTENTION = {
     "granite": Attention(scaling=""),  # the factor of scores is a number in the config
-    "ministral3": Attention(head_dim=""),  # scales queries by positions
 }
 # Llama's layers with other multipliers, biases, windows and positions, which stay as they are.
 LLAMA_LIKE = tuple(
@@ -140,7 +139,8 @@ FALCON = Family(
         out="self_attention.dense",
         norms_before=("ln_attn",),
         remembers={"self_attention.num_heads": "heads", "self_attention.num_kv_heads": "kv_heads"},
-        head_dim="",  # the config computes it and takes no other
+        head_dim="self_attention.head_dim",
+        scaling="self_attention.inv_norm_factor",
     ),
     ffn=FeedForward(
         modules={"mlp": "full value"}, ins=("mlp.dense_h_to_4h",), out="mlp.dense_4h_to_h", norms_before=("ln_mlp",)
@@ -201,7 +201,7 @@ QWEN2_VL = replace(
     GEMMA3_IMAGES,
     family="Qwen2-VL, Qwen2.5-VL",
     model_types=frozenset({"qwen2_vl", "qwen2_5_vl"}),
-    attention=Attention(),
+    attention=Attention(head_dim=""),  # sections of its rotary positions have a number of pairs each
     ffn=FeedForward(),
     names=ConfigNames(head_dim=None, first_layers=("max_window_layers",)),
 )

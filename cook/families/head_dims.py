@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -61,11 +62,11 @@ class HeadDims:
         return piece
 
     def gate(
-        self, module: str, at: Literal["input", "output", "statistics"], piece: WeightSlice, features: int
+        self, module: str, at: Literal["input", "output", "statistics"], features: int, *pieces: WeightSlice
     ) -> None:
-        """Adds a gate where the units of `piece` are among this number of features."""
+        """Adds a gate where the units of `pieces` are among this number of features."""
         gate_of = [-1] * features
-        for unit in range(len(self.units)):
+        for piece, unit in product(pieces, range(len(self.units))):
             for index in piece.indices([unit]).tolist():
                 gate_of[index] = unit
         self.gates.append(GatePoint(module=module, at=at, features=tuple(gate_of)))
@@ -99,9 +100,10 @@ def head_dims(
         shapes: The shapes of its weights.
         heads: The heads of each layer that has attention, by the layer's path.
     """
-    if family.part or not family.attention.head_dim:
+    if not family.attention.head_dim:
         return None
-    turned, sizes = turned_dims(config, model), {own.head_dim for own in heads.values()}
+    turned = turned_dims(family.own_config(config), family.own_part(model))
+    sizes = {own.head_dim for own in heads.values()}
     units = units_of_head(max(sizes), turned) if len(sizes) == 1 and turned is not None else None
     if units is None:
         return None
@@ -122,7 +124,7 @@ def _add_layer(
     """Adds the attention block of a layer; False if it has a weight that is not known here, or lacks the attributes."""
     table, dim = family.attention, own.head_dim
     module = model.get_submodule(layer)
-    if _number(module, table.head_dim) != dim or (table.interleaved and own.queries > 1):
+    if _number(module, table.head_dim) != dim:
         return False
     if table.scaling and not _number(module, table.scaling):
         return False
@@ -147,35 +149,37 @@ def _add_layer(
         return False
     end = 0
     for name, path in paths.items():
-        product = model.get_submodule(path)
-        out_dim = 1 if isinstance(product, Conv1D) else 0
-        # In an interleaved weight every head has its queries, keys and values together.
-        place = {"offset": end, "period": 3 * dim if table.interleaved else dim}
+        out_dim = 1 if isinstance(model.get_submodule(path), Conv1D) else 0
         power = 0.5 if table.scaling and name == "q" and not norms else 0.0
-        piece = made.add(f"{path}.weight", out_dim, counts[name], **place, power=power)
-        if f"{path}.bias" in shapes:
-            made.add(f"{path}.bias", 0, counts[name], **place, power=power)
+        # In an interleaved weight every key-value head has its queries, its key and its value together.
+        times = own.queries if table.interleaved and name == "q" else 1
+        pieces = []
+        for offset in range(end, end + times * dim, dim):
+            place = {"offset": offset, "period": (own.queries + 2) * dim if table.interleaved else dim}
+            pieces.append(made.add(f"{path}.weight", out_dim, counts[name] // times, **place, power=power))
+            if f"{path}.bias" in shapes:
+                made.add(f"{path}.bias", 0, counts[name] // times, **place, power=power)
         if name == "q" or (name == "k" and norms):
-            features = shapes[piece.path][out_dim]
+            features = shapes[f"{path}.weight"][out_dim]
             # Attention sees equally many query heads of every key-value head; a norm with their weights does not.
             if own.per_key and name == "q" and f"{layer}.{table.q_norm}.weight" not in shapes:
                 wide = own.kv_heads * own.queries
                 features += (wide - own.heads) * dim
-                piece = WeightSlice(**vars(piece) | {"repeats": wide})
-            made.gate(path, "output", piece, features)
+                pieces = [WeightSlice(**vars(piece) | {"repeats": wide}) for piece in pieces]
+            made.gate(path, "output", features, *pieces)
         if table.q == table.k:
-            end += dim if table.interleaved else counts[name] * dim
+            end += times * dim if table.interleaved else counts[name] * dim
     for name, path in norms.items():
         number, power = over[name][-1] // dim, 0.5 if table.scaling and name == "q" else 0.0
         along = len(over[name]) - 1
         if f"{path}.bias" in shapes:
             made.add(f"{path}.bias", along, number, power=power)
         piece = made.add(f"{path}.weight", along, number, power=power)
-        made.gate(path, "statistics", piece, number * dim)
+        made.gate(path, "statistics", number * dim, piece)
     out = f"{layer}.{table.out}"
     in_dim = 0 if isinstance(model.get_submodule(out), Conv1D) else 1
     piece = made.add(f"{out}.weight", in_dim, own.heads)
-    made.gate(out, "input", piece, shapes[piece.path][in_dim])
+    made.gate(out, "input", shapes[piece.path][in_dim], piece)
     return True
 
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+
 # What a module returns: attention modules return a pair (output, weights), all others their output. "added": it adds
 # the residual, its second argument, itself. "full": the layer changes the returned tensor.
 AbsentKind = Literal["pair", "value", "added pair", "added value", "full value"]
@@ -146,6 +148,10 @@ class Family:
         if not self.part:
             return config
         return config.get(self.part, {}) if isinstance(config, Mapping) else getattr(config, self.part)
+
+    def own_part(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The part of a model that is pruned, without its head."""
+        return model.get_submodule(self.layers.rpartition(".")[0]) if self.part else model
 
     def with_fields(self, config: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
         """The model's config with these fields of the part that is pruned."""

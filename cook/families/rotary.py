@@ -18,6 +18,8 @@ from transformers import PreTrainedConfig
 
 HALVES, NEIGHBOURS = (-2.0, -3.0, 0.0, 1.0), (-1.0, 0.0, -3.0, 2.0)
 """What classes make of 0, 1, 2, 3, by the pairs that they turn."""
+SCALED = ("llama_4_scaling_beta", "original_max_position_embeddings")
+"""By what attention multiplies queries of late positions, if there is a factor."""
 NEAREST = 8
 """Floating-point numbers around a factor among which the one that gives the exact frequency is looked for."""
 
@@ -46,8 +48,8 @@ def turned_dims(config: PreTrainedConfig, model: torch.nn.Module) -> Turned | No
     types = [*types[0].values()] if isinstance(types[0], dict) else types
     if any("dynamic" in each for each in types):
         return None
-    if any("llama_4_scaling_beta" in parameters for _, parameters in _parameters(config)):
-        return None  # it goes with an original length, for which longrope has another use
+    if any("mrope_section" in parameters for _, parameters in _parameters(config)):
+        return None  # sections of a number of pairs each, as in Qwen2-VL
     if any(parameters.get("short_factor") != parameters.get("long_factor") for _, parameters in _parameters(config)):
         return None
     numbers = {2 * len(getattr(module, f"{prefix}inv_freq", ())) for prefix, _ in _parameters(config)}
@@ -70,10 +72,14 @@ def with_pairs(config: PreTrainedConfig, model: torch.nn.Module, kept: Sequence[
         real: Any = type(module)(config)
     of_types = {}
     for prefix, before in _parameters(config):
+        # longrope takes other factors beyond the original length, which are the same here; Ministral 3's attention
+        # reads it too.
+        scaled = {name: before[name] for name in SCALED if "llama_4_scaling_beta" in before}
         parameters = {
             "rope_type": "longrope",
             "rope_theta": before["rope_theta"],
             "original_max_position_embeddings": config.max_position_embeddings,
+            **scaled,
             "factor": 1.0,  # unused, since the next one is given; transformers warns if it is missing
             "attention_factor": float(getattr(real, f"{prefix}attention_scaling")),
         }

@@ -80,7 +80,7 @@ def stock_adapter(
             shares_keys=stock_space.can_share_keys(family),
             experts=family.experts is not None,
             stock_dims=family.names.ffn is not None,
-            head_dims=bool(family.attention.head_dim) and not family.part,
+            head_dims=bool(family.attention.head_dim),
             hidden=not family.hidden_stays,
             stock_heads=family.names.head_dim is not None,
             stock_heads_except=family.stock_heads_except,
@@ -142,22 +142,26 @@ def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptU
     cut = kept["head_dims"] if new_dim != dim else None
     number, turned = 0, dict[str, Any]()
     if cut is not None or family.attention.turned:
-        number, turned = _turned(made, skeleton(family, config), cut, new_dim)
+        number, turned = _turned(family, made, skeleton(family, config), cut, new_dim)
     all_heads = [_heads(family, config, space, kept, layer) for layer in layers]
     if family.heads_stay or family.attention.slopes:
         all_heads = _with_slopes(family, config, space, kept, layers, all_heads)
     uniform = _uniform(family, base, shapes, all_heads, hidden)
-    if uniform is not None and holds(family, uniform | turned, shapes):
-        uniform |= turned
+    if uniform is not None and holds(family, family.with_fields(uniform, turned), shapes):
+        uniform = family.with_fields(uniform, turned)
         stock = {"architectures": [type(skeleton(family, uniform)).__name__]}
         return Shrunk(config=plain(config_object(uniform)) | stock, layers=tuple(layers), renamed=renamed)
     base = _with_hidden(family, base, hidden)
     if turned and family.names.head_dim:
-        base |= {family.names.head_dim: new_dim}
+        base = family.with_fields(base, {family.names.head_dim: new_dim})
+    own = family.own_config(base)
     # An earlier export wrote a size of heads for the class's rotary positions, where the table has none.
-    was_cut = family.names.head_dim is None and base.get("head_dim") is not None
-    even = {name: value for name, value in base.items() if not (was_cut and name == "head_dim")}
-    even |= {"rope_parameters": without_factors(base["rope_parameters"])} if turned or was_cut else {}
+    was_cut = family.names.head_dim is None and own.get("head_dim") is not None
+    even = family.with_fields(
+        base, {"rope_parameters": without_factors(own["rope_parameters"])} if turned or was_cut else {}
+    )
+    if was_cut:
+        del family.own_config(even)["head_dim"]
     on_stream = [f"{norm.module}." for norm in space.hidden.norms] if space.hidden else []
     moved = _renamed(family, on_stream, layers)
     structure = structure_of(
@@ -165,15 +169,16 @@ def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptU
         even,
         shapes,
         heads=all_heads,
-        hidden=hidden or family.own_config(base)[family.names.hidden],
+        hidden=hidden or own[family.names.hidden],
         norms=[moved.get(path, path)[:-1] for path in on_stream],
         turned=number,
     )
     if structure["rebuilt"]:  # the loss that balances experts needs the same number in all layers
         base = base | {"output_router_logits": False}
-    if new_dim != head_dim_of(family, config_object(base)):
+    if new_dim != head_dim_of(family, config_object(even)):
         structure["head_dim"] = new_dim
-    return Shrunk(config=ragged_config(family, base | turned, structure), layers=tuple(layers), renamed=renamed)
+    ragged = ragged_config(family, family.with_fields(base, turned), structure)
+    return Shrunk(config=ragged, layers=tuple(layers), renamed=renamed)
 
 
 def _kept_dim(space: PruningSpace, kept: KeptUnits, head_dim: int) -> int:
@@ -183,11 +188,12 @@ def _kept_dim(space: PruningSpace, kept: KeptUnits, head_dim: int) -> int:
 
 
 def _turned(
-    config: PreTrainedConfig, model: torch.nn.Module, units: Sequence[int] | None, head_dim: int
+    family: Family, config: PreTrainedConfig, model: torch.nn.Module, units: Sequence[int] | None, head_dim: int
 ) -> tuple[int, dict[str, Any]]:
     """How many dimensions of a head rotary positions turn among these units, and the fields of the config by which
     they turn as before; None: all units stay, and the fields.
     """
+    config, model = family.own_config(config), family.own_part(model)
     turned = turned_dims(config, model)
     pairs = [*range(turned.number // 2)] if turned else []
     if units is None:
@@ -279,12 +285,12 @@ def holds_heads(
     wanted = Heads(heads=heads, kv_heads=kv_heads, head_dim=dim)
     turned: dict[str, Any] = {}
     if dim != before:
-        whole = skeleton(family, config)
-        found = turned_dims(made, whole)
-        turned = with_pairs(made, whole, range(found.number * dim // before // 2 if found else 0), dim)
+        own, whole = family.own_config(made), family.own_part(skeleton(family, config))
+        found = turned_dims(own, whole)
+        turned = with_pairs(own, whole, range(found.number * dim // before // 2 if found else 0), dim)
     try:
         ffn = family.own_config(base).get(family.names.ffn or "")
-        model = skeleton(family, _sized(family, base, wanted, ffn, hidden) | turned)
+        model = skeleton(family, family.with_fields(_sized(family, base, wanted, ffn, hidden), turned))
     except (UserError, ValueError):
         return False
     is_wide = hidden in (None, stream_size(family, config_object(base), model))

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -211,13 +212,21 @@ def _of_shape(old: nn.Module, shape: list[int]) -> nn.Module:
 
 
 @functools.cache
+def _stock_config(stock_type: str) -> Any:
+    """The stock config class, with a `head_dim` that can be set: Falcon's computes it and takes no other."""
+    stock: Any = CONFIG_MAPPING[stock_type]
+    is_computed = isinstance(inspect.getattr_static(stock, "head_dim", None), property)
+    return type(stock.__name__, (stock,), {"head_dim": None}) if is_computed else stock
+
+
+@functools.cache
 def config_class(stock_type: str) -> type[PreTrainedConfig]:
     """Returns a config class derived from the stock one of that type. `OWN_FIELDS` are its additional fields."""
 
     def __reduce__(self: PreTrainedConfig) -> tuple[Any, ...]:
         return _new_config, (stock_type,), self.__dict__
 
-    stock: Any = CONFIG_MAPPING[stock_type]
+    stock: Any = _stock_config(stock_type)
     # Phi-3's own check wants as many factors of rotary positions as a head has pairs by the stock sizes.
     own_checks = {"validate_rope": PreTrainedConfig.validate_rope}
 
@@ -285,7 +294,7 @@ def _model_class(stock_type: str, auto_class: str, name: str) -> type[PreTrained
 def _as_stock(config: PreTrainedConfig) -> Iterator[None]:
     """Lets a config be of its stock class, which classes with a head use to build the model inside of them."""
     own, names = type(config), config.__dict__.pop("auto_map", None)
-    config.__class__ = CONFIG_MAPPING[config.stock_type]
+    config.__class__ = _stock_config(config.stock_type)
     try:
         yield
     finally:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cook.base.errors import UserError, UserErrors
-from cook.base.files import read_json, write_json
+from cook.base.files import read_json, sha256, write_json
 from cook.config.moefy import MoefyJob
 from cook.config.tasks import OneLineJob
 from cook.evaluation.profile import measure_block_times, time_share
@@ -17,21 +17,26 @@ from cook.evaluation.settings import ProfileSettings
 from cook.export.vocabulary import least_count, read_vocabulary
 from cook.families.source import open_model, with_biases
 from cook.pruning.block_times import read_block_times
-from cook.pruning.budgets import KEEP_KEYS, NUMBERS, Keep, check_keep
+from cook.pruning.budgets import KEEP_KEYS, NUMBERS, WHOLE_KEYS, Keep, check_keep
 from cook.pruning.compensation import compensable, keep_of_wider
-from cook.pruning.counts import parameters
+from cook.pruning.counts import forward_flops, parameters
 from cook.pruning.family import ModelSource, vocabulary_size
 from cook.pruning.restrict import is_matrix
 from cook.pruning.units import WIDE
 from cook.recipe.head_units import budget_kinds
 from cook.recipe.one_line_scheme import TIMES, scheme_of
 from cook.recipe.plan import LEARNS
+from cook.recipe.reshape_run import ReshapeOptions, reshape_run
 from cook.recipe.start import make_plan
 from cook.report.tables import human_count
 from cook.text.hf import check_has_tokenizer
 
 DATA_TYPES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
 COMPRESSED = {".gz", ".bz2", ".zst"}
+FEWER_TOKENS = "fewer_tokens"
+"""The folder of the model without the tokens that `--vocabulary` removes, in the output folder."""
+RECORD = "vocabulary.json"
+"""Which tokens of which model were removed, beside the recipe."""
 SHOWN = 4
 """Differences between two recipes that a message lists."""
 ALMOST_ALL = 0.99
@@ -96,9 +101,10 @@ def _reached_time(job: OneLineJob) -> list[str]:
     [keep, *_] = parse_sizes(job.keep)
     if "latency_ms" not in keep:
         return []
+    first = Path(job.output) / FEWER_TOKENS if job.vocabulary else local_model(job.model)
     times, budget = read_block_times(Path(job.output) / TIMES), keep["latency_ms"]
     settings = ProfileSettings(length=job.max_length)
-    share = time_share(open_model(small_models(job)[0][1]), open_model(local_model(job.model)), settings)
+    share = time_share(open_model(small_models(job)[0][1]), open_model(first), settings)
     reached = share * times.whole
     return [
         f"A forward pass of {job.max_length} tokens takes {reached:.4g} ms, {100 * share:.0f}% of the whole model's "
@@ -107,19 +113,16 @@ def _reached_time(job: OneLineJob) -> list[str]:
 
 
 def _fewer_tokens(job: OneLineJob) -> list[str]:
-    """Folders with fewer tokens than the stages of the run, which have the whole vocabulary."""
+    """How many tokens were removed before the first stage, and how many parameters with them."""
     if not job.vocabulary:
         return []
-    before = vocabulary_size(open_model(local_model(job.model)).config)
-    sentences = []
-    for _, folder in small_models(job):
-        source = open_model(folder)
-        tokens, count = vocabulary_size(source.config), parameters(source.adapter.space(source.config))
-        sentences.append(
-            f"{tokens:,} of {before:,} tokens stay in {folder}, which has {human_count(count)} parameters; the table "
-            "counts those of the whole vocabulary."
-        )
-    return sentences
+    whole, rest = (open_model(path) for path in (local_model(job.model), Path(job.output) / FEWER_TOKENS))
+    tokens = [vocabulary_size(source.config) for source in (rest, whole)]
+    counts = [human_count(parameters(source.adapter.space(source.config))) for source in (rest, whole)]
+    return [
+        f"The run started from a model with {tokens[0]:,} of the {tokens[1]:,} tokens, and {counts[0]} of the "
+        f"{counts[1]} parameters of {job.model}, of which `--keep params` and `--keep flops` are shares."
+    ]
 
 
 def local_model(name: str) -> Path:
@@ -148,6 +151,8 @@ def local_model(name: str) -> Path:
 def write_recipe(job: OneLineJob) -> tuple[Path, dict[str, Any]]:
     """Writes `recipe/bmcook.json` and `recipe/l0_pruning.json` below the output folder, unless they are there.
 
+    If tokens are to be removed, a model without them is written first, from which the recipe starts.
+
     Returns:
         The path of the first one, and the plan (`cook.recipe.start.make_plan`).
 
@@ -158,8 +163,8 @@ def write_recipe(job: OneLineJob) -> tuple[Path, dict[str, Any]]:
     source, sizes, folder = open_model(local_model(job.model)), parse_sizes(job.keep), Path(job.output) / "recipe"
     check_output(job.output, source.path)
     check_has_tokenizer(source.folder)
-    if job.vocabulary and least_count(job.vocabulary) is None:
-        read_vocabulary(job.vocabulary, source.folder)
+    if job.vocabulary:
+        source, sizes = _with_fewer_tokens(job, source, sizes)
     files = _recipe_files(job, source, sizes)
     check_same(folder, files)
     times = Path(job.output) / TIMES
@@ -167,7 +172,7 @@ def write_recipe(job: OneLineJob) -> tuple[Path, dict[str, Any]]:
         aside = Path(name)
         if "latency_ms" in sizes[0] and not times.is_file():
             # Measuring takes a while: every other mistake is found before it.
-            planned(_recipe_files(job, source, [{"params": ALMOST_ALL}]), aside)
+            planned(_recipe_files(job, source, _easy(sizes)), aside)
             settings = ProfileSettings(length=job.max_length)
             space = source.adapter.space(source.config)
             wide = [kind for kind in budget_kinds(space, job.units, job.pin, job.hidden) if kind in WIDE]
@@ -182,6 +187,53 @@ def write_recipe(job: OneLineJob) -> tuple[Path, dict[str, Any]]:
         if not (folder / name).exists():
             write_json(folder / name, content)
     return folder / "bmcook.json", plan | {"config": str(folder / "bmcook.json")}
+
+
+def _with_fewer_tokens(
+    job: OneLineJob, source: ModelSource, sizes: Sequence[Keep]
+) -> tuple[ModelSource, list[dict[str, float]]]:
+    """The model without the tokens that go, written unless it is there, and what each size keeps of it."""
+    rest, recipe = Path(job.output) / FEWER_TOKENS, Path(job.output) / "recipe"
+    record = {"model": str(source.path), "vocabulary": job.vocabulary}
+    if least_count(job.vocabulary) is None:
+        read_vocabulary(job.vocabulary, source.folder)
+        record["sha256"] = sha256(job.vocabulary)
+    if (recipe / "bmcook.json").exists() and not (recipe / RECORD).exists():
+        raise _of_another_job(recipe, "all tokens stay")
+    check_same(recipe, {RECORD: record})
+    if not rest.exists():
+        with tempfile.TemporaryDirectory(prefix="cook-plan-") as name:
+            # Writing a model takes a while: every other mistake is found before it.
+            planned(_recipe_files(job, source, _easy(sizes)), Path(name))
+            write_json(recipe / RECORD, record)
+            reshape_run(
+                ReshapeOptions(
+                    config=str(Path(name) / "bmcook.json"),
+                    model=str(source.path),
+                    vocabulary=job.vocabulary,
+                    output=str(rest),
+                    verify=True,
+                )
+            )
+    smaller = open_model(rest)
+    spaces = [each.adapter.space(each.config) for each in (source, smaller)]
+    params = [float(parameters(space)) for space in spaces]
+    flops = [forward_flops(space, context=job.max_length) for space in spaces]
+    ratios = {"params": params[0] / params[1], "flops": flops[0] / flops[1]}
+    for keep in sizes:
+        for key in ratios.keys() & keep.keys():
+            if keep[key] * ratios[key] >= 1:
+                raise UserError(
+                    f"--keep {key}={keep[key]:g}: as much goes with the tokens alone",
+                    wanted=f"less than {1 / ratios[key]:.3f}",
+                    remedy=f"keep less, or use {rest}, which has fewer tokens and all else",
+                )
+    return smaller, [{key: share * ratios.get(key, 1) for key, share in keep.items()} for keep in sizes]
+
+
+def _easy(sizes: Sequence[Keep]) -> Sequence[Keep]:
+    """The same, with budgets for the whole model that every model can reach."""
+    return [{"params": ALMOST_ALL}] if set(sizes[0]) & set(WHOLE_KEYS) else sizes
 
 
 def planned(files: Mapping[str, Mapping[str, Any]], aside: Path) -> dict[str, Any]:
@@ -217,12 +269,17 @@ def check_same(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
             keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
             differences += [f"{key}: {old.get(key)} there, {new.get(key)} by these options" for key in keys]
     if differences:
-        raise UserError(
-            f"{folder}: has the recipe of another job",
-            got="; ".join(differences[:SHOWN]) + f"; {len(differences) - SHOWN} more" * (len(differences) > SHOWN),
-            remedy=f"give the options as before to resume, or another output folder, or remove {folder.parent}; "
-            f"an edited recipe is run by `cook train --config {folder / 'bmcook.json'} --stage all`",
-        )
+        more = f"; {len(differences) - SHOWN} more" * (len(differences) > SHOWN)
+        raise _of_another_job(folder, "; ".join(differences[:SHOWN]) + more)
+
+
+def _of_another_job(folder: Path, got: str) -> UserError:
+    return UserError(
+        f"{folder}: has the recipe of another job",
+        got=got,
+        remedy=f"give the options as before to resume, or another output folder, or remove {folder.parent}; "
+        f"an edited recipe is run by `cook train --config {folder / 'bmcook.json'} --stage all`",
+    )
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:

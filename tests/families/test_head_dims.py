@@ -45,12 +45,26 @@ SOURCES["llama 3"] = tiny_source(
 SOURCES["gpt_neox, half turned"] = tiny_source(
     "gpt_neox", rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 )
+LATE = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "llama_4_scaling_beta": 0.5, "mscale_all_dim": 1.0}
+SOURCES["ministral3, late"] = tiny_source("ministral3", rope_parameters=LATE | {"original_max_position_embeddings": 4})
 SOURCES["gpt2, unscaled"] = tiny_source("gpt2", scale_attn_weights=False)
 MODEL = tiny_model()
 SOURCES["cpm_ant"] = ModelSource(adapter=ADAPTER, config=config_of(), tensors=MODEL.state_dict(), path=Path("cpm_ant"))
 TINY = TinyModels(SOURCES, every_unit=False)
 CASES, SPACES, both = TINY.cases, TINY.spaces, TINY.both
-STOCK = ("llama", "llama, tied", "llama 3", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt_oss", *NEIGHBOURS)
+STOCK = (
+    "ministral3, late",
+    "llama",
+    "llama, tied",
+    "llama 3",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "gpt_oss",
+    *NEIGHBOURS,
+)
 
 
 def inputs_of(name, padding):

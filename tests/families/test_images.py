@@ -87,6 +87,8 @@ def test_masked_and_reshaped_are_equal_with_and_without_an_image(opened, tmp_pat
         space = source.adapter.space(source.config, unit)
         assert space.hidden is None and all("language_model" in g.gate.module for g in space.groups)
         masks = random_masks(space, 1, blocks=0.8)
+        assert (space.head_dims is not None) == (name == "gemma3")
+        masks |= {"head_dims": torch.tensor([1.0, 0.0, 1.0])} if space.head_dims else {}
         small = load_model(reshaped_source(source, space, masks))
         attached = mask_model(model, space, masks)
         for inputs in ({"input_ids": IDS}, with_image(name)):
@@ -122,6 +124,20 @@ def test_a_stock_class_loads_fewer_layers_and_dims_and_the_rest_is_copied(opened
     mask_model(model, space, masks)
     inputs = with_image(name)
     assert difference(model(**inputs).logits, small(**inputs).logits) <= EXACT
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("opened", ["gemma3"], indirect=True)
+def test_a_stock_class_loads_fewer_head_dims(opened, tmp_path):
+    _, model, source = opened
+    space = source.adapter.space(source.config)
+    masks = {"head_dims": torch.tensor([0.0, 1.0, 1.0])}
+    pruned = prune_to_folder(source, space, masks, tmp_path / "small")
+    assert not pruned.needs_remote_code and pruned.config["text_config"]["head_dim"] == 4
+    small = AutoModelForImageTextToText.from_pretrained(tmp_path / "small")
+    mask_model(model, space, masks)
+    for inputs in ({"input_ids": IDS}, with_image("gemma3")):
+        assert difference(model(**inputs).logits, small(**inputs).logits) <= EXACT
 
 
 @torch.no_grad()
