@@ -37,8 +37,8 @@ class OneLineJob:
     output: str
     """Folder for everything: `recipe/`, `run/`, `model/` (the small model), `report/`."""
     vocabulary: Annotated[str, Limits(metavar="FILE|min_count=N")] = ""
-    """Removes tokens from the tokenizer and the model: those that occur less than N times in the data, or those that a
-    file of `cook data vocabulary` leaves out. None by default."""
+    """Removes tokens from the tokenizer and the model before masks are learned: those that occur less than N times in
+    the data, or those that a file of `cook data vocabulary` leaves out. Budgets count them. None by default."""
     head_unit: HeadUnitChoice = "auto"
     """Unit of attention that is removed if query heads share keys and values: `query_head` (with `params` or `flops`,
     keys and values go with the last query head that reads them), `kv_group`, or `auto` (query heads with `params` or
