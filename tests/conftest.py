@@ -21,7 +21,7 @@ from cook.base.rendezvous import VARIABLES
 ROOT = Path(__file__).parent
 SLOW = {
     "test_api.py",
-    "test_cli.py",
+    "commands/test_prune.py",
     "test_docs.py",
     "test_faults_script.py",
     "test_package.py",

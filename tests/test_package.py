@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 import cook
-from tests.test_cli import tiny  # noqa: F401  # a fixture
+from tests.commands.test_prune import tiny  # noqa: F401  # a fixture
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = Path("/usr/bin/chromium")

@@ -177,8 +177,8 @@ def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptU
         base = base | {"output_router_logits": False}
     if new_dim != head_dim_of(family, config_object(even)):
         structure["head_dim"] = new_dim
-    ragged = ragged_config(family, family.with_fields(base, turned), structure)
-    return Shrunk(config=ragged, layers=tuple(layers), renamed=renamed)
+    uneven = ragged_config(family, family.with_fields(base, turned), structure)
+    return Shrunk(config=uneven, layers=tuple(layers), renamed=renamed)
 
 
 def _kept_dim(space: PruningSpace, kept: KeptUnits, head_dim: int) -> int:

@@ -9,34 +9,32 @@ from pathlib import Path
 from typing import Any
 
 from cook.base.errors import UserError, UserErrors
-from cook.base.files import read_json, sha256, write_json
+from cook.base.files import read_json, write_json
+from cook.config.load import load_config
 from cook.config.moefy import MoefyJob
 from cook.config.tasks import OneLineJob
 from cook.evaluation.profile import measure_block_times, time_share
 from cook.evaluation.settings import ProfileSettings
-from cook.export.vocabulary import least_count, read_vocabulary
+from cook.export.vocabulary import with_vocabulary
 from cook.families.source import open_model, with_biases
 from cook.pruning.block_times import read_block_times
 from cook.pruning.budgets import KEEP_KEYS, NUMBERS, WHOLE_KEYS, Keep, check_keep
 from cook.pruning.compensation import compensable, keep_of_wider
-from cook.pruning.counts import forward_flops, parameters
+from cook.pruning.counts import parameters
 from cook.pruning.family import ModelSource, vocabulary_size
 from cook.pruning.restrict import is_matrix
 from cook.pruning.units import WIDE
+from cook.recipe.fewer_tokens import FEWER_TOKENS, RECORD, of_the_rest, record_of, write_rest
 from cook.recipe.head_units import budget_kinds
 from cook.recipe.one_line_scheme import TIMES, scheme_of
 from cook.recipe.plan import LEARNS
-from cook.recipe.reshape_run import ReshapeOptions, reshape_run
+from cook.recipe.reshape_run import kept_tokens
 from cook.recipe.start import make_plan
 from cook.report.tables import human_count
 from cook.text.hf import check_has_tokenizer
 
 DATA_TYPES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
 COMPRESSED = {".gz", ".bz2", ".zst"}
-FEWER_TOKENS = "fewer_tokens"
-"""The folder of the model without the tokens that `--vocabulary` removes, in the output folder."""
-RECORD = "vocabulary.json"
-"""Which tokens of which model were removed, beside the recipe."""
 SHOWN = 4
 """Differences between two recipes that a message lists."""
 ALMOST_ALL = 0.99
@@ -151,7 +149,8 @@ def local_model(name: str) -> Path:
 def write_recipe(job: OneLineJob) -> tuple[Path, dict[str, Any]]:
     """Writes `recipe/bmcook.json` and `recipe/l0_pruning.json` below the output folder, unless they are there.
 
-    If tokens are to be removed, a model without them is written first, from which the recipe starts.
+    If tokens are to be removed, a model without them is written first, from which the recipe starts. If a size
+    cannot be reached even so, it stays, and the next try uses it.
 
     Returns:
         The path of the first one, and the plan (`cook.recipe.start.make_plan`).
@@ -194,41 +193,21 @@ def _with_fewer_tokens(
 ) -> tuple[ModelSource, list[dict[str, float]]]:
     """The model without the tokens that go, written unless it is there, and what each size keeps of it."""
     rest, recipe = Path(job.output) / FEWER_TOKENS, Path(job.output) / "recipe"
-    record = {"model": str(source.path), "vocabulary": job.vocabulary}
-    if least_count(job.vocabulary) is None:
-        read_vocabulary(job.vocabulary, source.folder)
-        record["sha256"] = sha256(job.vocabulary)
+    record = record_of(job.vocabulary, source)
     if (recipe / "bmcook.json").exists() and not (recipe / RECORD).exists():
         raise _of_another_job(recipe, "all tokens stay")
     check_same(recipe, {RECORD: record})
-    if not rest.exists():
-        with tempfile.TemporaryDirectory(prefix="cook-plan-") as name:
-            # Writing a model takes a while: every other mistake is found before it.
-            planned(_recipe_files(job, source, _easy(sizes)), Path(name))
-            write_json(recipe / RECORD, record)
-            reshape_run(
-                ReshapeOptions(
-                    config=str(Path(name) / "bmcook.json"),
-                    model=str(source.path),
-                    vocabulary=job.vocabulary,
-                    output=str(rest),
-                    verify=True,
-                )
-            )
-    smaller = open_model(rest)
-    spaces = [each.adapter.space(each.config) for each in (source, smaller)]
-    params = [float(parameters(space)) for space in spaces]
-    flops = [forward_flops(space, context=job.max_length) for space in spaces]
-    ratios = {"params": params[0] / params[1], "flops": flops[0] / flops[1]}
-    for keep in sizes:
-        for key in ratios.keys() & keep.keys():
-            if keep[key] * ratios[key] >= 1:
-                raise UserError(
-                    f"--keep {key}={keep[key]:g}: as much goes with the tokens alone",
-                    wanted=f"less than {1 / ratios[key]:.3f}",
-                    remedy=f"keep less, or use {rest}, which has fewer tokens and all else",
-                )
-    return smaller, [{key: share * ratios.get(key, 1) for key, share in keep.items()} for keep in sizes]
+    if rest.exists() and (recipe / RECORD).exists():
+        smaller = open_model(rest)
+        return smaller, of_the_rest(sizes, source, smaller, job.max_length)
+    with tempfile.TemporaryDirectory(prefix="cook-plan-") as name:
+        # Counting tokens and writing a model take a while: every other mistake is found before them.
+        planned(_recipe_files(job, source, _easy(sizes)), Path(name))
+        tokens = kept_tokens(job.vocabulary, load_config(str(Path(name) / "bmcook.json")), source)
+    keeps = of_the_rest(sizes, source, with_vocabulary(source, tokens), job.max_length)
+    write_json(recipe / RECORD, record)
+    write_rest(source, tokens, rest)
+    return open_model(rest), keeps
 
 
 def _easy(sizes: Sequence[Keep]) -> Sequence[Keep]:

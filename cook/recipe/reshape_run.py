@@ -155,7 +155,7 @@ def reshape_run(options: ReshapeOptions) -> None:
 def _reshape(job: Job, options: ReshapeOptions) -> None:
     model_config = read_json(options.model_config) if options.model_config else None
     source = open_model(job.model, config=model_config, read_checkpoint=stored_weights)
-    tokens = kept_tokens(options.vocabulary, job, source) if options.vocabulary else ()
+    tokens = kept_tokens(options.vocabulary, job.config, source) if options.vocabulary else ()
     whole = source
     if tokens:
         source = with_vocabulary(whole, tokens)
@@ -217,7 +217,7 @@ def _reshape(job: Job, options: ReshapeOptions) -> None:
     announce(checked, output)
 
 
-def kept_tokens(vocabulary: str, job: Job, source: ModelSource) -> tuple[int, ...]:
+def kept_tokens(vocabulary: str, config: RunConfig | None, source: ModelSource) -> tuple[int, ...]:
     """The ids that stay by the option `vocabulary`, ascending.
 
     Raises:
@@ -226,10 +226,10 @@ def kept_tokens(vocabulary: str, job: Job, source: ModelSource) -> tuple[int, ..
     least = least_count(vocabulary)
     if least is None:
         return read_vocabulary(vocabulary, source.folder)
-    if job.config is None:
+    if config is None:
         remedy = "give --config, or count with `cook data vocabulary` and give its file"
         raise UserError(f"--vocabulary {vocabulary}: there is no run whose texts could be counted", remedy=remedy)
-    texts = chain.from_iterable(open_split(data).training_texts() for data in one_source_each(job.config.data))
+    texts = chain.from_iterable(open_split(data).training_texts() for data in one_source_each(config.data))
     counts = count_tokens(texts, tokenizer_in(source.folder))
     return completed(source.folder, np.flatnonzero(counts >= least).tolist())
 

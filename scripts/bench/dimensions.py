@@ -5,8 +5,8 @@
 
 Every cell removes the same share of all parameters, embeddings counted, with the weights frozen, by `cook prune` and
 `cook compare`; the text of the calibration is in the domain of the first text. With the vocabulary, tokens that are
-rare in `--vocabulary-text` go first (`cook data vocabulary`, `cook reshape`), and the budget of the other units is what
-is left; losses are per byte then. A budget that cannot be reached is noted. A run that was stopped resumes (`--work`).
+rare in `--vocabulary-text` (`cook data vocabulary`) go first, and the budget of the other units is what is left; losses
+are per byte then. A budget that cannot be reached is noted. A run that was stopped resumes (`--work`).
 
 `--speed` times the models of all cells, and the whole model, in turns; run it while nothing else runs on the machine.
 """
@@ -26,8 +26,6 @@ from typing import Any
 from common import ROOT, publish
 
 from cook.base.files import read_json, write_json
-from cook.families.source import open_model
-from cook.pruning.counts import parameters
 
 UNITS = {
     "dims": ["--units", "dims"],
@@ -53,45 +51,30 @@ def checked(*arguments: str) -> None:
         sys.exit(f"cook {' '.join(arguments)} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
 
 
-def count(folder: Path) -> int:
-    """Parameters of a model folder, tied weights once."""
-    source = open_model(folder)
-    return parameters(source.adapter.space(source.config))
-
-
 def folder_name(variant: str, removed: float, steps: int) -> str:
     """The folder of a cell, below the work folder."""
     return f"{variant.replace(', ', '_').replace(' ', '_')}_{removed:g}_{steps}"
 
 
-def with_less_vocabulary(options: argparse.Namespace) -> Path:
-    """The model without the tokens that are rare in the texts for the vocabulary."""
-    folder = Path(options.work) / f"vocabulary_{options.min_count}"
-    if not (folder / "model").exists():
-        tokens = folder / "tokens.json"
-        tokens.unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
+def counted(options: argparse.Namespace) -> Path:
+    """The file with the tokens that are not rare in the texts for the vocabulary."""
+    tokens = Path(options.work) / f"vocabulary_{options.min_count}.json"
+    if not tokens.exists():
         how = ("--tokenizer", options.model, "--output", str(tokens), "--min-count", str(options.min_count))
         checked("data", "vocabulary", *options.vocabulary_text, "--format", "text", *how)
-        checked("reshape", "--model", options.model, "--vocabulary", str(tokens), "--output", str(folder / "model"))
-    return folder / "model"
+    return tokens
 
 
 def pruned(options: argparse.Namespace, variant: str, removed: float, steps: int) -> tuple[Path | None, str]:
     """The folder of a cell's small model, or None and why there is none."""
-    model, keep = Path(options.model), 1 - removed
-    if variant.endswith("vocabulary"):
-        before, model = count(model), with_less_vocabulary(options)
-        keep *= before / count(model)
-        if keep >= 1:
-            return None, "the vocabulary alone is larger than what is to go"
     output = Path(options.work) / folder_name(variant, removed, steps)
     if not (output / "report").exists():
         done = cook(
-            *("prune", str(model), "--data", options.calibration, "--output", str(output)),
-            *("--keep", f"params={keep:.6f}", "--steps", str(steps), "--seed", str(options.seed)),
+            *("prune", options.model, "--data", options.calibration, "--output", str(output)),
+            *("--keep", f"params={1 - removed:.6f}", "--steps", str(steps), "--seed", str(options.seed)),
             *("--max-length", str(options.length), "--batch-size", str(options.rows)),
             *UNITS[variant],
+            *(("--vocabulary", str(counted(options))) if variant.endswith("vocabulary") else ()),
         )
         if done.returncode == 2:
             return None, done.stderr.strip()[-300:]
