@@ -18,7 +18,7 @@ import pytest
 from cook.base.errors import EXIT_RANK_LOST
 from cook.base.rendezvous import LATE
 from tests.lossy_link import TUN
-from tests.recipe.tiny_run import read_log, write_run
+from tests.recipe.tiny_run import last_step, read_log, write_run
 from tests.two_hosts import (
     ADDRESSES,
     REPOSITORY,
@@ -60,7 +60,7 @@ FAULTS: dict[Callable[[list[Host]], None], tuple[int, ...]] = {
 
 
 def test_whatever_is_lost_is_named_and_the_same_command_resumes(tmp_path):
-    run, log = tmp_path / "run", tmp_path / "run" / "out" / "pretrain" / "log.jsonl"
+    run = tmp_path / "run"
     write_run(
         run,
         ("pretrain",),
@@ -73,7 +73,7 @@ def test_whatever_is_lost_is_named_and_the_same_command_resumes(tmp_path):
         for number, (fault, tellers) in enumerate(FAULTS.items(), start=1):
             programs = start(hosts, run)
             wanted = 30 * number
-            assert until(lambda w=wanted: last_step(log) >= w, 90), [p.printed()[-3000:] for p in programs]
+            assert until(lambda w=wanted: last_step(run, "pretrain") >= w, 90), [p.printed()[-3000:] for p in programs]
             fault(hosts)
             for teller in tellers:
                 assert until(lambda h=hosts[teller]: not h.ranks(), BOUND), f"{fault.__name__}: it waits for ever"
@@ -127,13 +127,13 @@ def test_a_slow_and_lossy_link_that_fails_for_two_seconds_and_clocks_that_differ
 
     The wall clock cannot be set for one namespace alone.
     """
-    run, log = tmp_path / "run", tmp_path / "run" / "out" / "pretrain" / "log.jsonl"
+    run = tmp_path / "run"
     settings = {"training__steps": 20, "training__save_every": 10, "training__rank_timeout": 6.0}
     write_run(run, ("pretrain",), **settings, training__eval_rows=0)
     both = TwoHosts(tmp_path / "hosts", is_lossy=True)
     with both as hosts:
         programs = start(hosts, run, ahead=86_400)
-        assert until(lambda: last_step(log) >= 4, 120), [p.printed()[-3000:] for p in programs]
+        assert until(lambda: last_step(run, "pretrain") >= 4, 120), [p.printed()[-3000:] for p in programs]
         hosts[1].cut()
         time.sleep(2)
         hosts[1].mend()
@@ -145,7 +145,7 @@ def test_a_slow_and_lossy_link_that_fails_for_two_seconds_and_clocks_that_differ
 
 @pytest.mark.skipif(missing_ssh() is not None, reason=str(missing_ssh()))
 def test_deepspeed_over_ssh_trains_on_two_hosts_and_resumes_after_a_lost_rank(tmp_path):
-    run, log = tmp_path / "run", tmp_path / "run" / "out" / "pretrain" / "log.jsonl"
+    run = tmp_path / "run"
     write_run(
         run,
         ("pretrain",),
@@ -158,7 +158,7 @@ def test_deepspeed_over_ssh_trains_on_two_hosts_and_resumes_after_a_lost_rank(tm
         reach = start_ssh(hosts, tmp_path / "ssh")
         command = deepspeed(tmp_path / "hostfile", "--stage", "pretrain")
         program = hosts[0].start(command, run, **reach)
-        assert until(lambda: last_step(log) >= 20, 120), program.printed()[-6000:]
+        assert until(lambda: last_step(run, "pretrain") >= 20, 120), program.printed()[-6000:]
         kill_rank(hosts)
         assert until(lambda: not hosts[0].ranks(), BOUND), program.printed()[-6000:]
         assert program.ended(BOUND) not in (None, 0), program.printed()[-6000:]
@@ -177,7 +177,3 @@ def start(hosts: list[Host], run: Path, ahead: int = 0) -> list:
         host.start(torchrun(number, "--stage", "pretrain", launcher=launcher), run, ahead=number * ahead)
         for number, host in enumerate(hosts)
     ]
-
-
-def last_step(log: Path) -> int:
-    return log.read_text().count("\n") if log.exists() else 0

@@ -201,7 +201,7 @@ QWEN2_VL = replace(
     GEMMA3_IMAGES,
     family="Qwen2-VL, Qwen2.5-VL",
     model_types=frozenset({"qwen2_vl", "qwen2_5_vl"}),
-    attention=Attention(head_dim=""),  # sections of its rotary positions have a number of pairs each
+    attention=Attention(),
     ffn=FeedForward(),
     names=ConfigNames(head_dim=None, first_layers=("max_window_layers",)),
 )

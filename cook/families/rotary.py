@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -48,8 +49,8 @@ def turned_dims(config: PreTrainedConfig, model: torch.nn.Module) -> Turned | No
     types = [*types[0].values()] if isinstance(types[0], dict) else types
     if any("dynamic" in each for each in types):
         return None
-    if any("mrope_section" in parameters for _, parameters in _parameters(config)):
-        return None  # sections of a number of pairs each, as in Qwen2-VL
+    if hasattr(module, "mrope_section") and not _has_whole_sections(module):
+        return None
     if any(parameters.get("short_factor") != parameters.get("long_factor") for _, parameters in _parameters(config)):
         return None
     numbers = {2 * len(getattr(module, f"{prefix}inv_freq", ())) for prefix, _ in _parameters(config)}
@@ -83,6 +84,9 @@ def with_pairs(config: PreTrainedConfig, model: torch.nn.Module, kept: Sequence[
             "factor": 1.0,  # unused, since the next one is given; transformers warns if it is missing
             "attention_factor": float(getattr(real, f"{prefix}attention_scaling")),
         }
+        if hasattr(real, "mrope_section"):
+            ends = zip(real.mrope_section, accumulate(real.mrope_section), strict=True)
+            parameters["mrope_section"] = [sum(end - size <= pair < end for pair in kept) for size, end in ends]
         if 2 * len(kept) < head_dim or before.get("partial_rotary_factor") is not None:
             # Classes round the product of both down.
             parameters["partial_rotary_factor"] = min(1.0, (2 * len(kept) + 0.5) / head_dim)
@@ -128,6 +132,14 @@ def _turns(model: torch.nn.Module) -> list[Callable[[torch.Tensor], torch.Tensor
         if apply := vars(file).get("_apply_rotary_emb"):  # GPT-OSS, with the cosine and the sine of each pair
             found.append(partial(by_angle, apply))
     return found
+
+
+def _has_whole_sections(module: Any) -> bool:
+    """Whether the pairs that turn by one of an image's three positions are consecutive, as in Qwen2-VL."""
+    sizes, recomposed = module.mrope_section, getattr(module, "recomposition_frequencies", None)
+    positions = torch.arange(3.0, device="cpu").view(3, 1, 1, 1).expand(3, 1, 1, sum(sizes))
+    wanted = [number % 3 for number, size in enumerate(sizes) for _ in range(size)]
+    return recomposed is not None and recomposed(positions).flatten().tolist() == wanted * 2
 
 
 def _module(model: torch.nn.Module) -> Any:

@@ -12,7 +12,7 @@ from random import Random
 
 from proof import Scene, Trial
 
-from tests.recipe.tiny_run import read_log, write_run
+from tests.recipe.tiny_run import last_step, read_log, write_run
 from tests.two_hosts import Host, TwoHosts, cut_in_save, missing, torchrun, until
 
 STEPS, BOUND = 100, 45.0
@@ -37,14 +37,13 @@ def lost(_: Scene, trials: int, random: Random) -> Iterator[Trial]:
     for name, fault, tellers in LOSSES[:trials]:
         with tempfile.TemporaryDirectory(prefix="cook-hosts-") as folder, TwoHosts(Path(folder) / "hosts") as hosts:
             run = Path(folder) / "run"
-            log = run / "out" / "pretrain" / "log.jsonl"
             write_run(run, ("pretrain",), training__steps=STEPS, training__save_every=10, training__rank_timeout=6.0)
 
             def start(hosts=hosts, run=run):
                 return [host.start(torchrun(n, "--stage", "pretrain"), run) for n, host in enumerate(hosts)]
 
             programs, at = start(), random.randrange(20, STEPS - 30)
-            begun = until(lambda log=log, at=at: log.exists() and log.read_text().count("\n") >= at, 90)
+            begun = until(lambda run=run, at=at: last_step(run, "pretrain") >= at, 90)
             if not (begun and hosts[0].ranks() and hosts[1].ranks()):
                 printed = "\n".join(program.printed()[-3000:] for program in programs)
                 yield Trial(survived=False, note=f"{name}: the run has not begun\n{printed}")

@@ -17,6 +17,7 @@ from proof import EVERY, OPTIONS, STAGE, Scene, Trial, resumes
 from ranks import ROOT, free_port
 
 from cook.training import checkpoint
+from tests.recipe.tiny_run import last_step
 
 NAMES = ("deepspeed", "torchrun")
 CODES = {"deepspeed": (256 - signal.SIGKILL, 76), "torchrun": (1,)}
@@ -76,10 +77,9 @@ class Launched:
 
     def until_step(self, step: int) -> bool:
         """Waits for a step of the log, at most until the launcher ends; says whether it has come."""
-        log = self.scene.run / "out" / STAGE / "log.jsonl"
 
         def reached() -> bool:
-            return log.exists() and log.read_text().count("\n") >= step
+            return last_step(self.scene.run, STAGE) >= step
 
         return _until(lambda: reached() or self.launcher.poll() is not None, 120) and reached()
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from random import Random
 
-from proof import EVERY, OPTIONS, STAGE, STEPS, Scene, Trial, outcome, resumes
-from ranks import Ranks, run
+from proof import OPTIONS, STAGE, STEPS, Scene, Trial, outcome, resumes
+from ranks import Ended, Ranks, run
 
 from cook.training import checkpoint
+from tests.recipe.tiny_run import last_step
 
 RANK_TIMEOUT = 6.0
 WATCHED = (*OPTIONS, "--set", f"training.rank_timeout={RANK_TIMEOUT}")
@@ -21,8 +22,25 @@ BOUND = 4 * RANK_TIMEOUT + 5
 
 def at_step(scene: Scene, ranks: Ranks, step: int) -> None:
     """Waits until the log has reached a step."""
-    log = scene.run / "out" / STAGE / "log.jsonl"
-    assert ranks.until(lambda: log.exists() and log.read_text().count("\n") >= step), ranks.printed()
+    assert ranks.until(lambda: last_step(scene.run, STAGE) >= step), ranks.printed()
+
+
+def signalled(
+    scene: Scene, step: int, rank: int | None, kind: signal.Signals, pauses: Sequence[float], *options: str
+) -> Ended:
+    """A run whose rank, or all ranks, receive a signal once the log has reached a step, each time before a pause."""
+    for _attempt in range(5):
+        scene.fresh()
+        with Ranks(scene.run, *OPTIONS, *options) as ranks:
+            at_step(scene, ranks, step)
+            for pause in pauses:
+                ranks.kill(rank, kind)
+                time.sleep(pause)
+            ended = ranks.wait()
+        # On a busy machine the run may be over before this process sees the step.
+        if ended.codes != [0, 0] or f"{kind.name}: saving" in ended.out:
+            break
+    return ended
 
 
 def signals(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
@@ -30,17 +48,8 @@ def signals(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
     for number in range(trials):
         rank = (1, 0, None)[number % 3]
         kind = random.choice((signal.SIGTERM, signal.SIGINT))
-        for _attempt in range(5):
-            scene.fresh()
-            with Ranks(scene.run, *OPTIONS) as ranks:
-                at_step(scene, ranks, random.randrange(1, STEPS - 2))
-                for _ in range(1 if rank is not None else 3):
-                    ranks.kill(rank, kind)
-                    time.sleep(random.uniform(0, 0.05))
-                ended = ranks.wait()
-            # On a busy machine the run may be over before this process sees the step.
-            if ended.codes != [0, 0] or f"{kind.name}: saving" in ended.out:
-                break
+        pauses = [random.uniform(0, 0.05) for _ in range(1 if rank is not None else 3)]
+        ended = signalled(scene, random.randrange(1, STEPS - 2), rank, kind, pauses)
         note = f"{kind.name} to {'both, three times' if rank is None else f'rank {rank}'}"
         saved = re.search(rf"saved step (\d+) of {STEPS}", ended.out)
         if ended.codes != [75, 75] or not saved or "Traceback" in ended.out:
@@ -52,12 +61,8 @@ def signals(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
 def save_and_continue(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
     """SIGUSR1 to one rank: one more checkpoint, and the run continues with the same result."""
     for number in range(trials):
-        scene.fresh()
-        with Ranks(scene.run, *OPTIONS) as ranks:
-            at_step(scene, ranks, 1)
-            ranks.kill(number % 2, signal.SIGUSR1)
-            extra = ranks.until(lambda: any(step % EVERY for step in scene.published()))
-            ended = ranks.wait()
+        ended = signalled(scene, 1, number % 2, signal.SIGUSR1, (0.0,), "--set", "training.save_every=0")
+        extra = any(step < STEPS for step in scene.published())
         same = set(ended.codes) == {0} and outcome(scene.run) == scene.outcomes[2]
         yield Trial(survived=same and extra, note=f"rank {number % 2}, an extra checkpoint: {extra}\n{ended}")
 

@@ -15,7 +15,7 @@ from ranks import Ended, Ranks, run
 
 from cook.base.files import sha256
 from cook.report.events import TIMES
-from tests.recipe.tiny_run import read_log, write_run
+from tests.recipe.tiny_run import last_step, read_log, write_run
 
 STAGE, STEPS, EVERY = "layer_mask", 12, 4
 OPTIONS = ("--stage", STAGE)
@@ -100,9 +100,8 @@ def prepare(root: Path, *, zero: int = 2, ranks: tuple[int, ...] = (2,)) -> Scen
 def stop_after(scene: Scene, step: int) -> None:
     """A run that is killed as a whole when the log has reached a step; before, only its own checkpoints are made."""
     scene.fresh()
-    log = scene.run / "out" / STAGE / "log.jsonl"
     with Ranks(scene.run, *OPTIONS) as started:
-        reached = started.until(lambda: log.exists() and log.read_text().count("\n") >= step)
+        reached = started.until(lambda: last_step(scene.run, STAGE) >= step)
         saved = started.until(lambda: f"step-{step // EVERY * EVERY}" in _latest(scene))
         assert reached and saved, started.printed()
 

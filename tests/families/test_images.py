@@ -30,7 +30,8 @@ TEXT = {
 IMAGE, START, END = 58, 59, 60
 GEMMA_VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 QWEN_VISION = {"depth": 1, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
-ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1]}
+ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 2, 1]}
+QWEN_TEXT = TEXT | {"num_attention_heads": 4, "num_key_value_heads": 2, "rope_parameters": ROPE}
 QWEN_IDS = {"image_token_id": IMAGE, "video_token_id": 57, "vision_start_token_id": START, "vision_end_token_id": END}
 CONFIGS = {
     "gemma3": lambda: Gemma3Config(
@@ -43,12 +44,12 @@ CONFIGS = {
         eoi_token_id=END,
     ),
     "qwen2_vl": lambda: Qwen2VLConfig(
-        text_config=TEXT | {"rope_parameters": ROPE},
+        text_config=QWEN_TEXT,
         vision_config=QWEN_VISION | {"embed_dim": 16, "hidden_size": 32},
         **QWEN_IDS,
     ),
     "qwen2_5_vl": lambda: Qwen2_5_VLConfig(
-        text_config=TEXT | {"rope_parameters": ROPE},
+        text_config=QWEN_TEXT,
         vision_config=QWEN_VISION
         | {"hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 32, "fullatt_block_indexes": [0]},
         **QWEN_IDS,
@@ -87,8 +88,7 @@ def test_masked_and_reshaped_are_equal_with_and_without_an_image(opened, tmp_pat
         space = source.adapter.space(source.config, unit)
         assert space.hidden is None and all("language_model" in g.gate.module for g in space.groups)
         masks = random_masks(space, 1, blocks=0.8)
-        assert (space.head_dims is not None) == (name == "gemma3")
-        masks |= {"head_dims": torch.tensor([1.0, 0.0, 1.0])} if space.head_dims else {}
+        masks["head_dims"] = torch.ones(space.head_dims.size).index_fill(0, torch.tensor([1]), 0)
         small = load_model(reshaped_source(source, space, masks))
         attached = mask_model(model, space, masks)
         for inputs in ({"input_ids": IDS}, with_image(name)):

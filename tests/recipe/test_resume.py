@@ -19,7 +19,7 @@ from cook.pruning.relaxation import HardConcrete
 from cook.report.events import TIMES
 from cook.report.gate_log import read_gate_log
 from cook.training.manifest import seal
-from tests.recipe.tiny_run import Result, contents, read_log, train, write_run
+from tests.recipe.tiny_run import Result, contents, last_step, read_log, train, write_run
 from tests.warm import process_of
 
 STEPS = 60
@@ -30,8 +30,8 @@ OPTIONS = ("--stage", "layer_mask", *(part for text in OVERRIDES for part in ("-
 
 def stop_by(folder: Path, step: int, to_a_rank: bool, process: subprocess.Popen) -> None:
     """Sends SIGTERM once the log has reached a step: to the command, or to the last of the ranks it has started."""
-    log, deadline = folder / "out" / "layer_mask" / "log.jsonl", time.monotonic() + 90
-    while not (log.exists() and log.read_text().count("\n") >= step):
+    deadline = time.monotonic() + 90
+    while last_step(folder, "layer_mask") < step:
         assert process.poll() is None and time.monotonic() < deadline, "the run ended, or never got there"
         time.sleep(0.005)
     parent = str(process_of(process.pid))

@@ -224,6 +224,14 @@ def read_log(folder: Path, stage: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "out" / stage / "log.jsonl").read_text().splitlines()]
 
 
+def last_step(folder: Path, stage: str) -> int:
+    """The newest training step in a stage's log; 0 before the first one, when the log may already describe the data."""
+    log = folder / "out" / stage / "log.jsonl"
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    return max((record["step"] for record in records if "loss" in record), default=0)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, apart from the record of how the last run ended."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "outcome.json"]

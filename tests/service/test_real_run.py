@@ -18,7 +18,7 @@ from cook.service.controller import Controller
 from cook.service.executors import LocalExecutor
 from cook.service.jobs import Job, now, read
 from cook.service.slurm import SlurmExecutor
-from tests.recipe.tiny_run import read_log, train, write_run
+from tests.recipe.tiny_run import last_step, read_log, train, write_run
 from tests.service.parts import SUPERVISOR, controller, exit_of, fill, spec, wait_for, wait_state
 from tests.warm import interpreter
 
@@ -77,8 +77,7 @@ def local() -> LocalExecutor:
 
 
 def wait_steps(service: Controller, job: Job) -> None:
-    log = job.folder / "run" / "out" / "layer_mask" / "log.jsonl"
-    wait_for(lambda: log.exists() and log.read_text().count("\n") >= 10, lambda: service.get(job.id), 120)
+    wait_for(lambda: last_step(job.folder / "run", "layer_mask") >= 10, lambda: service.get(job.id), 120)
 
 
 def succeeded(service: Controller, job: Job) -> Job:
