@@ -96,14 +96,14 @@ MOE: dict[str, dict[str, Any]] = {
         "kv_lora_rank": 12,
         "qk_rope_head_dim": 4,
         "qk_nope_head_dim": 6,
-        "v_head_dim": 5,
+        "v_head_dim": 6,
         **MIXED,
         "num_key_value_heads": 8,
         "head_dim": None,
     },
 }
 """The same of every family with experts."""
-MOE["deepseek_v3, one group"] = MOE["deepseek_v3"] | {"n_group": 1, "q_lora_rank": None}
+MOE["deepseek_v3, one group"] = MOE["deepseek_v3"] | {"n_group": 1, "q_lora_rank": None, "v_head_dim": 5}
 BY_HEAD = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": None}
 FALCON = {"model_type": "falcon", "ffn_hidden_size": 20, "intermediate_size": None}
 MORE: dict[str, dict[str, Any]] = {

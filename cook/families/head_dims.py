@@ -3,7 +3,8 @@
 Unit u is the same dimensions of every head in every layer: of queries and keys, which make the score, and of values and
 the output projection's inputs. A stock class has one size for all four, so they go together. Under rotary positions a
 unit is a pair of dimensions that are turned together, and where a part of the head is not turned, two of the others.
-Without rotary positions a unit is one dimension.
+Without rotary positions a unit is one dimension. Where keys and values come from a latent, as in DeepSeek-V3, all heads
+share the keys that are turned, which stay: a unit is a dimension of the other part of queries and keys, and of values.
 
 Scores are divided by √head_dim: queries, or the weights of the norm behind them, are multiplied by √(new/old).
 """
@@ -41,6 +42,13 @@ def units_of_head(head_dim: int, turned: Turned) -> Units | None:
     pairs = [(2 * index, 2 * index + 1) if neighbours else (index, index + half) for index in range(half)]
     others = [(number + index, number + index + rest) for index in range(rest)]
     return (*pairs, *others) if head_dim % 2 == 0 else None
+
+
+def turned_of(family: Family, config: PreTrainedConfig, model: torch.nn.Module) -> Turned | None:
+    """What rotary positions turn of the dimensions that can go; None if these stay for the sake of the positions."""
+    if family.attention.latent:  # all heads share the part that is turned
+        return Turned(0)
+    return turned_dims(family.own_config(config), family.own_part(model))
 
 
 @dataclass(kw_only=True)
@@ -102,13 +110,14 @@ def head_dims(
     """
     if not family.attention.head_dim:
         return None
-    turned = turned_dims(family.own_config(config), family.own_part(model))
+    turned = turned_of(family, config, model)
     sizes = {own.head_dim for own in heads.values()}
     units = units_of_head(max(sizes), turned) if len(sizes) == 1 and turned is not None else None
     if units is None:
         return None
     made = HeadDims(units=units)
-    if all(_add_layer(made, family, model, shapes, layer, own) for layer, own in heads.items()):
+    add = _add_latent_layer if family.attention.latent else _add_layer
+    if all(add(made, family, model, shapes, layer, own) for layer, own in heads.items()):
         return made.group()
     return None
 
@@ -180,6 +189,30 @@ def _add_layer(
     in_dim = 0 if isinstance(model.get_submodule(out), Conv1D) else 1
     piece = made.add(f"{out}.weight", in_dim, own.heads)
     made.gate(out, "input", shapes[piece.path][in_dim], piece)
+    return True
+
+
+def _add_latent_layer(
+    made: HeadDims,
+    family: Family,
+    model: torch.nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    layer: str,
+    own: Heads,
+) -> bool:
+    """Adds an attention block whose keys and values come from a latent; False if keys have another size than values."""
+    table, dim = family.attention, own.head_dim
+    q, keys, out = f"{layer}.{table.q}", f"{layer}.{table.k}.weight", f"{layer}.{table.out}"
+    rows = shapes[f"{q}.weight"][0]
+    period = rows // own.heads
+    if shapes[keys][0] != own.heads * 2 * dim or not _number(model.get_submodule(layer), table.scaling):
+        return False
+    query = made.add(f"{q}.weight", 0, own.heads, period=period, power=0.5, beside=period - dim)
+    made.add(keys, 0, own.heads, period=2 * dim)
+    made.add(keys, 0, own.heads, offset=dim, period=2 * dim)
+    made.gate(q, "output", rows, query)
+    values = made.add(f"{out}.weight", 1, own.heads)
+    made.gate(out, "input", own.heads * dim, values)
     return True
 
 

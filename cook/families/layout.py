@@ -97,6 +97,7 @@ class ConfigNames:
     """None if every query head has its own keys and values; a number if the class has that many in every model."""
     head_dim: str | None = "head_dim"
     """None if the class always divides the hidden size by the heads, and so cannot have fewer heads."""
+    like_head_dim: tuple[str, ...] = ()  # other sizes of heads that must be equal to it if heads lose dimensions
     hidden: str = "hidden_size"
     like_hidden: tuple[str, ...] = ()  # other sizes that are equal to the hidden size unless given
     ffn: str | None = "intermediate_size"  # None if the class always has the same multiple of the hidden size

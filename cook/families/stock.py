@@ -18,8 +18,9 @@ from cook.base.batches import Batch
 from cook.base.errors import UserError
 from cook.families import stock_models, stock_space
 from cook.families.experts import expert_sizes
+from cook.families.head_dims import turned_of
 from cook.families.layout import Family
-from cook.families.rotary import turned_dims, with_pairs, without_factors
+from cook.families.rotary import with_pairs, without_factors
 from cook.families.stock_models import (
     config_object,
     is_ragged,
@@ -152,8 +153,8 @@ def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptU
         stock = {"architectures": [type(skeleton(family, uniform)).__name__]}
         return Shrunk(config=plain(config_object(uniform)) | stock, layers=tuple(layers), renamed=renamed)
     base = _with_hidden(family, base, hidden)
-    if turned and family.names.head_dim:
-        base = family.with_fields(base, {family.names.head_dim: new_dim})
+    if cut is not None and family.names.head_dim:
+        base = family.with_fields(base, _head_fields(family, base, new_dim))
     own = family.own_config(base)
     # An earlier export wrote a size of heads for the class's rotary positions, where the table has none.
     was_cut = family.names.head_dim is None and own.get("head_dim") is not None
@@ -193,13 +194,12 @@ def _turned(
     """How many dimensions of a head rotary positions turn among these units, and the fields of the config by which
     they turn as before; None: all units stay, and the fields.
     """
-    config, model = family.own_config(config), family.own_part(model)
-    turned = turned_dims(config, model)
-    pairs = [*range(turned.number // 2)] if turned else []
-    if units is None:
+    turned = turned_of(family, config, model)
+    pairs = range(turned.number // 2 if turned else 0)
+    if units is None or not pairs:
         return 2 * len(pairs), {}
-    pairs = [unit for unit in units if unit in pairs]
-    return 2 * len(pairs), with_pairs(config, model, pairs, head_dim)
+    kept = [unit for unit in units if unit in pairs]
+    return 2 * len(kept), with_pairs(family.own_config(config), family.own_part(model), kept, head_dim)
 
 
 def _uniform(
@@ -238,12 +238,21 @@ def _sized(
     fields: dict[str, Any] = {names.heads: heads.heads}
     fields |= {names.ffn: ffn} if names.ffn and ffn is not None else {}
     fields |= {names.kv_heads: heads.kv_heads} if isinstance(names.kv_heads, str) else {}
-    fields |= {names.head_dim: heads.head_dim} if names.head_dim else {}
+    fields |= _head_fields(family, base, heads.head_dim)
     if hidden is not None:
         own = family.own_config(base)
         fields |= {name: hidden for name in names.like_hidden if own.get(name, own[names.hidden]) == own[names.hidden]}
         fields |= {names.hidden: hidden}
     return family.with_fields(base, fields)
+
+
+def _head_fields(family: Family, base: ModelConfig, head_dim: int) -> dict[str, int]:
+    """The fields of a stock config for heads of this size."""
+    names, made = family.names, family.own_config(config_object(base))
+    if names.head_dim is None:
+        return {}
+    before = getattr(made, names.head_dim, None)
+    return {name: head_dim for name in (names.head_dim, *names.like_head_dim) if getattr(made, name, None) == before}
 
 
 def _with_hidden(family: Family, base: dict[str, Any], hidden: int | None) -> dict[str, Any]:
@@ -285,9 +294,10 @@ def holds_heads(
     wanted = Heads(heads=heads, kv_heads=kv_heads, head_dim=dim)
     turned: dict[str, Any] = {}
     if dim != before:
-        own, whole = family.own_config(made), family.own_part(skeleton(family, config))
-        found = turned_dims(own, whole)
-        turned = with_pairs(own, whole, range(found.number * dim // before // 2 if found else 0), dim)
+        model = skeleton(family, config)
+        found = turned_of(family, made, model)
+        pairs = range(found.number * dim // before // 2 if found else 0)
+        _, turned = _turned(family, made, model, pairs, dim)
     try:
         ffn = family.own_config(base).get(family.names.ffn or "")
         model = skeleton(family, family.with_fields(_sized(family, base, wanted, ffn, hidden), turned))

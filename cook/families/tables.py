@@ -123,7 +123,7 @@ DEEPSEEK_V3 = Family(
         latent=True,
         reads=("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
         remembers={"self_attn.num_heads": "heads"},
-        head_dim="",
+        head_dim="self_attn.v_head_dim",
     ),
     experts=Experts(
         scores="sigmoid",
@@ -132,7 +132,9 @@ DEEPSEEK_V3 = Family(
         count="n_routed_experts",
         shared_count="n_shared_experts",
     ),
-    names=ConfigNames(head_dim="v_head_dim", first_layers=("first_k_dense_replace",)),
+    names=ConfigNames(
+        head_dim="v_head_dim", like_head_dim=("qk_nope_head_dim",), first_layers=("first_k_dense_replace",)
+    ),
 )
 
 # One Conv1D for queries, keys and values, biases everywhere, learned positions.

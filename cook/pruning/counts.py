@@ -61,6 +61,8 @@ def unit_cache_features(group: UnitGroup) -> int:
 def cache_features(space: PruningSpace, kept: Kept | None = None) -> int:
     """Numbers per token in the cache of a decoder: the keys and values of all attention blocks."""
     kept, total = kept or {}, 0
+    size = space.head_dims.size if space.head_dims else 1
+    left = kept.get("head_dims", size)
     for group in (*space.groups, *space.unprunable):
         if group.kind != "heads" or not kept.get(space.block(group).name, 1):
             continue
@@ -69,9 +71,8 @@ def cache_features(space: PruningSpace, kept: Kept | None = None) -> int:
             total += group.cache if units else 0
             continue
         count = group.heads(units)[1] if keys is None else kept.get(keys.name, keys.size)
-        total += 2 * (group.slices[-1].block // group.members) * count if units else 0
-    size = space.head_dims.size if space.head_dims else 1
-    return total * kept.get("head_dims", size) // size
+        total += 2 * (group.slices[-1].block // group.members) * left // size * count if units else 0
+    return total
 
 
 def kept_shapes(space: PruningSpace, kept: Kept) -> dict[str, tuple[int, ...]]:

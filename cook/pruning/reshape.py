@@ -192,11 +192,11 @@ def _scaled(
 
     A weight that is f times as large has a gradient that is 1/f of the other.
     """
-    pieces = [(piece, 1 - len(removed) / units, units) for piece, removed, units in cuts if piece.dim == dim]
+    pieces = [(piece, units - len(removed), units) for piece, removed, units in cuts if piece.dim == dim]
     factors = torch.ones(size, dtype=torch.float64)
-    for piece, share, units in pieces:
+    for piece, kept, units in pieces:
         if piece.power:
-            factors[piece.indices(range(units))] *= share**piece.power
+            factors[piece.all_indices(units)] *= piece.share(kept, units) ** piece.power
     if bool((factors == 1).all()):
         return tensor
     added = 0.0 if moment else max(piece.added for piece, _, _ in pieces)

@@ -40,6 +40,9 @@ class WeightSlice:
     """Index at which the part of a fused weight begins, along `dim`."""
     power: float = 0.0
     """Slicing multiplies the weight by (new/old)^power, where another use of the hidden size must be balanced."""
+    beside: int = 0
+    """For head dimensions: other dimensions that every head has behind those of the units. They stay; `power` counts
+    and scales them too."""
     added: float = 0.0
     """What the model adds to the weight at run time, which `power` then scales too: 1 in Gemma's norms."""
     within: tuple[tuple[int, ...], ...] = ()
@@ -60,6 +63,17 @@ class WeightSlice:
             return (starts[:, None] + torch.arange(self.block)).flatten()
         inside = torch.tensor([index for unit in units for index in self.within[unit]], dtype=torch.long)
         return (self.offset + torch.arange(self.repeats)[:, None] * self.period + inside).flatten()
+
+    def share(self, kept: int, size: int) -> float:
+        """The share of the dimensions that stays with `kept` of `size` units."""
+        return (kept * self.block + self.beside) / (size * self.block + self.beside)
+
+    def all_indices(self, size: int) -> torch.Tensor:
+        """The indices of all units along `dim`, and of the dimensions `beside` them, in no order, int64."""
+        if not self.beside:
+            return self.indices(range(size))
+        heads, inside = torch.arange(self.repeats)[:, None], torch.arange(size * self.block + self.beside)
+        return (self.offset + heads * self.period + inside).flatten()
 
     def spans(self, index: int, size: int) -> bool:
         """Whether an index along `dim` is in the part that `size` units have, which has no `within`."""

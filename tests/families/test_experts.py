@@ -248,7 +248,7 @@ def test_counts_of_experts_are_those_by_hand():
 
 def test_the_cache_of_latents_does_not_depend_on_heads():
     space = SPACES["deepseek_v3", "kv_group"]
-    assert cache_features(space) == 3 * (12 + 4) == cache_features(space, {"layers.0.heads": 1})
+    assert cache_features(space) == 3 * (12 + 4) == cache_features(space, {"layers.0.heads": 1, "head_dims": 3})
     cache = MODELS["deepseek_v3"](input_ids=IDS, use_cache=True).past_key_values
     held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
     assert held == IDS.numel() * cache_features(space)

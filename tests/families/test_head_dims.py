@@ -47,6 +47,7 @@ SOURCES["gpt_neox, half turned"] = tiny_source(
 )
 LATE = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "llama_4_scaling_beta": 0.5, "mscale_all_dim": 1.0}
 SOURCES["ministral3, late"] = tiny_source("ministral3", rope_parameters=LATE | {"original_max_position_embeddings": 4})
+SOURCES["deepseek_v3, dense"] = tiny_source("deepseek_v3", q_lora_rank=None, first_k_dense_replace=3)
 SOURCES["gpt2, unscaled"] = tiny_source("gpt2", scale_attn_weights=False)
 MODEL = tiny_model()
 SOURCES["cpm_ant"] = ModelSource(adapter=ADAPTER, config=config_of(), tensors=MODEL.state_dict(), path=Path("cpm_ant"))
@@ -63,6 +64,7 @@ STOCK = (
     "gemma2",
     "gemma3",
     "gpt_oss",
+    "deepseek_v3, dense",
     *NEIGHBOURS,
 )
 
@@ -141,7 +143,10 @@ def test_the_cache_and_generation(case):
     assert torch.equal(masked, small.generate(IDS, **options))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "glm", "gpt2", "gpt_neox, half turned", "bert", "cpm_ant"])
+WITH_GRADIENTS = ("llama", "qwen3", "phi3", "glm", "deepseek_v3, dense", "gpt2", "gpt_neox, half turned")
+
+
+@pytest.mark.parametrize("name", [*WITH_GRADIENTS, "bert", "cpm_ant"])
 def test_each_unit_has_a_gradient_and_matters(name):
     case = TINY.case(name)
     model, space = load_model(SOURCES[name], torch.float64), SPACES[case]
@@ -163,7 +168,7 @@ def test_each_unit_has_a_gradient_and_matters(name):
         assert float(z.grad[1]) == pytest.approx(float(measured), rel=1e-5, abs=1e-8)
 
 
-STAY = ("olmo, clipped", "olmoe, clipped", "stablelm, in parallel")
+STAY = ("olmo, clipped", "olmoe, clipped", "stablelm, in parallel", "deepseek_v3, one group")
 """Models of families whose heads can have fewer dimensions otherwise."""
 
 
