@@ -104,7 +104,10 @@ GPTJ = Family(
         out="attn.out_proj",
         norms_before=(),
         remembers={"attn.num_attention_heads": "heads"},
-        head_dim="",
+        head_dim="attn.head_dim",
+        scaling="",  # a divisor that the class computes from the hidden size and the heads of the config
+        turned="attn.rotary_dim",
+        from_table=True,
     ),
     ffn=FeedForward(ins=("mlp.fc_in",), out="mlp.fc_out", norms_before=()),
     norms_shared=("ln_1",),

@@ -30,9 +30,9 @@ DEBERTA = replace(
         q="attention.self.query_proj",
         k="attention.self.key_proj",
         v="attention.self.value_proj",
-        positions=("attention.self.pos_key_proj", "attention.self.pos_query_proj"),
+        positions={"q": "attention.self.pos_query_proj", "k": "attention.self.pos_key_proj"},
         remembers={"attention.self.num_attention_heads": "heads"},
-        head_dim="",
+        scaling="attention.self.attention_head_size",  # from the size of what is multiplied
     ),
     carried=(*BERT.carried, r"^lm_predictions\.", r"^mask_predictions\."),
 )

@@ -46,8 +46,15 @@ def units_of_head(head_dim: int, turned: Turned) -> Units | None:
 
 def turned_of(family: Family, config: PreTrainedConfig, model: torch.nn.Module) -> Turned | None:
     """What rotary positions turn of the dimensions that can go; None if these stay for the sake of the positions."""
-    if family.attention.latent:  # all heads share the part that is turned
+    table = family.attention
+    if table.latent:  # all heads share the part that is turned
         return Turned(0)
+    if table.from_table:
+        layers: Any = model.get_submodule(family.layers)
+        blocks = {name: module for layer in layers for name, module in layer.named_modules()}
+        path, _, name = table.turned.rpartition(".")
+        number = getattr(blocks.get(path), name, None)
+        return None if number is None else Turned(number, neighbours=True)
     return turned_dims(family.own_config(config), family.own_part(model))
 
 
@@ -147,7 +154,11 @@ def _add_layer(
         if f"{beside[name]}.{norm}.weight" in shapes
     }
     inside = tuple(f"{layer}.{name}." for name in table.modules)
-    products = {f"{path}.{end}" for path in (*paths.values(), f"{layer}.{table.out}") for end in ("weight", "bias")}
+    positions = {
+        name: f"{layer}.{path}" for name, path in table.positions.items() if f"{layer}.{path}.weight" in shapes
+    }
+    used = (*paths.values(), *positions.values(), f"{layer}.{table.out}")
+    products = {f"{path}.{end}" for path in used for end in ("weight", "bias")}
     known = products | {f"{norm}.{end}" for norm in norms.values() for end in ("weight", "bias")}
     known |= {f"{layer}.{name}" for name in table.per_head}
     others = {path for path in shapes if path.startswith(inside)} - known
@@ -178,6 +189,13 @@ def _add_layer(
             made.gate(path, "output", features, *pieces)
         if table.q == table.k:
             end += times * dim if table.interleaved else counts[name] * dim
+    for kind, path in positions.items():
+        power = 0.5 if table.scaling and kind == "q" else 0.0
+        piece = made.add(f"{path}.weight", 0, own.heads, power=power)
+        if f"{path}.bias" in shapes:
+            made.add(f"{path}.bias", 0, own.heads, power=power)
+        if kind == "q":
+            made.gate(path, "output", shapes[f"{path}.weight"][0], piece)
     for name, path in norms.items():
         number, power = over[name][-1] // dim, 0.5 if table.scaling and name == "q" else 0.0
         along = len(over[name]) - 1

@@ -36,8 +36,9 @@ class Attention:
     q_norm: str = ""
     k_norm: str = ""
     """Norms of queries and keys that have weights of their own for every head, over each head or over all of them."""
-    positions: tuple[str, ...] = ()
-    """Further products to the heads' features, as of relative positions, if a model has them."""
+    positions: Mapping[Literal["q", "k"], str] = field(default_factory=dict)
+    """Further products to the heads' features, of relative positions, if a model has them: what is multiplied by keys
+    in place of queries, and by queries in place of keys."""
     slopes: bool = False
     """Whether every head has a bias of its own, an ALiBi slope, which follows from its number and that of all heads."""
     out: str = "self_attn.o_proj"  # the block's output projection, whose input is the heads
@@ -52,6 +53,8 @@ class Attention:
     the factor does not follow from the size of a head."""
     turned: str = ""
     """The one with the number of dimensions that rotary positions turn, if the forward pass reads it."""
+    from_table: bool = False
+    """Whether the block has a table of the sines and cosines of all pairs, which are neighbours, as in GPT-J."""
     latent: bool = False
     """Each head's keys and values are a product (`k` and `v`) of one latent, which is cached in their place."""
     reads: tuple[str, ...] = ()  # what reads the hidden states, if not q, k and v

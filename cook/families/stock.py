@@ -141,9 +141,9 @@ def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptU
     made, dim = config_object(config), head_dim_of(family, config_object(config))
     new_dim = _kept_dim(space, kept, dim)
     cut = kept["head_dims"] if new_dim != dim else None
-    number, turned = 0, dict[str, Any]()
+    pairs, turned = list[int](), dict[str, Any]()
     if cut is not None or family.attention.turned:
-        number, turned = _turned(family, made, skeleton(family, config), cut, new_dim)
+        pairs, turned = _turned(family, made, skeleton(family, config), cut, new_dim)
     all_heads = [_heads(family, config, space, kept, layer) for layer in layers]
     if family.heads_stay or family.attention.slopes:
         all_heads = _with_slopes(family, config, space, kept, layers, all_heads)
@@ -172,7 +172,7 @@ def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptU
         heads=all_heads,
         hidden=hidden or own[family.names.hidden],
         norms=[moved.get(path, path)[:-1] for path in on_stream],
-        turned=number,
+        pairs=pairs,
     )
     if structure["rebuilt"]:  # the loss that balances experts needs the same number in all layers
         base = base | {"output_router_logits": False}
@@ -190,16 +190,20 @@ def _kept_dim(space: PruningSpace, kept: KeptUnits, head_dim: int) -> int:
 
 def _turned(
     family: Family, config: PreTrainedConfig, model: torch.nn.Module, units: Sequence[int] | None, head_dim: int
-) -> tuple[int, dict[str, Any]]:
-    """How many dimensions of a head rotary positions turn among these units, and the fields of the config by which
-    they turn as before; None: all units stay, and the fields.
+) -> tuple[list[int], dict[str, Any]]:
+    """The pairs among these units that rotary positions turn, by their numbers in the stock model's table if it has
+    one, and the fields of the config by which they turn as before; None: all units stay, and the fields.
     """
     turned = turned_of(family, config, model)
     pairs = range(turned.number // 2 if turned else 0)
+    kept = [*pairs] if units is None else [unit for unit in units if unit in pairs]
+    if family.attention.from_table:
+        own = (getattr(module, ragged.PAIRS) for module in model.modules() if hasattr(module, ragged.PAIRS))
+        numbers = next(own, pairs)
+        return [numbers[pair] for pair in kept], {}
     if units is None or not pairs:
-        return 2 * len(pairs), {}
-    kept = [unit for unit in units if unit in pairs]
-    return 2 * len(kept), with_pairs(family.own_config(config), family.own_part(model), kept, head_dim)
+        return kept, {}
+    return kept, with_pairs(family.own_config(config), family.own_part(model), kept, head_dim)
 
 
 def _uniform(

@@ -186,7 +186,7 @@ def _attention(
             for name, offset in zip(paths, offsets, strict=True)
             if name not in blocks
         ]
-    has = [name for name in table.positions if f"{layer}.{name}.weight" in shapes]
+    has = [name for name in table.positions.values() if f"{layer}.{name}.weight" in shapes]
     parts += [Part(path=name, offset=0, block=width) for name in has]
     units: dict[str, Any] = {"size": found.kv_heads, "members": queries, "head_unit": "kv_group"}
     if not whole:

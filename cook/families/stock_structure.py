@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ def structure_of(
     heads: list[Heads | None],
     hidden: int,
     norms: Collection[str],
-    turned: int,
+    pairs: Sequence[int],
 ) -> dict[str, Any]:
     """The changes by `cook.models.ragged` to the stock model of `base` that give weights of these shapes.
 
@@ -34,12 +34,12 @@ def structure_of(
         heads: The heads of each layer.
         hidden: The hidden size.
         norms: The paths of the norms on the stream, some of which may have no weights that state their size.
-        turned: Dimensions of a head that rotary positions turn.
+        pairs: The pairs of a head that rotary positions turn, by number in the stock model's table if it has one.
     """
     model = skeleton(family, base)
     stock = weight_shapes(model)
     structure: dict[str, Any] = {"attributes": {}, "absent": {}, "constant": {}, "identity": [], "uneven_keys": False}
-    structure |= {"spread": {}, "gathered": {}, "slopes": {}}
+    structure |= {"spread": {}, "gathered": {}, "slopes": {}, "pairs": {}}
     structure["rebuilt"] = _rebuilt(family, shapes, stock, heads, hidden)
     made_anew = tuple(f"{path}." for path in structure["rebuilt"])
     structure["shapes"] = {
@@ -59,7 +59,9 @@ def structure_of(
             values: dict[str, float] = {name: own.sizes[size] for name, size in family.attention.remembers.items()}
             if own.head_dim != before.head_dim:
                 values |= _of_head_dim(family.attention, model.get_submodule(layer), before.head_dim, own.head_dim)
-                values |= {family.attention.turned: turned} if family.attention.turned else {}
+                values |= {family.attention.turned: 2 * len(pairs)} if family.attention.turned else {}
+                if family.attention.from_table:
+                    structure["pairs"][f"{layer}.{next(iter(family.attention.modules))}"] = [*pairs]
             for attribute, value in values.items():
                 # A config's field is an attribute `config.name` of the module.
                 module, dot, field = f"{layer}.{attribute}".partition(".config.")

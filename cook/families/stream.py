@@ -132,7 +132,7 @@ def _role(family: Family, name: str) -> str:
             return "in"
     if name in (attention.out, ffn.out):
         return "out"
-    reads = attention.reads or (attention.q, attention.k, attention.v, *attention.positions)
+    reads = attention.reads or (attention.q, attention.k, attention.v, *attention.positions.values())
     if name in (*reads, *ffn.ins):
         return "in"
     is_inside = any(name == part or name.startswith(f"{part}.") for part in (*attention.modules, *ffn.modules))

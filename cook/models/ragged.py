@@ -18,6 +18,8 @@ It builds the stock model `stock_type` and then changes it as described by `stru
     rebuilt     {module: {field: number}} routers, experts and attention with weights of single heads, which are built
                                           from a config with these sizes
     slopes      {module: {of, heads}}     attention blocks whose biases by head are those of `heads` among `of` heads
+    pairs       {module: [number, ...]}   attention blocks with a table of the sines and cosines of all pairs, and the
+                                          pairs that are left
     uneven_keys true|false                whether some attention block has other key-value heads than the config
     head_dim    number                    dimensions of a head, if the stock class computes another number
     experts     {router: {...}}           FFN blocks that are mixtures of experts, as `add_experts` takes them
@@ -29,6 +31,7 @@ import copy
 import functools
 import inspect
 import re
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -50,6 +53,8 @@ PARTS = "parts"
 """Attribute of a module in `spread` or `gathered`: the list of its parts."""
 SLOPES = "slopes"
 """Attribute of a module in `slopes`."""
+PAIRS = "pairs"
+"""Attribute of a module in `pairs`."""
 BIASES = ("alibi", "position_bias", "attention_mask")
 """Arguments of attention blocks that can have a part per head."""
 
@@ -76,6 +81,12 @@ def _own_slopes(module: Any, inputs: Any, named: dict[str, Any]) -> tuple[Any, d
         return bias[:, heads] if isinstance(bias, torch.Tensor) and bias.shape[1] == of else bias
 
     return inputs, {name: own(value) if name in BIASES else value for name, value in named.items()}
+
+
+def _of_own_pairs(module: Any, positions: torch.Tensor) -> torch.Tensor:
+    table = type(module)._get_embed_positions(module, positions)  # all sines, then all cosines
+    sines, cosines = table.chunk(2, -1)
+    return torch.cat([sines[..., module.pairs], cosines[..., module.pairs]], -1)
 
 
 class Absent(nn.Module):
@@ -146,6 +157,10 @@ def reshape_modules(model: PreTrainedModel, structure: dict[str, Any]) -> None:
     for path, slopes in structure.get("slopes", {}).items():
         setattr(model.get_submodule(path), SLOPES, slopes)
         model.get_submodule(path).register_forward_pre_hook(_own_slopes, with_kwargs=True)
+    for path, pairs in structure.get("pairs", {}).items():
+        block: Any = model.get_submodule(path)
+        setattr(block, PAIRS, pairs)
+        block._get_embed_positions = types.MethodType(_of_own_pairs, block)
     for path, values in structure["attributes"].items():
         module = model.get_submodule(path)
         own = {name.removeprefix("config."): value for name, value in values.items() if name.startswith("config.")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,20 @@ def test_in_every_other_family_they_are_exact_or_stay(name):
         masks = consistent(left, second)
         small = load_model(reshaped_source(again, left, masks))
         assert difference(logits_of(load_model(again), left, masks), logits_of(small)) <= EXACT
+
+
+def test_a_table_of_positions_is_made_anew_and_cut(tmp_path):
+    """GPT-J's is not stored: transformers computes it for whole heads when it loads a model."""
+    source = tiny_source("gptj")
+    space, whole = source.adapter.space(source.config), load_model(source)
+    masks = {"head_dims": half(space.head_dims.size, 2), "layers.0.att": torch.zeros(1)}
+    prune_to_folder(source, space, masks, tmp_path / "small")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small", trust_remote_code=True)
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    wanted, far = logits_of(whole, space, masks), {"position_ids": torch.arange(9).expand(2, 9) + 40}
+    assert all(difference(wanted, logits_of(model)) <= EXACT for model in (loaded, copy.deepcopy(loaded), again))
+    assert difference(logits_of(whole, space, masks, **far), logits_of(again, **far)) <= EXACT
 
 
 def test_units_are_what_is_turned_together():
