@@ -179,6 +179,7 @@ MORE: dict[str, dict[str, Any]] = {
     },
 }
 """Families with fewer tests."""
+MORE["mpt, clipped"] = MORE["mpt"] | {"attn_config": {"clip_qkv": 1.0}}
 ENCODER = {**ALIKE, "head_dim": None}
 MORE_ENCODERS: dict[str, dict[str, Any]] = {
     "xlm-roberta": {"model_type": "xlm-roberta", **ENCODER, "pad_token_id": 1},

@@ -11,7 +11,7 @@ Scores are divided by √head_dim: queries, or the weights of the norm behind th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
@@ -50,10 +50,7 @@ def turned_of(family: Family, config: PreTrainedConfig, model: torch.nn.Module) 
     if table.latent:  # all heads share the part that is turned
         return Turned(0)
     if table.from_table:
-        layers: Any = model.get_submodule(family.layers)
-        blocks = {name: module for layer in layers for name, module in layer.named_modules()}
-        path, _, name = table.turned.rpartition(".")
-        number = getattr(blocks.get(path), name, None)
+        number = family.of_layers(model, table.turned)
         return None if number is None else Turned(number, neighbours=True)
     return turned_dims(family.own_config(config), family.own_part(model))
 
@@ -146,39 +143,32 @@ def _add_layer(
         return False
     paths = {"q": f"{layer}.{table.q}", "k": f"{layer}.{table.k}", "v": f"{layer}.{table.v}"}
     counts = {"q": own.heads, "k": own.kv_heads, "v": own.kv_heads}
-    beside = {name: paths[name].rpartition(".")[0] for name in NORMS}
-    norms = {
-        name: f"{beside[name]}.{norm}"
-        for name, norms in NORMS.items()
-        for norm in norms
-        if f"{beside[name]}.{norm}.weight" in shapes
-    }
+    norms = [
+        (kind, norm) for kind, names in NORMS.items() for norm in _norms(shapes, paths[kind].rpartition(".")[0], names)
+    ]
     inside = tuple(f"{layer}.{name}." for name in table.modules)
     positions = {
         name: f"{layer}.{path}" for name, path in table.positions.items() if f"{layer}.{path}.weight" in shapes
     }
     used = (*paths.values(), *positions.values(), f"{layer}.{table.out}")
     products = {f"{path}.{end}" for path in used for end in ("weight", "bias")}
-    known = products | {f"{norm}.{end}" for norm in norms.values() for end in ("weight", "bias")}
+    known = products | {f"{norm}.{end}" for _, norm in norms for end in ("weight", "bias")}
     known |= {f"{layer}.{name}" for name in table.per_head}
     others = {path for path in shapes if path.startswith(inside)} - known
-    over = {name: shapes[f"{norm}.weight"] for name, norm in norms.items()}
     # Over each head, with weights for all of them or for every one, or over all heads.
-    sizes = {name: ((dim,), (counts[name], dim), (counts[name] * dim,)) for name in norms}
-    if others or any(shape not in sizes[name] for name, shape in over.items()):
+    sizes = {kind: ((dim,), (counts[kind], dim), (counts[kind] * dim,)) for kind in NORMS}
+    if others or any(shapes[f"{norm}.weight"] not in sizes[kind] for kind, norm in norms):
         return False
-    end = 0
+    end, folded = 0, 0.5 if table.scaling and not table.clipped else 0.0
     for name, path in paths.items():
         out_dim = 1 if isinstance(model.get_submodule(path), Conv1D) else 0
-        power = 0.5 if table.scaling and name == "q" and not norms else 0.0
+        power = folded if name == "q" and not norms else 0.0
         # In an interleaved weight every key-value head has its queries, its key and its value together.
         times = own.queries if table.interleaved and name == "q" else 1
         pieces = []
         for offset in range(end, end + times * dim, dim):
             place = {"offset": offset, "period": (own.queries + 2) * dim if table.interleaved else dim}
-            pieces.append(made.add(f"{path}.weight", out_dim, counts[name] // times, **place, power=power))
-            if f"{path}.bias" in shapes:
-                made.add(f"{path}.bias", 0, counts[name] // times, **place, power=power)
+            pieces.append(_with_bias(made, shapes, path, out_dim, counts[name] // times, **place, power=power))
         if name == "q" or (name == "k" and norms):
             features = shapes[f"{path}.weight"][out_dim]
             # Attention sees equally many query heads of every key-value head; a norm with their weights does not.
@@ -190,24 +180,38 @@ def _add_layer(
         if table.q == table.k:
             end += times * dim if table.interleaved else counts[name] * dim
     for kind, path in positions.items():
-        power = 0.5 if table.scaling and kind == "q" else 0.0
-        piece = made.add(f"{path}.weight", 0, own.heads, power=power)
-        if f"{path}.bias" in shapes:
-            made.add(f"{path}.bias", 0, own.heads, power=power)
+        piece = _with_bias(made, shapes, path, 0, own.heads, power=folded if kind == "q" else 0.0)
         if kind == "q":
-            made.gate(path, "output", shapes[f"{path}.weight"][0], piece)
-    for name, path in norms.items():
-        number, power = over[name][-1] // dim, 0.5 if table.scaling and name == "q" else 0.0
-        along = len(over[name]) - 1
-        if f"{path}.bias" in shapes:
-            made.add(f"{path}.bias", along, number, power=power)
-        piece = made.add(f"{path}.weight", along, number, power=power)
-        made.gate(path, "statistics", number * dim, piece)
+            made.gate(path, "output", own.heads * dim, piece)
+    for name, path in norms:
+        *before, features = shapes[f"{path}.weight"]
+        power = folded if name == "q" else 0.0
+        piece = _with_bias(made, shapes, path, len(before), features // dim, power=power)
+        made.gate(path, "statistics", features, piece)
     out = f"{layer}.{table.out}"
     in_dim = 0 if isinstance(model.get_submodule(out), Conv1D) else 1
     piece = made.add(f"{out}.weight", in_dim, own.heads)
     made.gate(out, "input", shapes[piece.path][in_dim], piece)
     return True
+
+
+def _with_bias(
+    made: HeadDims, shapes: Mapping[str, tuple[int, ...]], path: str, dim: int, heads: int, **more: Any
+) -> WeightSlice:
+    """Adds the units in the weight of a module, and in its bias if it has one; returns the weight's slice."""
+    piece, bias = made.add(f"{path}.weight", dim, heads, **more), f"{path}.bias"
+    if bias in shapes:
+        made.add(bias, len(shapes[bias]) - 1, heads, **more)
+    return piece
+
+
+def _norms(shapes: Mapping[str, tuple[int, ...]], block: str, names: Sequence[str]) -> list[str]:
+    """The norm of a block that has one of these names, or StableLM's list of norms, one per head."""
+    found = [f"{block}.{name}" for name in names if f"{block}.{name}.weight" in shapes]
+    lists = tuple(f"{block}.{name}.norms." for name in names)
+    return found or [
+        path.removesuffix(".weight") for path in shapes if path.startswith(lists) and path.endswith("weight")
+    ]
 
 
 def _add_latent_layer(

@@ -51,6 +51,8 @@ class Attention:
     scaling: str = "self_attn.scaling"
     """The one with the factor of scores, or `head_dim` again if the forward pass computes the factor from it; empty if
     the factor does not follow from the size of a head."""
+    clipped: bool = False
+    """Whether queries are clipped, and so cannot be multiplied by a factor: that of scores then stays in its place."""
     turned: str = ""
     """The one with the number of dimensions that rotary positions turn, if the forward pass reads it."""
     from_table: bool = False
@@ -152,6 +154,13 @@ class Family:
         if not self.part:
             return config
         return config.get(self.part, {}) if isinstance(config, Mapping) else getattr(config, self.part)
+
+    def of_layers(self, model: torch.nn.Module, attribute: str) -> Any:
+        """The value of a module's attribute in the first layer that has it; None if no layer does."""
+        block, _, name = attribute.rpartition(".")
+        layers: Any = model.get_submodule(self.layers)
+        modules = (module for layer in layers for path, module in layer.named_modules() if path == block)
+        return next((getattr(module, name) for module in modules if hasattr(module, name)), None)
 
     def own_part(self, model: torch.nn.Module) -> torch.nn.Module:
         """The part of a model that is pruned, without its head."""

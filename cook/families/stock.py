@@ -148,7 +148,9 @@ def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptU
     if family.heads_stay or family.attention.slopes:
         all_heads = _with_slopes(family, config, space, kept, layers, all_heads)
     uniform = _uniform(family, base, shapes, all_heads, hidden)
-    if uniform is not None and holds(family, family.with_fields(uniform, turned), shapes):
+    scaling = family.attention.scaling if family.attention.clipped else ""
+    factor = family.of_layers(skeleton(family, config), scaling)
+    if uniform is not None and holds(family, family.with_fields(uniform, turned), shapes, factor):
         uniform = family.with_fields(uniform, turned)
         stock = {"architectures": [type(skeleton(family, uniform)).__name__]}
         return Shrunk(config=plain(config_object(uniform)) | stock, layers=tuple(layers), renamed=renamed)
@@ -173,6 +175,7 @@ def shrink(family: Family, config: ModelConfig, space: PruningSpace, kept: KeptU
         hidden=hidden or own[family.names.hidden],
         norms=[moved.get(path, path)[:-1] for path in on_stream],
         pairs=pairs,
+        factor=factor,
     )
     if structure["rebuilt"]:  # the loss that balances experts needs the same number in all layers
         base = base | {"output_router_logits": False}
@@ -273,12 +276,14 @@ def _with_hidden(family: Family, base: dict[str, Any], hidden: int | None) -> di
     return changed
 
 
-def holds(family: Family, config: ModelConfig, shapes: Shapes) -> bool:
-    """Whether a model freshly built from `config` has exactly these weights."""
+def holds(family: Family, config: ModelConfig, shapes: Shapes, factor: float | None = None) -> bool:
+    """Whether a model freshly built from `config` has exactly these weights, and this factor of scores if given."""
     try:
-        return weight_shapes(skeleton(family, config)) == dict(shapes)
+        model = skeleton(family, config)
     except (UserError, ValueError):
         return False
+    own_factor = family.of_layers(model, family.attention.scaling)
+    return weight_shapes(model) == dict(shapes) and factor in (None, own_factor)
 
 
 def holds_heads(
@@ -297,6 +302,8 @@ def holds_heads(
     dim = head_dim or before
     wanted = Heads(heads=heads, kv_heads=kv_heads, head_dim=dim)
     turned: dict[str, Any] = {}
+    if dim != before and family.attention.clipped:
+        return False
     if dim != before:
         model = skeleton(family, config)
         found = turned_of(family, made, model)
@@ -368,7 +375,7 @@ def _with_slopes(
         before = heads_of(family, dim, model, f"{family.layers}.{layer}")
         blocks = [g for g in space.of("layer", "att") if g.layer == layer]
         if family.heads_stay and before is not None and all(kept.get(g.name, (0,)) for g in blocks):
-            heads = before
+            heads = replace(before, head_dim=_kept_dim(space, kept, dim))
         elif heads is not None and before is not None:
             group = groups[layer]
             numbers = before.slopes or tuple(range(before.heads))

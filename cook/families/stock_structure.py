@@ -24,6 +24,7 @@ def structure_of(
     hidden: int,
     norms: Collection[str],
     pairs: Sequence[int],
+    factor: float | None,
 ) -> dict[str, Any]:
     """The changes by `cook.models.ragged` to the stock model of `base` that give weights of these shapes.
 
@@ -35,6 +36,7 @@ def structure_of(
         hidden: The hidden size.
         norms: The paths of the norms on the stream, some of which may have no weights that state their size.
         pairs: The pairs of a head that rotary positions turn, by number in the stock model's table if it has one.
+        factor: The factor of scores, if it stays although heads have another size.
     """
     model = skeleton(family, base)
     stock = weight_shapes(model)
@@ -46,10 +48,11 @@ def structure_of(
         path: list(shape) for path, shape in shapes.items() if shape != stock[path] and not path.startswith(made_anew)
     }
     dim = head_dim_of(family, config_object(base))
+    has_other_factor = factor not in (None, family.of_layers(model, family.attention.scaling))
     for number, own in enumerate(heads):
         layer = f"{family.layers}.{number}"
         before = heads_of(family, dim, model, layer)
-        if own is not None and before is not None and own != before:
+        if own is not None and before is not None and (own != before or has_other_factor):
             structure["uneven_keys"] |= own.kv_heads != before.kv_heads
             if own.per_key:
                 _lay_out(family.attention, layer, own, structure, shapes)
@@ -62,6 +65,7 @@ def structure_of(
                 values |= {family.attention.turned: 2 * len(pairs)} if family.attention.turned else {}
                 if family.attention.from_table:
                     structure["pairs"][f"{layer}.{next(iter(family.attention.modules))}"] = [*pairs]
+            values |= {family.attention.scaling: factor} if factor is not None else {}
             for attribute, value in values.items():
                 # A config's field is an attribute `config.name` of the module.
                 module, dot, field = f"{layer}.{attribute}".partition(".config.")

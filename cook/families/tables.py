@@ -253,9 +253,8 @@ def _deepseek_variant(family: Family, config: ModelConfig) -> Family:
 
 
 def clipped_variant(family: Family, config: ModelConfig) -> Family:
-    """Keeps the size of heads where queries are clipped: they cannot be multiplied for another size then."""
     clips = config.get("clip_qkv") or (config.get("attn_config") or {}).get("clip_qkv")
-    return replace(family, attention=replace(family.attention, head_dim="")) if clips else family
+    return replace(family, attention=replace(family.attention, clipped=True)) if clips else family
 
 
 def _opt_variant(family: Family, config: ModelConfig) -> Family:
