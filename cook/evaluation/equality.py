@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig
 
 from cook.base.batches import Batch
@@ -29,12 +30,24 @@ Answers = dict[str, torch.Tensor]
 """A model's outputs for one batch, by name: logits, span logits, or the hidden states of an encoder without a head."""
 
 
+class _StaysInFp64(TorchDispatchMode):
+    """A model in fp64 computes in fp64 throughout. Classes of transformers compute norms and softmaxes in fp32."""
+
+    def __torch_dispatch__(self, function: Any, _types: Any, args: Any = (), named: Any = None) -> Any:
+        named = named or {}
+        is_copy = function is torch.ops.aten._to_copy.default
+        if is_copy and args[0].dtype == torch.float64 and named.get("dtype") == torch.float32:
+            named = named | {"dtype": torch.float64}
+        return function(*args, **named)
+
+
 @torch.no_grad()
 def answers(model: torch.nn.Module, batches: Iterable[Batch]) -> list[Answers]:
     """A model's outputs for all batches, in fp32; positions beyond a row's `length` are left out."""
     found: list[Answers] = []
     for batch in batches:
-        out = model(**_call(model, model_inputs(batch)))
+        with _StaysInFp64():
+            out = model(**_call(model, model_inputs(batch)))
         named = out.items() if hasattr(out, "items") else vars(out).items()
         values = {name: value.float() for name, value in named if _is_answer(value)}
         if "length" in batch:

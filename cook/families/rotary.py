@@ -3,7 +3,8 @@
 Pair i of a head turns with a frequency that follows from its number in the whole head. A stock class computes it from
 head_dim, and so gives other frequencies to a model whose heads have fewer pairs. But one of the types of rotary
 positions in transformers, `longrope`, divides the frequency of each pair by a factor from the config. The factors
-written here make every pair keep its frequency, in a stock class.
+written here make every pair keep its frequency, in a stock class. With the base 1 nothing but a factor is rounded:
+frequencies that were computed as 1 / base^(2i/n) are the same to the last bit, and others at most one bit apart.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def with_pairs(config: PreTrainedConfig, model: torch.nn.Module, kept: Sequence[
         scaled = {name: before[name] for name in SCALED if "llama_4_scaling_beta" in before}
         parameters = {
             "rope_type": "longrope",
-            "rope_theta": before["rope_theta"],
+            "rope_theta": 1.0,
             "original_max_position_embeddings": config.max_position_embeddings,
             **scaled,
             "factor": 1.0,  # unused, since the next one is given; transformers warns if it is missing
@@ -91,7 +92,7 @@ def with_pairs(config: PreTrainedConfig, model: torch.nn.Module, kept: Sequence[
             # Classes round the product of both down.
             parameters["partial_rotary_factor"] = min(1.0, (2 * len(kept) + 0.5) / head_dim)
         wanted = getattr(real, f"{prefix}inv_freq")[list(kept)]
-        parameters["short_factor"] = parameters["long_factor"] = factors(wanted, before["rope_theta"])
+        parameters["short_factor"] = parameters["long_factor"] = factors(wanted)
         of_types[prefix.removesuffix("_")] = parameters
     return {"rope_parameters": of_types.get("", of_types), "head_dim": head_dim}
 
@@ -104,11 +105,9 @@ def without_factors(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_type": "default"} | given
 
 
-def factors(wanted: torch.Tensor, theta: float) -> list[float]:
-    """Factors f for which longrope's frequencies 1 / (f · theta^(2i/n)) are `wanted`, float32 `[n/2]`."""
-    number = 2 * len(wanted)
-    powers = theta ** (torch.arange(0, number, 2, dtype=torch.int64).float() / number)
-    first = (1.0 / (wanted.double() * powers.double())).float()
+def factors(wanted: torch.Tensor) -> list[float]:
+    """Factors f for which longrope's frequencies with the base 1, 1 / f, are `wanted`, float32 `[pairs]`."""
+    first = (1.0 / wanted.double()).float()
     tried = [first]
     for towards in (torch.inf, -torch.inf):
         each = first
@@ -116,8 +115,8 @@ def factors(wanted: torch.Tensor, theta: float) -> list[float]:
             each = torch.nextafter(each, torch.full_like(each, towards))
             tried.append(each)
     candidates = torch.stack(tried)
-    apart = (1.0 / (candidates * powers) - wanted).abs()
-    return candidates.gather(0, apart.argmin(0)[None])[0].tolist() if number else []
+    apart = (1.0 / candidates - wanted).abs()
+    return candidates.gather(0, apart.argmin(0)[None])[0].tolist() if len(wanted) else []
 
 
 def _turns(model: torch.nn.Module) -> list[Callable[[torch.Tensor], torch.Tensor]]:

@@ -37,8 +37,8 @@ def test_every_family_is_exact_in_16_bits(tmp_path, name):
     masked, _ = masked_model(source, space, masks, torch.float64)
     exact = unrounded(source, space, masks)
     small = written_model(tmp_path / "small", torch.float64, exact=exact)
-    # Norms of transformers compute in fp32, also in a model in fp64.
-    assert largest_difference(masked, small, [{"input_ids": IDS}]) < 5e-6
+    # Everything is computed in fp64, also norms and softmaxes, and outputs are compared in fp32.
+    assert largest_difference(masked, small, [{"input_ids": IDS}]) < 2e-7
     assert all(tensor.dtype == torch.bfloat16 for tensor in open_model(tmp_path / "small").tensors.values())
     if exact:  # the rounding is there, and is seen
         rounded = written_model(tmp_path / "small", torch.float64)

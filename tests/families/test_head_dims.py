@@ -123,9 +123,9 @@ def test_a_stock_class_keeps_the_frequencies_of_the_pairs(name, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     before = dict(whole.named_buffers())
     for path, frequencies in model.named_buffers():
-        if path.endswith("inv_freq"):  # to the last bit, or distant tokens would be turned by another angle
+        if path.endswith("inv_freq"):  # every bit, or distant tokens would be turned by another angle
             kept = masks["head_dims"][: len(before[path])].bool()  # units that are not turned come last
-            torch.testing.assert_close(frequencies, before[path][kept], rtol=1.2e-7, atol=0)
+            torch.testing.assert_close(frequencies, before[path][kept], rtol=0, atol=0)
     assert difference(logits_of(whole, space, masks), logits_of(model)) <= EXACT
     # Behind the length for which `longrope` has other factors than before it.
     far = {"position_ids": torch.arange(9).expand(2, 9) + 60}
