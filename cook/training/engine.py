@@ -33,6 +33,7 @@ from cook.training.zero import (
     NormWatch,
     Partitions,
     exact_buffers,
+    fit_disk_buffers,
     freeze_all_but_smallest,
     read_from_disk_when_needed,
     reserve_state,
@@ -115,6 +116,7 @@ class Engine:
             self._clip, self.config["gradient_clipping"] = self.config["gradient_clipping"], 0.0
         self._frozen = weights if weights is not None and not training.train_weights else None
 
+        fit_disk_buffers(self.config["zero_optimization"], build, world)
         self._partitions = Partitions(deepspeed, self.zero_stage, self.device)
         model = self._partitioned(build) if self.zero_stage == 3 else build()
         buffers = exact_buffers(model, build if self.zero_stage == 3 else None)

@@ -51,6 +51,35 @@ def read_from_disk_when_needed(optimizer: Any) -> None:
         coordinator._PartitionedParameterCoordinator__max_reuse_dist_in_numel = 0
 
 
+def fit_disk_buffers(zero: dict[str, Any], build: Callable[[], torch.nn.Module], world_size: int) -> None:
+    """Sizes DeepSpeed's buffers for weights on a disk: each holds one rank's part of any weight, in numbers.
+
+    DeepSpeed's default, 100 million, is too small for the embedding of a large model on few ranks, and fills 2 GB of
+    memory for a small one.
+
+    Args:
+        zero: The section `zero_optimization`, which gets the size if it has none.
+        build: Builds the model.
+        world_size: The number of ranks.
+
+    Raises:
+        UserError: The section has a size that is too small.
+    """
+    offload = zero.get("offload_param") or {}
+    if offload.get("device") != "nvme":
+        return
+    with torch.device("meta"):
+        name, largest = max(build().named_parameters(), key=lambda named: named[1].numel())
+    needed = -(-largest.numel() // world_size)
+    if offload.setdefault("buffer_size", needed) < needed:
+        raise UserError(
+            f"deepspeed.zero_optimization.offload_param.buffer_size: {name} does not fit on {world_size} rank(s)",
+            wanted=f"at least {needed}",
+            got=offload["buffer_size"],
+            remedy="leave it out, or use more ranks",
+        )
+
+
 class Partitions:
     """Operations on one parameter at a time, on all ranks together. The engine imports the module `deepspeed`."""
 

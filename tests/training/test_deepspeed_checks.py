@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cook.base.errors import UserError, UserErrors
 from cook.training import deepspeed_builds
 from cook.training.deepspeed_builds import _await_lock, announced
 from cook.training.deepspeed_checks import import_deepspeed, refusals
 from cook.training.settings import check_settings
+from cook.training.zero import fit_disk_buffers
 from tests.training.tiny_training import TRAINING
 
 
@@ -255,3 +257,20 @@ def test_deepspeeds_own_builders_are_announced():
     from deepspeed.ops.op_builder.builder import OpBuilder
 
     assert OpBuilder.jit_load.__qualname__.startswith("announced")
+
+
+def test_buffers_are_as_large_as_the_largest_part_of_a_weight(tmp_path):
+    def build():
+        return torch.nn.Sequential(torch.nn.Embedding(999, 10), torch.nn.Linear(10, 10))
+
+    offload = {"device": "nvme", "nvme_path": str(tmp_path)}
+    for given, world, size in ((None, 1, 9990), (None, 4, 2498), (5000, 2, 5000), (4995, 2, 4995)):
+        zero = {"offload_param": offload | ({} if given is None else {"buffer_size": given})}
+        fit_disk_buffers(zero, build, world)
+        assert zero["offload_param"]["buffer_size"] == size
+    with pytest.raises(UserError, match=r"0\.weight does not fit on 2 rank") as refused:
+        fit_disk_buffers({"offload_param": offload | {"buffer_size": 4994}}, build, 2)
+    assert "at least 4995" in str(refused.value) and not list(tmp_path.iterdir())
+    elsewhere = {"offload_param": {"device": "cpu"}}
+    fit_disk_buffers(elsewhere, build, 1)
+    assert elsewhere == {"offload_param": {"device": "cpu"}}
