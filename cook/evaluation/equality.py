@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ Answers = dict[str, torch.Tensor]
 
 
 class _StaysInFp64(TorchDispatchMode):
-    """A model in fp64 computes in fp64 throughout. Classes of transformers compute norms and softmaxes in fp32."""
+    """fp64 is not narrowed to fp32, in which classes of transformers compute norms and softmaxes of any model."""
 
     def __torch_dispatch__(self, function: Any, _types: Any, args: Any = (), named: Any = None) -> Any:
         named = named or {}
@@ -46,8 +46,7 @@ def answers(model: torch.nn.Module, batches: Iterable[Batch]) -> list[Answers]:
     """A model's outputs for all batches, in fp32; positions beyond a row's `length` are left out."""
     found: list[Answers] = []
     for batch in batches:
-        with _StaysInFp64():
-            out = model(**_call(model, model_inputs(batch)))
+        out = model(**_call(model, model_inputs(batch)))
         named = out.items() if hasattr(out, "items") else vars(out).items()
         values = {name: value.float() for name, value in named if _is_answer(value)}
         if "length" in batch:
@@ -217,12 +216,19 @@ def written_model(
 
 
 def _computing(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """The model; the products of experts that transformers chooses by default have no fp64."""
+    """The model, which computes in fp64 throughout if that is its type."""
     if dtype == torch.float64:
+        model.forward = partial(_in_fp64, model.forward)
+        # The products of experts that transformers chooses by default have no fp64.
         for module in model.modules():  # the setter of transformers leaves some families out, such as OLMoE
             if isinstance(config := getattr(module, "config", None), PreTrainedConfig):
                 config._experts_implementation = "eager"
     return model
+
+
+def _in_fp64(forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
+    with _StaysInFp64():
+        return forward(*inputs, **named)
 
 
 def _loaded(folder: Path, made: type, dtype: torch.dtype) -> torch.nn.Module:
