@@ -122,11 +122,11 @@ def is_program(command: Sequence[str]) -> bool:
     return first in ("-m", "-c") or first.endswith(".py")
 
 
-def run_on_ranks(script: str, cases: Any, folder: Path, ranks: int) -> list[Any]:
+def run_on_ranks(script: str, cases: Any, folder: Path, ranks: int, timeout: float = 600) -> list[Any]:
     """What each rank of a script of the tests saved: it reads `cases.json` and writes `out.RANK`."""
     (folder / "cases.json").write_text(json.dumps(cases))
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    result = run([sys.executable, "-W", "ignore", *launcher, script, "cases.json", "out"], folder, timeout=600)
+    result = run([sys.executable, "-W", "ignore", *launcher, script, "cases.json", "out"], folder, timeout=timeout)
     assert result.code == 0, result
     return [torch.load(folder / f"out.{rank}", weights_only=True) for rank in range(ranks)]
 

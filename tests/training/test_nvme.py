@@ -31,7 +31,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         zero = {"offload_param": {"device": "nvme", "nvme_path": str(disk), **size}, **other}
         cases[f"{kind}, on disk"] = shared | {"zero_optimization": zero}
         cases[f"{kind}, resumed"] = shared | {"zero_optimization": zero, "halved": True}
-    return run_on_ranks(nvme_ranks.__file__, cases, folder, 2)[0]
+    # DeepSpeed builds two ops first, which takes minutes.
+    return run_on_ranks(nvme_ranks.__file__, cases, folder, 2, timeout=1800)[0]
 
 
 def same(first: dict[str, Any], second: dict[str, Any]) -> None:
