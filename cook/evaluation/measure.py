@@ -14,7 +14,7 @@ from cook.base.errors import UserError
 from cook.base.files import write_json
 from cook.evaluation.loading import Entry, Loaded, load
 from cook.evaluation.scoring import Windowing, predicts_blindly, score
-from cook.evaluation.settings import Settings, device_of
+from cook.evaluation.settings import Settings, device_of, too_long_stride
 from cook.evaluation.speed import PeakMemory, generation_speed
 from cook.report.comparison import comparison_table, plot_comparison
 
@@ -50,6 +50,7 @@ def measure_loss(entry: Entry, text: str, settings: Settings) -> tuple[Loaded, d
         # Per byte, because tokens of different tokenizers have different lengths.
         "bits_per_byte": _finite(got.loss / math.log(2) * len(ids) / len(text.encode())),
         "method": windowing.method,
+        "bos": windowing.bos is not None,
         "tokens": got.tokens,
         "tokens_per_second": got.seen / got.seconds,
         "peak_memory_bytes": memory.bytes,
@@ -105,13 +106,21 @@ def _finite(value: float) -> float | None:
 
 
 def _windowing(loaded: Loaded, settings: Settings) -> Windowing:
-    bos = None
-    if settings.bos:
-        bos = loaded.tokenizer.bos_token_id
-        if bos is None:
-            raise UserError(f"{loaded.entry.folder}: its tokenizer has no beginning-of-sequence token for --bos")
+    bos = loaded.tokenizer.bos_token_id
+    if settings.bos and bos is None:
+        raise UserError(f"{loaded.entry.folder}: its tokenizer has no beginning-of-sequence token for --bos")
+    if not (begins_texts(loaded.tokenizer) if settings.bos is None else settings.bos):
+        bos = None
+    if long := too_long_stride(settings, bos=bos is not None):
+        raise long
     _check_positions(loaded, settings.window, "--window")
     return Windowing(size=settings.window, stride=settings.stride, bos=bos, limit=settings.max_windows)
+
+
+def begins_texts(tokenizer: Any) -> bool:
+    """Whether a tokenizer puts its beginning-of-sequence token in front of texts."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    return bool(tokenizer("a")["input_ids"][: 1 + len(plain)] == [tokenizer.bos_token_id, *plain])
 
 
 def _check_positions(loaded: Loaded, wanted: int, option: str) -> None:

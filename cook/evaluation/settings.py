@@ -21,8 +21,9 @@ class Settings:
     stride: Size | None = None
     """Tokens from one window to the next; what overlaps is context only. Default: disjoint windows, whose first token
     and whose incomplete rest are not counted."""
-    bos: bool = False
-    """Begin each window with the tokenizer's beginning-of-sequence token, as Gemma needs it."""
+    bos: bool | None = None
+    """Begin each window with the tokenizer's beginning-of-sequence token. Default: if the tokenizer begins texts with
+    it, as those of Gemma and Llama do."""
     max_windows: Size | None = None
     """Score only this many windows."""
     batch_size: Size = 8
@@ -75,10 +76,8 @@ def checked(settings: Settings) -> Settings:
         UserErrors: a stride longer than the window, or a device that cannot be used; both at once.
     """
     errors = []
-    longest = settings.window - settings.bos
-    if settings.stride is not None and settings.stride > longest:
-        what = "--stride would leave tokens out between the windows"
-        errors.append(UserError(what, wanted=f"at most {longest}", got=settings.stride))
+    if long := too_long_stride(settings, bos=bool(settings.bos)):
+        errors.append(long)
     device = device_of(settings)
     try:
         import torch
@@ -89,6 +88,16 @@ def checked(settings: Settings) -> Settings:
     if errors:
         raise UserErrors("the command line cannot be used", errors)
     return dataclasses.replace(settings, device=device)
+
+
+def too_long_stride(settings: Settings, *, bos: bool) -> UserError | None:
+    """The error if windows of which `bos` takes one place, or none, would not reach the next window."""
+    longest = settings.window - bos
+    if settings.stride is None or settings.stride <= longest:
+        return None
+    what = "--stride would leave tokens out between the windows"
+    taken = ", since each window begins with the beginning-of-sequence token" if bos else ""
+    return UserError(what, wanted=f"at most {longest}{taken}", got=settings.stride)
 
 
 def device_of(settings: Settings | ProfileSettings) -> str:

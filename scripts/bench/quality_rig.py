@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer
 
 from cook.distill.teacher_loss import token_divergence
+from cook.evaluation.measure import begins_texts
 from cook.families.source import load_model, open_model
 from cook.pruning.attach import AttachedGates
 from cook.pruning.budgets import KINDS
@@ -67,8 +68,12 @@ class Rig:
         self.attached = AttachedGates(self.model, self.space.groups, {})
 
     def _windows(self, place: str, count: int | None) -> torch.Tensor:
-        """`[windows, length]`; `count` from the start, None for all that training may want."""
-        length = self.options.length
+        """`[windows, length]`; `count` from the start, None for all that training may want.
+
+        Each begins with the beginning-of-sequence token if the tokenizer begins texts with it.
+        """
+        front = [self.tokenizer.bos_token_id] if begins_texts(self.tokenizer) else []
+        length = self.options.length - len(front)
         wanted = (count or 10**9) * length
         path, _, offset = place.partition(":")
         if path.endswith(".csv"):
@@ -80,8 +85,9 @@ class Rig:
             with open(path, "rb") as file:
                 file.seek(int(offset or 0))
                 text = file.read(8 * wanted if count else 4_000_000).decode("utf-8", errors="replace")
-        ids = torch.tensor(self.tokenizer(text)["input_ids"])[:wanted]
-        return ids[: len(ids) // length * length].view(-1, length)
+        ids = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"])[:wanted]
+        windows = ids[: len(ids) // length * length].view(-1, length)
+        return torch.cat([torch.tensor(front, dtype=ids.dtype).expand(len(windows), -1), windows], 1)
 
     def batch(self, step: int, seed: int) -> torch.Tensor:
         """The calibration batch of a step, counted from 0: every window once, then in another order."""

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from cook.base.errors import UserError, run_entry
 from cook.cli import invoke
@@ -32,6 +33,7 @@ FIELDS = {
     "perplexity",
     "bits_per_byte",
     "method",
+    "bos",
     "tokens",
     "tokens_per_second",
     "peak_memory_bytes",
@@ -106,6 +108,37 @@ def test_a_stock_model_strided_and_with_bos(stock_folder, text, capsys):
         losses.append(float(torch.logsumexp(logits, 0) - logits[token]))
     assert got["tokens"] == 100 and got["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
     assert set(got) == FIELDS | SPEED and all(got[name] > 0 for name in SPEED) and got["method"] == "strided"
+
+
+def begin_texts_with_bos(folder):
+    """Gives a folder's tokenizer the template that Gemma's and Llama's have."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    template = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = template
+    tokenizer.save_pretrained(folder)
+
+
+def test_windows_begin_as_the_tokenizer_begins_texts(stock_folder, text, capsys):
+    options = ("--model", stock_folder, "--data", text, "--window", 16, "--no-speed")
+    plain, without, with_bos = (evaluate(capsys, *options, *more) for more in ([], ["--no-bos"], ["--bos"]))
+    begin_texts_with_bos(stock_folder)
+    assert AutoTokenizer.from_pretrained(stock_folder)("w3")["input_ids"] == [61, 3]
+    by_default, off = evaluate(capsys, *options), evaluate(capsys, *options, "--no-bos")
+    model, losses = AutoModelForCausalLM.from_pretrained(stock_folder), []
+    for start in range(0, 90, 15):
+        row = torch.tensor([[61, *IDS[start : start + 15]]])
+        losses.append(float(model(row, labels=row).loss.detach()))
+    assert by_default["loss"] == with_bos["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert plain["loss"] == without["loss"] == off["loss"] != with_bos["loss"]
+    assert [got["bos"] for got in (plain, without, off, with_bos, by_default)] == [False, False, False, True, True]
+
+
+def test_a_stride_that_leaves_no_place_for_the_token_of_the_tokenizer(stock_folder, text):
+    begin_texts_with_bos(stock_folder)
+    options = ["--model", str(stock_folder), "--data", text, "--no-speed", "--window", "8", "--stride", "8"]
+    with pytest.raises(UserError, match="at most 7, since each window begins with the beginning-of-sequence token"):
+        invoke("eval", options)
+    invoke("eval", [*options, "--no-bos"])
 
 
 def test_other_precision(folder, text, capsys):
