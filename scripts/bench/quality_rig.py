@@ -45,7 +45,7 @@ def with_texts(options: argparse.Namespace) -> argparse.Namespace:
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """The options to publish: without paths of this machine."""
-    local = ("model", "work", "calibration", "text", "masks", "output")
+    local = ("model", "work", "calibration", "text", "masks", "output", "two_ssp", "slicegpt")
     settings = {name: value for name, value in vars(options).items() if name not in local}
     return settings | {"texts": [[name, count] for name, _, count in options.texts]}
 
@@ -120,15 +120,19 @@ class Rig:
 
     @torch.no_grad()
     def measure(self, masks: dict[str, torch.Tensor], names: tuple[str, ...] = ()) -> dict[str, float]:
-        """The loss with these masks on every text, or on those of `names`, nats a token."""
+        """The loss with these masks on every text, or on those of `names`, nats per token."""
         self.attached.set(masks)
-        found = {
+        found = self.losses(names)
+        self.attached.set({})
+        return found
+
+    def losses(self, names: tuple[str, ...] = ()) -> dict[str, float]:
+        """The loss of the model as it is on every text, or on those of `names`, nats per token."""
+        return {
             name: sum(float(self.loss(part)) * len(part) for part in windows.split(4)) / len(windows)
             for name, windows in self.texts.items()
             if name in (names or self.texts)
         }
-        self.attached.set({})
-        return found
 
     @staticmethod
     def say(text: str) -> None:
