@@ -1,8 +1,8 @@
 """CPM-Ant rows: documents cut into samples, samples packed into rows, rows turned into batches.
 
 A row is a block of `prompt_length` prompt ids followed by `max_length - prompt_length` tokens. A sample is
-`<s> piece </s>`; a row holds one or more samples, and `span` numbers them from 0 so that attention, which needs
-span[q] == span[k], keeps them apart.
+`<s> piece </s>`, or `piece </s>` if the tokenizer does not begin texts with `<s>`. A row holds one or more samples, and
+`span` numbers them from 0 so that attention, which needs span[q] == span[k], keeps them apart.
 
 The prompt and spans. CPM-Live puts a prompt in front of every sample and packs the two together, so each sample of a
 row sees a prompt of its own. The model reads prompt ids only in a row's first `prompt_length` positions; there is room
@@ -64,7 +64,7 @@ class Places(NamedTuple):
 
 
 def cut(offsets: np.ndarray, max_size: int) -> Pieces:
-    """Cuts documents into pieces of `max_size` tokens (without `<s>` and `</s>`) and a rest.
+    """Cuts documents into pieces of `max_size` tokens (without what begins and ends a sample) and a rest.
 
     A rest shorter than `MIN_REST` is left out. A document that is shorter than a piece is a piece, however short it is.
     Document d is tokens offsets[d]:offsets[d + 1].
@@ -87,7 +87,7 @@ def first_fit(sizes_N: np.ndarray, row_size: int) -> Places:
     """Puts each sample into the first row with room for it, among the `OPEN_ROWS` shared rows opened last.
 
     A sample as large as a row has a row of its own. Rows are numbered in the order in which they are opened. Sizes
-    include `<s>` and `</s>`; none is above `row_size`, the tokens in a row without the prompt.
+    include what begins and ends a sample; none is above `row_size`, the tokens in a row without the prompt.
     """
     places = Places(*np.zeros((3, len(sizes_N)), np.int64))
     free, count, number = np.zeros((3, int((sizes_N < row_size).sum())), np.int64)
@@ -115,7 +115,7 @@ def first_fit(sizes_N: np.ndarray, row_size: int) -> Places:
 class PackedRows:
     """Rows in compact form, usually memory-mapped; batches are built on the fly."""
 
-    tokens_RT: np.ndarray  # int32, `<s>` and `</s>` included, 0 after the last sample
+    tokens_RT: np.ndarray  # int32, with what begins and ends samples, 0 after the last sample
     spans_RT: np.ndarray  # int16, the sample's number in its row, -1 after the last sample
     lengths: np.ndarray  # int32 (R,), used positions of each row, prompt included
     targets_R: np.ndarray  # int32, positions of each row that have a target
@@ -189,7 +189,7 @@ def pack(
     offsets: np.ndarray,
     *,
     row_size: int,
-    bos_id: int,
+    start_id: int | None,
     eos_id: int,
     array: Callable[[str, type, tuple[int, ...]], np.ndarray],
 ) -> dict[str, Any]:
@@ -199,7 +199,7 @@ def pack(
         tokens: Flat ids of all documents.
         offsets: (num_documents + 1,) document borders in `tokens`.
         row_size: T, tokens in a row without the prompt.
-        bos_id: `<s>`.
+        start_id: `<s>`; None if samples begin with the text.
         eos_id: `</s>`.
         array: Makes the array of a name, type and shape; not called where there is no row.
 
@@ -208,8 +208,9 @@ def pack(
         share_without_prompt (share of the targets in samples that are not their row's first), and left_out (a record of
         `LeftOut`).
     """
-    pieces = cut(offsets, row_size - 2)
-    sizes_N = pieces.size_N + 2
+    ends = 1 + (start_id is not None)
+    pieces = cut(offsets, row_size - ends)
+    sizes_N = pieces.size_N + ends
     places = first_fit(sizes_N, row_size)
     num_rows = int(places.row_N.max(initial=-1)) + 1
     if num_rows:
@@ -218,7 +219,7 @@ def pack(
         spans_RT[:] = PADDING_SPAN
         for begin in range(0, len(sizes_N), _PIECES_AT_ONCE):
             some = slice(begin, begin + _PIECES_AT_ONCE)
-            _fill(tokens_RT, spans_RT, tokens, pieces, places, some, bos_id, eos_id)
+            _fill(tokens_RT, spans_RT, tokens, pieces, places, some, start_id, eos_id)
         array("used", np.int32, (num_rows,))[:] = np.bincount(places.row_N, sizes_N, num_rows)
         array("num_targets", np.int32, (num_rows,))[:] = np.bincount(places.row_N, sizes_N - 1, num_rows)
     num_targets = int((sizes_N - 1).sum())
@@ -231,7 +232,7 @@ def pack(
     return {
         "rows": num_rows,
         "samples": len(sizes_N),
-        "short": int(((lengths_D > 0) & (lengths_D < row_size - 2)).sum()),
+        "short": int(((lengths_D > 0) & (lengths_D < row_size - ends)).sum()),
         "targets": num_targets,
         "filled": float(sizes_N.sum() / max(num_rows * row_size, 1)),
         "share_without_prompt": float((sizes_N - 1)[places.span_N > 0].sum() / max(num_targets, 1)),
@@ -240,14 +241,21 @@ def pack(
 
 
 def pack_to_folder(
-    tokens: np.ndarray, offsets: np.ndarray, *, row_size: int, bos_id: int, eos_id: int, folder: Path, part: str
+    tokens: np.ndarray,
+    offsets: np.ndarray,
+    *,
+    row_size: int,
+    start_id: int | None,
+    eos_id: int,
+    folder: Path,
+    part: str,
 ) -> dict[str, Any]:
     """`pack` into files `<part>.*.npy`, `train` or `held_out`, that `open_rows` maps."""
 
     def array(name: str, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
         return new_array(folder / f"{part}.{name}.npy", dtype, shape)
 
-    return pack(tokens, offsets, row_size=row_size, bos_id=bos_id, eos_id=eos_id, array=array)
+    return pack(tokens, offsets, row_size=row_size, start_id=start_id, eos_id=eos_id, array=array)
 
 
 def new_array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
@@ -267,7 +275,7 @@ def pack_in_memory(
     *,
     max_length: int,
     prompt_length: int,
-    bos_id: int,
+    start_id: int | None,
     eos_id: int,
     left_out: LeftOut | None = None,
 ) -> PackedRows | None:
@@ -277,7 +285,8 @@ def pack_in_memory(
     def array(name: str, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
         return made.setdefault(name, np.zeros(shape, dtype))
 
-    statistics = pack(tokens, offsets, row_size=max_length - prompt_length, bos_id=bos_id, eos_id=eos_id, array=array)
+    row_size = max_length - prompt_length
+    statistics = pack(tokens, offsets, row_size=row_size, start_id=start_id, eos_id=eos_id, array=array)
     if left_out is not None:
         left_out.include(statistics["left_out"])
     if not made:
@@ -317,15 +326,17 @@ def _fill(
     pieces: Pieces,
     places: Places,
     some: slice,
-    bos_id: int,
+    start_id: int | None,
     eos_id: int,
 ) -> None:
     """Writes some samples into their rows, all tokens of all samples at once."""
     begin_N, size_N = pieces.begin_N[some], pieces.size_N[some]
     row_N, column_N, span_N = (array[some] for array in places)
-    tokens_RT[row_N, column_N] = bos_id
-    tokens_RT[row_N, column_N + 1 + size_N] = eos_id
-    ordinal, whole_N = ordinals(size_N), size_N + 2
+    lead = int(start_id is not None)
+    if start_id is not None:
+        tokens_RT[row_N, column_N] = start_id
+    tokens_RT[row_N, column_N + lead + size_N] = eos_id
+    ordinal, whole_N = ordinals(size_N), lead + size_N + 1
     text = tokens[np.repeat(begin_N, size_N) + ordinal]
-    tokens_RT[np.repeat(row_N, size_N), np.repeat(column_N + 1, size_N) + ordinal] = text
+    tokens_RT[np.repeat(row_N, size_N), np.repeat(column_N + lead, size_N) + ordinal] = text
     spans_RT[np.repeat(row_N, whole_N), np.repeat(column_N, whole_N) + ordinals(whole_N)] = np.repeat(span_N, whole_N)

@@ -241,7 +241,7 @@ def prepare_rows(
                 mapped(tokens / f"{part}.tokens.bin", manifest["dtype"]),
                 np.load(tokens / f"{part}.offsets.npy"),
                 row_size=max_length - prompt_length,
-                bos_id=tokenizer.bos_id,
+                start_id=tokenizer.start_id,
                 eos_id=tokenizer.eos_id,
                 folder=folder,
                 part=part,
@@ -254,7 +254,8 @@ def prepare_rows(
                 )
         return {"max_length": max_length, "prompt_length": prompt_length, **statistics}
 
-    key = fingerprint_of("rows", manifest["fingerprint"], max_length, prompt_length, tokenizer.bos_id, tokenizer.eos_id)
+    ends = (tokenizer.start_id, tokenizer.eos_id)
+    key = fingerprint_of("rows", manifest["fingerprint"], max_length, prompt_length, *ends)
     return cached_folder(cache, "rows", key, build)
 
 

@@ -154,7 +154,9 @@ class StreamedData:
     @property
     def fingerprint(self) -> str:
         """Hex SHA-256 of everything that the rows depend on."""
-        sizes = [self.max_length, self.prompt_length, self.tokenizer.fingerprint, BLOCK_CHARS]
+        tokenizer = self.tokenizer
+        sizes = [self.max_length, self.prompt_length, tokenizer.fingerprint, BLOCK_CHARS]
+        sizes += ["samples begin with the text"] if tokenizer.start_id is None else []
         return fingerprint_of([stream.fingerprint for stream in self.sources], self.weights, sizes)
 
     def rows(self, texts: Sequence[str], origin: str, left_out: LeftOut) -> PackedRows | None:
@@ -170,7 +172,7 @@ class StreamedData:
             np.cumsum([0, *map(len, encoded)]),
             max_length=self.max_length,
             prompt_length=self.prompt_length,
-            bos_id=tokenizer.bos_id,
+            start_id=tokenizer.start_id,
             eos_id=tokenizer.eos_id,
             left_out=left_out,
         )

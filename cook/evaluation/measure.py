@@ -17,6 +17,7 @@ from cook.evaluation.scoring import Windowing, predicts_blindly, score
 from cook.evaluation.settings import Settings, device_of, too_long_stride
 from cook.evaluation.speed import PeakMemory, generation_speed
 from cook.report.comparison import comparison_table, plot_comparison
+from cook.text.hf import begins_texts
 
 SCALES = ("_scale", "_zero_point", "_shape")
 """Ends of the names of what compressed-tensors stores beside its weights."""
@@ -115,12 +116,6 @@ def _windowing(loaded: Loaded, settings: Settings) -> Windowing:
         raise long
     _check_positions(loaded, settings.window, "--window")
     return Windowing(size=settings.window, stride=settings.stride, bos=bos, limit=settings.max_windows)
-
-
-def begins_texts(tokenizer: Any) -> bool:
-    """Whether a tokenizer puts its beginning-of-sequence token in front of texts."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    return bool(tokenizer("a")["input_ids"][: 1 + len(plain)] == [tokenizer.bos_token_id, *plain])
 
 
 def _check_positions(loaded: Loaded, wanted: int, option: str) -> None:

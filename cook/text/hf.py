@@ -43,6 +43,7 @@ class HuggingFaceTokenizer:
         self._backend = backend
         self.eos_id: int = backend.eos_token_id
         self.bos_id: int = backend.bos_token_id if backend.bos_token_id is not None else self.eos_id
+        self.start_id: int | None = self.bos_id if begins_texts(backend) else None
         self.pad_id: int = backend.pad_token_id if backend.pad_token_id is not None else self.eos_id
         self.unk_id: int | None = backend.unk_token_id
         # Ids may have gaps, so the vocabulary size follows from the largest id, not from the number of tokens.
@@ -81,6 +82,12 @@ class HuggingFaceTokenizer:
         # verbose=False: a document longer than the model's context needs no warning, since it is cut later.
         options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
         return self._backend(texts, **options, return_attention_mask=False, return_token_type_ids=False)["input_ids"]
+
+
+def begins_texts(backend: Any) -> bool:
+    """Whether a Hugging Face tokenizer puts its beginning-of-text token in front of texts."""
+    plain = backend("a", add_special_tokens=False)["input_ids"]
+    return bool(backend("a")["input_ids"][: 1 + len(plain)] == [backend.bos_token_id, *plain])
 
 
 def open_backend(source: str, **options: Any) -> Any:

@@ -61,6 +61,7 @@ def export_to_hugging_face(model: bytes, encode: Callable[[str], list[int]], fol
 def _build(proto: Any) -> Any:
     from tokenizers import AddedToken, Tokenizer, decoders, normalizers
     from tokenizers.models import BPE, Unigram
+    from tokenizers.processors import TemplateProcessing
 
     kinds = proto.SentencePiece
     pieces = [
@@ -98,6 +99,10 @@ def _build(proto: Any) -> Any:
     tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in by_decree])
     special = [text for text, p in zip(pieces, proto.pieces, strict=True) if p.type in (kinds.CONTROL, kinds.UNKNOWN)]
     tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in special])
+    if trainer.bos_id >= 0:
+        # As in training, where every sample begins with it.
+        bos = (pieces[trainer.bos_id], trainer.bos_id)
+        tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
     # Strings of special tokens inside a text are plain text. This setting is not saved in tokenizer.json. It is for the
     # probes; transformers does the same because of `split_special_tokens` in tokenizer_config.json.
     tokenizer.encode_special_tokens = True
@@ -133,7 +138,7 @@ def _settings(trainer: Any) -> dict[str, Any]:
         # The name that every version of transformers since 4.0 understands.
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{f"{kind}_token": name for kind, name in names.items()},
-        "add_bos_token": False,
+        "add_bos_token": trainer.bos_id >= 0,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,

@@ -61,6 +61,7 @@ class JiebaTokenizer:
         self.pad_id: int = SPECIAL.index("<pad>")
         self.unk_id: int | None = SPECIAL.index("<unk>")
         self.bos_id: int = SPECIAL.index("<s>")
+        self.start_id: int | None = self.bos_id
         self.eos_id: int = SPECIAL.index("</s>")
         self.fingerprint = hashlib.sha256("\n".join((segmenter, *lines)).encode()).hexdigest()
 

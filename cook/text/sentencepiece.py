@@ -54,6 +54,7 @@ class SentencePieceTokenizer:
         self._model = model
         self.vocab_size: int = self._processor.get_piece_size()
         self.bos_id: int = self._processor.bos_id()
+        self.start_id: int | None = self.bos_id
         self.eos_id: int = self._processor.eos_id()
         for what, piece_id in (("beginning-of-text", self.bos_id), ("end-of-text", self.eos_id)):
             if piece_id < 0:

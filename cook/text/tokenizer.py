@@ -27,7 +27,11 @@ class Tokenizer(Protocol):
 
     @property
     def bos_id(self) -> int:
-        """Id at the beginning of a sample."""
+        """Id that means the beginning of a text."""
+
+    @property
+    def start_id(self) -> int | None:
+        """Id that samples of texts begin with: `bos_id`, or None if the tokenizer does not begin texts with it."""
 
     @property
     def eos_id(self) -> int:

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer
 
 from cook.distill.teacher_loss import token_divergence
-from cook.evaluation.measure import begins_texts
 from cook.families.source import load_model, open_model
 from cook.pruning.attach import AttachedGates
 from cook.pruning.budgets import KINDS
 from cook.pruning.units import PruningSpace, UnitGroup
+from cook.text.hf import begins_texts
 
 UNITS = {"dims": ("dimff",), "heads": ("heads",), "heads and dims": ("heads", "dimff"), "blocks": ("layer",)}
 

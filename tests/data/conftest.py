@@ -9,14 +9,20 @@ from cook.base.files import write_json
 
 @pytest.fixture(scope="session")
 def make_rows(tmp_path_factory):
-    """Packs documents (lists of ids) with bos 2 and eos 3 and opens the result."""
+    """Packs documents (lists of ids) as samples that begin with `start_id` and end with 3, and opens the result."""
 
-    def make(documents, *, max_length, prompt_length):
+    def make(documents, *, max_length, prompt_length, start_id=2):
         folder = tmp_path_factory.mktemp("rows")
         tokens = np.array([token for document in documents for token in document], dtype=np.uint16)
         offsets = np.cumsum([0, *map(len, documents)])
         statistics = packing.pack_to_folder(
-            tokens, offsets, row_size=max_length - prompt_length, bos_id=2, eos_id=3, folder=folder, part="train"
+            tokens,
+            offsets,
+            row_size=max_length - prompt_length,
+            start_id=start_id,
+            eos_id=3,
+            folder=folder,
+            part="train",
         )
         if not statistics["rows"]:
             return None, statistics

@@ -14,9 +14,9 @@ from cook.base.errors import UserError
 # A slow and obvious writing of the row rules, from their description: the oracle.
 
 
-def reference_samples(documents: list[list[int]], row_size: int) -> list[list[int]]:
-    """Samples `<s> piece </s>` in order, with bos 2 and eos 3."""
-    room = row_size - 2
+def reference_samples(documents: list[list[int]], row_size: int, start: list[int]) -> list[list[int]]:
+    """Samples `<s> piece </s>` in order, with `start` for `<s>` and eos 3."""
+    room = row_size - len(start) - 1
     samples = []
     for document in documents:
         rest, is_first = document, True
@@ -24,7 +24,7 @@ def reference_samples(documents: list[list[int]], row_size: int) -> list[list[in
             piece, rest = rest[:room], rest[room:]
             shortest = room if len(piece) == room else 1 if is_first else 32
             if len(piece) >= shortest:
-                samples.append([2, *piece, 3])
+                samples.append([*start, *piece, 3])
             is_first = False
     return samples
 
@@ -80,14 +80,17 @@ document_lists = st.lists(st.integers(0, 150), max_size=25).map(numbered)
 
 
 @settings(max_examples=200, deadline=None)
-@given(document_lists, shapes, st.sampled_from([1, 2, 1024]))
-def test_rows_and_batches_equal_the_slow_reference(make_rows, documents, shape, open_rows):
+@given(document_lists, shapes, st.sampled_from([1, 2, 1024]), st.sampled_from([2, None]))
+def test_rows_and_batches_equal_the_slow_reference(make_rows, documents, shape, open_rows, start):
     prompt_length, row_size = shape
-    wanted = reference_rows(reference_samples(documents, row_size), row_size, open_rows)
+    samples = reference_samples(documents, row_size, [] if start is None else [start])
+    wanted = reference_rows(samples, row_size, open_rows)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "OPEN_ROWS", open_rows)
         patch.setattr(packing, "_PIECES_AT_ONCE", 3)
-        rows, statistics = make_rows(documents, max_length=prompt_length + row_size, prompt_length=prompt_length)
+        rows, statistics = make_rows(
+            documents, max_length=prompt_length + row_size, prompt_length=prompt_length, start_id=start
+        )
     assert statistics["rows"] == len(wanted)
     if not wanted:
         return
@@ -202,7 +205,7 @@ subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], check=
 tokens = np.arange(200_000, dtype=np.uint16)
 def pack():
     borders = np.array([0, len(tokens)])
-    return pack_to_folder(tokens, borders, row_size=64, bos_id=2, eos_id=3, folder=place, part="train")
+    return pack_to_folder(tokens, borders, row_size=64, start_id=2, eos_id=3, folder=place, part="train")
 try:
     pack()
 except OSError as error:

@@ -18,7 +18,7 @@ BATCH = 8
 class Letters:
     """A tokenizer whose ids are code points shifted past four special ids."""
 
-    bos_id, eos_id, pad_id, unk_id = 2, 3, 0, 1
+    bos_id, start_id, eos_id, pad_id, unk_id = 2, 2, 3, 0, 1
     vocab_size, fingerprint = 200, "letters"
 
     def encode_batch(self, texts):

@@ -11,6 +11,9 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import cook.data.training_data as load_module
 from cook.base.errors import UserError
@@ -230,3 +233,24 @@ def test_what_the_rows_hold_and_what_was_left_out_is_told_on_every_start(data, t
         assert "data, train: 32 documents, " in told and "30 documents are shorter than a row and share rows" in told
     text = loaded.train.tokens_RT[loaded.train.spans_RT >= 0]
     assert (text == loaded.tokenizer.bos_id).sum() >= 31  # no short document is lost
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_samples_are_texts_as_the_folder_s_tokenizer_makes_them(data, tmp_path, begins):
+    alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<s>", "</s>"]
+    rust = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    rust.decoder = decoders.ByteLevel()
+    rust.add_special_tokens(["<s>", "</s>"])
+    if begins:
+        rust.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    backend = PreTrainedTokenizerFast(tokenizer_object=rust, bos_token="<s>", eos_token="</s>")
+    backend.save_pretrained(tmp_path / "folder")
+    section = TokenizerSection(type="hf", path=str(tmp_path / "folder"))
+    loaded = load_rows(data, section, prompt_length=0, output_dir=tmp_path / "out")
+    rows = zip(loaded.train.tokens_RT, loaded.train.spans_RT, strict=True)
+    samples = [row[spans == number].tolist() for row, spans in rows for number in range(spans.max() + 1)]
+    stock = AutoTokenizer.from_pretrained(tmp_path / "folder")
+    texts = [stock.decode(sample[:-1], skip_special_tokens=True) for sample in samples]
+    assert len(samples) > 10 and [*map(len, samples)].count(loaded.train.tokens_RT.shape[1]) > 3
+    assert [[*ids, 257] for ids in stock(texts)["input_ids"]] == samples

@@ -4,7 +4,8 @@ import resource
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cook.base.errors import UserError
 from cook.text.hf import HuggingFaceTokenizer
@@ -31,6 +32,26 @@ def test_ids_size_and_substitutes_for_missing_special_tokens(tmp_path):
     # 256 bytes and one token whose id leaves a hole: the size covers the largest id.
     assert tokenizer.vocab_size == 301
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id) == (300, 300, 300, None)
+    assert tokenizer.start_id is None
+
+
+@pytest.mark.parametrize(
+    ("template", "begins"),
+    [("<s> $A", True), ("<s> $A </s>", True), ("$A </s>", False), ("[CLS] $A [SEP]", False), (None, False)],
+)
+def test_samples_begin_as_the_tokenizer_begins_texts(tmp_path, template, begins):
+    alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<s>", "</s>", "[CLS]", "[SEP]"]
+    rust = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = {"<s>": 256, "</s>": 257, "[CLS]": 258, "[SEP]": 259}
+    rust.add_special_tokens(list(special))
+    if template:
+        rust.post_processor = TemplateProcessing(single=template, special_tokens=list(special.items()))
+    backend = PreTrainedTokenizerFast(tokenizer_object=rust, bos_token="<s>", eos_token="</s>")
+    backend.save_pretrained(tmp_path / "folder")
+    tokenizer = HuggingFaceTokenizer.load(tmp_path / "folder")
+    assert tokenizer.bos_id == 256
+    assert tokenizer.start_id == (256 if begins else None)
 
 
 def test_text_is_text_even_where_it_spells_a_special_token(tmp_path):

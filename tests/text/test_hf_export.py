@@ -31,7 +31,10 @@ def auto(exported):
 
 
 def ids_of(auto, text):
-    return auto(text)["input_ids"]
+    """The ids after `<s>`, with which texts begin as samples did in training."""
+    start, *ids = auto(text)["input_ids"]
+    assert start == auto.bos_token_id and ids == auto(text, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -55,7 +58,7 @@ def test_auto_tokenizer_gives_the_same_ids_for_any_text(tokenizer, auto, text):
 
 
 def test_whole_documents(tokenizer, auto, texts):
-    assert auto(texts, verbose=False)["input_ids"] == [ids.tolist() for ids in tokenizer.encode_batch(texts)]
+    assert auto(texts, verbose=False)["input_ids"] == [[2, *ids] for ids in tokenizer.encode_batch(texts)]
 
 
 def test_special_tokens_are_named_and_dropped_on_request(tokenizer, auto):
@@ -79,7 +82,7 @@ def test_without_cook_and_beside_a_model_of_an_unknown_type(tokenizer, tmp_path)
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == tokenizer.encode(text)
+    assert json.loads(done.stdout.splitlines()[-1]) == [2, *tokenizer.encode(text)]
 
 
 def test_the_model_lies_beside_its_export(tokenizer, exported):
