@@ -44,7 +44,7 @@ typedef __m512i bytes;
 #define STORE(to, x) _mm256_storeu_si256((__m256i *)(to), x)
 typedef __m256i bytes;
 #ifdef __AVXVNNI__
-#define IS_DOT "{vex} vpdpbusd %2, %1, %0"
+#define IS_DOT "%{vex%} vpdpbusd %2, %1, %0" /* plain braces would choose between dialects */
 #endif
 #endif
 
