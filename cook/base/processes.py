@@ -68,7 +68,14 @@ def launchers() -> list[Process] | None:
     """
     ancestors = _ancestors()
     if any(name in os.environ for name in LAUNCHED):
-        found = next((pid for pid in ancestors if _is_python(pid)), None)
+        found = None
+        for pid in ancestors:
+            program = _program(pid)
+            if program is None:  # since the ancestors were listed; those above it started it, not this rank
+                return None
+            if "python" in (program or _command(pid)):
+                found = pid
+                break
         if found is None and ancestors[-1] == 1:  # adopted
             return None
         found = found or ancestors[0]
@@ -96,11 +103,22 @@ def _ancestors() -> list[int]:
     return found
 
 
-def _is_python(pid: int) -> bool:
+def _program(pid: int) -> str | None:
+    """The name of a process's program; empty if this user may not see it, None if the process has ended."""
     try:
-        return "python" in os.path.basename(os.readlink(PROC / str(pid) / "exe"))
-    except OSError:  # the process belongs to another user
-        return "python" in _command(pid)
+        return os.path.basename(os.readlink(PROC / str(pid) / "exe"))
+    except FileNotFoundError:
+        if _stat(pid)[0]:  # a process without a program: a zombie, or about to become one
+            return None
+    except OSError:
+        return ""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except OSError:
+        pass
+    return ""
 
 
 def _name(pid: int) -> str:

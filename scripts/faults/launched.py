@@ -91,6 +91,18 @@ class Launched:
         return self.output.read_text(errors="replace")
 
 
+def described(pid: int) -> str:
+    """A process that should have ended: its command, state and parent, and where each of its threads waits."""
+    try:
+        folder = Path("/proc") / str(pid)
+        command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
+        waits = [(task / "wchan").read_text() for task in sorted((folder / "task").iterdir())]
+    except OSError as error:
+        return f"{pid}: {error}"
+    return f"{pid}, state {state}, child of {parent}, in {waits}: {command}"
+
+
 def told_to_stop(scene: Scene, trials: int, random: Random) -> Iterator[Trial]:
     """SIGTERM to the launcher: the ranks save, nothing is left running, the run can be resumed."""
     for name in NAMES[:trials]:
@@ -121,7 +133,7 @@ def gone_while_starting(scene: Scene, trials: int, random: Random) -> Iterator[T
             time.sleep(pause)
             run.launcher.send_signal(kind)
             began = time.monotonic()
-            over, left = run.over(), run.left()
+            over, left = run.over(), [described(pid) for pid in run.left()]
         seconds = time.monotonic() - began
         note = f"{kind.name} to {name} {pause:.1f} s after its ranks began: over after {seconds:.1f} s"
         clean = over and "Traceback" not in run.printed().partition("torch/distributed")[0]

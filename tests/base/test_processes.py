@@ -62,3 +62,27 @@ def test_what_describes_no_process(value):
 
 def test_an_impossible_number_proves_nothing():
     assert dataclasses.replace(this_process(), pid=2**70).fate() == "unknown"
+
+
+RANK = """
+import os, signal, sys, time
+from cook.base import processes
+ancestors = processes._ancestors()
+os.kill(ancestors[0], signal.SIGKILL)
+while processes._stat(ancestors[0])[0] != sys.argv[1].strip("-"):
+    time.sleep(0.01)
+processes._ancestors = lambda: ancestors
+os.environ["TORCHELASTIC_RUN_ID"] = "1"
+print(processes.launchers())
+"""
+
+
+@pytest.mark.parametrize(("state", "reaped"), [("Z", False), ("", True)])
+def test_a_launcher_that_ends_while_a_rank_looks_for_it(state, reaped):
+    # The process above it, this one, is a Python too, and must not be taken for the launcher.
+    launcher = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])"
+    command = [sys.executable, "-c", launcher, RANK, state or "-"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        if reaped:
+            process.wait()
+        assert process.stdout.read() == "None\n"
